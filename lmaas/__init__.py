@@ -1,0 +1,1 @@
+"""Serverless, multi-tenant LLM endpoints: many tenants' LoRA adapters share a few vLLM engines."""

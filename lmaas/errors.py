@@ -1,0 +1,134 @@
+"""The one exception tree. Each error knows its HTTP status, its OpenAI `type` and `code`, and whether trying again can help."""
+
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+
+class LmaasError(Exception):
+    """Base of every expected error.
+
+    `kind` is also the label in metrics, `code` what a program may test for, `param` the request field to blame,
+    `retry_after_s` the hint that goes into `Retry-After` (at most 120).
+    """
+
+    kind: ClassVar[str] = "internal"
+    status: ClassVar[int] = HTTPStatus.INTERNAL_SERVER_ERROR
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.error_code = code or self.code
+        self.param = param
+        self.retry_after_s = min(retry_after_s, 120.0) if retry_after_s is not None else None
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error object: `{"error": {"message", "type", "param", "code"}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}}
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that tell a client whether and when to try again."""
+        headers = {"x-should-retry": "true" if self.retryable else "false"}
+        if self.retryable and self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, round(self.retry_after_s)))
+        return headers
+
+
+class InternalError(LmaasError):
+    """Something unexpected. The text is fixed: details go to the log, under the request id."""
+
+    def __init__(self) -> None:
+        super().__init__("The server had an error while processing your request. Please quote the x-request-id if you report it.")
+
+
+class InvalidRequest(LmaasError):
+    """The request is malformed or asks for what is not offered."""
+
+    kind, status, type, code = "invalid_request", HTTPStatus.BAD_REQUEST, "invalid_request_error", "invalid_request"
+
+
+class InvalidAdapter(InvalidRequest):
+    """The uploaded adapter cannot be served. `code` says why (trust.md, "Adapter upload")."""
+
+    kind, code = "invalid_adapter", "invalid_adapter"
+
+
+class Unauthenticated(LmaasError):
+    """No key, an unknown one, a revoked one, a deleted tenant's: one answer for all."""
+
+    kind, status, type, code = "unauthenticated", HTTPStatus.UNAUTHORIZED, "invalid_request_error", "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("Incorrect API key provided. Send a valid key as 'Authorization: Bearer <key>'.")
+
+
+class Forbidden(LmaasError):
+    """The key is valid, but its role does not allow this."""
+
+    kind, status, type, code = "forbidden", HTTPStatus.FORBIDDEN, "invalid_request_error", "insufficient_permissions"
+
+
+class NotFound(LmaasError):
+    """It does not exist, or it belongs to somebody else: the same answer."""
+
+    kind, status, type, code = "not_found", HTTPStatus.NOT_FOUND, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The model name means nothing to this tenant."""
+
+    kind, code = "model_not_found", "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        shown = name if len(name) <= 100 else name[:100] + "..."
+        super().__init__(f"The model '{shown}' does not exist or you do not have access to it.", param="model")
+
+
+class MethodNotAllowed(LmaasError):
+    """The path exists, the method does not."""
+
+    kind, status, type, code = "method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(LmaasError):
+    """The change contradicts the present state."""
+
+    kind, status, type, code = "conflict", HTTPStatus.CONFLICT, "invalid_request_error", "conflict"
+
+
+class TooLarge(LmaasError):
+    """More bytes or more things than allowed."""
+
+    kind, status, type, code = "too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error", "request_too_large"
+
+
+class OverLimit(LmaasError):
+    """The tenant is over a limit of its own."""
+
+    kind, status, type, code, retryable = "over_limit", HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", True
+
+
+class Unavailable(LmaasError):
+    """No capacity in time, or a part of the service is away."""
+
+    kind, status, type, code, retryable = "unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "server_error", "no_capacity", True
+
+
+class EngineFailed(LmaasError):
+    """The engine died or gave nonsense, after the retry that is allowed."""
+
+    kind, status, type, code, retryable = "engine_failed", HTTPStatus.BAD_GATEWAY, "server_error", "engine_failed", True
+
+
+class AdapterUnavailable(LmaasError):
+    """The adapter could not be loaded. Only its own requests fail."""
+
+    kind, status, type, code, retryable = "adapter_unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "server_error", "adapter_load_failed", True
+
+
+class SettingsError(LmaasError):
+    """A setting is missing or wrong. The process does not start."""
+
+    kind, code = "settings", "invalid_settings"

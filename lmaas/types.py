@@ -1,0 +1,53 @@
+"""Small values that several rooms share."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+#: Names of tenants, base models and adapters: lower case, so that look-alikes are few; no `@`, which pins a version.
+NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+
+
+class Role(StrEnum):
+    """What a key may do."""
+
+    OPERATOR = "operator"
+    TENANT_ADMIN = "tenant_admin"
+    INFERENCE = "inference"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The authenticated tenant and key. An operator's key has no tenant."""
+
+    key_id: str
+    role: Role
+    tenant_id: str | None
+    tenant_name: str | None
+    max_queued: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a safetensors file, as its header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelShapes:
+    """What an adapter must fit.
+
+    `linears` maps a module path such as `model.layers.0.self_attn.q_proj` to `(out_features, in_features)`;
+    `dtype` is the engine's dtype (`float32`, `bfloat16`, `float16`), in which weights must stay finite.
+    """
+
+    linears: dict[str, tuple[int, int]]
+    dtype: str
+    max_lora_rank: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The linears as plain JSON."""
+        return {name: list(shape) for name, shape in self.linears.items()}

