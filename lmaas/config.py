@@ -1,0 +1,114 @@
+"""Every setting, read once from `LMAAS_*` into one frozen object. Nothing else reads the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from lmaas.errors import SettingsError
+
+PREFIX = "LMAAS_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one stack. A field `queue_deadline_s` is read from `LMAAS_QUEUE_DEADLINE_S`.
+
+    Units are in the names: `_s` seconds, `_bytes` bytes. Sizes of an engine (`engine_*`) are defaults for base models that
+    do not set their own.
+    """
+
+    #: State and credentials of this stack.
+    home: Path = Path(".lmaas")
+    host: str = "127.0.0.1"
+    port: int = 8080
+    #: Real servers instead of the embedded ones.
+    database_url: str | None = None
+    redis_url: str | None = None
+    object_store_url: str | None = None
+    #: The default base model: a folder or a hub id. Without it, SmolLM2-135M-Instruct from a wheel.
+    model: str | None = None
+    #: What tenants call it. Without it, the folder's or the hub id's last part.
+    model_name: str | None = None
+    tenants: Path = Path("tenants")
+    provisioner: str = "local"
+    log_level: str = "INFO"
+
+    #: How long a pool may be idle before its last replica drains and stops.
+    idle_timeout_s: float = 300.0
+    #: How long a request may wait for a lease, cold start included, before 503.
+    queue_deadline_s: float = 300.0
+    #: How long an engine may take from its start to its first token.
+    start_timeout_s: float = 600.0
+    #: How long running requests may go on once a gateway or a replica drains.
+    drain_timeout_s: float = 30.0
+    #: How long a replica stays when no controller is there and nothing runs on it.
+    orphan_timeout_s: float = 60.0
+    #: How long a key that was valid stays so while Postgres is away.
+    auth_grace_s: float = 300.0
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_adapter_bytes: int = 512 * 1024 * 1024
+
+    engine_max_replicas: int = 1
+    engine_max_num_seqs: int = 16
+    engine_max_loras: int = 8
+    engine_max_lora_rank: int = 16
+    engine_max_cpu_loras: int = 64
+    engine_max_model_len: int = 2048
+    engine_kv_cache_bytes: int = 1024 * 1024 * 1024
+    #: `auto` is float32 on a CPU, where greedy answers are then the same alone and in a batch, and the model's own dtype on a GPU.
+    engine_dtype: str = "auto"
+    #: More arguments for the engine's command line, separated by spaces.
+    engine_args: str = ""
+
+    def __post_init__(self) -> None:
+        if self.provisioner not in ("local", "ray"):
+            raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                raise SettingsError(f"{PREFIX}{field.name.upper()} must be greater than 0, not {value}.")
+
+    @property
+    def base_url(self) -> str:
+        """Where clients reach the gateway's OpenAI API."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 (compared, not bound)
+        return f"http://{host}:{self.port}/v1"
+
+    @property
+    def credentials_path(self) -> Path:
+        """The credentials file that `lmaas up` writes."""
+        return self.home / "credentials.json"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that give a child process these settings."""
+        return {PREFIX + field.name.upper(): str(value) for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings. Raises SettingsError for a value that does not parse or a name that means nothing."""
+    environ = os.environ if environ is None else environ
+    hints = get_type_hints(Settings)
+    given: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(PREFIX) or name in ENGINE_VARIABLES:
+            continue
+        field = name.removeprefix(PREFIX).lower()
+        if field not in hints:
+            raise SettingsError(f"{name} is not a setting. Settings are listed in the README.")
+        if text == "":
+            continue
+        kinds = get_args(hints[field]) or (hints[field],)
+        try:
+            given[field] = kinds[0](text)
+        except ValueError:
+            raise SettingsError(f"{name} must be a number ({kinds[0].__name__}), not {text!r}.") from None
+    settings = Settings(**given)
+    object.__setattr__(settings, "home", settings.home.expanduser().absolute())
+    return settings
+
+
+#: Read by our plugins inside the engine, which is not a process of ours.
+ENGINE_VARIABLES = frozenset({"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_DIE_WITH_PARENT"})

@@ -1,0 +1,55 @@
+"""State machines as data."""
+
+from enum import StrEnum
+
+
+class Desired(StrEnum):
+    """What the controller wants of a replica. It is the only writer."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class Observed(StrEnum):
+    """What a replica is. Its supervisor writes it; the controller only writes LOST, for a supervisor that is gone."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+TERMINAL = frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST})
+
+TRANSITIONS: dict[Observed, frozenset[Observed]] = {
+    # Ready only once it has generated a token; stopped if nobody wants it any more before that.
+    Observed.STARTING: frozenset({Observed.READY, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
+    Observed.READY: frozenset({Observed.DRAINING, Observed.FAILED, Observed.LOST}),
+    Observed.DRAINING: frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST}),
+    Observed.STOPPED: frozenset(),
+    Observed.FAILED: frozenset(),
+    Observed.LOST: frozenset(),
+}
+
+
+def sources(target: Observed) -> list[Observed]:
+    """The states from which `target` can be reached: the WHERE of its UPDATE."""
+    return [state for state, targets in TRANSITIONS.items() if target in targets]
+
+
+class UsageStatus(StrEnum):
+    """How a request ended. Exactly one for every accepted request."""
+
+    COMPLETED = "completed"
+    #: The client went away.
+    ABORTED = "aborted"
+    #: The engine, the adapter or the request itself failed.
+    FAILED = "failed"
+    #: No capacity before the deadline.
+    EXPIRED = "expired"
+    #: The gateway died; charged at the last checkpoint. A later word of that gateway replaces it.
+    LOST = "lost"
+    #: A token that a supervisor generated to see that its engine lives. Nobody's, but the engine did it.
+    PROBE = "probe"

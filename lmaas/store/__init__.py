@@ -1,0 +1,1 @@
+"""Postgres, the truth. The only user of SQLAlchemy: tables here, queries by domain beside them."""

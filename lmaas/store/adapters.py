@@ -1,0 +1,199 @@
+"""Adapters and their immutable versions. Every function is about one tenant's adapters only."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, delete, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from lmaas.errors import Conflict, NotFound, TooLarge
+from lmaas.store.database import Database, new_id
+from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LoRA weights for one base model, under a name of the tenant's. `live_version` is None until one is activated."""
+
+    id: str
+    name: str
+    base_model: str
+    live_version: int | None
+    latest_version: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable upload. `content_hash` is 64 hex digits, `size_bytes` counts the weights' file."""
+
+    version: int
+    content_hash: str
+    rank: int
+    target_modules: list[str]
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """What a request for an adapter needs to know."""
+
+    adapter_id: str
+    version: int
+    content_hash: str
+    base_model_id: str
+
+
+def _not_found() -> NotFound:
+    return NotFound("The adapter does not exist.", code="adapter_not_found")
+
+
+def _adapters(tenant_id: str) -> Select[Any]:
+    latest = (
+        select(func.coalesce(func.max(adapter_versions.c.version), 0))
+        .where(adapter_versions.c.adapter_id == adapters.c.id)
+        .scalar_subquery()
+    )
+    return (
+        select(adapters.c.id, adapters.c.name, base_models.c.name, adapters.c.live_version, latest, adapters.c.created_at)
+        .join(base_models, adapters.c.base_model_id == base_models.c.id)
+        .where(adapters.c.tenant_id == tenant_id)
+    )
+
+
+async def list_adapters(db: Database, tenant_id: str) -> list[Adapter]:
+    """The tenant's adapters, by name."""
+    async with db.begin() as connection:
+        return [Adapter(*row) for row in await connection.execute(_adapters(tenant_id).order_by(adapters.c.name))]
+
+
+async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
+    """Raises NotFound."""
+    async with db.begin() as connection:
+        row = (await connection.execute(_adapters(tenant_id).where(adapters.c.name == name))).one_or_none()
+    if row is None:
+        raise _not_found()
+    return Adapter(*row)
+
+
+async def list_versions(db: Database, tenant_id: str, name: str) -> list[AdapterVersion]:
+    """Oldest first. Raises NotFound."""
+    adapter = await get_adapter(db, tenant_id, name)
+    query = (
+        select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
+        .where(adapter_versions.c.adapter_id == adapter.id)
+        .order_by(adapter_versions.c.version)
+    )
+    async with db.begin() as connection:
+        return [AdapterVersion(*row) for row in await connection.execute(query)]
+
+
+async def add_version(
+    db: Database,
+    tenant_id: str,
+    name: str,
+    base_model_id: str,
+    *,
+    content_hash: str,
+    rank: int,
+    target_modules: list[str],
+    size_bytes: int,
+    activate: bool,
+) -> int:
+    """Add a version (from 1) to the adapter, which is made if it is new; answers its number.
+
+    Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
+    tenant has been deleted meanwhile.
+    """
+    async with db.begin() as connection:
+        # The tenant's row orders uploads, so that neither the quota nor a version number is given out twice.
+        tenant = (
+            await connection.execute(
+                select(tenants.c.max_adapters).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update()
+            )
+        ).one_or_none()
+        if tenant is None:
+            raise NotFound("The tenant does not exist.", code="tenant_not_found")
+        values = {"id": new_id("ada"), "tenant_id": tenant_id, "name": name, "base_model_id": base_model_id}
+        await connection.execute(upsert(adapters).values(values).on_conflict_do_nothing())
+        row = (
+            await connection.execute(
+                select(adapters.c.id, adapters.c.base_model_id).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
+            )
+        ).one()
+        if row.base_model_id != base_model_id:
+            raise Conflict(
+                f"The adapter '{name}' is for another base model. Choose another name.", code="base_model_conflict", param="base_model"
+            )
+        count = (await connection.execute(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id))).scalar_one()
+        if count > tenant.max_adapters:
+            raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
+        last = select(func.coalesce(func.max(adapter_versions.c.version), 0)).where(adapter_versions.c.adapter_id == row.id)
+        version = (await connection.execute(last)).scalar_one() + 1
+        await connection.execute(
+            insert(adapter_versions).values(
+                adapter_id=row.id,
+                version=version,
+                content_hash=content_hash,
+                rank=rank,
+                target_modules=target_modules,
+                size_bytes=size_bytes,
+            )
+        )
+        if activate:
+            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+    return int(version)
+
+
+async def activate(db: Database, tenant_id: str, name: str, version: int) -> None:
+    """Make `version` the live one; an older one is a rollback. Raises NotFound."""
+    exists = select(adapter_versions.c.version).where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.version == version)
+    query = (
+        update(adapters)
+        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, exists.exists())
+        .values(live_version=version)
+        .returning(adapters.c.id)
+    )
+    async with db.begin() as connection:
+        if (await connection.execute(query)).one_or_none() is None:
+            raise NotFound("The adapter or this version of it does not exist.", code="adapter_not_found")
+
+
+async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
+    """Delete an adapter with its versions; answers the content hashes that no adapter of this tenant uses any more. Raises NotFound."""
+    async with db.begin() as connection:
+        await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
+        found = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
+        hashes = set((await connection.execute(found)).scalars())
+        gone = await connection.execute(
+            delete(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name).returning(adapters.c.id)
+        )
+        if gone.first() is None:
+            raise _not_found()
+        return sorted(hashes - await _used(connection, tenant_id))
+
+
+async def unused_hash(db: Database, tenant_id: str, content_hash: str) -> bool:
+    """Whether no version of this tenant has this content."""
+    async with db.begin() as connection:
+        return content_hash not in await _used(connection, tenant_id)
+
+
+async def _used(connection: Any, tenant_id: str) -> set[str]:
+    rest = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id)
+    return set((await connection.execute(rest)).scalars())
+
+
+async def find_served(db: Database, tenant_id: str, name: str, version: int | None) -> ServedAdapter | None:
+    """The pinned version, or the live one; None if there is no such thing for this tenant."""
+    wanted = adapters.c.live_version if version is None else version
+    query = (
+        select(adapters.c.id, adapter_versions.c.version, adapter_versions.c.content_hash, adapters.c.base_model_id)
+        .join(adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
+        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, adapter_versions.c.version == wanted)
+    )
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).one_or_none()
+    return None if row is None else ServedAdapter(*row)

@@ -1,0 +1,59 @@
+"""Connections to Postgres: short transactions, never open across a stream."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from lmaas.errors import Unavailable
+
+
+def driver_url(url: str) -> str:
+    """`url` with the driver that we use, whatever dialect name it came with (`postgres://`, `postgresql://`)."""
+    return (
+        make_url(url.replace("postgres://", "postgresql://", 1)).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    )
+
+
+def new_id(prefix: str) -> str:
+    """A random identifier such as `ten_3f9c…`: 80 bits, lower-case hex."""
+    return f"{prefix}_{secrets.token_hex(10)}"
+
+
+class Database:
+    """A pool of connections. Every use is one transaction; a database that is away raises Unavailable."""
+
+    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        self._engine = create_async_engine(
+            driver_url(url),
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            pool_timeout=5,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 5, "options": "-c statement_timeout=10000 -c timezone=UTC"},
+        )
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction: committed at the end of the block, rolled back on an error."""
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise Unavailable(
+                "The database is not available. Please try again shortly.", code="database_unavailable", retry_after_s=2
+            ) from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise Unavailable(
+                    "The database connection was lost. Please try again.", code="database_unavailable", retry_after_s=2
+                ) from error
+            raise
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()

@@ -1,0 +1,103 @@
+"""Replicas: what the controller desires, and what their supervisors observe, in separate columns."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import func, insert, select, update
+
+from lmaas.states import TERMINAL, Desired, Observed, sources
+from lmaas.store.database import Database
+from lmaas.store.tables import base_models, replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One engine and its supervisor. An id is never used twice, so it is its own generation."""
+
+    id: str
+    base_model_id: str
+    desired: str
+    observed: str
+    url: str | None
+    reason: str | None
+    created_at: datetime
+    ready_at: datetime | None
+    ended_at: datetime | None
+
+
+_COLUMNS = [replicas.c[name] for name in Replica.__slots__]
+
+
+async def add_replica(db: Database, replica_id: str, base_model_id: str) -> None:
+    """Desire one more replica. Called before it is started, so that nothing runs that no row knows of."""
+    values = {"id": replica_id, "base_model_id": base_model_id, "desired": Desired.RUNNING, "observed": Observed.STARTING}
+    async with db.begin() as connection:
+        await connection.execute(insert(replicas).values(values))
+
+
+async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, limit: int = 100) -> list[Replica]:
+    """Newest first; those that have ended only if `ended`."""
+    query = select(*_COLUMNS).order_by(replicas.c.created_at.desc()).limit(limit)
+    if base_model_id is not None:
+        query = query.where(replicas.c.base_model_id == base_model_id)
+    if not ended:
+        query = query.where(replicas.c.observed.not_in(TERMINAL))
+    async with db.begin() as connection:
+        return [Replica(*row) for row in await connection.execute(query)]
+
+
+async def get_replica(db: Database, replica_id: str) -> Replica | None:
+    """The replica, or None if nobody ever desired it."""
+    async with db.begin() as connection:
+        row = (await connection.execute(select(*_COLUMNS).where(replicas.c.id == replica_id))).one_or_none()
+    return None if row is None else Replica(*row)
+
+
+async def desire_stop(db: Database, replica_id: str) -> bool:
+    """Desire that the replica drains and stops. False if it has ended already."""
+    query = (
+        update(replicas)
+        .where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL))
+        .values(desired=Desired.STOPPED)
+        .returning(replicas.c.id)
+    )
+    async with db.begin() as connection:
+        return (await connection.execute(query)).first() is not None
+
+
+async def observe(db: Database, replica_id: str, state: Observed, *, url: str | None = None, reason: str | None = None) -> bool:
+    """Move the replica to `state` if the transition table allows it. False means a lost race: it has moved on already."""
+    values: dict[str, object] = {"observed": state}
+    if url is not None:
+        values["url"] = url
+    if reason is not None:
+        values["reason"] = reason[:2000]
+    if state is Observed.READY:
+        values["ready_at"] = func.now()
+    if state in TERMINAL:
+        values["ended_at"] = func.now()
+    query = (
+        update(replicas).where(replicas.c.id == replica_id, replicas.c.observed.in_(sources(state))).values(values).returning(replicas.c.id)
+    )
+    async with db.begin() as connection:
+        return (await connection.execute(query)).first() is not None
+
+
+async def recent_failures(db: Database, base_model_id: str, within_s: float) -> tuple[int, float]:
+    """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, and how long ago the last did."""
+    ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
+    query = select(func.count(), func.coalesce(ago, within_s)).where(
+        replicas.c.base_model_id == base_model_id,
+        replicas.c.observed.in_((Observed.FAILED, Observed.LOST)),
+        replicas.c.ready_at.is_(None),
+        replicas.c.ended_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, within_s),
+    )
+    async with db.begin() as connection:
+        count, seconds = (await connection.execute(query)).one()
+    return int(count), float(seconds)
+
+
+async def model_names(db: Database) -> dict[str, str]:
+    """Base model id → name, for tables that people read."""
+    async with db.begin() as connection:
+        return {row.id: row.name for row in await connection.execute(select(base_models.c.id, base_models.c.name))}

@@ -1,0 +1,167 @@
+"""The tables. Migrations make them; this module only describes them to SQLAlchemy."""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+
+def _created() -> Column[object]:
+    return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("tier", Text, nullable=False),
+    Column("max_queued", Integer, nullable=False),
+    Column("max_adapters", Integer, nullable=False),
+    _created(),
+    Column("deleted_at", DateTime(timezone=True)),
+    Index("tenants_name_key", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    # Operator keys belong to no tenant.
+    Column("tenant_id", ForeignKey("tenants.id")),
+    Column("role", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("hash", Text, nullable=False, unique=True),
+    Column("prefix", Text, nullable=False),
+    _created(),
+    Column("revoked_at", DateTime(timezone=True)),
+    Index(None, "tenant_id"),
+)
+
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    # A folder or a hub id, as the engine takes it.
+    Column("source", Text, nullable=False),
+    Column("dtype", Text, nullable=False),
+    # Module path → [out_features, in_features]: what adapters are validated against.
+    Column("linears", JSONB, nullable=False),
+    Column("max_lora_rank", Integer, nullable=False),
+    Column("max_loras", Integer, nullable=False),
+    Column("max_cpu_loras", Integer, nullable=False),
+    Column("max_num_seqs", Integer, nullable=False),
+    Column("max_model_len", Integer, nullable=False),
+    Column("kv_cache_bytes", BigInteger, nullable=False),
+    Column("min_replicas", Integer, nullable=False),
+    Column("max_replicas", Integer, nullable=False),
+    Column("idle_timeout_s", Float, nullable=False),
+    Column("engine_args", Text, nullable=False),
+    _created(),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("base_model_id", ForeignKey("base_models.id"), nullable=False),
+    # Null until a version is activated.
+    Column("live_version", Integer),
+    _created(),
+    UniqueConstraint("tenant_id", "name"),
+)
+
+adapter_versions = Table(
+    "adapter_versions",
+    metadata,
+    Column("adapter_id", ForeignKey("adapters.id", ondelete="CASCADE"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("content_hash", Text, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("target_modules", JSONB, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    _created(),
+    PrimaryKeyConstraint("adapter_id", "version"),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("base_model_id", ForeignKey("base_models.id"), nullable=False),
+    Column("desired", Text, nullable=False),
+    Column("observed", Text, nullable=False),
+    Column("url", Text),
+    Column("reason", Text),
+    _created(),
+    Column("ready_at", DateTime(timezone=True)),
+    Column("ended_at", DateTime(timezone=True)),
+    Index(None, "base_model_id", "observed"),
+)
+
+usage_events = Table(
+    "usage_events",
+    metadata,
+    # Idempotent on the request id.
+    Column("request_id", Text, primary_key=True),
+    # Null for probes, which are nobody's.
+    Column("tenant_id", ForeignKey("tenants.id")),
+    Column("key_id", Text),
+    Column("base_model", Text, nullable=False),
+    # The name that the client asked for.
+    Column("model", Text, nullable=False),
+    Column("adapter", Text),
+    Column("adapter_version", Integer),
+    Column("status", Text, nullable=False),
+    Column("code", Text),
+    Column("stream", Boolean, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("queue_ms", BigInteger, nullable=False),
+    Column("load_ms", BigInteger, nullable=False),
+    Column("run_ms", BigInteger, nullable=False),
+    Column("replica_id", Text),
+    # When the request arrived.
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Index(None, "tenant_id", "created_at"),
+    Index(None, "created_at"),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=True),
+    Column("tenant_id", Text),
+    Column("key_id", Text),
+    Column("action", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    _created(),
+    Index(None, "tenant_id", "created_at"),
+)

@@ -1,0 +1,155 @@
+"""Tenants and their API keys."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from lmaas.errors import Conflict, NotFound
+from lmaas.store.database import Database, new_id
+from lmaas.store.tables import adapters, api_keys, audit_log, tenants
+from lmaas.types import Principal, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Billing and isolation boundary. `max_queued` counts waiting requests, `max_adapters` adapter names."""
+
+    id: str
+    name: str
+    tier: str
+    max_queued: int
+    max_adapters: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A credential, without its secret: only the hash is stored."""
+
+    id: str
+    tenant_id: str | None
+    role: str
+    name: str
+    prefix: str
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+_TENANT = (tenants.c.id, tenants.c.name, tenants.c.tier, tenants.c.max_queued, tenants.c.max_adapters, tenants.c.created_at)
+_KEY = (
+    api_keys.c.id,
+    api_keys.c.tenant_id,
+    api_keys.c.role,
+    api_keys.c.name,
+    api_keys.c.prefix,
+    api_keys.c.created_at,
+    api_keys.c.revoked_at,
+)
+
+
+async def create_tenant(db: Database, name: str, tier: str, max_queued: int, max_adapters: int) -> Tenant:
+    """Raises Conflict if a live tenant has that name."""
+    values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters}
+    try:
+        async with db.begin() as connection:
+            row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT))).one()
+    except IntegrityError as error:
+        raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
+    return Tenant(*row)
+
+
+async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any]) -> Tenant:
+    """Change `tier`, `max_queued` or `max_adapters`. Raises NotFound."""
+    query = update(tenants).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).values(changes).returning(*_TENANT)
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound("The tenant does not exist.", code="tenant_not_found")
+    return Tenant(*row)
+
+
+async def get_tenant(db: Database, id_or_name: str) -> Tenant:
+    """By id or by name. Raises NotFound."""
+    query = select(*_TENANT).where((tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None))
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).first()
+    if row is None:
+        raise NotFound("The tenant does not exist.", code="tenant_not_found")
+    return Tenant(*row)
+
+
+async def list_tenants(db: Database) -> list[Tenant]:
+    """Every live tenant, by name."""
+    query = select(*_TENANT).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
+    async with db.begin() as connection:
+        return [Tenant(*row) for row in await connection.execute(query)]
+
+
+async def delete_tenant(db: Database, tenant_id: str) -> None:
+    """End a tenant: its keys stop at once and its adapters' rows go; its usage stays, for the bill. Raises NotFound."""
+    async with db.begin() as connection:
+        gone = await connection.execute(
+            update(tenants)
+            .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
+            .values(deleted_at=func.now())
+            .returning(tenants.c.id)
+        )
+        if gone.first() is None:
+            raise NotFound("The tenant does not exist.", code="tenant_not_found")
+        await connection.execute(
+            update(api_keys).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None)).values(revoked_at=func.now())
+        )
+        await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
+
+
+async def create_key(db: Database, tenant_id: str | None, role: Role, name: str, key_hash: str, prefix: str) -> ApiKey:
+    """Store a new key's hash. `tenant_id` is None for operators only."""
+    values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
+    async with db.begin() as connection:
+        row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY))).one()
+    return ApiKey(*row)
+
+
+async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
+    """The keys of a tenant (or of the operators), newest first, revoked ones among them."""
+    query = select(*_KEY).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
+    async with db.begin() as connection:
+        return [ApiKey(*row) for row in await connection.execute(query)]
+
+
+async def revoke_key(db: Database, tenant_id: str | None, key_id: str) -> ApiKey:
+    """Revoke a key of this tenant. Revoking twice is no error. Raises NotFound."""
+    query = (
+        update(api_keys)
+        .where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
+        .values(revoked_at=func.coalesce(api_keys.c.revoked_at, func.now()))
+        .returning(*_KEY)
+    )
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound("The key does not exist.", code="key_not_found")
+    return ApiKey(*row)
+
+
+async def find_principal(db: Database, key_hash: str) -> Principal | None:
+    """Who holds the key with this hash, or None if nobody does any more."""
+    query = (
+        select(api_keys.c.id, api_keys.c.role, api_keys.c.tenant_id, tenants.c.name, tenants.c.max_queued)
+        .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
+        .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
+    )
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).first()
+    if row is None:
+        return None
+    return Principal(row.id, Role(row.role), row.tenant_id, row.name, row.max_queued or 0)
+
+
+async def record_action(db: Database, tenant_id: str | None, key_id: str | None, action: str, target: str) -> None:
+    """Write one line of the audit log."""
+    async with db.begin() as connection:
+        await connection.execute(insert(audit_log).values(tenant_id=tenant_id, key_id=key_id, action=action, target=target))

@@ -1,0 +1,110 @@
+"""The usage ledger: exactly one event per request."""
+
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+
+from sqlalchemy import Date, cast, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from lmaas.states import UsageStatus
+from lmaas.store.database import Database
+from lmaas.store.tables import tenants, usage_events
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEvent:
+    """How one request ended and what it used. Tokens are as the engine reported them; times are whole milliseconds.
+
+    `tenant_id` is None for a probe. `model` is the name that the client asked for, `adapter` the engine's name of the weights.
+    """
+
+    request_id: str
+    tenant_id: str | None
+    key_id: str | None
+    base_model: str
+    model: str
+    adapter: str | None
+    adapter_version: int | None
+    status: UsageStatus
+    code: str | None
+    stream: bool
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue_ms: int
+    load_ms: int
+    run_ms: int
+    replica_id: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """One line of a usage report: a tenant's use of one model on one day (UTC). `tenant` is None for probes."""
+
+    day: date
+    tenant: str | None
+    model: str
+    requests: int
+    failed_requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    run_ms: int
+
+
+async def record_events(db: Database, events: list[UsageEvent]) -> None:
+    """Write events, once each: a second event of a request is ignored, unless the first was a stand-in for a lost gateway's."""
+    if not events:
+        return
+    # The last word about a request in this batch; Postgres refuses to touch a row twice in one statement.
+    latest: dict[str, UsageEvent] = {}
+    for event in events:
+        if event.request_id not in latest or latest[event.request_id].status is UsageStatus.LOST:
+            latest[event.request_id] = event
+    query = insert(usage_events)
+    changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
+    query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status == UsageStatus.LOST)
+    async with db.begin() as connection:
+        await connection.execute(query.values([asdict(event) for event in latest.values()]))
+
+
+async def report(db: Database, *, tenant_id: str | None = None, since: date | None = None, until: date | None = None) -> list[UsageRow]:
+    """Use by day, tenant and model, newest day first; of one tenant, or of all with the probes. Days are UTC, both inclusive."""
+    day = cast(func.timezone("UTC", usage_events.c.created_at), Date)
+    failed = usage_events.c.status.in_((UsageStatus.FAILED, UsageStatus.EXPIRED))
+    columns = usage_events.c
+    query = (
+        select(
+            day.label("day"),
+            tenants.c.name,
+            columns.model,
+            func.count(),
+            func.count().filter(failed),
+            func.sum(columns.prompt_tokens),
+            func.sum(columns.cached_tokens),
+            func.sum(columns.completion_tokens),
+            func.sum(columns.run_ms),
+        )
+        .join_from(usage_events, tenants, columns.tenant_id == tenants.c.id, isouter=True)
+        .group_by(day, tenants.c.id, tenants.c.name, columns.model)
+        .order_by(day.desc(), tenants.c.name.asc().nulls_last(), columns.model)
+    )
+    if tenant_id is not None:
+        query = query.where(columns.tenant_id == tenant_id)
+    if since is not None:
+        query = query.where(day >= since)
+    if until is not None:
+        query = query.where(day <= until)
+    async with db.begin() as connection:
+        rows = [tuple(row) for row in await connection.execute(query)]
+    return [UsageRow(row[0], row[1], row[2], *(int(value) for value in row[3:])) for row in rows]
+
+
+async def list_events(db: Database, tenant_id: str | None, limit: int = 100) -> list[UsageEvent]:
+    """The latest events of a tenant, or of everybody if None, newest first."""
+    query = select(*(usage_events.c[name] for name in UsageEvent.__slots__)).order_by(usage_events.c.created_at.desc()).limit(limit)
+    if tenant_id is not None:
+        query = query.where(usage_events.c.tenant_id == tenant_id)
+    async with db.begin() as connection:
+        return [UsageEvent(*row) for row in await connection.execute(query)]
