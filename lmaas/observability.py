@@ -49,12 +49,6 @@ class GatewayMetrics:
         self.requests = Counter("lmaas_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry)
         self.tokens = Counter("lmaas_tokens", "Tokens by kind, as the engines reported them.", ("kind",), registry=self.registry)
         self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
-        self.ttft = Histogram(
-            "lmaas_ttft_seconds",
-            "From the request's arrival to the first byte of its answer.",
-            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
-            registry=self.registry,
-        )
         self.queue = Histogram(
             "lmaas_queue_seconds",
             "From the request's arrival to its lease.",

@@ -1,6 +1,6 @@
 """vLLM plugin: LoRA on vLLM's CPU backend computed so that every token gets its own adapter, or none.
 
-Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with −1 for tokens without an adapter, and −1 is the last
+Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with -1 for tokens without an adapter, and -1 is the last
 slot: tenants leak into each other and into the base model (vllm#48421, #49656). Here rows are grouped by slot and rows of no
 adapter are left alone, bit for bit.
 
@@ -22,8 +22,8 @@ PATCHED_VERSIONS = frozenset({"0.32.0"})
 OVERRIDE = "LMAAS_ALLOW_UNKNOWN_VLLM"
 
 # One GEMM for all adapters wastes multiplications on pairs that are masked; one GEMM per adapter costs calls. A further adapter's calls
-# cost about as much as this many wasted (row, rank) pairs (measured at hidden size 576, 2 cores).
-_CALLS_WORTH = 256
+# cost about as much as this many wasted (row, rank) pairs: the break-even at hidden size 576 on 2 quiet cores, more on busy ones.
+_CALLS_WORTH = 2048
 
 logger = logging.getLogger("vllm.lmaas.cpu_lora")
 
@@ -34,7 +34,7 @@ class UnknownVllmError(RuntimeError):
 
 def register() -> None:
     """Entry point (`vllm.general_plugins`), called by each vLLM process; may be called again. Does nothing except on CPU."""
-    from vllm.platforms import current_platform
+    from vllm.platforms import current_platform  # noqa: PLC0415 - see the module's docstring
 
     if current_platform.is_cpu():
         # Asked for by vllm.lora.punica_wrapper.get_punica_wrapper, once per LoRA manager. Raising here stops an engine that would
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 class Routing:
-    """Which rows of a batch belong to which slot. `slots` [n]: slot of each row, −1 for none. `ranks`: true rank by slot."""
+    """Which rows of a batch belong to which slot. `slots` [n]: slot of each row, -1 for none. `ranks`: true rank by slot."""
 
     def __init__(self, slots: "Tensor", ranks: Sequence[int]) -> None:
         self.slots = slots
@@ -102,8 +102,8 @@ class Routing:
         return self._column_index
 
 
-def add_lora(  # noqa: PLR0917
-    y: "Tensor", x: "Tensor", a: Sequence["Tensor"], b: Sequence["Tensor"], sizes: Sequence[int], scale: float, route: Routing
+def add_lora(
+    y: "Tensor", x: "Tensor", a: Sequence["Tensor"], b: Sequence["Tensor"], *, sizes: Sequence[int], scale: float, route: Routing
 ) -> None:
     """`y[row, slice i] += scale · x[row] @ Aᵢ[slot].T @ Bᵢ[slot].T` in place, for the rows that have a slot, at that slot's true rank.
 
@@ -123,7 +123,7 @@ def add_lora(  # noqa: PLR0917
         rank, mine = route.rank[slot], x[rows]
         for ai, bi, at, width in zip(a, b, offsets, widths, strict=True):
             h = mine @ ai[slot, 0, :rank].t()
-            expand(y, h, bi, slot, rows, rank, at, width, scale)
+            expand(y, h, bi, slot=slot, rows=rows, rank=rank, at=at, width=width, scale=scale)
 
 
 def expand(
@@ -144,8 +144,8 @@ def _accumulate(y: "Tensor", h: "Tensor", weights: "Tensor", scale: float) -> No
 
 @functools.cache
 def _wrapper_class() -> type:
-    from vllm.lora.model_manager import LoRAModelManager
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.lora.model_manager import LoRAModelManager  # noqa: PLC0415
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: PLC0415
 
     class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """vLLM's CPU wrapper with every path to the torch ops replaced. Inherited: the metadata, and `apply_lora_full_linear`, which
@@ -183,6 +183,7 @@ def _wrapper_class() -> type:
             # Guessing here could hand a row to the wrong tenant.
             raise RuntimeError(f"LoRA routing has {len(route.slots)} {kind} rows, the layer has {n}")
 
+        # The signatures below are vLLM's.
         def add_shrink(self, y: Any, x: Any, lora_a_stacked: Any, scale: float, **_: Any) -> None:
             x = x.view(-1, x.shape[-1])
             route = self._route("token", x.shape[0], max(a.shape[2] for a in lora_a_stacked))
@@ -199,23 +200,32 @@ def _wrapper_class() -> type:
             y = y.view(-1, y.shape[-1])
             at = offset_start
             for h, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
-                self._expand(y, h, b, at, min(size, b.shape[2]), add_inputs)
+                self._expand(y, h, b, at=at, width=min(size, b.shape[2]), add_inputs=add_inputs)
                 at += size
 
         def add_lora_embedding(self, y: Any, x: Any, lora_b_stacked: Any, add_inputs: bool = True, **_: Any) -> None:
-            self._expand(y, x, lora_b_stacked, 0, min(lora_b_stacked.shape[2], y.shape[1]), add_inputs)
+            self._expand(y, x, lora_b_stacked, at=0, width=min(lora_b_stacked.shape[2], y.shape[1]), add_inputs=add_inputs)
 
-        def _expand(self, y: Any, h: Any, b: Any, at: int, width: int, add_inputs: bool) -> None:
+        def _expand(self, y: Any, h: Any, b: Any, *, at: int, width: int, add_inputs: bool) -> None:
             if not add_inputs:
                 y[:, at : at + width] = 0
             route = self._route("token", h.shape[0], b.shape[3])
             for slot, rows in route.rows.items():
-                expand(y, h[rows], b, slot, rows, route.rank[slot], at, width)
+                expand(y, h[rows], b, slot=slot, rows=rows, rank=route.rank[slot], at=at, width=width)
 
         def add_lora_linear(
-            self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any,
-            *, buffer: Any = None, add_inputs: bool = True, **kwargs: Any,
-        ) -> None:  # fmt: skip
+            self,
+            y: Any,
+            x: Any,
+            lora_a_stacked: Any,
+            lora_b_stacked: Any,
+            scale: float,
+            output_slices: Any,
+            *,
+            buffer: Any = None,
+            add_inputs: bool = True,
+            **kwargs: Any,
+        ) -> None:
             if buffer is not None:
                 self.add_shrink(buffer, x, lora_a_stacked, scale, **kwargs)
                 self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs, **kwargs)
@@ -223,16 +233,13 @@ def _wrapper_class() -> type:
             y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
             if not add_inputs:
                 y[:, : sum(output_slices)] = 0
-            add_lora(
-                y, x, lora_a_stacked, lora_b_stacked, output_slices, scale, self._route("token", x.shape[0], lora_b_stacked[0].shape[3])
-            )
+            route = self._route("token", x.shape[0], lora_b_stacked[0].shape[3])
+            add_lora(y, x, lora_a_stacked, lora_b_stacked, sizes=output_slices, scale=scale, route=route)
 
-        def add_lora_logits(
-            self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, *, buffer: Any = None, **_: Any
-        ) -> None:
+        def add_lora_logits(self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **_: Any) -> None:
             y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
             route = self._route("sampler", x.shape[0], lora_b_stacked.shape[3])
-            add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), (lora_b_stacked.shape[2],), scale, route)
+            add_lora(y, x, (lora_a_stacked,), (lora_b_stacked,), sizes=(lora_b_stacked.shape[2],), scale=scale, route=route)
 
     original: Callable[[Any, int], bool] = LoRAModelManager.activate_adapter
 

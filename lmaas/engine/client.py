@@ -1,0 +1,115 @@
+"""What we ask of a vLLM server over HTTP."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+#: What a broken connection or a dead engine raises.
+CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
+
+
+class EngineError(Exception):
+    """The engine answered a request of ours with an error. `status` is HTTP's."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text[:500]}")
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What a probe used: it counts in the engine's own counters too."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class EngineClient:
+    """One HTTP client for all engines. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "EngineClient":
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        # No total limit: a stream may be long. A dead engine is noticed by its broken connection or by its supervisor.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=2**16)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The open session. Raises RuntimeError outside the `async with`."""
+        if self._session is None:
+            raise RuntimeError("the client is not open")
+        return self._session
+
+    @asynccontextmanager
+    async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request and give its response while it arrives. Raises one of CONNECTION_ERRORS if the engine breaks."""
+        sent = {"content-type": "application/json", **headers}
+        async with self.session.post(url + path, data=body, headers=sent, skip_auto_headers=("accept-encoding", "user-agent")) as response:
+            yield response
+
+    async def _ask(self, method: str, url: str, body: object = None, timeout_s: float = 30.0) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5)
+        async with self.session.request(method, url, json=body, timeout=timeout) as response:
+            text = await response.read()
+            if response.status >= 400:
+                raise EngineError(response.status, text.decode(errors="replace"))
+            return text
+
+    async def healthy(self, url: str) -> bool:
+        """Whether the server answers at all. It may still be unable to generate."""
+        try:
+            await self._ask("GET", f"{url}/health", timeout_s=5)
+        except (EngineError, *CONNECTION_ERRORS):
+            return False
+        return True
+
+    async def generate_token(self, url: str, model: str, request_id: str, timeout_s: float) -> ProbeResult:
+        """Have the engine generate one token: the only proof that it lives. Raises EngineError or one of CONNECTION_ERRORS."""
+        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0, "cache_salt": "probe"}
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5)
+        async with self.session.post(f"{url}/v1/completions", json=body, timeout=timeout, headers={"x-request-id": request_id}) as response:
+            text = await response.read()
+            if response.status >= 400:
+                raise EngineError(response.status, text.decode(errors="replace"))
+        usage: dict[str, Any] = json.loads(text)["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return ProbeResult(request_id, usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+    async def abort(self, url: str, engine_ids: list[str]) -> None:
+        """End requests early; their responses then end by themselves, with the usage so far."""
+        await self._ask("POST", f"{url}/inference/v1/abort_requests", {"request_ids": engine_ids}, timeout_s=5)
+
+    async def load_adapter(self, url: str, name: str, path: str) -> None:
+        """Load an adapter's folder under an engine-wide name. Loading what is there already is no error."""
+        try:
+            await self._ask("POST", f"{url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, timeout_s=120)
+        except EngineError as error:
+            if "already been loaded" not in str(error):
+                raise
+
+    async def unload_adapter(self, url: str, name: str) -> None:
+        """Forget an adapter. Forgetting what is not there is no error."""
+        try:
+            await self._ask("POST", f"{url}/v1/unload_lora_adapter", {"lora_name": name}, timeout_s=30)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+
+    async def generated_tokens(self, url: str) -> float:
+        """The engine's counters of prompt and generated tokens, added up: they move while it works."""
+        text = (await self._ask("GET", f"{url}/metrics", timeout_s=10)).decode()
+        wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))

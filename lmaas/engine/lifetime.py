@@ -1,0 +1,17 @@
+"""A vLLM plugin: an engine's processes die with the process that started them.
+
+Without it, `kill -9` of a vLLM server can leave its engine process behind, with all its memory.
+"""
+
+import os
+
+from lmaas.process import die_with_parent
+
+#: Set by our launcher; a plain `vllm serve` keeps its own ways.
+VARIABLE = "LMAAS_DIE_WITH_PARENT"
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes."""
+    if os.environ.get(VARIABLE) == "1":
+        die_with_parent()

@@ -1,0 +1,64 @@
+"""Answers of the database that are good for a moment."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from lmaas.errors import Unavailable
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class MomentCache(Generic[Key, Value]):
+    """Keeps answers for `fresh_s` seconds; while the database is away, known ones for `grace_s`.
+
+    What changed is seen after `fresh_s` at the latest. One question at a time for each key; None is not kept, so that something
+    new is seen at once. At most `size` keys: the longest unused go first.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[Key], Awaitable[Value | None]],
+        *,
+        fresh_s: float,
+        grace_s: float,
+        size: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ask, self._fresh_s, self._grace_s, self._size, self._clock = ask, fresh_s, grace_s, size, clock
+        self._known: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
+        self._asking: dict[Key, asyncio.Task[Value | None]] = {}
+
+    async def get(self, key: Key) -> Value | None:
+        """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
+        known = self._known.get(key)
+        now = self._clock()
+        if known is not None and now - known[0] < self._fresh_s:
+            self._known.move_to_end(key)
+            return known[1]
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = asyncio.create_task(self._refresh(key))
+            self._asking[key] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(key, None))
+        try:
+            return await asyncio.shield(asking)
+        except Unavailable:
+            if known is not None and now - known[0] < self._grace_s:
+                return known[1]
+            raise
+
+    async def _refresh(self, key: Key) -> Value | None:
+        asked = self._clock()
+        value = await self._ask(key)
+        if value is None:
+            self._known.pop(key, None)
+        else:
+            self._known[key] = (asked, value)
+            self._known.move_to_end(key)
+            while len(self._known) > self._size:
+                self._known.popitem(last=False)
+        return value

@@ -1,0 +1,88 @@
+"""One HTTP exchange with a client: its body, its answer, and whether the client is still there."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.types import Receive, Scope, Send
+
+from lmaas.http import limited
+
+#: Whether nginx and its like may collect a stream before they pass it on: they may not.
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Call:
+    """A client's request and the answer to it. Writing to a client that has gone is no error: it is dropped."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self.request_id: str = scope["request_id"]
+        self.started = False
+        self.gone = asyncio.Event()
+        self._on_gone: list[Callable[[], None]] = []
+
+    @property
+    def authorization(self) -> str | None:
+        """The `Authorization` header."""
+        for name, value in self._scope["headers"]:
+            if name == b"authorization":
+                text: str = value.decode("latin-1")
+                return text
+        return None
+
+    async def body(self, limit_bytes: int) -> bytes:
+        """The whole request body. Raises TooLarge."""
+        receive = limited(self._receive, self._scope, limit_bytes)
+        parts = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.gone.set()
+                break
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        return b"".join(parts)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Notice in the block when the client goes away. The body must have been read."""
+        watch = asyncio.create_task(self._watch(), name=f"client-{self.request_id}")
+        try:
+            yield
+        finally:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
+
+    async def _watch(self) -> None:
+        while not self.gone.is_set():
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone.set()
+        for callback in self._on_gone:
+            callback()
+
+    def on_gone(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once, when the client goes away."""
+        if self.gone.is_set():
+            callback()
+        else:
+            self._on_gone.append(callback)
+
+    async def start(self, status: int, headers: dict[str, str]) -> None:
+        """Send status and headers, once."""
+        if not self.started:
+            self.started = True
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, chunk: bytes) -> None:
+        """Send a part of the body; waits while the client cannot take more."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self, chunk: bytes = b"") -> None:
+        """Send the rest of the body."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})

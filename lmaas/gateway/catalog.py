@@ -1,0 +1,87 @@
+"""From a tenant's model name to a pool and an adapter version."""
+
+import re
+from dataclasses import dataclass
+
+from lmaas.adapters.objects import source_of
+from lmaas.errors import ModelNotFound
+from lmaas.gateway.cache import MomentCache
+from lmaas.store.adapters import find_served, list_adapters
+from lmaas.store.database import Database
+from lmaas.store.models import BaseModel, list_base_models
+from lmaas.types import NAME_PATTERN
+
+#: A new live version is seen after this long at the latest.
+FRESH_S = 0.5
+GRACE_S = 300.0
+_PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a model name means for one tenant. `engine_name` is what the engine calls it; `adapter` is empty for a base model."""
+
+    base: BaseModel
+    engine_name: str
+    adapter: str
+    source: str
+    version: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """One line of `/v1/models`. `created` is in seconds since 1970."""
+
+    name: str
+    created: int
+    parent: str | None
+
+
+class Catalog:
+    """The models that each tenant may call: every base model, and its own adapters."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S)
+        self._served = MomentCache[tuple[str, str, int | None], ServedModel](self._find, fresh_s=FRESH_S, grace_s=GRACE_S)
+
+    async def resolve(self, tenant_id: str, name: str) -> ServedModel:
+        """What `name` (a base model, an adapter's live version, or `adapter@version`) means. Raises ModelNotFound.
+
+        Somebody else's adapter, an engine's internal name and a made-up name are the same: not found.
+        """
+        match = _PINNED.fullmatch(name)
+        if match is None:
+            raise ModelNotFound(name)
+        plain, version = match[1], match[2]
+        if version is None:
+            for base in await self._bases.get("") or ():
+                if base.name == plain:
+                    return ServedModel(base, base.name, "", "", None)
+        served = await self._served.get((tenant_id, plain, None if version is None else int(version)))
+        if served is None:
+            raise ModelNotFound(name)
+        return served
+
+    async def listed(self, tenant_id: str) -> list[ListedModel]:
+        """Every model that the tenant may call by its plain name."""
+        listed = [ListedModel(base.name, 0, None) for base in await self._bases.get("") or ()]
+        for adapter in await list_adapters(self._db, tenant_id):
+            if adapter.live_version is not None:
+                listed.append(ListedModel(adapter.name, int(adapter.created_at.timestamp()), adapter.base_model))
+        return listed
+
+    async def _list_bases(self, _: str) -> list[BaseModel] | None:
+        return await list_base_models(self._db)
+
+    async def _find(self, key: tuple[str, str, int | None]) -> ServedModel | None:
+        tenant_id, name, version = key
+        found = await find_served(self._db, tenant_id, name, version)
+        if found is None:
+            return None
+        base = next((base for base in await self._bases.get("") or () if base.id == found.base_model_id), None)
+        if base is None:
+            return None
+        # A name never stands for different weights: the engine keys its prefix cache by it.
+        adapter = f"{tenant_id}-{found.content_hash}"
+        return ServedModel(base, adapter, adapter, source_of(tenant_id, found.content_hash), found.version)

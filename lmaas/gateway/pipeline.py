@@ -1,0 +1,158 @@
+"""The path of a request, from its key to its last token, as one readable function."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lmaas.config import Settings
+from lmaas.engine.client import EngineClient
+from lmaas.errors import EngineFailed, Forbidden, InternalError, LmaasError, Unavailable
+from lmaas.gateway import sse
+from lmaas.gateway.auth import Authenticator
+from lmaas.gateway.call import STREAM_HEADERS, Call
+from lmaas.gateway.catalog import Catalog, ServedModel
+from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
+from lmaas.gateway.shield import Shielded
+from lmaas.http import parse_json
+from lmaas.metering.usage import UsageRecord
+from lmaas.observability import GatewayMetrics
+from lmaas.scheduling.client import Ticket
+from lmaas.scheduling.leases import Lease, Leases, OpenTicket
+from lmaas.states import UsageStatus
+from lmaas.types import Principal
+
+log = logging.getLogger(__name__)
+
+#: How often a streaming client hears that it waits.
+COMMENT_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What the path needs, handed down from the composition root."""
+
+    settings: Settings
+    authenticate: Authenticator
+    catalog: Catalog
+    leases: Leases
+    client: EngineClient
+    metrics: GatewayMetrics
+
+
+async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
+    """Answer one chat completion or completion, plain or streaming."""
+    principal = await gateway.authenticate(call.authorization)
+    if principal.tenant_id is None:
+        raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
+    request = shield(parse_json(await call.body(gateway.settings.max_body_bytes)))
+    model = await gateway.catalog.resolve(principal.tenant_id, request.model)
+    record = _record(call, principal, request, model)
+    ticket = _ticket(gateway, principal, request, model, record)
+    deadline_s = gateway.settings.queue_deadline_s
+    async with call.watched(), gateway.leases.open(ticket, record, max_queued=principal.max_queued, deadline_s=deadline_s) as opened:
+        with gateway.metrics.in_flight.track_inprogress():
+            try:
+                await _run(gateway, call, endpoint, request, model, record, opened)
+            except LmaasError as error:
+                # Past its deadline a request has expired; everything else that ends here has failed.
+                expired = isinstance(error, Unavailable) and opened.lease is None
+                record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
+                await _answer_error(call, error)
+            except asyncio.CancelledError:
+                # The gateway stops and its drain time is over: never a silent end.
+                record.end(UsageStatus.FAILED, "gateway_stopped")
+                await _answer_error(
+                    call, Unavailable("The gateway is stopping. Please try again.", code="gateway_stopped", retry_after_s=1)
+                )
+                raise
+            except Exception:
+                log.exception("unexpected error", extra={"request_id": call.request_id, "tenant_id": principal.tenant_id})
+                record.end(UsageStatus.FAILED, "internal_error")
+                await _answer_error(call, InternalError())
+            finally:
+                _observe(gateway, endpoint, record)
+
+
+async def _run(
+    gateway: Gateway, call: Call, endpoint: Endpoint, request: Shielded, model: ServedModel, record: UsageRecord, opened: OpenTicket
+) -> None:
+    """Wait for a lease and deliver; once more if an engine is lost before the client has had anything."""
+    delivery = Delivery(call, endpoint, request, model, record, gateway.client)
+    body = request.body(model.engine_name, cache_salt=opened.ticket.tenant)
+    call.on_gone(opened.wake)
+    while True:
+        lease = await _leased(call, opened, streaming=request.stream)
+        if lease is None:
+            return  # the client went away while it waited
+        record.start(lease.replica, lease.queue_ms, lease.load_ms)
+        try:
+            await delivery.attempt(lease, opened, body)
+            break
+        except EngineLost as lost:
+            if call.gone.is_set():
+                return
+            log.warning("a delivery failed", extra={"request_id": call.request_id, "replica_id": lease.replica, "detail": str(lost)})
+            if delivery.begun:
+                raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
+            await opened.retry(lease, lost.reason)
+    if not call.gone.is_set():
+        record.end(UsageStatus.COMPLETED)
+        await call.finish()
+
+
+async def _leased(call: Call, opened: OpenTicket, *, streaming: bool) -> Lease | None:
+    """The lease; None if the client has gone. A streaming client hears about once a second how it stands."""
+    while not call.gone.is_set():
+        lease = await opened.wait(COMMENT_EVERY_S)
+        if lease is not None:
+            return lease
+        if streaming and not call.gone.is_set():
+            await call.start(200, STREAM_HEADERS)
+            await call.write(sse.comment(f"queued position={opened.position} estimated_wait_s={opened.wait_ms / 1000:.0f}"))
+    return None
+
+
+async def _answer_error(call: Call, error: LmaasError) -> None:
+    """An error response, or an error event if the answer has begun."""
+    if call.started:
+        await call.finish(sse.data(error.body()))
+        return
+    text = sse.data(error.body())[len(b"data: ") :].strip()
+    await call.start(int(error.status), {"content-type": "application/json", "content-length": str(len(text)), **error.headers()})
+    await call.finish(text)
+
+
+def _record(call: Call, principal: Principal, request: Shielded, model: ServedModel) -> UsageRecord:
+    return UsageRecord(
+        request_id=call.request_id,
+        tenant_id=principal.tenant_id,
+        key_id=principal.key_id,
+        base_model=model.base.name,
+        model=request.model,
+        adapter=model.adapter or None,
+        adapter_version=model.version,
+        stream=request.stream,
+    )
+
+
+def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: ServedModel, record: UsageRecord) -> Ticket:
+    return Ticket(
+        id=record.request_id,
+        pool=model.base.id,
+        tenant=principal.tenant_id or "",
+        gateway=gateway.leases.gateway,
+        adapter=model.adapter,
+        source=model.source,
+        weight=request.weight,
+        event=record.event(),
+    )
+
+
+def _observe(gateway: Gateway, endpoint: Endpoint, record: UsageRecord) -> None:
+    metrics = gateway.metrics
+    metrics.requests.labels(endpoint.path, record.status).inc()
+    metrics.queue.observe(record.queue_ms / 1000)
+    for kind, count in (("prompt", record.prompt_tokens), ("cached", record.cached_tokens), ("completion", record.completion_tokens)):
+        metrics.tokens.labels(kind).inc(count)

@@ -1,0 +1,179 @@
+"""From an engine to a client: one delivery of a request, streamed or whole."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
+from lmaas.errors import InvalidRequest
+from lmaas.gateway import sse
+from lmaas.gateway.call import STREAM_HEADERS, Call
+from lmaas.gateway.catalog import ServedModel
+from lmaas.gateway.shield import Shielded
+from lmaas.metering.usage import UsageRecord
+from lmaas.scheduling.leases import Lease, OpenTicket
+
+log = logging.getLogger(__name__)
+
+#: How long an engine may take to wind up a request whose client has gone; then its connection is cut.
+ABORT_GRACE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One of OpenAI's endpoints: its path on the engine, and how the engine names its requests."""
+
+    path: str
+    id_prefix: str
+
+    def engine_ids(self, request_id: str, prompts: int) -> list[str]:
+        """The engine's names of the request, to abort it: one for each prompt of a completion."""
+        if self.id_prefix == "cmpl":
+            return [f"cmpl-{request_id}-{index}" for index in range(prompts)]
+        return [f"{self.id_prefix}-{request_id}"]
+
+
+class EngineLost(Exception):
+    """This delivery failed through no fault of the request. `reason` is `engine` or `adapter`, for the scheduler."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Interrupt:
+    """Like asyncio.timeout, but for something that happens: `fire` ends the block, which then raises EngineLost."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+        self._detail: str | None = None
+
+    def fire(self, detail: str) -> None:
+        """End the block, if it is still being run."""
+        if self._task is not None and self._detail is None:
+            self._detail = detail
+            self._task.cancel()
+
+    def __enter__(self) -> "Interrupt":
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        task, self._task = self._task, None
+        if self._detail is not None and task is not None and task.uncancel() == 0 and kind is not None:
+            raise EngineLost("engine", self._detail) from error
+
+
+class Delivery:
+    """Sends one request to one engine after the other until it is answered, and passes the answer on."""
+
+    def __init__(
+        self, call: Call, endpoint: Endpoint, request: Shielded, model: ServedModel, record: UsageRecord, client: EngineClient
+    ) -> None:
+        self._call, self._endpoint, self._request, self._model = call, endpoint, request, model
+        self._record, self._client = record, client
+        #: Whether the client has had a byte of an answer: from then on it cannot be tried again.
+        self.begun = False
+
+    async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> None:
+        """Deliver once. Raises EngineLost if the engine or its connection broke, InvalidRequest if the engine refused the request."""
+        background: set[asyncio.Task[None]] = set()
+        with Interrupt() as interrupt:
+            opened.on_revoked(lambda: interrupt.fire("the replica was taken out of service"))
+
+            def abort() -> None:
+                background.add(asyncio.create_task(self._abort(lease, interrupt)))
+
+            self._call.on_gone(abort)
+            try:
+                headers = {"x-request-id": self._call.request_id}
+                async with self._client.post(lease.url, self._endpoint.path, body, headers) as response:
+                    if response.status != 200:
+                        await self._refused(response)
+                    elif self._request.stream:
+                        await self._stream(response)
+                    else:
+                        await self._whole(response)
+            except CONNECTION_ERRORS as error:
+                raise EngineLost("engine", repr(error)) from error
+            finally:
+                for task in background:
+                    task.cancel()
+
+    async def _abort(self, lease: Lease, interrupt: Interrupt) -> None:
+        """The client has gone. The engine ends the request, and its answer still comes with the exact usage."""
+        ids = self._endpoint.engine_ids(self._call.request_id, self._request.prompts)
+        with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
+            await self._client.abort(lease.url, ids)
+        await asyncio.sleep(ABORT_GRACE_S)
+        interrupt.fire("the client has gone")
+
+    async def _stream(self, response: aiohttp.ClientResponse) -> None:
+        rewrite = sse.Rewriter(
+            self._model.engine_name,
+            self._request.model,
+            include_usage=self._request.include_usage,
+            continuous_usage=self._request.continuous_usage,
+        )
+        async for event in sse.events(response.content.iter_any()):
+            if event == sse.DONE:
+                await self._call.write(event + b"\n\n")
+                return
+            if event.startswith(b'data: {"error"'):
+                raise _engine_error(500, event.removeprefix(b"data: "), self._model, self._request)
+            out = rewrite(event)
+            if rewrite.usage is not None:
+                self._record.count(rewrite.usage)
+            if b'"finish_reason":"abort"' in event and not self._call.gone.is_set():
+                raise EngineLost("engine", "the engine ended the request")
+            if out is not None:
+                await self._call.start(200, STREAM_HEADERS)
+                self.begun = True
+                await self._call.write(out + b"\n\n")
+        if not self._call.gone.is_set():
+            raise EngineLost("engine", "the stream ended early")
+
+    async def _whole(self, response: aiohttp.ClientResponse) -> None:
+        answer: dict[str, Any] = json.loads(await response.read())
+        self._record.count(answer.get("usage") or {})
+        aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
+        if aborted and not self._call.gone.is_set():
+            raise EngineLost("engine", "the engine ended the request")
+        answer["model"] = self._request.model
+        text = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+        self.begun = True
+        await self._call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
+        await self._call.write(text)
+
+    async def _refused(self, response: aiohttp.ClientResponse) -> None:
+        raise _engine_error(response.status, await response.read(), self._model, self._request)
+
+
+def _engine_error(status: int, text: bytes, model: ServedModel, request: Shielded) -> Exception:
+    """What an engine's error means: a mistake of the client's, or a lost engine."""
+    try:
+        error = json.loads(text)["error"]
+        message, code = str(error["message"]), int(error.get("code") or status)
+    except (ValueError, KeyError, TypeError):
+        message, code = text[:200].decode(errors="replace"), status
+    if code == 404:
+        # The engine does not have the adapter after all.
+        return EngineLost("adapter", message)
+    if not 400 <= code < 500:
+        return EngineLost("engine", message)
+    # Tenants know their own names only.
+    message = message.replace(model.engine_name, request.model)
+    lowered = message.lower()
+    if "maximum context length" in lowered or "context length" in lowered or "max_model_len" in lowered:
+        return InvalidRequest(message, code="context_length_exceeded", param="messages" if "messages" in request.parameters else "prompt")
+    if "schema" in lowered:
+        return InvalidRequest(message, code="invalid_schema", param="response_format")
+    if "grammar" in lowered or "regex" in lowered:
+        return InvalidRequest(message, code="invalid_grammar", param="response_format")
+    return InvalidRequest(message)

@@ -1,0 +1,61 @@
+"""Server-sent events between an engine and a client: what is changed in them, and nothing else."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+DONE = b"data: [DONE]"
+_DECODER = json.JSONDecoder()
+
+
+async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events of a stream, each whole and without its empty line, however the bytes arrive."""
+    buffer = b""
+    async for chunk in chunks:
+        buffer += chunk
+        while (end := buffer.find(b"\n\n")) >= 0:
+            event, buffer = buffer[:end], buffer[end + 2 :]
+            if event:
+                yield event
+    if buffer.strip():
+        yield buffer.strip()
+
+
+def comment(text: str) -> bytes:
+    """A line that clients skip, to show that the request is alive."""
+    return f": {text}\n\n".encode()
+
+
+def data(value: Any) -> bytes:
+    """An event of ours."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Rewriter:
+    """Gives every event of one stream the name that the client asked for, and takes out what it did not ask for.
+
+    Works on the bytes: an event is not parsed and written again for each token. That is safe because inside a JSON string every
+    quote is escaped, so `,"usage":` and `"model":` as they stand here occur only as keys of the event itself, and because vLLM
+    writes `model` before anything that a model wrote.
+    """
+
+    def __init__(self, engine_name: str, asked: str, *, include_usage: bool, continuous_usage: bool) -> None:
+        self._internal = b'"model":' + json.dumps(engine_name).encode()
+        self._asked = b'"model":' + json.dumps(asked, ensure_ascii=False).encode()
+        self._include_usage, self._continuous_usage = include_usage, continuous_usage
+        #: The engine's latest usage object.
+        self.usage: dict[str, Any] | None = None
+
+    def __call__(self, event: bytes) -> bytes | None:
+        """The event for the client, or None if it is not for the client. Raises ValueError if the engine talks nonsense."""
+        start = event.rfind(b',"usage":{')
+        if start >= 0:
+            tail = event[start + 9 :].decode()
+            usage, end = _DECODER.raw_decode(tail)
+            self.usage = usage
+            last = b'"choices":[],' in event or event[:start].endswith(b'"choices":[]')
+            if last and not self._include_usage:
+                return None
+            if not last and not self._continuous_usage:
+                event = event[:start] + tail[end:].encode()
+        return event.replace(self._internal, self._asked, 1)

@@ -1,0 +1,129 @@
+"""HTTP as both the gateway and the tenant and operator API speak it: request ids, limits, errors in OpenAI's shape."""
+
+import json
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, TooLarge
+from lmaas.types import Principal
+
+log = logging.getLogger(__name__)
+
+#: Who holds the key of a request: raises Unauthenticated, or Unavailable if nobody can say.
+Authenticate = Callable[[str | None], Awaitable[Principal]]
+
+NOT_FOUND = "There is nothing at this address. The paths are listed in /openapi.json."
+
+
+class JsonResponse(Response):
+    """Compact JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """`content` as UTF-8 JSON."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+
+
+def error_response(error: LmaasError) -> JsonResponse:
+    """The one place where an error becomes a response."""
+    return JsonResponse(error.body(), status_code=int(error.status), headers=error.headers())
+
+
+class Frame:
+    """Pure ASGI middleware around everything: gives each request its id, and each failure its answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Made here: a client's own X-Request-Id is never trusted, since the ledger counts by this one.
+        request_id = f"req_{secrets.token_hex(12)}"
+        scope["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except LmaasError as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+        except Exception:
+            log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
+            if started:
+                raise
+            await error_response(InternalError())(scope, receive, send_with_id)
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such route, no such method, bad form), in OpenAI's shape."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    if status == 404:
+        return error_response(NotFound(NOT_FOUND))
+    if status == 405:
+        return error_response(MethodNotAllowed("This method is not allowed here."))
+    return error_response(InvalidRequest(detail) if status < 500 else InternalError())
+
+
+def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
+    """`receive`, raising TooLarge once more than `limit_bytes` of body have come (or were announced)."""
+    error = TooLarge(f"The request body may have {limit_bytes} bytes at most.")
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+        # A few bytes could become gigabytes.
+        raise TooLarge("Compressed request bodies are not accepted.")
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit_bytes:
+        raise error
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit_bytes:
+            raise error
+        return message
+
+    return counted
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object, strictly: no duplicate keys, no NaN, no depth that breaks a parser. Raises InvalidRequest `invalid_json`."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("an object has the same key twice")
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
+    return value

@@ -1,0 +1,1 @@
+"""Usage: what each request used, written to the ledger exactly once."""

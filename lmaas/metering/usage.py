@@ -1,0 +1,100 @@
+"""The record of one request's use, from its acceptance to its end."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from lmaas.states import UsageStatus
+from lmaas.store.usage import UsageEvent
+
+
+@dataclass(slots=True)
+class UsageRecord:
+    """What is known of a request so far. The scheduler keeps its JSON, to be charged if this gateway dies.
+
+    Tokens are the engine's own figures. A request that did not say how it ended was aborted: its client went away.
+    """
+
+    request_id: str
+    tenant_id: str | None
+    key_id: str | None
+    base_model: str
+    model: str
+    adapter: str | None
+    adapter_version: int | None
+    stream: bool
+    status: UsageStatus = UsageStatus.ABORTED
+    code: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_ms: int = 0
+    load_ms: int = 0
+    replica_id: str | None = None
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _accepted: float = field(default_factory=time.monotonic)
+    _started: float | None = None
+    _ended: float | None = None
+
+    def start(self, replica_id: str, queue_ms: int, load_ms: int) -> None:
+        """The request goes to an engine; after a lost one, to another."""
+        self.replica_id, self.queue_ms, self.load_ms = replica_id, queue_ms, load_ms
+        self._started = time.monotonic()
+
+    def count(self, usage: dict[str, Any]) -> None:
+        """Take the engine's `usage` object. The latest is the whole: figures of one request only grow."""
+        self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        self.completion_tokens = int(usage.get("completion_tokens") or 0)
+        self.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+    def end(self, status: UsageStatus, code: str | None = None) -> None:
+        """Say how the request ended."""
+        self.status, self.code = status, code
+        self._ended = time.monotonic()
+
+    @property
+    def run_ms(self) -> int | None:
+        """From the lease to the end, or None if there was no lease."""
+        if self._started is None:
+            return None
+        return round(((self._ended or time.monotonic()) - self._started) * 1000)
+
+    def progress(self) -> str:
+        """The checkpoint: `prompt,cached,completion` tokens so far."""
+        return f"{self.prompt_tokens},{self.cached_tokens},{self.completion_tokens}"
+
+    def event(self) -> str:
+        """The usage event as it stands, as JSON."""
+        waited = round(((self._started or time.monotonic()) - self._accepted) * 1000)
+        return json.dumps(
+            {
+                "request_id": self.request_id,
+                "tenant_id": self.tenant_id,
+                "key_id": self.key_id,
+                "base_model": self.base_model,
+                "model": self.model,
+                "adapter": self.adapter,
+                "adapter_version": self.adapter_version,
+                "status": self.status,
+                "code": self.code,
+                "stream": self.stream,
+                "prompt_tokens": self.prompt_tokens,
+                "cached_tokens": self.cached_tokens,
+                "completion_tokens": self.completion_tokens,
+                "queue_ms": self.queue_ms if self._started is not None else waited,
+                "load_ms": self.load_ms,
+                "run_ms": self.run_ms or 0,
+                "replica_id": self.replica_id,
+                "created_at": self.created_at.isoformat(),
+            }
+        )
+
+
+def parse_event(text: str) -> UsageEvent:
+    """The event that `UsageRecord.event` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    fields = json.loads(text)
+    fields["created_at"] = datetime.fromisoformat(fields["created_at"])
+    fields["status"] = UsageStatus(fields["status"])
+    return UsageEvent(**fields)

@@ -1,0 +1,87 @@
+"""The adapters on one engine: fetched, loaded, and unloaded when others need their place."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import shutil
+from pathlib import Path
+
+from lmaas.adapters.objects import AdapterFiles
+from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
+from lmaas.scheduling.client import Scheduler
+
+log = logging.getLogger(__name__)
+
+LOADS_AT_ONCE = 4
+
+
+class Residency:
+    """Loads what the scheduler wants loaded. `capacity` adapters stay on the engine; the longest unused gives way.
+
+    The files lie in `folder`, one folder an adapter, for as long as the engine may read them.
+    """
+
+    def __init__(
+        self, pool: str, replica: str, scheduler: Scheduler, client: EngineClient, files: AdapterFiles, folder: Path, capacity: int
+    ):
+        self._pool, self._replica = pool, replica
+        self._scheduler, self._client, self._files = scheduler, client, files
+        self._folder = folder
+        self._capacity = capacity
+        self._limit = asyncio.Semaphore(LOADS_AT_ONCE)
+        self._making_room = asyncio.Lock()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self.resident: set[str] = set()
+
+    def want(self, url: str, loads: dict[str, str], used_ms_ago: dict[str, float]) -> None:
+        """Start what is not loading yet. `loads` maps adapters to their place in the store, `used_ms_ago` when each was last granted."""
+        for adapter, source in loads.items():
+            if adapter not in self._loading:
+                task = asyncio.create_task(self._load(url, adapter, source, dict(used_ms_ago)), name=f"load-{adapter}")
+                self._loading[adapter] = task
+                task.add_done_callback(functools.partial(self._loaded, adapter))
+
+    def _loaded(self, adapter: str, task: asyncio.Task[None]) -> None:
+        del self._loading[adapter]
+        if not task.cancelled() and task.exception() is not None:
+            # Redis was away when the load was to be told: the next heartbeat asks for it again.
+            log.warning("a load was not told", extra={"action": "load", "adapter": adapter, "detail": repr(task.exception())})
+
+    async def _load(self, url: str, adapter: str, source: str, used_ms_ago: dict[str, float]) -> None:
+        extra = {"action": "load", "replica_id": self._replica, "adapter": adapter}
+        try:
+            async with self._limit:
+                await self._make_room(url, used_ms_ago)
+                path = self._folder / adapter
+                if not path.exists():
+                    await self._files.fetch(source, path)
+                await self._client.load_adapter(url, adapter, str(path))
+                self.resident.add(adapter)
+            granted = await self._scheduler.loaded(self._pool, self._replica, adapter)
+            log.info("adapter loaded", extra=extra | {"detail": f"{granted} requests waited for it"})
+        except (OSError, EngineError, *CONNECTION_ERRORS) as error:
+            # Its own requests fail; the paths in the error are not for tenants.
+            log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400
+            reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine did not take it"
+            await self._scheduler.load_failed(self._pool, self._replica, adapter, reason)
+
+    async def _make_room(self, url: str, used_ms_ago: dict[str, float]) -> None:
+        async with self._making_room:
+            for adapter in sorted(self.resident, key=lambda name: -used_ms_ago.get(name, float("inf"))):
+                if len(self.resident) < self._capacity:
+                    return
+                if await self._scheduler.evict(self._pool, self._replica, adapter):
+                    await self._client.unload_adapter(url, adapter)
+                    self.resident.discard(adapter)
+                    await asyncio.to_thread(shutil.rmtree, self._folder / adapter, ignore_errors=True)
+
+    async def close(self) -> None:
+        """Stop loading, and delete the files."""
+        tasks = list(self._loading.values())
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)

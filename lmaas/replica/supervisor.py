@@ -1,0 +1,285 @@
+"""One replica's life: start the engine, see it generate, keep it in the scheduler's view, drain it, stop it.
+
+The supervisor restarts nothing. If its engine ends, it says so and ends too; whether there is a next one is the controller's
+decision.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any
+
+from lmaas.adapters.objects import AdapterFiles
+from lmaas.config import Settings
+from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
+from lmaas.engine.launch import EngineProcess, EngineSpec, launched
+from lmaas.errors import Unavailable
+from lmaas.metering.usage import UsageRecord
+from lmaas.replica.residency import Residency
+from lmaas.scheduling.client import Beat, Scheduler, replica_channel
+from lmaas.states import Desired, Observed, UsageStatus
+from lmaas.store.database import Database, new_id
+from lmaas.store.models import BaseModel
+from lmaas.store.replicas import get_replica, observe
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+#: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
+STALL_S = 30.0
+PROBE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a replica ends, and in which state that leaves it."""
+
+    state: Observed
+    reason: str
+
+
+class Supervisor:
+    """Supervises one engine for the replica `replica_id` of `model`'s pool. `run` is its whole life."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        db: Database,
+        scheduler: Scheduler,
+        files: AdapterFiles,
+        client: EngineClient,
+        model: BaseModel,
+        replica_id: str,
+    ) -> None:
+        self._settings, self._db, self._scheduler, self._client = settings, db, scheduler, client
+        self._model, self._id = model, replica_id
+        self._folder = settings.home / "replicas" / replica_id
+        self._residency = Residency(
+            model.id, replica_id, scheduler, client, files, self._folder / "adapters", max(model.max_cpu_loras, model.max_loras)
+        )
+        self._state = Observed.STARTING
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._wake = asyncio.Event()
+        self._started = time.monotonic()
+        self._start_ms: int | None = None
+        self._load = 0
+        self._suspect = False
+        self._controller_seen = time.monotonic()
+        self._busy_seen = time.monotonic()
+
+    def end(self, state: Observed, reason: str) -> None:
+        """Have the replica end; the first reason counts."""
+        if not self._ending.done():
+            self._ending.set_result(Ending(state, reason))
+
+    async def run(self) -> Ending:
+        """Run the replica until nobody desires it or its engine is gone. Its process and its memory are gone afterwards."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
+        async with launched(self._spec(), _free_port(), self._folder / "engine.log") as engine:
+            log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}"))
+            tasks = [
+                asyncio.create_task(coroutine, name=name)
+                for name, coroutine in {
+                    "engine-exit": self._watch_engine(engine),
+                    "engine-start": self._get_ready(engine),
+                    "heartbeat": self._beat(engine),
+                    "signals": self._listen(),
+                    "desire": self._watch_desire(),
+                    "liveness": self._watch_liveness(engine),
+                }.items()
+            ]
+            try:
+                ending = await self._first_ending(tasks)
+                if ending.state is Observed.STOPPED:
+                    await self._drain(engine)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                # Before the engine is stopped, which may take a while: what waits on this replica can go elsewhere now.
+                with contextlib.suppress(Unavailable):
+                    await self._scheduler.deregister(self._model.id, self._id)
+        await self._residency.close()
+        with contextlib.suppress(Unavailable):
+            await observe(self._db, self._id, ending.state, reason=ending.reason)
+        level = logging.INFO if ending.state is Observed.STOPPED else logging.ERROR
+        log.log(level, "replica ended", extra=self._extra("end", ending.reason))
+        return ending
+
+    async def _first_ending(self, tasks: list["asyncio.Task[None]"]) -> Ending:
+        """The ending, or the first unexpected failure of a task, which ends the replica as well."""
+        waiting: set[asyncio.Future[Any]] = {self._ending, *tasks}
+        while not self._ending.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {self._ending}:
+                task.result()
+        return self._ending.result()
+
+    def _spec(self) -> EngineSpec:
+        model = self._model
+        return EngineSpec(
+            source=model.source,
+            name=model.name,
+            dtype=model.dtype,
+            max_model_len=model.max_model_len,
+            max_num_seqs=model.max_num_seqs,
+            max_loras=model.max_loras,
+            max_lora_rank=model.max_lora_rank,
+            max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
+            kv_cache_bytes=model.kv_cache_bytes,
+            extra_args=model.engine_args,
+        )
+
+    def _extra(self, action: str, detail: str = "") -> dict[str, str]:
+        return {"action": action, "replica_id": self._id, "pool_id": self._model.id, "detail": detail}
+
+    async def _watch_engine(self, engine: EngineProcess) -> None:
+        code = await engine.exited()
+        self.end(Observed.FAILED, f"the engine ended with code {code}: {engine.last_words()}")
+
+    async def _get_ready(self, engine: EngineProcess) -> None:
+        """Ready means that a token was generated, not that a port is open."""
+        deadline = self._started + self._settings.start_timeout_s
+        while not await self._client.healthy(engine.url):
+            if time.monotonic() > deadline:
+                self.end(Observed.FAILED, f"the engine was not ready within {self._settings.start_timeout_s:.0f} s: {engine.last_words()}")
+                return
+            await asyncio.sleep(0.2)
+        if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
+            self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
+            return
+        self._start_ms = round((time.monotonic() - self._started) * 1000)
+        if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url)):
+            self.end(Observed.STOPPED, "nobody desires this replica any more")
+            return
+        self._state = Observed.READY
+        self._wake.set()
+        log.info("engine ready", extra=self._extra("ready", f"after {self._start_ms} ms"))
+
+    async def _patiently(self, attempt: Awaitable[bool]) -> bool:
+        """The answer of the database; while it is away, take it that nothing has changed."""
+        try:
+            return await attempt
+        except Unavailable:
+            return True
+
+    async def _probe(self, engine: EngineProcess, timeout_s: float) -> bool:
+        """Have the engine generate a token. What that used goes to the ledger, as nobody's."""
+        record = UsageRecord(new_id("probe"), None, None, self._model.name, self._model.name, None, None, stream=False)
+        record.start(self._id, 0, 0)
+        try:
+            result = await self._client.generate_token(engine.url, self._model.name, record.request_id, timeout_s)
+        except (EngineError, *CONNECTION_ERRORS) as error:
+            log.warning("probe failed", extra=self._extra("probe", repr(error)))
+            return False
+        record.count({"prompt_tokens": result.prompt_tokens, "completion_tokens": result.completion_tokens})
+        record.cached_tokens = result.cached_tokens
+        record.end(UsageStatus.PROBE)
+        with contextlib.suppress(Unavailable):
+            await self._scheduler.record_event(self._model.id, record.event())
+        return True
+
+    async def _beat(self, engine: EngineProcess) -> None:
+        cleared = False
+        while True:
+            self._wake.clear()
+            beat = Beat(
+                url=engine.url,
+                slots=self._model.max_num_seqs,
+                adapter_slots=self._model.max_loras,
+                state=self._state,
+                resident=sorted(self._residency.resident),
+                cleared=cleared,
+                start_ms=self._start_ms,
+            )
+            try:
+                reply = await self._scheduler.heartbeat(self._model.id, self._id, beat)
+            except Unavailable:
+                # The engine goes on serving what runs; Redis may come back.
+                log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
+                await asyncio.sleep(BEAT_S)
+                continue
+            cleared = False
+            self._load = int(reply["load"])
+            self._see(bool(reply["controller"]))
+            self._residency.want(engine.url, reply["loads"], reply["used"])
+            if reply["suspect"]:
+                cleared = await self._cleared(engine)
+                if cleared:
+                    continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), BEAT_S)
+
+    async def _cleared(self, engine: EngineProcess) -> bool:
+        """A gateway lost its connection to the engine: look whether it still works."""
+        if engine.running and await self._probe(engine, PROBE_TIMEOUT_S):
+            return True
+        self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
+        return False
+
+    def _see(self, controller: bool) -> None:
+        """A replica that nobody looks after, and nobody uses, stops itself."""
+        now = time.monotonic()
+        if controller:
+            self._controller_seen = now
+        if self._load > 0:
+            self._busy_seen = now
+        alone = now - self._controller_seen
+        if alone > self._settings.orphan_timeout_s and now - self._busy_seen > self._settings.orphan_timeout_s:
+            self.end(Observed.STOPPED, f"no controller for {alone:.0f} s, and nothing to do")
+
+    async def _listen(self) -> None:
+        async for _ in self._scheduler.listen(replica_channel(self._id)):
+            self._wake.set()
+
+    async def _watch_desire(self) -> None:
+        while True:
+            with contextlib.suppress(Unavailable):
+                row = await get_replica(self._db, self._id)
+                if row is None or row.desired == Desired.STOPPED or row.observed == Observed.LOST:
+                    self.end(Observed.STOPPED, "nobody desires this replica any more" if row is None else "idle")
+                    return
+            await asyncio.sleep(BEAT_S)
+
+    async def _watch_liveness(self, engine: EngineProcess) -> None:
+        """Find an engine that stands still although its connections are open: stopped, hung or dead inside."""
+        tokens, moved = -1.0, time.monotonic()
+        while True:
+            await asyncio.sleep(STALL_S / 6)
+            if self._state is Observed.STARTING or self._load == 0:
+                moved = time.monotonic()
+                continue
+            with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
+                now_tokens = await self._client.generated_tokens(engine.url)
+                if now_tokens != tokens:
+                    tokens, moved = now_tokens, time.monotonic()
+            if time.monotonic() - moved > STALL_S:
+                if not await self._probe(engine, PROBE_TIMEOUT_S):
+                    self.end(Observed.FAILED, "the engine stands still")
+                    return
+                moved = time.monotonic()
+
+    async def _drain(self, engine: EngineProcess) -> None:
+        """No new work; what runs may end, within the drain timeout."""
+        self._state = Observed.DRAINING
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        with contextlib.suppress(Unavailable):
+            await observe(self._db, self._id, Observed.DRAINING)
+        with contextlib.suppress(Unavailable):
+            self._load = await self._scheduler.drain(self._model.id, self._id)
+            while self._load > 0 and time.monotonic() < deadline and engine.running:
+                await asyncio.sleep(0.1)
+                self._load = await self._scheduler.drain(self._model.id, self._id)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,180 @@
+"""The one Python client of the scheduler's function library."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
+
+from lmaas.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("scheduler.lua")
+#: Where the scheduler asks for replicas.
+CONTROL_CHANNEL = "lmaas:control"
+#: Exists while a controller is active.
+CONTROLLER_KEY = "lmaas:controller"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A queued request, as the scheduler sees it: never its prompt.
+
+    `adapter` is the engine's name of the adapter (empty for the base model), `source` where its files are in the object store,
+    `weight` how many sequences it needs, `event` the usage event (JSON) to write if its gateway dies.
+    """
+
+    id: str
+    pool: str
+    tenant: str
+    gateway: str
+    adapter: str
+    source: str
+    weight: int
+    event: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a supervisor tells about its replica. `resident` are the adapters on its engine."""
+
+    url: str
+    slots: int
+    adapter_slots: int
+    state: str
+    resident: list[str]
+    #: The engine has just been seen to work.
+    cleared: bool = False
+    start_ms: int | None = None
+
+
+def connect(url: str) -> Redis:
+    """A client that waits 5 s for an answer and tries a lost connection again twice."""
+    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
+    return Redis.from_url(url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5, retry=retry, health_check_interval=15)
+
+
+def gateway_channel(gateway: str) -> str:
+    """Where a gateway hears of its tickets."""
+    return f"lmaas:gateway:{gateway}"
+
+
+def replica_channel(replica: str) -> str:
+    """Where a supervisor hears that there is something to load or to look at."""
+    return f"lmaas:replica:{replica}"
+
+
+class Scheduler:
+    """Calls the function library, and loads it where it is missing (a fresh server, or one that has lost its memory).
+
+    Every call is atomic and touches one pool. A server that is away raises Unavailable.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+
+    async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+        try:
+            try:
+                return await self.redis.fcall(f"lmaas_{function}", 1, f"lmaas:{{{pool}}}", *args)
+            except ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+                await self.load()
+                return await self.redis.fcall(f"lmaas_{function}", 1, f"lmaas:{{{pool}}}", *args)
+        except (RedisConnectionError, RedisTimeout) as error:
+            raise Unavailable(
+                "The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2
+            ) from error
+
+    async def load(self) -> None:
+        """Install this version of the library."""
+        await self.redis.function_load(LIBRARY.read_text(), replace=True)
+
+    async def submit(self, ticket: Ticket, max_queued: int, waited_ms: int = 0) -> dict[str, Any]:
+        """Queue a ticket: the answer is a grant if there is a free slot. `state` is `refused` if the tenant's queue is full."""
+        fields = asdict(ticket) | {"waited_ms": waited_ms}
+        return _object(await self._call("submit", ticket.pool, json.dumps(fields), max_queued))
+
+    async def release(self, ticket: Ticket, event: str, run_ms: int | None) -> bool:
+        """End a ticket and record its usage event, in one step. False if the scheduler no longer knew it."""
+        return bool(await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms))
+
+    async def retry(self, ticket: Ticket, replica: str, reason: str) -> dict[str, Any]:
+        """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter)."""
+        return _object(await self._call("retry", ticket.pool, ticket.id, replica, reason))
+
+    async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
+        return _object(await self._call("renew", pool, *(part for pair in progress for part in pair)))
+
+    async def restore(self, ticket: Ticket, replica: str, waited_ms: int) -> bool:
+        """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
+        fields = asdict(ticket) | {"replica": replica, "waited_ms": waited_ms}
+        return bool(await self._call("restore", ticket.pool, json.dumps(fields)))
+
+    async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
+        """Say that a replica lives; hear what it should load."""
+        fields = {name: value for name, value in asdict(beat).items() if value is not None}
+        return _object(await self._call("heartbeat", pool, replica, json.dumps(fields)))
+
+    async def loaded(self, pool: str, replica: str, adapter: str) -> int:
+        """The adapter is resident now: grants what waited for it."""
+        return int(await self._call("loaded", pool, replica, adapter))
+
+    async def load_failed(self, pool: str, replica: str, adapter: str, reason: str) -> int:
+        """The adapter cannot be loaded: fails what waited for it."""
+        return int(await self._call("load_failed", pool, replica, adapter, reason))
+
+    async def evict(self, pool: str, replica: str, adapter: str) -> bool:
+        """Whether the adapter may be unloaded now; if so, nothing more is granted with it there."""
+        return bool(await self._call("evict", pool, replica, adapter))
+
+    async def drain(self, pool: str, replica: str) -> int:
+        """No more grants on this replica. Answers the slots in use."""
+        return int(await self._call("drain", pool, replica))
+
+    async def deregister(self, pool: str, replica: str) -> None:
+        """The replica's engine is gone."""
+        await self._call("deregister", pool, replica)
+
+    async def stats(self, pool: str) -> dict[str, Any]:
+        """Demand and replicas of a pool; also reaps what has expired."""
+        return _object(await self._call("stats", pool))
+
+    async def record_event(self, pool: str, event: str) -> None:
+        """Hand a usage event to the metering writer."""
+        try:
+            await self.redis.xadd(f"lmaas:{{{pool}}}:usage", {"event": event})
+        except (RedisConnectionError, RedisTimeout) as error:
+            raise Unavailable("The request queue is not available.", code="queue_unavailable", retry_after_s=2) from error
+
+    async def listen(self, channel: str) -> AsyncIterator[str]:
+        """Messages on a channel, for ever: '' at every (re)connection, since what was said before it may have been missed."""
+        while True:
+            try:
+                async with self.redis.pubsub() as subscription:
+                    await subscription.subscribe(channel)
+                    yield ""
+                    while True:
+                        message = await subscription.get_message(ignore_subscribe_messages=True, timeout=5)
+                        if message is not None:
+                            yield message["data"]
+            except RedisError as error:
+                log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
+                await asyncio.sleep(0.5)
+
+
+def _object(reply: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(reply)
+    return value

@@ -1,0 +1,264 @@
+"""A gateway's open tickets: waiting for a lease, keeping it, and giving it back exactly once."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverLimit, Unavailable
+from lmaas.scheduling.client import Scheduler, Ticket, gateway_channel
+
+log = logging.getLogger(__name__)
+
+RENEW_EVERY_S = 1.0
+#: Usage events of this last while are told again to a Redis that has lost its memory.
+REMEMBER_S = 30.0
+
+
+class Usage(Protocol):
+    """The part of a usage record that a ticket settles with."""
+
+    @property
+    def run_ms(self) -> int | None:
+        """How long the request ran, or None if it never did."""
+
+    def progress(self) -> str:
+        """`prompt,cached,completion` tokens so far, or '' before the engine has said anything."""
+
+    def event(self) -> str:
+        """The usage event as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The claim on a replica's slot: the request may be sent to `url` now."""
+
+    replica: str
+    url: str
+    queue_ms: int
+    load_ms: int
+
+
+class OpenTicket:
+    """A request that was accepted. It waits, runs, perhaps waits once more, and is settled."""
+
+    def __init__(self, ticket: Ticket, usage: Usage, max_queued: int, deadline_s: float, scheduler: Scheduler) -> None:
+        self.ticket = ticket
+        self.usage = usage
+        self.max_queued = max_queued
+        self.opened = time.monotonic()
+        self.deadline = self.opened + deadline_s
+        #: Position in the queue, from 1, and the estimated wait.
+        self.position = 0
+        self.wait_ms = 0
+        self.lease: Lease | None = None
+        self.attempts = 0
+        self._on_revoked: Callable[[], None] | None = None
+        self._failure: LmaasError | None = None
+        self._changed = asyncio.Event()
+        self._scheduler = scheduler
+
+    @property
+    def waited_ms(self) -> int:
+        """How long ago the request was accepted."""
+        return round((time.monotonic() - self.opened) * 1000)
+
+    async def wait(self, timeout_s: float) -> Lease | None:
+        """The lease, or None if there is none yet after `timeout_s` seconds.
+
+        Raises Unavailable past the deadline, EngineFailed after two lost engines, AdapterUnavailable if the adapter does not load.
+        """
+        left = self.deadline - time.monotonic()
+        if self.lease is None and self._failure is None and left > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(timeout_s, left))
+        if self._failure is not None:
+            raise self._failure
+        if self.lease is None and time.monotonic() >= self.deadline:
+            raise Unavailable(
+                "There was no capacity for this request before its deadline. Please try again.",
+                retry_after_s=max(1.0, self.wait_ms / 1000),
+            )
+        return self.lease
+
+    def wake(self) -> None:
+        """Have a `wait` return at once."""
+        self._changed.set()
+
+    def on_revoked(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the replica is gone although its connection may still stand."""
+        self._on_revoked = callback
+
+    async def retry(self, lost: Lease, reason: str) -> None:
+        """Give the lease back because its replica failed before the first byte. Raises EngineFailed if that was the second time."""
+        self.attempts += 1
+        self.lease = None
+        self._on_revoked = None
+        self._changed.clear()
+        self.apply(await self._scheduler.retry(self.ticket, lost.replica, reason))
+
+    def apply(self, report: dict[str, Any]) -> bool:
+        """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
+        state = report["state"]
+        if state == "unknown":
+            return False
+        if state != "failed" and report.get("attempts", self.attempts) != self.attempts:
+            return True  # late news of an earlier delivery
+        if state == "granted" and self.lease is None:
+            self.lease = Lease(report["replica"], report["url"], int(report["queue_ms"]), int(report["load_ms"]))
+            self._changed.set()
+        elif state == "queued":
+            self.position, self.wait_ms = int(report["position"]), int(report["wait_ms"])
+        elif state == "revoked":
+            if self._on_revoked is not None:
+                self._on_revoked()
+        elif state == "refused":
+            self._fail(OverLimit("Too many requests of yours are waiting already.", code="queue_full", retry_after_s=5))
+        elif state == "failed":
+            self._fail(EngineFailed("The engine failed twice while it worked on this request.", retry_after_s=10))
+        elif state == "load_failed":
+            self._fail(
+                AdapterUnavailable(f"The adapter could not be loaded: {report.get('reason', 'see the replica log')}", retry_after_s=30)
+            )
+        return True
+
+    def _fail(self, error: LmaasError) -> None:
+        self._failure = self._failure or error
+        self._changed.set()
+
+
+class Leases:
+    """All open tickets of one gateway. `run` keeps them alive and must be running while tickets are open."""
+
+    def __init__(self, scheduler: Scheduler, gateway: str) -> None:
+        self.scheduler = scheduler
+        self.gateway = gateway
+        self._open: dict[str, OpenTicket] = {}
+        #: Releases that Redis has not taken yet.
+        self._unsettled: list[tuple[Ticket, str, int | None]] = []
+        self._settling: set[asyncio.Task[None]] = set()
+        self._recent: deque[tuple[float, str, str]] = deque()
+        self._epochs: dict[str, str] = {}
+
+    @asynccontextmanager
+    async def open(self, ticket: Ticket, usage: Usage, *, max_queued: int, deadline_s: float) -> AsyncIterator[OpenTicket]:
+        """Accept a request. Whatever happens in the block, its end frees the slot and records one usage event.
+
+        Raises OverLimit if the tenant's queue is full, Unavailable if Redis is away; then nothing was accepted.
+        """
+        opened = OpenTicket(ticket, usage, max_queued, deadline_s, self.scheduler)
+        self._open[ticket.id] = opened
+        try:
+            report = await self.scheduler.submit(ticket, max_queued)
+        except BaseException:
+            del self._open[ticket.id]
+            # The server may have taken the ticket although we did not hear of it: make sure that it does not stay.
+            with contextlib.suppress(LmaasError):
+                await asyncio.shield(self.scheduler.release(ticket, "", None))
+            raise
+        self._see_epoch(ticket.pool, report.get("epoch"))
+        if report["state"] == "refused":
+            del self._open[ticket.id]
+            opened.apply(report)
+            await opened.wait(0)
+        opened.apply(report)
+        try:
+            yield opened
+        finally:
+            del self._open[ticket.id]
+            # Goes on although the request's own task is cancelled.
+            settlement = asyncio.create_task(self._settle(ticket, usage.event(), usage.run_ms))
+            self._settling.add(settlement)
+            settlement.add_done_callback(self._settling.discard)
+            await asyncio.shield(settlement)
+
+    async def _settle(self, ticket: Ticket, event: str, run_ms: int | None) -> None:
+        try:
+            await self.scheduler.release(ticket, event, run_ms)
+        except Unavailable:
+            self._unsettled.append((ticket, event, run_ms))
+            return
+        now = time.monotonic()
+        self._recent.append((now, ticket.pool, event))
+        while self._recent[0][0] < now - REMEMBER_S:
+            self._recent.popleft()
+
+    async def run(self) -> None:
+        """Hear of grants, and renew every second. Runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(), name="lease-grants")
+            group.create_task(self._renew_forever(), name="lease-renewal")
+
+    async def _listen(self) -> None:
+        async for message in self.scheduler.listen(gateway_channel(self.gateway)):
+            if not message:
+                await self.renew()
+                continue
+            news = json.loads(message)
+            opened = self._open.get(news["id"])
+            if opened is not None:
+                opened.apply(news | {"state": news["event"]})
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            await self.renew()
+
+    async def renew(self) -> None:
+        """Renew every open ticket, tell how far each is, and mend what Redis has forgotten."""
+        await self._settle_rest()
+        pools: dict[str, list[OpenTicket]] = {}
+        for opened in self._open.values():
+            pools.setdefault(opened.ticket.pool, []).append(opened)
+        for pool, tickets in pools.items():
+            try:
+                progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else "") for opened in tickets]
+                reply = await self.scheduler.renew(pool, progress)
+                self._see_epoch(pool, reply["epoch"])
+                for opened, report in zip(tickets, reply["tickets"], strict=True):
+                    if opened.ticket.id in self._open and not opened.apply(report):
+                        await self._put_back(opened)
+            except Unavailable:
+                log.warning("tickets could not be renewed", extra={"action": "renew", "pool_id": pool})
+
+    async def _put_back(self, opened: OpenTicket) -> None:
+        if opened.lease is not None:
+            await self.scheduler.restore(opened.ticket, opened.lease.replica, opened.waited_ms)
+        else:
+            opened.apply(await self.scheduler.submit(opened.ticket, opened.max_queued, opened.waited_ms))
+
+    async def _settle_rest(self) -> None:
+        rest, self._unsettled = self._unsettled, []
+        for item in rest:
+            await self._settle(*item)
+
+    def _see_epoch(self, pool: str, epoch: str | None) -> None:
+        """Another epoch means that Redis has lost its memory, and perhaps events that the ledger does not have yet."""
+        if epoch is None:
+            return
+        known, self._epochs[pool] = self._epochs.get(pool, epoch), epoch
+        if known != epoch:
+            log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
+            for _, of_pool, event in self._recent:
+                if of_pool == pool:
+                    self._unsettled.append((_told_again(pool), event, None))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def drained(self) -> None:
+        """Wait until no ticket is open and every event is told; for shutdown."""
+        while self._open or self._settling or self._unsettled:
+            await self._settle_rest()
+            await asyncio.sleep(0.05)
+
+
+def _told_again(pool: str) -> Ticket:
+    """A ticket that no longer exists, to release together with an event: the ledger takes each event once."""
+    return Ticket(id="-", pool=pool, tenant="", gateway="", adapter="", source="", weight=1, event="")
