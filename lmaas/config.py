@@ -21,6 +21,8 @@ class Settings:
 
     #: State and credentials of this stack.
     home: Path = Path(".lmaas")
+    #: What is prepared once for all stacks of this user, such as the converted default model.
+    cache: Path = Path("~/.cache/lmaas")
     host: str = "127.0.0.1"
     port: int = 8080
     #: Real servers instead of the embedded ones.
@@ -32,6 +34,9 @@ class Settings:
     #: What tenants call it. Without it, the folder's or the hub id's last part.
     model_name: str | None = None
     tenants: Path = Path("tenants")
+    #: For the CLI as a client of a service elsewhere; without them it uses this stack's credentials file.
+    url: str | None = None
+    api_key: str | None = None
     provisioner: str = "local"
     log_level: str = "INFO"
 

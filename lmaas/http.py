@@ -84,6 +84,11 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
     return error_response(InvalidRequest(detail) if status < 500 else InternalError())
 
 
+async def on_error(_: Request, error: Exception) -> Response:
+    """Expected errors as they are; anything else, which the frame logs, with a fixed text."""
+    return error_response(error if isinstance(error, LmaasError) else InternalError())
+
+
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
     """`receive`, raising TooLarge once more than `limit_bytes` of body have come (or were announced)."""
     error = TooLarge(f"The request body may have {limit_bytes} bytes at most.")

@@ -21,11 +21,22 @@ class Adapters:
         self._db = db
         self._files = files
 
-    async def upload(self, tenant_id: str, name: str, base_model: str, config: bytes, model: Path, *, activate: bool) -> int:
+    async def upload(
+        self,
+        tenant_id: str,
+        name: str,
+        base_model: str,
+        config: bytes,
+        model: Path,
+        *,
+        activate: bool,
+        if_changed: bool = False,
+    ) -> int:
         """Validate the files, store them and add a version; answers its number, from 1.
 
-        `model` is a local file, which is only read. If anything fails, nothing stays behind. Raises InvalidAdapter, TooLarge,
-        Conflict, NotFound (no such base model) or Unavailable.
+        `model` is a local file, which is only read. With `if_changed`, the latest version is the answer if it has the same content.
+        If anything fails, nothing stays behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or
+        Unavailable.
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(
@@ -52,6 +63,7 @@ class Adapters:
                 target_modules=list(facts.target_modules),
                 size_bytes=facts.size_bytes,
                 activate=activate,
+                if_changed=if_changed,
             )
         except BaseException:
             if await rows.unused_hash(self._db, tenant_id, content_hash):

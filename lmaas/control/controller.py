@@ -80,7 +80,7 @@ class Controller:
         stats = await self._scheduler.stats(model.id)
         rows = await list_replicas(self._db, base_model_id=model.id)
         current = sum(1 for row in rows if row.desired == Desired.RUNNING)
-        policy = Policy(model.min_replicas, model.max_replicas, model.idle_timeout_s, model.max_num_seqs)
+        policy = self._policy(model)
         demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
         scale = decide(demand, policy, current, self._low_since.get(model.id), time.monotonic())
         self._low_since[model.id] = scale.low_since
@@ -94,7 +94,7 @@ class Controller:
             rows,
             processes,
             {replica: int(facts["load"]) for replica, facts in stats["replicas"].items()},
-            max_replicas=max(model.max_replicas, model.min_replicas),
+            max_replicas=policy.max_replicas,
             may_start=since_s >= backoff_s(failures),
             stop_after=timedelta(seconds=self._settings.drain_timeout_s + STOP_GRACE_S),
             stopping_since=self._stopping_since,
@@ -107,6 +107,13 @@ class Controller:
         for replica_id in stats["replicas"]:
             if replica_id not in known and replica_id not in processes:
                 await self._scheduler.deregister(model.id, replica_id)
+
+    def _policy(self, model: BaseModel) -> Policy:
+        """The operator's own bounds, or the settings'."""
+        settings = self._settings
+        low = model.min_replicas or 0
+        high = max(low, settings.engine_max_replicas if model.max_replicas is None else model.max_replicas)
+        return Policy(low, high, settings.idle_timeout_s if model.idle_timeout_s is None else model.idle_timeout_s, model.max_num_seqs)
 
     async def _do(self, action: Action, model: BaseModel) -> None:
         extra = {"action": action.verb, "replica_id": action.replica, "pool_id": model.id}

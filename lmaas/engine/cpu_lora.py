@@ -127,7 +127,7 @@ def add_lora(
 
 
 def expand(
-    y: "Tensor", h: "Tensor", b: "Tensor", slot: int, rows: "slice | Tensor", rank: int, at: int, width: int, scale: float = 1.0
+    y: "Tensor", h: "Tensor", b: "Tensor", *, slot: int, rows: "slice | Tensor", rank: int, at: int, width: int, scale: float = 1.0
 ) -> None:
     """`y[rows, at : at + width] += scale · h @ B[slot].T` in place. h has one line per row of `rows`, its first `rank` columns count."""
     weights = b[slot, 0, :width, :rank].t()

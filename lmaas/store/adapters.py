@@ -101,8 +101,11 @@ async def add_version(
     target_modules: list[str],
     size_bytes: int,
     activate: bool,
+    if_changed: bool = False,
 ) -> int:
     """Add a version (from 1) to the adapter, which is made if it is new; answers its number.
+
+    With `if_changed`, nothing is added if the latest version has the same content, and that one's number is the answer.
 
     Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
     tenant has been deleted meanwhile.
@@ -130,18 +133,22 @@ async def add_version(
         count = (await connection.execute(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id))).scalar_one()
         if count > tenant.max_adapters:
             raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
-        last = select(func.coalesce(func.max(adapter_versions.c.version), 0)).where(adapter_versions.c.adapter_id == row.id)
-        version = (await connection.execute(last)).scalar_one() + 1
-        await connection.execute(
-            insert(adapter_versions).values(
-                adapter_id=row.id,
-                version=version,
-                content_hash=content_hash,
-                rank=rank,
-                target_modules=target_modules,
-                size_bytes=size_bytes,
+        columns = adapter_versions.c
+        query = select(columns.version, columns.content_hash).where(columns.adapter_id == row.id).order_by(columns.version.desc()).limit(1)
+        last = (await connection.execute(query)).one_or_none()
+        version = last.version if last else 0
+        if last is None or not if_changed or last.content_hash != content_hash:
+            version += 1
+            await connection.execute(
+                insert(adapter_versions).values(
+                    adapter_id=row.id,
+                    version=version,
+                    content_hash=content_hash,
+                    rank=rank,
+                    target_modules=target_modules,
+                    size_bytes=size_bytes,
+                )
             )
-        )
         if activate:
             await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
     return int(version)

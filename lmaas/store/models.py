@@ -31,10 +31,11 @@ class BaseModel:
     max_num_seqs: int
     max_model_len: int
     kv_cache_bytes: int
-    min_replicas: int
-    max_replicas: int
-    idle_timeout_s: float
     engine_args: str
+    #: An operator's own bounds; None means the setting's.
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    idle_timeout_s: float | None = None
 
     @property
     def shapes(self) -> BaseModelShapes:
@@ -49,9 +50,9 @@ CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s"})
 
 
 async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
-    """Add the base model, or bring the one of this name to these values; its id stays."""
+    """Add the base model, or bring the one of this name to these values; its id and an operator's bounds stay."""
     values = asdict(model) | {"id": model.id or new_id("mod")}
-    changes = {name: value for name, value in values.items() if name not in ("id", "name")}
+    changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     query = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], set_=changes).returning(*_COLUMNS)
     async with db.begin() as connection:
         return BaseModel(*(await connection.execute(query)).one())

@@ -77,9 +77,10 @@ base_models = Table(
     Column("max_num_seqs", Integer, nullable=False),
     Column("max_model_len", Integer, nullable=False),
     Column("kv_cache_bytes", BigInteger, nullable=False),
-    Column("min_replicas", Integer, nullable=False),
-    Column("max_replicas", Integer, nullable=False),
-    Column("idle_timeout_s", Float, nullable=False),
+    # An operator's own values; null means the setting's.
+    Column("min_replicas", Integer),
+    Column("max_replicas", Integer),
+    Column("idle_timeout_s", Float),
     Column("engine_args", Text, nullable=False),
     _created(),
 )

@@ -36,7 +36,7 @@ class LocalProvisioner:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "supervisor.log").open("ab") as log:
             child = subprocess.Popen(  # noqa: ASYNC220 (returns at once)
-                [sys.executable, "-m", "lmaas", "replica", replica_id],
+                [sys.executable, "-m", "lmaas", "supervise", replica_id],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

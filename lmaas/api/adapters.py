@@ -1,0 +1,197 @@
+"""Adapters over HTTP: for a tenant under `/v1/adapters`, for an operator under `/admin/v1/tenants/{tenant}/adapters`."""
+
+import errno
+import hashlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
+from lmaas.adapters.validation import MAX_CONFIG_BYTES, check_file_names
+from lmaas.api.context import Api, json_body
+from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
+from lmaas.http import JsonResponse, limited
+from lmaas.store import adapters as rows
+from lmaas.store.tenants import record_action
+
+FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
+FORM_OVERHEAD_BYTES = 256 * 1024
+MAX_VERSION = 10**9
+
+
+def shown_version(version: rows.AdapterVersion) -> dict[str, Any]:
+    """A version as the API shows it."""
+    return {
+        "version": version.version,
+        "content_hash": version.content_hash,
+        "rank": version.rank,
+        "target_modules": version.target_modules,
+        "size_bytes": version.size_bytes,
+        "created_at": version.created_at.isoformat(),
+    }
+
+
+def shown_adapter(adapter: rows.Adapter) -> dict[str, Any]:
+    """An adapter as the API shows it."""
+    return {
+        "object": "adapter",
+        "id": adapter.id,
+        "name": adapter.name,
+        "base_model": adapter.base_model,
+        "live_version": adapter.live_version,
+        "latest_version": adapter.latest_version,
+        "created_at": adapter.created_at.isoformat(),
+    }
+
+
+async def list_adapters(api: Api, request: Request) -> Response:
+    """Every adapter of the tenant."""
+    tenant_id, _ = await api.tenant(request, manage=False)
+    found = await rows.list_adapters(api.db, tenant_id)
+    return JsonResponse({"object": "list", "data": [shown_adapter(adapter) for adapter in found]})
+
+
+async def get_adapter(api: Api, request: Request) -> Response:
+    """One adapter."""
+    tenant_id, _ = await api.tenant(request, manage=False)
+    return JsonResponse(shown_adapter(await rows.get_adapter(api.db, tenant_id, request.path_params["name"])))
+
+
+async def list_versions(api: Api, request: Request) -> Response:
+    """The versions of an adapter, oldest first."""
+    tenant_id, _ = await api.tenant(request, manage=False)
+    found = await rows.list_versions(api.db, tenant_id, request.path_params["name"])
+    return JsonResponse({"object": "list", "data": [shown_version(version) for version in found]})
+
+
+async def activate_version(api: Api, request: Request) -> Response:
+    """Make a version the live one."""
+    tenant_id, principal = await api.tenant(request, manage=True)
+    name = request.path_params["name"]
+    version = (await json_body(request, {"version": int}, ("version",)))["version"]
+    await rows.activate(api.db, tenant_id, name, version if 0 < version < MAX_VERSION else 0)
+    await record_action(api.db, tenant_id, principal.key_id, "adapter.activate", f"{name}@{version}")
+    return JsonResponse(shown_adapter(await rows.get_adapter(api.db, tenant_id, name)))
+
+
+async def delete_adapter(api: Api, request: Request) -> Response:
+    """Delete an adapter with all its versions and files."""
+    tenant_id, principal = await api.tenant(request, manage=True)
+    name = request.path_params["name"]
+    await api.adapters.delete(tenant_id, name)
+    await record_action(api.db, tenant_id, principal.key_id, "adapter.delete", name)
+    return JsonResponse({"object": "adapter.deleted", "name": name, "deleted": True})
+
+
+async def upload_adapter(api: Api, request: Request) -> Response:
+    """Take an upload, which streams to disk and is validated without executing anything; answers the adapter with its version."""
+    tenant_id, principal = await api.tenant(request, manage=True)
+    limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
+    limited_request = Request(request.scope, limited(request.receive, request.scope, limit))
+    try:
+        async with limited_request.form(max_files=16, max_fields=16) as form, _staged(api) as model:
+            fields = _fields(form)
+            config = await _config(form)
+            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))
+            version = await api.adapters.upload(
+                tenant_id,
+                fields["name"],
+                fields["base_model"],
+                config,
+                model,
+                activate=fields.get("activate", "true") == "true",
+                if_changed=fields.get("if_changed", "false") == "true",
+            )
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable("There is no disk space left for uploads.", code="disk_full", retry_after_s=60) from error
+        raise
+    name = fields["name"]
+    await record_action(api.db, tenant_id, principal.key_id, "adapter.upload", f"{name}@{version}")
+    adapter = await rows.get_adapter(api.db, tenant_id, name)
+    versions = await rows.list_versions(api.db, tenant_id, name)
+    mine = next(shown_version(row) for row in versions if row.version == version)
+    return JsonResponse(shown_adapter(adapter) | mine, status_code=201)
+
+
+def _fields(form: FormData) -> dict[str, str]:
+    """The text fields. Raises InvalidRequest; InvalidAdapter for files that have no business here."""
+    texts: dict[str, str] = {}
+    files: list[str] = []
+    for field, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            name = (value.filename or field).replace("\\", "/").rsplit("/", 1)[-1]
+            files.append(name)
+            if field in ("adapter_config", "adapter_model") and not _unsafe(name):
+                # What the file is called on the uploader's disk does not matter.
+                files[-1] = CONFIG_FILE if field == "adapter_config" else MODEL_FILE
+        elif field not in FIELDS or field in texts:
+            raise InvalidRequest(
+                f"The form field '{field[:100]}' is not known, or given twice.", code="unexpected_field", param=field[:100]
+            )
+        else:
+            texts[field] = value
+    check_file_names(files)
+    for field in ("name", "base_model"):
+        if not texts.get(field):
+            raise InvalidRequest(f"The form field '{field}' is required.", code="missing_parameter", param=field)
+    for field in ("activate", "if_changed"):
+        if texts.get(field, "true") not in ("true", "false"):
+            raise InvalidRequest(f"'{field}' must be 'true' or 'false'.", code="invalid_type", param=field)
+    return texts
+
+
+def _unsafe(name: str) -> bool:
+    try:
+        check_file_names([CONFIG_FILE, MODEL_FILE, name])
+    except InvalidAdapter as error:
+        return error.error_code == "unsafe_format"
+    return False
+
+
+def _file(form: FormData, field: str) -> UploadFile:
+    value = form.get(field)
+    if not isinstance(value, UploadFile):
+        raise InvalidRequest(f"The form field '{field}' must be a file.", code="missing_parameter", param=field)
+    return value
+
+
+async def _config(form: FormData) -> bytes:
+    config = await _file(form, "adapter_config").read(MAX_CONFIG_BYTES + 1)
+    if len(config) > MAX_CONFIG_BYTES:
+        raise TooLarge(f"adapter_config.json may have {MAX_CONFIG_BYTES} bytes at most.", param="adapter_config")
+    return config
+
+
+@asynccontextmanager
+async def _staged(api: Api) -> AsyncIterator[Path]:
+    """A place for the file while it is validated; whatever happens, nothing stays there."""
+    folder = api.settings.home / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        yield staging / MODEL_FILE
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _copy(source: BinaryIO, target: Path, sha256: str | None) -> None:
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            file.write(chunk)
+    if sha256 is not None and sha256.lower() != digest.hexdigest():
+        raise InvalidAdapter(
+            "adapter_model does not have the given SHA-256: it was changed or cut on its way. Upload it again.",
+            code="digest_mismatch",
+            param="sha256",
+        )

@@ -1,0 +1,84 @@
+"""What the API's handlers need, and who may do what."""
+
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from starlette.requests import Request
+
+from lmaas.adapters.service import Adapters
+from lmaas.config import Settings
+from lmaas.errors import Forbidden, InvalidRequest
+from lmaas.http import Authenticate, limited, parse_json
+from lmaas.store.database import Database
+from lmaas.store.tenants import get_tenant
+from lmaas.types import Principal, Role
+
+MAX_JSON_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Handed down from the composition root."""
+
+    settings: Settings
+    db: Database
+    authenticate: Authenticate
+    adapters: Adapters
+
+    async def operator(self, request: Request) -> Principal:
+        """The operator who asks. Raises Forbidden for a tenant's key."""
+        principal = await self.authenticate(request.headers.get("authorization"))
+        if principal.role is not Role.OPERATOR:
+            raise Forbidden("This needs an operator's key.")
+        return principal
+
+    async def tenant(self, request: Request, *, manage: bool) -> tuple[str, Principal]:
+        """The tenant that is asked about, and who asks: an operator names it in the path, everybody else is it.
+
+        Raises Forbidden if `manage` and the key is for inference only.
+        """
+        if "tenant" in request.path_params:
+            principal = await self.operator(request)
+            return (await get_tenant(self.db, request.path_params["tenant"])).id, principal
+        principal = await self.authenticate(request.headers.get("authorization"))
+        if principal.tenant_id is None:
+            raise Forbidden("An operator's key belongs to no tenant. Use /admin/v1/tenants/{tenant}/… instead.")
+        if manage and principal.role is not Role.TENANT_ADMIN:
+            raise Forbidden("This needs a key of the role tenant_admin.")
+        return principal.tenant_id, principal
+
+
+async def json_body(request: Request, fields: dict[str, type], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The body's fields, each of its type. Raises InvalidRequest for others, or for missing ones."""
+    receive = limited(request.receive, request.scope, MAX_JSON_BYTES)
+    text = await Request(request.scope, receive).body()
+    body = parse_json(text) if text.strip() else {}
+    for name, value in body.items():
+        if name not in fields:
+            raise InvalidRequest(f"The field '{name[:100]}' is not known.", code="unsupported_parameter", param=name[:100])
+        kind = fields[name]
+        wrong = isinstance(value, bool) if kind in (int, float) else False
+        if wrong or not isinstance(value, (int, float) if kind is float else kind):
+            raise InvalidRequest(f"'{name}' must be of the type {kind.__name__}.", code="invalid_type", param=name)
+    for name in required:
+        if name not in body:
+            raise InvalidRequest(f"'{name}' is required.", code="missing_parameter", param=name)
+    return body
+
+
+def in_range(body: dict[str, Any], name: str, low: float, high: float) -> None:
+    """Raises InvalidRequest `out_of_range` if the field is there and not within the bounds."""
+    if name in body and not low <= body[name] <= high:
+        raise InvalidRequest(f"'{name}' must be between {low:g} and {high:g}.", code="out_of_range", param=name)
+
+
+def query_date(request: Request, name: str) -> date | None:
+    """A day of the query string, such as `2026-11-22`. Raises InvalidRequest."""
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(f"'{name}' must be a day such as 2026-11-22.", code="invalid_type", param=name) from None

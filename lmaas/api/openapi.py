@@ -1,0 +1,213 @@
+"""The OpenAPI document of the whole HTTP surface, served at `/openapi.json`."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lmaas.api.tenants import TIERS
+from lmaas.types import NAME_PATTERN, Role
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+MAYBE_TEXT: Schema = {"type": ["string", "null"]}
+MOMENT: Schema = {"type": "string", "format": "date-time"}
+MAYBE_MOMENT: Schema = {"type": ["string", "null"], "format": "date-time"}
+NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN.pattern}$"}
+
+
+def _object(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _optional(**properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties}
+
+
+_VERSION = {
+    "version": {"type": "integer", "minimum": 1},
+    "content_hash": TEXT,
+    "rank": COUNT,
+    "target_modules": {"type": "array", "items": TEXT},
+    "size_bytes": COUNT,
+    "created_at": MOMENT,
+}
+_ADAPTER = {
+    "object": TEXT,
+    "id": TEXT,
+    "name": NAME,
+    "base_model": TEXT,
+    "live_version": {"type": ["integer", "null"]},
+    "latest_version": COUNT,
+    "created_at": MOMENT,
+}
+_TENANT = {"object": TEXT, "id": TEXT, "name": NAME, "tier": TEXT, "max_queued": COUNT, "max_adapters": COUNT, "created_at": MOMENT}
+_KEY = {"object": TEXT, "id": TEXT, "role": TEXT, "name": TEXT, "prefix": TEXT, "created_at": MOMENT, "revoked_at": MAYBE_MOMENT}
+_TOKENS = {"prompt_tokens": COUNT, "cached_tokens": COUNT, "completion_tokens": COUNT}
+
+SCHEMAS: dict[str, Schema] = {
+    "Error": _object(error=_object(message=TEXT, type=TEXT, param=MAYBE_TEXT, code=TEXT)),
+    "Adapter": _object(**_ADAPTER),
+    "AdapterVersion": _object(**_VERSION),
+    "UploadedAdapter": _object(**(_ADAPTER | _VERSION)),
+    "AdapterUpload": {
+        "type": "object",
+        "required": ["name", "base_model", "adapter_config", "adapter_model"],
+        "properties": {
+            "name": NAME,
+            "base_model": TEXT,
+            "activate": {"type": "string", "enum": ["true", "false"], "default": "true"},
+            "if_changed": {
+                "type": "string",
+                "enum": ["true", "false"],
+                "default": "false",
+                "description": "Add no version if the latest one has the same content.",
+            },
+            "sha256": {"type": "string", "description": "Of adapter_model, in hex; checked if given."},
+            "adapter_config": {"type": "string", "contentMediaType": "application/json"},
+            "adapter_model": {"type": "string", "contentMediaType": "application/octet-stream"},
+        },
+    },
+    "Activation": _object(version={"type": "integer", "minimum": 1}),
+    "Tenant": _object(**_TENANT),
+    "NewTenant": _optional(name=NAME, tier={"enum": list(TIERS)}, max_queued=COUNT, max_adapters=COUNT) | {"required": ["name"]},
+    "TenantChange": _optional(tier={"enum": list(TIERS)}, max_queued=COUNT, max_adapters=COUNT),
+    "Key": _object(**_KEY),
+    "NewKey": _optional(role={"enum": [role.value for role in Role]}, name=TEXT),
+    "CreatedKey": _object(**_KEY, key=TEXT),
+    "BaseModel": _object(object=TEXT, id=TEXT, name=NAME, min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
+    "BaseModelChange": _optional(min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
+    "Replica": _object(
+        object=TEXT,
+        id=TEXT,
+        base_model=TEXT,
+        desired=TEXT,
+        observed=TEXT,
+        url=MAYBE_TEXT,
+        reason=MAYBE_TEXT,
+        created_at=MOMENT,
+        ready_at=MAYBE_MOMENT,
+        ended_at=MAYBE_MOMENT,
+    ),
+    "StoppingReplica": _object(object=TEXT, id=TEXT, desired=TEXT),
+    "Usage": _object(
+        object=TEXT,
+        day={"type": "string", "format": "date"},
+        tenant=MAYBE_TEXT,
+        model=TEXT,
+        requests=COUNT,
+        failed_requests=COUNT,
+        **_TOKENS,
+        run_ms=COUNT,
+    ),
+    "UsageEvent": _object(object=TEXT, request_id=TEXT, model=TEXT, status=TEXT, code=MAYBE_TEXT, **_TOKENS, created_at=MOMENT),
+    "Deleted": _object(object=TEXT, deleted={"type": "boolean"}),
+    "Model": _object(id=TEXT, object=TEXT, created=COUNT, owned_by=TEXT),
+    "OpenAIRequest": {
+        "type": "object",
+        "required": ["model"],
+        "properties": {"model": TEXT, "stream": {"type": "boolean"}},
+        "description": "As in OpenAI's API. Parameters that are not supported are refused by name.",
+    },
+    "OpenAIAnswer": {"type": "object", "description": "As in OpenAI's API; with `stream`, server-sent events."},
+}
+
+#: Handler → what it takes, what it answers, and whether the answer is a list.
+SHAPES: dict[str, tuple[str | None, str, bool]] = {
+    "list_adapters": (None, "Adapter", True),
+    "upload_adapter": ("AdapterUpload", "UploadedAdapter", False),
+    "get_adapter": (None, "Adapter", False),
+    "delete_adapter": (None, "Deleted", False),
+    "list_versions": (None, "AdapterVersion", True),
+    "activate_version": ("Activation", "Adapter", False),
+    "list_keys": (None, "Key", True),
+    "create_key": ("NewKey", "CreatedKey", False),
+    "revoke_key": (None, "Key", False),
+    "list_tenants": (None, "Tenant", True),
+    "create_tenant": ("NewTenant", "Tenant", False),
+    "get_tenant": (None, "Tenant", False),
+    "change_tenant": ("TenantChange", "Tenant", False),
+    "delete_tenant": (None, "Deleted", False),
+    "list_models": (None, "BaseModel", True),
+    "change_model": ("BaseModelChange", "BaseModel", False),
+    "list_replicas": (None, "Replica", True),
+    "stop_replica": (None, "StoppingReplica", False),
+    "usage_report": (None, "Usage", True),
+    "usage_events": (None, "UsageEvent", True),
+}
+CREATED = frozenset({"upload_adapter", "create_key", "create_tenant"})
+QUERIES: dict[str, dict[str, Schema]] = {
+    "list_replicas": {"ended": {"type": "boolean"}},
+    "usage_report": {"since": {"type": "string", "format": "date"}, "until": {"type": "string", "format": "date"}},
+    "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
+}
+
+
+def document(operations: list[tuple[str, str, Callable[..., Any]]]) -> dict[str, Any]:
+    """The document for these operations (method, path, handler) and OpenAI's endpoints. Raises KeyError for one without a shape."""
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path, handler in operations:
+        name = handler.__name__
+        takes, gives, is_list = SHAPES[name]
+        operation: dict[str, Any] = {
+            "operationId": f"{'operator' if path.startswith('/admin') else 'tenant'}_{name}{'_of_tenant' if '{tenant}/' in path else ''}",
+            "summary": (handler.__doc__ or "").split("\n")[0],
+            "tags": ["operator" if path.startswith("/admin") else "tenant"],
+            "parameters": _parameters(path, name),
+            "responses": _responses(gives, is_list=is_list, status="201" if name in CREATED else "200"),
+        }
+        if takes is not None:
+            media = "multipart/form-data" if takes == "AdapterUpload" else "application/json"
+            operation["requestBody"] = {"required": True, "content": {media: {"schema": _ref(takes)}}}
+        paths.setdefault(path, {})[method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lmaas", "version": "1", "description": "Serverless, multi-tenant LLM endpoints."},
+        "security": [{"key": []}],
+        "paths": paths | _openai_paths(),
+        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _parameters(path: str, handler: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in re.findall(r"{(\w+)}", path)]
+    queries = dict(QUERIES.get(handler, {}))
+    if handler.startswith("usage_") and path.startswith("/admin"):
+        queries["tenant"] = TEXT
+    return found + [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in queries.items()]
+
+
+def _responses(gives: str, *, is_list: bool, status: str = "200") -> dict[str, Any]:
+    schema = _object(object=TEXT, data={"type": "array", "items": _ref(gives)}) if is_list else _ref(gives)
+    return {
+        status: {"description": "Done.", "content": {"application/json": {"schema": schema}}},
+        "default": {"description": "What went wrong.", "content": {"application/json": {"schema": _ref("Error")}}},
+    }
+
+
+def _openai_paths() -> dict[str, Any]:
+    body = {"required": True, "content": {"application/json": {"schema": _ref("OpenAIRequest")}}}
+    answer = _responses("OpenAIAnswer", is_list=False)
+    model = {"name": "model", "in": "path", "required": True, "schema": TEXT}
+    common = {"tags": ["openai"]}
+    return {
+        "/v1/chat/completions": {
+            "post": common | {"operationId": "chat", "summary": "A chat completion.", "requestBody": body, "responses": answer}
+        },
+        "/v1/completions": {
+            "post": common | {"operationId": "completion", "summary": "A completion.", "requestBody": body, "responses": answer}
+        },
+        "/v1/models": {
+            "get": common
+            | {"operationId": "models", "summary": "What this tenant may call.", "responses": _responses("Model", is_list=True)}
+        },
+        "/v1/models/{model}": {
+            "get": common
+            | {"operationId": "model", "summary": "One model.", "parameters": [model], "responses": _responses("Model", is_list=False)}
+        },
+    }

@@ -1,0 +1,111 @@
+"""Base models, replicas and usage over HTTP."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lmaas.api.context import Api, in_range, json_body, query_date
+from lmaas.errors import InvalidRequest, NotFound
+from lmaas.http import JsonResponse
+from lmaas.store import models, replicas, usage
+from lmaas.store.tenants import get_tenant, record_action
+
+MAX_EVENTS = 1000
+
+
+def shown_model(api: Api, model: models.BaseModel) -> dict[str, Any]:
+    """A base model as the API shows it: without its tensors, and with the bounds that hold."""
+    shown = {"object": "base_model"} | {name: getattr(model, name) for name in models.BaseModel.__slots__ if name != "linears"}
+    usual = {"min_replicas": 0, "max_replicas": api.settings.engine_max_replicas, "idle_timeout_s": api.settings.idle_timeout_s}
+    return shown | {name: value for name, value in usual.items() if shown[name] is None}
+
+
+async def list_models(api: Api, request: Request) -> Response:
+    """Every base model with its pool's settings."""
+    await api.operator(request)
+    return JsonResponse({"object": "list", "data": [shown_model(api, model) for model in await models.list_base_models(api.db)]})
+
+
+async def change_model(api: Api, request: Request) -> Response:
+    """Other bounds for a pool: how many replicas, and when an idle one stops."""
+    principal = await api.operator(request)
+    body = await json_body(request, {"min_replicas": int, "max_replicas": int, "idle_timeout_s": float})
+    in_range(body, "min_replicas", 0, 1000)
+    in_range(body, "max_replicas", 1, 1000)
+    in_range(body, "idle_timeout_s", 1, 86400 * 7)
+    name = request.path_params["model"]
+    model = await models.get_base_model(api.db, name)
+    bounds = shown_model(api, model) | body
+    if bounds["min_replicas"] > bounds["max_replicas"]:
+        raise InvalidRequest("'min_replicas' must not be more than 'max_replicas'.", code="out_of_range", param="min_replicas")
+    if body:
+        model = await models.change_base_model(api.db, model.name, body)
+        await record_action(api.db, None, principal.key_id, "base_model.change", model.name)
+    return JsonResponse(shown_model(api, model))
+
+
+async def list_replicas(api: Api, request: Request) -> Response:
+    """The replicas that exist; with `?ended=true` also the last ones that ended, and why."""
+    await api.operator(request)
+    names = await replicas.model_names(api.db)
+    found = await replicas.list_replicas(api.db, ended=request.query_params.get("ended") == "true")
+    data = [
+        {
+            "object": "replica",
+            "id": row.id,
+            "base_model": names[row.base_model_id],
+            "desired": row.desired,
+            "observed": row.observed,
+            "url": row.url,
+            "reason": row.reason,
+            "created_at": row.created_at.isoformat(),
+            "ready_at": row.ready_at.isoformat() if row.ready_at else None,
+            "ended_at": row.ended_at.isoformat() if row.ended_at else None,
+        }
+        for row in found
+    ]
+    return JsonResponse({"object": "list", "data": data})
+
+
+async def stop_replica(api: Api, request: Request) -> Response:
+    """Drain a replica and stop it. If there is demand, the controller starts another."""
+    principal = await api.operator(request)
+    replica_id = request.path_params["replica"]
+    if not await replicas.desire_stop(api.db, replica_id):
+        raise NotFound("The replica does not exist, or has ended.", code="replica_not_found")
+    await record_action(api.db, None, principal.key_id, "replica.stop", replica_id)
+    return JsonResponse({"object": "replica", "id": replica_id, "desired": "stopped"})
+
+
+async def _asked_tenant(api: Api, request: Request) -> str | None:
+    """Whose usage is asked for: one's own; an operator's `?tenant=`, or everybody's (None)."""
+    if request.url.path.startswith("/admin/"):
+        await api.operator(request)
+        name = request.query_params.get("tenant")
+        return (await get_tenant(api.db, name)).id if name else None
+    tenant_id, _ = await api.tenant(request, manage=False)
+    return tenant_id
+
+
+async def usage_report(api: Api, request: Request) -> Response:
+    """Requests and tokens by day, tenant and model. What belongs to no tenant is the engines' probes."""
+    tenant_id = await _asked_tenant(api, request)
+    rows = await usage.report(api.db, tenant_id=tenant_id, since=query_date(request, "since"), until=query_date(request, "until"))
+    data = [{"object": "usage", **{name: getattr(row, name) for name in usage.UsageRow.__slots__}} for row in rows]
+    return JsonResponse({"object": "list", "data": data})
+
+
+async def usage_events(api: Api, request: Request) -> Response:
+    """The latest events of the ledger, one for each request."""
+    tenant_id = await _asked_tenant(api, request)
+    text = request.query_params.get("limit", "100")
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) <= MAX_EVENTS:
+        raise InvalidRequest(f"'limit' must be between 1 and {MAX_EVENTS}.", code="out_of_range", param="limit")
+    rows = await usage.list_events(api.db, tenant_id, int(text))
+    # The engine's name of an adapter is nobody's business but the operator's.
+    hidden = set() if request.url.path.startswith("/admin/") else {"adapter", "replica_id"}
+    data = [
+        {"object": "usage_event", **{name: getattr(row, name) for name in usage.UsageEvent.__slots__ if name not in hidden}} for row in rows
+    ]
+    return JsonResponse({"object": "list", "data": data})

@@ -1,0 +1,135 @@
+"""Tenants and keys over HTTP."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lmaas.api.context import Api, in_range, json_body
+from lmaas.errors import InvalidRequest
+from lmaas.http import JsonResponse
+from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.store import tenants as rows
+from lmaas.types import NAME_PATTERN, Role
+
+TIERS = ("standard",)
+LIMITS = {"tier": str, "max_queued": int, "max_adapters": int}
+#: What a new tenant gets unless the operator says otherwise.
+DEFAULTS: dict[str, Any] = {"tier": "standard", "max_queued": 64, "max_adapters": 20}
+
+
+def shown_tenant(tenant: rows.Tenant) -> dict[str, Any]:
+    """A tenant as the API shows it."""
+    return {
+        "object": "tenant",
+        "id": tenant.id,
+        "name": tenant.name,
+        "tier": tenant.tier,
+        "max_queued": tenant.max_queued,
+        "max_adapters": tenant.max_adapters,
+        "created_at": tenant.created_at.isoformat(),
+    }
+
+
+def shown_key(key: rows.ApiKey) -> dict[str, Any]:
+    """A key as the API shows it: never the secret."""
+    return {
+        "object": "key",
+        "id": key.id,
+        "role": key.role,
+        "name": key.name,
+        "prefix": key.prefix,
+        "created_at": key.created_at.isoformat(),
+        "revoked_at": key.revoked_at.isoformat() if key.revoked_at else None,
+    }
+
+
+def _check_limits(body: dict[str, Any]) -> None:
+    if body.get("tier", TIERS[0]) not in TIERS:
+        raise InvalidRequest(f"'tier' must be one of: {', '.join(TIERS)}.", code="out_of_range", param="tier")
+    in_range(body, "max_queued", 1, 100_000)
+    in_range(body, "max_adapters", 0, 100_000)
+
+
+async def list_tenants(api: Api, request: Request) -> Response:
+    """Every tenant."""
+    await api.operator(request)
+    return JsonResponse({"object": "list", "data": [shown_tenant(tenant) for tenant in await rows.list_tenants(api.db)]})
+
+
+async def create_tenant(api: Api, request: Request) -> Response:
+    """A new tenant, without keys yet."""
+    principal = await api.operator(request)
+    body = DEFAULTS | await json_body(request, {"name": str, **LIMITS}, ("name",))
+    if NAME_PATTERN.fullmatch(body["name"]) is None:
+        raise InvalidRequest("A tenant's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
+    _check_limits(body)
+    tenant = await rows.create_tenant(api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"])
+    await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.create", tenant.name)
+    return JsonResponse(shown_tenant(tenant), status_code=201)
+
+
+async def get_tenant(api: Api, request: Request) -> Response:
+    """One tenant, by id or name."""
+    await api.operator(request)
+    return JsonResponse(shown_tenant(await rows.get_tenant(api.db, request.path_params["tenant"])))
+
+
+async def change_tenant(api: Api, request: Request) -> Response:
+    """Other limits for a tenant."""
+    principal = await api.operator(request)
+    tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
+    body = await json_body(request, LIMITS)
+    _check_limits(body)
+    if body:
+        tenant = await rows.update_tenant(api.db, tenant.id, body)
+        await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.change", tenant.name)
+    return JsonResponse(shown_tenant(tenant))
+
+
+async def delete_tenant(api: Api, request: Request) -> Response:
+    """End a tenant: keys stop at once, adapters and their files go, usage stays for the bill."""
+    principal = await api.operator(request)
+    tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
+    await rows.delete_tenant(api.db, tenant.id)
+    await api.adapters.delete_all(tenant.id)
+    await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.delete", tenant.name)
+    return JsonResponse({"object": "tenant.deleted", "id": tenant.id, "deleted": True})
+
+
+async def _owner(api: Api, request: Request) -> tuple[str | None, str]:
+    """Whose keys are meant, and the id of the key that asks: a tenant's, or under `/admin/v1/keys` the operators'."""
+    if request.url.path.startswith("/admin/v1/keys"):
+        return None, (await api.operator(request)).key_id
+    tenant_id, principal = await api.tenant(request, manage=True)
+    return tenant_id, principal.key_id
+
+
+async def list_keys(api: Api, request: Request) -> Response:
+    """The owner's keys, without their secrets."""
+    owner, _ = await _owner(api, request)
+    return JsonResponse({"object": "list", "data": [shown_key(key) for key in await rows.list_keys(api.db, owner)]})
+
+
+async def create_key(api: Api, request: Request) -> Response:
+    """A new key. Its secret is in this answer and nowhere else."""
+    owner, asker = await _owner(api, request)
+    body = await json_body(request, {"role": str, "name": str})
+    allowed = [Role.OPERATOR] if owner is None else [Role.INFERENCE, Role.TENANT_ADMIN]
+    role = body.get("role", allowed[0].value)
+    if role not in allowed:
+        raise InvalidRequest(f"'role' must be one of: {', '.join(allowed)}.", code="out_of_range", param="role")
+    if len(body.get("name", "")) > 100:
+        raise InvalidRequest("'name' may have 100 characters at most.", code="out_of_range", param="name")
+    secret = new_key()
+    key = await rows.create_key(api.db, owner, Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret))
+    await rows.record_action(api.db, owner, asker, "key.create", key.id)
+    return JsonResponse(shown_key(key) | {"key": secret}, status_code=201)
+
+
+async def revoke_key(api: Api, request: Request) -> Response:
+    """Revoke a key: within a second it works nowhere."""
+    owner, asker = await _owner(api, request)
+    key = await rows.revoke_key(api.db, owner, request.path_params["key"])
+    await rows.record_action(api.db, owner, asker, "key.revoke", key.id)
+    return JsonResponse(shown_key(key))

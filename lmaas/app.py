@@ -1,0 +1,158 @@
+"""The composition root: builds the gateway, the controller and the supervisor from settings, and hands state down."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from redis.asyncio import Redis
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from lmaas.adapters.objects import AdapterFiles
+from lmaas.adapters.service import Adapters
+from lmaas.api.context import Api
+from lmaas.api.routes import routes as api_routes
+from lmaas.config import Settings
+from lmaas.control.controller import Controller
+from lmaas.control.provisioners import Provisioner
+from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.engine.client import EngineClient
+from lmaas.errors import LmaasError, SettingsError
+from lmaas.gateway.auth import Authenticator
+from lmaas.gateway.catalog import Catalog
+from lmaas.gateway.pipeline import Gateway
+from lmaas.gateway.routes import routes as gateway_routes
+from lmaas.http import Frame, on_error, on_http_exception
+from lmaas.observability import GatewayMetrics
+from lmaas.replica.supervisor import Supervisor
+from lmaas.scheduling.client import Scheduler, connect
+from lmaas.scheduling.leases import Leases
+from lmaas.states import Observed
+from lmaas.store.database import Database, new_id
+from lmaas.store.models import get_base_model
+from lmaas.store.replicas import get_replica
+
+log = logging.getLogger(__name__)
+
+
+def object_store_url(settings: Settings) -> str:
+    """The adapter store: by setting, or a folder of this stack."""
+    return settings.object_store_url or (settings.home / "objects").as_uri()
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every process needs: Postgres, Redis and the adapter store."""
+
+    db: Database
+    redis: Redis
+    scheduler: Scheduler
+    files: AdapterFiles
+
+
+@asynccontextmanager
+async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[Services]:
+    """The services of `settings`, closed at the end. Raises SettingsError if an address is missing."""
+    if settings.database_url is None or settings.redis_url is None:
+        raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which brings both.")
+    db = Database(settings.database_url, pool_size=pool_size)
+    redis = connect(settings.redis_url)
+    try:
+        yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
+    finally:
+        await redis.aclose()
+        await db.close()
+
+
+def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
+    """The gateway's ASGI application, and its leases, for whoever waits until they are drained."""
+    db = services.db
+    leases = Leases(services.scheduler, new_id("gw"))
+    authenticate = Authenticator(db, settings.auth_grace_s)
+    gateway = Gateway(settings, authenticate, Catalog(db), leases, EngineClient(), GatewayMetrics())
+    api = Api(settings, db, authenticate, Adapters(db, services.files))
+
+    async def ready() -> None:
+        async with db.begin() as connection:
+            await connection.execute(text("SELECT 1"))
+        await services.redis.ping()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with gateway.client:
+            keeping = asyncio.create_task(leases.run(), name="leases")
+            # An unexpected end of the lease keeper must not go unnoticed: nothing would be granted any more.
+            keeping.add_done_callback(_end_process_on_failure)
+            try:
+                yield
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(leases.drained(), settings.drain_timeout_s)
+            finally:
+                keeping.cancel()
+
+    app = Starlette(
+        routes=[*gateway_routes(gateway, ready), *api_routes(api)],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
+    )
+    return Frame(app), leases
+
+
+def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("a part of the gateway failed", exc_info=task.exception())
+        raise SystemExit(1)
+
+
+def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
+    """An HTTP server for the application. On SIGTERM it takes nothing new and lets streams end for `drain_timeout_s`."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        timeout_keep_alive=75,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    return uvicorn.Server(config)
+
+
+async def run_gateway(settings: Settings) -> None:
+    """Serve until told to stop."""
+    async with connected(settings) as services:
+        app, _ = build_gateway(settings, services)
+        await server(app, settings).serve()
+
+
+def provisioner(settings: Settings) -> Provisioner:
+    """Where replicas run, by setting."""
+    if settings.provisioner == "ray":
+        raise SettingsError("LMAAS_PROVISIONER=ray is not available in this version; use 'local'.")
+    return LocalProvisioner(settings)
+
+
+async def run_controller(settings: Settings) -> None:
+    """Control until cancelled. Replicas go on without us."""
+    async with connected(settings) as services:
+        await Controller(settings, services.db, services.scheduler, provisioner(settings)).run()
+
+
+async def run_replica(settings: Settings, replica_id: str) -> bool:
+    """Supervise one replica for its whole life; False if it failed."""
+    async with connected(settings, pool_size=1) as services, EngineClient() as client:
+        row = await get_replica(services.db, replica_id)
+        if row is None:
+            raise SettingsError(f"Nobody desires a replica {replica_id}.")
+        model = await get_base_model(services.db, row.base_model_id)
+        supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
+        ending = await supervisor.run()
+        return ending.state is Observed.STOPPED

@@ -1,0 +1,318 @@
+"""Every command of `lmaas`."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from lmaas import app, config
+from lmaas.adapters.objects import MODEL_FILE
+from lmaas.cli.context import Context
+from lmaas.errors import LmaasError
+from lmaas.manifests.apply import apply as apply_manifests
+from lmaas.manifests.apply import read_folder
+from lmaas.manifests.client import ApiError
+from lmaas.observability import configure_logging
+from lmaas.store.migrate import upgrade
+
+TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "created_at")
+KEY = ("id", "role", "name", "prefix", "created_at", "revoked_at")
+ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
+VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "created_at")
+REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
+USAGE = ("day", "tenant", "model", "requests", "failed_requests", "prompt_tokens", "cached_tokens", "completion_tokens", "run_ms")
+EVENT = ("created_at", "request_id", "model", "status", "code", "prompt_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms")
+MODEL = ("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "min_replicas", "max_replicas", "idle_timeout_s", "source")
+
+pass_context = click.make_pass_decorator(Context)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of tables.")
+@click.option("--tenant", "-t", help="Whose adapters, keys or usage are meant, for an operator.")
+@click.pass_context
+def cli(context: click.Context, as_json: bool, tenant: str | None) -> None:
+    """Serverless, multi-tenant LLM endpoints."""
+    context.obj = Context(config.load(), as_json, tenant)
+
+
+def main() -> None:
+    """Run a command; what goes wrong is one line on standard error and exit code 1."""
+    try:
+        cli(prog_name="lmaas")
+    except ApiError as error:
+        reference = f" ({error.code}, {error.request_id})" if error.request_id else ""
+        click.echo(f"lmaas: {error.message}{reference}", err=True)
+        sys.exit(1)
+    except LmaasError as error:
+        click.echo(f"lmaas: {error.message}", err=True)
+        sys.exit(1)
+
+
+# Processes
+
+
+@cli.command()
+@pass_context
+def up(context: Context) -> None:
+    """Run the whole service on this machine."""
+    configure_logging("WARNING")
+    from lmaas.up.stack import up as run  # noqa: PLC0415 (the other commands do without what it needs)
+
+    run(context.settings)
+
+
+@cli.command()
+@pass_context
+def gateway(context: Context) -> None:
+    """Run one gateway."""
+    configure_logging(context.settings.log_level)
+    asyncio.run(app.run_gateway(context.settings))
+
+
+@cli.command()
+@pass_context
+def controller(context: Context) -> None:
+    """Run a controller: one is active, others stand by."""
+    configure_logging(context.settings.log_level)
+    asyncio.run(app.run_controller(context.settings))
+
+
+@cli.command(hidden=True)
+@click.argument("replica_id")
+@pass_context
+def supervise(context: Context, replica_id: str) -> None:
+    """Run the supervisor of a replica. Provisioners call it."""
+    configure_logging(context.settings.log_level)
+    sys.exit(0 if asyncio.run(app.run_replica(context.settings, replica_id)) else 1)
+
+
+@cli.command()
+@pass_context
+def migrate(context: Context) -> None:
+    """Bring the database of LMAAS_DATABASE_URL to the newest schema."""
+    if context.settings.database_url is None:
+        raise click.UsageError("Set LMAAS_DATABASE_URL.")
+    upgrade(context.settings.database_url)
+
+
+# Operators
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@pass_context
+def apply(context: Context, folder: Path) -> None:
+    """Make the service match the manifests in FOLDER. Running it again changes nothing."""
+    changes = apply_manifests(read_folder(folder), context.client())
+    context.show(
+        [{"thing": change.thing, "name": change.name, "outcome": change.outcome} for change in changes], ("thing", "name", "outcome")
+    )
+
+
+@cli.group()
+def tenant() -> None:
+    """Tenants."""
+
+
+@tenant.command("list")
+@pass_context
+def tenant_list(context: Context) -> None:
+    """Every tenant."""
+    context.show(context.client().list("/admin/v1/tenants"), TENANT)
+
+
+@tenant.command("create")
+@click.argument("name")
+@click.option("--max-queued", type=int, help="Requests that may wait at once.")
+@click.option("--max-adapters", type=int, help="Adapter names.")
+@pass_context
+def tenant_create(context: Context, /, name: str, **limits: int | None) -> None:
+    """A new tenant."""
+    body: dict[str, Any] = {"name": name} | _given(limits)
+    context.show_one(context.client().call("POST", "/admin/v1/tenants", json=body), TENANT)
+
+
+@tenant.command("change")
+@click.argument("name")
+@click.option("--max-queued", type=int)
+@click.option("--max-adapters", type=int)
+@pass_context
+def tenant_change(context: Context, /, name: str, **limits: int | None) -> None:
+    """Other limits for a tenant."""
+    context.show_one(context.client().call("PATCH", f"/admin/v1/tenants/{name}", json=_given(limits)), TENANT)
+
+
+@tenant.command("delete")
+@click.argument("name")
+@click.confirmation_option(prompt="Its keys stop at once and its adapters are deleted. Go on?")
+@pass_context
+def tenant_delete(context: Context, name: str) -> None:
+    """End a tenant."""
+    context.show_one(context.client().call("DELETE", f"/admin/v1/tenants/{name}"), ("id", "deleted"))
+
+
+@cli.group()
+def model() -> None:
+    """Base models and the bounds of their pools."""
+
+
+@model.command("list")
+@pass_context
+def model_list(context: Context) -> None:
+    """Every base model."""
+    context.show(context.client().list("/admin/v1/base-models"), MODEL)
+
+
+@model.command("change")
+@click.argument("name")
+@click.option("--min-replicas", type=int)
+@click.option("--max-replicas", type=int)
+@click.option("--idle-timeout-s", type=float, help="How long an idle pool keeps its last replica.")
+@pass_context
+def model_change(context: Context, /, name: str, **bounds: float | None) -> None:
+    """Other bounds for a pool."""
+    context.show_one(context.client().call("PATCH", f"/admin/v1/base-models/{name}", json=_given(bounds)), MODEL)
+
+
+@cli.group()
+def replica() -> None:
+    """Replicas."""
+
+
+@replica.command("list")
+@click.option("--ended", is_flag=True, help="Also the last ones that ended, and why.")
+@pass_context
+def replica_list(context: Context, ended: bool) -> None:
+    """The replicas that exist."""
+    context.show(context.client().list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+
+
+@replica.command("stop")
+@click.argument("replica_id")
+@pass_context
+def replica_stop(context: Context, replica_id: str) -> None:
+    """Drain a replica and stop it."""
+    context.show_one(context.client().call("DELETE", f"/admin/v1/replicas/{replica_id}"), ("id", "desired"))
+
+
+# Tenants
+
+
+@cli.group()
+def key() -> None:
+    """API keys: a tenant's, or with neither --tenant nor LMAAS_API_KEY the operators'."""
+
+
+def _keys(context: Context) -> str:
+    if context.tenant is None and not context.settings.api_key:
+        return "/admin/v1/keys"
+    return context.client().own("/keys")
+
+
+@key.command("list")
+@pass_context
+def key_list(context: Context) -> None:
+    """The keys, without their secrets."""
+    context.show(context.client().list(_keys(context)), KEY)
+
+
+@key.command("create")
+@click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
+@click.option("--name", default="", help="For people, to tell keys apart.")
+@pass_context
+def key_create(context: Context, role: str | None, name: str) -> None:
+    """A new key. Its secret is shown now and never again."""
+    body = {"name": name} | ({"role": role} if role else {})
+    created = context.client().call("POST", _keys(context), json=body)
+    context.show_one(created, (*KEY[:4], "key"), "Keep the key: it is not shown again.")
+
+
+@key.command("revoke")
+@click.argument("key_id")
+@pass_context
+def key_revoke(context: Context, key_id: str) -> None:
+    """Revoke a key: within a second it works nowhere."""
+    context.show_one(context.client().call("DELETE", f"{_keys(context)}/{key_id}"), KEY)
+
+
+@cli.group()
+def adapter() -> None:
+    """A tenant's adapters."""
+
+
+@adapter.command("list")
+@pass_context
+def adapter_list(context: Context) -> None:
+    """Every adapter."""
+    client = context.tenant_client()
+    context.show(client.list(client.own("/adapters")), ADAPTER)
+
+
+@adapter.command("upload")
+@click.argument("name")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--base-model", required=True, help="The base model that it was trained on.")
+@click.option("--no-activate", is_flag=True, help="Leave the live version as it is.")
+@pass_context
+def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
+    """Upload FOLDER, as PEFT saved it, as a new version of the adapter NAME."""
+    client = context.tenant_client()
+    total = (folder / MODEL_FILE).stat().st_size if (folder / MODEL_FILE).is_file() else None
+    with Progress(console=Console(stderr=True), transient=True, disable=context.as_json) as progress:
+        task = progress.add_task(f"Uploading {name}", total=total)
+        answer = client.upload(
+            name, base_model, folder, activate=not no_activate, progress=lambda count: progress.update(task, advance=count)
+        )
+    context.show_one(answer, ("name", "version", "live_version", "rank", "target_modules", "size_bytes", "content_hash"))
+
+
+@adapter.command("versions")
+@click.argument("name")
+@pass_context
+def adapter_versions(context: Context, name: str) -> None:
+    """The versions of an adapter."""
+    client = context.tenant_client()
+    context.show(client.list(client.own(f"/adapters/{name}/versions")), VERSION)
+
+
+@adapter.command("activate")
+@click.argument("name")
+@click.argument("version", type=int)
+@pass_context
+def adapter_activate(context: Context, name: str, version: int) -> None:
+    """Make a version the live one; an older one is a rollback."""
+    client = context.tenant_client()
+    context.show_one(client.call("POST", client.own(f"/adapters/{name}/activate"), json={"version": version}), ADAPTER)
+
+
+@adapter.command("delete")
+@click.argument("name")
+@click.confirmation_option(prompt="All its versions are deleted. Go on?")
+@pass_context
+def adapter_delete(context: Context, name: str) -> None:
+    """Delete an adapter."""
+    client = context.tenant_client()
+    context.show_one(client.call("DELETE", client.own(f"/adapters/{name}")), ("name", "deleted"))
+
+
+@cli.command()
+@click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
+@click.option("--until", help="The last day.")
+@click.option("--events", is_flag=True, help="The latest single requests instead.")
+@pass_context
+def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
+    """Requests and tokens by day, tenant and model."""
+    path = "/v1/usage" if context.settings.api_key and context.tenant is None else "/admin/v1/usage"
+    if events:
+        context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
+    else:
+        context.show(context.client().list(path, tenant=context.tenant, since=since, until=until), USAGE)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,78 @@
+"""What the commands share: which service, with which key, and how answers are shown."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from lmaas.config import Settings
+from lmaas.errors import SettingsError
+from lmaas.manifests.client import ApiClient
+
+
+@dataclass(slots=True)
+class Context:
+    """The settings and the options that stand before a command."""
+
+    settings: Settings
+    as_json: bool
+    tenant: str | None
+
+    def client(self) -> ApiClient:
+        """A client for the service and key of the settings; by default this stack's operator."""
+        if self.settings.url and self.settings.api_key:
+            return ApiClient(self.settings.url, self.settings.api_key, self.tenant)
+        if self.settings.url or self.settings.api_key:
+            raise SettingsError("Set both LMAAS_URL and LMAAS_API_KEY, or neither.")
+        try:
+            credentials = json.loads(self.settings.credentials_path.read_text())
+            return ApiClient(credentials["base_url"], credentials["operator_key"], self.tenant)
+        except (OSError, ValueError, KeyError):
+            raise SettingsError(
+                f"There are no credentials in {self.settings.credentials_path}. Run `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
+            ) from None
+
+    def tenant_client(self) -> ApiClient:
+        """The same, for a tenant's things: an operator must name the tenant."""
+        if self.tenant is None and not self.settings.api_key:
+            raise click.UsageError("Say whose: --tenant NAME.")
+        return self.client()
+
+    def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+        """A table for people, JSON for programs."""
+        if self.as_json:
+            click.echo(json.dumps(list(rows), indent=2))
+            return
+        if not rows:
+            click.echo("Nothing to show.")
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            number = all(isinstance(row.get(column), int | float) for row in rows)
+            table.add_column(column.replace("_", " "), justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+        Console().print(table)
+
+    def show_one(self, row: dict[str, Any], columns: Sequence[str], remark: str | None = None) -> None:
+        """One thing; in a table its columns, in JSON all of it."""
+        if self.as_json:
+            click.echo(json.dumps(row, indent=2))
+            return
+        self.show([row], columns)
+        if remark:
+            click.echo(remark)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    text = str(value)
+    # Moments to the second are enough for people.
+    return text[:19].replace("T", " ") if len(text) > 19 and text[4:5] == "-" and text[10:11] == "T" else text

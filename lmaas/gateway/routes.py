@@ -1,0 +1,93 @@
+"""OpenAI's endpoints, and those that load balancers and Prometheus ask."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from lmaas.errors import Forbidden, ModelNotFound, Unavailable
+from lmaas.gateway.call import Call
+from lmaas.gateway.catalog import ListedModel
+from lmaas.gateway.pipeline import Gateway, complete
+from lmaas.gateway.relay import Endpoint
+from lmaas.gateway.shield import Shielded, shield_chat, shield_completion
+from lmaas.http import JsonResponse
+
+CHAT = Endpoint("/v1/chat/completions", "chatcmpl")
+COMPLETION = Endpoint("/v1/completions", "cmpl")
+
+
+class Completions:
+    """An ASGI endpoint that runs the pipeline."""
+
+    def __init__(self, gateway: Gateway, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
+        self._gateway, self._endpoint, self._shield = gateway, endpoint, shield
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
+
+
+def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
+    """The gateway's routes. `ready` is awaited by `/readyz` and raises what is wrong."""
+    return [
+        Route("/v1/chat/completions", Completions(gateway, CHAT, shield_chat), methods=["POST"]),
+        Route("/v1/completions", Completions(gateway, COMPLETION, shield_completion), methods=["POST"]),
+        Route("/v1/models", functools.partial(_list_models, gateway)),
+        Route("/v1/models/{model:path}", functools.partial(_get_model, gateway)),
+        Route("/healthz", _alive),
+        Route("/readyz", functools.partial(_ready, ready)),
+        Route("/metrics", functools.partial(_metrics, gateway)),
+    ]
+
+
+async def _tenant(gateway: Gateway, request: Request) -> str:
+    principal = await gateway.authenticate(request.headers.get("authorization"))
+    if principal.tenant_id is None:
+        raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
+    return principal.tenant_id
+
+
+def _shown(model: ListedModel) -> dict[str, Any]:
+    owner = "lmaas" if model.parent is None else "tenant"
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": owner, "parent": model.parent}
+
+
+async def _list_models(gateway: Gateway, request: Request) -> Response:
+    models = await gateway.catalog.listed(await _tenant(gateway, request))
+    return JsonResponse({"object": "list", "data": [_shown(model) for model in models]})
+
+
+async def _get_model(gateway: Gateway, request: Request) -> Response:
+    tenant_id, name = await _tenant(gateway, request), request.path_params["model"]
+    served = await gateway.catalog.resolve(tenant_id, name)
+    plain = name.partition("@")[0]
+    for model in await gateway.catalog.listed(tenant_id):
+        if model.name == plain:
+            return JsonResponse(_shown(model) | {"id": name})
+    if served.version is None:
+        raise ModelNotFound(name)
+    # A pinned version of an adapter that has no live one.
+    return JsonResponse(_shown(ListedModel(name, 0, served.base.name)))
+
+
+async def _alive(_: Request) -> Response:
+    return JsonResponse({"status": "ok"})
+
+
+async def _ready(ready: Callable[[], Any], _: Request) -> Response:
+    try:
+        await asyncio.wait_for(ready(), 5)
+    except TimeoutError:
+        raise Unavailable("The database or the queue does not answer.", retry_after_s=5) from None
+    return JsonResponse({"status": "ready"})
+
+
+async def _metrics(gateway: Gateway, _: Request) -> Response:
+    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)

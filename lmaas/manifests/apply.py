@@ -1,0 +1,121 @@
+"""Makes the service match the manifests of a folder, through its API; may be run again at any time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmaas.errors import InvalidRequest
+from lmaas.manifests.client import ApiClient, ApiError
+
+LIMITS = ("max_queued", "max_adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """An adapter of a tenant: `folder` is as PEFT saves it."""
+
+    name: str
+    base_model: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TenantManifest:
+    """One tenant as code. Limits that are not given are the service's."""
+
+    name: str
+    settings: dict[str, Any]
+    adapters: list[AdapterManifest]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was done to one thing: `created`, `changed` or `unchanged`."""
+
+    thing: str
+    name: str
+    outcome: str
+
+
+def read(path: Path) -> TenantManifest:
+    """Raises InvalidRequest, naming the file and what is wrong in it."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"{path}: {error}") from error
+    _check(path, content, {"name": str, "tier": str, "limits": dict, "adapters": list}, required=("name",))
+    limits = content.get("limits", {})
+    _check(path, limits, dict.fromkeys(LIMITS, int), where="limits.")
+    adapters = []
+    for index, entry in enumerate(content.get("adapters", [])):
+        fields = {"name": str, "base_model": str, "path": str}
+        _check(path, entry, fields, required=tuple(fields), where=f"adapters[{index}].")
+        adapters.append(AdapterManifest(entry["name"], entry["base_model"], path.parent / entry["path"]))
+    settings = dict(limits) | ({"tier": content["tier"]} if "tier" in content else {})
+    return TenantManifest(content["name"], settings, adapters)
+
+
+def _check(path: Path, value: Any, fields: Mapping[str, type], required: tuple[str, ...] = (), where: str = "") -> None:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{path}: {where.rstrip('.') or 'the file'} must be a mapping.")
+    for name, item in value.items():
+        if name not in fields:
+            raise InvalidRequest(f"{path}: '{where}{name}' is not known. Known are: {', '.join(fields)}.")
+        if not isinstance(item, fields[name]) or isinstance(item, bool):
+            raise InvalidRequest(f"{path}: '{where}{name}' must be of the type {fields[name].__name__}.")
+    for name in required:
+        if name not in value:
+            raise InvalidRequest(f"{path}: '{where}{name}' is missing.")
+
+
+def read_folder(folder: Path) -> list[TenantManifest]:
+    """Every manifest of a folder (or the one file), by file name. Raises InvalidRequest."""
+    if folder.is_file():
+        return [read(folder)]
+    if not folder.is_dir():
+        raise InvalidRequest(f"There is no folder {folder}.")
+    return [read(path) for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))]
+
+
+def apply(manifests: list[TenantManifest], client: ApiClient) -> list[Change]:
+    """Make the service match; `client` has an operator's key. What a manifest does not name stays as it is. Raises ApiError."""
+    changes = []
+    for manifest in manifests:
+        changes.append(_apply_tenant(manifest, client))
+        for adapter in manifest.adapters:
+            path = f"/admin/v1/tenants/{manifest.name}/adapters"
+            before = {entry["name"]: entry["live_version"] for entry in client.list(path)}
+            answer = client.for_tenant(manifest.name).upload(adapter.name, adapter.base_model, adapter.folder, if_changed=True)
+            outcome = "created" if adapter.name not in before else "changed" if before[adapter.name] != answer["version"] else "unchanged"
+            changes.append(Change("adapter", f"{manifest.name}/{adapter.name}@{answer['version']}", outcome))
+    return changes
+
+
+def _apply_tenant(manifest: TenantManifest, client: ApiClient) -> Change:
+    address = f"/admin/v1/tenants/{manifest.name}"
+    try:
+        known = client.call("GET", address)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        client.call("POST", "/admin/v1/tenants", json={"name": manifest.name, **manifest.settings})
+        return Change("tenant", manifest.name, "created")
+    if all(known[name] == value for name, value in manifest.settings.items()):
+        return Change("tenant", manifest.name, "unchanged")
+    client.call("PATCH", address, json=manifest.settings)
+    return Change("tenant", manifest.name, "changed")
+
+
+def working_keys(tenant: str, known: dict[str, str], client: ApiClient) -> dict[str, str]:
+    """A tenant's `api_key` and `admin_key`: the known ones if they work, otherwise new ones."""
+    keys = {}
+    for field, role in (("api_key", "inference"), ("admin_key", "tenant_admin")):
+        key = known.get(field)
+        if not key or not client.with_key(key).works():
+            path = f"/admin/v1/tenants/{tenant}/keys"
+            key = str(client.call("POST", path, json={"role": role, "name": "lmaas up"})["key"])
+        keys[field] = key
+    return keys

@@ -1,0 +1,126 @@
+"""A client of our own HTTP API, for the CLI and for manifests."""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx
+
+from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
+from lmaas.errors import InvalidRequest, SettingsError
+
+Progress = Callable[[int], None]
+
+
+class ApiError(Exception):
+    """The service refused. The message is the service's own."""
+
+    def __init__(self, status: int, message: str, code: str, request_id: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.request_id = status, message, code, request_id
+
+
+class ApiClient:
+    """Calls the service at `base_url` (which ends in `/v1`) with one key. `tenant` is for operators: whose things are meant."""
+
+    def __init__(self, base_url: str, key: str, tenant: str | None = None) -> None:
+        self._root = base_url.removesuffix("/").removesuffix("/v1")
+        self._http = httpx.Client(headers={"authorization": f"Bearer {key}"}, timeout=httpx.Timeout(60, write=600))
+        self._tenant = tenant
+
+    def for_tenant(self, tenant: str) -> "ApiClient":
+        """The same operator, for a tenant's things."""
+        client = ApiClient(self._root, "", tenant)
+        client._http = self._http
+        return client
+
+    def with_key(self, key: str) -> "ApiClient":
+        """The same service, with another key."""
+        return ApiClient(self._root, key)
+
+    def works(self) -> bool:
+        """Whether the key is valid."""
+        try:
+            self.call("GET", "/v1/models")
+        except ApiError as error:
+            if error.status == 401:
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        """The answer's JSON. Raises ApiError, or SettingsError if nobody listens there."""
+        try:
+            response = self._http.request(method, self._root + path, **options)
+        except httpx.TransportError as error:
+            raise SettingsError(f"The service at {self._root} does not answer: {error}") from error
+        try:
+            answer = response.json()
+        except ValueError:
+            raise ApiError(response.status_code, response.text[:200], "", "") from None
+        if response.status_code >= 400:
+            said = answer.get("error", {})
+            raise ApiError(response.status_code, said.get("message", ""), said.get("code", ""), response.headers.get("x-request-id", ""))
+        return answer
+
+    def own(self, path: str) -> str:
+        """The address of a tenant's thing: the key's own tenant, or the one that the operator named."""
+        return f"/v1{path}" if self._tenant is None else f"/admin/v1/tenants/{self._tenant}{path}"
+
+    def list(self, path: str, **query: Any) -> list[dict[str, Any]]:
+        """The items of a list."""
+        data: list[dict[str, Any]] = self.call("GET", path, params={name: value for name, value in query.items() if value is not None})[
+            "data"
+        ]
+        return data
+
+    def upload(
+        self, name: str, base_model: str, folder: Path, *, activate: bool = True, if_changed: bool = False, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Upload an adapter's folder as PEFT saves it; answers the adapter with its version. Raises InvalidRequest if a file is missing."""
+        config, model = folder / CONFIG_FILE, folder / MODEL_FILE
+        for path in (config, model):
+            if not path.is_file():
+                raise InvalidRequest(f"There is no {path}. Save the adapter with PEFT's save_pretrained(..., safe_serialization=True).")
+        with model.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            fields = {"name": name, "base_model": base_model, "activate": str(activate).lower(), "sha256": digest}
+            fields["if_changed"] = str(if_changed).lower()
+            files = {
+                "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
+                "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),
+            }
+            answer: dict[str, Any] = self.call("POST", self.own("/adapters"), data=fields, files=files)
+        return answer
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self._file, self._progress = file, progress
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        chunk = self._file.read(size)
+        self._progress(len(chunk))
+        return chunk
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The present place."""
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        """The file's descriptor, from which its length is known."""
+        return self._file.fileno()

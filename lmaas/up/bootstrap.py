@@ -1,0 +1,131 @@
+"""What a new stack needs before its first request: a base model, an operator's key, credentials in a file."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lmaas.adapters.safetensors import base_model_shapes
+from lmaas.config import Settings
+from lmaas.engine import default_model
+from lmaas.engine.launch import has_cpu_build
+from lmaas.errors import SettingsError
+from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.store.database import Database
+from lmaas.store.models import BaseModel, put_base_model
+from lmaas.store.tenants import create_key, find_principal
+from lmaas.types import NAME_PATTERN, Role
+
+
+def prepare_default_model(settings: Settings, console: Console) -> Path:
+    """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails."""
+    folder = settings.cache.expanduser() / "models" / default_model.NAME
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-W", "ignore", "-m", default_model.__name__, str(folder)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        Progress(*columns, console=console) as progress,
+    ):
+        task = progress.add_task(f"Preparing the base model {default_model.NAME} (once)", total=100)
+        for line in process.stdout or ():
+            with contextlib.suppress(ValueError):
+                progress.update(task, completed=float(line))
+        if process.wait() == 0 and folder.exists():
+            progress.update(task, completed=100)
+            return folder
+        errors.seek(0)
+        raise SettingsError(f"The default base model could not be prepared: {errors.read().strip()[-1000:]}")
+
+
+def model_folder(source: str) -> Path:
+    """The local folder of a model given as a folder or a hub id. Raises SettingsError if it cannot be had."""
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
+
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (ImportError, OSError, ValueError) as error:
+        raise SettingsError(f"LMAAS_MODEL={source!r} is neither a folder nor a model that the hub gives: {error}") from error
+
+
+def _dtype(settings: Settings, folder: Path) -> str:
+    """The engine's dtype. On a CPU it is float32, in which a greedy answer is the same alone and in a batch."""
+    if settings.engine_dtype != "auto":
+        return settings.engine_dtype
+    if has_cpu_build():
+        return "float32"
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
+    """Make the base model of the settings known; what an operator has changed since stays."""
+    folder = model_folder(settings.model) if settings.model else prepare_default_model(settings, console)
+    name = settings.model_name or (Path(settings.model).name.lower() if settings.model else default_model.NAME)
+    if NAME_PATTERN.fullmatch(name) is None:
+        raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")
+    dtype = _dtype(settings, folder)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise SettingsError(f"LMAAS_ENGINE_DTYPE is float32, bfloat16, float16 or auto, not {dtype!r}.")
+    model = BaseModel(
+        id="",
+        name=name,
+        source=str(folder),
+        dtype=dtype,
+        linears={path: list(shape) for path, shape in base_model_shapes(folder).items()},
+        max_lora_rank=settings.engine_max_lora_rank,
+        max_loras=settings.engine_max_loras,
+        max_cpu_loras=settings.engine_max_cpu_loras,
+        max_num_seqs=settings.engine_max_num_seqs,
+        max_model_len=settings.engine_max_model_len,
+        kv_cache_bytes=settings.engine_kv_cache_bytes,
+        engine_args=settings.engine_args,
+    )
+    return await put_base_model(db, model)
+
+
+def read_credentials(settings: Settings) -> dict[str, Any]:
+    """The credentials file, or an empty one. Raises SettingsError if it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(settings.credentials_path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{settings.credentials_path} cannot be read: {error}") from error
+    return found
+
+
+def write_credentials(settings: Settings, credentials: dict[str, Any]) -> None:
+    """Replace the credentials file as a whole, readable by its owner only."""
+    path = settings.credentials_path
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(credentials, file, indent=2)
+        file.write("\n")
+    partial.replace(path)
+
+
+async def ensure_operator_key(settings: Settings, db: Database) -> str:
+    """The operator's key of this stack: the one in the credentials file if it works, otherwise a new one."""
+    credentials = read_credentials(settings)
+    key = credentials.get("operator_key")
+    if not isinstance(key, str) or (await find_principal(db, hash_key(key))) is None:
+        key = new_key()
+        await create_key(db, None, Role.OPERATOR, f"lmaas up, {time.strftime('%Y-%m-%d')}", hash_key(key), shown_prefix(key))
+    write_credentials(settings, {"base_url": settings.base_url, "operator_key": key, "tenants": credentials.get("tenants", {})})
+    return key
