@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PATCHED_VERSIONS = frozenset({"0.32.0"})
 OVERRIDE = "LMAAS_ALLOW_UNKNOWN_VLLM"
+#: In the engine's log when the plugin is active: a supervisor looks for it before its engine gets any work.
+ACTIVE_MARK = "lmaas cpu_lora active"
 
 # One GEMM for all adapters wastes multiplications on pairs that are masked; one GEMM per adapter costs calls. A further adapter's calls
 # cost about as much as this many wasted (row, rank) pairs: the break-even at hidden size 576 on 2 quiet cores, more on busy ones.
@@ -53,7 +55,7 @@ def wrapper_name() -> str:
                 f"tenant's adapter on CPU. Install a known version, turn LoRA off, or set {OVERRIDE}=1 after checking."
             )
         logger.warning("%s=1: correcting LoRA on CPU in vLLM %s, which was not checked (known: %s)", OVERRIDE, version, known)
-    logger.info("lmaas cpu_lora active: on vLLM %s every token gets its own adapter or none", version)
+    logger.info("%s: on vLLM %s every token gets its own adapter or none", ACTIVE_MARK, version)
     return f"{__name__}.IsolatedPunicaWrapper"
 
 

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmaas.engine.cpu_lora import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
 from lmaas.process import bound_command
 
@@ -110,6 +111,16 @@ class EngineProcess:
             return ""
         errors = [line for line in text if "Error" in line or "error:" in line]
         return " | ".join((errors or text)[-lines:])[-1500:]
+
+    def keeps_adapters_apart(self) -> bool:
+        """Whether our LoRA plugin is active in this engine. Without it, vLLM's CPU build mixes tenants' adapters up.
+
+        A plugin that vLLM cannot import is only logged there, and never runs; so its absence is looked for here.
+        """
+        if not has_cpu_build():
+            return True
+        with self.log_path.open("rb") as log:
+            return any(ACTIVE_MARK.encode() in line for line in log)
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """Ask the server to stop, then make it. Its memory is free when this returns."""

@@ -123,6 +123,8 @@ class Delivery:
         )
         async for event in sse.events(response.content.iter_any()):
             if event == sse.DONE:
+                if not rewrite.complete:
+                    break
                 await self._call.write(event + b"\n\n")
                 return
             if event.startswith(b'data: {"error"'):

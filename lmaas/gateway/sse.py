@@ -45,6 +45,8 @@ class Rewriter:
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         #: The engine's latest usage object.
         self.usage: dict[str, Any] | None = None
+        #: Whether the engine has given its account of the whole request: without it, `[DONE]` is no success (a dying engine says it too).
+        self.complete = False
 
     def __call__(self, event: bytes) -> bytes | None:
         """The event for the client, or None if it is not for the client. Raises ValueError if the engine talks nonsense."""
@@ -54,6 +56,7 @@ class Rewriter:
             usage, end = _DECODER.raw_decode(tail)
             self.usage = usage
             last = b'"choices":[],' in event or event[:start].endswith(b'"choices":[]')
+            self.complete = self.complete or last
             if last and not self._include_usage:
                 return None
             if not last and not self._continuous_usage:

@@ -152,6 +152,9 @@ class Supervisor:
                 self.end(Observed.FAILED, f"the engine was not ready within {self._settings.start_timeout_s:.0f} s: {engine.last_words()}")
                 return
             await asyncio.sleep(0.2)
+        if not engine.keeps_adapters_apart():
+            self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
+            return
         if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
             self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
             return

@@ -61,9 +61,10 @@ class Database:
             connection = await self._engine.connect()
         except (OperationalError, InterfaceError, PoolTimeout) as error:
             raise Unavailable("The database is not available.", code="database_unavailable", retry_after_s=2) from error
-        async with connection:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
-            yield connection
+        try:
+            yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+        finally:
+            await connection.close()
 
     async def close(self) -> None:
         """Close every connection."""
