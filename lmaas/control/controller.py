@@ -64,8 +64,10 @@ class Controller:
             except (Unavailable, RedisError) as error:
                 # Replicas go on serving; the next tick continues where this one stopped.
                 log.warning("cannot reconcile now", extra={"action": "reconcile", "detail": str(error)})
+            # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
 
     async def tick(self) -> None:
         """Look at every pool once and do what its plan says."""

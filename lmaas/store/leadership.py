@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import Unavailable
@@ -31,7 +31,7 @@ class Lead:
             await asyncio.sleep(CHECK_S)
             try:
                 await self._connection.execute(text("SELECT 1"))
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 raise LostLead("the database connection that held the controller's lock is gone") from error
 
 
@@ -49,5 +49,5 @@ async def leading(db: Database) -> AsyncIterator[Lead]:
         try:
             yield Lead(connection)
         finally:
-            with suppress(DBAPIError):
+            with suppress(SQLAlchemyError):
                 await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})

@@ -1,0 +1,104 @@
+"""Real servers for the tests: one Postgres and one Valkey a session, a new database and an empty keyspace a test."""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from rich.console import Console
+from sqlalchemy import create_engine, text
+
+from lmaas import config
+from lmaas.config import Settings
+from lmaas.scheduling.client import Scheduler, connect
+from lmaas.store.database import Database, driver_url
+from lmaas.store.migrate import upgrade
+from lmaas.up import embedded
+from lmaas.up.bootstrap import prepare_default_model
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running Postgres with a migrated template database."""
+    with embedded.postgres(tmp_path_factory.mktemp("postgres") / "data") as url:
+        engine = create_engine(driver_url(url), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text("CREATE DATABASE template_lmaas"))
+        engine.dispose()
+        upgrade(url.replace("/postgres?", "/template_lmaas?"))
+        yield url
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    """The URL of a new, migrated database of this test's own."""
+    name = f"test_{next(_numbers)}_{secrets.token_hex(4)}"
+    engine = create_engine(driver_url(postgres_url), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template_lmaas"))
+    yield postgres_url.replace("/postgres?", f"/{name}?")
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    """A database of this test's own."""
+    database = Database(database_url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running Valkey."""
+    with embedded.valkey(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@pytest.fixture
+async def redis(valkey_url: str) -> AsyncIterator[Redis]:
+    """A client of an empty Valkey."""
+    client = connect(valkey_url)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def scheduler(redis: Redis) -> Scheduler:
+    """The scheduler on an empty Valkey."""
+    return Scheduler(redis)
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The default base model, converted if this machine has not done so yet."""
+    return prepare_default_model(config.load({}), Console())
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str, valkey_url: str) -> Settings:
+    """Settings of a stack of this test's own."""
+    return Settings(home=tmp_path, database_url=database_url, redis_url=valkey_url)
+
+
+async def until(condition: object, timeout_s: float = 60.0, every_s: float = 0.05) -> None:
+    """Wait until `condition()` (plain or async) is true; fails the test after `timeout_s` seconds."""
+    assert callable(condition)
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return
+        if asyncio.get_running_loop().time() > deadline:
+            pytest.fail(f"not so after {timeout_s:.0f} s: {getattr(condition, '__name__', condition)}")
+        await asyncio.sleep(every_s)

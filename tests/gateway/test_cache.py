@@ -1,0 +1,166 @@
+"""Answers that are good for a moment, and longer while the database is away."""
+
+import asyncio
+
+import pytest
+
+from lmaas.errors import Unavailable
+from lmaas.gateway.cache import MomentCache
+from tests.conftest import until
+
+BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
+
+
+class Source:
+    """A database that can be away, and a clock."""
+
+    def __init__(self, **answers: str) -> None:
+        self.answers: dict[str, str] = dict(answers)
+        self.asked: list[str] = []
+        self.error: Exception | None = None
+        self.gate: asyncio.Event | None = None
+        self.now = 1000.0
+
+    async def ask(self, key: str) -> str | None:
+        self.asked.append(key)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return self.answers.get(key)
+
+    def cache(self, size: int = 10) -> MomentCache[str, str]:
+        return MomentCache[str, str](self.ask, fresh_s=1, grace_s=60, size=size, clock=lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("later_s", "away", "asked", "answer"),
+    [
+        (0.9, False, 1, "old"),
+        (0.9, True, 1, "old"),
+        (1.0, False, 2, "new"),
+        (1.0, True, 2, "old"),
+        (59.9, True, 2, "old"),
+        (60.0, True, 2, None),
+        (1e9, False, 2, "new"),
+    ],
+)
+async def test_fresh_then_asked_again_then_grace(later_s: float, away: bool, asked: int, answer: str | None) -> None:
+    source = Source(k="old")
+    cache = source.cache()
+    assert await cache.get("k") == "old"
+    source.now += later_s
+    source.answers["k"] = "new"
+    source.error = Unavailable("away") if away else None
+    if answer is None:
+        with pytest.raises(Unavailable):
+            await cache.get("k")
+    else:
+        assert await cache.get("k") == answer
+    assert len(source.asked) == asked
+
+
+async def test_an_unknown_key_is_not_unknown_but_unavailable() -> None:
+    source = Source()
+    source.error = Unavailable("away")
+    with pytest.raises(Unavailable):
+        await source.cache().get("k")
+
+
+async def test_none_is_not_kept_and_ends_what_was_known() -> None:
+    source = Source(k="v")
+    cache = source.cache()
+    assert await cache.get("x") is None
+    source.answers["x"] = "new"
+    assert await cache.get("x") == "new"
+    await cache.get("k")
+    source.now += 2
+    del source.answers["k"]
+    assert await cache.get("k") is None
+    source.error = Unavailable("away")
+    with pytest.raises(Unavailable):  # no grace for what is known to be gone
+        await cache.get("k")
+
+
+async def test_other_errors_are_not_excused() -> None:
+    source = Source(k="v")
+    cache = source.cache()
+    await cache.get("k")
+    source.now += 2
+    source.error = ValueError("a mistake")
+    with pytest.raises(ValueError, match="a mistake"):
+        await cache.get("k")
+
+
+async def test_one_question_at_a_time_for_each_key() -> None:
+    source = Source(k="v", other="w")
+    source.gate = asyncio.Event()
+    cache = source.cache()
+    waiting = [asyncio.create_task(cache.get(key)) for key in ("k", "k", "other", "k")]
+    await asyncio.sleep(0)
+    waiting[0].cancel()  # whoever asked first goes away: the others still get the answer
+    await asyncio.sleep(0)
+    source.gate.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert results[1:] == ["v", "w", "v"]
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert sorted(source.asked) == ["k", "other"]
+    assert await cache.get("k") == "v"
+    assert sorted(source.asked) == ["k", "other"]
+
+
+async def test_everybody_hears_of_the_same_failure_and_the_next_asks_again() -> None:
+    source = Source(k="v")
+    source.gate = asyncio.Event()
+    source.error = Unavailable("away")
+    cache = source.cache()
+    waiting = [asyncio.create_task(cache.get("k")) for _ in range(3)]
+    await asyncio.sleep(0)
+    source.gate.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [Unavailable] * 3
+    assert len(source.asked) == 1
+    source.error = None
+    assert await cache.get("k") == "v"
+
+
+async def test_the_longest_unused_go_first() -> None:
+    source = Source(a="1", b="2", c="3")
+    cache = source.cache(size=2)
+    for key in ("a", "b", "a", "c"):
+        await cache.get(key)
+    await cache.get("a")
+    await cache.get("c")
+    assert source.asked == ["a", "b", "c"]
+    await cache.get("b")
+    assert source.asked == ["a", "b", "c", "b"]
+
+
+async def test_what_was_answered_long_ago_is_as_old_as_its_question() -> None:
+    source = Source(k="v")
+    source.gate = asyncio.Event()
+    cache = source.cache()
+    waiting = asyncio.create_task(cache.get("k"))
+    await until(lambda: source.asked == ["k"], 5, 0)
+    source.now += 5
+    source.gate.set()
+    await waiting
+    await cache.get("k")
+    assert len(source.asked) == 2
+
+
+@BUG
+async def test_a_database_that_hangs_is_away_too() -> None:
+    source = Source(k="v")
+    cache = source.cache()
+    await cache.get("k")
+    source.now += 2
+    source.gate = asyncio.Event()
+    cache._patience_s = 0.05  # type: ignore[attr-defined]
+    try:
+        async with asyncio.timeout(0.5):
+            assert await cache.get("k") == "v"
+            with pytest.raises(Unavailable):
+                await cache.get("unknown")
+    finally:
+        source.gate.set()

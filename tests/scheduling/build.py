@@ -1,0 +1,111 @@
+"""Tickets, heartbeats and a look inside the scheduler's keys, for its tests."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from lmaas.scheduling.client import LIBRARY, Beat, Scheduler, Ticket
+
+KEY = "lmaas:{p}"
+EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+
+
+def ticket(number: int, tenant: str = "a", adapter: str = "", weight: int = 1, gateway: str = "g") -> Ticket:
+    """A ticket of pool `p`."""
+    event = json.dumps(EVENT | {"request_id": f"r{number}", "tenant_id": tenant})
+    return Ticket(f"r{number}", "p", tenant, gateway, adapter, f"src/{adapter}", weight, event)
+
+
+def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident: tuple[str, ...] = (), cleared: bool = False) -> Beat:
+    """A heartbeat."""
+    return Beat("http://engine", slots, adapter_slots, state, list(resident), cleared)
+
+
+@asynccontextmanager
+async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
+    """The library with smaller constants, so that leases expire while a test waits."""
+    text = LIBRARY.read_text()
+    for name, value in constants.items():
+        before, after = text.split(f"local {name} = ", 1)
+        text = f"{before}local {name} = {value} --{after}"
+    await scheduler.redis.function_load(text, replace=True)
+    try:
+        yield
+    finally:
+        await scheduler.load()
+
+
+class Pool:
+    """The pool `p` of a scheduler, and what is stored of it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.redis = scheduler.redis
+
+    async def beat(self, replica: str = "x", **facts: Any) -> dict[str, Any]:
+        """A heartbeat of a replica."""
+        return await self.scheduler.heartbeat("p", replica, beat(**facts))
+
+    async def submit(self, *tickets: Ticket, max_queued: int = 1000) -> list[str]:
+        """The states that the tickets got."""
+        return [(await self.scheduler.submit(each, max_queued))["state"] for each in tickets]
+
+    async def release(self, *numbers: int) -> list[bool]:
+        """Release tickets by number, without an event."""
+        return [await self.scheduler.release(ticket(number), "", None) for number in numbers]
+
+    async def retry(self, number: int, replica: str = "x", reason: str = "engine") -> dict[str, Any]:
+        """Give a ticket's lease back."""
+        return await self.scheduler.retry(ticket(number), replica, reason)
+
+    async def tickets(self) -> dict[str, dict[str, Any]]:
+        """Every ticket, by id."""
+        stored = await self.redis.hgetall(f"{KEY}:tickets")
+        return {name: json.loads(text) for name, text in stored.items()}
+
+    async def replicas(self) -> dict[str, dict[str, Any]]:
+        """Every replica, by id."""
+        stored = await self.redis.hgetall(f"{KEY}:replicas")
+        return {name: json.loads(text) for name, text in stored.items()}
+
+    async def states(self) -> dict[str, str]:
+        """Ticket id → state."""
+        return {name: each["state"] for name, each in (await self.tickets()).items()}
+
+    async def placed(self) -> set[str]:
+        """The tickets that hold a slot."""
+        return {name for name, state in (await self.states()).items() if state in ("granted", "loading")}
+
+    async def events(self) -> list[dict[str, Any]]:
+        """The usage events so far."""
+        entries: Any = await self.redis.xrange(f"{KEY}:usage")
+        return [json.loads(fields["event"]) for _, fields in entries]
+
+    async def check(self) -> None:
+        """Raises AssertionError if what is stored contradicts itself."""
+        tickets, replicas = await self.tickets(), await self.replicas()
+        queued = {name for name, each in tickets.items() if each["state"] == "queued"}
+        for name, replica in replicas.items():
+            here = [each for each in tickets.values() if each.get("replica") == name and each["state"] in ("granted", "loading")]
+            assert replica["load"] == sum(each["weight"] for each in here), name
+            assert replica["load"] <= replica["slots"], name
+            running: dict[str, int] = {}
+            for each in here:
+                if each["adapter"]:
+                    running[each["adapter"]] = running.get(each["adapter"], 0) + 1
+            assert replica["running"] == running, name
+            assert len(running) <= replica["adapter_slots"], name
+            loading = {each["id"]: each["adapter"] for each in here if each["state"] == "loading"}
+            assert {one: adapter for adapter, load in replica["loading"].items() for one in load["tickets"]} == loading, name
+        assert set(await self.redis.zrange(f"{KEY}:queue", 0, -1)) == queued
+        by_tenant: dict[str, set[str]] = {}
+        for name in queued:
+            by_tenant.setdefault(tickets[name]["tenant"], set()).add(name)
+        assert set(await self.redis.zrange(f"{KEY}:waiting", 0, -1)) == set(by_tenant)
+        lists = {key async for key in self.redis.scan_iter(f"{KEY}:queue:*")}
+        assert lists == {f"{KEY}:queue:{tenant}" for tenant in by_tenant}
+        for tenant, names in by_tenant.items():
+            assert set(await self.redis.zrange(f"{KEY}:queue:{tenant}", 0, -1)) == names
+        assert set(await self.redis.zrange(f"{KEY}:expiry", 0, -1)) == set(tickets)
+        assert set(await self.redis.hkeys(f"{KEY}:progress")) <= set(tickets)

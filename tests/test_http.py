@@ -1,0 +1,192 @@
+"""HTTP as all parts speak it: strict JSON, limits, errors in one shape."""
+
+import json
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from lmaas.errors import InvalidRequest, LmaasError, ModelNotFound, OverLimit, TooLarge, Unavailable
+from lmaas.http import Frame, error_response, limited, on_error, on_http_exception, parse_json
+
+BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"{}", {}),
+        (b' {"a": [1, 2.5, null, true, "x"]} ', {"a": [1, 2.5, None, True, "x"]}),
+        (b'{"a": {"b": 1}, "c": {"b": 2}}', {"a": {"b": 1}, "c": {"b": 2}}),
+        ('{"ü": "\\ud83d\\ude00"}'.encode(), {"ü": "😀"}),
+    ],
+)
+def test_good_json(text: bytes, value: Any) -> None:
+    assert parse_json(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b'"x"', id="string"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"a": 1, "a": 2}', id="same key twice"),
+        pytest.param(b'{"a": {"b": 1, "b": 1}}', id="same key twice inside"),
+        pytest.param(b'{"a": 1, "\\u0061": 2}', id="same key twice, escaped"),
+        pytest.param(b'{"a": NaN}', id="NaN"),
+        pytest.param(b'{"a": -Infinity}', id="Infinity"),
+        pytest.param(b'{"a": 1} {"b": 2}', id="two values"),
+        pytest.param(b'{"a": 1,}', id="comma"),
+        pytest.param(b"{'a': 1}", id="python"),
+        pytest.param(b'{"a": "\n"}', id="control character"),
+        pytest.param(b'{"a": "\xff"}', id="not UTF-8"),
+        pytest.param('{"a": 1}'.encode("utf-16"), id="UTF-16"),
+        pytest.param(b"\xef\xbb\xbf{}", id="byte order mark"),
+        pytest.param(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep list"),
+        pytest.param(b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, id="deep object"),
+        pytest.param(b"[" * 100_000, id="deep and open"),
+        pytest.param(b'{"a": ' + b"9" * 5000 + b"}", id="number without end"),
+        pytest.param(b'{"a": "\\ud800"}', id="half a character", marks=BUG),
+        pytest.param(b'{"\\uDFFF": 1}', id="half a character as a key", marks=BUG),
+    ],
+)
+def test_bad_json(text: bytes) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_json(text)
+    assert caught.value.error_code == "invalid_json"
+    assert len(caught.value.message) < 300
+    caught.value.message.encode()
+
+
+def http(headers: dict[str, str] | None = None) -> Scope:
+    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    return {"type": "http", "method": "POST", "path": "/x", "raw_path": b"/x", "query_string": b"", "headers": raw}
+
+
+def body(*parts: bytes) -> Receive:
+    left = list(parts)
+
+    async def receive() -> Message:
+        part = left.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(left)}
+
+    return receive
+
+
+async def read(receive: Receive) -> bytes:
+    whole = b""
+    while True:
+        message = await receive()
+        whole += message["body"]
+        if not message["more_body"]:
+            return whole
+
+
+async def test_a_body_within_the_limit() -> None:
+    assert await read(limited(body(b"12345", b"67890"), http({"content-length": "10", "content-encoding": "identity"}), 10)) == b"1234567890"
+
+
+async def test_a_body_that_grows_over_the_limit() -> None:
+    receive = limited(body(b"12345", b"678901", b"x"), http(), 10)
+    await receive()
+    with pytest.raises(TooLarge):
+        await receive()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"content-length": "11"}, {"content-length": "1000000000"}, {"content-encoding": "gzip"}, {"content-encoding": " BR"}]
+)
+async def test_a_body_that_is_refused_before_it_is_read(headers: dict[str, str]) -> None:
+    with pytest.raises(TooLarge) as caught:
+        limited(body(), http(headers), 10)
+    assert caught.value.status == 413
+
+
+async def answer(app: Any, scope: Scope | None = None) -> tuple[int, dict[str, str], bytes]:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope or http(), body(b""), send)
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after", "should_retry"),
+    [
+        (InvalidRequest("no", param="x"), 400, "invalid_request", None, "false"),
+        (ModelNotFound("x" * 1000), 404, "model_not_found", None, "false"),
+        (OverLimit("slowly", retry_after_s=0.2), 429, "rate_limit_exceeded", "1", "true"),
+        (Unavailable("later", retry_after_s=10_000), 503, "no_capacity", "120", "true"),
+        (Unavailable("later"), 503, "no_capacity", None, "true"),
+        (InvalidRequest("no", retry_after_s=5), 400, "invalid_request", None, "false"),
+        (LmaasError("?"), 500, "internal_error", None, "false"),
+        (ValueError("secret"), 500, "internal_error", None, "false"),
+        pytest.param(ModelNotFound("\ud800"), 404, "model_not_found", None, "false", marks=BUG),
+    ],
+)
+async def test_the_frame_turns_errors_into_answers(
+    error: Exception, status: int, code: str, retry_after: str | None, should_retry: str
+) -> None:
+    async def app(_: Scope, __: Receive, ___: Send) -> None:
+        raise error
+
+    got, headers, text = await answer(Frame(app), http({"x-request-id": "mine"}))
+    assert got == status
+    shape = json.loads(text)
+    assert set(shape) == {"error"}
+    assert set(shape["error"]) == {"message", "type", "param", "code"}
+    assert shape["error"]["code"] == code
+    assert "secret" not in text.decode()
+    assert len(shape["error"]["message"]) < 300
+    assert headers["x-request-id"].startswith("req_")
+    assert headers.get("retry-after") == retry_after
+    assert headers["x-should-retry"] == should_retry
+    assert headers["content-type"] == "application/json"
+
+
+async def test_each_request_has_its_own_id_also_when_it_succeeds() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await error_response(LmaasError(scope["request_id"]))(scope, receive, send)
+
+    first, second = await answer(Frame(app)), await answer(Frame(app))
+    assert first[1]["x-request-id"] != second[1]["x-request-id"]
+    assert json.loads(first[2])["error"]["message"] == first[1]["x-request-id"]
+
+
+async def test_an_error_after_the_start_breaks_the_connection() -> None:
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise Unavailable("too late")
+
+    with pytest.raises(Unavailable):
+        await answer(Frame(app))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (HTTPException(404), 404, "not_found"),
+        (HTTPException(405), 405, "method_not_allowed"),
+        (HTTPException(400, "Too many fields."), 400, "invalid_request"),
+        (HTTPException(500, "secret"), 500, "internal_error"),
+    ],
+)
+async def test_errors_of_starlette(error: Exception, status: int, code: str) -> None:
+    response = await on_http_exception(Request(http()), error)
+    assert response.status_code == status
+    assert json.loads(bytes(response.body))["error"]["code"] == code
+    assert b"secret" not in response.body
+
+
+async def test_other_errors_are_as_they_are_or_unknown() -> None:
+    assert (await on_error(Request(http()), OverLimit("slowly"))).status_code == 429
+    unknown = await on_error(Request(http()), ValueError("secret"))
+    assert unknown.status_code == 500
+    assert b"secret" not in unknown.body
