@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import uvicorn
 from redis.asyncio import Redis
 from sqlalchemy import text
 from starlette.applications import Starlette
@@ -28,6 +27,7 @@ from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.catalog import Catalog
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import routes as gateway_routes
+from lmaas.gateway.server import server
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
@@ -109,22 +109,6 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and task.exception() is not None:
         log.critical("a part of the gateway failed", exc_info=task.exception())
         raise SystemExit(1)
-
-
-def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
-    """An HTTP server for the application. On SIGTERM it takes nothing new and lets streams end for `drain_timeout_s`."""
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=round(settings.drain_timeout_s),
-        timeout_keep_alive=75,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    return uvicorn.Server(config)
 
 
 async def run_gateway(settings: Settings) -> None:

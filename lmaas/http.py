@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 #: Who holds the key of a request: raises Unauthenticated, or Unavailable if nobody can say.
 Authenticate = Callable[[str | None], Awaitable[Principal]]
 
+_HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
 NOT_FOUND = "There is nothing at this address. The paths are listed in /openapi.json."
 
 
@@ -61,16 +63,26 @@ class Frame:
             await send(message)
 
         try:
+            _check_address(scope)
             await self._app(scope, receive, send_with_id)
         except LmaasError as error:
-            if started:
-                raise
             await error_response(error)(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # it left while it was sending; there is nobody to answer
         except Exception:
+            # The answer has been sent (`on_error`); what happened is written down here, once.
             log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
-            if started:
-                raise
-            await error_response(InternalError())(scope, receive, send_with_id)
+            if not started:
+                await error_response(InternalError())(scope, receive, send_with_id)
+
+
+def _check_address(scope: Scope) -> None:
+    """Raises InvalidRequest for a Host header that is no host, NotFound for an address that nothing can have."""
+    for name, value in scope["headers"]:
+        if name == b"host" and _HOST.fullmatch(value) is None:
+            raise InvalidRequest("The Host header is not a host name.", code="invalid_host")
+    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+        raise NotFound(NOT_FOUND)
 
 
 async def on_http_exception(_: Request, error: Exception) -> Response:
@@ -115,20 +127,34 @@ def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
 def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object, strictly: no duplicate keys, no NaN, no depth that breaks a parser. Raises InvalidRequest `invalid_json`."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("an object has the same key twice")
-        return found
-
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        if b"\\u" in text:
+            _refuse_odd_characters(value)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return found
+
+
+def _refuse_odd_characters(value: Any) -> None:
+    """Half a surrogate pair (a cut emoji) and NUL are no text for engines and databases. Raises ValueError."""
+    try:
+        plain = json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half a surrogate pair") from None
+    if b"\\u0000" in plain:
+        raise ValueError("a string holds the character NUL")

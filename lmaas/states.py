@@ -4,14 +4,15 @@ from enum import StrEnum
 
 
 class Desired(StrEnum):
-    """What the controller wants of a replica. It is the only writer."""
+    """What is wanted of a replica: the controller decides, and an operator may ask for a stop."""
 
     RUNNING = "running"
     STOPPED = "stopped"
 
 
 class Observed(StrEnum):
-    """What a replica is. Its supervisor writes it; the controller only writes LOST, for a supervisor that is gone."""
+    """What a replica is. Its supervisor writes it; the controller does where there is none: FAILED for one that could not be
+    started, LOST for one that is gone."""
 
     STARTING = "starting"
     READY = "ready"

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 #: Names of tenants, base models and adapters: lower case, so that look-alikes are few; no `@`, which pins a version.
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -47,7 +46,3 @@ class BaseModelShapes:
     linears: dict[str, tuple[int, int]]
     dtype: str
     max_lora_rank: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The linears as plain JSON."""
-        return {name: list(shape) for name, shape in self.linears.items()}

@@ -66,8 +66,7 @@ class Adapters:
                 if_changed=if_changed,
             )
         except BaseException:
-            if await rows.unused_hash(self._db, tenant_id, content_hash):
-                await self._files.delete([source])
+            await self._delete_unused(tenant_id, [content_hash])
             raise
         # Somebody may have deleted the last other adapter with this content between the two steps.
         await self._files.put(source, stored_config, model)
@@ -75,8 +74,11 @@ class Adapters:
 
     async def delete(self, tenant_id: str, name: str) -> None:
         """Delete an adapter, its versions and their files. Requests that run on it finish. Raises NotFound."""
-        unused = await rows.delete_adapter(self._db, tenant_id, name)
-        await self._files.delete(source_of(tenant_id, content_hash) for content_hash in unused)
+        await self._delete_unused(tenant_id, await rows.delete_adapter(self._db, tenant_id, name))
+
+    async def _delete_unused(self, tenant_id: str, hashes: list[str]) -> None:
+        async with rows.unused(self._db, tenant_id, hashes) as unused:
+            await self._files.delete(source_of(tenant_id, content_hash) for content_hash in unused)
 
     async def delete_all(self, tenant_id: str) -> None:
         """Delete every file of a tenant that has ended."""

@@ -137,6 +137,8 @@ def _fields(form: FormData) -> dict[str, str]:
             raise InvalidRequest(
                 f"The form field '{field[:100]}' is not known, or given twice.", code="unexpected_field", param=field[:100]
             )
+        elif "\0" in value:
+            raise InvalidRequest(f"The form field '{field}' holds the character NUL.", code="invalid_type", param=field)
         else:
             texts[field] = value
     check_file_names(files)

@@ -80,7 +80,7 @@ async def stop_replica(api: Api, request: Request) -> Response:
 
 async def _asked_tenant(api: Api, request: Request) -> str | None:
     """Whose usage is asked for: one's own; an operator's `?tenant=`, or everybody's (None)."""
-    if request.url.path.startswith("/admin/"):
+    if request.scope["path"].startswith("/admin/"):
         await api.operator(request)
         name = request.query_params.get("tenant")
         return (await get_tenant(api.db, name)).id if name else None
@@ -100,11 +100,11 @@ async def usage_events(api: Api, request: Request) -> Response:
     """The latest events of the ledger, one for each request."""
     tenant_id = await _asked_tenant(api, request)
     text = request.query_params.get("limit", "100")
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) <= MAX_EVENTS:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 0 < int(text) <= MAX_EVENTS:
         raise InvalidRequest(f"'limit' must be between 1 and {MAX_EVENTS}.", code="out_of_range", param="limit")
     rows = await usage.list_events(api.db, tenant_id, int(text))
     # The engine's name of an adapter is nobody's business but the operator's.
-    hidden = set() if request.url.path.startswith("/admin/") else {"adapter", "replica_id"}
+    hidden = set() if request.scope["path"].startswith("/admin/") else {"adapter", "replica_id"}
     data = [
         {"object": "usage_event", **{name: getattr(row, name) for name in usage.UsageEvent.__slots__ if name not in hidden}} for row in rows
     ]

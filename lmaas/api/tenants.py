@@ -91,6 +91,8 @@ async def delete_tenant(api: Api, request: Request) -> Response:
     """End a tenant: keys stop at once, adapters and their files go, usage stays for the bill."""
     principal = await api.operator(request)
     tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
+    # The files first: if the store is away, the tenant is still there to be deleted again. And once more for what came meanwhile.
+    await api.adapters.delete_all(tenant.id)
     await rows.delete_tenant(api.db, tenant.id)
     await api.adapters.delete_all(tenant.id)
     await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.delete", tenant.name)
@@ -99,7 +101,7 @@ async def delete_tenant(api: Api, request: Request) -> Response:
 
 async def _owner(api: Api, request: Request) -> tuple[str | None, str]:
     """Whose keys are meant, and the id of the key that asks: a tenant's, or under `/admin/v1/keys` the operators'."""
-    if request.url.path.startswith("/admin/v1/keys"):
+    if request.scope["path"].startswith("/admin/v1/keys"):
         return None, (await api.operator(request)).key_id
     tenant_id, principal = await api.tenant(request, manage=True)
     return tenant_id, principal.key_id

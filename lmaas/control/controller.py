@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 
 from redis.exceptions import RedisError
 
@@ -35,7 +34,8 @@ class Controller:
     def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, provisioner: Provisioner) -> None:
         self._settings, self._db, self._scheduler, self._provisioner = settings, db, scheduler, provisioner
         self._low_since: dict[str, float | None] = {}
-        self._stopping_since: dict[str, datetime] = {}
+        self._stopping_since: dict[str, dict[str, float]] = {}
+        self._unknown_since: dict[str, dict[str, float]] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -84,13 +84,12 @@ class Controller:
         current = sum(1 for row in rows if row.desired == Desired.RUNNING)
         policy = self._policy(model)
         demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
-        scale = decide(demand, policy, current, self._low_since.get(model.id), time.monotonic())
+        now = time.monotonic()
+        scale = decide(demand, policy, current, self._low_since.get(model.id), now)
         self._low_since[model.id] = scale.low_since
         failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
-        now = datetime.now(UTC)
-        for row in rows:
-            if row.desired == Desired.STOPPED:
-                self._stopping_since.setdefault(row.id, now)
+        stopping = _seen(self._stopping_since, model.id, {row.id for row in rows if row.desired == Desired.STOPPED}, now)
+        unknown = _seen(self._unknown_since, model.id, processes - {row.id for row in rows}, now)
         actions = plan(
             scale.replicas,
             rows,
@@ -98,8 +97,9 @@ class Controller:
             {replica: int(facts["load"]) for replica, facts in stats["replicas"].items()},
             max_replicas=policy.max_replicas,
             may_start=since_s >= backoff_s(failures),
-            stop_after=timedelta(seconds=self._settings.drain_timeout_s + STOP_GRACE_S),
-            stopping_since=self._stopping_since,
+            stop_after_s=self._settings.drain_timeout_s + STOP_GRACE_S,
+            stopping_since=stopping,
+            unknown_since=unknown,
             now=now,
         )
         for action in actions:
@@ -136,7 +136,6 @@ class Controller:
                 log.error("a replica is gone without a word", extra=extra)
                 await self._scheduler.deregister(model.id, action.replica)
                 await observe(self._db, action.replica, Observed.LOST, reason="its supervisor is gone")
-                self._stopping_since.pop(action.replica, None)
             case Verb.KILL:
                 log.error("killing a replica", extra=extra)
                 await self._provisioner.kill(action.replica)
@@ -152,3 +151,10 @@ class Controller:
                 await asyncio.sleep(TICK_S)
             if moved < BATCH:
                 await asyncio.sleep(METER_S)
+
+
+def _seen(memory: dict[str, dict[str, float]], pool_id: str, present: set[str] | frozenset[str], now: float) -> dict[str, float]:
+    """Since when each of `present` has been so; what is not so any more is forgotten."""
+    before = memory.get(pool_id, {})
+    memory[pool_id] = {item: before.get(item, now) for item in present}
+    return memory[pool_id]

@@ -1,7 +1,6 @@
 """What to do so that the observed replicas become the desired ones: a pure function."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from enum import StrEnum
 
 from lmaas.states import TERMINAL, Desired, Observed
@@ -9,6 +8,8 @@ from lmaas.store.replicas import Replica
 
 #: How long beyond the drain timeout a replica may take to end before its process is killed.
 STOP_GRACE_S = 20.0
+#: How long a process may stay whose replica has ended, or that no row knows of.
+STRAY_GRACE_S = 15.0
 
 
 class Verb(StrEnum):
@@ -39,22 +40,26 @@ def plan(
     *,
     max_replicas: int,
     may_start: bool,
-    stop_after: timedelta,
-    stopping_since: dict[str, datetime],
-    now: datetime,
+    stop_after_s: float,
+    stopping_since: dict[str, float],
+    unknown_since: dict[str, float],
+    now: float,
 ) -> list[Action]:
     """The steps for one pool.
 
     `rows` are its replicas that have not ended, `processes` the ids that the provisioner runs (of this pool), `loads` the slots in
-    use by id, `stopping_since` when each was first desired to stop.
+    use by id, `stopping_since` when each was first seen desired to stop, `unknown_since` when a process without a row that is not ended was
+    first seen; times are of the clock of `now`, in seconds.
     """
     actions: list[Action] = []
     alive = [row for row in rows if row.id in processes and row.observed not in TERMINAL]
     actions += [Action(Verb.LOSE, row.id) for row in rows if row.id not in processes]
     known = {row.id for row in rows}
-    actions += [Action(Verb.KILL, replica) for replica in sorted(processes - known)]
+    # One that has just written that it ended may still be on its way out.
+    strays = [replica for replica in sorted(processes - known) if now - unknown_since.get(replica, now) > STRAY_GRACE_S]
+    actions += [Action(Verb.KILL, replica) for replica in strays]
     for row in alive:
-        if row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after:
+        if row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after_s:
             actions.append(Action(Verb.KILL, row.id))
     wanted = [row for row in alive if row.desired == Desired.RUNNING]
     # Fewest running requests first; of equals, one that is not ready yet, then the youngest.

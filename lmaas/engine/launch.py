@@ -16,6 +16,8 @@ from lmaas.engine.cpu_lora import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
 from lmaas.process import bound_command
 
+SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY"})
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -70,7 +72,8 @@ def _allowed_rank(rank: int) -> int:
 
 def environment(spec: EngineSpec) -> dict[str, str]:
     """The server's environment: ours, with what vLLM needs."""
-    variables = dict(os.environ)
+    # The engine has no business with our servers and keys.
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", VARIABLE: "1"}
     if Path(spec.source).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"

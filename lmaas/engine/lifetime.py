@@ -3,6 +3,7 @@
 Without it, `kill -9` of a vLLM server can leave its engine process behind, with all its memory.
 """
 
+import multiprocessing
 import os
 
 from lmaas.process import die_with_parent
@@ -14,4 +15,6 @@ VARIABLE = "LMAAS_DIE_WITH_PARENT"
 def register() -> None:
     """Called by vLLM in each of its processes."""
     if os.environ.get(VARIABLE) == "1":
-        die_with_parent()
+        # It may be too late to be told: the parent may have died while this process was still importing.
+        parent = multiprocessing.parent_process()
+        die_with_parent(parent.pid if parent is not None else None)

@@ -1,12 +1,17 @@
 """Answers of the database that are good for a moment."""
 
 import asyncio
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from lmaas.errors import Unavailable
+
+#: How long a question may take, if there is an old answer, and if there is none.
+KNOWN_WAIT_S = 1.0
+UNKNOWN_WAIT_S = 10.0
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -43,13 +48,21 @@ class MomentCache(Generic[Key, Value]):
         if asking is None:
             asking = asyncio.create_task(self._refresh(key))
             self._asking[key] = asking
-            asking.add_done_callback(lambda _: self._asking.pop(key, None))
+            asking.add_done_callback(functools.partial(self._answered, key))
         try:
-            return await asyncio.shield(asking)
-        except Unavailable:
+            async with asyncio.timeout(UNKNOWN_WAIT_S if known is None else KNOWN_WAIT_S):
+                return await asyncio.shield(asking)
+        except (Unavailable, TimeoutError) as error:
             if known is not None and now - known[0] < self._grace_s:
                 return known[1]
-            raise
+            raise Unavailable(
+                "The database does not answer. Please try again shortly.", code="database_unavailable", retry_after_s=2
+            ) from error
+
+    def _answered(self, key: Key, asking: "asyncio.Task[Value | None]") -> None:
+        del self._asking[key]
+        if not asking.cancelled():
+            asking.exception()  # whoever waits hears it; if nobody does any more, nothing is lost
 
     async def _refresh(self, key: Key) -> Value | None:
         asked = self._clock()

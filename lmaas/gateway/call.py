@@ -5,11 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from lmaas.http import limited
 
-#: Whether nginx and its like may collect a stream before they pass it on: they may not.
+#: A client that takes nothing for this long has gone.
+CLIENT_STALL_S = 30.0
+#: Nginx and its like must not collect a stream before they pass it on.
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -61,28 +63,49 @@ class Call:
         while not self.gone.is_set():
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.gone.set()
-        for callback in self._on_gone:
-            callback()
+                self._leave()
 
-    def on_gone(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called once, when the client goes away."""
+    def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Have `callback` called once, when the client goes away before its answer is finished; answers how to undo that."""
         if self.gone.is_set():
             callback()
         else:
             self._on_gone.append(callback)
+
+        def undo() -> None:
+            if callback in self._on_gone:
+                self._on_gone.remove(callback)
+
+        return undo
 
     async def start(self, status: int, headers: dict[str, str]) -> None:
         """Send status and headers, once."""
         if not self.started:
             self.started = True
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-            await self._send({"type": "http.response.start", "status": status, "headers": raw})
+            await self._put({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:
         """Send a part of the body; waits while the client cannot take more."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def finish(self, chunk: bytes = b"") -> None:
-        """Send the rest of the body."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+        """Send the rest of the body. That the client goes away after that means nothing any more."""
+        self._on_gone.clear()
+        await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    async def _put(self, message: Message) -> None:
+        if self.gone.is_set():
+            return
+        try:
+            async with asyncio.timeout(CLIENT_STALL_S):
+                await self._send(message)
+        except TimeoutError:
+            # It holds a slot that others wait for, and takes nothing.
+            self._leave()
+
+    def _leave(self) -> None:
+        self.gone.set()
+        callbacks, self._on_gone = self._on_gone, []
+        for callback in callbacks:
+            callback()

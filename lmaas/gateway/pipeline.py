@@ -107,7 +107,7 @@ async def _leased(call: Call, opened: OpenTicket, *, streaming: bool) -> Lease |
     while not call.gone.is_set():
         lease = await opened.wait(COMMENT_EVERY_S)
         if lease is not None:
-            return lease
+            return None if call.gone.is_set() else lease
         if streaming and not call.gone.is_set():
             await call.start(200, STREAM_HEADERS)
             await call.write(sse.comment(f"queued position={opened.position} estimated_wait_s={opened.wait_ms / 1000:.0f}"))

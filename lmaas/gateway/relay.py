@@ -90,7 +90,7 @@ class Delivery:
             def abort() -> None:
                 background.add(asyncio.create_task(self._abort(lease, interrupt)))
 
-            self._call.on_gone(abort)
+            forget_abort = self._call.on_gone(abort)
             try:
                 headers = {"x-request-id": self._call.request_id}
                 async with self._client.post(lease.url, self._endpoint.path, body, headers) as response:
@@ -103,6 +103,7 @@ class Delivery:
             except CONNECTION_ERRORS as error:
                 raise EngineLost("engine", repr(error)) from error
             finally:
+                forget_abort()
                 for task in background:
                     task.cancel()
 

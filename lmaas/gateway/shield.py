@@ -5,7 +5,6 @@ engine sees only what is written here.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +58,8 @@ def _number(low: float, high: float) -> Check:
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong_type(name, "a number")
-        if not (math.isfinite(value) and low <= value <= high):
+        # Also false for NaN, infinity and integers of any size.
+        if not low <= value <= high:
             raise out_of_range(name, f"between {low:g} and {high:g}")
 
     return check
@@ -157,7 +157,9 @@ def _tool_choice(name: str, value: Any) -> None:
     if isinstance(value, str):
         if value not in ("none", "auto", "required"):
             raise out_of_range(name, "'none', 'auto', 'required' or a function")
-    elif not isinstance(value, dict) or value.get("type") != "function" or not isinstance((value.get("function") or {}).get("name"), str):
+        return
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise wrong_type(name, "'none', 'auto', 'required' or a function")
 
 
@@ -184,7 +186,29 @@ def _messages(name: str, value: Any) -> None:
         for field in message:
             if field not in ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "reasoning"):
                 raise _unsupported(f"{where}.{field}")
+        for field in ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning"):
+            if not isinstance(message.get(field), str | None):
+                raise wrong_type(f"{where}.{field}", "a string")
+        _tool_calls(f"{where}.tool_calls", message.get("tool_calls"))
         _content(f"{where}.content", message)
+
+
+def _tool_calls(where: str, calls: Any) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list) or len(calls) > MAX_TOOLS:
+        raise wrong_type(where, f"a list of at most {MAX_TOOLS} tool calls")
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) and call.get("type") == "function" else None
+        if not isinstance(function, dict) or not all(isinstance(function.get(field), str) for field in ("name", "arguments")):
+            raise wrong_type(where, "a list of calls of functions, each with a name and arguments as a string")
+        # The engine parses them: what it cannot parse, or only by breaking, must not get there.
+        try:
+            arguments = json.loads(function["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            raise InvalidRequest(f"The arguments in '{where}' are not valid JSON.", code="invalid_json", param=where) from None
+        if _depth(arguments) > MAX_SCHEMA_DEPTH:
+            raise InvalidRequest(f"The arguments in '{where}' are nested too deeply.", code="invalid_json", param=where)
 
 
 def _content(where: str, message: dict[str, Any]) -> None:

@@ -7,29 +7,44 @@ from redis.asyncio import Redis
 
 from lmaas.metering.usage import parse_event
 from lmaas.store.database import Database
-from lmaas.store.usage import record_events
+from lmaas.store.usage import UnrecordableEventError, UsageEvent, record_events
 
 log = logging.getLogger(__name__)
 
 BATCH = 500
+#: Events that are kept aside.
+MAX_BAD = 10_000
 
 
 async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
     """Move what waits in one pool's stream; answers how many events.
 
     An event leaves the stream only after Postgres has it, and Postgres takes each request once: a crash between the two
-    repeats the work without doubling anything. What cannot be parsed is logged and kept aside in `…:usage:bad`.
+    repeats the work without doubling anything. What cannot be read or recorded is logged and kept aside in `…:usage:bad`, so that it
+    does not hold up the others.
     """
     stream = f"lmaas:{{{pool_id}}}:usage"
     entries: Any = await redis.xrange(stream, count=BATCH)
-    events = []
+    if not entries:
+        return 0
+    events: list[tuple[dict[str, str], UsageEvent]] = []
     for _, fields in entries:
         try:
-            events.append(parse_event(fields["event"]))
+            events.append((fields, parse_event(fields["event"])))
         except (ValueError, KeyError, TypeError) as error:
-            log.error("a usage event cannot be read", extra={"action": "meter", "pool_id": pool_id, "detail": str(error)})  # noqa: TRY400
-            await redis.xadd(f"{stream}:bad", fields)
-    await record_events(db, events)
-    if entries:
-        await redis.xdel(stream, *(entry for entry, _ in entries))
+            await _set_aside(redis, stream, fields, error)
+    try:
+        await record_events(db, [event for _, event in events])
+    except UnrecordableEventError:
+        for fields, event in events:
+            try:
+                await record_events(db, [event])
+            except UnrecordableEventError as error:
+                await _set_aside(redis, stream, fields, error)
+    await redis.xdel(stream, *(entry for entry, _ in entries))
     return len(entries)
+
+
+async def _set_aside(redis: Redis, stream: str, fields: Any, error: Exception) -> None:
+    log.error("a usage event cannot be recorded", extra={"action": "meter", "detail": f"{stream}: {error}"})
+    await redis.xadd(f"{stream}:bad", fields, maxlen=MAX_BAD, approximate=True)

@@ -60,7 +60,10 @@ class Residency:
                 self.resident.add(adapter)
             granted = await self._scheduler.loaded(self._pool, self._replica, adapter)
             log.info("adapter loaded", extra=extra | {"detail": f"{granted} requests waited for it"})
-        except (OSError, EngineError, *CONNECTION_ERRORS) as error:
+        except CONNECTION_ERRORS as error:
+            # The engine broke, not the adapter: who waits goes elsewhere when the replica ends, or the next heartbeat asks again.
+            log.warning("a load was cut", extra=extra | {"detail": repr(error)})
+        except (OSError, EngineError) as error:
             # Its own requests fail; the paths in the error are not for tenants.
             log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400
             reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine did not take it"
@@ -72,7 +75,9 @@ class Residency:
                 if len(self.resident) < self._capacity:
                     return
                 if await self._scheduler.evict(self._pool, self._replica, adapter):
-                    await self._client.unload_adapter(url, adapter)
+                    # The engine forgets it, or has forgotten it already.
+                    with contextlib.suppress(EngineError):
+                        await self._client.unload_adapter(url, adapter)
                     self.resident.discard(adapter)
                     await asyncio.to_thread(shutil.rmtree, self._folder / adapter, ignore_errors=True)
 

@@ -68,7 +68,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._start_ms: int | None = None
         self._load = 0
-        self._suspect = False
+        self._looking: asyncio.Task[bool] | None = None
         self._controller_seen = time.monotonic()
         self._busy_seen = time.monotonic()
 
@@ -84,7 +84,7 @@ class Supervisor:
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
         async with launched(self._spec(), _free_port(), self._folder / "engine.log") as engine:
             log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}"))
-            tasks = [
+            tasks: list[asyncio.Task[Any]] = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {
                     "engine-exit": self._watch_engine(engine),
@@ -100,6 +100,8 @@ class Supervisor:
                 if ending.state is Observed.STOPPED:
                     await self._drain(engine)
             finally:
+                if self._looking is not None:
+                    tasks.append(self._looking)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -113,7 +115,7 @@ class Supervisor:
         log.log(level, "replica ended", extra=self._extra("end", ending.reason))
         return ending
 
-    async def _first_ending(self, tasks: list["asyncio.Task[None]"]) -> Ending:
+    async def _first_ending(self, tasks: list["asyncio.Task[Any]"]) -> Ending:
         """The ending, or the first unexpected failure of a task, which ends the replica as well."""
         waiting: set[asyncio.Future[Any]] = {self._ending, *tasks}
         while not self._ending.done():
@@ -208,29 +210,49 @@ class Supervisor:
             except Unavailable:
                 # The engine goes on serving what runs; Redis may come back.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
+                self._see(controller=False)
                 await asyncio.sleep(BEAT_S)
                 continue
             cleared = False
             self._load = int(reply["load"])
-            self._see(bool(reply["controller"]))
+            self._see(controller=bool(reply["controller"]))
             self._residency.want(engine.url, reply["loads"], reply["used"])
-            if reply["suspect"]:
-                cleared = await self._cleared(engine)
+            if reply["suspect"] and self._looking is None:
+                # Beside the heartbeats, which must go on: a busy engine may take its time.
+                self._looking = asyncio.create_task(self._works(engine), name="look")
+                self._looking.add_done_callback(lambda _: self._wake.set())
+            elif self._looking is not None and self._looking.done():
+                cleared, self._looking = self._looking.result(), None
                 if cleared:
                     continue
+                self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
             # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await self._wake.wait()
 
-    async def _cleared(self, engine: EngineProcess) -> bool:
-        """A gateway lost its connection to the engine: look whether it still works."""
-        if engine.running and await self._probe(engine, PROBE_TIMEOUT_S):
-            return True
-        self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
-        return False
+    async def _works(self, engine: EngineProcess) -> bool:
+        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one."""
+        before = await self._tokens(engine)
+        probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
+        try:
+            while not probe.done() and engine.running:
+                await asyncio.wait({probe}, timeout=BEAT_S)
+                now = await self._tokens(engine)
+                if before is not None and now is not None and now > before:
+                    return True
+            return probe.done() and probe.result()
+        finally:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
 
-    def _see(self, controller: bool) -> None:
+    async def _tokens(self, engine: EngineProcess) -> float | None:
+        try:
+            return await self._client.generated_tokens(engine.url)
+        except (EngineError, *CONNECTION_ERRORS):
+            return None
+
+    def _see(self, *, controller: bool) -> None:
         """A replica that nobody looks after, and nobody uses, stops itself."""
         now = time.monotonic()
         if controller:
@@ -250,24 +272,20 @@ class Supervisor:
             with contextlib.suppress(Unavailable):
                 row = await get_replica(self._db, self._id)
                 if row is None or row.desired == Desired.STOPPED or row.observed == Observed.LOST:
-                    self.end(Observed.STOPPED, "nobody desires this replica any more" if row is None else "idle")
+                    self.end(Observed.STOPPED, "nobody desires this replica any more")
                     return
             await asyncio.sleep(BEAT_S)
 
     async def _watch_liveness(self, engine: EngineProcess) -> None:
         """Find an engine that stands still although its connections are open: stopped, hung or dead inside."""
-        tokens, moved = -1.0, time.monotonic()
+        tokens, moved = None, time.monotonic()
         while True:
             await asyncio.sleep(STALL_S / 6)
-            if self._state is Observed.STARTING or self._load == 0:
-                moved = time.monotonic()
-                continue
-            with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
-                now_tokens = await self._client.generated_tokens(engine.url)
-                if now_tokens != tokens:
-                    tokens, moved = now_tokens, time.monotonic()
-            if time.monotonic() - moved > STALL_S:
-                if not await self._probe(engine, PROBE_TIMEOUT_S):
+            now = await self._tokens(engine)
+            if self._state is Observed.STARTING or self._load == 0 or (now is not None and now != tokens):
+                tokens, moved = now, time.monotonic()
+            elif time.monotonic() - moved > STALL_S:
+                if not await self._works(engine):
                     self.end(Observed.FAILED, "the engine stands still")
                     return
                 moved = time.monotonic()

@@ -1,6 +1,7 @@
 """The one Python client of the scheduler's function library."""
 
 import asyncio
+import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -77,50 +78,55 @@ def replica_channel(replica: str) -> str:
 class Scheduler:
     """Calls the function library, and loads it where it is missing (a fresh server, or one that has lost its memory).
 
-    Every call is atomic and touches one pool. A server that is away raises Unavailable.
+    The library's and the functions' names carry a hash of its text, since servers keep functions across restarts: a new version never
+    runs as an old one, and while a service is upgraded both are there. Every call is atomic and touches one pool. A server that is
+    away, or takes nothing (out of memory, read only), raises Unavailable.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, library: str | None = None) -> None:
         self.redis = redis
+        text = LIBRARY.read_text() if library is None else library
+        self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        self._library = text.replace("name=lmaas", f"name={self._prefix}", 1).replace("'lmaas_", f"'{self._prefix}_")
 
     async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+        name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self.redis.fcall(f"lmaas_{function}", 1, f"lmaas:{{{pool}}}", *args)
+                return await self.redis.fcall(name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self.redis.fcall(f"lmaas_{function}", 1, f"lmaas:{{{pool}}}", *args)
-        except (RedisConnectionError, RedisTimeout) as error:
-            raise Unavailable(
-                "The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2
-            ) from error
+                return await self.redis.fcall(name, 1, key, *args)
+        except RedisError as error:
+            raise _away(function, error) from error
 
     async def load(self) -> None:
         """Install this version of the library."""
-        await self.redis.function_load(LIBRARY.read_text(), replace=True)
+        await self.redis.function_load(self._library, replace=True)
 
-    async def submit(self, ticket: Ticket, max_queued: int, waited_ms: int = 0) -> dict[str, Any]:
+    async def submit(self, ticket: Ticket, max_queued: int, *, waited_ms: int = 0, attempts: int = 0) -> dict[str, Any]:
         """Queue a ticket: the answer is a grant if there is a free slot. `state` is `refused` if the tenant's queue is full."""
-        fields = asdict(ticket) | {"waited_ms": waited_ms}
+        fields = asdict(ticket) | {"waited_ms": waited_ms, "attempts": attempts}
         return _object(await self._call("submit", ticket.pool, json.dumps(fields), max_queued))
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None) -> bool:
         """End a ticket and record its usage event, in one step. False if the scheduler no longer knew it."""
         return bool(await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms))
 
-    async def retry(self, ticket: Ticket, replica: str, reason: str) -> dict[str, Any]:
-        """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter)."""
-        return _object(await self._call("retry", ticket.pool, ticket.id, replica, reason))
+    async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
+        """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
+        delivery that failed, from 0."""
+        return _object(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
         return _object(await self._call("renew", pool, *(part for pair in progress for part in pair)))
 
-    async def restore(self, ticket: Ticket, replica: str, waited_ms: int) -> bool:
+    async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
-        fields = asdict(ticket) | {"replica": replica, "waited_ms": waited_ms}
+        fields = asdict(ticket) | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
         return bool(await self._call("restore", ticket.pool, json.dumps(fields)))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
@@ -156,8 +162,8 @@ class Scheduler:
         """Hand a usage event to the metering writer."""
         try:
             await self.redis.xadd(f"lmaas:{{{pool}}}:usage", {"event": event})
-        except (RedisConnectionError, RedisTimeout) as error:
-            raise Unavailable("The request queue is not available.", code="queue_unavailable", retry_after_s=2) from error
+        except RedisError as error:
+            raise _away("record_event", error) from error
 
     async def listen(self, channel: str) -> AsyncIterator[str]:
         """Messages on a channel, for ever: '' at every (re)connection, since what was said before it may have been missed."""
@@ -173,6 +179,13 @@ class Scheduler:
             except RedisError as error:
                 log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
                 await asyncio.sleep(0.5)
+
+
+def _away(function: str, error: RedisError) -> Unavailable:
+    if not isinstance(error, RedisConnectionError | RedisTimeout):
+        # It is there, but it refuses: somebody should know why.
+        log.error("the queue refused", extra={"action": function, "detail": str(error)})
+    return Unavailable("The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2)
 
 
 def _object(reply: str) -> dict[str, Any]:

@@ -98,11 +98,12 @@ class OpenTicket:
 
     async def retry(self, lost: Lease, reason: str) -> None:
         """Give the lease back because its replica failed before the first byte. Raises EngineFailed if that was the second time."""
+        attempt = self.attempts
         self.attempts += 1
         self.lease = None
         self._on_revoked = None
         self._changed.clear()
-        self.apply(await self._scheduler.retry(self.ticket, lost.replica, reason))
+        self.apply(await self._scheduler.retry(self.ticket, lost.replica, reason, attempt))
 
     def apply(self, report: dict[str, Any]) -> bool:
         """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
@@ -181,10 +182,12 @@ class Leases:
 
     async def _settle(self, ticket: Ticket, event: str, run_ms: int | None) -> None:
         try:
-            await self.scheduler.release(ticket, event, run_ms)
+            await self._release(ticket, event, run_ms)
         except Unavailable:
             self._unsettled.append((ticket, event, run_ms))
-            return
+
+    async def _release(self, ticket: Ticket, event: str, run_ms: int | None) -> None:
+        await self.scheduler.release(ticket, event, run_ms)
         now = time.monotonic()
         self._recent.append((now, ticket.pool, event))
         while self._recent[0][0] < now - REMEMBER_S:
@@ -230,14 +233,21 @@ class Leases:
 
     async def _put_back(self, opened: OpenTicket) -> None:
         if opened.lease is not None:
-            await self.scheduler.restore(opened.ticket, opened.lease.replica, opened.waited_ms)
+            await self.scheduler.restore(opened.ticket, opened.lease.replica, waited_ms=opened.waited_ms, attempts=opened.attempts)
         else:
-            opened.apply(await self.scheduler.submit(opened.ticket, opened.max_queued, opened.waited_ms))
+            report = await self.scheduler.submit(opened.ticket, opened.max_queued, waited_ms=opened.waited_ms, attempts=opened.attempts)
+            opened.apply(report)
 
     async def _settle_rest(self) -> None:
-        rest, self._unsettled = self._unsettled, []
-        for item in rest:
-            await self._settle(*item)
+        while self._unsettled:
+            # Taken off only when it is told; a second teller at the same moment does no harm, since the ledger takes each event once.
+            item = self._unsettled[0]
+            try:
+                await self._release(*item)
+            except Unavailable:
+                return
+            with contextlib.suppress(ValueError):
+                self._unsettled.remove(item)
 
     def _see_epoch(self, pool: str, epoch: str | None) -> None:
         """Another epoch means that Redis has lost its memory, and perhaps events that the ledger does not have yet."""
@@ -249,9 +259,6 @@ class Leases:
             for _, of_pool, event in self._recent:
                 if of_pool == pool:
                     self._unsettled.append((_told_again(pool), event, None))
-
-    def __len__(self) -> int:
-        return len(self._open)
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""

@@ -20,6 +20,7 @@ local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away
 local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local MAX_PASSES = 64     -- how often a ticket that waits for an adapter slot may be passed over
 local MAX_SCAN = 256      -- tenants looked at in one round
+local MAX_TURNS = 10000
 local TURN_MS = 2000      -- first guess of a request's run time
 local START_MS = 20000    -- first guess of an engine's start
 
@@ -80,7 +81,7 @@ end
 local function enqueue(pool, ticket, front)
   local seq = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
   if front then seq = -1 / seq end -- before every positive number; among themselves in the order in which they came back
-  ticket.state, ticket.replica = 'queued', nil
+  ticket.state, ticket.replica, ticket.placed, ticket.granted = 'queued', nil, nil, nil
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', seq, ticket.id)
   redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, seq, ticket.id)
@@ -160,6 +161,8 @@ end
 local function place(pool, ticket, replica, caller)
   dequeue(pool, ticket)
   local turn = redis.call('HINCRBY', pool.key .. ':vars', 'turn', 1)
+  -- Who has not been here for that long has no turn to remember.
+  if turn % MAX_TURNS == 0 and redis.call('HLEN', pool.key .. ':turns') > MAX_TURNS then redis.call('DEL', pool.key .. ':turns') end
   redis.call('HSET', pool.key .. ':turns', ticket.tenant, turn)
   if redis.call('ZSCORE', pool.key .. ':waiting', ticket.tenant) then
     redis.call('ZADD', pool.key .. ':waiting', turn, ticket.tenant)
@@ -302,6 +305,15 @@ local function report(pool, ticket)
   return { state = ticket.state, attempts = ticket.attempts }
 end
 
+-- Signal the controller if something waits and no replica is there or on its way. More demand than that it sees by itself.
+local function ask_for_replica(pool)
+  if redis.call('ZCARD', pool.key .. ':queue') == 0 then return end
+  for _, replica in pairs(pool.replicas) do
+    if replica.state ~= 'draining' and not replica.suspect then return end
+  end
+  redis.call('PUBLISH', 'lmaas:control', 'demand')
+end
+
 -- submit(ticket JSON, max queued) → report. The same ticket again is the same ticket.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
@@ -313,13 +325,14 @@ redis.register_function('lmaas_submit', function(keys, args)
       close(pool)
       return cjson.encode({ state = 'refused' })
     end
-    ticket.attempts, ticket.passes, ticket.submitted = 0, 0, pool.now - (ticket.waited_ms or 0)
+    -- One that comes back after the server lost its memory has waited, and perhaps been delivered, before.
+    ticket.passes, ticket.submitted = 0, pool.now - ticket.waited_ms
     enqueue(pool, ticket, false)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
     redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
     dispatch(pool, ticket.id)
     known = get(pool, ticket.id)
-    if known.state == 'queued' and next(pool.replicas) == nil then redis.call('PUBLISH', 'lmaas:control', 'demand') end
+    ask_for_replica(pool)
   end
   close(pool)
   local reply = report(pool, known)
@@ -342,7 +355,7 @@ redis.register_function('lmaas_release', function(keys, args)
   return ticket and 1 or 0
 end)
 
--- retry(ticket id, replica id, reason) → report. The replica was lost before the first byte, or lacks the adapter.
+-- retry(ticket id, replica id, reason, attempt) → report. Twice the same is once: a client repeats a call whose reply it lost. The replica was lost before the first byte, or lacks the adapter.
 redis.register_function('lmaas_retry', function(keys, args)
   local pool = open(keys[1])
   local ticket = get(pool, args[1])
@@ -356,8 +369,9 @@ redis.register_function('lmaas_retry', function(keys, args)
       pool.dirty[args[2]] = true
       redis.call('PUBLISH', 'lmaas:replica:' .. args[2], args[3])
     end
-    if ticket.state == 'granted' then requeue(pool, ticket, true) end
+    if ticket.state == 'granted' and ticket.attempts == tonumber(args[4]) then requeue(pool, ticket, true) end
     dispatch(pool, ticket.id)
+    ask_for_replica(pool)
     reply = report(pool, get(pool, ticket.id))
   end
   close(pool)
@@ -395,8 +409,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   if get(pool, ticket.id) then
     done = 1
   elseif replica then
-    ticket.state, ticket.attempts = 'granted', ticket.attempts or 0
-    ticket.submitted = pool.now - (ticket.waited_ms or 0)
+    ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
     hold(pool, ticket, replica)
     put(pool, ticket)
@@ -524,7 +537,7 @@ redis.register_function('lmaas_deregister', function(keys, args)
   remove(pool, args[1])
   dispatch(pool)
   close(pool)
-  if redis.call('ZCARD', pool.key .. ':queue') > 0 then redis.call('PUBLISH', 'lmaas:control', 'demand') end
+  ask_for_replica(pool)
   return 1
 end)
 
@@ -534,6 +547,8 @@ redis.register_function('lmaas_stats', function(keys, args)
   reap(pool)
   dispatch(pool)
   close(pool)
+  -- A server that has lost its memory does not know how long nothing happened: idleness starts now.
+  redis.call('HSETNX', pool.key .. ':vars', 'active', pool.now)
   local load, seen = 0, {}
   for id, replica in pairs(pool.replicas) do
     load = load + replica.load
@@ -544,7 +559,6 @@ redis.register_function('lmaas_stats', function(keys, args)
   end
   return cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = load, replicas = seen,
-    tickets = redis.call('HLEN', pool.key .. ':tickets'),
     idle_ms = pool.now - var(pool, 'active', 0),
   })
 end)

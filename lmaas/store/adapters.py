@@ -1,5 +1,7 @@
 """Adapters and their immutable versions. Every function is about one tenant's adapters only."""
 
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -169,7 +171,7 @@ async def activate(db: Database, tenant_id: str, name: str, version: int) -> Non
 
 
 async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
-    """Delete an adapter with its versions; answers the content hashes that no adapter of this tenant uses any more. Raises NotFound."""
+    """Delete an adapter with its versions; answers their content hashes. Raises NotFound."""
     async with db.begin() as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         found = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
@@ -179,13 +181,15 @@ async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
         )
         if gone.first() is None:
             raise _not_found()
-        return sorted(hashes - await _used(connection, tenant_id))
+    return sorted(hashes)
 
 
-async def unused_hash(db: Database, tenant_id: str, content_hash: str) -> bool:
-    """Whether no version of this tenant has this content."""
+@asynccontextmanager
+async def unused(db: Database, tenant_id: str, hashes: Iterable[str]) -> AsyncIterator[list[str]]:
+    """Those of `hashes` that no version of this tenant has. None comes into use during the block, which deletes their files."""
     async with db.begin() as connection:
-        return content_hash not in await _used(connection, tenant_id)
+        await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
+        yield sorted(set(hashes) - await _used(connection, tenant_id))
 
 
 async def _used(connection: Any, tenant_id: str) -> set[str]:

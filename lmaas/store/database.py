@@ -34,6 +34,8 @@ class Database:
             max_overflow=pool_size,
             pool_timeout=5,
             pool_pre_ping=True,
+            # Errors go to the log; hashes of keys and names of tenants do not.
+            hide_parameters=True,
             connect_args={"connect_timeout": 5, "options": "-c statement_timeout=10000 -c timezone=UTC"},
         )
 

@@ -49,5 +49,6 @@ async def leading(db: Database) -> AsyncIterator[Lead]:
         try:
             yield Lead(connection)
         finally:
+            # The lock goes with its session, whatever state that is in.
             with suppress(SQLAlchemyError):
-                await connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
+                await connection.invalidate()

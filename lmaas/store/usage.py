@@ -5,6 +5,7 @@ from datetime import date, datetime
 
 from sqlalchemy import Date, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DataError, IntegrityError
 
 from lmaas.states import UsageStatus
 from lmaas.store.database import Database
@@ -53,8 +54,15 @@ class UsageRow:
     run_ms: int
 
 
+class UnrecordableEventError(Exception):
+    """The ledger cannot hold one of these events, now or later: its tenant is unknown, or a value is out of range."""
+
+
 async def record_events(db: Database, events: list[UsageEvent]) -> None:
-    """Write events, once each: a second event of a request is ignored, unless the first was a stand-in for a lost gateway's."""
+    """Write events, once each: a second event of a request is ignored, unless the first was a stand-in for a lost gateway's.
+
+    All or none: raises UnrecordableEventError if one of them cannot be written.
+    """
     if not events:
         return
     # The last word about a request in this batch; Postgres refuses to touch a row twice in one statement.
@@ -65,8 +73,11 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
     query = insert(usage_events)
     changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
     query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status == UsageStatus.LOST)
-    async with db.begin() as connection:
-        await connection.execute(query.values([asdict(event) for event in latest.values()]))
+    try:
+        async with db.begin() as connection:
+            await connection.execute(query.values([asdict(event) for event in latest.values()]))
+    except (IntegrityError, DataError) as error:
+        raise UnrecordableEventError(str(error.orig)) from error
 
 
 async def report(db: Database, *, tenant_id: str | None = None, since: date | None = None, until: date | None = None) -> list[UsageRow]:

@@ -19,6 +19,7 @@ from lmaas.engine import default_model
 from lmaas.engine.launch import has_cpu_build
 from lmaas.errors import SettingsError
 from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.process import bound_command
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.tenants import create_key, find_principal
@@ -36,7 +37,9 @@ def prepare_default_model(settings: Settings, console: Console) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        subprocess.Popen(
+            bound_command(command), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        ) as process,
         Progress(*columns, console=console) as progress,
     ):
         task = progress.add_task(f"Preparing the base model {default_model.NAME} (once)", total=100)

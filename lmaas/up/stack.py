@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from rich.console import Console
 
 from lmaas.config import Settings
@@ -49,6 +51,7 @@ class Stack:
             loop.add_signal_handler(number, self._told_to_stop)
         with ExitStack() as stack:
             stack.enter_context(locked(self._settings.home))
+            check_port(self._settings)
             settings = stack.enter_context(embedded_servers(self._settings, self._console))
             await asyncio.to_thread(upgrade, str(settings.database_url))
             db, redis = Database(str(settings.database_url)), connect(str(settings.redis_url))
@@ -86,7 +89,7 @@ class Stack:
             # No controller: nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             await self._end_replicas(settings, db)
-            with suppress(LmaasError):
+            with suppress(LmaasError, RedisError):
                 for pool in await list_base_models(db):
                     while await write_events(redis, db, pool.id):
                         pass
@@ -113,8 +116,7 @@ class Stack:
                 if gateway.process is not None and gateway.process.poll() is not None:
                     raise SettingsError(f"The gateway did not start:\n{gateway.last_words()}")
                 with suppress(httpx.TransportError):
-                    # Somebody else may listen on this port: it must be the gateway that we started.
-                    if (await client.get(url)).status_code == 200 and gateway.process is not None:
+                    if (await client.get(url)).status_code == 200:
                         gateway.was_ready = True
                         return
                 if asyncio.get_running_loop().time() > deadline:
@@ -223,6 +225,16 @@ def locked(home: Path) -> Iterator[None]:
         except OSError:
             raise SettingsError(f"Another `lmaas up` runs in {home}. Set LMAAS_HOME (and LMAAS_PORT) for a second stack.") from None
         yield
+
+
+def check_port(settings: Settings) -> None:
+    """Raises SettingsError if somebody listens on the stack's port already: it might be another stack's gateway."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise SettingsError(f"Port {settings.port} of {settings.host} cannot be used ({error.strerror}). Set LMAAS_PORT.") from None
 
 
 @contextmanager

@@ -323,7 +323,14 @@ async def test_each_event_reaches_the_ledger_once(scheduler: Scheduler, redis: R
 )
 @pytest.mark.parametrize("together", [True, False])
 async def test_a_later_word_replaces_only_a_lost_one(
-    scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant, words: list[tuple[UsageStatus, int]], status: str, tokens: int, together: bool
+    scheduler: Scheduler,
+    redis: Redis,
+    db: Database,
+    acme: Tenant,
+    words: list[tuple[UsageStatus, int]],
+    status: str,
+    tokens: int,
+    together: bool,
 ) -> None:
     for word, count in words:
         await scheduler.record_event("p", record("r1", acme, word, count))
@@ -362,7 +369,9 @@ async def test_a_backlog_is_moved_in_batches(scheduler: Scheduler, redis: Redis,
 
 
 @BUG
-async def test_one_event_that_the_ledger_refuses_does_not_stop_the_others(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_one_event_that_the_ledger_refuses_does_not_stop_the_others(
+    scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant
+) -> None:
     await scheduler.record_event("p", record("r1", acme))
     await scheduler.record_event("p", record("r2", acme).replace(acme.id, "ten_nobody"))
     await scheduler.record_event("p", record("r3", acme))

@@ -8,12 +8,13 @@ from lmaas.control.plan import Action, Verb, plan
 from lmaas.states import Desired, Observed
 from lmaas.store.replicas import Replica
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
+NOW = 10_000.0
+TODAY = datetime(2026, 1, 1, tzinfo=UTC)
 START = Action(Verb.START)
 
 
 def row(name: str, observed: Observed = Observed.READY, desired: Desired = Desired.RUNNING, age_s: int = 60) -> Replica:
-    return Replica(name, "p", desired, observed, None, None, NOW - timedelta(seconds=age_s), None, None)
+    return Replica(name, "p", desired, observed, None, None, TODAY - timedelta(seconds=age_s), None, None)
 
 
 def stop(name: str) -> Action:
@@ -66,8 +67,9 @@ def test_plan(desired: int, rows: list[Replica], processes: str, loads: dict[str
         loads,
         max_replicas=3,
         may_start=True,
-        stop_after=timedelta(seconds=50),
+        stop_after_s=50,
         stopping_since={"d": NOW},
+        unknown_since=dict.fromkeys("xy", NOW - 16),
         now=NOW,
     )
     assert actions == expected
@@ -82,8 +84,9 @@ def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) 
         {},
         max_replicas=3,
         may_start=False,
-        stop_after=timedelta(seconds=50),
+        stop_after_s=50,
         stopping_since={},
+        unknown_since={},
         now=NOW,
     )
     assert START not in actions
@@ -93,12 +96,12 @@ def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) 
     ("since", "expected"),
     [
         ({}, []),
-        ({"d": NOW - timedelta(seconds=50)}, []),
-        ({"d": NOW - timedelta(seconds=51)}, [kill("d")]),
-        ({"a": NOW - timedelta(seconds=51)}, []),  # desired
+        ({"d": NOW - 50}, []),
+        ({"d": NOW - 51}, [kill("d")]),
+        ({"a": NOW - 51}, []),  # desired
     ],
 )
-def test_what_does_not_stop_is_killed(since: dict[str, datetime], expected: list[Action]) -> None:
+def test_what_does_not_stop_is_killed(since: dict[str, float], expected: list[Action]) -> None:
     actions = plan(
         1,
         [A, STOPPING],
@@ -106,8 +109,26 @@ def test_what_does_not_stop_is_killed(since: dict[str, datetime], expected: list
         {},
         max_replicas=3,
         may_start=True,
-        stop_after=timedelta(seconds=50),
+        stop_after_s=50,
         stopping_since=since,
+        unknown_since={},
+        now=NOW,
+    )
+    assert actions == expected
+
+
+@pytest.mark.parametrize(("since", "expected"), [({}, []), ({"x": NOW - 15}, []), ({"x": NOW - 16}, [kill("x")])])
+def test_one_that_has_just_ended_may_be_on_its_way_out(since: dict[str, float], expected: list[Action]) -> None:
+    actions = plan(
+        0,
+        [],
+        frozenset("x"),
+        {},
+        max_replicas=3,
+        may_start=True,
+        stop_after_s=50,
+        stopping_since={},
+        unknown_since=since,
         now=NOW,
     )
     assert actions == expected

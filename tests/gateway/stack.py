@@ -78,6 +78,10 @@ class Replica:
         """Sequences that the engine works on."""
         return (await self.counters())[2]
 
+    def freeze(self) -> None:
+        """Have the engine stand still: it takes connections, and does nothing more."""
+        os.kill(self.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         """End the engine without a warning."""
         os.kill(self.pid, signal.SIGKILL)
@@ -243,11 +247,11 @@ class Stack:
         return await list_events(self.db, tenant.id if tenant else None, 1000)
 
     async def idle(self, model: BaseModel) -> None:
-        """Wait until the scheduler has no ticket and no slot is taken."""
+        """Wait until nothing is queued and no slot is taken."""
 
         async def nothing_left() -> bool:
             stats = await self.scheduler.stats(model.id)
-            return bool(stats["tickets"] == 0 and stats["load"] == 0)
+            return bool(stats["queued"] == 0 and stats["load"] == 0)
 
         await until(nothing_left, timeout_s=20)
 

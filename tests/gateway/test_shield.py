@@ -16,6 +16,13 @@ COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
+MODELS: list[Any] = [None, "", 5, [], {"a": 1}]
+
+
+def each(name: str, code: str, *values: Any) -> list[tuple[str, Any, str]]:
+    return [(name, value, code) for value in values]
+
+
 def nested(depth: int) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for _ in range(depth - 1):
@@ -38,34 +45,34 @@ def refusal(shield: Callable[[dict[str, Any]], Shielded], body: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [
-        *(("n", value, "out_of_range") for value in (0, -1, 17, 10**30)),
-        *(("n", value, "invalid_type") for value in (1.0, "1", True, [1])),
-        *(("best_of", value, "out_of_range") for value in (0, 2, 10**30)),
-        *(("temperature", value, "out_of_range") for value in (-0.1, 2.1, 1e308, float("nan"), float("inf"), -float("inf"))),
+        *each("n", "out_of_range", 0, -1, 17, 10**30),
+        *each("n", "invalid_type", 1.0, "1", True, [1]),
+        *each("best_of", "out_of_range", 0, 2, 10**30),
+        *each("temperature", "out_of_range", -0.1, 2.1, 1e308, float("nan"), float("inf"), -float("inf")),
         pytest.param("temperature", 10**400, "out_of_range", marks=BUG),
-        *(("temperature", value, "invalid_type") for value in ("1", True, [], {})),
-        *(("top_p", value, "out_of_range") for value in (0, 1.1, float("nan"))),
-        *(("top_k", value, "out_of_range") for value in (-2, 10**9)),
-        *(("min_p", value, "out_of_range") for value in (-0.1, 1.5)),
-        *(("presence_penalty", value, "out_of_range") for value in (-2.1, 2.1)),
-        *(("frequency_penalty", value, "out_of_range") for value in (-2.1, 2.1)),
-        *(("repetition_penalty", value, "out_of_range") for value in (0, 11, float("nan"))),
-        *(("seed", value, "out_of_range") for value in (2**63, -(2**63) - 1)),
-        *(("max_tokens", value, "out_of_range") for value in (0, -1, 10**12)),
-        *(("min_tokens", value, "out_of_range") for value in (-1, 10**12)),
-        *(("stop", value, "out_of_range") for value in ("", [""], ["x"] * 17, ["x" * 1001])),
-        *(("stop", value, "invalid_type") for value in (5, [5], {"a": "b"})),
-        *(("stop_token_ids", value, "out_of_range") for value in ([-1], [2**31], [1] * 65)),
-        *(("stop_token_ids", value, "invalid_type") for value in (5, ["a"], [True], [1.5])),
-        *(("logit_bias", value, "out_of_range") for value in ({"5": 101}, {"5": float("nan")}, {"5": -1e308})),
-        *(("logit_bias", value, "invalid_type") for value in ([], {"a": 1}, {"-1": 1}, {"٣": 1}, {"5": "x"}, {"9" * 10: 1})),
+        *each("temperature", "invalid_type", "1", True, [], {}),
+        *each("top_p", "out_of_range", 0, 1.1, float("nan")),
+        *each("top_k", "out_of_range", -2, 10**9),
+        *each("min_p", "out_of_range", -0.1, 1.5),
+        *each("presence_penalty", "out_of_range", -2.1, 2.1),
+        *each("frequency_penalty", "out_of_range", -2.1, 2.1),
+        *each("repetition_penalty", "out_of_range", 0, 11, float("nan")),
+        *each("seed", "out_of_range", 2**63, -(2**63) - 1),
+        *each("max_tokens", "out_of_range", 0, -1, 10**12),
+        *each("min_tokens", "out_of_range", -1, 10**12),
+        *each("stop", "out_of_range", "", [""], ["x"] * 17, ["x" * 1001]),
+        *each("stop", "invalid_type", 5, [5], {"a": "b"}),
+        *each("stop_token_ids", "out_of_range", [-1], [2**31], [1] * 65),
+        *each("stop_token_ids", "invalid_type", 5, ["a"], [True], [1.5]),
+        *each("logit_bias", "out_of_range", {"5": 101}, {"5": float("nan")}, {"5": -1e308}),
+        *each("logit_bias", "invalid_type", [], {"a": 1}, {"-1": 1}, {"٣": 1}, {"5": "x"}, {"9" * 10: 1}),
         ("logit_bias", {str(number): 0 for number in range(1025)}, "invalid_type"),
-        *(("ignore_eos", value, "invalid_type") for value in (1, "true")),
-        *(("stream", value, "invalid_type") for value in (1, "true", {})),
-        *(("response_format", value, "invalid_type") for value in ("json", {}, {"type": "grammar"}, {"type": "structural_tag"}, [])),
+        *each("ignore_eos", "invalid_type", 1, "true"),
+        *each("stream", "invalid_type", 1, "true", {}),
+        *each("response_format", "invalid_type", "json", {}, {"type": "grammar"}, {"type": "structural_tag"}, []),
         ("response_format", {"type": "json_schema"}, "invalid_schema"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}, "invalid_schema"),
-        *(("response_format", schema(value), "invalid_schema") for value in (None, "x", [], True)),
+        *each("response_format", "invalid_schema", schema(None), schema("x"), schema([]), schema(True)),
         ("response_format", schema(nested(33)), "invalid_schema"),
         ("response_format", schema({"description": "x" * 70_000}), "invalid_schema"),
         pytest.param("response_format", schema(nested(5000)), "invalid_schema", marks=BUG),
@@ -153,9 +160,14 @@ def test_bad_fields_of_messages(message: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("prompt", "code"),
     [
-        *((value, "empty_prompt") for value in ("", [], [""], ["a", ""], [[]], [[1], []])),
-        *((value, "too_many_prompts") for value in (["a"] * (MAX_PROMPTS + 1), [[1]] * (MAX_PROMPTS + 1))),
-        *((value, "invalid_type") for value in (5, {}, True, [1.5], ["a", 5], [1, "a"], [True], [[True]], [[-1]], [2**31], [None])),
+        *((value, code) for _, value, code in each("prompt", "empty_prompt", "", [], [""], ["a", ""], [[]], [[1], []])),
+        *((value, code) for _, value, code in each("prompt", "too_many_prompts", ["a"] * (MAX_PROMPTS + 1), [[1]] * (MAX_PROMPTS + 1))),
+        *(
+            (value, code)
+            for _, value, code in each(
+                "prompt", "invalid_type", 5, {}, True, [1.5], ["a", 5], [1, "a"], [True], [[True]], [[-1]], [2**31], [None]
+            )
+        ),
         (None, "missing_parameter"),
     ],
 )
@@ -185,7 +197,7 @@ def test_bad_prompts(prompt: Any, code: str) -> None:
         ({"logprobs": 5}, "invalid_type", "logprobs"),
         ({"top_logprobs": 21}, "out_of_range", "top_logprobs"),
         ({"messages": None}, "missing_parameter", "messages"),
-        *(({"model": value}, "missing_parameter", "model") for value in (None, "", 5, [], {"a": 1})),
+        *[({"model": value}, "missing_parameter", "model") for value in MODELS],
     ],
 )
 def test_bad_chats(changes: dict[str, Any], code: str, param: str) -> None:

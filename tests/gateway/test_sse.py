@@ -1,5 +1,6 @@
 """The bytes of a stream, against the same thing done with JSON."""
 
+import itertools
 import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -47,7 +48,7 @@ def test_events_are_whole_however_the_bytes_arrive(sent: list[bytes], cuts: list
     if last_is_open:
         stream = stream.removesuffix(b"\n\n")
     places = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
-    chunks = [stream[start:end] for start, end in zip(places, places[1:], strict=False)]
+    chunks = [stream[start:end] for start, end in itertools.pairwise(places)]
     assert b"".join(chunks) == stream
     assert collect(chunks) == sent
 

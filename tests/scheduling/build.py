@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from lmaas.scheduling.client import LIBRARY, Beat, Scheduler, Ticket
+from lmaas.scheduling.leases import Leases, OpenTicket
 
 KEY = "lmaas:{p}"
 EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
@@ -29,11 +30,12 @@ async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
     for name, value in constants.items():
         before, after = text.split(f"local {name} = ", 1)
         text = f"{before}local {name} = {value} --{after}"
-    await scheduler.redis.function_load(text, replace=True)
+    usual, other = vars(scheduler).copy(), vars(Scheduler(scheduler.redis, text))
+    vars(scheduler).update(other)
     try:
         yield
     finally:
-        await scheduler.load()
+        vars(scheduler).update(usual)
 
 
 class Pool:
@@ -55,18 +57,19 @@ class Pool:
         """Release tickets by number, without an event."""
         return [await self.scheduler.release(ticket(number), "", None) for number in numbers]
 
-    async def retry(self, number: int, replica: str = "x", reason: str = "engine") -> dict[str, Any]:
-        """Give a ticket's lease back."""
-        return await self.scheduler.retry(ticket(number), replica, reason)
+    async def retry(self, number: int, replica: str = "x", reason: str = "engine", attempt: int | None = None) -> dict[str, Any]:
+        """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
+        now = (await self.tickets()).get(f"r{number}", {}).get("attempts", 0)
+        return await self.scheduler.retry(ticket(number), replica, reason, now if attempt is None else attempt)
 
     async def tickets(self) -> dict[str, dict[str, Any]]:
         """Every ticket, by id."""
-        stored = await self.redis.hgetall(f"{KEY}:tickets")
+        stored: Any = await self.redis.hgetall(f"{KEY}:tickets")
         return {name: json.loads(text) for name, text in stored.items()}
 
     async def replicas(self) -> dict[str, dict[str, Any]]:
         """Every replica, by id."""
-        stored = await self.redis.hgetall(f"{KEY}:replicas")
+        stored: Any = await self.redis.hgetall(f"{KEY}:replicas")
         return {name: json.loads(text) for name, text in stored.items()}
 
     async def states(self) -> dict[str, str]:
@@ -109,3 +112,29 @@ class Pool:
             assert set(await self.redis.zrange(f"{KEY}:queue:{tenant}", 0, -1)) == names
         assert set(await self.redis.zrange(f"{KEY}:expiry", 0, -1)) == set(tickets)
         assert set(await self.redis.hkeys(f"{KEY}:progress")) <= set(tickets)
+
+
+class Used:
+    """A usage record that says what it is told."""
+
+    def __init__(self, name: str = "r1", run_ms: int | None = 100) -> None:
+        self.name, self.run_ms, self.tokens = name, run_ms, 0
+
+    def progress(self) -> str:
+        return f"5,0,{self.tokens}"
+
+    def event(self) -> str:
+        return json.dumps({"request_id": self.name, "completion_tokens": self.tokens})
+
+
+@asynccontextmanager
+async def opened(
+    leases: Leases, one: Ticket | None = None, used: Used | None = None, max_queued: int = 10, deadline_s: float = 10
+) -> AsyncIterator[OpenTicket]:
+    one = one or ticket(1)
+    async with leases.open(one, used or Used(one.id), max_queued=max_queued, deadline_s=deadline_s) as each:
+        yield each
+
+
+async def ids(pool: Pool) -> list[str]:
+    return [event["request_id"] for event in await pool.events()]

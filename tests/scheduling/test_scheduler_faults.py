@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from lmaas.errors import Unavailable
 from lmaas.scheduling.client import Scheduler, connect, gateway_channel
@@ -28,7 +27,7 @@ async def news(pool: Pool, count: int, act: Any, gateway: str = "g") -> list[dic
         while await heard.get_message(timeout=5) is None:
             pass  # the word that the subscription stands
         await act
-        found = []
+        found: list[dict[str, Any]] = []
         while len(found) < count:
             message = await heard.get_message(ignore_subscribe_messages=True, timeout=5)
             if message is not None:
@@ -92,7 +91,7 @@ async def test_a_replica_that_lacks_the_adapter_loads_it_again(pool: Pool) -> No
 
 async def test_an_expired_lease_is_charged_once_at_its_last_checkpoint(scheduler: Scheduler, pool: Pool) -> None:
     await pool.beat(slots=1, resident=("A",))
-    async with quick(scheduler, LEASE_MS=100):
+    async with quick(scheduler, LEASE_MS=300):
         await pool.submit(ticket(1, adapter="A"), ticket(2, "b", gateway="h"))
         await scheduler.renew("p", [("r1", "7,2,3")])
         await scheduler.renew("p", [("r1", "7,2,5")])
@@ -108,7 +107,7 @@ async def test_an_expired_lease_is_charged_once_at_its_last_checkpoint(scheduler
     assert event["request_id"] == "r1"
     assert (event["status"], event["code"], event["replica_id"]) == ("lost", "gateway_lost", "x")
     assert (event["prompt_tokens"], event["cached_tokens"], event["completion_tokens"]) == (7, 2, 5)
-    assert event["run_ms"] >= 90
+    assert event["run_ms"] >= 250
     assert event["load_ms"] == 0
     assert await pool.states() == {"r2": "granted"}
     await pool.check()
@@ -136,18 +135,18 @@ async def test_an_expired_ticket_that_waits_or_loads_is_charged_nothing(schedule
 
 
 async def test_a_quiet_replica_gets_no_new_work_and_then_loses_what_it_has(scheduler: Scheduler, pool: Pool) -> None:
-    async with quick(scheduler, STALE_MS=50, GONE_MS=200):
+    async with quick(scheduler, STALE_MS=300, GONE_MS=900):
         await pool.beat(slots=3, adapter_slots=2, resident=("A",))
         await pool.submit(ticket(1, adapter="A"), ticket(2, adapter="B"))
 
         async def stale() -> bool:
-            return bool((await scheduler.stats("p"))["replicas"]["x"]["beat_ms"] > 50)
+            return bool((await scheduler.stats("p"))["replicas"]["x"]["beat_ms"] > 300)
 
         await until(stale, 5, 0.01)
         assert await pool.submit(ticket(3, "b")) == ["queued"]
 
         async def gone() -> bool:
-            return (await scheduler.stats("p"))["replicas"] == {}
+            return not (await scheduler.stats("p"))["replicas"]
 
         [message] = await news(pool, 1, until(gone, 5, 0.02))
         assert (message["id"], message["event"], message["attempts"]) == ("r1", "revoked", 0)
@@ -193,10 +192,10 @@ async def test_restore_after_the_server_has_lost_its_memory(scheduler: Scheduler
     await pool.submit(ticket(1), ticket(2, adapter="A"))
     await redis.flushall()
     assert (await scheduler.renew("p", [("r1", "1,1,1")]))["tickets"] == [{"state": "unknown"}]
-    assert await scheduler.restore(ticket(1), "x", 5000) is False
+    assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is False
     assert (await pool.beat(slots=2, adapter_slots=1, resident=("A",)))["epoch"] != before
-    assert await scheduler.restore(ticket(1), "x", 5000) is True
-    assert await scheduler.restore(ticket(1), "x", 5000) is True
+    assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is True
+    assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is True
     assert (await pool.replicas())["x"]["load"] == 1
     reply = await scheduler.submit(ticket(2, adapter="A"), 10, waited_ms=5000)
     assert reply["state"] == "granted"
@@ -208,7 +207,7 @@ async def test_restore_after_the_server_has_lost_its_memory(scheduler: Scheduler
 
 @pytest.mark.parametrize("flush", [False, True], ids=["functions gone", "everything gone"])
 async def test_the_library_is_installed_where_it_is_missing(scheduler: Scheduler, pool: Pool, redis: Redis, flush: bool) -> None:
-    await redis.execute_command("FUNCTION", "FLUSH")
+    await redis.function_flush()
     if flush:
         await redis.flushall()
     replies = await asyncio.gather(*(pool.submit(ticket(number)) for number in range(5)))
@@ -226,9 +225,19 @@ async def test_a_server_that_is_away_is_unavailable(tmp_path_factory: pytest.Tem
     await client.aclose()
 
 
-async def test_a_mistake_in_a_call_is_not_taken_for_an_outage(scheduler: Scheduler) -> None:
-    with pytest.raises(ResponseError, match="tenant"):
-        await scheduler._call("submit", "p", '{"id": "r1"}')
+async def test_a_server_that_refuses_is_unavailable_and_somebody_hears_why(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Unavailable):
+        await scheduler._call("submit", "p", "nonsense")
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+async def test_an_older_library_is_not_called(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.submit(ticket(1))
+    async with quick(scheduler, LEASE_MS=6001):
+        await pool.submit(ticket(2))
+    libraries: Any = await scheduler.redis.function_list()
+    assert len({str(library) for library in libraries}) >= 2
+    assert await pool.states() == {"r1": "queued", "r2": "queued"}
 
 
 @BUG
@@ -241,7 +250,7 @@ async def test_listening_goes_on_after_the_connection_was_cut(scheduler: Schedul
 
     task = asyncio.create_task(listen())
     await until(lambda: heard == [""], 5, 0.01)
-    await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    await redis.client_kill_filter(_type="pubsub")
     await until(lambda: heard == ["", ""], 5, 0.01)  # something may have been missed
     await redis.publish("c", "hello")
     await until(lambda: heard == ["", "", "hello"], 5, 0.01)
@@ -268,14 +277,14 @@ async def test_a_retry_that_was_sent_twice_counts_once(pool: Pool) -> None:
     await pool.beat("y")
     await pool.retry(1, "x")
     # The client library sends a call again if the connection was lost before its answer.
-    reply = await pool.retry(1, "x")
+    reply = await pool.retry(1, "x", attempt=0)
     assert (reply["state"], reply["replica"], reply["attempts"]) == ("granted", "y", 1)
 
 
 @BUG
 async def test_a_restored_ticket_takes_no_more_than_its_replica_has(pool: Pool) -> None:
     await pool.beat(slots=4)
-    assert await pool.scheduler.restore(ticket(1, weight=9), "x", 0)
+    assert await pool.scheduler.restore(ticket(1, weight=9), "x", waited_ms=0, attempts=0)
     await pool.check()
 
 

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 
 from lmaas.config import Settings
 
-#: A process's start time is given in seconds with this much error.
-SAME_START_S = 1.0
+#: A process's start, in seconds since the boot, is known with this much error.
+SAME_START_S = 0.5
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LocalProvisioner:
@@ -44,7 +46,7 @@ class LocalProvisioner:
                 env=self._environment,
             )
         self._children[replica_id] = child
-        facts = _Facts(child.pid, psutil.Process(child.pid).create_time(), pool_id)
+        facts = _Facts(child.pid, _started(child.pid), _boot(), pool_id)
         partial = folder / "process.json.partial"
         partial.write_text(json.dumps(asdict(facts)))
         partial.rename(folder / "process.json")
@@ -89,14 +91,23 @@ class LocalProvisioner:
 @dataclass(frozen=True, slots=True)
 class _Facts:
     pid: int
+    #: Since the boot: the wall clock may be set.
     started: float
+    boot: str
     pool: str
+
+
+def _started(pid: int) -> float:
+    return psutil.Process(pid).create_time() - psutil.boot_time()
+
+
+def _boot() -> str:
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
 
 
 def _alive(facts: _Facts) -> bool:
     try:
-        process = psutil.Process(facts.pid)
-        same = abs(process.create_time() - facts.started) < SAME_START_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        same = facts.boot == _boot() and abs(_started(facts.pid) - facts.started) < SAME_START_S
+        return same and psutil.Process(facts.pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

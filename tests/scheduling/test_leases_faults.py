@@ -1,0 +1,148 @@
+"""A gateway's open tickets while Valkey is away or loses its memory."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from lmaas.errors import Unavailable
+from lmaas.scheduling.client import Scheduler
+from lmaas.scheduling.leases import Leases
+from tests.scheduling.build import Pool, ids, opened, ticket
+
+BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
+
+
+class Away(Scheduler):
+    """A scheduler whose server is away for as long as `away` says."""
+
+    away = False
+
+    async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+        if self.away:
+            raise Unavailable("away", code="queue_unavailable")
+        return await super()._call(function, pool, *args)
+
+
+@pytest.fixture
+def pool(scheduler: Scheduler) -> Pool:
+    return Pool(scheduler)
+
+
+@pytest.fixture
+def leases(scheduler: Scheduler) -> Leases:
+    return Leases(scheduler, "g")
+
+
+async def test_without_a_server_nothing_is_accepted(redis: Redis, pool: Pool) -> None:
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    scheduler.away = True
+    with pytest.raises(Unavailable):
+        async with opened(leases):
+            pytest.fail("it was not accepted")
+    assert len(leases._open) == 0
+    await asyncio.wait_for(leases.drained(), 1)
+    assert await ids(pool) == []
+
+
+async def test_what_could_not_be_settled_is_settled_later(redis: Redis, pool: Pool) -> None:
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    await pool.beat()
+    async with opened(leases):
+        scheduler.away = True
+    await leases.renew()
+    assert await ids(pool) == []
+    draining = asyncio.create_task(leases.drained())
+    await asyncio.sleep(0.1)
+    assert not draining.done()
+    scheduler.away = False
+    await asyncio.wait_for(draining, 1)
+    assert await ids(pool) == ["r1"]
+    assert await pool.tickets() == {}
+    await leases.renew()
+    assert await ids(pool) == ["r1"]
+
+
+async def test_what_the_server_forgot_is_put_back(leases: Leases, pool: Pool, redis: Redis) -> None:
+    await pool.beat(slots=1)
+    async with opened(leases) as runs, opened(leases, ticket(2)) as waits:
+        assert await runs.wait(0) is not None
+        await redis.flushall()
+        await leases.renew()
+        assert await pool.states() == {"r2": "queued"}  # the replica is not back: what runs goes on
+        await pool.beat("x", state="starting", slots=1)
+        await leases.renew()
+        assert await pool.states() == {"r1": "granted", "r2": "queued"}
+        await pool.beat("x", slots=1)
+        assert await waits.wait(0) is None
+        await pool.check()
+    await pool.check()
+    assert sorted(await ids(pool)) == ["r1", "r2"]
+
+
+async def test_recent_events_are_told_again_to_a_server_without_memory(leases: Leases, pool: Pool, redis: Redis) -> None:
+    await pool.beat()
+    async with opened(leases):
+        pass
+    await redis.flushall()
+    async with opened(leases, ticket(2)):
+        await leases.renew()
+        assert await ids(pool) == ["r1"]
+    await leases.renew()
+    assert sorted(set(await ids(pool))) == ["r1", "r2"]
+
+
+@BUG
+async def test_a_ticket_that_was_delivered_before_is_granted_after_the_memory_was_lost(leases: Leases, pool: Pool, redis: Redis) -> None:
+    await pool.beat("x")
+    async with opened(leases) as one:
+        lease = await one.wait(0)
+        assert lease is not None
+        await one.retry(lease, "engine")
+        await redis.flushall()
+        await leases.renew()
+        await pool.beat("y")
+        await leases.renew()
+        assert (await pool.states()) == {"r1": "granted"}
+        assert await one.wait(0.1) is not None
+
+
+@BUG
+async def test_drained_waits_for_what_a_renewal_is_settling(redis: Redis, pool: Pool) -> None:
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    async with opened(leases):
+        scheduler.away = True
+    gate = asyncio.Event()
+    release = scheduler.release
+
+    async def slow(*args: Any) -> bool:
+        await gate.wait()
+        return await release(*args)
+
+    scheduler.release = slow  # type: ignore[assignment,method-assign]
+    scheduler.away = False
+    renewing = asyncio.create_task(leases.renew())
+    await asyncio.sleep(0.01)
+    draining = asyncio.create_task(leases.drained())
+    await asyncio.sleep(0.1)
+    done = draining.done()
+    gate.set()
+    await asyncio.gather(renewing, draining)
+    assert await ids(pool) == ["r1"]
+    assert not done
+
+
+@BUG
+async def test_recent_events_are_told_again_although_no_ticket_is_open(leases: Leases, pool: Pool, redis: Redis) -> None:
+    await pool.beat()
+    async with opened(leases):
+        pass
+    await redis.flushall()
+    await pool.beat()
+    await leases.renew()
+    await leases.renew()
+    assert await ids(pool) == ["r1"]
