@@ -76,8 +76,8 @@ class Settings:
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise SettingsError(f"{PREFIX}{field.name.upper()} must be greater than 0, not {value}.")
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf"):
+                raise SettingsError(f"{PREFIX}{field.name.upper()} must be a number greater than 0, not {value}.")
 
     @property
     def base_url(self) -> str:

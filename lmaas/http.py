@@ -156,5 +156,6 @@ def _refuse_odd_characters(value: Any) -> None:
         plain = json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("a string holds half a surrogate pair") from None
-    if b"\\u0000" in plain:
+    # A backslash that is itself escaped is just a backslash.
+    if b"\\u0000" in plain.replace(b"\\\\", b""):
         raise ValueError("a string holds the character NUL")

@@ -27,7 +27,8 @@ TERMINAL = frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST})
 TRANSITIONS: dict[Observed, frozenset[Observed]] = {
     # Ready only once it has generated a token; stopped if nobody wants it any more before that.
     Observed.STARTING: frozenset({Observed.READY, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
-    Observed.READY: frozenset({Observed.DRAINING, Observed.FAILED, Observed.LOST}),
+    # Stopped without a word of draining if Postgres was away meanwhile.
+    Observed.READY: frozenset({Observed.DRAINING, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.DRAINING: frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.STOPPED: frozenset(),
     Observed.FAILED: frozenset(),

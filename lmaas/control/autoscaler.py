@@ -38,12 +38,13 @@ class Scale:
 
 
 def decide(demand: Demand, policy: Policy, current: int, low_since: float | None, now: float) -> Scale:
-    """Up at once, down only after the idle timeout.
+    """Up at once, down only after the idle timeout; to a maximum that was lowered, at once.
 
     `current` counts the replicas that are desired now, `low_since` is what the last decision said.
     """
     needed = math.ceil((demand.queued + demand.running) / policy.slots)
     wanted = max(policy.min_replicas, min(needed, policy.max_replicas))
+    current = min(current, max(policy.min_replicas, policy.max_replicas))
     if wanted >= current:
         return Scale(wanted, None)
     since = now if low_since is None else low_since
@@ -59,4 +60,4 @@ def decide(demand: Demand, policy: Policy, current: int, low_since: float | None
 
 def backoff_s(failures: int) -> float:
     """How long after the last of `failures` failed starts the next may come."""
-    return 0.0 if failures == 0 else min(BACKOFF_MAX_S, BACKOFF_S * 2 ** (failures - 1))
+    return 0.0 if failures == 0 else min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(failures - 1, 16))

@@ -13,7 +13,7 @@ from lmaas.control.plan import STOP_GRACE_S, Action, Verb, plan
 from lmaas.control.provisioners import Provisioner
 from lmaas.errors import Unavailable
 from lmaas.metering.writer import BATCH, write_events
-from lmaas.scheduling.client import CONTROL_CHANNEL, CONTROLLER_KEY, Scheduler
+from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database, new_id
 from lmaas.store.leadership import LostLead, leading
@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 METER_S = 0.2
-#: How long the word that a controller is there outlives it.
-PRESENCE_S = 10
 
 
 class Controller:
@@ -36,6 +34,7 @@ class Controller:
         self._low_since: dict[str, float | None] = {}
         self._stopping_since: dict[str, dict[str, float]] = {}
         self._unknown_since: dict[str, dict[str, float]] = {}
+        self._silent_since: dict[str, dict[str, float]] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -59,7 +58,6 @@ class Controller:
         while True:
             self._wake.clear()
             try:
-                await self._scheduler.redis.set(CONTROLLER_KEY, "1", ex=PRESENCE_S)
                 await self.tick()
             except (Unavailable, RedisError) as error:
                 # Replicas go on serving; the next tick continues where this one stopped.
@@ -80,7 +78,7 @@ class Controller:
 
     async def _reconcile(self, model: BaseModel, processes: frozenset[str]) -> None:
         stats = await self._scheduler.stats(model.id)
-        rows = await list_replicas(self._db, base_model_id=model.id)
+        rows = await list_replicas(self._db, base_model_id=model.id, limit=None)
         current = sum(1 for row in rows if row.desired == Desired.RUNNING)
         policy = self._policy(model)
         demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
@@ -88,6 +86,9 @@ class Controller:
         scale = decide(demand, policy, current, self._low_since.get(model.id), now)
         self._low_since[model.id] = scale.low_since
         failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
+        silent = _seen(
+            self._silent_since, model.id, {row.id for row in rows if row.observed == Observed.READY} - set(stats["replicas"]), now
+        )
         stopping = _seen(self._stopping_since, model.id, {row.id for row in rows if row.desired == Desired.STOPPED}, now)
         unknown = _seen(self._unknown_since, model.id, processes - {row.id for row in rows}, now)
         actions = plan(
@@ -100,6 +101,7 @@ class Controller:
             stop_after_s=self._settings.drain_timeout_s + STOP_GRACE_S,
             stopping_since=stopping,
             unknown_since=unknown,
+            silent_since=silent,
             now=now,
         )
         for action in actions:

@@ -8,6 +8,8 @@ from lmaas.store.replicas import Replica
 
 #: How long beyond the drain timeout a replica may take to end before its process is killed.
 STOP_GRACE_S = 20.0
+#: How long the supervisor of a ready replica may be silent before it is taken for stuck.
+SILENT_S = 90.0
 #: How long a process may stay whose replica has ended, or that no row knows of.
 STRAY_GRACE_S = 15.0
 
@@ -43,13 +45,14 @@ def plan(
     stop_after_s: float,
     stopping_since: dict[str, float],
     unknown_since: dict[str, float],
+    silent_since: dict[str, float],
     now: float,
 ) -> list[Action]:
     """The steps for one pool.
 
     `rows` are its replicas that have not ended, `processes` the ids that the provisioner runs (of this pool), `loads` the slots in
     use by id, `stopping_since` when each was first seen desired to stop, `unknown_since` when a process without a row that is not ended was
-    first seen; times are of the clock of `now`, in seconds.
+    first seen, `silent_since` when a ready one stopped beating; times are of the clock of `now`, in seconds.
     """
     actions: list[Action] = []
     alive = [row for row in rows if row.id in processes and row.observed not in TERMINAL]
@@ -59,7 +62,8 @@ def plan(
     strays = [replica for replica in sorted(processes - known) if now - unknown_since.get(replica, now) > STRAY_GRACE_S]
     actions += [Action(Verb.KILL, replica) for replica in strays]
     for row in alive:
-        if row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after_s:
+        late = row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after_s
+        if late or now - silent_since.get(row.id, now) > SILENT_S:
             actions.append(Action(Verb.KILL, row.id))
     wanted = [row for row in alive if row.desired == Desired.RUNNING]
     # Fewest running requests first; of equals, one that is not ready yet, then the youngest.

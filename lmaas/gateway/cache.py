@@ -66,7 +66,12 @@ class MomentCache(Generic[Key, Value]):
 
     async def _refresh(self, key: Key) -> Value | None:
         asked = self._clock()
-        value = await self._ask(key)
+        # Given up at last: a connection that is dead would never answer, and nobody would ask again.
+        try:
+            async with asyncio.timeout(UNKNOWN_WAIT_S):
+                value = await self._ask(key)
+        except TimeoutError:
+            raise Unavailable("The database does not answer.", code="database_unavailable", retry_after_s=2) from None
         if value is None:
             self._known.pop(key, None)
         else:

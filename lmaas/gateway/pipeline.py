@@ -96,6 +96,8 @@ async def _run(
             log.warning("a delivery failed", extra={"request_id": call.request_id, "replica_id": lease.replica, "detail": str(lost)})
             if delivery.begun:
                 raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
+            # Nothing of it has reached the client.
+            record.count({})
             await opened.retry(lease, lost.reason)
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 #: How long an engine may take to wind up a request whose client has gone; then its connection is cut.
 ABORT_GRACE_S = 3.0
+ABORT_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,12 @@ class Delivery:
     async def _abort(self, lease: Lease, interrupt: Interrupt) -> None:
         """The client has gone. The engine ends the request, and its answer still comes with the exact usage."""
         ids = self._endpoint.engine_ids(self._call.request_id, self._request.prompts)
-        with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
-            await self._client.abort(lease.url, ids)
-        await asyncio.sleep(ABORT_GRACE_S)
+        deadline = asyncio.get_running_loop().time() + ABORT_GRACE_S
+        while asyncio.get_running_loop().time() < deadline:
+            # More than once: the request may reach the engine after the first word of its end.
+            with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
+                await self._client.abort(lease.url, ids)
+            await asyncio.sleep(ABORT_AGAIN_S)
         interrupt.fire("the client has gone")
 
     async def _stream(self, response: aiohttp.ClientResponse) -> None:
@@ -121,6 +125,7 @@ class Delivery:
             self._request.model,
             include_usage=self._request.include_usage,
             continuous_usage=self._request.continuous_usage,
+            n=self._request.parameters.get("n", 1),
         )
         async for event in sse.events(response.content.iter_any()):
             if event == sse.DONE:
@@ -130,7 +135,10 @@ class Delivery:
                 return
             if event.startswith(b'data: {"error"'):
                 raise _engine_error(500, event.removeprefix(b"data: "), self._model, self._request)
-            out = rewrite(event)
+            try:
+                out = rewrite(event)
+            except ValueError as error:
+                raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
             if rewrite.usage is not None:
                 self._record.count(rewrite.usage)
             if b'"finish_reason":"abort"' in event and not self._call.gone.is_set():
@@ -173,7 +181,12 @@ def _engine_error(status: int, text: bytes, model: ServedModel, request: Shielde
     # Tenants know their own names only.
     message = message.replace(model.engine_name, request.model)
     lowered = message.lower()
-    if "maximum context length" in lowered or "context length" in lowered or "max_model_len" in lowered:
+    if (
+        "maximum context length" in lowered
+        or "context length" in lowered
+        or "max_model_len" in lowered
+        or "must be at least 1, got 0" in lowered
+    ):
         return InvalidRequest(message, code="context_length_exceeded", param="messages" if "messages" in request.parameters else "prompt")
     if "schema" in lowered:
         return InvalidRequest(message, code="invalid_schema", param="response_format")

@@ -111,7 +111,8 @@ def _logit_bias(name: str, value: Any) -> None:
 def _schema_size(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise InvalidRequest(f"'{name}' must hold a JSON schema object.", code="invalid_schema", param=name)
-    if len(json.dumps(value)) > MAX_SCHEMA_BYTES or _depth(value) > MAX_SCHEMA_DEPTH:
+    # The depth first: json.dumps is recursive.
+    if _depth(value) > MAX_SCHEMA_DEPTH or len(json.dumps(value)) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(
             f"The schema in '{name}' may have {MAX_SCHEMA_BYTES} bytes and {MAX_SCHEMA_DEPTH} levels at most.",
             code="invalid_schema",
@@ -131,7 +132,14 @@ def _depth(value: Any) -> int:
     return deepest
 
 
+def _bounded(name: str, value: Any) -> None:
+    """What is forwarded without a look at each field must not break a parser."""
+    if _depth(value) > MAX_SCHEMA_DEPTH + 8:
+        raise InvalidRequest(f"'{name}' is nested too deeply.", code="invalid_schema", param=name)
+
+
 def _response_format(name: str, value: Any) -> None:
+    _bounded(name, value)
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise wrong_type(name, "an object whose type is 'text', 'json_object' or 'json_schema'")
@@ -145,6 +153,7 @@ def _response_format(name: str, value: Any) -> None:
 def _tools(name: str, value: Any) -> None:
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise wrong_type(name, f"a list of at most {MAX_TOOLS} tools")
+    _bounded(name, value)
     for tool in value:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -326,6 +335,9 @@ def _shield(body: dict[str, Any], allowed: dict[str, Check], required: str) -> S
     limit = parameters.get("max_completion_tokens", parameters.get("max_tokens"))
     if limit is not None and parameters.get("min_tokens", 0) > limit:
         raise out_of_range("min_tokens", "at most max_tokens")
+    if parameters.get("echo") and parameters.get("logprobs") is not None:
+        # The engine would make `prompt_logprobs` of it.
+        raise _unsupported("logprobs")
     prompt = parameters.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     stream = bool(body.get("stream"))

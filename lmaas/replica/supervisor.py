@@ -298,7 +298,8 @@ class Supervisor:
             await observe(self._db, self._id, Observed.DRAINING)
         with contextlib.suppress(Unavailable):
             self._load = await self._scheduler.drain(self._model.id, self._id)
-            while self._load > 0 and time.monotonic() < deadline and engine.running:
+            # -1 while Redis, having lost its memory, does not know us: gateways will tell it what runs here.
+            while self._load != 0 and time.monotonic() < deadline and engine.running:
                 await asyncio.sleep(0.1)
                 self._load = await self._scheduler.drain(self._model.id, self._id)
 

@@ -1,10 +1,11 @@
 """The one Python client of the scheduler's function library."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("scheduler.lua")
 #: Where the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
-#: Exists while a controller is active.
-CONTROLLER_KEY = "lmaas:controller"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +92,14 @@ class Scheduler:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self.redis.fcall(name, 1, key, *args)
+                with unswallowed():
+                    return await self.redis.fcall(name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self.redis.fcall(name, 1, key, *args)
+                with unswallowed():
+                    return await self.redis.fcall(name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 
@@ -147,7 +148,7 @@ class Scheduler:
         return bool(await self._call("evict", pool, replica, adapter))
 
     async def drain(self, pool: str, replica: str) -> int:
-        """No more grants on this replica. Answers the slots in use."""
+        """No more grants on this replica. Answers the slots in use, -1 if the replica is unknown (until its next heartbeat)."""
         return int(await self._call("drain", pool, replica))
 
     async def deregister(self, pool: str, replica: str) -> None:
@@ -155,13 +156,14 @@ class Scheduler:
         await self._call("deregister", pool, replica)
 
     async def stats(self, pool: str) -> dict[str, Any]:
-        """Demand and replicas of a pool; also reaps what has expired."""
+        """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
         return _object(await self._call("stats", pool))
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""
         try:
-            await self.redis.xadd(f"lmaas:{{{pool}}}:usage", {"event": event})
+            with unswallowed():
+                await self.redis.xadd(f"lmaas:{{{pool}}}:usage", {"event": event})
         except RedisError as error:
             raise _away("record_event", error) from error
 
@@ -171,14 +173,27 @@ class Scheduler:
             try:
                 async with self.redis.pubsub() as subscription:
                     await subscription.subscribe(channel)
-                    yield ""
                     while True:
-                        message = await subscription.get_message(ignore_subscribe_messages=True, timeout=5)
-                        if message is not None:
+                        with unswallowed():
+                            message = await subscription.get_message(timeout=5)
+                        # The client library connects and subscribes again by itself; only this word tells of it.
+                        if message is not None and message["type"] == "subscribe":
+                            yield ""
+                        elif message is not None and message["type"] == "message":
                             yield message["data"]
             except RedisError as error:
                 log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
                 await asyncio.sleep(0.5)
+
+
+@contextlib.contextmanager
+def unswallowed() -> Iterator[None]:
+    """Cancelled in this block means cancelled after it: redis-py sends with asyncio.wait_for, which on Python 3.11 can swallow that."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    yield
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def _away(function: str, error: RedisError) -> Unavailable:

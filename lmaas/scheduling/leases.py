@@ -217,7 +217,9 @@ class Leases:
     async def renew(self) -> None:
         """Renew every open ticket, tell how far each is, and mend what Redis has forgotten."""
         await self._settle_rest()
-        pools: dict[str, list[OpenTicket]] = {}
+        # Pools of recent events too: if Redis loses them now, nobody else would notice.
+        now = time.monotonic()
+        pools: dict[str, list[OpenTicket]] = {pool: [] for at, pool, _ in self._recent if at > now - REMEMBER_S}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
         for pool, tickets in pools.items():
@@ -237,6 +239,9 @@ class Leases:
         else:
             report = await self.scheduler.submit(opened.ticket, opened.max_queued, waited_ms=opened.waited_ms, attempts=opened.attempts)
             opened.apply(report)
+            if opened.ticket.id not in self._open:
+                # It ended while it was put back.
+                await self.scheduler.release(opened.ticket, "", None)
 
     async def _settle_rest(self) -> None:
         while self._unsettled:

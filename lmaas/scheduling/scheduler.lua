@@ -17,6 +17,8 @@
 local LEASE_MS = 6000     -- a gateway renews every second
 local STALE_MS = 5000     -- no heartbeat for this long: no new work
 local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away
+local AWAY_MS = 3000      -- no call at all for this long: the server was away
+local PRESENT_MS = 10000  -- the controller looks at every pool every second
 local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local MAX_PASSES = 64     -- how often a ticket that waits for an adapter slot may be passed over
 local MAX_SCAN = 256      -- tenants looked at in one round
@@ -85,8 +87,13 @@ local function enqueue(pool, ticket, front)
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', seq, ticket.id)
   redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, seq, ticket.id)
-  local turn = redis.call('HGET', pool.key .. ':turns', ticket.tenant) or 0
-  redis.call('ZADD', pool.key .. ':waiting', turn, ticket.tenant)
+  if front then
+    -- It has had its turn already.
+    redis.call('ZADD', pool.key .. ':waiting', 0, ticket.tenant)
+  else
+    local turn = redis.call('HGET', pool.key .. ':turns', ticket.tenant) or 0
+    redis.call('ZADD', pool.key .. ':waiting', 'NX', turn, ticket.tenant)
+  end
 end
 
 local function dequeue(pool, ticket)
@@ -247,13 +254,25 @@ local function remove(pool, id)
   for i = 2, #stored, 2 do
     local ticket = cjson.decode(stored[i])
     if ticket.replica == id then
-      if ticket.state == 'loading' then requeue(pool, ticket, false) else tell(ticket, 'revoked') end
+      if ticket.state == 'loading' then
+        requeue(pool, ticket, false)
+      else
+        -- It holds nothing any more, should a replica of this id come back.
+        ticket.state, ticket.replica, ticket.revoked = 'revoked', nil, id
+        put(pool, ticket)
+        tell(ticket, 'revoked')
+      end
     end
   end
 end
 
 -- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
 local function reap(pool)
+  -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
+  local last = var(pool, 'reaped', pool.now)
+  redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
+  if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
+  if pool.now < var(pool, 'spare', 0) then return end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
     local ticket = get(pool, id)
     if ticket then
@@ -264,7 +283,7 @@ local function reap(pool)
       event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
       event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0
       event.run_ms = ticket.granted and pool.now - ticket.granted or 0
-      event.replica_id = ticket.replica or cjson.null
+      event.replica_id = ticket.replica or ticket.revoked or cjson.null
       redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
       forget(pool, ticket)
     else
@@ -321,7 +340,8 @@ redis.register_function('lmaas_submit', function(keys, args)
   local ticket = cjson.decode(args[1])
   local known = get(pool, ticket.id)
   if not known then
-    if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= tonumber(args[2]) then
+    -- What has waited already was accepted before this server lost its memory.
+    if ticket.waited_ms == 0 and redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= tonumber(args[2]) then
       close(pool)
       return cjson.encode({ state = 'refused' })
     end
@@ -369,7 +389,8 @@ redis.register_function('lmaas_retry', function(keys, args)
       pool.dirty[args[2]] = true
       redis.call('PUBLISH', 'lmaas:replica:' .. args[2], args[3])
     end
-    if ticket.state == 'granted' and ticket.attempts == tonumber(args[4]) then requeue(pool, ticket, true) end
+    local held = ticket.state == 'granted' or ticket.state == 'revoked'
+    if held and ticket.attempts == tonumber(args[4]) then requeue(pool, ticket, true) end
     dispatch(pool, ticket.id)
     ask_for_replica(pool)
     reply = report(pool, get(pool, ticket.id))
@@ -395,7 +416,7 @@ redis.register_function('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     reports[#reports + 1] = ticket and report(pool, ticket) or { state = 'unknown' }
   end
-  redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
+  if #args > 0 then redis.call('HSET', pool.key .. ':vars', 'active', pool.now) end
   close(pool)
   return cjson.encode({ epoch = epoch(pool), tickets = reports })
 end)
@@ -411,6 +432,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   elseif replica then
     ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
+    ticket.weight = math.min(ticket.weight, replica.slots)
     hold(pool, ticket, replica)
     put(pool, ticket)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
@@ -447,7 +469,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   return cjson.encode({
     state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = epoch(pool),
     loads = loads, running = replica.running, used = used,
-    controller = redis.call('EXISTS', 'lmaas:controller') == 1,
+    controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
   })
 end)
 
@@ -511,7 +533,8 @@ redis.register_function('lmaas_evict', function(keys, args)
   return free and 1 or 0
 end)
 
--- drain(replica id) → the slots still in use. No new work; what was loading goes back to the queue.
+-- drain(replica id) → the slots still in use, or -1 if the replica is not known (any more). No new work; what was loading goes back
+-- to the queue.
 redis.register_function('lmaas_drain', function(keys, args)
   local pool = open(keys[1])
   local replica = pool.replicas[args[1]]
@@ -528,7 +551,7 @@ redis.register_function('lmaas_drain', function(keys, args)
     dispatch(pool)
   end
   close(pool)
-  return replica and replica.load or 0
+  return replica and replica.load or -1
 end)
 
 -- deregister(replica id): the engine is gone.
@@ -541,7 +564,7 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats() → {queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 redis.register_function('lmaas_stats', function(keys, args)
   local pool = open(keys[1])
   reap(pool)
@@ -549,6 +572,7 @@ redis.register_function('lmaas_stats', function(keys, args)
   close(pool)
   -- A server that has lost its memory does not know how long nothing happened: idleness starts now.
   redis.call('HSETNX', pool.key .. ':vars', 'active', pool.now)
+  redis.call('HSET', pool.key .. ':vars', 'controller', pool.now)
   local load, seen = 0, {}
   for id, replica in pairs(pool.replicas) do
     load = load + replica.load

@@ -35,7 +35,7 @@ async def add_replica(db: Database, replica_id: str, base_model_id: str) -> None
         await connection.execute(insert(replicas).values(values))
 
 
-async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, limit: int = 100) -> list[Replica]:
+async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, limit: int | None = 100) -> list[Replica]:
     """Newest first; those that have ended only if `ended`."""
     query = select(*_COLUMNS).order_by(replicas.c.created_at.desc()).limit(limit)
     if base_model_id is not None:
@@ -84,13 +84,15 @@ async def observe(db: Database, replica_id: str, state: Observed, *, url: str | 
 
 
 async def recent_failures(db: Database, base_model_id: str, within_s: float) -> tuple[int, float]:
-    """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, and how long ago the last did."""
+    """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
+    became ready, and how long ago the last did."""
     ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
+    since = select(func.max(replicas.c.ready_at)).where(replicas.c.base_model_id == base_model_id).scalar_subquery()
     query = select(func.count(), func.coalesce(ago, within_s)).where(
         replicas.c.base_model_id == base_model_id,
         replicas.c.observed.in_((Observed.FAILED, Observed.LOST)),
         replicas.c.ready_at.is_(None),
-        replicas.c.ended_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, within_s),
+        replicas.c.ended_at > func.greatest(since, func.now() - func.make_interval(0, 0, 0, 0, 0, 0, within_s)),
     )
     async with db.begin() as connection:
         count, seconds = (await connection.execute(query)).one()

@@ -70,6 +70,7 @@ def test_plan(desired: int, rows: list[Replica], processes: str, loads: dict[str
         stop_after_s=50,
         stopping_since={"d": NOW},
         unknown_since=dict.fromkeys("xy", NOW - 16),
+        silent_since={},
         now=NOW,
     )
     assert actions == expected
@@ -87,6 +88,7 @@ def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) 
         stop_after_s=50,
         stopping_since={},
         unknown_since={},
+        silent_since={},
         now=NOW,
     )
     assert START not in actions
@@ -112,6 +114,7 @@ def test_what_does_not_stop_is_killed(since: dict[str, float], expected: list[Ac
         stop_after_s=50,
         stopping_since=since,
         unknown_since={},
+        silent_since={},
         now=NOW,
     )
     assert actions == expected
@@ -129,6 +132,7 @@ def test_one_that_has_just_ended_may_be_on_its_way_out(since: dict[str, float], 
         stop_after_s=50,
         stopping_since={},
         unknown_since=since,
+        silent_since={},
         now=NOW,
     )
     assert actions == expected

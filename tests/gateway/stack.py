@@ -21,9 +21,10 @@ import psutil
 from sqlalchemy import create_engine, text
 
 from lmaas.adapters.objects import source_of
-from lmaas.app import Services, build_gateway, connected, server
+from lmaas.app import Services, build_gateway, connected
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
+from lmaas.gateway.server import server
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor

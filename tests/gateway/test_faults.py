@@ -108,7 +108,7 @@ async def test_an_engine_lost_twice_is_given_up(stack: Stack, model: BaseModel, 
     second = await stack.replica(model)
     second.freeze()
     first.kill()
-    await until(lambda: first.task.done())
+    await until(first.task.done)
     await granted(stack, model, 2)
     third = await stack.replica(model)
     second.kill()
@@ -117,6 +117,27 @@ async def test_an_engine_lost_twice_is_given_up(stack: Stack, model: BaseModel, 
     assert usage(await stack.told_once(model, 2)) == [("failed", "engine_failed", 0)] * 2
     assert (await third.counters())[1] == 1  # its probe: nobody was sent to a third
     await stack.idle(model)
+
+
+@PATHS
+async def test_an_engine_that_ends_a_plain_request_by_itself_is_not_paid_for_it(
+    stack: Stack, model: BaseModel, tenant: Tenant, path: str
+) -> None:
+    """As when somebody else aborts it. It is delivered once more; nothing of either attempt has reached the client."""
+    replica = await stack.replica(model, SLOW)
+    task = asyncio.create_task(post(stack, tenant, path, ask(path, tokens=LONG)))
+    for _ in range(2):
+        await granted(stack, model, 1)
+        before = (await replica.counters())[1]
+        await _some_tokens(replica, before + 2)
+        tickets: Any = await stack.redis.hkeys(f"lmaas:{{{model.id}}}:tickets")
+        (request_id,) = tickets
+        name = f"chatcmpl-{request_id}" if path == CHAT else f"cmpl-{request_id}-0"
+        async with httpx.AsyncClient(base_url=replica.url) as http:
+            await http.post("/inference/v1/abort_requests", json={"request_ids": [name]})
+    response = await task
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_failed")
+    assert usage(await stack.told_once(model, 1)) == [("failed", "engine_failed", 0)]
 
 
 @PATHS
@@ -146,7 +167,7 @@ async def test_an_engine_that_is_told_to_stop_in_the_middle_is_an_error_event_to
     replica = await stack.replica(model, SLOW)
     got = Stream()
     task = asyncio.create_task(stack.stream(tenant, CHAT, ask(CHAT, tokens=LONG), got))
-    plain = asyncio.create_task(post(stack, tenant, CHAT, ask(CHAT, tokens=10)))
+    plain = asyncio.create_task(post(stack, tenant, CHAT, ask(CHAT, tokens=200)))
     await until(lambda: got.tokens >= 3)
     second = await stack.replica(model)
     os.kill(replica.pid, signal.SIGTERM)
@@ -154,9 +175,9 @@ async def test_an_engine_that_is_told_to_stop_in_the_middle_is_an_error_event_to
     assert got.error is not None
     assert got.error["code"] == "engine_failed"
     assert not got.done
-    assert (await plain).json()["usage"]["completion_tokens"] == 10
+    assert (await plain).json()["usage"]["completion_tokens"] == 200
     told = await stack.told_once(model, 2)
-    assert usage(told) == [("completed", None, 10), ("failed", "engine_failed", got.tokens)]
+    assert usage(told) == [("completed", None, 200), ("failed", "engine_failed", got.tokens)]
     assert {event["replica_id"] for event in told} == {replica.id, second.id}
 
 
@@ -259,6 +280,7 @@ async def test_a_client_that_reads_slowly_gets_everything(stack: Stack, model: B
 async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_error(
     stack: Stack, model: BaseModel, tenant: Tenant, caplog: pytest.LogCaptureFixture
 ) -> None:
+    other = await stack.model("other")
     replica = await stack.replica(model, SLOW)
     async with stack.gateway(drain_timeout_s=2) as gateway:
         short, long, waiting = Stream(), Stream(), Stream()
@@ -279,6 +301,7 @@ async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_er
         assert got.error["code"] == "gateway_stopped"
     assert (response.status_code, response.json()["error"]["code"]) == (503, "gateway_stopped")
     assert response.headers["retry-after"] == "1"
+    assert usage(await stack.told_once(other, 1)) == [("failed", "gateway_stopped", 0)]
     told = {event["request_id"]: event for event in await stack.told_once(model, 3)}
     assert usage(list(told.values()))[0] == ("completed", None, 30)
     cut = told[long.headers["x-request-id"]]
@@ -290,12 +313,6 @@ async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_er
     await until(quiet, timeout_s=5)
     await stack.idle(model)
     assert [record.message for record in caplog.records if record.levelname == "ERROR" and record.name != "uvicorn.error"] == []
-
-
-@pytest.fixture
-async def other(stack: Stack) -> BaseModel:
-    """A model that no engine runs."""
-    return await stack.model("other")
 
 
 async def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_only(stack: Stack, model: BaseModel, tenant: Tenant) -> None:

@@ -9,7 +9,6 @@ import pytest
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.shield import MAX_MESSAGES, MAX_PROMPTS, Shielded, shield_chat, shield_completion
 
-BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
 USER = {"role": "user", "content": "Hello"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
@@ -49,7 +48,7 @@ def refusal(shield: Callable[[dict[str, Any]], Shielded], body: dict[str, Any]) 
         *each("n", "invalid_type", 1.0, "1", True, [1]),
         *each("best_of", "out_of_range", 0, 2, 10**30),
         *each("temperature", "out_of_range", -0.1, 2.1, 1e308, float("nan"), float("inf"), -float("inf")),
-        pytest.param("temperature", 10**400, "out_of_range", marks=BUG),
+        pytest.param("temperature", 10**400, "out_of_range", id="temperature-huge integer"),
         *each("temperature", "invalid_type", "1", True, [], {}),
         *each("top_p", "out_of_range", 0, 1.1, float("nan")),
         *each("top_k", "out_of_range", -2, 10**9),
@@ -75,7 +74,7 @@ def refusal(shield: Callable[[dict[str, Any]], Shielded], body: dict[str, Any]) 
         *each("response_format", "invalid_schema", schema(None), schema("x"), schema([]), schema(True)),
         ("response_format", schema(nested(33)), "invalid_schema"),
         ("response_format", schema({"description": "x" * 70_000}), "invalid_schema"),
-        pytest.param("response_format", schema(nested(5000)), "invalid_schema", marks=BUG),
+        pytest.param("response_format", schema(nested(5000)), "invalid_schema"),
     ],
 )
 @pytest.mark.parametrize(("shield", "body"), [(shield_chat, CHAT), (shield_completion, COMPLETION)], ids=["chat", "completion"])
@@ -136,7 +135,6 @@ def test_bad_messages(messages: Any, code: str, param: str) -> None:
     assert refusal(shield_chat, CHAT | {"messages": messages}) == (code, param)
 
 
-@BUG
 @pytest.mark.parametrize(
     "message",
     [
@@ -193,7 +191,7 @@ def test_bad_prompts(prompt: Any, code: str) -> None:
         ({"tool_choice": "maybe"}, "out_of_range", "tool_choice"),
         ({"tool_choice": 5}, "invalid_type", "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "invalid_type", "tool_choice"),
-        pytest.param({"tool_choice": {"type": "function", "function": "f"}}, "invalid_type", "tool_choice", marks=BUG),
+        pytest.param({"tool_choice": {"type": "function", "function": "f"}}, "invalid_type", "tool_choice"),
         ({"logprobs": 5}, "invalid_type", "logprobs"),
         ({"top_logprobs": 21}, "out_of_range", "top_logprobs"),
         ({"messages": None}, "missing_parameter", "messages"),
@@ -204,7 +202,6 @@ def test_bad_chats(changes: dict[str, Any], code: str, param: str) -> None:
     assert refusal(shield_chat, CHAT | changes) == (code, param)
 
 
-@BUG
 def test_logprobs_of_the_prompt_are_refused_in_disguise() -> None:
     # vLLM takes `echo` with `logprobs` for `prompt_logprobs`.
     assert refusal(shield_completion, COMPLETION | {"echo": True, "logprobs": 1}) == ("unsupported_parameter", "logprobs")

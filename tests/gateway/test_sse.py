@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from lmaas.gateway.sse import DONE, Rewriter, comment, data, events
 
-BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
 ENGINE = "ten_3f9c-" + "a1" * 32
 
 
@@ -69,7 +68,7 @@ def test_events_byte_by_byte(sent: list[bytes]) -> None:
         ([b"data: 1\n\ndata: [DONE]\n\n"], [b"data: 1", DONE]),
         ([b"data: 1\n\ndata: [DONE]"], [b"data: 1", DONE]),
         ([b": waits\n\n"], [b": waits"]),
-        pytest.param([b"data: 1\n\n\ndata: 2\n\n"], [b"data: 1", b"data: 2"], marks=BUG),
+        pytest.param([b"data: 1\n\n\ndata: 2\n\n"], [b"data: 1", b"data: 2"]),
     ],
 )
 def test_streams(chunks: list[bytes], expected: list[bytes]) -> None:
@@ -167,12 +166,28 @@ def test_nonsense_is_a_value_error() -> None:
         Rewriter("e", "m", include_usage=True, continuous_usage=False)(b'data: {"choices":[],"usage":{"a":')
 
 
-@BUG
-def test_several_choices_are_counted_together() -> None:
+@pytest.mark.parametrize(
+    ("n", "chunks", "prompt_tokens", "completion_tokens"),
+    [
+        (1, [(0, 7, 3), (0, 7, 5)], 7, 5),
+        (2, [(0, 7, 3), (1, 7, 4), (0, 7, 5)], 7, 9),
+        (1, [(0, 7, 3), (1, 8, 4)], 15, 7),
+        (2, [(0, 7, 1), (3, 8, 1), (1, 7, 2), (2, 8, 1)], 15, 5),
+    ],
+)
+def test_several_choices_are_counted_together(
+    n: int, chunks: list[tuple[int, int, int]], prompt_tokens: int, completion_tokens: int
+) -> None:
     # vLLM's continuous usage is each choice's own; only its last chunk is about all.
-    rewriter = Rewriter("e", "m", include_usage=False, continuous_usage=False)
-    for index, tokens in ((0, 3), (1, 4), (0, 5)):
-        usage = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
-        rewriter(written({"id": "1", "model": "e", "choices": [{"index": index, "text": "x"}], "usage": usage}))
+    rewriter = Rewriter("e", "m", include_usage=False, continuous_usage=False, n=n)
+    for index, prompt, completion in chunks:
+        usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+        out = rewriter(written({"id": "1", "model": "e", "choices": [{"index": index, "text": "x"}], "usage": usage}))
+        assert out is not None
+        assert b"usage" not in out
     assert rewriter.usage is not None
-    assert rewriter.usage["completion_tokens"] == 9
+    assert (rewriter.usage["prompt_tokens"], rewriter.usage["completion_tokens"]) == (prompt_tokens, completion_tokens)
+    assert not rewriter.complete
+    total = {"prompt_tokens": 70, "completion_tokens": 90}
+    assert rewriter(written({"id": "1", "model": "e", "choices": [], "usage": total})) is None
+    assert (rewriter.usage, rewriter.complete) == (total, True)

@@ -11,8 +11,6 @@ from lmaas.scheduling.client import Scheduler
 from lmaas.scheduling.leases import Leases
 from tests.scheduling.build import Pool, ids, opened, ticket
 
-BUG = pytest.mark.xfail(strict=True, reason="reported with a patch")
-
 
 class Away(Scheduler):
     """A scheduler whose server is away for as long as `away` says."""
@@ -95,7 +93,6 @@ async def test_recent_events_are_told_again_to_a_server_without_memory(leases: L
     assert sorted(set(await ids(pool))) == ["r1", "r2"]
 
 
-@BUG
 async def test_a_ticket_that_was_delivered_before_is_granted_after_the_memory_was_lost(leases: Leases, pool: Pool, redis: Redis) -> None:
     await pool.beat("x")
     async with opened(leases) as one:
@@ -110,7 +107,6 @@ async def test_a_ticket_that_was_delivered_before_is_granted_after_the_memory_wa
         assert await one.wait(0.1) is not None
 
 
-@BUG
 async def test_drained_waits_for_what_a_renewal_is_settling(redis: Redis, pool: Pool) -> None:
     scheduler = Away(redis)
     leases = Leases(scheduler, "g")
@@ -132,11 +128,10 @@ async def test_drained_waits_for_what_a_renewal_is_settling(redis: Redis, pool: 
     done = draining.done()
     gate.set()
     await asyncio.gather(renewing, draining)
-    assert await ids(pool) == ["r1"]
+    assert set(await ids(pool)) == {"r1"}
     assert not done
 
 
-@BUG
 async def test_recent_events_are_told_again_although_no_ticket_is_open(leases: Leases, pool: Pool, redis: Redis) -> None:
     await pool.beat()
     async with opened(leases):
