@@ -1,0 +1,70 @@
+"""The store of adapter files: a folder, and an S3-compatible bucket."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE, AdapterFiles, source_of
+from lmaas.errors import SettingsError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket on a server of this module's own."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1").create_bucket(Bucket="adapters")
+        yield "s3://adapters/some/prefix"
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> AdapterFiles:
+    """A store of each kind."""
+    return AdapterFiles((tmp_path / "a folder").as_uri() if request.param == "file" else request.getfixturevalue("bucket"))
+
+
+async def test_put_fetch_list_delete(files: AdapterFiles, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.write_bytes(os.urandom(3_000_000))
+    first, second = source_of("ten_1", "aa"), source_of("ten_1", "bb")
+    for source in (first, second, first):
+        await files.put(source, b"{}", model)
+    assert await files.exists(first)
+    assert await files.list_sources("ten_1") == [first, second]
+    assert await files.list_sources("ten_2") == []
+    await files.fetch(first, tmp_path / "copy")
+    assert (tmp_path / "copy" / MODEL_FILE).read_bytes() == model.read_bytes()
+    assert (tmp_path / "copy" / CONFIG_FILE).read_bytes() == b"{}"
+    await files.delete([first, first])
+    assert not await files.exists(first)
+    assert await files.list_sources("ten_1") == [second]
+    await files.delete([second])
+
+
+async def test_what_is_not_there_is_not_half_there(files: AdapterFiles, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await files.fetch(source_of("ten_1", "none"), tmp_path / "copy")
+    assert [name for name in os.listdir(tmp_path) if name.startswith("copy")] == []
+
+
+def test_a_store_that_cannot_be_is_a_wrong_setting() -> None:
+    with pytest.raises(SettingsError):
+        AdapterFiles("nonsense://x")

@@ -1,0 +1,50 @@
+"""Manifests: what is read, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from lmaas.errors import InvalidRequest
+from lmaas.manifests.apply import read, read_folder
+
+TENANTS = Path(__file__).parents[2] / "tenants"
+
+
+def test_the_sample_tenants_are_valid() -> None:
+    acme, globex = read_folder(TENANTS)
+    assert (acme.name, globex.name) == ("acme", "globex")
+    assert acme.settings == {"tier": "standard", "max_queued": 64, "max_adapters": 20}
+    for manifest in (acme, globex):
+        (adapter,) = manifest.adapters
+        files = {path.name: path.stat().st_size for path in adapter.folder.iterdir()}
+        assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+        assert sum(files.values()) <= 1_500_000
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "must be a mapping"),
+        ("tier: standard", "'name' is missing"),
+        ("name: 7", "'name' must be of the type str"),
+        ("name: a\nlimit: 1", "'limit' is not known"),
+        ("name: a\nlimits: {max_queued: many}", "'limits.max_queued' must be of the type int"),
+        ("name: a\nlimits: {max_queued: true}", "'limits.max_queued' must be of the type int"),
+        ("name: a\nadapters: [{name: b, path: c}]", "'adapters[0].base_model' is missing"),
+        ("name: a\nadapters: [b]", "adapters[0] must be a mapping"),
+        ("name: [", "while parsing"),
+        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest) as raised:
+        read(path)
+    assert str(path) in raised.value.message
+    assert complaint in raised.value.message
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest):
+        read_folder(tmp_path / "none")
