@@ -68,6 +68,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._start_ms: int | None = None
         self._load = 0
+        self._counted: float | None = None
         self._looking: asyncio.Task[bool] | None = None
         self._controller_seen = time.monotonic()
         self._busy_seen = time.monotonic()
@@ -210,12 +211,12 @@ class Supervisor:
             except Unavailable:
                 # The engine goes on serving what runs; Redis may come back.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
-                self._see(controller=False)
+                self._see(controller=False, busy=await self._moves(engine))
                 await asyncio.sleep(BEAT_S)
                 continue
             cleared = False
             self._load = int(reply["load"])
-            self._see(controller=bool(reply["controller"]))
+            self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             self._residency.want(engine.url, reply["loads"], reply["used"])
             if reply["suspect"] and self._looking is None:
                 # Beside the heartbeats, which must go on: a busy engine may take its time.
@@ -252,12 +253,17 @@ class Supervisor:
         except (EngineError, *CONNECTION_ERRORS):
             return None
 
-    def _see(self, *, controller: bool) -> None:
+    async def _moves(self, engine: EngineProcess) -> bool:
+        """Whether the engine has made tokens since the last look: all that is known while Redis cannot say what runs."""
+        before, self._counted = self._counted, await self._tokens(engine)
+        return before is not None and self._counted is not None and self._counted > before
+
+    def _see(self, *, controller: bool, busy: bool) -> None:
         """A replica that nobody looks after, and nobody uses, stops itself."""
         now = time.monotonic()
         if controller:
             self._controller_seen = now
-        if self._load > 0:
+        if busy:
             self._busy_seen = now
         alone = now - self._controller_seen
         if alone > self._settings.orphan_timeout_s and now - self._busy_seen > self._settings.orphan_timeout_s:

@@ -123,29 +123,36 @@ class Stack:
         wait_for(lambda: not self.replicas() and not self.engines(), 60, "all engines stopped")
 
 
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stack]:
-    """`lmaas up` in a home and on a port of its own; at the end Ctrl-C, after which nothing may be left."""
-    assert model_folder.exists()
-    home = tmp_path_factory.mktemp("stack") / "home"
+def start(home: Path, log: Path, **settings: str) -> Stack:
+    """`lmaas up` in this home, once it is ready, with more settings than a home and a port of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
-    environment |= {"LMAAS_HOME": str(home), "LMAAS_PORT": str(free_port()), "LMAAS_IDLE_TIMEOUT_S": "600"}
-    log = (tmp_path_factory.getbasetemp() / "up.log").open("wb")
-    process = subprocess.Popen([sys.executable, "-m", "lmaas", "up"], env=environment, cwd=ROOT, stdout=log, stderr=log)
-    running = Stack(home, environment, process)
+    environment |= {"LMAAS_HOME": str(home), "LMAAS_PORT": str(free_port()), "LMAAS_IDLE_TIMEOUT_S": "600"} | settings
+    with log.open("wb") as output:
+        process = subprocess.Popen([sys.executable, "-m", "lmaas", "up"], env=environment, cwd=ROOT, stdout=output, stderr=output)
 
     def ready() -> bool:
-        assert process.poll() is None, Path(log.name).read_text()
-        return b"Ctrl-C stops it" in Path(log.name).read_bytes()
+        assert process.poll() is None, log.read_text()
+        return b"Ctrl-C stops it" in log.read_bytes()
 
     wait_for(ready, 120, "lmaas up is ready")
-    running.credentials = json.loads((home / "credentials.json").read_text())
+    return Stack(home, environment, process, json.loads((home / "credentials.json").read_text()))
+
+
+def stop(stack: Stack) -> None:
+    """Ctrl-C, after which no process may be left."""
+    stack.process.send_signal(signal.SIGINT)
+    assert stack.process.wait(120) == 0
+    assert stack.processes() == []
+    assert not [one for one in psutil.process_iter() if str(stack.home) in " ".join(_command(one))]
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stack]:
+    """A stack with the real engine and the real model."""
+    assert model_folder.exists()
+    running = start(tmp_path_factory.mktemp("stack") / "home", tmp_path_factory.getbasetemp() / "up.log")
     yield running
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 0, Path(log.name).read_text()
-    assert running.processes() == []
-    assert not [one for one in psutil.process_iter() if str(home) in " ".join(_command(one))]
-    log.close()
+    stop(running)
 
 
 def _command(process: psutil.Process) -> list[str]:
