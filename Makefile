@@ -10,13 +10,13 @@ TORCH := torch==2.13.0+cpu
 .PHONY: up test check format lock clean
 .DELETE_ON_ERROR:
 
-up: $(VENV)/.installed-$(ENGINE)
+up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE)
 	@exec $(BIN)/lmaas up
 
-test: $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+check: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -43,19 +43,19 @@ $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt $(VENV)/.installed-base
+$(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for CPUs) ..."
 	$(PIP) install --no-deps "$(TORCH)" || $(PIP) install --no-deps "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
 	$(PIP) install --no-deps --require-hashes -r requirements/engine-cpu-pinned.txt
 	$(PIP) install --no-deps -r requirements/engine-cpu.txt
 	@touch $@
 
-$(VENV)/.installed-gpu: requirements/engine-gpu.txt $(VENV)/.installed-base
+$(VENV)/.installed-gpu: requirements/engine-gpu.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for GPUs) ..."
 	$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed-$(ENGINE)
+$(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-$(ENGINE)
 	@echo "Installing the development tools ..."
 	$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@

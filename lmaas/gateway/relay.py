@@ -151,7 +151,10 @@ class Delivery:
             raise EngineLost("engine", "the stream ended early")
 
     async def _whole(self, response: aiohttp.ClientResponse) -> None:
-        answer: dict[str, Any] = json.loads(await response.read())
+        try:
+            answer: dict[str, Any] = json.loads(await response.read())
+        except ValueError as error:
+            raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
         self._record.count(answer.get("usage") or {})
         aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
         if aborted and not self._call.gone.is_set():
