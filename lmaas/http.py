@@ -133,6 +133,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
             _refuse_odd_characters(value)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = "a number has too many digits" if "integer string conversion" in reason else reason
         raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")

@@ -1,6 +1,7 @@
 """The store of adapter files: a folder (`file://…`) or an S3-compatible bucket (`s3://…`), by URL."""
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,8 +29,9 @@ class AdapterFiles:
     def __init__(self, url: str) -> None:
         parsed = urlparse(url)
         try:
-            if parsed.scheme == "file":
-                self._store: ObjectStore = LocalStore(unquote(parsed.path), mkdir=True)
+            self._root = Path(unquote(parsed.path)) if parsed.scheme == "file" else None
+            if self._root is not None:
+                self._store: ObjectStore = LocalStore(self._root, mkdir=True)
             else:
                 self._store = from_url(url)
         except (BaseError, ValueError, OSError) as error:
@@ -79,6 +81,10 @@ class AdapterFiles:
                     continue
                 except (BaseError, OSError) as error:
                     raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable", retry_after_s=10) from error
+            if self._root is not None:
+                # A bucket has no folders; a disk keeps empty ones.
+                with contextlib.suppress(OSError):
+                    (self._root / source).rmdir()
 
     async def list_sources(self, tenant_id: str) -> list[str]:
         """Every content of a tenant."""

@@ -106,6 +106,8 @@ async def usage_events(api: Api, request: Request) -> Response:
     # The engine's name of an adapter is nobody's business but the operator's.
     hidden = set() if request.scope["path"].startswith("/admin/") else {"adapter", "replica_id"}
     data = [
-        {"object": "usage_event", **{name: getattr(row, name) for name in usage.UsageEvent.__slots__ if name not in hidden}} for row in rows
+        {"object": "usage_event", **{name: getattr(row, name) for name in usage.UsageEvent.__slots__ if name not in hidden}}
+        | {"created_at": row.created_at.isoformat()}
+        for row in rows
     ]
     return JsonResponse({"object": "list", "data": data})

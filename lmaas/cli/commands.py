@@ -108,7 +108,10 @@ def migrate(context: Context) -> None:
 @pass_context
 def apply(context: Context, folder: Path) -> None:
     """Make the service match the manifests in FOLDER. Running it again changes nothing."""
-    changes = apply_manifests(read_folder(folder), context.client())
+    manifests = read_folder(folder)
+    if not manifests:
+        raise click.UsageError(f"There are no manifests (*.yaml) in {folder}.")
+    changes = apply_manifests(manifests, context.client())
     context.show(
         [{"thing": change.thing, "name": change.name, "outcome": change.outcome} for change in changes], ("thing", "name", "outcome")
     )

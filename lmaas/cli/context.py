@@ -13,6 +13,15 @@ from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.manifests.client import ApiClient
 
+#: Headings for narrow columns of numbers.
+SHORT = {
+    "failed_requests": "failed",
+    "prompt_tokens": "prompt",
+    "cached_tokens": "cached",
+    "completion_tokens": "completion",
+    "content_hash": "content",
+}
+
 
 @dataclass(slots=True)
 class Context:
@@ -53,10 +62,19 @@ class Context:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
             number = all(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(column.replace("_", " "), justify="right" if number else "left", overflow="fold")
+            # What people copy stays in one piece, on a narrow screen too; prose may be folded.
+            table.add_column(
+                SHORT.get(column, column).replace("_", " "),
+                justify="right" if number else "left",
+                overflow="fold",
+                no_wrap=column not in ("reason", "target_modules", "source"),
+            )
         for row in rows:
             table.add_row(*(_cell(row.get(column)) for column in columns))
-        Console().print(table)
+        console = Console()
+        # A terminal folds long lines by itself; cutting them would lose what they say.
+        width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+        Console(width=width).print(table)
 
     def show_one(self, row: dict[str, Any], columns: Sequence[str], remark: str | None = None) -> None:
         """One thing; in a table its columns, in JSON all of it."""
@@ -68,11 +86,16 @@ class Context:
             click.echo(remark)
 
 
+HASH_LENGTH = 64
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     text = str(value)
+    if len(text) == HASH_LENGTH and text.isalnum():
+        return text[:12]
     # Moments to the second are enough for people.
     return text[:19].replace("T", " ") if len(text) > 19 and text[4:5] == "-" and text[10:11] == "T" else text

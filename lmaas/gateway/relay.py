@@ -41,11 +41,12 @@ class Endpoint:
 
 
 class EngineLost(Exception):
-    """This delivery failed through no fault of the request. `reason` is `engine` or `adapter`, for the scheduler."""
+    """This delivery failed. `reason` is `engine` or `adapter`, for the scheduler; `revoked` says that the replica was taken out of
+    service while its connection stood, as one is that stands still."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, *, revoked: bool = False) -> None:
         super().__init__(detail)
-        self.reason = reason
+        self.reason, self.revoked = reason, revoked
 
 
 class Interrupt:
@@ -68,7 +69,7 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         task, self._task = self._task, None
         if self._detail is not None and task is not None and task.uncancel() == 0 and kind is not None:
-            raise EngineLost("engine", self._detail) from error
+            raise EngineLost("engine", self._detail, revoked=True) from error
 
 
 class Delivery:

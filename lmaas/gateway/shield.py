@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmaas.errors import InvalidRequest
+from lmaas.gateway.schemas import MAX_DEPTH, check_schema, depth
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-MAX_SCHEMA_BYTES = 64 * 1024
-MAX_SCHEMA_DEPTH = 32
 
 Check = Callable[[str, Any], None]
 
@@ -35,6 +34,11 @@ class Shielded:
     weight: int
     prompts: int
     parameters: dict[str, Any]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the engine compiles a grammar for the answer."""
+        return bool(self.parameters.get("tools")) or self.parameters.get("response_format", {}).get("type", "text") != "text"
 
     def body(self, engine_name: str, cache_salt: str) -> bytes:
         """The engine's request body. The salt keeps tenants from timing each other's cached prompts."""
@@ -108,33 +112,9 @@ def _logit_bias(name: str, value: Any) -> None:
         _number(-100, 100)(name, bias)
 
 
-def _schema_size(name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"'{name}' must hold a JSON schema object.", code="invalid_schema", param=name)
-    # The depth first: json.dumps is recursive.
-    if _depth(value) > MAX_SCHEMA_DEPTH or len(json.dumps(value)) > MAX_SCHEMA_BYTES:
-        raise InvalidRequest(
-            f"The schema in '{name}' may have {MAX_SCHEMA_BYTES} bytes and {MAX_SCHEMA_DEPTH} levels at most.",
-            code="invalid_schema",
-            param=name,
-        )
-
-
-def _depth(value: Any) -> int:
-    deepest, level = 0, [value]
-    while level:
-        deepest += 1
-        level = [
-            item
-            for parent in level
-            for item in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
-        ]
-    return deepest
-
-
 def _bounded(name: str, value: Any) -> None:
     """What is forwarded without a look at each field must not break a parser."""
-    if _depth(value) > MAX_SCHEMA_DEPTH + 8:
+    if depth(value) > MAX_DEPTH + 8:
         raise InvalidRequest(f"'{name}' is nested too deeply.", code="invalid_schema", param=name)
 
 
@@ -147,7 +127,7 @@ def _response_format(name: str, value: Any) -> None:
         wrapped = value.get("json_schema")
         if not isinstance(wrapped, dict) or not isinstance(wrapped.get("name", ""), str):
             raise InvalidRequest("'response_format.json_schema' must have a name and a schema.", code="invalid_schema", param=name)
-        _schema_size(name, wrapped.get("schema"))
+        check_schema(name, wrapped.get("schema"))
 
 
 def _tools(name: str, value: Any) -> None:
@@ -159,7 +139,7 @@ def _tools(name: str, value: Any) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise wrong_type(name, "a list of tools of type 'function', each with a name")
         if function.get("parameters") is not None:
-            _schema_size(name, function["parameters"])
+            check_schema(name, function["parameters"])
 
 
 def _tool_choice(name: str, value: Any) -> None:
@@ -216,7 +196,7 @@ def _tool_calls(where: str, calls: Any) -> None:
             arguments = json.loads(function["arguments"] or "{}")
         except (ValueError, RecursionError):
             raise InvalidRequest(f"The arguments in '{where}' are not valid JSON.", code="invalid_json", param=where) from None
-        if _depth(arguments) > MAX_SCHEMA_DEPTH:
+        if depth(arguments) > MAX_DEPTH:
             raise InvalidRequest(f"The arguments in '{where}' are nested too deeply.", code="invalid_json", param=where)
 
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import httpx
 
@@ -58,6 +59,8 @@ class ApiClient:
         """The answer's JSON. Raises ApiError, or SettingsError if nobody listens there."""
         try:
             response = self._http.request(method, self._root + path, **options)
+        except ValueError as error:
+            raise InvalidRequest(f"This cannot be sent: {error}") from error
         except httpx.TransportError as error:
             raise SettingsError(f"The service at {self._root} does not answer: {error}") from error
         try:
@@ -71,7 +74,7 @@ class ApiClient:
 
     def own(self, path: str) -> str:
         """The address of a tenant's thing: the key's own tenant, or the one that the operator named."""
-        return f"/v1{path}" if self._tenant is None else f"/admin/v1/tenants/{self._tenant}{path}"
+        return f"/v1{path}" if self._tenant is None else f"/admin/v1/tenants/{quote(self._tenant, safe='')}{path}"
 
     def list(self, path: str, **query: Any) -> list[dict[str, Any]]:
         """The items of a list."""

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 #: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
-STALL_S = 30.0
+STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
 
 

@@ -145,7 +145,7 @@ class Stack:
         credentials = read_credentials(settings)
         tenant = next(iter(credentials["tenants"]), None)
         say = self._console.print
-        say(f"\n[bold green]lmaas is up[/bold green] at {settings.base_url} (no engine runs until the first request)")
+        say(f"\n[bold green]lmaas is up[/bold green] at {settings.base_url} (no engine runs until the first request)", soft_wrap=True)
         say(f"Credentials: {settings.credentials_path}")
         say(f"Logs:        {settings.home / 'logs'}")
         if tenant is not None:
