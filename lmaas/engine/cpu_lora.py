@@ -36,7 +36,7 @@ class UnknownVllmError(RuntimeError):
 
 def register() -> None:
     """Entry point (`vllm.general_plugins`), called by each vLLM process; may be called again. Does nothing except on CPU."""
-    from vllm.platforms import current_platform  # noqa: PLC0415 - see the module's docstring
+    from vllm.platforms import current_platform  # noqa: PLC0415 (only inside an engine)
 
     if current_platform.is_cpu():
         # Asked for by vllm.lora.punica_wrapper.get_punica_wrapper, once per LoRA manager. Raising here stops an engine that would
@@ -146,8 +146,9 @@ def _accumulate(y: "Tensor", h: "Tensor", weights: "Tensor", scale: float) -> No
 
 @functools.cache
 def _wrapper_class() -> type:
-    from vllm.lora.model_manager import LoRAModelManager  # noqa: PLC0415
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: PLC0415
+    # Here for the same reason as above; vLLM has no types that mypy could follow.
+    from vllm.lora.model_manager import LoRAModelManager  # noqa: PLC0415 (only inside an engine)
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: PLC0415 (only inside an engine)
 
     class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """vLLM's CPU wrapper with every path to the torch ops replaced. Inherited: the metadata, and `apply_lora_full_linear`, which

@@ -68,6 +68,7 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
                 )
                 raise
             except Exception:
+                # Ours to answer even so: the request was accepted, and has its one event. The log says what a person must look at.
                 log.exception("unexpected error", extra={"request_id": call.request_id, "tenant_id": principal.tenant_id})
                 record.end(UsageStatus.FAILED, "internal_error")
                 await _answer_error(call, InternalError())

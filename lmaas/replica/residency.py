@@ -65,7 +65,7 @@ class Residency:
             log.warning("a load was cut", extra=extra | {"detail": repr(error)})
         except (OSError, EngineError) as error:
             # Its own requests fail; the paths in the error are not for tenants.
-            log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400
+            log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400 (expected: no trace)
             reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine did not take it"
             await self._scheduler.load_failed(self._pool, self._replica, adapter, reason)
 

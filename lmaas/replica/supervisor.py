@@ -92,7 +92,7 @@ class Supervisor:
                     "engine-start": self._get_ready(engine),
                     "heartbeat": self._beat(engine),
                     "signals": self._listen(),
-                    "desire": self._watch_desire(),
+                    "desire": self._watch_desire(engine),
                     "liveness": self._watch_liveness(engine),
                 }.items()
             ]
@@ -273,13 +273,16 @@ class Supervisor:
         async for _ in self._scheduler.listen(replica_channel(self._id)):
             self._wake.set()
 
-    async def _watch_desire(self) -> None:
+    async def _watch_desire(self, engine: EngineProcess) -> None:
         while True:
             with contextlib.suppress(Unavailable):
                 row = await get_replica(self._db, self._id)
                 if row is None or row.desired == Desired.STOPPED or row.observed == Observed.LOST:
                     self.end(Observed.STOPPED, "nobody desires this replica any more")
                     return
+                if self._state is Observed.READY and row.observed == Observed.STARTING:
+                    # Postgres was away when it was to be written.
+                    await observe(self._db, self._id, Observed.READY, url=engine.url)
             await asyncio.sleep(BEAT_S)
 
     async def _watch_liveness(self, engine: EngineProcess) -> None:

@@ -243,7 +243,7 @@ def embedded_servers(settings: Settings, console: Console) -> Iterator[Settings]
     with ExitStack() as stack:
         if settings.database_url is None or settings.redis_url is None:
             console.print("Starting the database and the queue ...")
-            from lmaas.up import embedded  # noqa: PLC0415 (not installed where real servers are used)
+            from lmaas.up import embedded  # noqa: PLC0415 (importing it looks for a user and a runtime folder)
 
             if settings.database_url is None:
                 settings = replace(settings, database_url=stack.enter_context(embedded.postgres(settings.home / "postgres")))
