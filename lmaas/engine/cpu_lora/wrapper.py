@@ -1,0 +1,128 @@
+"""The class that vLLM uses in place of its own: every path to its torch ops replaced."""
+
+from typing import Any
+
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from lmaas.engine.cpu_lora import fallback, native
+from lmaas.engine.cpu_lora.batch import Groups
+from lmaas.engine.cpu_lora.layer import StackedLoRA
+
+
+class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
+    """vLLM's CPU wrapper, where a row gets its own adapter or none.
+
+    Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with -1 for rows without an adapter, and -1 is the last
+    slot: tenants leak into each other and into the base model (vllm#48421, #49656). Inherited: the metadata, and
+    `apply_lora_full_linear`, which masks rows without an adapter itself. The signatures are vLLM's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kernel = native.load()
+        self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM hands over, which the layer keeps alive
+        self._groups: dict[object, Groups] = {}
+        #: Rows of the batch whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
+        self.prompt_rows: slice | None = None
+
+    def prepare(self, module: Any) -> None:
+        """Get the weights of one of vLLM's LoRA layers ready, once, before anything is copied into them."""
+        if id(getattr(module, "lora_b_stacked", None)) not in self._layers and (layer := StackedLoRA.of(module)):
+            self._layers[id(module.lora_b_stacked)] = layer
+
+    def activated(self, module: Any, slot: int, lora_b: Any) -> None:
+        """Called when an adapter's B for this module, None if it has none, has been copied into a slot."""
+        if layer := self._layers.get(id(getattr(module, "lora_b_stacked", None))):
+            layer.activate(slot, lora_b)
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        super().update_metadata(*args, **kwargs)
+        self._groups.clear()
+
+    def _tokens(self, n: int) -> Groups:
+        if "tokens" not in self._groups:
+            self._groups["tokens"] = Groups(self.token_lora_indices.numpy())
+        return _matching(self._groups["tokens"], n, "token")
+
+    def _samples(self, n: int) -> Groups:
+        if self.prompt_rows is not None:
+            key = (self.prompt_rows.start, self.prompt_rows.stop)
+            if key not in self._groups:
+                self._groups[key] = Groups(self.token_lora_indices.numpy()[self.prompt_rows])
+            return _matching(self._groups[key], n, "prompt")
+        if "samples" not in self._groups:
+            self._groups["samples"] = Groups(self.sampler_indices.numpy())
+        return _matching(self._groups["samples"], n, "sampler")
+
+    def _layer(self, b: Any) -> StackedLoRA:
+        try:
+            return self._layers[id(b)]
+        except KeyError:
+            raise RuntimeError("LoRA weights of a layer that was not there when its adapter was activated") from None
+
+    def _add(self, y: Any, x: Any, layer: StackedLoRA, groups: Groups, scale: float) -> None:
+        if self._kernel is not None and self._kernel.takes(y, x, layer):
+            self._kernel.add(y, x, layer, groups, scale)
+        else:
+            fallback.add(y, x, layer, groups, scale)
+
+    def add_lora_linear(
+        self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any,
+        *, buffer: Any = None, add_inputs: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if buffer is not None:
+            self.add_shrink(buffer, x, lora_a_stacked, scale, **kwargs)
+            self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs, **kwargs)
+            return
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        if not add_inputs:
+            y[:, : sum(output_slices)] = 0
+        groups = self._tokens(x.shape[0])
+        if len(groups.rows):
+            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+
+    def add_lora_logits(self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **_: Any) -> None:
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        groups = self._samples(x.shape[0])
+        if len(groups.rows):
+            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+
+    # The two steps apart: embeddings, whose A vLLM looks up itself, and layers that are sharded between them. Torch serves there.
+
+    def add_lora_embedding(self, y: Any, x: Any, lora_b_stacked: Any, add_inputs: bool = True, **_: Any) -> None:
+        if not add_inputs:
+            y[:, : lora_b_stacked.shape[2]] = 0
+        groups = self._tokens(x.shape[0])
+        if len(groups.rows):
+            layer = self._layer(lora_b_stacked)
+            for slot, rows in groups.by_slot:
+                fallback.expand(y, x[rows], layer, 0, slot=slot, rows=rows)
+
+    def add_shrink(self, y: Any, x: Any, lora_a_stacked: Any, scale: float, **_: Any) -> None:
+        x = x.view(-1, x.shape[-1])
+        groups = self._tokens(x.shape[0])
+        for h, a in zip(y, lora_a_stacked, strict=True):
+            out = h.view(-1, h.shape[-1])
+            out.zero_()
+            # All of A's ranks: which of them count is known for B alone, and A may be one shard of them.
+            for slot, rows in groups.by_slot:
+                out[rows, : a.shape[2]] = (scale * (x[rows].to(a.dtype) @ a[slot, 0].t())).to(out.dtype)
+
+    def add_expand(
+        self, y: Any, x: Any, lora_b_stacked: Any, output_slices: Any, offset_start: int = 0, add_inputs: bool = True, **_: Any
+    ) -> None:
+        y = y.view(-1, y.shape[-1])
+        if not add_inputs:
+            y[:, offset_start : offset_start + sum(output_slices)] = 0
+        groups = self._tokens(y.shape[0])
+        if len(groups.rows):
+            layer = self._layer(lora_b_stacked)
+            for slot, rows in groups.by_slot:
+                for i, h in enumerate(x):
+                    fallback.expand(y, h[rows], layer, i, slot=slot, rows=rows, offset=offset_start)
+
+
+def _matching(groups: Groups, n: int, kind: str) -> Groups:
+    if groups.n != n:  # guessing here could hand a row to the wrong tenant
+        raise RuntimeError(f"LoRA routing has {groups.n} {kind} rows, the layer has {n}")
+    return groups
