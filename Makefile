@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := torch==2.13.0+cpu
 
-.PHONY: up test check format lock clean
+.PHONY: up test bench check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE)
@@ -15,6 +15,10 @@ up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE)
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# All bars, or those named: make bench BARS="lora_decode lora_prefill"
+bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	$(BIN)/python -W ignore -m bench $(BARS)
 
 check: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,20 +2,18 @@
 
 import ctypes
 import importlib.util
-import logging
 import os
 
 import torch
 
 from lmaas.engine.cpu_lora.batch import Groups, Integers
 from lmaas.engine.cpu_lora.layer import StackedLoRA
+from lmaas.engine.cpu_lora.plugin import logger
 
 #: "torch" uses the kernels of fallback.py even where there is a compiled one.
 CHOICE = "LMAAS_CPU_LORA_KERNEL"
 ABI = 1
 _MODULE = "lmaas.engine.cpu_lora._kernel"
-
-logger = logging.getLogger("vllm.lmaas.cpu_lora")
 
 
 # These mirror the structs of kernel.cpp.

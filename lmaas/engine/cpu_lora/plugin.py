@@ -42,9 +42,7 @@ def wrapper_name() -> str:
                 f"tenant's adapter on CPU. Install a known version, turn LoRA off, or set {OVERRIDE}=1 after checking."
             )
         logger.warning("%s=1: correcting LoRA on CPU in vLLM %s, which was not checked (known: %s)", OVERRIDE, version, known)
-    from lmaas.engine.cpu_lora import hooks, native  # noqa: PLC0415 (they import vLLM and torch)
+    from lmaas.engine.cpu_lora import hooks  # noqa: PLC0415 (imports vLLM)
 
     hooks.install()
-    kernel = native.load()
-    logger.info("%s: on vLLM %s every token gets its own adapter or none (%s)", ACTIVE_MARK, version, kernel or "torch kernels, slower")
     return "lmaas.engine.cpu_lora.wrapper.IsolatedPunicaWrapper"

@@ -7,6 +7,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from lmaas.engine.cpu_lora import fallback, native
 from lmaas.engine.cpu_lora.batch import Groups
 from lmaas.engine.cpu_lora.layer import StackedLoRA
+from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK, logger
 
 
 class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
@@ -20,6 +21,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kernel = native.load()
+        logger.info("%s: every token gets its own adapter or none (%s)", ACTIVE_MARK, self._kernel or "torch's matrix products, slower")
         self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM hands over, which the layer keeps alive
         self._groups: dict[object, Groups] = {}
         #: Rows of the batch whose logits are being computed, where they are not the sampled ones. Set by hooks.py.

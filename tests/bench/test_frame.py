@@ -1,0 +1,58 @@
+"""What the bars share: fair rounds, honest verdicts, and the format of the results."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import frame
+from bench.frame import Bar
+
+
+async def test_rounds_are_interleaved_and_no_run_is_always_first() -> None:
+    order: list[tuple[str, int]] = []
+
+    def run(name: str) -> frame.Run:
+        async def measured(number: int) -> float:
+            order.append((name, number))
+            return float(number)
+
+        return measured
+
+    figures = await frame.interleaved(3, {name: run(name) for name in "abc"}, first=2)
+    assert order == [(name, number) for number, names in ((2, "cab"), (3, "abc"), (4, "bca")) for name in names]
+    assert figures == {name: [2.0, 3.0, 4.0] for name in "abc"}
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    assert frame.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert frame.summary([3.0, 1.0, 2.00049]) == {"median": 2.0, "min": 1.0, "max": 3.0, "rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "op", "bar", "holds"),
+    [
+        (1.8, ">=", 1.8, True), (1.79, ">=", 1.8, False), (0.9, "<=", 1, True), (1.1, "<=", 1, False),
+        (1, "=", 1, True), (0.999, "=", 1, False), (None, ">=", 1, None), (5, ">=", None, None),
+    ],
+)  # fmt: skip
+def test_verdicts(value: float | None, op: frame.Op, bar: float | None, holds: bool | None) -> None:
+    assert Bar("a_bar", value, op, bar).holds is holds
+
+
+def test_results_and_table(tmp_path: Path) -> None:
+    bars = [Bar("fast", 1.9, ">=", 1.8, {"min": 1.7, "max": 2.0}), Bar("later", None, "<=", 3, {"why": "no network"})]
+    frame.write(bars, tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"machine", "commit", "bars"}
+    assert len(results["commit"].removesuffix("-dirty")) == 40
+    fast, later = results["bars"]
+    assert fast == {"name": "fast", "value": 1.9, "op": ">=", "bar": 1.8, "holds": True, "detail": {"min": 1.7, "max": 2.0}}
+    assert (later["value"], later["holds"], later["detail"]) == (None, None, {"why": "no network"})
+    console = Console(record=True, width=120)
+    console.print(frame.table(bars))
+    text = console.export_text()
+    assert "1.7 to 2" in text
+    assert "not measured" in text
+    assert "no network" in text
