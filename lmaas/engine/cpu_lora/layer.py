@@ -21,6 +21,7 @@ class StackedLoRA:
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.widths = [min(size, bi.shape[2]) for size, bi in zip(sizes, b, strict=True)]
         self.rank = np.zeros((len(b), b[0].shape[0]), dtype=np.int64)
+        self.highest_rank = 0
         self.native: Any = None  # what native.py keeps with it
 
     @classmethod
@@ -42,6 +43,7 @@ class StackedLoRA:
         # Where vLLM splits one B over several projections, they share its rank.
         self.rank[:, slot] = ranks if len(ranks) == len(self.b) else max(ranks)
         np.minimum(self.rank[:, slot], [bi.shape[3] for bi in self.b], out=self.rank[:, slot])
+        self.highest_rank = int(self.rank.max())
 
 
 def rank_major(b: torch.Tensor) -> torch.Tensor:

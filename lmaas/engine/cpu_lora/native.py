@@ -79,7 +79,7 @@ class NativeKernel:
         """What fallback.add does, for tensors that this `takes`."""
         if groups.native is None:
             groups.native = _Groups(len(groups.slot), *(_address(part) for part in (groups.slot, groups.start, groups.rows)))
-        h_row = int(layer.rank.max())
+        h_row = layer.highest_rank
         size = len(layer.b) * len(groups.rows) * h_row
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size)
