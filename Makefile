@@ -34,7 +34,7 @@ lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache lmaas/engine/cpu_lora/_kernel*
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("lmaas needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'

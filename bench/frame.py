@@ -14,6 +14,7 @@ from typing import Any, Literal
 import psutil
 from rich.table import Table
 
+Say = Callable[[str], None]
 Run = Callable[[int], Awaitable[float]]
 Op = Literal[">=", "<=", "="]
 #: Machines are shared and noisy: fewer rounds than this make no claim.
@@ -52,14 +53,17 @@ async def interleaved(rounds: int, runs: Mapping[str, Run], first: int = 0) -> d
     return figures
 
 
-def summary(figures: Sequence[float], digits: int = 3) -> dict[str, float | int]:
-    """Median, minimum, maximum and number of rounds."""
-    return {
-        "median": round(statistics.median(figures), digits),
-        "min": round(min(figures), digits),
-        "max": round(max(figures), digits),
-        "rounds": len(figures),
-    }
+def summary(figures: Sequence[float]) -> dict[str, float | int]:
+    """Median, minimum, maximum and number of rounds. Not rounded: bars are judged by these."""
+    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures), "rounds": len(figures)}
+
+
+async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
+    """The bar, or why it could not be measured: one failure does not take the other bars away."""
+    try:
+        return await measuring
+    except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
+        return Bar(name, None, ">=", None, {"why": f"{type(error).__name__}: {error}"})
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

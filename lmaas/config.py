@@ -119,4 +119,4 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 #: Read by our plugins inside the engine, which is not a process of ours.
-ENGINE_VARIABLES = frozenset({"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_DIE_WITH_PARENT"})
+ENGINE_VARIABLES = frozenset({"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT"})

@@ -75,6 +75,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     # The engine has no business with our servers and keys.
     variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", VARIABLE: "1"}
+    if has_cpu_build():
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects
     if Path(spec.source).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     return variables

@@ -33,7 +33,15 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
     """After vLLM has copied an adapter's weights into a slot, note their ranks, layer by layer."""
     for module in manager.modules.values():
         module.punica_wrapper.prepare(module)  # before the copy: it changes how B is stored
-    activated = original(manager, lora_id)
+    try:
+        activated = original(manager, lora_id)
+    except BaseException:
+        # vLLM has named the slot's owner before it copies, and would take a copy that failed half way for done.
+        if lora_id in manager.lora_index_to_id:
+            for wrapper in manager.punica_wrapper_mapping.values():
+                wrapper.emptied(manager.lora_index_to_id.index(lora_id))
+        manager.deactivate_adapter(lora_id)
+        raise
     if activated:
         slot, adapter = manager.lora_index_to_id.index(lora_id), manager._registered_adapters[lora_id]
         for name, module in manager.modules.items():
@@ -46,10 +54,9 @@ def _prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: A
     """vLLM computes the logits of a prompt's tokens one request at a time, without saying whose they are; the LoRA layer of the logits
     would take them for the batch's sampled rows. They are a view of the whole batch's hidden states, and where it begins tells.
     """
-    manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
-    if manager is None or not runner.num_prompt_logprobs:
+    if not runner.num_prompt_logprobs:
         return original(runner, hidden_states, num_scheduled_tokens)
-    wrappers, model = list(manager.punica_wrapper_mapping.values()), runner.model
+    wrappers, model = list(runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()), runner.model
     compute_logits = model.compute_logits
 
     def with_rows(prompt_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:

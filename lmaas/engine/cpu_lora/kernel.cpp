@@ -3,11 +3,11 @@
 // Rows come grouped by slot, so each adapter's weights are read once per call, however many rows use them, and an absent or padded
 // rank costs nothing. Two phases with one barrier: "shrink" makes h = A x for every (slice, slot, row), "expand" adds h B to y.
 //
-// A row's sums are always taken in the same order, whatever else is in the batch and however many threads run: an answer does not
-// depend on its neighbours. No row reads another row's values, so one adapter's overflow stays its own.
+// A row's sums are always taken in the same order, whatever else is in the batch and however many threads run: what is added to a row
+// does not depend on its neighbours. No row reads another row's values, so one adapter's overflow stays its own.
 //
-// No dependency on torch or Python: it is compiled by any C++17 compiler and called through ctypes (native.py, which mirrors the
-// structs below). It is loaded after torch, whose libgomp it then shares: a second pool of threads would fight the first.
+// No dependency on torch or Python: it needs GCC's vector extensions and OpenMP, and is called through ctypes (native.py, which
+// mirrors the structs below). GCC's build is loaded after torch, whose libgomp it then shares: a second pool would fight the first.
 
 #include <cstddef>
 #include <cstdint>
@@ -253,32 +253,44 @@ struct Kernels {
 KERNELS(generic, 4, )
 #if defined(__x86_64__)
 KERNELS(avx2, 8, __attribute__((target("avx2,fma"))))
+#if defined(__clang__)
+KERNELS(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))))
+#else
 KERNELS(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))))
 #endif
+#endif
 
-const Kernels& best() {
+// The `index`th of the sets of kernels that this processor can run, best first; null behind the last.
+const Kernels* runnable(int64_t index) {
+    const Kernels* found[3];
+    int64_t n = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-        return avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+        found[n++] = &avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &avx2;
 #endif
-    return generic;
+    found[n++] = &generic;
+    return index < n ? found[index] : nullptr;
 }
 
-const Kernels& kernels = best();
+const Kernels* chosen = runnable(0);
 
 }  // namespace
 
 extern "C" {
 
-// Changes with the structs above: native.py refuses a library that was built from another text.
-int64_t lmaas_lora_abi() { return 1; }
-
-const char* lmaas_lora_instructions() { return kernels.name; }
+// Use the `index`th set of kernels from now on, best first. Answers its name, null if there is none.
+const char* lmaas_lora_use(int64_t index) {
+    const Kernels* wanted = runnable(index);
+    if (!wanted) return nullptr;
+    chosen = wanted;
+    return chosen->name;
+}
 
 void lmaas_lora_add(const Call* call) {
+    const Kernels& kernels = *chosen;
     const Layer& layer = *call->layer;
     const Groups& groups = *call->groups;
     int64_t shrink_units = 0, expand_units = 0, work = 0;

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,6 @@ from lmaas.engine.cpu_lora.plugin import logger
 
 #: "torch" uses the kernels of fallback.py even where there is a compiled one.
 CHOICE = "LMAAS_CPU_LORA_KERNEL"
-ABI = 1
 _MODULE = "lmaas.engine.cpu_lora._kernel"
 
 
@@ -41,23 +41,26 @@ class _Call(ctypes.Structure):
 
 
 class NativeKernel:
-    """The functions of the library at `path`. Raises OSError if it cannot be loaded, or was built from another text than this."""
+    """The functions of the library at `path`. `choice`: of the instruction sets that this processor has, 0 is the best.
 
-    def __init__(self, path: str) -> None:
+    Raises OSError if the library cannot be loaded, ValueError if there is no such choice.
+    """
+
+    def __init__(self, path: str, choice: int = 0) -> None:
         library = ctypes.CDLL(path)
-        library.lmaas_lora_abi.restype = ctypes.c_int64
-        if library.lmaas_lora_abi() != ABI:
-            raise OSError(f"{path} was built from another version of lmaas: install lmaas again")
-        library.lmaas_lora_instructions.restype = ctypes.c_char_p
-        self._instructions = library.lmaas_lora_instructions().decode()
+        library.lmaas_lora_use.argtypes, library.lmaas_lora_use.restype = [ctypes.c_int64], ctypes.c_char_p
+        instructions = library.lmaas_lora_use(choice)
+        if instructions is None:
+            raise ValueError(f"this processor has no choice {choice} of instructions")
+        self.instructions = instructions.decode()
         self._add = library.lmaas_lora_add
         self._add.argtypes, self._add.restype = [ctypes.c_void_p], None
         self._call = _Call()
         self._call_at = ctypes.addressof(self._call)
-        self._scratch = torch.empty(0)
+        self._scratch = _floats(0)
 
     def __str__(self) -> str:
-        return f"compiled kernel, {self._instructions}"
+        return f"compiled kernel, {self.instructions}"
 
     def takes(self, y: torch.Tensor, x: torch.Tensor, layer: StackedLoRA) -> bool:
         """Whether these tensors are of a kind that the kernel knows."""
@@ -68,6 +71,8 @@ class NativeKernel:
         prepared = layer.native
         return (
             x.dtype is prepared.dtype
+            and x.device.type == y.device.type == "cpu"
+            and x.shape[0] == y.shape[0]
             and y.dtype is x.dtype
             and x.shape[1] == prepared.inputs
             and y.shape[1] >= prepared.outputs
@@ -82,7 +87,7 @@ class NativeKernel:
         h_row = layer.highest_rank
         size = len(layer.b) * len(groups.rows) * h_row
         if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
+            self._scratch = _floats(size)
         call = self._call
         call.layer, call.groups, call.scale = layer.native.at, ctypes.addressof(groups.native), scale
         call.x, call.x_row, call.y, call.y_row = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)
@@ -116,6 +121,10 @@ def _is_plain(layer: StackedLoRA) -> bool:
     )
 
 
+def _floats(n: int) -> torch.Tensor:
+    return torch.empty(n, dtype=torch.float32, device="cpu")  # whatever torch's defaults are at the moment
+
+
 def _adjacent(t: torch.Tensor, dim: int) -> bool:
     return bool(t.stride(dim) == 1 or t.shape[dim] == 1)
 
@@ -124,16 +133,27 @@ def _address(numbers: Integers) -> int:
     return int(numbers.ctypes.data)
 
 
+def library() -> Path | None:
+    """The compiled library, if there is one and it is not older than its source beside it (a clone that was updated, but not installed)."""
+    found = importlib.util.find_spec(_MODULE)
+    if found is None or found.origin is None:
+        return None
+    path, source = Path(found.origin), Path(__file__).with_name("kernel.cpp")
+    return path if not source.exists() or source.stat().st_mtime <= path.stat().st_mtime else None
+
+
 def load() -> NativeKernel | None:
     """The compiled kernel, or None where there is none or it is not wanted."""
     if os.environ.get(CHOICE) == "torch":
         return None
-    found = importlib.util.find_spec(_MODULE)
-    if found is None or found.origin is None:
-        logger.warning("lmaas was installed without its compiled LoRA kernel (no C++ compiler?): LoRA on CPU will be right, but slower")
+    path = library()
+    if path is None:
+        logger.warning(
+            "lmaas's compiled LoRA kernel is missing or out of date (install lmaas again, with a C++ compiler): slower, not wrong"
+        )
         return None
     try:
-        return NativeKernel(found.origin)
+        return NativeKernel(str(path))
     except OSError as error:
-        logger.warning("The compiled LoRA kernel cannot be used, LoRA on CPU will be right, but slower: %s", error)
+        logger.warning("lmaas's compiled LoRA kernel cannot be loaded, so LoRA on CPU is slower, not wrong: %s", error)
         return None

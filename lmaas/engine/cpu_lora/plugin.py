@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.lmaas.cpu_lora")
 
 
 class UnknownVllmError(RuntimeError):
-    """This vLLM was never checked against the replacement, so its LoRA answers on CPU could be another tenant's."""
+    """This vLLM, or this way of running it, was never checked against the replacement: its LoRA answers could be another tenant's."""
 
 
 def register() -> None:
@@ -32,7 +32,7 @@ def register() -> None:
 
 
 def wrapper_name() -> str:
-    """The qualified name that vLLM imports in place of its own wrapper. Raises UnknownVllmError on a vLLM that was not checked."""
+    """The qualified name that vLLM imports in place of its own wrapper. Raises UnknownVllmError on what was not checked."""
     version = str(importlib.import_module("vllm").__version__)
     if version.partition("+")[0] not in PATCHED_VERSIONS:
         known = ", ".join(sorted(PATCHED_VERSIONS))
@@ -42,7 +42,14 @@ def wrapper_name() -> str:
                 f"tenant's adapter on CPU. Install a known version, turn LoRA off, or set {OVERRIDE}=1 after checking."
             )
         logger.warning("%s=1: correcting LoRA on CPU in vLLM %s, which was not checked (known: %s)", OVERRIDE, version, known)
+    from vllm.config import get_current_vllm_config_or_none  # noqa: PLC0415 (only inside an engine)
+
     from lmaas.engine.cpu_lora import hooks  # noqa: PLC0415 (imports vLLM)
 
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.use_v2_model_runner:
+        raise UnknownVllmError(
+            "LoRA on CPU is refused with vLLM's V2 model runner, which lmaas does not correct. Set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
     hooks.install()
     return "lmaas.engine.cpu_lora.wrapper.IsolatedPunicaWrapper"

@@ -1,4 +1,4 @@
-"""The class that vLLM uses in place of its own: every path to its torch ops replaced."""
+"""The class that vLLM uses in place of its own."""
 
 from typing import Any
 
@@ -31,6 +31,13 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         """Get the weights of one of vLLM's LoRA layers ready, once, before anything is copied into them."""
         if id(getattr(module, "lora_b_stacked", None)) not in self._layers and (layer := StackedLoRA.of(module)):
             self._layers[id(module.lora_b_stacked)] = layer
+            if len(layer.b) == 1:  # classification heads hand over the tensor that is in the tuple
+                self._layers[id(layer.b[0])] = layer
+
+    def emptied(self, slot: int) -> None:
+        """Called when a slot's weights are no adapter's: rows that use it get nothing."""
+        for layer in self._layers.values():
+            layer.activate(slot, None)
 
     def activated(self, module: Any, slot: int, lora_b: Any) -> None:
         """Called when an adapter's B for this module, None if it has none, has been copied into a slot."""
@@ -41,20 +48,25 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         super().update_metadata(*args, **kwargs)
         self._groups.clear()
 
-    def _tokens(self, n: int) -> Groups:
-        if "tokens" not in self._groups:
-            self._groups["tokens"] = Groups(self.token_lora_indices.numpy())
-        return _matching(self._groups["tokens"], n, "token")
+    def _tokens(self, n: int) -> Groups | None:
+        """The groups of the batch's n rows, or None if none of them has an adapter."""
+        return self._matching("token", n, self.token_lora_indices)
 
-    def _samples(self, n: int) -> Groups:
+    def _samples(self, n: int) -> Groups | None:
+        """The same for the n rows whose logits are computed."""
         if self.prompt_rows is not None:
-            key = (self.prompt_rows.start, self.prompt_rows.stop)
-            if key not in self._groups:
-                self._groups[key] = Groups(self.token_lora_indices.numpy()[self.prompt_rows])
-            return _matching(self._groups[key], n, "prompt")
-        if "samples" not in self._groups:
-            self._groups["samples"] = Groups(self.sampler_indices.numpy())
-        return _matching(self._groups["samples"], n, "sampler")
+            return self._matching((self.prompt_rows.start, self.prompt_rows.stop), n, self.token_lora_indices[self.prompt_rows])
+        return self._matching("sampled", n, self.sampler_indices)
+
+    def _matching(self, key: object, n: int, slots: Any) -> Groups | None:
+        if key not in self._groups:
+            self._groups[key] = Groups(slots.numpy())
+        groups = self._groups[key]
+        if not len(groups.rows):
+            return None
+        if groups.n != n:  # guessing here could hand a row to the wrong tenant
+            raise RuntimeError(f"LoRA routing has {groups.n} rows ({key}), the layer has {n}")
+        return groups
 
     def _layer(self, b: Any) -> StackedLoRA:
         try:
@@ -79,14 +91,12 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         if not add_inputs:
             y[:, : sum(output_slices)] = 0
-        groups = self._tokens(x.shape[0])
-        if len(groups.rows):
+        if groups := self._tokens(x.shape[0]):
             self._add(y, x, self._layer(lora_b_stacked), groups, scale)
 
     def add_lora_logits(self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **_: Any) -> None:
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        groups = self._samples(x.shape[0])
-        if len(groups.rows):
+        if groups := self._samples(x.shape[0]):
             self._add(y, x, self._layer(lora_b_stacked), groups, scale)
 
     # The two steps apart: embeddings, whose A vLLM looks up itself, and layers that are sharded between them. Torch serves there.
@@ -94,8 +104,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def add_lora_embedding(self, y: Any, x: Any, lora_b_stacked: Any, add_inputs: bool = True, **_: Any) -> None:
         if not add_inputs:
             y[:, : lora_b_stacked.shape[2]] = 0
-        groups = self._tokens(x.shape[0])
-        if len(groups.rows):
+        if groups := self._tokens(x.shape[0]):
             layer = self._layer(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 fallback.expand(y, x[rows], layer, 0, slot=slot, rows=rows)
@@ -107,7 +116,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
             out = h.view(-1, h.shape[-1])
             out.zero_()
             # All of A's ranks: which of them count is known for B alone, and A may be one shard of them.
-            for slot, rows in groups.by_slot:
+            for slot, rows in groups.by_slot if groups else ():
                 out[rows, : a.shape[2]] = (scale * (x[rows].to(a.dtype) @ a[slot, 0].t())).to(out.dtype)
 
     def add_expand(
@@ -116,15 +125,8 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         y = y.view(-1, y.shape[-1])
         if not add_inputs:
             y[:, offset_start : offset_start + sum(output_slices)] = 0
-        groups = self._tokens(y.shape[0])
-        if len(groups.rows):
+        if groups := self._tokens(y.shape[0]):
             layer = self._layer(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 for i, h in enumerate(x):
                     fallback.expand(y, h[rows], layer, i, slot=slot, rows=rows, offset=offset_start)
-
-
-def _matching(groups: Groups, n: int, kind: str) -> Groups:
-    if groups.n != n:  # guessing here could hand a row to the wrong tenant
-        raise RuntimeError(f"LoRA routing has {groups.n} {kind} rows, the layer has {n}")
-    return groups

@@ -1,5 +1,10 @@
 """The arithmetic: each row gets its own adapter at its own rank, or is left alone bit for bit, whatever else is in the batch."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +23,25 @@ RANKS, INPUTS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64]), st.sample
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kernels. The compiled one is there wherever the suite runs: it needs a C++ compiler."""
-    monkeypatch.setenv(native.CHOICE, request.param)
-    assert (native.load() is not None) == (request.param == "compiled")
-    return str(request.param)
+@pytest.fixture(params=["compiled 0", "compiled 1", "compiled 2", "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every kernel that this machine can run: the compiled one for each set of instructions that the processor has, and torch's."""
+    kind, _, choice = request.param.partition(" ")
+    if kind == "torch":
+        monkeypatch.setattr(native, "load", lambda: None)
+        yield kind
+        return
+    path = native.library()
+    if path is None and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler here")
+    assert path is not None, "install lmaas again: its kernel is missing or out of date"
+    try:
+        chosen = native.NativeKernel(str(path), int(choice))
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "load", lambda: chosen)
+    yield kind
+    native.NativeKernel(str(path))  # the best one again
 
 
 def new_wrapper() -> Any:
@@ -175,6 +193,24 @@ def test_logits_of_sampled_rows_and_of_a_prompt() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
+def test_classification_heads() -> None:
+    wrapper = new_wrapper()
+    head = layer(2, 8, 24, (3,))
+    for stacked in (*head.lora_a_stacked, *head.lora_b_stacked):
+        stacked.zero_()
+    wrapper.prepare(head)
+    head.lora_a_stacked[0][1, 0, :2], head.lora_b_stacked[0][1, 0, :, :2] = torch.randn(2, 24), torch.randn(3, 2)
+    wrapper.activated(head, 1, head.lora_b_stacked[0][1, 0, :, :2])
+    route(wrapper, [1, -1], slots=2)
+    x, y = torch.randn(2, 24), torch.randn(2, 3)
+    got = y.clone()
+    wrapper.add_lora_logits(got, x, head.lora_a_stacked[0], head.lora_b_stacked[0], 1.0)  # as vLLM's classification head does
+    delta = head.lora_b_stacked[0][1, 0] @ (head.lora_a_stacked[0][1, 0] @ x[0])
+    torch.testing.assert_close(got[0], y[0] + delta, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[1], y[1])
+
+
+@pytest.mark.usefixtures("kernel")
 def test_embeddings() -> None:
     wrapper = new_wrapper()
     a, b = torch.zeros(2, VOCAB, 8), torch.zeros(2, 1, 24, 8)
@@ -198,10 +234,31 @@ def test_rows_that_do_not_match_the_routing_are_refused() -> None:
     tested = Layer(wrapper, 1, 8, 24, (40,), torch.float32)
     tested.load(0, [8])
     route(wrapper, [0, -1])
-    with pytest.raises(RuntimeError, match="2 token rows, the layer has 3"):
+    with pytest.raises(RuntimeError, match=r"2 rows \(token\), the layer has 3"):
         tested.add(torch.zeros(3, 40), torch.zeros(3, 24))
+    route(wrapper, [-1, 0])
+    with pytest.raises(RuntimeError, match=r"shape|size"):  # by torch: the compiled kernel does not take them, and would write behind y
+        tested.add(torch.zeros(1, 40), torch.zeros(2, 24))
+    route(wrapper, [-1, -1])
+    y = torch.ones(3, 40)
+    assert torch.equal(tested.add(y, torch.zeros(3, 24)), y)  # nobody's rows, however many
 
 
-def test_a_library_from_another_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+def test_a_library_that_is_older_than_its_source_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built, source = tmp_path / "_kernel.so", tmp_path / "kernel.cpp"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: SimpleNamespace(origin=str(built)))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    built.touch()
+    assert native.library() == built  # a wheel has no source
+    source.touch()
+    os.utime(built, (1000, 1000))
+    assert native.library() is None
+    assert native.load() is None
+    os.utime(source, (1000, 1000))
+    assert native.library() == built
+    assert native.load() is None  # it is no library
+
+
+def test_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CHOICE, "torch")
     assert native.load() is None

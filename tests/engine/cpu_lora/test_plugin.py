@@ -45,6 +45,28 @@ def test_activation_tells_the_true_rank_and_slots_are_used_again() -> None:
         assert [wrapper._layer(m.lora_b_stacked).rank.tolist() for m in modules.values()] == [[[rank]], [[0]]]
 
 
+def test_an_activation_that_fails_leaves_nobodys_weights_in_the_slot() -> None:
+    hooks.install()
+    wrapper = IsolatedPunicaWrapper(256, 64, "cpu")
+    good, bad = layer(1, MAX_RANK, HIDDEN, (OUT,), wrapper=wrapper), layer(1, MAX_RANK, HIDDEN, (OUT + 1,), wrapper=wrapper)
+    weights = LoRALayerWeights("too_large", 4, 4, torch.ones(4, HIDDEN + 1), torch.ones(OUT, 4))
+    broken = LoRAModel(2, 4, {"layer": adapter(2, 4).loras["layer"], "bad": weights})
+    manager = SimpleNamespace(
+        _registered_adapters={1: adapter(1, 16), 2: broken}, modules={"layer": good, "bad": bad}, punica_wrapper_mapping={"": wrapper},
+        _get_lora_layer_weights=lambda model, name: model.loras.get(name), lora_index_to_id=[None], _active_adapters={},
+    )  # fmt: skip
+    manager.deactivate_adapter = lambda adapter_id: LoRAModelManager.deactivate_adapter(manager, adapter_id)
+    manager._deactivate_adapter = lambda adapter_id: LoRAModelManager._deactivate_adapter(manager, adapter_id)
+    assert LoRAModelManager.activate_adapter(manager, 1)
+    manager.deactivate_adapter(1)
+    for _ in range(2):  # not taken for active the second time
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            LoRAModelManager.activate_adapter(manager, 2)
+        assert manager.lora_index_to_id == [None]
+        assert not manager._active_adapters
+    assert wrapper._layer(good.lora_b_stacked).rank.tolist() == [[0]]
+
+
 def test_the_logits_of_a_prompt_are_told_from_those_that_are_sampled() -> None:
     hooks.install()
     wrapper, hidden = IsolatedPunicaWrapper(256, 64, "cpu"), torch.zeros(9, HIDDEN)
@@ -94,6 +116,15 @@ def test_an_unknown_vllm_is_refused_where_lora_is_built(monkeypatch: pytest.Monk
     monkeypatch.setenv(plugin.OVERRIDE, "1")
     assert type(get_punica_wrapper(64, max_batches=4, device="cpu")) is IsolatedPunicaWrapper
     assert records[0].levelno == logging.WARNING
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_runner_whose_rows_are_not_known_is_refused() -> None:
+    config = SimpleNamespace(use_v2_model_runner=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
+        with pytest.raises(plugin.UnknownVllmError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+            get_punica_wrapper(64, max_batches=4, device="cpu")
 
 
 def test_stock_vllm_still_gives_rows_without_an_adapter_the_last_slot() -> None:
