@@ -20,7 +20,7 @@ def make(model: Path, folder: Path, rank: int, count: int) -> dict[str, Path]:
         torch.manual_seed(1000 * rank + number)
         for name, weights in adapted.named_parameters():
             if "lora_" in name:
-                weights.data.normal_(std=0.02 if "lora_B" in name else weights.shape[1] ** -0.5)
+                weights.data.normal_(std=0.03 if "lora_B" in name else weights.shape[1] ** -0.5)
         made[f"rank{rank}-{number}"] = folder / f"rank{rank}-{number}"
         adapted.save_pretrained(str(made[f"rank{rank}-{number}"]))
     return made

@@ -145,9 +145,9 @@ async def _isolation(engines: dict[str, Engine], models: Sequence[str]) -> Bar:
     prompts = [f"The history of {place} begins with" for place in places] + ["Once upon a time", "A recipe for bread:"]
     asks = [(model, prompt) for i, prompt in enumerate(prompts) for model in (BASE, models[i % len(models)])]
     alone = {kind: {ask: await _answer(engine, ask) for ask in asks} for kind, engine in engines.items()}
-    for mine, other in zip(asks[::2], asks[1::2], strict=True):
-        if alone["ours"][mine] == alone["ours"][other]:
-            raise RuntimeError(f"{other[0]} changes nothing: there is nothing to keep apart")
+    changed = sum(alone["ours"][base] != alone["ours"][adapted] for base, adapted in zip(asks[::2], asks[1::2], strict=True))
+    if changed < 0.8 * len(prompts):
+        raise RuntimeError(f"the adapters change {changed} of {len(prompts)} answers: too little to see whether they are kept apart")
 
     async def share(kind: str, number: int) -> float:
         order = random.Random(number).sample(asks, len(asks))  # noqa: S311 (an order, not a secret)
@@ -155,7 +155,7 @@ async def _isolation(engines: dict[str, Engine], models: Sequence[str]) -> Bar:
         return sum(alone[kind][ask] == answer for ask, answer in zip(order, answers, strict=True)) / len(asks)
 
     shares = await interleaved(ROUNDS, {kind: partial(share, kind) for kind in engines})
-    detail = {**summary(shares["ours"]), "answers": ROUNDS * len(asks), "stock": summary(shares["stock"])}
+    detail = {**summary(shares["ours"]), "answers": ROUNDS * len(asks), "changed_by_adapters": changed, "stock": summary(shares["stock"])}
     # Of all rounds together: one answer that differs in any of them is a defect.
     return Bar("lora_isolation", sum(shares["ours"]) / ROUNDS, "=", 1, detail)
 

@@ -118,6 +118,14 @@ def test_an_unknown_vllm_is_refused_where_lora_is_built(monkeypatch: pytest.Monk
     assert records[0].levelno == logging.WARNING
 
 
+def test_nothing_happens_on_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = type(current_platform)
+    stock = vars(platform)["get_punica_wrapper"]
+    monkeypatch.setattr(platform, "is_cpu", lambda _self: False)
+    plugin.register()
+    assert vars(platform)["get_punica_wrapper"] is stock
+
+
 @pytest.mark.usefixtures("registered")
 def test_the_runner_whose_rows_are_not_known_is_refused() -> None:
     config = SimpleNamespace(use_v2_model_runner=True)
