@@ -32,25 +32,16 @@ sys.meta_path.insert(0, Version)
 """
 
 
-@pytest.mark.parametrize("why", ["this is 0.99.0", "VLLM_USE_V2_MODEL_RUNNER=0"])
-def test_a_server_that_is_not_corrected_does_not_start(why: str, tmp_path: Path) -> None:
+def test_a_server_of_another_version_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ANOTHER_VERSION)
     build_model(tmp_path / "model")
     spec = EngineSpec(
         module=Settings().engine_module, source=str(tmp_path / "model"), name="base", dtype="float32", max_model_len=64, max_num_seqs=4,
         max_loras=2, max_lora_rank=8, max_cpu_loras=4, kv_cache_bytes=64 * 1024 * 1024, extra_args="--skip-tokenizer-init",
     )  # fmt: skip
-    wrong = {"PYTHONPATH": str(tmp_path)} if "0.99" in why else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-    # No port is needed: it ends before it listens.
-    server = subprocess.run(
-        command_line(spec, 0),
-        env=environment(spec) | wrong,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    variables, log = environment(spec) | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log"
+    with log.open("w") as output:
+        # No port is needed: it ends before it listens.
+        server = subprocess.run(command_line(spec, 0), env=variables, stdout=output, stderr=output, timeout=300, check=False)
     assert server.returncode != 0
-    assert "UnknownVllmError: LoRA on CPU is refused" in server.stdout
-    assert why in server.stdout
+    assert "UnknownVllmError: LoRA on CPU is refused: lmaas corrects it in vLLM 0.32.0, this is 0.99.0" in log.read_text()
