@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,9 @@ import httpx
 import pytest
 
 from lmaas.config import Settings
-from lmaas.engine.client import EngineClient
-from lmaas.engine.launch import EngineProcess, EngineSpec, launched
+from lmaas.engine.launch import EngineProcess, EngineSpec
 from tests.conftest import until
+from tests.engine.running import running
 
 ADAPTER = Path(__file__).parents[2] / "tenants" / "adapters" / "acme-json"
 BASE = "base-of-the-contract"
@@ -142,20 +141,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         kv_cache_bytes=512 * 1024 * 1024,
         extra_args="--fake-token-ms 10" if fake else "",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with (
-        launched(spec, port, tmp_path_factory.mktemp("engine") / "engine.log") as process,
-        httpx.AsyncClient(base_url=process.url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0)) as http,
-        EngineClient() as client,
-    ):
-
-        async def ready() -> bool:
-            assert process.running, process.last_words()
-            return await client.healthy(process.url)
-
-        await until(ready, timeout_s=300, every_s=0.2)
+    async with running(spec, tmp_path_factory.mktemp("engine") / "engine.log") as (process, http, _):
         yield Engine(process, http)
 
 

@@ -10,7 +10,7 @@ from lmaas.engine.cpu_lora.layer import StackedLoRA
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK, logger
 
 
-class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]
+class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy does not follow vLLM
     """vLLM's CPU wrapper, where a row gets its own adapter or none.
 
     Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with -1 for rows without an adapter, and -1 is the last

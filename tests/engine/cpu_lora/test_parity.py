@@ -3,7 +3,6 @@
 import asyncio
 import random
 import re
-import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,10 @@ import psutil
 import pytest
 
 from lmaas.config import Settings
-from lmaas.engine.client import EngineClient
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
-from lmaas.engine.launch import EngineProcess, EngineSpec, has_cpu_build, launched
-from tests.conftest import until
+from lmaas.engine.launch import EngineProcess, EngineSpec, has_cpu_build
 from tests.engine.cpu_lora.tiny import ADAPTERS, MAX_LEN, VOCAB, Reference, build_adapter, build_model
+from tests.engine.running import running
 
 pytestmark = pytest.mark.skipif(not has_cpu_build(), reason="the plugin does nothing on GPUs")
 
@@ -134,20 +132,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         extra_args=f"--max-num-batched-tokens {MAX_STEP_TOKENS} --block-size {BLOCK} --skip-tokenizer-init "
         f"--logprobs-mode raw_logits --max-logprobs {VOCAB}",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with (
-        launched(spec, port, folder / "engine.log") as process,
-        httpx.AsyncClient(base_url=process.url, timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
-        EngineClient() as client,
-    ):
-
-        async def ready() -> bool:
-            assert process.running, process.last_words()
-            return await client.healthy(process.url)
-
-        await until(ready, timeout_s=300, every_s=0.2)
+    async with running(spec, folder / "engine.log") as (process, http, client):
         for name, path in adapters.items():
             await client.load_adapter(process.url, name, str(path))
         yield Server(process, http, Reference(base, adapters))

@@ -1,0 +1,32 @@
+"""Starting an engine for a test and waiting until it answers."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from lmaas.engine.client import EngineClient
+from lmaas.engine.launch import EngineProcess, EngineSpec, launched
+from tests.conftest import until
+
+
+@asynccontextmanager
+async def running(spec: EngineSpec, log: Path) -> AsyncIterator[tuple[EngineProcess, httpx.AsyncClient, EngineClient]]:
+    """A server that answers, plain HTTP to it, and our client."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with (
+        launched(spec, port, log) as process,
+        httpx.AsyncClient(base_url=process.url, timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
+        EngineClient() as client,
+    ):
+
+        async def ready() -> bool:
+            assert process.running, process.last_words()
+            return await client.healthy(process.url)
+
+        await until(ready, timeout_s=300, every_s=0.2)
+        yield process, http, client
