@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,27 @@ from lmaas.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).with_name("scheduler.lua")
+#: The parts of the function library, in the order in which they are joined.
+PARTS = ("state", "limits", "fairness", "placement", "scheduler")
 #: Where the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
+
+
+@dataclass(frozen=True, slots=True)
+class LimitedScope:
+    """A tenant or a key (`scope` says which), and the limits that hold for it. None is no limit; the budget is in micro-dollars."""
+
+    id: str
+    scope: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    tokens_per_month: int | None = None
+    budget_per_month: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What is sent: the limits that there are."""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +49,10 @@ class Ticket:
     """A queued request, as the scheduler sees it: never its prompt.
 
     `adapter` is the engine's name of the adapter (empty for the base model), `source` where its files are in the object store,
-    `weight` how many sequences it needs, `event` the usage event (JSON) to write if its gateway dies.
+    `weight` how many sequences it needs, `event` the usage event (JSON) to write if its gateway dies. `share` divides what its tenant
+    is charged in the fair queue, and `head_start` is how many earlier tickets of its tenant it may go before (after, if negative).
+    Tokens are estimates: of the prompt, and the most that the completion may have. `prices` are for prompt, cached and completion
+    tokens, in micro-dollars per million tokens.
     """
 
     id: str
@@ -42,6 +63,33 @@ class Ticket:
     source: str
     weight: int
     event: str
+    share: float = 1.0
+    head_start: int = 0
+    prompt_tokens: int = 1
+    completion_tokens: int = 0
+    prices: tuple[int, int, int] = (0, 0, 0)
+    limits: tuple[LimitedScope, ...] = ()
+
+    def fields(self) -> dict[str, Any]:
+        """What is sent."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"limits": [scope.fields() for scope in self.limits]}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many tickets may wait: of one tenant, and in the whole pool."""
+
+    max_queued: int
+    max_queued_pool: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """What a scope has used in a month (year x 100 + month, UTC) by the ledger: tokens, and picodollars."""
+
+    month: int
+    tokens: int
+    cost_picousd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +122,11 @@ def replica_channel(replica: str) -> str:
     return f"lmaas:replica:{replica}"
 
 
+def library() -> str:
+    """The function library's text."""
+    return "\n".join(Path(__file__).with_name(f"{part}.lua").read_text() for part in PARTS)
+
+
 class Scheduler:
     """Calls the function library, and loads it where it is missing (a fresh server, or one that has lost its memory).
 
@@ -82,9 +135,9 @@ class Scheduler:
     away, or takes nothing (out of memory, read only), raises Unavailable.
     """
 
-    def __init__(self, redis: Redis, library: str | None = None) -> None:
+    def __init__(self, redis: Redis, text: str | None = None) -> None:
         self.redis = redis
-        text = LIBRARY.read_text() if library is None else library
+        text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self._library = text.replace("name=lmaas", f"name={self._prefix}", 1).replace("'lmaas_", f"'{self._prefix}_")
 
@@ -107,14 +160,28 @@ class Scheduler:
         """Install this version of the library."""
         await self.redis.function_load(self._library, replace=True)
 
-    async def submit(self, ticket: Ticket, max_queued: int, *, waited_ms: int = 0, attempts: int = 0) -> dict[str, Any]:
-        """Queue a ticket: the answer is a grant if there is a free slot. `state` is `refused` if the tenant's queue is full."""
-        fields = asdict(ticket) | {"waited_ms": waited_ms, "attempts": attempts}
-        return _object(await self._call("submit", ticket.pool, json.dumps(fields), max_queued))
+    async def submit(
+        self, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
+    ) -> dict[str, Any]:
+        """Queue a ticket and reserve what it may use: the answer is a grant if there is a free slot.
 
-    async def release(self, ticket: Ticket, event: str, run_ms: int | None) -> bool:
-        """End a ticket and record its usage event, in one step. False if the scheduler no longer knew it."""
-        return bool(await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms))
+        It was not taken if `state` is `refused` (the tenant's queue is full), `refused_by_pool`, `limited` (over a limit, see limits.lua)
+        or `unseeded`: then submit it again with `seeds` for the `scopes` of the answer, as of its `month`.
+        """
+        fields = ticket.fields() | {"waited_ms": waited_ms, "attempts": attempts}
+        told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
+        return _object(
+            await self._call(
+                "submit", ticket.pool, _json(fields), bounds.max_queued, bounds.max_queued_pool, "" if told is None else _json(told)
+            )
+        )
+
+    async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
+        """End a ticket, settle it to what it `used` (`prompt,cached,completion`, '' for nothing) and record its usage event, in one step.
+
+        False if the scheduler no longer knew it.
+        """
+        return bool(await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used))
 
     async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
         """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
@@ -127,13 +194,13 @@ class Scheduler:
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
-        fields = asdict(ticket) | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
-        return bool(await self._call("restore", ticket.pool, json.dumps(fields)))
+        fields = ticket.fields() | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
+        return bool(await self._call("restore", ticket.pool, _json(fields)))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Say that a replica lives; hear what it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return _object(await self._call("heartbeat", pool, replica, json.dumps(fields)))
+        return _object(await self._call("heartbeat", pool, replica, _json(fields)))
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """The adapter is resident now: grants what waited for it."""
@@ -206,3 +273,7 @@ def _away(function: str, error: RedisError) -> Unavailable:
 def _object(reply: str) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(reply)
     return value
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

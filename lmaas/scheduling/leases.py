@@ -6,19 +6,21 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverLimit, Unavailable
-from lmaas.scheduling.client import Scheduler, Ticket, gateway_channel
+from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, Unavailable
+from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_channel
 
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
 #: Usage events of this last while are told again to a Redis that has lost its memory.
 REMEMBER_S = 30.0
+#: Tickets renewed in one call: the server does nothing else meanwhile.
+RENEW_AT_ONCE = 200
 
 
 class Usage(Protocol):
@@ -35,6 +37,20 @@ class Usage(Protocol):
         """The usage event as JSON."""
 
 
+class Terms(Protocol):
+    """What a request is admitted under."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """How many may wait."""
+
+    async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
+        """What these scopes have used in that month. Raises Unavailable."""
+
+    def refusal(self, report: Mapping[str, Any]) -> LmaasError:
+        """The error for a ticket that was not taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The claim on a replica's slot: the request may be sent to `url` now."""
@@ -48,10 +64,12 @@ class Lease:
 class OpenTicket:
     """A request that was accepted. It waits, runs, perhaps waits once more, and is settled."""
 
-    def __init__(self, ticket: Ticket, usage: Usage, max_queued: int, deadline_s: float, scheduler: Scheduler) -> None:
+    def __init__(self, ticket: Ticket, usage: Usage, terms: Terms, deadline_s: float, scheduler: Scheduler) -> None:
         self.ticket = ticket
         self.usage = usage
-        self.max_queued = max_queued
+        self.terms = terms
+        #: What is left of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is back.
+        self.left: Mapping[str, Sequence[int]] = {}
         self.opened = time.monotonic()
         self.deadline = self.opened + deadline_s
         #: Position in the queue, from 1, and the estimated wait.
@@ -120,8 +138,8 @@ class OpenTicket:
         elif state == "revoked":
             if self._on_revoked is not None:
                 self._on_revoked()
-        elif state == "refused":
-            self._fail(OverLimit("Too many requests of yours are waiting already.", code="queue_full", retry_after_s=5))
+        elif state in ("refused", "refused_by_pool", "limited"):
+            self._fail(self.terms.refusal(report))
         elif state == "failed":
             self._fail(EngineFailed("The engine failed twice while it worked on this request.", retry_after_s=10))
         elif state == "load_failed":
@@ -143,21 +161,24 @@ class Leases:
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
         #: Releases that Redis has not taken yet.
-        self._unsettled: list[tuple[Ticket, str, int | None]] = []
+        self._unsettled: list[tuple[Ticket, str, int | None, str]] = []
         self._settling: set[asyncio.Task[None]] = set()
         self._recent: deque[tuple[float, str, str]] = deque()
         self._epochs: dict[str, str] = {}
 
     @asynccontextmanager
-    async def open(self, ticket: Ticket, usage: Usage, *, max_queued: int, deadline_s: float) -> AsyncIterator[OpenTicket]:
+    async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
         """Accept a request. Whatever happens in the block, its end frees the slot and records one usage event.
 
-        Raises OverLimit if the tenant's queue is full, Unavailable if Redis is away; then nothing was accepted.
+        Raises the terms' refusal if it is over a limit, Unavailable if Redis is away; then nothing was accepted.
         """
-        opened = OpenTicket(ticket, usage, max_queued, deadline_s, self.scheduler)
+        opened = OpenTicket(ticket, usage, terms, deadline_s, self.scheduler)
         self._open[ticket.id] = opened
         try:
-            report = await self.scheduler.submit(ticket, max_queued)
+            report = await self.scheduler.submit(ticket, terms.bounds)
+            if report["state"] == "unseeded":
+                seeds = await terms.seeds(report["scopes"], report["month"])
+                report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
             del self._open[ticket.id]
             # The server may have taken the ticket although we did not hear of it: make sure that it does not stay.
@@ -165,29 +186,29 @@ class Leases:
                 await asyncio.shield(self.scheduler.release(ticket, "", None))
             raise
         self._see_epoch(ticket.pool, report.get("epoch"))
-        if report["state"] == "refused":
+        if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
             del self._open[ticket.id]
-            opened.apply(report)
-            await opened.wait(0)
+            raise terms.refusal(report)
+        opened.left = report.get("left") or {}
         opened.apply(report)
         try:
             yield opened
         finally:
             del self._open[ticket.id]
             # Goes on although the request's own task is cancelled.
-            settlement = asyncio.create_task(self._settle(ticket, usage.event(), usage.run_ms))
+            settlement = asyncio.create_task(self._settle(ticket, usage.event(), usage.run_ms, usage.progress()))
             self._settling.add(settlement)
             settlement.add_done_callback(self._settling.discard)
             await asyncio.shield(settlement)
 
-    async def _settle(self, ticket: Ticket, event: str, run_ms: int | None) -> None:
+    async def _settle(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
         try:
-            await self._release(ticket, event, run_ms)
+            await self._release(ticket, event, run_ms, used)
         except Unavailable:
-            self._unsettled.append((ticket, event, run_ms))
+            self._unsettled.append((ticket, event, run_ms, used))
 
-    async def _release(self, ticket: Ticket, event: str, run_ms: int | None) -> None:
-        await self.scheduler.release(ticket, event, run_ms)
+    async def _release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
+        await self.scheduler.release(ticket, event, run_ms, used)
         now = time.monotonic()
         self._recent.append((now, ticket.pool, event))
         while self._recent[0][0] < now - REMEMBER_S:
@@ -222,7 +243,12 @@ class Leases:
         pools: dict[str, list[OpenTicket]] = {pool: [] for at, pool, _ in self._recent if at > now - REMEMBER_S}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
-        for pool, tickets in pools.items():
+        batches = [
+            (pool, tickets[at : at + RENEW_AT_ONCE])
+            for pool, tickets in pools.items()
+            for at in range(0, max(1, len(tickets)), RENEW_AT_ONCE)
+        ]
+        for pool, tickets in batches:
             try:
                 progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else "") for opened in tickets]
                 reply = await self.scheduler.renew(pool, progress)
@@ -237,7 +263,7 @@ class Leases:
         if opened.lease is not None:
             await self.scheduler.restore(opened.ticket, opened.lease.replica, waited_ms=opened.waited_ms, attempts=opened.attempts)
         else:
-            report = await self.scheduler.submit(opened.ticket, opened.max_queued, waited_ms=opened.waited_ms, attempts=opened.attempts)
+            report = await self.scheduler.submit(opened.ticket, opened.terms.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
             opened.apply(report)
             if opened.ticket.id not in self._open:
                 # It ended while it was put back.
@@ -263,7 +289,7 @@ class Leases:
             log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
             for _, of_pool, event in self._recent:
                 if of_pool == pool:
-                    self._unsettled.append((_told_again(pool), event, None))
+                    self._unsettled.append((_told_again(pool), event, None, ""))
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""
@@ -275,3 +301,9 @@ class Leases:
 def _told_again(pool: str) -> Ticket:
     """A ticket that no longer exists, to release together with an event: the ledger takes each event once."""
     return Ticket(id="-", pool=pool, tenant="", gateway="", adapter="", source="", weight=1, event="")
+
+
+def _batches(pools: Mapping[str, list[OpenTicket]]) -> Iterator[tuple[str, list[OpenTicket]]]:
+    for pool, tickets in pools.items():
+        for start in range(0, max(1, len(tickets)), RENEW_AT_ONCE):
+            yield pool, tickets[start : start + RENEW_AT_ONCE]

@@ -1,299 +1,4 @@
-#!lua name=lmaas
--- The scheduler. Every function changes one pool atomically; there is no dispatcher process. Whoever changes the state
--- (a gateway that submits, releases or renews; a supervisor that beats or has loaded an adapter; the reaper) also dispatches.
---
--- KEYS[1] is `lmaas:{pool}`; every other key is that prefix with a suffix, so a pool stays on one cluster slot:
---   :tickets   hash  ticket id → JSON           :expiry    zset  ticket id → when its gateway is given up (ms)
---   :queue     zset  ticket id → sequence       :queue:T   zset  the same for tenant T alone
---   :waiting   zset  tenant → turn              :turns     hash  tenant → turn of its last grant
---   :replicas  hash  replica id → JSON          :progress  hash  ticket id → "prompt,cached,completion"
---   :usage     stream of usage events           :vars      hash  counters, averages, epoch
---
--- A ticket is queued → (loading →) granted → gone. Queued: it waits for a slot. Loading: it holds a slot on a replica that
--- still loads its adapter. Granted: its gateway holds a lease. Tenants take turns: of those that wait, the one whose last
--- grant is longest ago goes first; within a tenant, first come, first served. Time is the server's own (TIME), so clocks
--- of other machines do not matter.
-
-local LEASE_MS = 6000     -- a gateway renews every second
-local STALE_MS = 5000     -- no heartbeat for this long: no new work
-local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away
-local AWAY_MS = 3000      -- no call at all for this long: the server was away
-local PRESENT_MS = 10000  -- the controller looks at every pool every second
-local MAX_ATTEMPTS = 2    -- the first delivery and one more
-local MAX_PASSES = 64     -- how often a ticket that waits for an adapter slot may be passed over
-local MAX_SCAN = 256      -- tenants looked at in one round
-local MAX_TURNS = 10000
-local TURN_MS = 2000      -- first guess of a request's run time
-local START_MS = 20000    -- first guess of an engine's start
-
-local function open(prefix)
-  local time = redis.call('TIME')
-  local pool = { key = prefix, now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000), replicas = {}, dirty = {} }
-  local stored = redis.call('HGETALL', prefix .. ':replicas')
-  for i = 1, #stored, 2 do pool.replicas[stored[i]] = cjson.decode(stored[i + 1]) end
-  return pool
-end
-
-local function close(pool)
-  for id in pairs(pool.dirty) do
-    local replica = pool.replicas[id]
-    if replica then
-      redis.call('HSET', pool.key .. ':replicas', id, cjson.encode(replica))
-    else
-      redis.call('HDEL', pool.key .. ':replicas', id)
-    end
-  end
-end
-
-local function var(pool, name, default)
-  return tonumber(redis.call('HGET', pool.key .. ':vars', name) or default)
-end
-
--- Averages follow the last dozen or so values.
-local function average(pool, name, value, default)
-  local old = var(pool, name, default)
-  redis.call('HSET', pool.key .. ':vars', name, math.floor(old + (value - old) / 8))
-end
-
-local function epoch(pool)
-  local value = redis.call('HGET', pool.key .. ':vars', 'epoch')
-  if not value then
-    value = tostring(pool.now) .. '-' .. tostring(math.random(1000000000))
-    redis.call('HSET', pool.key .. ':vars', 'epoch', value)
-  end
-  return value
-end
-
-local function get(pool, id)
-  local stored = redis.call('HGET', pool.key .. ':tickets', id)
-  return stored and cjson.decode(stored) or nil
-end
-
-local function put(pool, ticket)
-  redis.call('HSET', pool.key .. ':tickets', ticket.id, cjson.encode(ticket))
-end
-
-local function tell(ticket, event, fields)
-  fields = fields or {}
-  -- `attempts` tells news of this delivery from late news of an earlier one.
-  fields.id, fields.event, fields.attempts = ticket.id, event, ticket.attempts
-  redis.call('PUBLISH', 'lmaas:gateway:' .. ticket.gateway, cjson.encode(fields))
-end
-
-local function enqueue(pool, ticket, front)
-  local seq = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
-  if front then seq = -1 / seq end -- before every positive number; among themselves in the order in which they came back
-  ticket.state, ticket.replica, ticket.placed, ticket.granted = 'queued', nil, nil, nil
-  put(pool, ticket)
-  redis.call('ZADD', pool.key .. ':queue', seq, ticket.id)
-  redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, seq, ticket.id)
-  if front then
-    -- It has had its turn already.
-    redis.call('ZADD', pool.key .. ':waiting', 0, ticket.tenant)
-  else
-    local turn = redis.call('HGET', pool.key .. ':turns', ticket.tenant) or 0
-    redis.call('ZADD', pool.key .. ':waiting', 'NX', turn, ticket.tenant)
-  end
-end
-
-local function dequeue(pool, ticket)
-  redis.call('ZREM', pool.key .. ':queue', ticket.id)
-  redis.call('ZREM', pool.key .. ':queue:' .. ticket.tenant, ticket.id)
-  if redis.call('EXISTS', pool.key .. ':queue:' .. ticket.tenant) == 0 then
-    redis.call('ZREM', pool.key .. ':waiting', ticket.tenant)
-  end
-end
-
-local function hold(pool, ticket, replica)
-  replica.load = replica.load + ticket.weight
-  if ticket.adapter ~= '' then
-    replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
-    replica.used[ticket.adapter] = pool.now
-  end
-  ticket.replica = replica.id
-  pool.dirty[replica.id] = true
-end
-
-local function let_go(pool, ticket)
-  local replica = ticket.replica and pool.replicas[ticket.replica]
-  if not replica then return end
-  replica.load = math.max(0, replica.load - ticket.weight)
-  local count = replica.running[ticket.adapter]
-  if count then replica.running[ticket.adapter] = count > 1 and count - 1 or nil end
-  local loading = replica.loading[ticket.adapter]
-  if loading then loading.tickets[ticket.id] = nil end
-  pool.dirty[replica.id] = true
-end
-
-local function grant(pool, ticket)
-  ticket.state, ticket.granted = 'granted', pool.now
-  put(pool, ticket)
-  return {
-    replica = ticket.replica, url = pool.replicas[ticket.replica].url,
-    queue_ms = ticket.placed - ticket.submitted, load_ms = ticket.granted - ticket.placed,
-  }
-end
-
-local function size(map)
-  local count = 0
-  for _ in pairs(map) do count = count + 1 end
-  return count
-end
-
--- The replica for a ticket: where its adapter runs already, then where it is resident, then a free adapter slot; among equals
--- the least loaded. The second answer says that a slot was free, but no adapter slot.
-local function choose(pool, ticket)
-  local best, best_rank, best_load, short = nil, nil, nil, false
-  for _, replica in pairs(pool.replicas) do
-    local fresh = replica.state == 'ready' and not replica.suspect and pool.now - replica.beat < STALE_MS
-    local weight = math.min(ticket.weight, replica.slots)
-    if fresh and replica.load + weight <= replica.slots then
-      local rank = 0
-      if ticket.adapter ~= '' and not replica.running[ticket.adapter] then
-        if size(replica.running) >= replica.adapter_slots then
-          rank, short = nil, true
-        else
-          rank = replica.resident[ticket.adapter] and 1 or 2
-        end
-      end
-      local load = replica.load / replica.slots
-      if rank and (not best or rank < best_rank or (rank == best_rank and load < best_load)) then
-        best, best_rank, best_load = replica, rank, load
-      end
-    end
-  end
-  return best, short
-end
-
-local function place(pool, ticket, replica, caller)
-  dequeue(pool, ticket)
-  local turn = redis.call('HINCRBY', pool.key .. ':vars', 'turn', 1)
-  -- Who has not been here for that long has no turn to remember.
-  if turn % MAX_TURNS == 0 and redis.call('HLEN', pool.key .. ':turns') > MAX_TURNS then redis.call('DEL', pool.key .. ':turns') end
-  redis.call('HSET', pool.key .. ':turns', ticket.tenant, turn)
-  if redis.call('ZSCORE', pool.key .. ':waiting', ticket.tenant) then
-    redis.call('ZADD', pool.key .. ':waiting', turn, ticket.tenant)
-  end
-  ticket.weight = math.min(ticket.weight, replica.slots)
-  ticket.placed, ticket.passes = pool.now, 0
-  hold(pool, ticket, replica)
-  if ticket.adapter == '' or replica.resident[ticket.adapter] then
-    local fields = grant(pool, ticket)
-    if ticket.id ~= caller then tell(ticket, 'granted', fields) end
-    return
-  end
-  ticket.state = 'loading'
-  put(pool, ticket)
-  local loading = replica.loading[ticket.adapter]
-  if not loading then
-    loading = { source = ticket.source, tickets = {} }
-    replica.loading[ticket.adapter] = loading
-    redis.call('PUBLISH', 'lmaas:replica:' .. replica.id, 'load')
-  end
-  loading.tickets[ticket.id] = 1
-end
-
--- Give out every slot that can be given out. A ticket that fits nowhere now (its adapter has no slot, or it needs several
--- slots) is passed over for those that fit, but not for ever: then the others wait until it has its place.
-local function dispatch(pool, caller)
-  local placed = true
-  while placed do
-    placed = false
-    local passed = {}
-    for _, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_SCAN - 1)) do
-      local head = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, 0)[1]
-      local ticket = head and get(pool, head)
-      local replica, short = nil, false
-      if ticket then replica, short = choose(pool, ticket) end
-      if replica then
-        for _, other in ipairs(passed) do
-          other.passes = (other.passes or 0) + 1
-          put(pool, other)
-        end
-        place(pool, ticket, replica, caller)
-        placed = true
-        break -- turns have changed
-      end
-      if ticket then
-        if not short and ticket.weight == 1 then return end -- no slot anywhere, for anybody
-        if (ticket.passes or 0) >= MAX_PASSES then return end
-        passed[#passed + 1] = ticket
-      end
-    end
-  end
-end
-
-local function forget(pool, ticket)
-  if ticket.state == 'queued' then dequeue(pool, ticket) else let_go(pool, ticket) end
-  redis.call('HDEL', pool.key .. ':tickets', ticket.id)
-  redis.call('HDEL', pool.key .. ':progress', ticket.id)
-  redis.call('ZREM', pool.key .. ':expiry', ticket.id)
-  redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
-end
-
--- Back to the front of the queue; false if it has been delivered often enough.
-local function requeue(pool, ticket, delivered)
-  let_go(pool, ticket)
-  if delivered then
-    ticket.attempts = ticket.attempts + 1
-    if ticket.attempts >= MAX_ATTEMPTS then
-      ticket.state, ticket.replica = 'failed', nil
-      put(pool, ticket)
-      return false
-    end
-  end
-  enqueue(pool, ticket, true)
-  return true
-end
-
--- Take a replica out: what was loading waits again, what ran is told (its stream breaks, or is cut by its gateway).
-local function remove(pool, id)
-  pool.replicas[id] = nil
-  pool.dirty[id] = true
-  local stored = redis.call('HGETALL', pool.key .. ':tickets')
-  for i = 2, #stored, 2 do
-    local ticket = cjson.decode(stored[i])
-    if ticket.replica == id then
-      if ticket.state == 'loading' then
-        requeue(pool, ticket, false)
-      else
-        -- It holds nothing any more, should a replica of this id come back.
-        ticket.state, ticket.replica, ticket.revoked = 'revoked', nil, id
-        put(pool, ticket)
-        tell(ticket, 'revoked')
-      end
-    end
-  end
-end
-
--- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
-local function reap(pool)
-  -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
-  local last = var(pool, 'reaped', pool.now)
-  redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
-  if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
-  if pool.now < var(pool, 'spare', 0) then return end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
-    local ticket = get(pool, id)
-    if ticket then
-      local event = cjson.decode(ticket.event)
-      local prompt, cached, completion = string.match(redis.call('HGET', pool.key .. ':progress', id) or '0,0,0', '(%d+),(%d+),(%d+)')
-      event.status, event.code = 'lost', 'gateway_lost'
-      event.prompt_tokens, event.cached_tokens, event.completion_tokens = tonumber(prompt), tonumber(cached), tonumber(completion)
-      event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
-      event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0
-      event.run_ms = ticket.granted and pool.now - ticket.granted or 0
-      event.replica_id = ticket.replica or ticket.revoked or cjson.null
-      redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
-      forget(pool, ticket)
-    else
-      redis.call('ZREM', pool.key .. ':expiry', id)
-    end
-  end
-  for id, replica in pairs(pool.replicas) do
-    if pool.now - replica.beat > GONE_MS then remove(pool, id) end
-  end
-end
+-- The functions. See state.lua for what they work on.
 
 -- How long a ticket at this position may have to wait, in ms.
 local function estimate(pool, position)
@@ -333,20 +38,32 @@ local function ask_for_replica(pool)
   redis.call('PUBLISH', 'lmaas:control', 'demand')
 end
 
--- submit(ticket JSON, max queued) → report. The same ticket again is the same ticket.
+-- Why the queues do not take one more ticket of this tenant, or nil.
+local function full(pool, ticket, max_queued, max_queued_pool)
+  if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = 'refused' } end
+  local queued = redis.call('ZCARD', pool.key .. ':queue')
+  if queued >= max_queued_pool then return { state = 'refused_by_pool', wait_ms = estimate(pool, queued) } end
+  return nil
+end
+
+-- submit(ticket JSON, max queued of the tenant, of the pool, seeds JSON {scope → [month, tokens, cost]} or '') → report, with what is left
+-- of the limits. The same ticket again is the same ticket.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
   reap(pool)
   local ticket = cjson.decode(args[1])
-  local known = get(pool, ticket.id)
+  local known, left = get(pool, ticket.id), nil
   if not known then
     -- What has waited already was accepted before this server lost its memory.
-    if ticket.waited_ms == 0 and redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= tonumber(args[2]) then
+    local accepted = ticket.waited_ms > 0
+    local refused = not accepted and full(pool, ticket, tonumber(args[2]), tonumber(args[3])) or nil
+    if not refused then refused, left = reserve(pool, ticket, args[4] ~= '' and cjson.decode(args[4]), accepted) end
+    if refused then
       close(pool)
-      return cjson.encode({ state = 'refused' })
+      return cjson.encode(refused)
     end
     -- One that comes back after the server lost its memory has waited, and perhaps been delivered, before.
-    ticket.passes, ticket.submitted = 0, pool.now - ticket.waited_ms
+    ticket.submitted = pool.now - ticket.waited_ms
     enqueue(pool, ticket, false)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
     redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
@@ -356,18 +73,20 @@ redis.register_function('lmaas_submit', function(keys, args)
   end
   close(pool)
   local reply = report(pool, known)
-  reply.epoch = epoch(pool)
+  reply.epoch, reply.left = epoch(pool), left
   return cjson.encode(reply)
 end)
 
--- release(ticket id, usage event JSON or '', run ms or '') → 1, or 0 if the ticket was gone. The event is recorded in any case.
+-- release(ticket id, usage event JSON or '', run ms or '', "prompt,cached,completion" or '') → 1, or 0 if the ticket was gone. The event is
+-- recorded in any case.
 redis.register_function('lmaas_release', function(keys, args)
   local pool = open(keys[1])
   if args[2] ~= '' then redis.call('XADD', pool.key .. ':usage', '*', 'event', args[2]) end
   local ticket = get(pool, args[1])
   if ticket then
     if args[3] ~= '' then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
-    forget(pool, ticket)
+    local prompt, cached, completion = string.match(args[4], '(%d+),(%d+),(%d+)')
+    forget(pool, ticket, prompt and { prompt = tonumber(prompt), cached = tonumber(cached), completion = tonumber(completion) })
   end
   reap(pool)
   dispatch(pool)
@@ -407,7 +126,11 @@ redis.register_function('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-      if args[i + 1] ~= '' then redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1]) end
+      if args[i + 1] ~= '' then
+        local before = charged(pool, ticket)
+        redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
+        if ticket.placed then charge(pool, ticket, charged(pool, ticket) - before) end
+      end
     end
   end
   reap(pool)
@@ -433,6 +156,8 @@ redis.register_function('lmaas_restore', function(keys, args)
     ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
     ticket.weight = math.min(ticket.weight, replica.slots)
+    reserve(pool, ticket, nil, true)
+    charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)
     put(pool, ticket)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
@@ -443,7 +168,8 @@ redis.register_function('lmaas_restore', function(keys, args)
 end)
 
 -- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared}) →
--- {state, load, suspect, epoch, loads: {adapter → source}, running: {adapter → count}, used: {adapter → ms ago}}
+-- {state, load, suspect, epoch, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
+-- used: {adapter → ms ago}}. `warm` are the adapters that a starting engine will be asked for first.
 redis.register_function('lmaas_heartbeat', function(keys, args)
   local pool = open(keys[1])
   local beat = cjson.decode(args[2])
@@ -453,7 +179,10 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
     pool.replicas[args[1]] = replica
   end
-  if beat.state == 'ready' and replica.state == 'starting' and beat.start_ms then average(pool, 'start_ms', beat.start_ms, START_MS) end
+  if beat.state == 'ready' and replica.state == 'starting' then
+    if beat.start_ms then average(pool, 'start_ms', beat.start_ms, START_MS) end
+    for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
+  end
   -- Draining is decided here and does not come undone by a heartbeat that was already on its way.
   if replica.state ~= 'draining' then replica.state = beat.state end
   replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
@@ -468,7 +197,8 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   for adapter, time in pairs(replica.used) do used[adapter] = pool.now - time end
   return cjson.encode({
     state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = epoch(pool),
-    loads = loads, running = replica.running, used = used,
+    loads = loads, warm = replica.state == 'starting' and awaited(pool, replica.adapter_slots) or nil,
+    running = replica.running, used = used,
     controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
   })
 end)
@@ -507,8 +237,9 @@ redis.register_function('lmaas_load_failed', function(keys, args)
     for id in pairs(loading and loading.tickets or {}) do
       local ticket = get(pool, id)
       if ticket and ticket.state == 'loading' then
+        charge(pool, ticket, -charged(pool, ticket))
         let_go(pool, ticket)
-        ticket.state, ticket.replica = 'load_failed', nil
+        ticket.state, ticket.replica, ticket.placed = 'load_failed', nil, nil
         put(pool, ticket)
         tell(ticket, 'load_failed', { reason = args[3] })
         count = count + 1

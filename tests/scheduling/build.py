@@ -1,11 +1,13 @@
 """Tickets, heartbeats and a look inside the scheduler's keys, for its tests."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from lmaas.scheduling.client import LIBRARY, Beat, Scheduler, Ticket
+from lmaas.errors import LmaasError, OverLimit
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
 from lmaas.scheduling.leases import Leases, OpenTicket
 
 KEY = "lmaas:{p}"
@@ -26,7 +28,7 @@ def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident:
 @asynccontextmanager
 async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
     """The library with smaller constants, so that leases expire while a test waits."""
-    text = LIBRARY.read_text()
+    text = library()
     for name, value in constants.items():
         before, after = text.split(f"local {name} = ", 1)
         text = f"{before}local {name} = {value} --{after}"
@@ -51,11 +53,11 @@ class Pool:
 
     async def submit(self, *tickets: Ticket, max_queued: int = 1000) -> list[str]:
         """The states that the tickets got."""
-        return [(await self.scheduler.submit(each, max_queued))["state"] for each in tickets]
+        return [(await self.scheduler.submit(each, Bounds(max_queued, 10_000)))["state"] for each in tickets]
 
     async def release(self, *numbers: int) -> list[bool]:
-        """Release tickets by number, without an event."""
-        return [await self.scheduler.release(ticket(number), "", None) for number in numbers]
+        """Release tickets by number, without an event; each has used a prompt token."""
+        return [await self.scheduler.release(ticket(number), "", None, "1,0,0") for number in numbers]
 
     async def retry(self, number: int, replica: str = "x", reason: str = "engine", attempt: int | None = None) -> dict[str, Any]:
         """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
@@ -110,8 +112,23 @@ class Pool:
         assert lists == {f"{KEY}:queue:{tenant}" for tenant in by_tenant}
         for tenant, names in by_tenant.items():
             assert set(await self.redis.zrange(f"{KEY}:queue:{tenant}", 0, -1)) == names
+        assert set(await self.redis.hkeys(f"{KEY}:needs")) == queued
+        assert set(await self.redis.hkeys(f"{KEY}:passed")) <= queued
         assert set(await self.redis.zrange(f"{KEY}:expiry", 0, -1)) == set(tickets)
         assert set(await self.redis.hkeys(f"{KEY}:progress")) <= set(tickets)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Terms that refuse with what they are told."""
+
+    bounds: Bounds
+
+    async def seeds(self, scopes: Sequence[str], month: int) -> dict[str, Seed]:
+        return {scope: Seed(month, 0, 0) for scope in scopes}
+
+    def refusal(self, report: Mapping[str, Any]) -> LmaasError:
+        return OverLimit(str(report["state"]), code=str(report["state"]))
 
 
 class Used:
@@ -132,7 +149,7 @@ async def opened(
     leases: Leases, one: Ticket | None = None, used: Used | None = None, max_queued: int = 10, deadline_s: float = 10
 ) -> AsyncIterator[OpenTicket]:
     one = one or ticket(1)
-    async with leases.open(one, used or Used(one.id), max_queued=max_queued, deadline_s=deadline_s) as each:
+    async with leases.open(one, used or Used(one.id), Room(Bounds(max_queued, 10_000)), deadline_s=deadline_s) as each:
         yield each
 
 

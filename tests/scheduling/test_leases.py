@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverLimit, Unavailable
-from lmaas.scheduling.client import Scheduler, gateway_channel
+from lmaas.scheduling.client import Bounds, Scheduler, gateway_channel
 from lmaas.scheduling.leases import Leases
 from tests.conftest import until
 from tests.scheduling.build import Pool, Used, ids, opened, quick, ticket
@@ -118,7 +118,7 @@ async def test_renewal_keeps_tickets_alive_and_tells_progress(scheduler: Schedul
     await pool.beat()
     used = Used()
     async with quick(scheduler, LEASE_MS=400), opened(leases, used=used):
-        await scheduler.submit(ticket(2, gateway="dead"), 10)
+        await scheduler.submit(ticket(2, gateway="dead"), Bounds(10, 10_000))
 
         async def other_is_gone() -> bool:
             used.tokens += 1
@@ -213,7 +213,7 @@ async def test_a_full_queue_refuses_and_nothing_was_accepted(leases: Leases, poo
         with pytest.raises(OverLimit) as caught:
             async with opened(leases, ticket(2), max_queued=1):
                 pytest.fail("it was refused")
-        assert caught.value.error_code == "queue_full"
+        assert caught.value.error_code == "refused"
         assert len(leases._open) == 1
     assert await ids(pool) == ["r1"]
 

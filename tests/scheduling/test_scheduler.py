@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from lmaas.scheduling.client import Scheduler
+from lmaas.scheduling.client import Bounds, Scheduler
 from tests.scheduling.build import KEY, Pool, beat, ticket
 
 
@@ -27,15 +27,15 @@ async def order_of_grants(pool: Pool) -> list[str]:
 
 async def test_a_free_slot_is_granted_in_the_reply(scheduler: Scheduler) -> None:
     await scheduler.heartbeat("p", "x", beat())
-    reply = await scheduler.submit(ticket(1), 10)
+    reply = await scheduler.submit(ticket(1), Bounds(10, 10_000))
     assert (reply["state"], reply["replica"], reply["url"]) == ("granted", "x", "http://engine")
     assert reply["queue_ms"] < 1000
     assert reply["load_ms"] == 0
 
 
 async def test_without_a_replica_it_queues_and_is_granted_when_one_is_ready(scheduler: Scheduler) -> None:
-    assert (await scheduler.submit(ticket(1), 10))["state"] == "queued"
-    assert (await scheduler.submit(ticket(2), 10))["position"] == 2
+    assert (await scheduler.submit(ticket(1), Bounds(10, 10_000)))["state"] == "queued"
+    assert (await scheduler.submit(ticket(2), Bounds(10, 10_000)))["position"] == 2
     await scheduler.heartbeat("p", "x", beat("starting"))
     assert (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["state"] == "queued"
     await scheduler.heartbeat("p", "x", beat())
@@ -130,7 +130,7 @@ async def test_submit_is_idempotent(pool: Pool) -> None:
 
 async def test_many_submitters_at_once_share_one_slot(scheduler: Scheduler, pool: Pool) -> None:
     await pool.beat(slots=1)
-    replies = await asyncio.gather(*(scheduler.submit(ticket(number, f"t{number % 3}"), 100) for number in range(30)))
+    replies = await asyncio.gather(*(scheduler.submit(ticket(number, f"t{number % 3}"), Bounds(100, 10_000)) for number in range(30)))
     assert sorted(reply["state"] for reply in replies) == ["granted"] + ["queued"] * 29
     assert sorted(reply.get("position", 0) for reply in replies) == list(range(30))
     await pool.check()
@@ -192,25 +192,25 @@ async def test_without_an_adapter_slot_others_pass_within_a_bound(pool: Pool) ->
 async def test_the_replica_where_the_adapter_runs_is_preferred_then_where_it_is_resident(scheduler: Scheduler, pool: Pool) -> None:
     await pool.beat("none", slots=4, adapter_slots=2)
     await pool.beat("resident", slots=4, adapter_slots=2, resident=("A",))
-    first = await scheduler.submit(ticket(1, adapter="A"), 10)
+    first = await scheduler.submit(ticket(1, adapter="A"), Bounds(10, 10_000))
     assert (first["state"], first["replica"]) == ("granted", "resident")
     # Busier than the others, but it runs there already.
     await pool.beat("also", slots=4, adapter_slots=2, resident=("A",))
-    second = await scheduler.submit(ticket(2, adapter="A"), 10)
+    second = await scheduler.submit(ticket(2, adapter="A"), Bounds(10, 10_000))
     assert second["replica"] == "resident"
     # The base model goes to the least loaded.
-    assert (await scheduler.submit(ticket(3), 10))["replica"] != "resident"
+    assert (await scheduler.submit(ticket(3), Bounds(10, 10_000)))["replica"] != "resident"
     # A full replica is no preference.
-    await scheduler.submit(ticket(4, adapter="A"), 10)
-    await scheduler.submit(ticket(5, adapter="A"), 10)
-    assert (await scheduler.submit(ticket(6, adapter="A"), 10))["replica"] == "also"
+    await scheduler.submit(ticket(4, adapter="A"), Bounds(10, 10_000))
+    await scheduler.submit(ticket(5, adapter="A"), Bounds(10, 10_000))
+    assert (await scheduler.submit(ticket(6, adapter="A"), Bounds(10, 10_000)))["replica"] == "also"
     await pool.check()
 
 
 async def test_the_least_loaded_of_equals(scheduler: Scheduler, pool: Pool) -> None:
     for name in ("x", "y", "z"):
         await pool.beat(name, slots=2)
-    replicas = [(await scheduler.submit(ticket(number), 10))["replica"] for number in range(6)]
+    replicas = [(await scheduler.submit(ticket(number), Bounds(10, 10_000)))["replica"] for number in range(6)]
     assert sorted(replicas[:3]) == sorted(replicas[3:]) == ["x", "y", "z"]
 
 
@@ -241,17 +241,17 @@ async def test_release_of_an_unknown_ticket_still_records_its_event(scheduler: S
 
 
 async def test_the_estimate_follows_run_times_and_the_start_of_engines(scheduler: Scheduler, pool: Pool) -> None:
-    cold = (await scheduler.submit(ticket(1), 10))["wait_ms"]
+    cold = (await scheduler.submit(ticket(1), Bounds(10, 10_000)))["wait_ms"]
     assert 20_000 <= cold <= 24_000
     await pool.beat("x", state="starting")
     assert 1_000 <= (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["wait_ms"] <= cold
     await pool.beat("x", slots=1)
-    busy = (await scheduler.submit(ticket(2), 10))["wait_ms"]
+    busy = (await scheduler.submit(ticket(2), Bounds(10, 10_000)))["wait_ms"]
     assert busy == 2000
     for number in range(10, 60):
-        await scheduler.submit(ticket(number, f"t{number}"), 10)
+        await scheduler.submit(ticket(number, f"t{number}"), Bounds(10, 10_000))
         await scheduler.release(ticket(number), "", 100)
-    assert (await scheduler.submit(ticket(4), 10))["wait_ms"] < busy
+    assert (await scheduler.submit(ticket(4), Bounds(10, 10_000)))["wait_ms"] < busy
 
 
 async def test_stats_tell_demand(scheduler: Scheduler, pool: Pool) -> None:

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from lmaas.errors import Unavailable
-from lmaas.scheduling.client import Scheduler, connect, gateway_channel
+from lmaas.scheduling.client import Bounds, Scheduler, connect, gateway_channel
 from tests.conftest import until
 from tests.scheduling.build import KEY, Pool, quick, ticket
 
@@ -195,7 +195,7 @@ async def test_restore_after_the_server_has_lost_its_memory(scheduler: Scheduler
     assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is True
     assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is True
     assert (await pool.replicas())["x"]["load"] == 1
-    reply = await scheduler.submit(ticket(2, adapter="A"), 10, waited_ms=5000)
+    reply = await scheduler.submit(ticket(2, adapter="A"), Bounds(10, 10_000), waited_ms=5000)
     assert reply["state"] == "granted"
     assert 5000 <= reply["queue_ms"] < 7000
     await pool.check()
@@ -216,7 +216,7 @@ async def test_the_library_is_installed_where_it_is_missing(scheduler: Scheduler
 async def test_a_server_that_is_away_is_unavailable(tmp_path_factory: pytest.TempPathFactory) -> None:
     client = connect(f"unix://{tmp_path_factory.mktemp('none')}/none.sock")
     with pytest.raises(Unavailable) as caught:
-        await Scheduler(client).submit(ticket(1), 10)
+        await Scheduler(client).submit(ticket(1), Bounds(10, 10_000))
     assert (caught.value.error_code, caught.value.retry_after_s) == ("queue_unavailable", 2)
     with pytest.raises(Unavailable):
         await Scheduler(client).record_event("p", "{}")
@@ -297,7 +297,7 @@ async def test_what_comes_back_is_next_although_its_tenant_had_its_turn(pool: Po
 
 async def test_an_accepted_ticket_is_put_back_although_its_tenants_queue_is_full(pool: Pool) -> None:
     await pool.submit(ticket(1), max_queued=1)
-    reply = await pool.scheduler.submit(ticket(2), 1, waited_ms=3000)
+    reply = await pool.scheduler.submit(ticket(2), Bounds(1, 10_000), waited_ms=3000)
     assert reply["state"] == "queued"
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lmaas.scheduling.client import Scheduler
+from lmaas.scheduling.client import Bounds, Scheduler
 from tests.conftest import until
 from tests.scheduling.build import Pool, quick, ticket
 
@@ -42,7 +42,7 @@ class Actors:
         number = next(self.numbers)
         tenant, adapter = self.random.choice("abcd"), self.random.choice(ADAPTERS)
         one = ticket(number, tenant, adapter, self.random.choice((1, 1, 1, 1, 2, 5)))
-        reply = await self.scheduler.submit(one, 5)
+        reply = await self.scheduler.submit(one, Bounds(5, 10_000))
         if reply["state"] == "refused":
             self.released.add(one.id)
 

@@ -1,0 +1,201 @@
+-- Limits: what tenants and keys may use. A request reserves what it may use at most when it is accepted, and is settled to what it
+-- used when it ends; one that was refused, or never ran, has used nothing. All of it happens inside the calls that
+-- queue and release a ticket, so it is exact however many gateways there are.
+--
+-- A scope (a tenant or a key) is one MessagePack value:
+--   seconds  {{second, requests, tokens}, …} of the last minute, oldest first
+--   running  requests accepted and not yet ended
+--   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
+--   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here
+--   generation  grows when the month's figures begin anew: a reservation of before is not in them
+-- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
+
+local WINDOW_S = 60
+local FORGET_S = 86400 -- a scope that nobody uses is forgotten; what matters of it is in the ledger
+
+-- Days since 1970 → year * 100 + month (Howard Hinnant's civil_from_days).
+local function month_of(now_ms)
+  local z = math.floor(now_ms / 86400000) + 719468
+  local era = math.floor(z / 146097)
+  local day = z - era * 146097
+  local year = math.floor((day - math.floor(day / 1460) + math.floor(day / 36524) - math.floor(day / 146096)) / 365)
+  local shifted = math.floor((5 * (day - (365 * year + math.floor(year / 4) - math.floor(year / 100))) + 2) / 153)
+  local month = shifted < 10 and shifted + 3 or shifted - 9
+  return (year + era * 400 + (month <= 2 and 1 or 0)) * 100 + month
+end
+
+local function load_scope(pool, id)
+  local stored = redis.call('GET', 'lmaas:limits:' .. id)
+  local scope = stored and cmsgpack.unpack(stored)
+    or { id = id, seconds = {}, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0, generation = 0 }
+  local second, kept = math.floor(pool.now / 1000), {}
+  for _, entry in ipairs(scope.seconds) do
+    -- Seconds of the future are from a clock that was set back.
+    if entry[1] + WINDOW_S >= second and entry[1] <= second then kept[#kept + 1] = entry end
+  end
+  scope.seconds = kept
+  local month = month_of(pool.now)
+  if scope.month ~= month then
+    -- A new month begins with nothing, and needs no ledger.
+    scope.month, scope.tokens, scope.cost = month, 0, 0
+  end
+  return scope
+end
+
+local function save_scope(scope)
+  redis.call('SET', 'lmaas:limits:' .. scope.id, cmsgpack.pack(scope), 'EX', FORGET_S)
+end
+
+local function cost_of(prices, prompt, cached, completion)
+  return (prompt - cached) * prices[1] + cached * prices[2] + completion * prices[3]
+end
+
+local function used_in_minute(scope)
+  local requests, tokens = 0, 0
+  for _, entry in ipairs(scope.seconds) do requests, tokens = requests + entry[2], tokens + entry[3] end
+  return requests, tokens
+end
+
+-- How long until `excess` of requests (index 2) or tokens (index 3) lie behind.
+local function until_freed(pool, scope, index, excess)
+  local freed = 0
+  for _, entry in ipairs(scope.seconds) do
+    freed = freed + entry[index]
+    if freed >= excess then return (entry[1] + WINDOW_S + 1) * 1000 - pool.now end
+  end
+  return WINDOW_S * 1000
+end
+
+-- How long until everything lies behind.
+local function until_reset(pool, scope, index)
+  for i = #scope.seconds, 1, -1 do
+    if scope.seconds[i][index] > 0 then return (scope.seconds[i][1] + WINDOW_S + 1) * 1000 - pool.now end
+  end
+  return 0
+end
+
+-- Why this scope does not take the ticket, or nil.
+local function refusal(pool, scope, limit, tokens, cost)
+  local requests_used, tokens_used = used_in_minute(scope)
+  if limit.max_concurrent and scope.running + 1 > limit.max_concurrent then
+    return { limit = 'concurrency', allowed = limit.max_concurrent, retry_ms = 1000 }
+  end
+  if limit.requests_per_minute and requests_used + 1 > limit.requests_per_minute then
+    return {
+      limit = 'requests', allowed = limit.requests_per_minute, used = requests_used, asked = 1,
+      retry_ms = until_freed(pool, scope, 2, requests_used + 1 - limit.requests_per_minute),
+    }
+  end
+  if limit.tokens_per_minute and tokens > limit.tokens_per_minute then
+    return { limit = 'request_tokens', allowed = limit.tokens_per_minute, asked = tokens, retry_ms = 0 }
+  end
+  if limit.tokens_per_minute and tokens_used + tokens > limit.tokens_per_minute then
+    return {
+      limit = 'tokens', allowed = limit.tokens_per_minute, used = tokens_used, asked = tokens,
+      retry_ms = until_freed(pool, scope, 3, tokens_used + tokens - limit.tokens_per_minute),
+    }
+  end
+  if limit.tokens_per_month and scope.tokens + tokens > limit.tokens_per_month then
+    return { limit = 'month_tokens', allowed = limit.tokens_per_month, used = scope.tokens, asked = tokens, retry_ms = 0 }
+  end
+  if limit.budget_per_month and scope.cost + cost > limit.budget_per_month * 1000000 then
+    return { limit = 'budget', allowed = limit.budget_per_month, retry_ms = 0 }
+  end
+  return nil
+end
+
+-- What is left of a minute's limits, of the scope that has the least left.
+local function tightest(pool, scopes, limits)
+  local left = {}
+  for i, limit in ipairs(limits) do
+    local requests, tokens = used_in_minute(scopes[i])
+    for name, facts in pairs({
+      requests = { limit.requests_per_minute, requests, 2 }, tokens = { limit.tokens_per_minute, tokens, 3 },
+    }) do
+      local allowed, used, index = facts[1], facts[2], facts[3]
+      if allowed then
+        local remaining = math.max(0, allowed - used)
+        if not left[name] or remaining < left[name][2] then left[name] = { allowed, remaining, until_reset(pool, scopes[i], index) } end
+      end
+    end
+  end
+  return left
+end
+
+-- Reserve what a ticket may use: nil and what is left, or the refusal. Everything is checked before anything is taken. `forced`: it was
+-- accepted before the server lost its memory.
+local function reserve(pool, ticket, seeds, forced)
+  if #ticket.limits == 0 then return nil, nil end
+  local tokens = ticket.prompt_tokens + ticket.completion_tokens
+  local cost = cost_of(ticket.prices, ticket.prompt_tokens, 0, ticket.completion_tokens)
+  local scopes, unseeded = {}, {}
+  for i, limit in ipairs(ticket.limits) do
+    local scope = load_scope(pool, limit.id)
+    local seed = seeds and seeds[limit.id]
+    if seed and scope.seeded == 1 and seed[1] == scope.month then
+      scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], 2
+    end
+    if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded < 2 then unseeded[#unseeded + 1] = limit.id end
+    scopes[i] = scope
+  end
+  if not forced then
+    if #unseeded > 0 then
+      for _, scope in ipairs(scopes) do
+        if scope.seeded == 0 then
+          -- What ends from now on is counted here; what has ended, the ledger knows.
+          scope.seeded, scope.generation, scope.tokens, scope.cost = 1, scope.generation + 1, 0, 0
+        end
+        save_scope(scope)
+      end
+      return { state = 'unseeded', scopes = unseeded, month = scopes[1].month }
+    end
+    for i, limit in ipairs(ticket.limits) do
+      local refused = refusal(pool, scopes[i], limit, tokens, cost)
+      if refused then
+        refused.state, refused.scope, refused.left = 'limited', limit.scope, tightest(pool, scopes, ticket.limits)
+        return refused
+      end
+    end
+  end
+  local second, generations = math.floor(pool.now / 1000), {}
+  for i, scope in ipairs(scopes) do
+    local last = scope.seconds[#scope.seconds]
+    if not last or last[1] ~= second then
+      last = { second, 0, 0 }
+      scope.seconds[#scope.seconds + 1] = last
+    end
+    last[2], last[3] = last[2] + 1, last[3] + tokens
+    scope.running, scope.tokens, scope.cost = scope.running + 1, scope.tokens + tokens, scope.cost + cost
+    generations[i] = scope.generation
+    save_scope(scope)
+  end
+  ticket.reserved = { second = second, month = scopes[1].month, generations = generations, tokens = tokens, cost = cost }
+  return nil, tightest(pool, scopes, ticket.limits)
+end
+
+-- Settle a reservation to what was used; a ticket that used nothing gives its request back too.
+local function settle(pool, ticket, used)
+  local reserved = ticket.reserved
+  if not reserved then return end
+  local tokens, cost = 0, 0
+  if used then
+    tokens = used.prompt + used.completion
+    cost = cost_of(ticket.prices, used.prompt, used.cached, used.completion)
+  end
+  for i, limit in ipairs(ticket.limits) do
+    local scope = load_scope(pool, limit.id)
+    for _, entry in ipairs(scope.seconds) do
+      if entry[1] == reserved.second then
+        entry[3] = math.max(0, entry[3] + tokens - reserved.tokens)
+        if tokens == 0 then entry[2] = math.max(0, entry[2] - 1) end
+      end
+    end
+    scope.running = math.max(0, scope.running - 1)
+    if scope.month == reserved.month then
+      local held = scope.generation == reserved.generations[i] and 1 or 0
+      scope.tokens = math.max(0, scope.tokens + tokens - held * reserved.tokens)
+      scope.cost = math.max(0, scope.cost + cost - held * reserved.cost)
+    end
+    save_scope(scope)
+  end
+end

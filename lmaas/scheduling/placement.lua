@@ -1,0 +1,255 @@
+-- Where a ticket runs. An adapter slot is a resource like a sequence slot: an engine that runs more distinct adapters than it has slots for
+-- works on them one after the other. So a ticket may be passed over for one behind it that fits now, within a bound.
+
+local MAX_PASSES = 64     -- how many tickets may be placed before one that was passed over: then nothing behind it goes before it
+local RESERVE_PASSES = 32 -- from here on an adapter slot is emptied for it, while the other slots go on
+local MAX_TENANTS = 256   -- tenants looked at in one round
+local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
+local MAX_LOOKS = 512     -- tickets looked at in one round
+
+local function fresh(pool, replica)
+  return replica.state == 'ready' and not replica.suspect and pool.now - replica.beat < STALE_MS
+end
+
+local function hold(pool, ticket, replica)
+  replica.load = replica.load + ticket.weight
+  if ticket.adapter ~= '' then
+    replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
+    replica.used[ticket.adapter] = pool.now
+  end
+  ticket.replica = replica.id
+  pool.dirty[replica.id] = true
+end
+
+local function let_go(pool, ticket)
+  local replica = ticket.replica and pool.replicas[ticket.replica]
+  if not replica then return end
+  replica.load = math.max(0, replica.load - ticket.weight)
+  local count = replica.running[ticket.adapter]
+  if count then replica.running[ticket.adapter] = count > 1 and count - 1 or nil end
+  local loading = replica.loading[ticket.adapter]
+  if loading then loading.tickets[ticket.id] = nil end
+  pool.dirty[replica.id] = true
+end
+
+local function grant(pool, ticket)
+  ticket.state, ticket.granted = 'granted', pool.now
+  put(pool, ticket)
+  return {
+    replica = ticket.replica, url = pool.replicas[ticket.replica].url,
+    queue_ms = ticket.placed - ticket.submitted, load_ms = ticket.granted - ticket.placed,
+  }
+end
+
+-- The replica for a ticket: where its adapter runs already, then where it is resident, then a free adapter slot; among equals
+-- the least loaded, then the first by name. `emptied` is the adapter slot that is kept for somebody who has waited for too long.
+local function choose(pool, weight, adapter, emptied)
+  local best, best_rank, best_load = nil, nil, nil
+  for id, replica in pairs(pool.replicas) do
+    if fresh(pool, replica) and replica.load + math.min(weight, replica.slots) <= replica.slots then
+      local rank = 0
+      if adapter ~= '' then
+        local kept = emptied and emptied.replica == id and emptied.adapter ~= adapter
+        if replica.running[adapter] then
+          if kept and emptied.victim == adapter then rank = nil end
+        elseif kept or size(replica.running) >= replica.adapter_slots then
+          rank = nil
+        else
+          rank = replica.resident[adapter] and 1 or 2
+        end
+      end
+      local load = replica.load / replica.slots
+      if rank and (not best or rank < best_rank or (rank == best_rank and (load < best_load or (load == best_load and id < best.id)))) then
+        best, best_rank, best_load = replica, rank, load
+      end
+    end
+  end
+  return best
+end
+
+-- The adapter slot that is empty soonest, by how many requests run on it.
+local function empty_a_slot(pool, adapter)
+  local best, best_count = nil, nil
+  for id, replica in pairs(pool.replicas) do
+    if fresh(pool, replica) and not replica.running[adapter] and size(replica.running) >= replica.adapter_slots then
+      for victim, count in pairs(replica.running) do
+        if not best or count < best_count or (count == best_count and id .. victim < best.replica .. best.victim) then
+          best, best_count = { replica = id, victim = victim, adapter = adapter }, count
+        end
+      end
+    end
+  end
+  return best
+end
+
+local function place(pool, ticket, replica, caller)
+  dequeue(pool, ticket)
+  redis.call('HINCRBY', pool.key .. ':vars', 'placed', 1)
+  ticket.weight = math.min(ticket.weight, replica.slots)
+  ticket.placed = pool.now
+  charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
+  hold(pool, ticket, replica)
+  if ticket.adapter == '' or replica.resident[ticket.adapter] then
+    local fields = grant(pool, ticket)
+    if ticket.id ~= caller then tell(ticket, 'granted', fields) end
+    return
+  end
+  ticket.state = 'loading'
+  put(pool, ticket)
+  local loading = replica.loading[ticket.adapter]
+  if not loading then
+    loading = { source = ticket.source, tickets = {} }
+    replica.loading[ticket.adapter] = loading
+    redis.call('PUBLISH', 'lmaas:replica:' .. replica.id, 'load')
+  end
+  loading.tickets[ticket.id] = 1
+end
+
+-- Calls `look` with each queued ticket's id, its needs, and how many were placed when it was passed over first (false: never), in the
+-- order of service, until `look` answers something.
+local function each_waiting(pool, look)
+  local looks = 0
+  for _, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)) do
+    local ids = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1)
+    local needs = redis.call('HMGET', pool.key .. ':needs', unpack(ids))
+    local passed = redis.call('HMGET', pool.key .. ':passed', unpack(ids))
+    for i, id in ipairs(ids) do
+      looks = looks + 1
+      if looks > MAX_LOOKS then return nil end
+      local found = look(id, needs[i], tonumber(passed[i] or nil))
+      if found ~= nil then return found end
+    end
+  end
+  return nil
+end
+
+-- Place the first ticket that fits; false if none does.
+local function place_next(pool, caller)
+  local placed = var(pool, 'placed', 0)
+  local known, newly_passed, emptied = {}, {}, nil
+  local found = each_waiting(pool, function(id, need, passed_at)
+    local replica = known[need]
+    if replica == nil then
+      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
+      replica = choose(pool, tonumber(weight), adapter, emptied) or false
+      known[need] = replica
+    end
+    if replica then return { id = id, replica = replica } end
+    if not passed_at then
+      newly_passed[#newly_passed + 1] = id
+    elseif placed - passed_at >= MAX_PASSES then
+      return false
+    elseif placed - passed_at >= RESERVE_PASSES and not emptied then
+      emptied = empty_a_slot(pool, string.match(need, '|(.*)$'))
+      if emptied then known = { [need] = false } end
+    end
+    return nil
+  end)
+  if not found then return false end
+  for _, id in ipairs(newly_passed) do redis.call('HSET', pool.key .. ':passed', id, placed) end
+  place(pool, get(pool, found.id), found.replica, caller)
+  return true
+end
+
+-- Give out every slot that can be given out.
+local function dispatch(pool, caller)
+  while true do
+    local free = false
+    for _, replica in pairs(pool.replicas) do free = free or (fresh(pool, replica) and replica.load < replica.slots) end
+    if not free or not place_next(pool, caller) then return end
+  end
+end
+
+-- The adapters that the tickets in the queue need first, and where their files are: as many as run at once.
+local function awaited(pool, count)
+  local loads, found = {}, 0
+  each_waiting(pool, function(id, need)
+    local adapter = string.match(need, '|(.*)$')
+    if adapter ~= '' and not loads[adapter] then
+      loads[adapter], found = get(pool, id).source, found + 1
+    end
+    if found >= count then return true end
+    return nil
+  end)
+  return loads
+end
+
+local function forget(pool, ticket, used)
+  if ticket.state == 'queued' then
+    dequeue(pool, ticket)
+  else
+    if ticket.placed then charge(pool, ticket, (used and units(used) or 0) - charged(pool, ticket)) end
+    let_go(pool, ticket)
+  end
+  settle(pool, ticket, used)
+  redis.call('HDEL', pool.key .. ':tickets', ticket.id)
+  redis.call('HDEL', pool.key .. ':progress', ticket.id)
+  redis.call('ZREM', pool.key .. ':expiry', ticket.id)
+  redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
+end
+
+-- Back to the front of the queue; false if it has been delivered often enough. What it was charged is given back: nobody has had it.
+local function requeue(pool, ticket, delivered)
+  charge(pool, ticket, -charged(pool, ticket))
+  redis.call('HDEL', pool.key .. ':progress', ticket.id)
+  let_go(pool, ticket)
+  if delivered then
+    ticket.attempts = ticket.attempts + 1
+    if ticket.attempts >= MAX_ATTEMPTS then
+      ticket.state, ticket.replica, ticket.placed = 'failed', nil, nil
+      put(pool, ticket)
+      return false
+    end
+  end
+  enqueue(pool, ticket, true)
+  return true
+end
+
+-- Take a replica out: what was loading waits again, what ran is told (its stream breaks, or is cut by its gateway).
+local function remove(pool, id)
+  pool.replicas[id] = nil
+  pool.dirty[id] = true
+  local stored = redis.call('HGETALL', pool.key .. ':tickets')
+  for i = 2, #stored, 2 do
+    local ticket = cjson.decode(stored[i])
+    if ticket.replica == id then
+      if ticket.state == 'loading' then
+        requeue(pool, ticket, false)
+      else
+        -- It holds nothing any more, should a replica of this id come back.
+        ticket.state, ticket.replica, ticket.revoked = 'revoked', nil, id
+        put(pool, ticket)
+        tell(ticket, 'revoked')
+      end
+    end
+  end
+end
+
+-- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
+local function reap(pool)
+  -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
+  local last = var(pool, 'reaped', pool.now)
+  redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
+  if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
+  if pool.now < var(pool, 'spare', 0) then return end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
+    local ticket = get(pool, id)
+    if ticket then
+      local event = cjson.decode(ticket.event)
+      local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
+      event.status, event.code = 'lost', 'gateway_lost'
+      event.prompt_tokens, event.cached_tokens, event.completion_tokens = used.prompt, used.cached, used.completion
+      event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
+      event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0
+      event.run_ms = ticket.granted and pool.now - ticket.granted or 0
+      event.replica_id = ticket.replica or ticket.revoked or cjson.null
+      redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
+      forget(pool, ticket, used)
+    else
+      redis.call('ZREM', pool.key .. ':expiry', id)
+    end
+  end
+  for id, replica in pairs(pool.replicas) do
+    if pool.now - replica.beat > GONE_MS then remove(pool, id) end
+  end
+end
