@@ -56,8 +56,8 @@ class Pool:
         return [(await self.scheduler.submit(each, Bounds(max_queued, 10_000)))["state"] for each in tickets]
 
     async def release(self, *numbers: int) -> list[bool]:
-        """Release tickets by number, without an event; each has used a prompt token."""
-        return [await self.scheduler.release(ticket(number), "", None, "1,0,0") for number in numbers]
+        """Release tickets by number, without an event; each has used a token of each kind."""
+        return [await self.scheduler.release(ticket(number), "", None, "1,0,1") for number in numbers]
 
     async def retry(self, number: int, replica: str = "x", reason: str = "engine", attempt: int | None = None) -> dict[str, Any]:
         """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
