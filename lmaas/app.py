@@ -75,7 +75,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
     authenticate = Authenticator(db, settings.auth_grace_s)
-    gateway = Gateway(settings, authenticate, Catalog(db), leases, EngineClient(), GatewayMetrics())
+    gateway = Gateway(settings, db, authenticate, Catalog(db), leases, EngineClient(), GatewayMetrics())
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:

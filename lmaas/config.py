@@ -44,6 +44,8 @@ class Settings:
     idle_timeout_s: float = 300.0
     #: How long a request may wait for a lease, cold start included, before 503.
     queue_deadline_s: float = 300.0
+    #: How many requests may wait for one pool; beyond that, 503. Each tenant has a bound of its own besides.
+    pool_max_queued: int = 20_000
     #: How long an engine may take from its start to its first token.
     start_timeout_s: float = 600.0
     #: How long running requests may go on once a gateway or a replica drains.

@@ -1,5 +1,7 @@
 """The one exception tree. Each error knows its HTTP status, its OpenAI `type` and `code`, and whether trying again can help."""
 
+import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -32,7 +34,7 @@ class LmaasError(Exception):
         """Response headers that tell a client whether and when to try again."""
         headers = {"x-should-retry": "true" if self.retryable else "false"}
         if self.retryable and self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, round(self.retry_after_s)))
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return headers
 
 
@@ -105,9 +107,25 @@ class TooLarge(LmaasError):
 
 
 class OverLimit(LmaasError):
-    """The tenant is over a limit of its own."""
+    """The tenant is over a limit of its own. `extra_headers` say what is left of which limit."""
 
     kind, status, type, code, retryable = "over_limit", HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", True
+
+    def __init__(
+        self, message: str, *, code: str | None = None, retry_after_s: float | None = None, extra_headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
+        self._extra_headers = dict(extra_headers or {})
+
+    def headers(self) -> dict[str, str]:
+        """Also the limits' own."""
+        return super().headers() | self._extra_headers
+
+
+class OverQuota(OverLimit):
+    """The tenant is over what it may use at all for now: trying again soon is of no use."""
+
+    kind, type, code, retryable = "over_quota", "insufficient_quota", "insufficient_quota", False
 
 
 class Unavailable(LmaasError):

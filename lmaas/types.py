@@ -17,14 +17,31 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a tenant or a key may use; None is no limit of its own. The budget is in micro-dollars.
+
+    Months are calendar months, UTC; concurrent requests are those that wait or run.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    tokens_per_month: int | None = None
+    budget_per_month: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
-    """The authenticated tenant and key. An operator's key has no tenant."""
+    """The authenticated tenant and key. An operator's key has no tenant. A tenant's limits that are None are its tier's."""
 
     key_id: str
     role: Role
     tenant_id: str | None
     tenant_name: str | None
     max_queued: int = 0
+    tier: str = ""
+    limits: Limits = Limits()
+    key_limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What the API's handlers need, and who may do what."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -49,14 +50,18 @@ class Api:
         return principal.tenant_id, principal
 
 
-async def json_body(request: Request, fields: dict[str, type], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The body's fields, each of its type. Raises InvalidRequest for others, or for missing ones."""
+async def json_body(
+    request: Request, fields: dict[str, type], required: tuple[str, ...] = (), nullable: Collection[str] = ()
+) -> dict[str, Any]:
+    """The body's fields, each of its type, or null if `nullable`. Raises InvalidRequest for others, or for missing ones."""
     receive = limited(request.receive, request.scope, MAX_JSON_BYTES)
     text = await Request(request.scope, receive).body()
     body = parse_json(text) if text.strip() else {}
     for name, value in body.items():
         if name not in fields:
             raise InvalidRequest(f"The field '{name[:100]}' is not known.", code="unsupported_parameter", param=name[:100])
+        if value is None and name in nullable:
+            continue
         kind = fields[name]
         wrong = isinstance(value, bool) if kind in (int, float) else False
         if wrong or not isinstance(value, (int, float) if kind is float else kind):
@@ -69,7 +74,7 @@ async def json_body(request: Request, fields: dict[str, type], required: tuple[s
 
 def in_range(body: dict[str, Any], name: str, low: float, high: float) -> None:
     """Raises InvalidRequest `out_of_range` if the field is there and not within the bounds."""
-    if name in body and not low <= body[name] <= high:
+    if body.get(name) is not None and not low <= body[name] <= high:
         raise InvalidRequest(f"'{name}' must be between {low:g} and {high:g}.", code="out_of_range", param=name)
 
 

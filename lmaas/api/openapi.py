@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
-from lmaas.api.tenants import TIERS
-from lmaas.types import NAME_PATTERN, Role
+from lmaas.admission.tiers import TIERS
+from lmaas.types import NAME_PATTERN, Limits, Role
 
 Schema = dict[str, Any]
 
@@ -42,8 +43,20 @@ _ADAPTER = {
     "latest_version": COUNT,
     "created_at": MOMENT,
 }
-_TENANT = {"object": TEXT, "id": TEXT, "name": NAME, "tier": TEXT, "max_queued": COUNT, "max_adapters": COUNT, "created_at": MOMENT}
-_KEY = {"object": TEXT, "id": TEXT, "role": TEXT, "name": TEXT, "prefix": TEXT, "created_at": MOMENT, "revoked_at": MAYBE_MOMENT}
+_LIMITS: dict[str, Schema] = {field.name: {"type": ["integer", "null"], "minimum": 1} for field in fields(Limits)}
+_TENANT = {
+    "object": TEXT,
+    "id": TEXT,
+    "name": NAME,
+    "tier": TEXT,
+    "max_queued": COUNT,
+    "max_adapters": COUNT,
+    **_LIMITS,
+    "effective_limits": _object(**_LIMITS) | {"description": "The tenant's own, otherwise its tier's."},
+    "created_at": MOMENT,
+}
+_TENANT_FIELDS = {"tier": {"enum": list(TIERS)}, "max_queued": COUNT, "max_adapters": COUNT, **_LIMITS}
+_KEY = {"object": TEXT, "id": TEXT, "role": TEXT, "name": TEXT, "prefix": TEXT, "created_at": MOMENT, "revoked_at": MAYBE_MOMENT, **_LIMITS}
 _TOKENS = {"prompt_tokens": COUNT, "cached_tokens": COUNT, "completion_tokens": COUNT}
 
 SCHEMAS: dict[str, Schema] = {
@@ -71,10 +84,11 @@ SCHEMAS: dict[str, Schema] = {
     },
     "Activation": _object(version={"type": "integer", "minimum": 1}),
     "Tenant": _object(**_TENANT),
-    "NewTenant": _optional(name=NAME, tier={"enum": list(TIERS)}, max_queued=COUNT, max_adapters=COUNT) | {"required": ["name"]},
-    "TenantChange": _optional(tier={"enum": list(TIERS)}, max_queued=COUNT, max_adapters=COUNT),
+    "NewTenant": _optional(name=NAME, **_TENANT_FIELDS) | {"required": ["name"]},
+    "TenantChange": _optional(**_TENANT_FIELDS),
     "Key": _object(**_KEY),
-    "NewKey": _optional(role={"enum": [role.value for role in Role]}, name=TEXT),
+    "NewKey": _optional(role={"enum": [role.value for role in Role]}, name=TEXT, **_LIMITS),
+    "KeyChange": _optional(**_LIMITS),
     "CreatedKey": _object(**_KEY, key=TEXT),
     "BaseModel": _object(object=TEXT, id=TEXT, name=NAME, min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
     "BaseModelChange": _optional(min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
@@ -123,6 +137,7 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "activate_version": ("Activation", "Adapter", False),
     "list_keys": (None, "Key", True),
     "create_key": ("NewKey", "CreatedKey", False),
+    "change_key": ("KeyChange", "Key", False),
     "revoke_key": (None, "Key", False),
     "list_tenants": (None, "Tenant", True),
     "create_tenant": ("NewTenant", "Tenant", False),

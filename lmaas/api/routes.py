@@ -27,6 +27,8 @@ KEYS: list[tuple[str, str, Handler]] = [
     ("POST", "/keys", tenants.create_key),
     ("DELETE", "/keys/{key}", tenants.revoke_key),
 ]
+#: Operators' keys have no limits.
+KEY_LIMITS: list[tuple[str, str, Handler]] = [("PATCH", "/keys/{key}", tenants.change_key)]
 USAGE: list[tuple[str, str, Handler]] = [
     ("GET", "/usage", operations.usage_report),
     ("GET", "/usage/events", operations.usage_events),
@@ -37,7 +39,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("GET", "/tenants/{tenant}", tenants.get_tenant),
     ("PATCH", "/tenants/{tenant}", tenants.change_tenant),
     ("DELETE", "/tenants/{tenant}", tenants.delete_tenant),
-    *((method, "/tenants/{tenant}" + path, handler) for method, path, handler in ADAPTERS + KEYS),
+    *((method, "/tenants/{tenant}" + path, handler) for method, path, handler in ADAPTERS + KEYS + KEY_LIMITS),
     *KEYS,
     ("GET", "/base-models", operations.list_models),
     ("PATCH", "/base-models/{model}", operations.change_model),
@@ -46,7 +48,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     *USAGE,
 ]
 #: Every operation of the two APIs: method, path, handler.
-OPERATIONS = [("/v1", *entry) for entry in ADAPTERS + KEYS + USAGE] + [("/admin/v1", *entry) for entry in OPERATOR]
+OPERATIONS = [("/v1", *entry) for entry in ADAPTERS + KEYS + KEY_LIMITS + USAGE] + [("/admin/v1", *entry) for entry in OPERATOR]
 
 
 def routes(api: Api) -> list[BaseRoute]:

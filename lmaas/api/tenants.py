@@ -1,21 +1,25 @@
 """Tenants and keys over HTTP."""
 
+from dataclasses import asdict, fields
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lmaas.admission.tiers import DEFAULT_TIER, TIERS, effective
 from lmaas.api.context import Api, in_range, json_body
 from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store import tenants as rows
-from lmaas.types import NAME_PATTERN, Role
+from lmaas.types import NAME_PATTERN, Limits, Role
 
-TIERS = ("standard",)
-LIMITS = {"tier": str, "max_queued": int, "max_adapters": int}
+#: Null: as the tier has it, or for a key, none.
+LIMITS: dict[str, type] = {field.name: int for field in fields(Limits)}
+FIELDS: dict[str, type] = {"tier": str, "max_queued": int, "max_adapters": int} | LIMITS
 #: What a new tenant gets unless the operator says otherwise.
-DEFAULTS: dict[str, Any] = {"tier": "standard", "max_queued": 64, "max_adapters": 20}
+DEFAULTS: dict[str, Any] = {"tier": DEFAULT_TIER, "max_queued": 64, "max_adapters": 20}
+MAX_LIMIT = 10**15
 
 
 def shown_tenant(tenant: rows.Tenant) -> dict[str, Any]:
@@ -27,6 +31,8 @@ def shown_tenant(tenant: rows.Tenant) -> dict[str, Any]:
         "tier": tenant.tier,
         "max_queued": tenant.max_queued,
         "max_adapters": tenant.max_adapters,
+        **asdict(tenant.limits),
+        "effective_limits": asdict(effective(tenant.limits, tenant.tier)),
         "created_at": tenant.created_at.isoformat(),
     }
 
@@ -41,14 +47,25 @@ def shown_key(key: rows.ApiKey) -> dict[str, Any]:
         "prefix": key.prefix,
         "created_at": key.created_at.isoformat(),
         "revoked_at": key.revoked_at.isoformat() if key.revoked_at else None,
+        **asdict(key.limits),
     }
 
 
 def _check_limits(body: dict[str, Any]) -> None:
-    if body.get("tier", TIERS[0]) not in TIERS:
+    for name in LIMITS:
+        in_range(body, name, 1, MAX_LIMIT)
+
+
+def _check_fields(body: dict[str, Any]) -> None:
+    if body.get("tier", DEFAULT_TIER) not in TIERS:
         raise InvalidRequest(f"'tier' must be one of: {', '.join(TIERS)}.", code="out_of_range", param="tier")
     in_range(body, "max_queued", 1, 100_000)
     in_range(body, "max_adapters", 0, 100_000)
+    _check_limits(body)
+
+
+def _limits(body: dict[str, Any]) -> Limits:
+    return Limits(**{name: body[name] for name in LIMITS if name in body})
 
 
 async def list_tenants(api: Api, request: Request) -> Response:
@@ -60,11 +77,11 @@ async def list_tenants(api: Api, request: Request) -> Response:
 async def create_tenant(api: Api, request: Request) -> Response:
     """A new tenant, without keys yet."""
     principal = await api.operator(request)
-    body = DEFAULTS | await json_body(request, {"name": str, **LIMITS}, ("name",))
+    body = DEFAULTS | await json_body(request, {"name": str, **FIELDS}, ("name",), LIMITS)
     if NAME_PATTERN.fullmatch(body["name"]) is None:
         raise InvalidRequest("A tenant's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
-    _check_limits(body)
-    tenant = await rows.create_tenant(api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"])
+    _check_fields(body)
+    tenant = await rows.create_tenant(api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body))
     await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.create", tenant.name)
     return JsonResponse(shown_tenant(tenant), status_code=201)
 
@@ -79,8 +96,8 @@ async def change_tenant(api: Api, request: Request) -> Response:
     """Other limits for a tenant."""
     principal = await api.operator(request)
     tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
-    body = await json_body(request, LIMITS)
-    _check_limits(body)
+    body = await json_body(request, FIELDS, nullable=LIMITS)
+    _check_fields(body)
     if body:
         tenant = await rows.update_tenant(api.db, tenant.id, body)
         await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.change", tenant.name)
@@ -116,7 +133,8 @@ async def list_keys(api: Api, request: Request) -> Response:
 async def create_key(api: Api, request: Request) -> Response:
     """A new key. Its secret is in this answer and nowhere else."""
     owner, asker = await _owner(api, request)
-    body = await json_body(request, {"role": str, "name": str})
+    body = await json_body(request, {"role": str, "name": str} | ({} if owner is None else LIMITS), nullable=LIMITS)
+    _check_limits(body)
     allowed = [Role.OPERATOR] if owner is None else [Role.INFERENCE, Role.TENANT_ADMIN]
     role = body.get("role", allowed[0].value)
     if role not in allowed:
@@ -124,9 +142,21 @@ async def create_key(api: Api, request: Request) -> Response:
     if len(body.get("name", "")) > 100:
         raise InvalidRequest("'name' may have 100 characters at most.", code="out_of_range", param="name")
     secret = new_key()
-    key = await rows.create_key(api.db, owner, Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret))
+    key = await rows.create_key(api.db, owner, Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret), _limits(body))
     await rows.record_action(api.db, owner, asker, "key.create", key.id)
     return JsonResponse(shown_key(key) | {"key": secret}, status_code=201)
+
+
+async def change_key(api: Api, request: Request) -> Response:
+    """Other limits for a tenant's key."""
+    tenant_id, principal = await api.tenant(request, manage=True)
+    body = await json_body(request, LIMITS, nullable=LIMITS)
+    _check_limits(body)
+    if not body:
+        raise InvalidRequest("Name at least one limit.", code="missing_parameter")
+    key = await rows.change_key(api.db, tenant_id, request.path_params["key"], body)
+    await rows.record_action(api.db, tenant_id, principal.key_id, "key.change", key.id)
+    return JsonResponse(shown_key(key))
 
 
 async def revoke_key(api: Api, request: Request) -> Response:

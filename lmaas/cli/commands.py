@@ -2,8 +2,9 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import Progress
 
 from lmaas import app, config
 from lmaas.adapters.objects import MODEL_FILE
+from lmaas.admission.tiers import TIERS
 from lmaas.cli.context import Context
 from lmaas.errors import LmaasError
 from lmaas.manifests.apply import apply as apply_manifests
@@ -26,9 +28,32 @@ VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "c
 REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
 USAGE = ("day", "tenant", "model", "requests", "failed_requests", "prompt_tokens", "cached_tokens", "completion_tokens", "run_ms")
 EVENT = ("created_at", "request_id", "model", "status", "code", "prompt_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms")
+LIMIT_OPTIONS = (
+    ("--requests-per-minute", "Requests accepted in any 60 seconds."),
+    ("--tokens-per-minute", "Prompt and completion tokens in any 60 seconds."),
+    ("--max-concurrent", "Requests that wait or run at once."),
+    ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
+    ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
+)
 MODEL = ("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "min_replicas", "max_replicas", "idle_timeout_s", "source")
 
 pass_context = click.make_pass_decorator(Context)
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def limit_options(command: Command) -> Command:
+    """The options for limits of a tenant or a key."""
+    for option, text in reversed(LIMIT_OPTIONS):
+        command = click.option(option, type=int, help=text)(command)
+    return command
+
+
+def tenant_options(command: Command) -> Command:
+    """The options for a tenant's tier and limits."""
+    command = limit_options(command)
+    command = click.option("--max-adapters", type=int, help="Adapter names.")(command)
+    command = click.option("--max-queued", type=int, help="Requests that may wait at once.")(command)
+    return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and limits unless others are given.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -131,10 +156,9 @@ def tenant_list(context: Context) -> None:
 
 @tenant.command("create")
 @click.argument("name")
-@click.option("--max-queued", type=int, help="Requests that may wait at once.")
-@click.option("--max-adapters", type=int, help="Adapter names.")
+@tenant_options
 @pass_context
-def tenant_create(context: Context, /, name: str, **limits: int | None) -> None:
+def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
     """A new tenant."""
     body: dict[str, Any] = {"name": name} | _given(limits)
     context.show_one(context.client().call("POST", "/admin/v1/tenants", json=body), TENANT)
@@ -142,11 +166,10 @@ def tenant_create(context: Context, /, name: str, **limits: int | None) -> None:
 
 @tenant.command("change")
 @click.argument("name")
-@click.option("--max-queued", type=int)
-@click.option("--max-adapters", type=int)
+@tenant_options
 @pass_context
-def tenant_change(context: Context, /, name: str, **limits: int | None) -> None:
-    """Other limits for a tenant."""
+def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
+    """Another tier or other limits for a tenant."""
     context.show_one(context.client().call("PATCH", f"/admin/v1/tenants/{name}", json=_given(limits)), TENANT)
 
 
@@ -227,12 +250,22 @@ def key_list(context: Context) -> None:
 @key.command("create")
 @click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
 @click.option("--name", default="", help="For people, to tell keys apart.")
+@limit_options
 @pass_context
-def key_create(context: Context, role: str | None, name: str) -> None:
-    """A new key. Its secret is shown now and never again."""
-    body = {"name": name} | ({"role": role} if role else {})
+def key_create(context: Context, /, role: str | None, name: str, **limits: int | None) -> None:
+    """A new key, with limits of its own if given. Its secret is shown now and never again."""
+    body = {"name": name} | ({"role": role} if role else {}) | _given(limits)
     created = context.client().call("POST", _keys(context), json=body)
     context.show_one(created, (*KEY[:4], "key"), "Keep the key: it is not shown again.")
+
+
+@key.command("change")
+@click.argument("key_id")
+@limit_options
+@pass_context
+def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
+    """Other limits for a tenant's key."""
+    context.show_one(context.client().call("PATCH", f"{_keys(context)}/{key_id}", json=_given(limits)), KEY)
 
 
 @key.command("revoke")

@@ -22,6 +22,8 @@ class Call:
         self._scope, self._receive, self._send = scope, receive, send
         self.request_id: str = scope["request_id"]
         self.started = False
+        #: Sent with the answer besides its own.
+        self.more_headers: dict[str, str] = {}
         self.gone = asyncio.Event()
         self._on_gone: list[Callable[[], None]] = []
 
@@ -82,7 +84,7 @@ class Call:
         """Send status and headers, once."""
         if not self.started:
             self.started = True
-            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in (headers | self.more_headers).items()]
             await self._put({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lmaas.admission.estimate import estimate
+from lmaas.admission.terms import Terms, limited_scopes, rate_limit_headers
+from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
 from lmaas.errors import EngineFailed, Forbidden, InternalError, LmaasError, Unavailable
@@ -18,9 +21,10 @@ from lmaas.gateway.shield import Shielded
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
-from lmaas.scheduling.client import Ticket
+from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.scheduling.leases import Lease, Leases, OpenTicket
 from lmaas.states import UsageStatus
+from lmaas.store.database import Database
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ class Gateway:
     """What the path needs, handed down from the composition root."""
 
     settings: Settings
+    db: Database
     authenticate: Authenticator
     catalog: Catalog
     leases: Leases
@@ -50,8 +55,10 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
     model = await gateway.catalog.resolve(principal.tenant_id, request.model)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
+    terms = Terms(gateway.db, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
     deadline_s = gateway.settings.queue_deadline_s
-    async with call.watched(), gateway.leases.open(ticket, record, max_queued=principal.max_queued, deadline_s=deadline_s) as opened:
+    async with call.watched(), gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
+        call.more_headers = rate_limit_headers(opened.left)
         with gateway.metrics.in_flight.track_inprogress():
             try:
                 await _run(gateway, call, endpoint, request, model, record, opened)
@@ -144,6 +151,8 @@ def _record(call: Call, principal: Principal, request: Shielded, model: ServedMo
 
 
 def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: ServedModel, record: UsageRecord) -> Ticket:
+    service = SERVICE_TIERS[request.service_tier]
+    prompt_tokens, completion_tokens = estimate(request.parameters, request.prompts, model.base.max_model_len)
     return Ticket(
         id=record.request_id,
         pool=model.base.id,
@@ -153,6 +162,11 @@ def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: Se
         source=model.source,
         weight=request.weight,
         event=record.event(),
+        share=tier(principal.tier).share * service.share,
+        head_start=service.head_start,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        limits=limited_scopes(principal),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lmaas.admission.tiers import SERVICE_TIERS
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.schemas import MAX_DEPTH, check_schema, depth
 
@@ -33,6 +34,8 @@ class Shielded:
     continuous_usage: bool
     weight: int
     prompts: int
+    #: One of SERVICE_TIERS.
+    service_tier: str
     parameters: dict[str, Any]
 
     @property
@@ -86,6 +89,11 @@ def _boolean(name: str, value: Any) -> None:
 
 def _anything(name: str, value: Any) -> None:
     """Taken for the sake of OpenAI's client, and not forwarded."""
+
+
+def _service_tier(name: str, value: Any) -> None:
+    if value not in SERVICE_TIERS:
+        raise out_of_range(name, f"one of: {', '.join(SERVICE_TIERS)}")
 
 
 def _stop(name: str, value: Any) -> None:
@@ -272,8 +280,9 @@ _OWN: dict[str, Check] = {
     "stream": _boolean,
     "stream_options": _stream_options,
     "best_of": _integer(1, 1),
+    "service_tier": _service_tier,
     **dict.fromkeys(
-        ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
+        ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
         _anything,
     ),
 }
@@ -331,5 +340,6 @@ def _shield(body: dict[str, Any], allowed: dict[str, Check], required: str) -> S
         continuous_usage=bool(options.get("include_usage") and options.get("continuous_usage_stats")),
         weight=prompts * parameters.get("n", 1),
         prompts=prompts,
+        service_tier=body.get("service_tier") or "default",
         parameters=parameters,
     )

@@ -1,7 +1,7 @@
 """Makes the service match the manifests of a folder, through its API; may be run again at any time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import yaml
 
 from lmaas.errors import InvalidRequest
 from lmaas.manifests.client import ApiClient, ApiError
+from lmaas.types import Limits
 
-LIMITS = ("max_queued", "max_adapters")
+LIMITS = ("max_queued", "max_adapters", *(field.name for field in fields(Limits)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """The tables. Migrations make them; this module only describes them to SQLAlchemy."""
 
+from dataclasses import fields
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -19,6 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from lmaas.types import Limits
+
 metadata = MetaData(
     naming_convention={
         "pk": "%(table_name)s_pkey",
@@ -33,6 +37,10 @@ def _created() -> Column[object]:
     return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
 
 
+def _limits() -> list[Column[int]]:
+    return [Column(field.name, BigInteger) for field in fields(Limits)]
+
+
 tenants = Table(
     "tenants",
     metadata,
@@ -41,6 +49,8 @@ tenants = Table(
     Column("tier", Text, nullable=False),
     Column("max_queued", Integer, nullable=False),
     Column("max_adapters", Integer, nullable=False),
+    # Null: as the tier has it.
+    *_limits(),
     _created(),
     Column("deleted_at", DateTime(timezone=True)),
     Index("tenants_name_key", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
@@ -56,6 +66,8 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("hash", Text, nullable=False, unique=True),
     Column("prefix", Text, nullable=False),
+    # Null: none of its own.
+    *_limits(),
     _created(),
     Column("revoked_at", DateTime(timezone=True)),
     Index(None, "tenant_id"),

@@ -1,16 +1,18 @@
 """Tenants and their API keys."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.database import Database, new_id
 from lmaas.store.tables import adapters, api_keys, audit_log, tenants
-from lmaas.types import Principal, Role
+from lmaas.types import Limits, Principal, Role
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Tenant:
     max_queued: int
     max_adapters: int
     created_at: datetime
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class ApiKey:
     prefix: str
     created_at: datetime
     revoked_at: datetime | None
+    limits: Limits
 
 
 _TENANT = (tenants.c.id, tenants.c.name, tenants.c.tier, tenants.c.max_queued, tenants.c.max_adapters, tenants.c.created_at)
@@ -48,44 +52,65 @@ _KEY = (
     api_keys.c.created_at,
     api_keys.c.revoked_at,
 )
+_TENANT_LIMITS = [tenants.c[field.name] for field in fields(Limits)]
+_KEY_LIMITS = [api_keys.c[field.name] for field in fields(Limits)]
 
 
-async def create_tenant(db: Database, name: str, tier: str, max_queued: int, max_adapters: int) -> Tenant:
+def _split(row: Row[Any], count: int) -> list[Any]:
+    return [*row[:count], Limits(*row[count:])]
+
+
+def _tenant(row: Row[Any]) -> Tenant:
+    return Tenant(*_split(row, len(_TENANT)))
+
+
+def _key(row: Row[Any]) -> ApiKey:
+    return ApiKey(*_split(row, len(_KEY)))
+
+
+async def create_tenant(db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS) -> Tenant:
     """Raises Conflict if a live tenant has that name."""
-    values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters}
+    values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters} | asdict(limits)
     try:
         async with db.begin() as connection:
-            row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT))).one()
+            row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT, *_TENANT_LIMITS))).one()
     except IntegrityError as error:
         raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
-    return Tenant(*row)
+    return _tenant(row)
 
 
 async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any]) -> Tenant:
-    """Change `tier`, `max_queued` or `max_adapters`. Raises NotFound."""
-    query = update(tenants).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).values(changes).returning(*_TENANT)
+    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it). Raises NotFound."""
+    query = (
+        update(tenants)
+        .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
+        .values(changes)
+        .returning(*_TENANT, *_TENANT_LIMITS)
+    )
     async with db.begin() as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
-    return Tenant(*row)
+    return _tenant(row)
 
 
 async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     """By id or by name. Raises NotFound."""
-    query = select(*_TENANT).where((tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None))
+    query = select(*_TENANT, *_TENANT_LIMITS).where(
+        (tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None)
+    )
     async with db.begin() as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
-    return Tenant(*row)
+    return _tenant(row)
 
 
 async def list_tenants(db: Database) -> list[Tenant]:
     """Every live tenant, by name."""
-    query = select(*_TENANT).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
+    query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
     async with db.begin() as connection:
-        return [Tenant(*row) for row in await connection.execute(query)]
+        return [_tenant(row) for row in await connection.execute(query)]
 
 
 async def delete_tenant(db: Database, tenant_id: str) -> None:
@@ -105,19 +130,22 @@ async def delete_tenant(db: Database, tenant_id: str) -> None:
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
 
 
-async def create_key(db: Database, tenant_id: str | None, role: Role, name: str, key_hash: str, prefix: str) -> ApiKey:
+async def create_key(
+    db: Database, tenant_id: str | None, role: Role, name: str, key_hash: str, prefix: str, limits: Limits = NO_LIMITS
+) -> ApiKey:
     """Store a new key's hash. `tenant_id` is None for operators only."""
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
+    values |= asdict(limits)
     async with db.begin() as connection:
-        row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY))).one()
-    return ApiKey(*row)
+        row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
+    return _key(row)
 
 
 async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
     """The keys of a tenant (or of the operators), newest first, revoked ones among them."""
-    query = select(*_KEY).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
+    query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
     async with db.begin() as connection:
-        return [ApiKey(*row) for row in await connection.execute(query)]
+        return [_key(row) for row in await connection.execute(query)]
 
 
 async def revoke_key(db: Database, tenant_id: str | None, key_id: str) -> ApiKey:
@@ -126,19 +154,43 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str) -> ApiKey
         update(api_keys)
         .where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
         .values(revoked_at=func.coalesce(api_keys.c.revoked_at, func.now()))
-        .returning(*_KEY)
+        .returning(*_KEY, *_KEY_LIMITS)
     )
     async with db.begin() as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The key does not exist.", code="key_not_found")
-    return ApiKey(*row)
+    return _key(row)
+
+
+async def change_key(db: Database, tenant_id: str | None, key_id: str, limits: dict[str, int | None]) -> ApiKey:
+    """Change limits of a key of this tenant (None: no limit of its own). Raises NotFound."""
+    query = (
+        update(api_keys)
+        .where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
+        .values(limits)
+        .returning(*_KEY, *_KEY_LIMITS)
+    )
+    async with db.begin() as connection:
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound("The key does not exist.", code="key_not_found")
+    return _key(row)
 
 
 async def find_principal(db: Database, key_hash: str) -> Principal | None:
     """Who holds the key with this hash, or None if nobody does any more."""
     query = (
-        select(api_keys.c.id, api_keys.c.role, api_keys.c.tenant_id, tenants.c.name, tenants.c.max_queued)
+        select(
+            api_keys.c.id,
+            api_keys.c.role,
+            api_keys.c.tenant_id,
+            tenants.c.name,
+            tenants.c.max_queued,
+            tenants.c.tier,
+            *(column.label(f"tenant_{column.name}") for column in _TENANT_LIMITS),
+            *_KEY_LIMITS,
+        )
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
         .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
     )
@@ -146,7 +198,9 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
         row = (await connection.execute(query)).first()
     if row is None:
         return None
-    return Principal(row.id, Role(row.role), row.tenant_id, row.name, row.max_queued or 0)
+    count = len(_KEY_LIMITS)
+    limits, key_limits = Limits(*row[-2 * count : -count]), Limits(*row[-count:])
+    return Principal(row.id, Role(row.role), row.tenant_id, row.name, row.max_queued or 0, row.tier or "", limits, key_limits)
 
 
 async def record_action(db: Database, tenant_id: str | None, key_id: str | None, action: str, target: str) -> None:

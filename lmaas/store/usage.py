@@ -1,9 +1,9 @@
 """The usage ledger: exactly one event per request."""
 
 from dataclasses import asdict, dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 
-from sqlalchemy import Date, cast, func, select
+from sqlalchemy import Date, cast, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 
@@ -110,6 +110,20 @@ async def report(db: Database, *, tenant_id: str | None = None, since: date | No
     async with db.begin() as connection:
         rows = [tuple(row) for row in await connection.execute(query)]
     return [UsageRow(row[0], row[1], row[2], *(int(value) for value in row[3:])) for row in rows]
+
+
+async def month_total(db: Database, tenant_id: str, year: int, month: int, *, key_id: str | None = None) -> tuple[int, int]:
+    """What a tenant (or one of its keys) has used in a calendar month, UTC: tokens, and picodollars."""
+    columns = usage_events.c
+    begin, end = datetime(year, month, 1, tzinfo=UTC), datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
+    query = select(func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0), literal(0)).where(
+        columns.tenant_id == tenant_id, columns.created_at >= begin, columns.created_at < end
+    )
+    if key_id is not None:
+        query = query.where(columns.key_id == key_id)
+    async with db.begin() as connection:
+        tokens, cost = (await connection.execute(query)).one()
+    return int(tokens), int(cost)
 
 
 async def list_events(db: Database, tenant_id: str | None, limit: int = 100) -> list[UsageEvent]:

@@ -11,7 +11,7 @@ from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.metering.usage import UsageRecord
 from lmaas.metering.writer import BATCH, write_events
-from lmaas.scheduling.client import Beat, Scheduler, Ticket
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.states import Desired, Observed, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, change_base_model
@@ -54,7 +54,7 @@ class Stack:
         return Controller(self.settings, self.db, self.scheduler, self.names)
 
     async def submit(self, name: str) -> dict[str, Any]:
-        return await self.scheduler.submit(self.ticket(name), 100)
+        return await self.scheduler.submit(self.ticket(name), Bounds(100, 10_000))
 
     def ticket(self, name: str) -> Ticket:
         return Ticket(name, self.model.id, "t", "g", "", "", 1, json.dumps({"request_id": name}))

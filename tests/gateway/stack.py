@@ -146,7 +146,7 @@ class Stack:
 
     async def tenant(self, max_queued: int = 256) -> Tenant:
         """A new tenant with a key for inference."""
-        tenant = await create_tenant(self.db, f"tenant-{secrets.token_hex(4)}", "free", max_queued, 10)
+        tenant = await create_tenant(self.db, f"tenant-{secrets.token_hex(4)}", "standard", max_queued, 10)
         key = new_key()
         row = await create_key(self.db, tenant.id, Role.INFERENCE, "test", hash_key(key), shown_prefix(key))
         return Tenant(tenant.id, key, row.id)

@@ -71,7 +71,7 @@ async def test_who_holds_a_key(db: Database) -> None:
     acme, other = await tenant(db, "acme"), await tenant(db, "other")
     key, key_id = await add_key(db, acme.id, Role.TENANT_ADMIN)
     operator, _ = await add_key(db, None, Role.OPERATOR)
-    assert await tenants.find_principal(db, hash_key(key)) == Principal(key_id, Role.TENANT_ADMIN, acme.id, "acme", 10)
+    assert await tenants.find_principal(db, hash_key(key)) == Principal(key_id, Role.TENANT_ADMIN, acme.id, "acme", 10, "standard")
     found = await tenants.find_principal(db, hash_key(operator))
     assert found is not None
     assert (found.role, found.tenant_id, found.tenant_name, found.max_queued) == (Role.OPERATOR, None, None, 0)

@@ -1,0 +1,108 @@
+"""The terms of one request: the limits that hold for it, and what is told when one of them refuses it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lmaas.admission.tiers import effective
+from lmaas.errors import LmaasError, OverLimit, OverQuota, Unavailable
+from lmaas.scheduling.client import Bounds, LimitedScope, Seed
+from lmaas.store.database import Database
+from lmaas.store.usage import month_total
+from lmaas.types import Limits, Principal
+
+NONE = Limits()
+_OWNER = {"tenant": "Your account", "key": "This API key"}
+
+
+def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
+    """What is counted for this principal: its tenant and its key, where they have limits."""
+    of_tenant = effective(principal.limits, principal.tier)
+    scopes = [(principal.tenant_id or "", "tenant", of_tenant), (principal.key_id, "key", principal.key_limits)]
+    return tuple(
+        LimitedScope(
+            id,
+            scope,
+            limits.requests_per_minute,
+            limits.tokens_per_minute,
+            limits.max_concurrent,
+            limits.tokens_per_month,
+            limits.budget_per_month,
+        )
+        for id, scope, limits in scopes
+        if limits != NONE
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request of this principal is admitted under."""
+
+    db: Database
+    principal: Principal
+    bounds: Bounds
+
+    async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
+        """What these scopes have used in the month by the ledger: Redis asks when it does not know. Raises Unavailable."""
+        tenant_id = self.principal.tenant_id or ""
+        found = {}
+        for scope in scopes:
+            key_id = None if scope == tenant_id else scope
+            found[scope] = Seed(month, *await month_total(self.db, tenant_id, month // 100, month % 100, key_id=key_id))
+        return found
+
+    def refusal(self, report: Mapping[str, Any]) -> LmaasError:
+        """The error for a ticket that was not taken."""
+        if report["state"] == "refused":
+            return OverLimit("Too many requests of yours are waiting already.", code="queue_full", retry_after_s=5)
+        if report["state"] == "refused_by_pool":
+            return Unavailable(
+                "Too many requests are waiting for this model.", code="pool_queue_full", retry_after_s=max(1.0, report["wait_ms"] / 1000)
+            )
+        if report["state"] == "unseeded":
+            return Unavailable("Your usage of this month is being counted. Please try again.", code="usage_unknown", retry_after_s=1)
+        return _over(report)
+
+
+def _over(report: Mapping[str, Any]) -> LmaasError:
+    owner, allowed, asked = _OWNER[report["scope"]], report["allowed"], report.get("asked")
+    headers = rate_limit_headers(report.get("left") or {})
+    wait = report["retry_ms"] / 1000
+    match report["limit"]:
+        case "concurrency":
+            message = f"{owner} may have {allowed} requests at once."
+            return OverLimit(message, code="concurrency_limit_exceeded", retry_after_s=wait, extra_headers=headers)
+        case "requests":
+            message = f"{owner} may make {allowed} requests per minute. Please try again in {wait:.1f} s."
+            return OverLimit(message, retry_after_s=wait, extra_headers=headers)
+        case "tokens":
+            message = (
+                f"{owner} may use {allowed} tokens per minute: {report['used']} are used or reserved, and this request may use {asked}. "
+                f"Please try again in {wait:.1f} s."
+            )
+            return OverLimit(message, retry_after_s=wait, extra_headers=headers)
+        case "request_tokens":
+            message = f"This request may use {asked} tokens, and {owner[0].lower()}{owner[1:]} {allowed} per minute. Make it smaller."
+            return OverQuota(message, code="rate_limit_exceeded", extra_headers=headers)
+        case "month_tokens":
+            message = f"{owner} may use {allowed} tokens a month, and this request may use {asked}; {report['used']} are used or reserved."
+        case _:
+            message = f"{owner} has a budget of ${allowed / 1e6:.2f} a month, which this request could exceed."
+    return OverQuota(message, extra_headers=headers | {"retry-after": str(_seconds_to_next_month())})
+
+
+def _seconds_to_next_month() -> int:
+    now = datetime.now(UTC)
+    following = datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=UTC)
+    return int((following - now).total_seconds()) + 1
+
+
+def rate_limit_headers(left: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """OpenAI's `x-ratelimit-*` headers for what is left of a minute's limits: `requests` and `tokens` → limit, remaining, ms."""
+    headers = {}
+    for name, (limit, remaining, reset_ms) in left.items():
+        headers[f"x-ratelimit-limit-{name}"] = str(int(limit))
+        headers[f"x-ratelimit-remaining-{name}"] = str(int(remaining))
+        headers[f"x-ratelimit-reset-{name}"] = f"{int(reset_ms) / 1000:g}s"
+    return headers

@@ -1,0 +1,48 @@
+"""Tiers of tenants, and service tiers of requests: shares of the engines, and limits unless a tenant has its own."""
+
+from dataclasses import dataclass, fields, replace
+
+from lmaas.types import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """What a tenant of the tier gets. Of two tenants that both wait, each is served in proportion to its `share`."""
+
+    share: float
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTier:
+    """OpenAI's `service_tier`. A request counts `1 / share` of its tokens in the fair queue, goes before `head_start` earlier requests
+    of its tenant (after, if negative), and its tokens cost `price_percent` of the usual price."""
+
+    share: float
+    head_start: int
+    price_percent: int
+
+
+TIERS = {
+    "free": Tier(
+        1.0, Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None)
+    ),
+    "standard": Tier(4.0, Limits()),
+    "premium": Tier(16.0, Limits()),
+}
+DEFAULT_TIER = "standard"
+
+_USUAL = ServiceTier(1.0, 0, 100)
+SERVICE_TIERS = {"auto": _USUAL, "default": _USUAL, "priority": ServiceTier(2.0, 64, 200), "flex": ServiceTier(0.5, -64, 50)}
+
+
+def tier(name: str) -> Tier:
+    """The tier of this name; one that there is no more is the default."""
+    return TIERS.get(name, TIERS[DEFAULT_TIER])
+
+
+def effective(own: Limits, tier_name: str) -> Limits:
+    """A tenant's limits: its own where it has some, otherwise its tier's."""
+    usual = tier(tier_name).limits
+    given = {field.name: value for field in fields(own) if (value := getattr(own, field.name)) is not None}
+    return replace(usual, **given) if given else usual
