@@ -32,7 +32,24 @@ class Residency:
         self._limit = asyncio.Semaphore(LOADS_AT_ONCE)
         self._making_room = asyncio.Lock()
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._awaited: dict[str, str] = {}
+        self._fetching: dict[str, asyncio.Task[None]] = {}
         self.resident: set[str] = set()
+
+    def prepare(self, awaited: dict[str, str]) -> None:
+        """While the engine starts: fetch the files of the adapters that it will be asked for first."""
+        self._awaited = awaited
+        for adapter, source in awaited.items():
+            if adapter not in self._fetching:
+                task = asyncio.create_task(self._fetch(adapter, source), name=f"fetch-{adapter}")
+                self._fetching[adapter] = task
+                task.add_done_callback(_seen)
+
+    async def warm(self, url: str) -> None:
+        """Load what was prepared, as soon as the engine takes it. What fails here fails once more when a request asks for it, and tells."""
+        self.want(url, self._awaited, {})
+        if self._loading:
+            await asyncio.wait(self._loading.values())
 
     def want(self, url: str, loads: dict[str, str], used_ms_ago: dict[str, float]) -> None:
         """Start what is not loading yet. `loads` maps adapters to their place in the store, `used_ms_ago` when each was last granted."""
@@ -54,8 +71,9 @@ class Residency:
             async with self._limit:
                 await self._make_room(url, used_ms_ago)
                 path = self._folder / adapter
-                if not path.exists():
-                    await self._files.fetch(source, path)
+                if adapter in self._fetching:
+                    await asyncio.wait([self._fetching.pop(adapter)])
+                await self._fetch(adapter, source)
                 await self._client.load_adapter(url, adapter, str(path))
                 self.resident.add(adapter)
             granted = await self._scheduler.loaded(self._pool, self._replica, adapter)
@@ -68,6 +86,11 @@ class Residency:
             log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400 (expected: no trace)
             reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine did not take it"
             await self._scheduler.load_failed(self._pool, self._replica, adapter, reason)
+
+    async def _fetch(self, adapter: str, source: str) -> None:
+        path = self._folder / adapter
+        if not path.exists():
+            await self._files.fetch(source, path)
 
     async def _make_room(self, url: str, used_ms_ago: dict[str, float]) -> None:
         async with self._making_room:
@@ -83,10 +106,16 @@ class Residency:
 
     async def close(self) -> None:
         """Stop loading, and delete the files."""
-        tasks = list(self._loading.values())
+        tasks = [*self._loading.values(), *self._fetching.values()]
         for task in tasks:
             task.cancel()
         for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, OSError):
                 await task
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+
+def _seen(task: "asyncio.Task[None]") -> None:
+    """A fetch ahead of time that failed is tried again by the load, which tells of it."""
+    if not task.cancelled() and task.exception() is not None:
+        log.warning("an adapter could not be fetched yet", extra={"action": "fetch", "detail": repr(task.exception())})

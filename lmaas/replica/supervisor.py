@@ -162,6 +162,8 @@ class Supervisor:
         if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
             self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
             return
+        # Who waits for an adapter finds it there.
+        await self._residency.warm(engine.url)
         self._start_ms = round((time.monotonic() - self._started) * 1000)
         if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url)):
             self.end(Observed.STOPPED, "nobody desires this replica any more")
@@ -217,7 +219,10 @@ class Supervisor:
             cleared = False
             self._load = int(reply["load"])
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
-            self._residency.want(engine.url, reply["loads"], reply["used"])
+            if self._state is Observed.STARTING:
+                self._residency.prepare(reply.get("warm") or {})
+            else:
+                self._residency.want(engine.url, reply["loads"], reply["used"])
             if reply["suspect"] and self._looking is None:
                 # Beside the heartbeats, which must go on: a busy engine may take its time.
                 self._looking = asyncio.create_task(self._works(engine), name="look")
