@@ -140,6 +140,12 @@ class EngineFailed(LmaasError):
     kind, status, type, code, retryable = "engine_failed", HTTPStatus.BAD_GATEWAY, "server_error", "engine_failed", True
 
 
+class Quarantined(EngineFailed):
+    """The request took down two engines, or was there when they went down: it is not to be sent again."""
+
+    kind, retryable = "quarantined", False
+
+
 class AdapterUnavailable(LmaasError):
     """The adapter could not be loaded. Only its own requests fail."""
 

@@ -64,7 +64,7 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
                 await _run(gateway, call, endpoint, request, model, record, opened)
             except LmaasError as error:
                 # Past its deadline a request has expired; everything else that ends here has failed.
-                expired = isinstance(error, Unavailable) and opened.lease is None
+                expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
                 record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
                 await _answer_error(call, error)
             except asyncio.CancelledError:

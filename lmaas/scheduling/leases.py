@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, Unavailable
+from lmaas.errors import AdapterUnavailable, LmaasError, Quarantined, Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_channel
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ class OpenTicket:
         self.lease: Lease | None = None
         self.attempts = 0
         self._on_revoked: Callable[[], None] | None = None
+        #: The lost lease that Redis has not heard of: replica, reason, attempt.
+        self._owed: tuple[str, str, int] | None = None
         self._failure: LmaasError | None = None
         self._changed = asyncio.Event()
         self._scheduler = scheduler
@@ -90,7 +92,7 @@ class OpenTicket:
     async def wait(self, timeout_s: float) -> Lease | None:
         """The lease, or None if there is none yet after `timeout_s` seconds.
 
-        Raises Unavailable past the deadline, EngineFailed after two lost engines, AdapterUnavailable if the adapter does not load.
+        Raises Unavailable past the deadline, Quarantined after two lost engines, AdapterUnavailable if the adapter does not load.
         """
         left = self.deadline - time.monotonic()
         if self.lease is None and self._failure is None and left > 0:
@@ -115,13 +117,23 @@ class OpenTicket:
         self._on_revoked = callback
 
     async def retry(self, lost: Lease, reason: str) -> None:
-        """Give the lease back because its replica failed before the first byte. Raises EngineFailed if that was the second time."""
-        attempt = self.attempts
+        """Give the lease back because its replica failed before the first byte. After the second time, `wait` raises."""
+        self._owed = (lost.replica, reason, self.attempts)
         self.attempts += 1
         self.lease = None
         self._on_revoked = None
         self._changed.clear()
-        self.apply(await self._scheduler.retry(self.ticket, lost.replica, reason, attempt))
+        # If Redis is away just now, the next renewal tells it.
+        with contextlib.suppress(Unavailable):
+            await self.tell()
+
+    async def tell(self) -> None:
+        """Tell Redis of a lost lease, if it does not know yet. Raises Unavailable."""
+        if self._owed is not None:
+            replica, reason, attempt = self._owed
+            report = await self._scheduler.retry(self.ticket, replica, reason, attempt)
+            self._owed = None
+            self.apply(report)
 
     def apply(self, report: dict[str, Any]) -> bool:
         """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
@@ -141,7 +153,7 @@ class OpenTicket:
         elif state in ("refused", "refused_by_pool", "limited"):
             self._fail(self.terms.refusal(report))
         elif state == "failed":
-            self._fail(EngineFailed("The engine failed twice while it worked on this request.", retry_after_s=10))
+            self._fail(Quarantined("Two engines failed while they worked on this request. It is not tried a third time."))
         elif state == "load_failed":
             self._fail(
                 AdapterUnavailable(f"The adapter could not be loaded: {report.get('reason', 'see the replica log')}", retry_after_s=30)
@@ -182,8 +194,7 @@ class Leases:
         except BaseException:
             del self._open[ticket.id]
             # The server may have taken the ticket although we did not hear of it: make sure that it does not stay.
-            with contextlib.suppress(LmaasError):
-                await asyncio.shield(self.scheduler.release(ticket, "", None))
+            await asyncio.shield(self._settle_later(ticket, "", None, ""))
             raise
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
@@ -196,10 +207,13 @@ class Leases:
         finally:
             del self._open[ticket.id]
             # Goes on although the request's own task is cancelled.
-            settlement = asyncio.create_task(self._settle(ticket, usage.event(), usage.run_ms, usage.progress()))
-            self._settling.add(settlement)
-            settlement.add_done_callback(self._settling.discard)
-            await asyncio.shield(settlement)
+            await asyncio.shield(self._settle_later(ticket, usage.event(), usage.run_ms, usage.progress()))
+
+    def _settle_later(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> "asyncio.Task[None]":
+        settlement = asyncio.create_task(self._settle(ticket, event, run_ms, used))
+        self._settling.add(settlement)
+        settlement.add_done_callback(self._settling.discard)
+        return settlement
 
     async def _settle(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
         try:
@@ -210,8 +224,9 @@ class Leases:
     async def _release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
         await self.scheduler.release(ticket, event, run_ms, used)
         now = time.monotonic()
-        self._recent.append((now, ticket.pool, event))
-        while self._recent[0][0] < now - REMEMBER_S:
+        if event:
+            self._recent.append((now, ticket.pool, event))
+        while self._recent and self._recent[0][0] < now - REMEMBER_S:
             self._recent.popleft()
 
     async def run(self) -> None:
@@ -250,6 +265,8 @@ class Leases:
         ]
         for pool, tickets in batches:
             try:
+                for opened in tickets:
+                    await opened.tell()
                 progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else "") for opened in tickets]
                 reply = await self.scheduler.renew(pool, progress)
                 self._see_epoch(pool, reply["epoch"])
@@ -293,7 +310,7 @@ class Leases:
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""
-        while self._open or self._settling or self._unsettled:
+        while self._open or self._settling or any(event for _, event, _, _ in self._unsettled):
             await self._settle_rest()
             await asyncio.sleep(0.05)
 
