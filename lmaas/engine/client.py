@@ -111,6 +111,6 @@ class EngineClient:
 
     async def generated_tokens(self, url: str) -> float:
         """The engine's counters of prompt and generated tokens, added up: they move while it works."""
-        text = (await self._ask("GET", f"{url}/metrics", timeout_s=10)).decode()
+        text = (await self._ask("GET", f"{url}/metrics", timeout_s=5)).decode()
         wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))

@@ -33,6 +33,8 @@ BEAT_S = 1.0
 #: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
+#: The engine's server answers nothing at all for this long: no new work, and a look. For as long again: it is gone.
+MUTE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Supervisor:
         self._load = 0
         self._counted: float | None = None
         self._looking: asyncio.Task[bool] | None = None
+        self._doubted = False
         self._controller_seen = time.monotonic()
         self._busy_seen = time.monotonic()
 
@@ -206,6 +209,7 @@ class Supervisor:
                 state=self._state,
                 resident=sorted(self._residency.resident),
                 cleared=cleared,
+                suspect=self._doubted,
                 start_ms=self._start_ms,
             )
             try:
@@ -217,6 +221,7 @@ class Supervisor:
                 await asyncio.sleep(BEAT_S)
                 continue
             cleared = False
+            self._doubted = self._doubted and not beat.suspect
             self._load = int(reply["load"])
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             if self._state is Observed.STARTING:
@@ -239,7 +244,7 @@ class Supervisor:
 
     async def _works(self, engine: EngineProcess) -> bool:
         """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one."""
-        before = await self._tokens(engine)
+        before, answered = await self._tokens(engine), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:
             while not probe.done() and engine.running:
@@ -247,6 +252,10 @@ class Supervisor:
                 now = await self._tokens(engine)
                 if before is not None and now is not None and now > before:
                     return True
+                if now is not None:
+                    before, answered = now if before is None else before, time.monotonic()
+                elif time.monotonic() - answered > MUTE_S:
+                    return False
             return probe.done() and probe.result()
         finally:
             probe.cancel()
@@ -292,17 +301,19 @@ class Supervisor:
 
     async def _watch_liveness(self, engine: EngineProcess) -> None:
         """Find an engine that stands still although its connections are open: stopped, hung or dead inside."""
-        tokens, moved = None, time.monotonic()
+        tokens, moved, answered = None, time.monotonic(), time.monotonic()
         while True:
-            await asyncio.sleep(STALL_S / 6)
+            await asyncio.sleep(min(STALL_S / 6, MUTE_S / 4))
             now = await self._tokens(engine)
+            if now is not None or self._state is Observed.STARTING:
+                answered = time.monotonic()
             if self._state is Observed.STARTING or self._load == 0 or (now is not None and now != tokens):
                 tokens, moved = now, time.monotonic()
-            elif time.monotonic() - moved > STALL_S:
-                if not await self._works(engine):
-                    self.end(Observed.FAILED, "the engine stands still")
-                    return
-                moved = time.monotonic()
+            if time.monotonic() - moved > STALL_S or time.monotonic() - answered > MUTE_S:
+                # The heartbeat has a look: meanwhile nobody new is sent there.
+                self._doubted = True
+                self._wake.set()
+                tokens, moved, answered = now, time.monotonic(), time.monotonic()
 
     async def _drain(self, engine: EngineProcess) -> None:
         """No new work; what runs may end, within the drain timeout."""
