@@ -141,3 +141,49 @@ async def test_recent_events_are_told_again_although_no_ticket_is_open(leases: L
     await leases.renew()
     await leases.renew()
     assert await ids(pool) == ["r1"]
+
+
+async def test_an_engine_lost_while_the_server_is_away_is_told_when_it_is_back(redis: Redis, pool: Pool) -> None:
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    await pool.beat("x")
+    async with opened(leases) as one:
+        lease = await one.wait(0)
+        assert lease is not None
+        scheduler.away = True
+        await one.retry(lease, "engine")
+        await leases.renew()
+        assert await one.wait(0) is None
+        scheduler.away = False
+        await pool.beat("y")
+        await leases.renew()
+        again = await one.wait(0.1)
+        assert again is not None
+        assert again.replica == "y"
+        assert (await pool.tickets())["r1"]["attempts"] == 1
+    assert await ids(pool) == ["r1"]
+
+
+async def test_a_ticket_whose_acceptance_was_not_heard_is_taken_back(redis: Redis, pool: Pool) -> None:
+    class Deaf(Away):
+        """Takes the ticket, and is gone before it says so."""
+
+        async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+            answer = await super()._call(function, pool, *args)
+            if function == "submit":
+                self.away = True
+                raise Unavailable("away", code="queue_unavailable")
+            return answer
+
+    scheduler = Deaf(redis)
+    leases = Leases(scheduler, "g")
+    await pool.beat()
+    with pytest.raises(Unavailable):
+        async with opened(leases):
+            pytest.fail("it was not accepted")
+    assert await pool.states() == {"r1": "granted"}
+    scheduler.away = False
+    await leases.renew()
+    assert await pool.states() == {}
+    assert await ids(pool) == []
+    await pool.check()
