@@ -97,11 +97,11 @@ async def _run(
             log.warning("a delivery failed", extra={"request_id": call.request_id, "replica_id": lease.replica, "detail": str(lost)})
             if delivery.begun:
                 raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
+            # Nothing of it has reached the client.
+            record.count({})
             if lost.revoked and request.constrained:
                 # Its grammar may be what the engine stands still on: the next one is spared.
                 raise EngineFailed("The engine stood still while it worked on this request. Simplify its schema or its tools.") from lost
-            # Nothing of it has reached the client.
-            record.count({})
             await opened.retry(lease, lost.reason)
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
@@ -140,6 +140,9 @@ def _record(call: Call, principal: Principal, request: Shielded, model: ServedMo
         adapter=model.adapter or None,
         adapter_version=model.version,
         stream=request.stream,
+        prompt_price=model.base.prompt_price,
+        cached_price=model.base.cached_price,
+        completion_price=model.base.completion_price,
     )
 
 

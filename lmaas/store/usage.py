@@ -37,6 +37,8 @@ class UsageEvent:
     run_ms: int
     replica_id: str | None
     created_at: datetime
+    #: What the tenant is charged, in picodollars (10⁻¹² $).
+    charge_picousd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class UsageRow:
     cached_tokens: int
     completion_tokens: int
     run_ms: int
+    charge_picousd: int
 
 
 class UnrecordableEventError(Exception):
@@ -96,6 +99,7 @@ async def report(db: Database, *, tenant_id: str | None = None, since: date | No
             func.sum(columns.cached_tokens),
             func.sum(columns.completion_tokens),
             func.sum(columns.run_ms),
+            func.sum(columns.charge_picousd),
         )
         .join_from(usage_events, tenants, columns.tenant_id == tenants.c.id, isouter=True)
         .group_by(day, tenants.c.id, tenants.c.name, columns.model)
