@@ -34,7 +34,7 @@ class EngineMeter:
 
     def observe(self, now: float, *, phase: EnginePhase | None = None, price: int | None = None) -> None:
         """Count the time until `now`; from then on it is that of `phase` at `price`, or as before where they are None."""
-        until_ms = max(self._counted_ms, int((now - self._launched) * 1000))
+        until_ms = int((now - self._launched) * 1000)
         while self._counted_ms < until_ms:
             # In steps that end at midnight.
             day, of_day_ms = divmod(self._launched_ms + self._counted_ms, DAY_MS)

@@ -172,6 +172,11 @@ def test_every_millisecond_and_its_cost_is_in_exactly_one_line(times: list[Engin
     assert all(line.cost >= 0 and min(line.ms.values()) >= 0 for line in lines.values())
 
 
+def test_a_remainder_goes_to_the_same_one_whatever_came_first() -> None:
+    mine, theirs = work(ACME, 1), work(GLOBEX, 1)
+    assert allocate([spent(IDLE, 3)], [mine, theirs]) == allocate([spent(IDLE, 3)], [theirs, mine])
+
+
 @settings(deadline=None)
 @given(st.lists(TIMES), st.lists(WORK), st.randoms())
 def test_the_order_of_rows_means_nothing(times: list[EngineTime], work: list[Work], random: Any) -> None:

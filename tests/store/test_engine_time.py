@@ -45,12 +45,12 @@ async def replica(db: Database, base: BaseModel, name: str) -> None:
         await connection.execute(text("UPDATE replicas SET created_at = '2026-01-02T01:00:00Z'"))
 
 
-async def test_writing_again_changes_nothing(db: Database, base: BaseModel) -> None:
+async def test_writing_again_or_something_older_changes_nothing(db: Database, base: BaseModel) -> None:
     await replica(db, base, "rep_1")
     await record_engine_time(db, "rep_1", base.id, {})
     first = {(FRIDAY, STARTING, 5): 2000, (FRIDAY, IDLE, 5): 10}
     later = {(FRIDAY, IDLE, 5): 500, (FRIDAY, BUSY, 5): 7, (FRIDAY, BUSY, 6): 8, (SATURDAY, BUSY, 6): 9}
-    for spans in (first, later, first, later):
+    for spans in (first, later, later, first):
         await record_engine_time(db, "rep_1", base.id, spans)
     expected = {(span, ms) for span, ms in (first | later).items()}
     found = await list_engine_time(db)
