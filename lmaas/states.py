@@ -41,6 +41,18 @@ def sources(target: Observed) -> list[Observed]:
     return [state for state, targets in TRANSITIONS.items() if target in targets]
 
 
+class EnginePhase(StrEnum):
+    """What an engine's time goes into, from its launch to its end. Its supervisor says; requests of tenants are what counts."""
+
+    #: Until it is ready.
+    STARTING = "starting"
+    #: Nothing runs, but requests wait for an adapter that is being loaded.
+    LOADING = "loading"
+    #: Something runs.
+    BUSY = "busy"
+    IDLE = "idle"
+
+
 class UsageStatus(StrEnum):
     """How a request ended. Exactly one for every accepted request."""
 

@@ -6,6 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from lmaas.admission.tiers import TIERS
+from lmaas.metering.cogs import DIMENSIONS
+from lmaas.states import EnginePhase
+from lmaas.store.models import MAX_PRICE, PRICES
 from lmaas.types import NAME_PATTERN, Limits, Role
 
 Schema = dict[str, Any]
@@ -13,6 +16,7 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 MAYBE_TEXT: Schema = {"type": ["string", "null"]}
+DAY: Schema = {"type": "string", "format": "date"}
 MOMENT: Schema = {"type": "string", "format": "date-time"}
 MAYBE_MOMENT: Schema = {"type": ["string", "null"], "format": "date-time"}
 NAME: Schema = {"type": "string", "pattern": f"^{NAME_PATTERN.pattern}$"}
@@ -58,6 +62,23 @@ _TENANT = {
 _TENANT_FIELDS = {"tier": {"enum": list(TIERS)}, "max_queued": COUNT, "max_adapters": COUNT, **_LIMITS}
 _KEY = {"object": TEXT, "id": TEXT, "role": TEXT, "name": TEXT, "prefix": TEXT, "created_at": MOMENT, "revoked_at": MAYBE_MOMENT, **_LIMITS}
 _TOKENS = {"prompt_tokens": COUNT, "cached_tokens": COUNT, "completion_tokens": COUNT}
+_PRICES: dict[str, Schema] = {
+    name: {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": MAX_PRICE,
+        "description": "Micro-dollars per hour of an engine." if name == "engine_price" else "Micro-dollars per million tokens.",
+    }
+    for name in PRICES
+}
+_COGS_LINE: dict[str, Schema] = {"day": DAY, "tenant_id": MAYBE_TEXT, "tenant": MAYBE_TEXT, "base_model": TEXT, "adapter": MAYBE_TEXT}
+_COGS: dict[str, Schema] = {
+    "engine_ms": _object(total=COUNT, **{phase.value: COUNT for phase in EnginePhase}),
+    "cost_microusd": COUNT,
+    "charge_microusd": COUNT,
+    "margin_microusd": {"type": "integer"},
+    "margin_ratio": {"type": ["number", "null"], "description": "The margin's part of the charge."},
+}
 
 SCHEMAS: dict[str, Schema] = {
     "Error": _object(error=_object(message=TEXT, type=TEXT, param=MAYBE_TEXT, code=TEXT)),
@@ -90,8 +111,10 @@ SCHEMAS: dict[str, Schema] = {
     "NewKey": _optional(role={"enum": [role.value for role in Role]}, name=TEXT, **_LIMITS),
     "KeyChange": _optional(**_LIMITS),
     "CreatedKey": _object(**_KEY, key=TEXT),
-    "BaseModel": _object(object=TEXT, id=TEXT, name=NAME, min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
-    "BaseModelChange": _optional(min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}),
+    "BaseModel": _object(
+        object=TEXT, id=TEXT, name=NAME, min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}, **_PRICES
+    ),
+    "BaseModelChange": _optional(min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}, **_PRICES),
     "Replica": _object(
         object=TEXT,
         id=TEXT,
@@ -107,15 +130,33 @@ SCHEMAS: dict[str, Schema] = {
     "StoppingReplica": _object(object=TEXT, id=TEXT, desired=TEXT),
     "Usage": _object(
         object=TEXT,
-        day={"type": "string", "format": "date"},
+        day=DAY,
         tenant=MAYBE_TEXT,
         model=TEXT,
         requests=COUNT,
         failed_requests=COUNT,
         **_TOKENS,
         run_ms=COUNT,
+        charge_microusd=COUNT,
     ),
-    "UsageEvent": _object(object=TEXT, request_id=TEXT, model=TEXT, status=TEXT, code=MAYBE_TEXT, **_TOKENS, created_at=MOMENT),
+    "UsageEvent": _object(
+        object=TEXT, request_id=TEXT, model=TEXT, status=TEXT, code=MAYBE_TEXT, **_TOKENS, charge_picousd=COUNT, created_at=MOMENT
+    ),
+    "Cogs": _object(
+        object=TEXT,
+        by={"type": "array", "items": {"enum": list(DIMENSIONS)}},
+        data={
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": _COGS_LINE | _COGS,
+                "required": list(_COGS),
+                "description": "Who it is, as far as it was asked for. What nobody used has the tenant null.",
+            },
+        },
+        total=_object(**_COGS),
+        reconciliation=_object(engine_ms=COUNT, allocated_ms=COUNT, unallocated_ms=COUNT),
+    ),
     "Deleted": _object(object=TEXT, deleted={"type": "boolean"}),
     "Model": _object(id=TEXT, object=TEXT, created=COUNT, owned_by=TEXT),
     "OpenAIRequest": {
@@ -150,12 +191,14 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "stop_replica": (None, "StoppingReplica", False),
     "usage_report": (None, "Usage", True),
     "usage_events": (None, "UsageEvent", True),
+    "cogs_report": (None, "Cogs", False),
 }
 CREATED = frozenset({"upload_adapter", "create_key", "create_tenant"})
 QUERIES: dict[str, dict[str, Schema]] = {
     "list_replicas": {"ended": {"type": "boolean"}},
-    "usage_report": {"since": {"type": "string", "format": "date"}, "until": {"type": "string", "format": "date"}},
+    "usage_report": {"since": DAY, "until": DAY},
     "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
+    "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},
 }
 
 

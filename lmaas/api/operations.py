@@ -8,6 +8,7 @@ from starlette.responses import Response
 from lmaas.api.context import Api, in_range, json_body, query_date
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.http import JsonResponse
+from lmaas.metering.pricing import microusd
 from lmaas.store import models, replicas, usage
 from lmaas.store.tenants import get_tenant, record_action
 
@@ -28,12 +29,14 @@ async def list_models(api: Api, request: Request) -> Response:
 
 
 async def change_model(api: Api, request: Request) -> Response:
-    """Other bounds for a pool: how many replicas, and when an idle one stops."""
+    """Other bounds for a pool (how many replicas, and when an idle one stops), and other prices."""
     principal = await api.operator(request)
-    body = await json_body(request, {"min_replicas": int, "max_replicas": int, "idle_timeout_s": float})
+    body = await json_body(request, {"min_replicas": int, "max_replicas": int, "idle_timeout_s": float} | dict.fromkeys(models.PRICES, int))
     in_range(body, "min_replicas", 0, 1000)
     in_range(body, "max_replicas", 1, 1000)
     in_range(body, "idle_timeout_s", 1, 86400 * 7)
+    for price in models.PRICES:
+        in_range(body, price, 0, models.MAX_PRICE)
     name = request.path_params["model"]
     model = await models.get_base_model(api.db, name)
     bounds = shown_model(api, model) | body
@@ -89,10 +92,13 @@ async def _asked_tenant(api: Api, request: Request) -> str | None:
 
 
 async def usage_report(api: Api, request: Request) -> Response:
-    """Requests and tokens by day, tenant and model. What belongs to no tenant is the engines' probes."""
+    """Requests, tokens and charges by day, tenant and model. What belongs to no tenant is the engines' probes."""
     tenant_id = await _asked_tenant(api, request)
     rows = await usage.report(api.db, tenant_id=tenant_id, since=query_date(request, "since"), until=query_date(request, "until"))
-    data = [{"object": "usage", **{name: getattr(row, name) for name in usage.UsageRow.__slots__}} for row in rows]
+    names = [name for name in usage.UsageRow.__slots__ if name != "charge_picousd"]
+    data = [
+        {"object": "usage", **{name: getattr(row, name) for name in names}, "charge_microusd": microusd(row.charge_picousd)} for row in rows
+    ]
     return JsonResponse({"object": "list", "data": data})
 
 

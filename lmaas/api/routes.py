@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, operations, tenants
+from lmaas.api import adapters, cogs, operations, tenants
 from lmaas.api.context import Api
 from lmaas.api.openapi import document
 from lmaas.http import JsonResponse
@@ -46,6 +46,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("GET", "/replicas", operations.list_replicas),
     ("DELETE", "/replicas/{replica}", operations.stop_replica),
     *USAGE,
+    ("GET", "/cogs", cogs.cogs_report),
 ]
 #: Every operation of the two APIs: method, path, handler.
 OPERATIONS = [("/v1", *entry) for entry in ADAPTERS + KEYS + KEY_LIMITS + USAGE] + [("/admin/v1", *entry) for entry in OPERATOR]

@@ -26,7 +26,8 @@ KEY = ("id", "role", "name", "prefix", "created_at", "revoked_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
 VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "created_at")
 REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
-USAGE = ("day", "tenant", "model", "requests", "failed_requests", "prompt_tokens", "cached_tokens", "completion_tokens", "run_ms")
+TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+USAGE = ("day", "tenant", "model", "requests", "failed_requests", *TOKENS, "run_ms", "charge_microusd")
 EVENT = ("created_at", "request_id", "model", "status", "code", "prompt_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms")
 LIMIT_OPTIONS = (
     ("--requests-per-minute", "Requests accepted in any 60 seconds."),
@@ -35,7 +36,9 @@ LIMIT_OPTIONS = (
     ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
     ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
 )
-MODEL = ("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "min_replicas", "max_replicas", "idle_timeout_s", "source")
+PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
+COGS = ("starting_s", "loading_s", "busy_s", "idle_s", "cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio")
+MODEL = ("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "min_replicas", "max_replicas", "idle_timeout_s", *PRICES, "source")
 
 pass_context = click.make_pass_decorator(Context)
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -199,9 +202,13 @@ def model_list(context: Context) -> None:
 @click.option("--min-replicas", type=int)
 @click.option("--max-replicas", type=int)
 @click.option("--idle-timeout-s", type=float, help="How long an idle pool keeps its last replica.")
+@click.option("--prompt-price", type=int, help="Micro-dollars per million prompt tokens: 150000 is 0.15 $.")
+@click.option("--cached-price", type=int, help="The same for prompt tokens that were in the engine's prefix cache.")
+@click.option("--completion-price", type=int, help="The same for completion tokens.")
+@click.option("--engine-price", type=int, help="What an engine costs us: micro-dollars per hour.")
 @pass_context
 def model_change(context: Context, /, name: str, **bounds: float | None) -> None:
-    """Other bounds for a pool."""
+    """Other bounds for a pool, and other prices."""
     context.show_one(context.client().call("PATCH", f"/admin/v1/base-models/{name}", json=_given(bounds)), MODEL)
 
 
@@ -342,12 +349,34 @@ def adapter_delete(context: Context, name: str) -> None:
 @click.option("--events", is_flag=True, help="The latest single requests instead.")
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
-    """Requests and tokens by day, tenant and model."""
+    """Requests, tokens and charges by day, tenant and model."""
     path = "/v1/usage" if context.settings.api_key and context.tenant is None else "/admin/v1/usage"
     if events:
         context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
     else:
         context.show(context.client().list(path, tenant=context.tenant, since=since, until=until), USAGE)
+
+
+@cli.command()
+@click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
+@click.option("--until", help="The last day.")
+@click.option("--by", default="day,tenant,adapter", show_default=True, help="Some of these.")
+@pass_context
+def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
+    """What engines cost beside what tenants are charged, for operators."""
+    answer = context.client().call("GET", "/admin/v1/cogs", params=_given({"since": since, "until": until, "by": by}))
+    if context.as_json:
+        context.show_one(answer, ())
+        return
+    who = [name for part in answer["by"] for name in {"adapter": ("base_model", "adapter")}.get(part, (part,))]
+    lines = [*answer["data"], dict.fromkeys(who, "") | {who[0]: "total"} | answer["total"]]
+    context.show([_cogs_line(line) for line in lines], (*who, *COGS))
+
+
+def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
+    """A line for people: seconds, and a name for what nobody used."""
+    seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
+    return line | seconds | ({"tenant": "(nobody)"} if line.get("tenant", "") is None else {})
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,10 @@ SHORT = {
     "cached_tokens": "cached",
     "completion_tokens": "completion",
     "content_hash": "content",
+    # Money is shown in dollars.
+    "cost_microusd": "cost $",
+    "charge_microusd": "charge $",
+    "margin_microusd": "margin $",
 }
 
 
@@ -70,7 +74,7 @@ class Context:
                 no_wrap=column not in ("reason", "target_modules", "source"),
             )
         for row in rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
+            table.add_row(*(_cell(row.get(column), money=column.endswith("_microusd")) for column in columns))
         console = Console()
         # A terminal folds long lines by itself; cutting them would lose what they say.
         width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
@@ -89,9 +93,12 @@ class Context:
 HASH_LENGTH = 64
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, *, money: bool) -> str:
     if value is None:
         return "-"
+    if money:
+        dollars, micro = divmod(abs(value), 1_000_000)
+        return f"{'-' if value < 0 else ''}{dollars}.{micro:06d}"
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
     text = str(value)

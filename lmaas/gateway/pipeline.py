@@ -104,11 +104,11 @@ async def _run(
             log.warning("a delivery failed", extra={"request_id": call.request_id, "replica_id": lease.replica, "detail": str(lost)})
             if delivery.begun:
                 raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
+            # Nothing of it has reached the client.
+            record.count({})
             if lost.revoked and request.constrained:
                 # Its grammar may be what the engine stands still on: the next one is spared.
                 raise EngineFailed("The engine stood still while it worked on this request. Simplify its schema or its tools.") from lost
-            # Nothing of it has reached the client.
-            record.count({})
             await opened.retry(lease, lost.reason)
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
@@ -138,6 +138,7 @@ async def _answer_error(call: Call, error: LmaasError) -> None:
 
 
 def _record(call: Call, principal: Principal, request: Shielded, model: ServedModel) -> UsageRecord:
+    percent = SERVICE_TIERS[request.service_tier].price_percent
     return UsageRecord(
         request_id=call.request_id,
         tenant_id=principal.tenant_id,
@@ -147,6 +148,9 @@ def _record(call: Call, principal: Principal, request: Shielded, model: ServedMo
         adapter=model.adapter or None,
         adapter_version=model.version,
         stream=request.stream,
+        prompt_price=model.base.prompt_price * percent // 100,
+        cached_price=model.base.cached_price * percent // 100,
+        completion_price=model.base.completion_price * percent // 100,
     )
 
 
@@ -166,6 +170,7 @@ def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: Se
         head_start=service.head_start,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
+        prices=(record.prompt_price, record.cached_price, record.completion_price),
         limits=limited_scopes(principal),
     )
 

@@ -2,10 +2,11 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from lmaas.metering.pricing import Prices, charge_picousd
 from lmaas.states import UsageStatus
 from lmaas.store.usage import UsageEvent
 
@@ -33,6 +34,10 @@ class UsageRecord:
     queue_ms: int = 0
     load_ms: int = 0
     replica_id: str | None = None
+    #: The base model's prices when the request was accepted: micro-dollars per million tokens.
+    prompt_price: int = 0
+    cached_price: int = 0
+    completion_price: int = 0
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     _accepted: float = field(default_factory=time.monotonic)
     _started: float | None = None
@@ -87,14 +92,23 @@ class UsageRecord:
                 "load_ms": self.load_ms,
                 "run_ms": self.run_ms or 0,
                 "replica_id": self.replica_id,
+                "prompt_price": self.prompt_price,
+                "cached_price": self.cached_price,
+                "completion_price": self.completion_price,
                 "created_at": self.created_at.isoformat(),
             }
         )
 
 
 def parse_event(text: str) -> UsageEvent:
-    """The event that `UsageRecord.event` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    """The event that `UsageRecord.event` wrote, with its charge. Raises ValueError, KeyError or TypeError for anything else.
+
+    An event of a version without prices is charged nothing.
+    """
     fields = json.loads(text)
     fields["created_at"] = datetime.fromisoformat(fields["created_at"])
     fields["status"] = UsageStatus(fields["status"])
-    return UsageEvent(**fields)
+    prices = Prices(*(int(fields.pop(name, 0)) for name in ("prompt_price", "cached_price", "completion_price")))
+    event = UsageEvent(**fields)
+    charge = charge_picousd(prices, event.status, event.prompt_tokens, event.cached_tokens, event.completion_tokens)
+    return replace(event, charge_picousd=charge)

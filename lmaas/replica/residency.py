@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from lmaas.adapters.objects import AdapterFiles
@@ -19,16 +20,26 @@ LOADS_AT_ONCE = 4
 class Residency:
     """Loads what the scheduler wants loaded. `capacity` adapters stay on the engine; the longest unused gives way.
 
-    The files lie in `folder`, one folder an adapter, for as long as the engine may read them.
+    The files lie in `folder`, one folder an adapter, for as long as the engine may read them. `on_granted` is called when requests that
+    waited for a load have begun to run.
     """
 
     def __init__(
-        self, pool: str, replica: str, scheduler: Scheduler, client: EngineClient, files: AdapterFiles, folder: Path, capacity: int
+        self,
+        pool: str,
+        replica: str,
+        scheduler: Scheduler,
+        client: EngineClient,
+        files: AdapterFiles,
+        folder: Path,
+        capacity: int,
+        on_granted: Callable[[], None],
     ):
         self._pool, self._replica = pool, replica
         self._scheduler, self._client, self._files = scheduler, client, files
         self._folder = folder
         self._capacity = capacity
+        self._on_granted = on_granted
         self._limit = asyncio.Semaphore(LOADS_AT_ONCE)
         self._making_room = asyncio.Lock()
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -77,6 +88,8 @@ class Residency:
                 await self._client.load_adapter(url, adapter, str(path))
                 self.resident.add(adapter)
             granted = await self._scheduler.loaded(self._pool, self._replica, adapter)
+            if granted:
+                self._on_granted()
             log.info("adapter loaded", extra=extra | {"detail": f"{granted} requests waited for it"})
         except CONNECTION_ERRORS as error:
             # The engine broke, not the adapter: who waits goes elsewhere when the replica ends, or the next heartbeat asks again.

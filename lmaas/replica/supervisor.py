@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ from lmaas.config import Settings
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
 from lmaas.engine.launch import EngineProcess, EngineSpec, launched
 from lmaas.errors import Unavailable
+from lmaas.metering.engine_time import phase_when_ready
 from lmaas.metering.usage import UsageRecord
 from lmaas.replica.residency import Residency
+from lmaas.replica.timesheet import TimeSheet
 from lmaas.scheduling.client import Beat, Scheduler, replica_channel
-from lmaas.states import Desired, Observed, UsageStatus
+from lmaas.states import Desired, EnginePhase, Observed, UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import get_replica, observe
@@ -57,12 +59,21 @@ class Supervisor:
         client: EngineClient,
         model: BaseModel,
         replica_id: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._db, self._scheduler, self._client = settings, db, scheduler, client
         self._model, self._id = model, replica_id
         self._folder = settings.home / "replicas" / replica_id
+        self._sheet = TimeSheet(db, replica_id, model, clock)
         self._residency = Residency(
-            model.id, replica_id, scheduler, client, files, self._folder / "adapters", max(model.max_cpu_loras, model.max_loras)
+            model.id,
+            replica_id,
+            scheduler,
+            client,
+            files,
+            self._folder / "adapters",
+            max(model.max_cpu_loras, model.max_loras),
+            on_granted=lambda: self._sheet.observe(EnginePhase.BUSY),
         )
         self._state = Observed.STARTING
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -86,7 +97,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
-        async with launched(self._spec(), _free_port(), self._folder / "engine.log") as engine:
+        async with self._sheet.kept(), launched(self._spec(), _free_port(), self._folder / "engine.log") as engine:
             log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}"))
             tasks: list[asyncio.Task[Any]] = [
                 asyncio.create_task(coroutine, name=name)
@@ -97,6 +108,7 @@ class Supervisor:
                     "signals": self._listen(),
                     "desire": self._watch_desire(engine),
                     "liveness": self._watch_liveness(engine),
+                    "time-sheet": self._sheet.write_forever(),
                 }.items()
             ]
             try:
@@ -168,6 +180,7 @@ class Supervisor:
         # Who waits for an adapter finds it there.
         await self._residency.warm(engine.url)
         self._start_ms = round((time.monotonic() - self._started) * 1000)
+        self._sheet.observe(EnginePhase.IDLE)
         if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url)):
             self.end(Observed.STOPPED, "nobody desires this replica any more")
             return
@@ -217,12 +230,16 @@ class Supervisor:
             except Unavailable:
                 # The engine goes on serving what runs; Redis may come back.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
-                self._see(controller=False, busy=await self._moves(engine))
+                moves = await self._moves(engine)
+                self._see(controller=False, busy=moves)
+                self._saw_load(int(moves), 0)
                 await asyncio.sleep(BEAT_S)
                 continue
             cleared = False
             self._doubted = self._doubted and not beat.suspect
             self._load = int(reply["load"])
+            # Tickets, not slots: one of several sequences that waits for an adapter passes for one that runs.
+            self._saw_load(self._load, sum(reply["running"].get(adapter, 0) for adapter in reply["loads"]))
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             if self._state is Observed.STARTING:
                 self._residency.prepare(reply.get("warm") or {})
@@ -241,6 +258,11 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await self._wake.wait()
+
+    def _saw_load(self, load: int, waiting: int) -> None:
+        """For the time sheet: so many slots are taken, so many of them by requests that wait for an adapter."""
+        if self._start_ms is not None:
+            self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:
         """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one."""
@@ -322,11 +344,16 @@ class Supervisor:
         with contextlib.suppress(Unavailable):
             await observe(self._db, self._id, Observed.DRAINING)
         with contextlib.suppress(Unavailable):
-            self._load = await self._scheduler.drain(self._model.id, self._id)
+            await self._drain_queue()
             # -1 while Redis, having lost its memory, does not know us: gateways will tell it what runs here.
             while self._load != 0 and time.monotonic() < deadline and engine.running:
                 await asyncio.sleep(0.1)
-                self._load = await self._scheduler.drain(self._model.id, self._id)
+                await self._drain_queue()
+
+    async def _drain_queue(self) -> None:
+        self._load = await self._scheduler.drain(self._model.id, self._id)
+        if self._load >= 0:
+            self._saw_load(self._load, 0)
 
 
 def _free_port() -> int:

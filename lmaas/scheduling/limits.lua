@@ -47,6 +47,7 @@ local function save_scope(scope)
 end
 
 local function cost_of(prices, prompt, cached, completion)
+  cached = math.min(cached, prompt)
   return (prompt - cached) * prices[1] + cached * prices[2] + completion * prices[3]
 end
 

@@ -36,6 +36,12 @@ class BaseModel:
     min_replicas: int | None = None
     max_replicas: int | None = None
     idle_timeout_s: float | None = None
+    #: What tenants pay: micro-dollars per million tokens.
+    prompt_price: int = 0
+    cached_price: int = 0
+    completion_price: int = 0
+    #: What an engine costs us: micro-dollars per hour.
+    engine_price: int = 0
 
     @property
     def shapes(self) -> BaseModelShapes:
@@ -46,11 +52,14 @@ class BaseModel:
 _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 
 #: What an operator may change while the service runs; the rest would change what an adapter was validated against.
-CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s"})
+PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
+CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", *PRICES})
+#: 10,000 $. The charge of a request of 900 million tokens still fits the ledger's BIGINT, and the 14 digits of Lua's JSON hold a price.
+MAX_PRICE = 10**10
 
 
 async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
-    """Add the base model, or bring the one of this name to these values; its id and an operator's bounds stay."""
+    """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
     values = asdict(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     query = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], set_=changes).returning(*_COLUMNS)

@@ -6,6 +6,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Float,
     ForeignKey,
@@ -93,6 +94,11 @@ base_models = Table(
     Column("min_replicas", Integer),
     Column("max_replicas", Integer),
     Column("idle_timeout_s", Float),
+    # Micro-dollars per million tokens, and per hour of an engine.
+    Column("prompt_price", BigInteger, nullable=False, server_default=text("0")),
+    Column("cached_price", BigInteger, nullable=False, server_default=text("0")),
+    Column("completion_price", BigInteger, nullable=False, server_default=text("0")),
+    Column("engine_price", BigInteger, nullable=False, server_default=text("0")),
     Column("engine_args", Text, nullable=False),
     _created(),
 )
@@ -138,6 +144,22 @@ replicas = Table(
     Index(None, "base_model_id", "observed"),
 )
 
+# How long each engine was in which phase. Its supervisor alone writes it.
+engine_time = Table(
+    "engine_time",
+    metadata,
+    Column("replica_id", ForeignKey("replicas.id"), nullable=False),
+    Column("base_model_id", ForeignKey("base_models.id"), nullable=False),
+    # UTC.
+    Column("day", Date, nullable=False),
+    Column("phase", Text, nullable=False),
+    # Micro-dollars per engine-hour. Part of the key: it may change while the engine runs.
+    Column("price", BigInteger, nullable=False),
+    Column("ms", BigInteger, nullable=False),
+    PrimaryKeyConstraint("replica_id", "day", "phase", "price"),
+    Index(None, "day"),
+)
+
 usage_events = Table(
     "usage_events",
     metadata,
@@ -163,6 +185,8 @@ usage_events = Table(
     Column("replica_id", Text),
     # When the request arrived.
     Column("created_at", DateTime(timezone=True), nullable=False),
+    # Picodollars, at the prices that held then.
+    Column("charge_picousd", BigInteger, nullable=False, server_default=text("0")),
     Index(None, "tenant_id", "created_at"),
     Index(None, "created_at"),
 )

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 
-from sqlalchemy import Date, cast, func, literal, select
+from sqlalchemy import Date, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 
@@ -37,6 +37,8 @@ class UsageEvent:
     run_ms: int
     replica_id: str | None
     created_at: datetime
+    #: What the tenant is charged, in picodollars (10⁻¹² $).
+    charge_picousd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class UsageRow:
     cached_tokens: int
     completion_tokens: int
     run_ms: int
+    charge_picousd: int
 
 
 class UnrecordableEventError(Exception):
@@ -96,6 +99,7 @@ async def report(db: Database, *, tenant_id: str | None = None, since: date | No
             func.sum(columns.cached_tokens),
             func.sum(columns.completion_tokens),
             func.sum(columns.run_ms),
+            func.sum(columns.charge_picousd),
         )
         .join_from(usage_events, tenants, columns.tenant_id == tenants.c.id, isouter=True)
         .group_by(day, tenants.c.id, tenants.c.name, columns.model)
@@ -116,9 +120,9 @@ async def month_total(db: Database, tenant_id: str, year: int, month: int, *, ke
     """What a tenant (or one of its keys) has used in a calendar month, UTC: tokens, and picodollars."""
     columns = usage_events.c
     begin, end = datetime(year, month, 1, tzinfo=UTC), datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
-    query = select(func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0), literal(0)).where(
-        columns.tenant_id == tenant_id, columns.created_at >= begin, columns.created_at < end
-    )
+    query = select(
+        func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0), func.coalesce(func.sum(columns.charge_picousd), 0)
+    ).where(columns.tenant_id == tenant_id, columns.created_at >= begin, columns.created_at < end)
     if key_id is not None:
         query = query.where(columns.key_id == key_id)
     async with db.begin() as connection:

@@ -9,8 +9,9 @@ import re
 import secrets
 import signal
 import socket
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,13 +164,13 @@ class Stack:
         )
         return f"{tenant.id}-{content}"
 
-    async def replica(self, model: BaseModel, fake: str = "") -> Replica:
-        """A ready replica whose engine gets the `fake` arguments."""
+    async def replica(self, model: BaseModel, fake: str = "", clock: Callable[[], float] = time.monotonic) -> Replica:
+        """A ready replica whose engine gets the `fake` arguments. Its time sheet goes by `clock`."""
         replica_id = new_id("rep")
         await add_replica(self.db, replica_id, model.id)
         client = await self._exits.enter_async_context(EngineClient())
         started = dataclasses.replace(model, engine_args=fake)
-        supervisor = Supervisor(self.settings, self.db, self.scheduler, self.services.files, client, started, replica_id)
+        supervisor = Supervisor(self.settings, self.db, self.scheduler, self.services.files, client, started, replica_id, clock)
         task = asyncio.create_task(supervisor.run(), name=replica_id)
         self._exits.push_async_callback(_end, task)
         found: list[dict[str, Any]] = []

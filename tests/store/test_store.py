@@ -287,8 +287,8 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     await usage.record_events(
         db,
         [
-            usage_event("r1", acme.id),
-            usage_event("r2", acme.id, status=UsageStatus.FAILED, created_at=late),
+            usage_event("r1", acme.id, charge_picousd=2**62),
+            usage_event("r2", acme.id, status=UsageStatus.FAILED, created_at=late, charge_picousd=2**62 + 1),
             usage_event("r3", acme.id, model="bot", status=UsageStatus.ABORTED),
             usage_event("r4", acme.id, created_at=datetime(2026, 1, 3, tzinfo=UTC), status=UsageStatus.EXPIRED),
             usage_event("r5", other.id),
@@ -297,11 +297,11 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     )
     await usage.record_events(db, [])
     day = date(2026, 1, 2)
-    both = usage.UsageRow(day, "acme", "base", 2, 1, 20, 8, 10, 600)
-    bot = usage.UsageRow(day, "acme", "bot", 1, 0, 10, 4, 5, 300)
-    next_day = usage.UsageRow(date(2026, 1, 3), "acme", "base", 1, 1, 10, 4, 5, 300)
-    others = usage.UsageRow(day, "other", "base", 1, 0, 10, 4, 5, 300)
-    probes = usage.UsageRow(day, None, "base", 1, 0, 10, 4, 5, 300)
+    both = usage.UsageRow(day, "acme", "base", 2, 1, 20, 8, 10, 600, 2**63 + 1)
+    bot = usage.UsageRow(day, "acme", "bot", 1, 0, 10, 4, 5, 300, 0)
+    next_day = usage.UsageRow(date(2026, 1, 3), "acme", "base", 1, 1, 10, 4, 5, 300, 0)
+    others = usage.UsageRow(day, "other", "base", 1, 0, 10, 4, 5, 300, 0)
+    probes = usage.UsageRow(day, None, "base", 1, 0, 10, 4, 5, 300, 0)
     assert await usage.report(db) == [next_day, both, bot, others, probes]
     assert await usage.report(db, tenant_id=acme.id) == [next_day, both, bot]
     assert await usage.report(db, tenant_id=acme.id, until=day) == [both, bot]

@@ -1,0 +1,171 @@
+"""The cost of goods sold: engine time, apportioned to those who used the engines.
+
+Pure. Every millisecond ends in exactly one line, so the lines' sums are the engines' own. A millisecond at a price is a whole number of
+the unit `cost` is kept in, 1/3,600,000 micro-dollar, so the sums of money are exact as well; they are rounded only to be shown.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, TypeVar
+
+from lmaas.metering.pricing import PICOUSD_PER_MICROUSD
+from lmaas.states import EnginePhase
+from lmaas.store.engine_time import Charge, Consumer, EngineTime, Work
+
+K = TypeVar("K", bound=Hashable)
+
+#: What lines may be grouped by. An adapter is named within its tenant.
+DIMENSIONS = ("day", "tenant", "adapter")
+MS_PER_HOUR = 3_600_000
+
+
+@dataclass(slots=True)
+class Line:
+    """What one consumer cost and is charged on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars."""
+
+    ms: dict[EnginePhase, int] = field(default_factory=lambda: dict.fromkeys(EnginePhase, 0))
+    cost: int = 0
+    charge: int = 0
+
+    def add(self, other: "Line") -> None:
+        """Add another line to this one."""
+        for phase, ms in other.ms.items():
+            self.ms[phase] += ms
+        self.cost += other.cost
+        self.charge += other.charge
+
+    @property
+    def total_ms(self) -> int:
+        """All phases."""
+        return sum(self.ms.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A line as it is shown: money in micro-dollars. What the lines are not grouped by is None."""
+
+    day: date | None
+    consumer: Consumer | None
+    ms: dict[EnginePhase, int]
+    cost_microusd: int
+    charge_microusd: int
+
+    @property
+    def margin_microusd(self) -> int:
+        """What is left of the charge."""
+        return self.charge_microusd - self.cost_microusd
+
+    @property
+    def margin_ratio(self) -> float | None:
+        """The gross margin as a part of the charge, to four places; None if nothing is charged."""
+        return round(self.margin_microusd / self.charge_microusd, 4) if self.charge_microusd else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The lines, their sum, and where the engines' time went. `engine_ms` is `allocated_ms` + `unallocated_ms`."""
+
+    lines: list[Shown]
+    total: Shown
+    engine_ms: int
+    allocated_ms: int
+    unallocated_ms: int
+
+
+def apportion(total: int, weights: Mapping[K, int]) -> dict[K, int]:
+    """`total` in whole parts in proportion to `weights`, by largest remainder; among equal ones the earlier in `weights` has it.
+
+    The parts add up to `total`. `weights` must not be all zero.
+    """
+    whole = sum(weights.values())
+    parts = {key: total * weight // whole for key, weight in weights.items()}
+    left = total - sum(parts.values())
+    for key in sorted(weights, key=lambda key: -(total * weights[key] % whole))[:left]:
+        parts[key] += 1
+    return parts
+
+
+def allocate(times: Iterable[EngineTime], work: Iterable[Work]) -> dict[tuple[date, Consumer], Line]:
+    """Engine time by day and consumer.
+
+    Loading is shared in proportion to the time that requests waited for a load, everything else in proportion to the time that they
+    ran, each on the same engine and day. Where there was neither, the shares are those of the last earlier day that had some (an
+    engine idles after its work), else of the next one (it started for it): so a day that has passed does not change with what comes
+    later. An engine that never had a request is nobody's.
+    """
+    ran: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
+    loaded: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
+    # In an order of their own, so that remainders do not depend on the database's.
+    for one in sorted(work, key=lambda one: (one.replica_id, one.day, *_order(one.consumer))):
+        for weights, ms in ((ran, one.run_ms), (loaded, one.load_ms)):
+            if ms > 0:
+                of_day = weights[one.replica_id].setdefault(one.day, {})
+                of_day[one.consumer] = of_day.get(one.consumer, 0) + ms
+    lines: dict[tuple[date, Consumer], Line] = defaultdict(Line)
+    for time in times:
+        shares = _nearest(ran[time.replica_id], time.day)
+        if time.phase is EnginePhase.LOADING:
+            shares = loaded[time.replica_id].get(time.day) or shares
+        for consumer, ms in apportion(time.ms, shares or {Consumer(None, None, time.base_model, None): 1}).items():
+            line = lines[time.day, consumer]
+            line.ms[time.phase] += ms
+            line.cost += ms * time.price
+    return dict(lines)
+
+
+def _nearest(days: Mapping[date, dict[Consumer, int]], day: date) -> dict[Consumer, int] | None:
+    if not days:
+        return None
+    return days[max((other for other in days if other <= day), default=min(days))]
+
+
+def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[Charge], by: Iterable[str] = DIMENSIONS) -> Report:
+    """Cost beside charge, grouped by some of DIMENSIONS; newest day first.
+
+    The money of the lines is rounded so that it adds up to the total, which is rounded once.
+    """
+    lines = allocate(times, work)
+    unallocated_ms = sum(line.total_ms for (_, consumer), line in lines.items() if consumer.tenant_id is None)
+    for charge in charges:
+        lines.setdefault((charge.day, charge.consumer), Line()).charge += charge.picousd
+    by = frozenset(by)
+    groups: dict[tuple[date | None, Consumer | None], Line] = defaultdict(Line)
+    for (day, consumer), line in lines.items():
+        groups[day if "day" in by else None, _grouped(consumer, by)].add(line)
+    keys = sorted(groups, key=lambda key: (-key[0].toordinal() if key[0] else 0, *_order(key[1])))
+    costs = rounded([groups[key].cost for key in keys], MS_PER_HOUR)
+    paid = rounded([groups[key].charge for key in keys], PICOUSD_PER_MICROUSD)
+    whole = Line()
+    for line in groups.values():
+        whole.add(line)
+    return Report(
+        [Shown(*key, groups[key].ms, cost, charge) for key, cost, charge in zip(keys, costs, paid, strict=True)],
+        Shown(None, None, whole.ms, sum(costs), sum(paid)),
+        engine_ms=sum(time.ms for time in times),
+        allocated_ms=whole.total_ms - unallocated_ms,
+        unallocated_ms=unallocated_ms,
+    )
+
+
+def rounded(values: Sequence[int], divisor: int) -> list[int]:
+    """The values divided by `divisor` and rounded up or down, so that they add up to their sum divided and rounded, halves up."""
+    parts = [value // divisor for value in values]
+    left = (2 * sum(values) + divisor) // (2 * divisor) - sum(parts)
+    for index in sorted(range(len(values)), key=lambda index: -(values[index] % divisor))[:left]:
+        parts[index] += 1
+    return parts
+
+
+def _grouped(consumer: Consumer, by: frozenset[str]) -> Consumer | None:
+    if "adapter" in by:
+        return consumer
+    return Consumer(consumer.tenant_id, consumer.tenant, "", None) if "tenant" in by else None
+
+
+def _order(consumer: Consumer | None) -> tuple[Any, ...]:
+    """By tenant, nobody last, then base model and adapter, the base model itself first."""
+    if consumer is None:
+        return ()
+    return consumer.tenant is None, consumer.tenant or "", consumer.tenant_id or "", consumer.base_model, consumer.adapter or ""

@@ -1,0 +1,140 @@
+"""Engine time: how long each engine was in which phase, and what ran on it meanwhile."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Date, Select, case, cast, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from lmaas.states import EnginePhase
+from lmaas.store.database import Database
+from lmaas.store.tables import base_models, engine_time, replicas, tenants, usage_events
+
+#: No request waits longer than this for its replica.
+LONGEST_WAIT = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTime:
+    """Milliseconds of one engine in one phase on one day (UTC), and the price of its hour then, in micro-dollars."""
+
+    replica_id: str
+    base_model: str
+    day: date
+    phase: EnginePhase
+    price: int
+    ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """Whose use it is: a tenant's, of one of its adapters (by its name, all versions) or of a base model (`adapter` is None).
+
+    With `tenant_id` None it is nobody's.
+    """
+
+    tenant_id: str | None
+    tenant: str | None
+    base_model: str
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a consumer's requests did on one replica on the day (UTC) on which they began to run there."""
+
+    replica_id: str
+    day: date
+    consumer: Consumer
+    run_ms: int
+    load_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a consumer is charged for the requests that arrived on one day (UTC), in picodollars."""
+
+    day: date
+    consumer: Consumer
+    picousd: int
+
+
+async def record_engine_time(db: Database, replica_id: str, base_model_id: str, spans: Mapping[tuple[date, EnginePhase, int], int]) -> None:
+    """Write milliseconds by day, phase and price, each the whole so far: writing the same again, or something older, changes nothing."""
+    if not spans:
+        return
+    values = [
+        {"replica_id": replica_id, "base_model_id": base_model_id, "day": day, "phase": phase, "price": price, "ms": ms}
+        for (day, phase, price), ms in spans.items()
+    ]
+    query = insert(engine_time).values(values)
+    query = query.on_conflict_do_update(
+        index_elements=["replica_id", "day", "phase", "price"], set_={"ms": func.greatest(engine_time.c.ms, query.excluded.ms)}
+    )
+    async with db.begin() as connection:
+        await connection.execute(query)
+
+
+async def engine_price(db: Database, base_model_id: str) -> int:
+    """What an hour of the base model's engines costs now, in micro-dollars."""
+    async with db.begin() as connection:
+        return int((await connection.execute(select(base_models.c.engine_price).where(base_models.c.id == base_model_id))).scalar_one())
+
+
+async def list_engine_time(db: Database, *, since: date | None = None, until: date | None = None) -> list[EngineTime]:
+    """Every engine's time on these days, both inclusive."""
+    columns = engine_time.c
+    query = select(columns.replica_id, base_models.c.name, columns.day, columns.phase, columns.price, columns.ms)
+    query = _within(query.join_from(engine_time, base_models), columns.day, since, until)
+    async with db.begin() as connection:
+        rows = (await connection.execute(query)).all()
+    return [EngineTime(row[0], row[1], row[2], EnginePhase(row[3]), row[4], row[5]) for row in rows]
+
+
+async def list_work(db: Database, *, since: date | None = None, until: date | None = None) -> list[Work]:
+    """What all tenants' requests did on the engines that were there on these days: also what they did there on other days."""
+    columns = usage_events.c
+    there = _within(select(engine_time.c.replica_id), engine_time.c.day, since, until)
+    first = select(func.min(replicas.c.created_at) - LONGEST_WAIT).where(replicas.c.id.in_(there)).scalar_subquery()
+    began = columns.created_at + func.make_interval(0, 0, 0, 0, 0, 0, (columns.queue_ms + columns.load_ms) / 1000)
+    day = cast(func.timezone("UTC", began), Date)
+    consumer = _consumer()
+    query = (
+        select(columns.replica_id, day, *consumer, func.sum(columns.run_ms), func.sum(columns.load_ms))
+        .join_from(usage_events, tenants)
+        # Two ways to say it: the ledger has an index of moments, and none of replicas.
+        .where(columns.replica_id.in_(there), columns.created_at >= first)
+        .group_by(columns.replica_id, day, *consumer)
+    )
+    async with db.begin() as connection:
+        rows = (await connection.execute(query)).all()
+    return [Work(row[0], row[1], Consumer(*row[2:6]), int(row[6]), int(row[7])) for row in rows]
+
+
+async def list_charges(db: Database, *, since: date | None = None, until: date | None = None) -> list[Charge]:
+    """What all tenants are charged for the requests of these days, both inclusive."""
+    columns = usage_events.c
+    day = cast(func.timezone("UTC", columns.created_at), Date)
+    consumer = _consumer()
+    query = select(day, *consumer, func.sum(columns.charge_picousd)).join_from(usage_events, tenants)
+    query = _within(query, day, since, until).where(columns.charge_picousd != 0).group_by(day, *consumer)
+    async with db.begin() as connection:
+        rows = (await connection.execute(query)).all()
+    return [Charge(row[0], Consumer(*row[1:5]), int(row[5])) for row in rows]
+
+
+def _consumer() -> list[ColumnElement[Any]]:
+    """The fields of a Consumer. A tenant may have asked for `name@version`; `adapter` itself is the engine's name of one upload."""
+    columns = usage_events.c
+    adapter = case((columns.adapter.is_not(None), func.split_part(columns.model, "@", 1)))
+    return [tenants.c.id, tenants.c.name, columns.base_model, adapter]
+
+
+def _within(query: Select[Any], day: ColumnElement[Any], since: date | None, until: date | None) -> Select[Any]:
+    if since is not None:
+        query = query.where(day >= since)
+    if until is not None:
+        query = query.where(day <= until)
+    return query
