@@ -288,20 +288,16 @@ async def test_a_client_that_went_away_may_come_again(service: Service, tenant: 
 
 
 async def test_the_wait_for_an_engine_is_part_of_what_is_replayed(service: Service, tenant: Tenant) -> None:
-    pool = service.waking
-    body = ask(model="waking", stream=True)
-    first = asyncio.create_task(service.send(tenant, body))
-
-    async def queued() -> bool:
-        return bool((await service.stack.scheduler.stats(pool.id))["queued"] == 1)
-
-    await until(queued)
-    check_error(await service.send(tenant, body), 409, "idempotency_in_progress", retry=True)
-    await asyncio.sleep(1.2)  # a comment
-    await service.stack.replica(pool)
-    answer = await first
-    assert answer.text.startswith(": queued position=1")
-    assert (await service.send(tenant, body)).content == answer.content
+    body, headers = ask(model="waking"), {"idempotency-key": "k"}
+    first = Stream()
+    task = asyncio.create_task(service.stack.stream(tenant, CHAT, body, first, headers=headers))
+    await until(lambda: first.comments)
+    check_error(await service.send(tenant, body | {"stream": True}), 409, "idempotency_in_progress", retry=True)
+    await service.stack.replica(service.waking)
+    await task
+    assert first.done
+    again = await service.stack.stream(tenant, CHAT, body, headers=headers)
+    assert (again.comments, again.raw) == (first.comments, first.raw)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -390,6 +386,21 @@ async def test_without_postgres_such_requests_are_not_accepted_and_others_flow(s
     assert (await service.send(tenant, ask(), "new")).status_code == 200
     events = await stack.ledger(service.model, tenant)
     assert len([event for event in events if event.status == "completed"]) == 5
+
+
+async def test_a_postgres_that_hangs_holds_up_no_answer(service: Service, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.gateway.idempotency.CLAIM_S", 0.3)
+    monkeypatch.setattr("lmaas.gateway.idempotency.SETTLE_S", 0.3)
+    body = ask(tokens=20, stream=True)
+    running = asyncio.create_task(service.send(tenant, body))
+    await service.running(tenant)
+    async with service.stack.db.begin() as connection:
+        await connection.execute(text("LOCK TABLE idempotency"))
+        answer = await asyncio.wait_for(running, 5)
+        assert answer.text.endswith("data: [DONE]\n\n")
+        check_error(await service.send(tenant, ask(), "new"), 503, "database_unavailable", retry=True)
+    await until(lambda: service.has(tenant, ["done"]), timeout_s=10)
+    assert (await service.send(tenant, body)).content == answer.content
 
 
 async def test_a_killed_gateways_request_is_taken_over(service: Service, tenant: Tenant) -> None:
