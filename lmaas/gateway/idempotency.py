@@ -29,6 +29,8 @@ AGAIN_S = 1.0
 #: How long Postgres may take to claim a key, and how long the end of an answer waits for Postgres to have it.
 CLAIM_S = 5.0
 SETTLE_S = 2.0
+#: Claims, and settlements, that are with Postgres at a time: the rest of the pool's connections are left to look up keys and models.
+AT_ONCE = 3
 #: How soon a client may ask again for what is still running.
 IN_PROGRESS_RETRY_S = 2.0
 #: What is worth keeping: an answer, and what the engine refused as the client's own mistake, which it would refuse again.
@@ -49,6 +51,7 @@ class Recorder:
         self._send, self._settle, self._max_bytes = send, settle, max_bytes
         self._status = 0
         self._content_type = ""
+        self._length = b""
         self._copy = bytearray()
         self._size = 0
         self._tail = b""
@@ -61,7 +64,9 @@ class Recorder:
             return  # the gateway stopped at the very moment: the client has had its answer
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            self._content_type = dict(message["headers"])[b"content-type"].decode("latin-1")
+            headers = dict(message["headers"])
+            self._content_type = headers[b"content-type"].decode("latin-1")
+            self._length = headers.get(b"content-length", b"")
         else:
             self._take(message.get("body", b""))
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -89,7 +94,8 @@ class Recorder:
             self._copy.clear()
 
     def _answer(self) -> Answer | None:
-        if self._status not in KEPT_STATUSES or (self._streams and self._tail != END_OF_STREAM):
+        whole = self._tail == END_OF_STREAM if self._streams else self._length == str(self._size).encode()
+        if not whole or self._status not in KEPT_STATUSES:
             return None
         return Answer(self._status, self._content_type, bytes(self._copy) if self._size <= self._max_bytes else None)
 
@@ -104,6 +110,8 @@ class Idempotency:
         #: What Postgres has not heard of yet.
         self._untold: deque[tuple[Claim, Answer | None]] = deque()
         self._settling: set[asyncio.Task[bool]] = set()
+        # Ends do not queue behind beginnings: an engine's slot may wait for them.
+        self._turns_to_claim, self._turns_to_settle = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
 
     def wanted(self, call: Call, tenant_id: str, path: str, body: bytes) -> Claim | None:
         """The claim that this request makes; None without the header. Raises InvalidRequest for a key that is none."""
@@ -127,7 +135,7 @@ class Idempotency:
         Unavailable if Postgres is away; then nothing was accepted.
         """
         try:
-            async with asyncio.timeout(CLAIM_S):
+            async with asyncio.timeout(CLAIM_S), self._turns_to_claim:
                 earlier = await take(self._db, claim)
         except TimeoutError:
             raise Unavailable(
@@ -186,7 +194,7 @@ class Idempotency:
         """Tell Postgres, or remember to; whether it has heard."""
         extra = {"request_id": claim.request_id, "tenant_id": claim.tenant_id, "action": "settle"}
         try:
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(SETTLE_S), self._turns_to_settle:
                 if answer is None:
                     await give_up(self._db, claim)
                 elif not await keep(self._db, claim, answer):

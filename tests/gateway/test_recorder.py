@@ -28,8 +28,10 @@ class Client:
     async def _settle(self, answer: Answer | None) -> None:
         self.log.append(answer)
 
-    async def answer(self, kind: bytes, *parts: bytes, status: int = 200, end: bytes | None = b"") -> list[Any]:
-        await self.recorder({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+    async def answer(self, kind: bytes, *parts: bytes, status: int = 200, end: bytes | None = b"", whole: bool = True) -> list[Any]:
+        length = str(len(b"".join(parts) + (end or b"")) if whole else 1).encode()
+        headers = [(b"content-type", kind), *([(b"content-length", length)] if kind == JSON else [])]
+        await self.recorder({"type": "http.response.start", "status": status, "headers": headers})
         for part in parts:
             await self.recorder({"type": "http.response.body", "body": part, "more_body": True})
         if end is not None:
@@ -44,6 +46,10 @@ def kept(kind: bytes, body: bytes | None, status: int = 200) -> Answer:
 async def test_a_plain_answer_goes_on_when_it_is_kept() -> None:
     assert await Client().answer(JSON, b"{}") == [kept(JSON, b"{}"), 200, b"{}", b""]
     assert await Client().answer(JSON, end=b"{}", status=400) == [kept(JSON, b"{}", 400), 400, b"{}"]
+
+
+async def test_a_plain_answer_of_another_length_is_not_kept() -> None:
+    assert await Client().answer(JSON, b"{}", whole=False) == [None, 200, b"{}", b""]
 
 
 @pytest.mark.parametrize("status", [404, 429, 500, 502, 503])
