@@ -25,6 +25,7 @@ from lmaas.engine.client import EngineClient
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.catalog import Catalog
+from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import routes as gateway_routes
 from lmaas.gateway.server import server
@@ -75,7 +76,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
     authenticate = Authenticator(db, settings.auth_grace_s)
-    gateway = Gateway(settings, db, authenticate, Catalog(db), leases, EngineClient(), GatewayMetrics())
+    metrics = GatewayMetrics()
+    idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
+    gateway = Gateway(settings, db, authenticate, Catalog(db), leases, idempotency, EngineClient(), metrics)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -86,16 +89,19 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with gateway.client:
-            keeping = asyncio.create_task(leases.run(), name="leases")
-            # An unexpected end of the lease keeper must not go unnoticed: nothing would be granted any more.
-            keeping.add_done_callback(_end_process_on_failure)
+            keepers = [asyncio.create_task(leases.run(), name="leases"), asyncio.create_task(idempotency.run(), name="idempotency")]
+            for keeper in keepers:
+                # An unexpected end must not go unnoticed: nothing would be granted any more, and running claims would look abandoned.
+                keeper.add_done_callback(_end_process_on_failure)
             try:
                 yield
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(settings.drain_timeout_s):
                         await leases.drained()
+                        await idempotency.drained()
             finally:
-                keeping.cancel()
+                for keeper in keepers:
+                    keeper.cancel()
 
     app = Starlette(
         routes=[*gateway_routes(gateway, ready), *api_routes(api)],

@@ -57,6 +57,8 @@ class Settings:
 
     max_body_bytes: int = 4 * 1024 * 1024
     max_adapter_bytes: int = 512 * 1024 * 1024
+    #: The largest answer that is kept for a request with an idempotency key.
+    max_kept_answer_bytes: int = 4 * 1024 * 1024
 
     engine_max_replicas: int = 1
     engine_max_num_seqs: int = 16

@@ -100,6 +100,12 @@ class Conflict(LmaasError):
     kind, status, type, code = "conflict", HTTPStatus.CONFLICT, "invalid_request_error", "conflict"
 
 
+class InProgress(LmaasError):
+    """The same request is running already; its answer will be there."""
+
+    kind, status, type, code, retryable = "in_progress", HTTPStatus.CONFLICT, "invalid_request_error", "idempotency_in_progress", True
+
+
 class TooLarge(LmaasError):
     """More bytes or more things than allowed."""
 

@@ -48,6 +48,7 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter("lmaas_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry)
         self.tokens = Counter("lmaas_tokens", "Tokens by kind, as the engines reported them.", ("kind",), registry=self.registry)
+        self.replays = Counter("lmaas_replays", "Answers that were sent again for an Idempotency-Key.", registry=self.registry)
         self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
         self.queue = Histogram(
             "lmaas_queue_seconds",

@@ -67,3 +67,11 @@ class UsageStatus(StrEnum):
     LOST = "lost"
     #: A token that a supervisor generated to see that its engine lives. Nobody's, but the engine did it.
     PROBE = "probe"
+
+
+class ClaimState(StrEnum):
+    """What became of the claim on an idempotency key. A claim without an answer worth keeping is deleted."""
+
+    RUNNING = "running"
+    #: Answered, and the answer is kept.
+    DONE = "done"

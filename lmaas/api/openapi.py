@@ -201,6 +201,26 @@ QUERIES: dict[str, dict[str, Schema]] = {
     "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},
 }
 
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+    "description": (
+        "The request runs once: for 24 hours the tenant's other requests with this key and the same body get the same answer, with the "
+        "header `idempotency-replayed: true`, at no cost. What failed, or was not read to its end, is not kept, and runs anew."
+    ),
+}
+CONFLICT: dict[str, Any] = {
+    "409": {
+        "description": (
+            "Nothing runs for this Idempotency-Key: its request is still running (`idempotency_in_progress`: try again), it was another "
+            "one (`idempotency_mismatch`), or its answer was too large to be kept (`idempotency_answer_too_large`)."
+        ),
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+}
+
 
 def document(operations: list[tuple[str, str, Callable[..., Any]]]) -> dict[str, Any]:
     """The document for these operations (method, path, handler) and OpenAI's endpoints. Raises KeyError for one without a shape."""
@@ -253,13 +273,10 @@ def _openai_paths() -> dict[str, Any]:
     answer = _responses("OpenAIAnswer", is_list=False)
     model = {"name": "model", "in": "path", "required": True, "schema": TEXT}
     common = {"tags": ["openai"]}
+    asked = common | {"parameters": [IDEMPOTENCY_KEY], "requestBody": body, "responses": answer | CONFLICT}
     return {
-        "/v1/chat/completions": {
-            "post": common | {"operationId": "chat", "summary": "A chat completion.", "requestBody": body, "responses": answer}
-        },
-        "/v1/completions": {
-            "post": common | {"operationId": "completion", "summary": "A completion.", "requestBody": body, "responses": answer}
-        },
+        "/v1/chat/completions": {"post": asked | {"operationId": "chat", "summary": "A chat completion."}},
+        "/v1/completions": {"post": asked | {"operationId": "completion", "summary": "A completion."}},
         "/v1/models": {
             "get": common
             | {"operationId": "models", "summary": "What this tenant may call.", "responses": _responses("Model", is_list=True)}

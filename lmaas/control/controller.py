@@ -16,6 +16,7 @@ from lmaas.metering.writer import BATCH, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database, new_id
+from lmaas.store.idempotency import delete_old
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.store.replicas import add_replica, desire_stop, list_replicas, observe, recent_failures
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 METER_S = 0.2
+SWEEP_S = 60.0
 
 
 class Controller:
@@ -47,6 +49,7 @@ class Controller:
                     group.create_task(self._listen(), name="signals")
                     group.create_task(self._reconcile_forever(), name="reconciler")
                     group.create_task(self._meter_forever(), name="metering-writer")
+                    group.create_task(self._sweep_forever(), name="sweeper")
             except* LostLead as lost:
                 log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
 
@@ -153,6 +156,15 @@ class Controller:
                 await asyncio.sleep(TICK_S)
             if moved < BATCH:
                 await asyncio.sleep(METER_S)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                while await delete_old(self._db):
+                    pass
+            except Unavailable as error:
+                log.warning("old answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
+            await asyncio.sleep(SWEEP_S)
 
 
 def _seen(memory: dict[str, dict[str, float]], pool_id: str, present: set[str] | frozenset[str], now: float) -> dict[str, float]:

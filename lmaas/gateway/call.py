@@ -36,6 +36,15 @@ class Call:
                 return text
         return None
 
+    @property
+    def idempotency_keys(self) -> list[str]:
+        """Every `Idempotency-Key` header: nearly always none."""
+        return [value.decode("latin-1") for name, value in self._scope["headers"] if name == b"idempotency-key"]
+
+    def send_through(self, wrap: Callable[[Send], Send]) -> None:
+        """Have the answer pass what `wrap` makes of the way to the client."""
+        self._send = wrap(self._send)
+
     async def body(self, limit_bytes: int) -> bytes:
         """The whole request body. Raises TooLarge."""
         receive = limited(self._receive, self._scope, limit_bytes)

@@ -16,6 +16,7 @@ from lmaas.gateway import sse
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import Catalog, ServedModel
+from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
 from lmaas.gateway.shield import Shielded
 from lmaas.http import parse_json
@@ -42,6 +43,7 @@ class Gateway:
     authenticate: Authenticator
     catalog: Catalog
     leases: Leases
+    idempotency: Idempotency
     client: EngineClient
     metrics: GatewayMetrics
 
@@ -51,8 +53,21 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
     principal = await gateway.authenticate(call.authorization)
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
-    request = shield(parse_json(await call.body(gateway.settings.max_body_bytes)))
-    model = await gateway.catalog.resolve(principal.tenant_id, request.model)
+    body = await call.body(gateway.settings.max_body_bytes)
+    request = shield(parse_json(body))
+    claim = gateway.idempotency.wanted(call, principal.tenant_id, endpoint.path, body)
+    del body  # is not held while the request waits
+    if claim is None:
+        await _serve(gateway, call, endpoint, principal, request)
+        return
+    async with gateway.idempotency.claimed(call, claim) as is_first:
+        if is_first:
+            await _serve(gateway, call, endpoint, principal, request)
+
+
+async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: Shielded) -> None:
+    """Resolve the model, take a lease, and deliver."""
+    model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.db, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     Table,
@@ -189,6 +190,28 @@ usage_events = Table(
     Column("charge_picousd", BigInteger, nullable=False, server_default=text("0")),
     Index(None, "tenant_id", "created_at"),
     Index(None, "created_at"),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    # As the client chose it.
+    Column("key", Text, nullable=False),
+    # SHA-256 of the endpoint and the request's body.
+    Column("body_hash", LargeBinary, nullable=False),
+    # Whose claim it is.
+    Column("request_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    # While it runs: when its gateway last said so. Then: when it was done.
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # The answer, once there is one; without bytes if it was too large.
+    Column("status", Integer),
+    Column("content_type", Text),
+    Column("answer", LargeBinary),
+    _created(),
+    PrimaryKeyConstraint("tenant_id", "key"),
+    Index(None, "state", "seen_at"),
 )
 
 audit_log = Table(

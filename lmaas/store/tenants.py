@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.database import Database, new_id
-from lmaas.store.tables import adapters, api_keys, audit_log, tenants
+from lmaas.store.tables import adapters, api_keys, audit_log, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
 NO_LIMITS = Limits()
@@ -114,7 +114,7 @@ async def list_tenants(db: Database) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str) -> None:
-    """End a tenant: its keys stop at once and its adapters' rows go; its usage stays, for the bill. Raises NotFound."""
+    """End a tenant: its keys stop at once, its adapters' rows and its kept answers go; its usage stays, for the bill. Raises NotFound."""
     async with db.begin() as connection:
         gone = await connection.execute(
             update(tenants)
@@ -128,6 +128,7 @@ async def delete_tenant(db: Database, tenant_id: str) -> None:
             update(api_keys).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None)).values(revoked_at=func.now())
         )
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
+        await connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant_id))
 
 
 async def create_key(

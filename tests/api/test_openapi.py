@@ -16,6 +16,10 @@ def test_the_document_is_valid_and_complete() -> None:
         ("/v1/models/{model}", "GET"),
     }
     assert described == served | openai
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        [header] = spec["paths"][path]["post"]["parameters"]
+        assert (header["name"], header["in"], header["required"]) == ("Idempotency-Key", "header", False)
+        assert "409" in spec["paths"][path]["post"]["responses"]
     names = [operation["operationId"] for operations in spec["paths"].values() for operation in operations.values()]
     assert len(names) == len(set(names))
 

@@ -194,7 +194,7 @@ class Stack:
     @asynccontextmanager
     async def gateway(self, **changes: Any) -> AsyncIterator["Gateway"]:
         """A gateway with other settings, until the end of the block."""
-        settings = dataclasses.replace(self.settings, port=_free_port(), **changes)
+        settings = dataclasses.replace(self.settings, port=free_port(), **changes)
         app, leases = build_gateway(settings, self.services)
         serving = server(app, settings)
         task = asyncio.create_task(serving.serve(), name="gateway")
@@ -210,10 +210,19 @@ class Stack:
         """An HTTP client with the tenant's key."""
         return httpx.AsyncClient(base_url=url or self.url, headers=tenant.headers if tenant else {}, timeout=60)
 
-    async def stream(self, tenant: Tenant, path: str, body: dict[str, Any], into: Stream | None = None, url: str = "") -> Stream:
+    async def stream(
+        self,
+        tenant: Tenant,
+        path: str,
+        body: dict[str, Any],
+        into: Stream | None = None,
+        url: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> Stream:
         """Read a stream to its end, or until cancelled: then the connection is closed."""
         got = Stream() if into is None else into
-        async with self.client(tenant, url) as http, http.stream("POST", path, json=body | {"stream": True}) as response:
+        sent = body | {"stream": True}
+        async with self.client(tenant, url) as http, http.stream("POST", path, json=sent, headers=headers) as response:
             got.status, got.headers = response.status_code, dict(response.headers)
             assert got.status == 200, await response.aread()
             async for line in response.aiter_lines():
@@ -305,7 +314,8 @@ async def _end(task: "asyncio.Task[Any]") -> None:
         await task
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,135 @@
+"""Claims on idempotency keys, and the answers that are kept under them. The only user of their table but for the tenant's deletion.
+
+A claim runs until its owner keeps an answer or gives the key up. Every moment is Postgres' own: gateways' clocks do not matter.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+
+from lmaas.states import ClaimState
+from lmaas.store.database import Database
+from lmaas.store.tables import idempotency as rows
+from lmaas.store.tables import tenants
+
+#: How long an answer is kept.
+KEPT_FOR = timedelta(hours=24)
+#: The gateway of a claim that was not seen for this long has died: somebody else may run the request.
+ABANDONED_AFTER = timedelta(seconds=30)
+#: When nobody came to take it over.
+FORGOTTEN_AFTER = timedelta(hours=1)
+#: Rows in one statement.
+BATCH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One request's claim on a tenant's key. `body_hash` is the SHA-256 of what was asked; the request id fences out earlier owners."""
+
+    tenant_id: str
+    key: str
+    body_hash: bytes
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as the client got it. `body` is None if it was too large to be kept."""
+
+    status: int
+    content_type: str
+    body: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The request that has the key. `answer` is None while it runs, and if it asked for something else (`same` is False)."""
+
+    request_id: str
+    same: bool
+    answer: Answer | None
+
+
+def _not_seen_for(age: timedelta) -> ColumnElement[bool]:
+    return rows.c.seen_at < func.now() - age
+
+
+def _of(claim: Claim) -> ColumnElement[bool]:
+    """Its row, as long as nobody has taken it over."""
+    return and_(rows.c.tenant_id == claim.tenant_id, rows.c.key == claim.key, rows.c.request_id == claim.request_id)
+
+
+async def take(db: Database, claim: Claim) -> Earlier | None:
+    """Claim the key; None if it is ours now, else who has it. Of any number at once, one gets it.
+
+    An answer past its day and a claim whose gateway died are as good as gone. A deleted tenant gets nothing: that looks like a
+    request that is still running.
+    """
+    values = {"tenant_id": tenants.c.id, "key": literal(claim.key), "body_hash": literal(claim.body_hash)}
+    values |= {"request_id": literal(claim.request_id), "state": literal(ClaimState.RUNNING.value)}
+    # The lock waits for a deletion of the tenant that is under way; after it nothing of the tenant's may come into being.
+    alive = select(*values.values()).where(tenants.c.id == claim.tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
+    query = insert(rows).from_select(list(values), alive)
+    changes: dict[str, Any] = {name: query.excluded[name] for name in ("body_hash", "request_id", "state", "seen_at", "created_at")}
+    claiming = query.on_conflict_do_update(
+        index_elements=["tenant_id", "key"],
+        set_=changes | {"status": None, "content_type": None, "answer": None},
+        where=or_(
+            and_(rows.c.state == ClaimState.DONE, _not_seen_for(KEPT_FOR)),
+            and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(ABANDONED_AFTER)),
+        ),
+    ).returning(rows.c.request_id)
+    same = rows.c.body_hash == claim.body_hash
+    # Megabytes are not fetched for a request that asks for something else.
+    looking = select(rows.c.request_id, same, rows.c.state, rows.c.status, rows.c.content_type, case((same, rows.c.answer))).where(
+        rows.c.tenant_id == claim.tenant_id, rows.c.key == claim.key
+    )
+    async with db.begin() as connection:
+        if (await connection.execute(claiming)).first() is not None:
+            return None
+        row = (await connection.execute(looking)).first()
+    if row is None:
+        # Given up just now, or the tenant's end: the client tries again, and then gets the key, or hears that its own has stopped.
+        return Earlier("", True, None)
+    request_id, is_same, state, status, content_type, body = row
+    answer = Answer(status, content_type, body) if is_same and state == ClaimState.DONE else None
+    return Earlier(request_id, is_same, answer)
+
+
+async def keep(db: Database, claim: Claim, answer: Answer) -> bool:
+    """Keep the answer for a day from now; twice is no error. False if the claim is somebody else's by now, or gone with its tenant."""
+    values = {"state": ClaimState.DONE.value, "seen_at": func.now(), "status": answer.status, "content_type": answer.content_type}
+    query = update(rows).where(_of(claim)).values(values | {"answer": answer.body}).returning(rows.c.key)
+    async with db.begin() as connection:
+        return (await connection.execute(query)).first() is not None
+
+
+async def give_up(db: Database, claim: Claim) -> None:
+    """The request has no answer worth keeping: the next one with its key runs anew."""
+    async with db.begin() as connection:
+        await connection.execute(delete(rows).where(_of(claim)))
+
+
+async def seen(db: Database, claims: list[Claim]) -> None:
+    """The gateway of these claims lives."""
+    for start in range(0, len(claims), 1000):
+        ids = [(claim.tenant_id, claim.key, claim.request_id) for claim in claims[start : start + 1000]]
+        own = tuple_(rows.c.tenant_id, rows.c.key, rows.c.request_id).in_(ids)
+        async with db.begin() as connection:
+            await connection.execute(update(rows).where(own, rows.c.state == ClaimState.RUNNING).values(seen_at=func.now()))
+
+
+async def delete_old(db: Database) -> int:
+    """Delete a batch of answers past their day and of claims that nobody wants any more; how many were deleted, at most BATCH."""
+    old = or_(
+        and_(rows.c.state == ClaimState.DONE, _not_seen_for(KEPT_FOR)),
+        and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(FORGOTTEN_AFTER)),
+    )
+    # Whoever takes one over at this moment has it.
+    batch = select(rows.c.tenant_id, rows.c.key).where(old).limit(BATCH).with_for_update(skip_locked=True)
+    async with db.begin() as connection:
+        gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(batch)))
+    return gone.rowcount
