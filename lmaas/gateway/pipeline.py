@@ -51,7 +51,8 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     deadline_s = gateway.settings.queue_deadline_s
-    async with call.watched(), gateway.leases.open(ticket, record, max_queued=principal.max_queued, deadline_s=deadline_s) as opened:
+    call.watch()
+    async with gateway.leases.open(ticket, record, max_queued=principal.max_queued, deadline_s=deadline_s) as opened:
         with gateway.metrics.in_flight.track_inprogress():
             try:
                 await _run(gateway, call, endpoint, request, model, record, opened)

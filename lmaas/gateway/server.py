@@ -1,5 +1,7 @@
 """The HTTP server in front of the gateway: uvicorn with limits that its fast parser does not have."""
 
+import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -12,6 +14,8 @@ from lmaas.errors import InvalidRequest, LmaasError
 from lmaas.http import JsonResponse
 
 MAX_HEADER_BYTES = 64 * 1024
+#: A client that takes nothing for this long has gone: it holds a slot that others wait for.
+CLIENT_STALL_S = 30.0
 
 
 class HeadersTooLargeError(InvalidRequest):
@@ -25,15 +29,59 @@ class BoundedProtocol(HttpToolsProtocol):
 
     The first would fill our memory before anybody has shown a key. The second (pipelining, which no client of today uses) makes
     uvicorn stop reading, and a client that goes away would not be noticed.
+
+    The scope's `lmaas.watch` takes a callback for when the client goes away: a task for each request that waits for uvicorn's word,
+    and a timeout around each write, would cost more than the rest of the exchange.
     """
 
     _reading_headers = True
     _header_bytes = 0
+    _on_lost: Callable[[], None] | None = None
+    _stall: asyncio.TimerHandle | None = None
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self._reading_headers, self._header_bytes = True, 0
         super().on_message_begin()
+        scope: Any = self.scope
+        scope["lmaas.watch"] = self.watch
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Have `on_lost` called when the connection is lost before the answer is complete, or at once if it is lost already."""
+        if self.transport.is_closing():
+            on_lost()
+            return
+        self._on_lost = on_lost
+        # Uvicorn stops reading after a large body; who does not read does not notice the end.
+        self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """A request is answered: that its client goes away means nothing any more."""
+        self._on_lost = None
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone, or we have cut it off."""
+        super().connection_lost(exc)
+        self._end_stall()
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+    def pause_writing(self) -> None:
+        """The client takes less than we send."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(CLIENT_STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        self._end_stall()
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, whole."""
@@ -97,6 +145,7 @@ def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
         timeout_keep_alive=75,
     )
