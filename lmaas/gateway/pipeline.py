@@ -90,7 +90,7 @@ async def _run(
             return  # the client went away while it waited
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
         try:
-            await delivery.attempt(lease, opened, body)
+            rest = await delivery.attempt(lease, opened, body)
             break
         except EngineLost as lost:
             if call.gone.is_set():
@@ -106,7 +106,7 @@ async def _run(
             await opened.retry(lease, lost.reason)
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
-        await call.finish()
+        await call.finish(rest)
 
 
 async def _leased(call: Call, opened: OpenTicket, *, streaming: bool) -> Lease | None:
