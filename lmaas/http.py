@@ -107,14 +107,13 @@ async def on_error(_: Request, error: Exception) -> Response:
 
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
     """`receive`, raising TooLarge once more than `limit_bytes` of body have come (or were announced)."""
-    error = TooLarge(f"The request body may have {limit_bytes} bytes at most.")
     headers = dict(scope["headers"])
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
         # A few bytes could become gigabytes.
         raise TooLarge("Compressed request bodies are not accepted.")
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit_bytes:
-        raise error
+        raise _too_large(limit_bytes)
     seen = 0
 
     async def counted() -> Message:
@@ -122,10 +121,14 @@ def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > limit_bytes:
-            raise error
+            raise _too_large(limit_bytes)
         return message
 
     return counted
+
+
+def _too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(f"The request body may have {limit_bytes} bytes at most.")
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

@@ -55,7 +55,14 @@ class EngineClient:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
         # No total limit: a stream may be long. A dead engine is noticed by its broken connection or by its supervisor.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=2**16)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("accept-encoding", "user-agent"),
+            auto_decompress=False,
+            read_bufsize=2**16,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -72,7 +79,7 @@ class EngineClient:
         """Send a request and give its response while it arrives; whoever has it must `let_go` of it. Raises one of CONNECTION_ERRORS
         if the engine breaks."""
         sent = {"content-type": "application/json", **headers}
-        return await self.session.post(url + path, data=body, headers=sent, skip_auto_headers=("accept-encoding", "user-agent"))
+        return await self.session.post(url + path, data=body, headers=sent)
 
     def let_go(self, response: aiohttp.ClientResponse, *, complete: bool) -> None:
         """A response is not needed any more. If its answer is `complete`, its very last bytes are waited for in the background, so that

@@ -158,8 +158,11 @@ def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: Se
 
 
 def _observe(gateway: Gateway, endpoint: Endpoint, record: UsageRecord) -> None:
-    metrics = gateway.metrics
-    metrics.requests.labels(endpoint.path, record.status).inc()
-    metrics.queue.observe(record.queue_ms / 1000)
-    for kind, count in (("prompt", record.prompt_tokens), ("cached", record.cached_tokens), ("completion", record.completion_tokens)):
-        metrics.tokens.labels(kind).inc(count)
+    gateway.metrics.ended(
+        endpoint.path,
+        record.status,
+        queue_s=record.queue_ms / 1000,
+        prompt=record.prompt_tokens,
+        cached=record.cached_tokens,
+        completion=record.completion_tokens,
+    )

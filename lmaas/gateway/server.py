@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError
@@ -22,6 +22,35 @@ class HeadersTooLargeError(InvalidRequest):
     """More header bytes than anybody needs."""
 
     kind, status, code = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large"
+
+
+class JoinedTransport:
+    """Sends an answer's head together with the first bytes of its body, as ASGI means it: a system call less for each answer."""
+
+    __slots__ = ("_cycle", "_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport, self._cycle = transport, cycle
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the answer. The first ones after it has started are its head."""
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """The connection is not to be used again."""
+        if self._head:
+            self.write(b"")
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._transport.is_closing()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -96,6 +125,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(answer=not busy)
             return
         super().on_headers_complete()
+        if self.cycle is not None:
+            joined: Any = JoinedTransport(self.transport, self.cycle)
+            self.cycle.transport = joined
 
     def on_url(self, url: bytes) -> None:
         """A part of the address."""

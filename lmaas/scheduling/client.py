@@ -44,6 +44,10 @@ class Ticket:
     weight: int
     event: str
 
+    def fields(self) -> dict[str, Any]:
+        """The fields by name: they are plain, and `asdict` would copy each for a tenth of a request's cost."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -109,7 +113,7 @@ class Scheduler:
 
     async def submit(self, ticket: Ticket, max_queued: int, *, waited_ms: int = 0, attempts: int = 0) -> dict[str, Any]:
         """Queue a ticket: the answer is a grant if there is a free slot. `state` is `refused` if the tenant's queue is full."""
-        fields = asdict(ticket) | {"waited_ms": waited_ms, "attempts": attempts}
+        fields = ticket.fields() | {"waited_ms": waited_ms, "attempts": attempts}
         return _object(await self._call("submit", ticket.pool, json.dumps(fields), max_queued))
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None) -> bool:
@@ -127,7 +131,7 @@ class Scheduler:
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
-        fields = asdict(ticket) | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
+        fields = ticket.fields() | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
         return bool(await self._call("restore", ticket.pool, json.dumps(fields)))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
