@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.engine.client import EngineClient
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
+from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
@@ -36,6 +38,7 @@ from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
 from lmaas.states import Observed
+from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
 from lmaas.store.replicas import get_replica
@@ -79,8 +82,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     """The gateway's ASGI application, and its leases, for whoever waits until they are drained."""
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
-    authenticate = Authenticator(db, settings.auth_grace_s)
-    gateway = Gateway(settings, authenticate, Catalog(db), leases, EngineClient(), GatewayMetrics())
+    changes = Changes(functools.partial(change_number, db))
+    authenticate = Authenticator(db, settings.auth_grace_s, changes)
+    gateway = Gateway(settings, authenticate, Catalog(db, changes), leases, EngineClient(), GatewayMetrics())
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -91,16 +95,18 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with gateway.client:
-            keeping = asyncio.create_task(leases.run(), name="leases")
+            keeping = [asyncio.create_task(leases.run(), name="leases"), asyncio.create_task(changes.run(), name="changes")]
             # An unexpected end of the lease keeper must not go unnoticed: nothing would be granted any more.
-            keeping.add_done_callback(_end_process_on_failure)
+            for task in keeping:
+                task.add_done_callback(_end_process_on_failure)
             try:
                 yield
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(settings.drain_timeout_s):
                         await leases.drained()
             finally:
-                keeping.cancel()
+                for task in keeping:
+                    task.cancel()
 
     app = Starlette(
         routes=[*gateway_routes(gateway, ready), *api_routes(api)],

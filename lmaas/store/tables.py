@@ -155,6 +155,14 @@ usage_events = Table(
     Index(None, "created_at"),
 )
 
+# Their sum grows with every change of a tenant, a key, a base model or an adapter: triggers see to that (migration 0003).
+changes = Table(
+    "changes",
+    metadata,
+    Column("slot", BigInteger, primary_key=True, autoincrement=True),
+    Column("number", BigInteger, nullable=False),
+)
+
 audit_log = Table(
     "audit_log",
     metadata,
