@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -40,10 +40,13 @@ def error_response(error: LmaasError) -> JsonResponse:
 
 
 class Frame:
-    """Pure ASGI middleware around everything: gives each request its id, and each failure its answer."""
+    """Pure ASGI middleware around everything: gives each request its id, and each failure its answer.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    A POST to a path in `direct` goes straight to that endpoint: routing costs as much as reading the request.
+    """
+
+    def __init__(self, app: ASGIApp, direct: Mapping[str, ASGIApp] | None = None) -> None:
+        self._app, self._direct = app, direct or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -64,7 +67,8 @@ class Frame:
 
         try:
             _check_address(scope)
-            await self._app(scope, receive, send_with_id)
+            app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
+            await app(scope, receive, send_with_id)
         except LmaasError as error:
             await error_response(error)(scope, receive, send_with_id)
         except ClientDisconnect:
@@ -103,14 +107,13 @@ async def on_error(_: Request, error: Exception) -> Response:
 
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
     """`receive`, raising TooLarge once more than `limit_bytes` of body have come (or were announced)."""
-    error = TooLarge(f"The request body may have {limit_bytes} bytes at most.")
     headers = dict(scope["headers"])
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
         # A few bytes could become gigabytes.
         raise TooLarge("Compressed request bodies are not accepted.")
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit_bytes:
-        raise error
+        raise _too_large(limit_bytes)
     seen = 0
 
     async def counted() -> Message:
@@ -118,10 +121,14 @@ def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > limit_bytes:
-            raise error
+            raise _too_large(limit_bytes)
         return message
 
     return counted
+
+
+def _too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(f"The request body may have {limit_bytes} bytes at most.")
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

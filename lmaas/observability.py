@@ -56,3 +56,17 @@ class GatewayMetrics:
             buckets=(0.005, 0.05, 0.25, 1, 5, 15, 30, 60, 120),
             registry=self.registry,
         )
+        # Looking a label up costs more than counting.
+        self._outcomes: dict[tuple[str, str], Counter] = {}
+        self._prompt, self._cached, self._completion = (self.tokens.labels(kind) for kind in ("prompt", "cached", "completion"))
+
+    def ended(self, endpoint: str, outcome: str, *, queue_s: float, prompt: int, cached: int, completion: int) -> None:
+        """Count a request that has ended."""
+        counter = self._outcomes.get((endpoint, outcome))
+        if counter is None:
+            counter = self._outcomes[endpoint, outcome] = self.requests.labels(endpoint, outcome)
+        counter.inc()
+        self.queue.observe(queue_s)
+        self._prompt.inc(prompt)
+        self._cached.inc(cached)
+        self._completion.inc(completion)

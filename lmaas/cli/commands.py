@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import uvloop
 from rich.console import Console
 from rich.progress import Progress
 
@@ -99,7 +100,7 @@ def up(context: Context) -> None:
 def gateway(context: Context) -> None:
     """Run one gateway."""
     configure_logging(context.settings.log_level)
-    asyncio.run(app.run_gateway(context.settings))
+    uvloop.run(app.run_gateway(context.settings))  # half the cost of asyncio's own loop
 
 
 @cli.command()

@@ -1,8 +1,8 @@
 """What we ask of a vLLM server over HTTP."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import aiohttp
 
 #: What a broken connection or a dead engine raises.
 CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
+
+#: How long an engine may take to end a response whose answer is complete.
+READ_OUT_S = 1.0
 
 
 class EngineError(Exception):
@@ -30,18 +33,36 @@ class ProbeResult:
     completion_tokens: int
 
 
+async def _read_out(response: aiohttp.ClientResponse) -> None:
+    try:
+        async with asyncio.timeout(READ_OUT_S):
+            await response.content.read()
+    except CONNECTION_ERRORS:
+        pass  # the answer was complete without it
+    finally:
+        response.release()
+
+
 class EngineClient:
     """One HTTP client for all engines. Use as a context manager."""
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "EngineClient":
         # vLLM closes idle connections after 5 s: sooner, so that no request meets one that is being closed.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
         # No total limit: a stream may be long. A dead engine is noticed by its broken connection or by its supervisor.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False, read_bufsize=2**16)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("accept-encoding", "user-agent"),
+            auto_decompress=False,
+            read_bufsize=2**16,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -54,12 +75,21 @@ class EngineClient:
             raise RuntimeError("the client is not open")
         return self._session
 
-    @asynccontextmanager
-    async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request and give its response while it arrives. Raises one of CONNECTION_ERRORS if the engine breaks."""
+    async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        """Send a request and give its response while it arrives; whoever has it must `let_go` of it. Raises one of CONNECTION_ERRORS
+        if the engine breaks."""
         sent = {"content-type": "application/json", **headers}
-        async with self.session.post(url + path, data=body, headers=sent, skip_auto_headers=("accept-encoding", "user-agent")) as response:
-            yield response
+        return await self.session.post(url + path, data=body, headers=sent)
+
+    def let_go(self, response: aiohttp.ClientResponse, *, complete: bool) -> None:
+        """A response is not needed any more. If its answer is `complete`, its very last bytes are waited for in the background, so that
+        the connection can be used again; otherwise they are cut off."""
+        if not complete or response.content.at_eof():
+            response.release()
+            return
+        task = asyncio.create_task(_read_out(response), name="read-out")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _ask(self, method: str, url: str, body: object = None, timeout_s: float = 30.0) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5)

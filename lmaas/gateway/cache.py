@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -12,16 +13,59 @@ from lmaas.errors import Unavailable
 #: How long a question may take, if there is an old answer, and if there is none.
 KNOWN_WAIT_S = 1.0
 UNKNOWN_WAIT_S = 10.0
+#: How often somebody asks whether anything has changed.
+LOOK_EVERY_S = 0.2
+#: An answer is asked for again after this long even so, should a change ever go unnoticed.
+RECHECK_S = 300.0
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class MomentCache(Generic[Key, Value]):
-    """Keeps answers for `fresh_s` seconds; while the database is away, known ones for `grace_s`.
+class Changes:
+    """Asks once for all keys whether anything has changed. Without it each key in use would be a question to the database every moment.
 
-    What changed is seen after `fresh_s` at the latest. One question at a time for each key; None is not kept, so that something
-    new is seen at once. At most `size` keys: the longest unused go first.
+    `ask` gives a number that is another one after any change of what answers are made of. While nobody knows (`run` does not run, the
+    database is away), answers age as if there were no such number: what changed is never seen later than without it.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[int]], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ask, self._clock = ask, clock
+        self._number: int | None = None
+        #: Answers asked for earlier may be wrong.
+        self._changed = math.inf
+        #: Changes that were made by then are known.
+        self._known = -math.inf
+
+    def good_until(self, asked: float) -> float:
+        """Up to when an answer that was asked for at `asked` is known to be right."""
+        return max(asked, self._known) if asked >= self._changed else asked
+
+    async def look(self) -> None:
+        """Ask once."""
+        since = self._clock()
+        try:
+            async with asyncio.timeout(KNOWN_WAIT_S):
+                number = await self._ask()
+        except (Unavailable, TimeoutError):
+            return
+        if number != self._number:
+            # Whoever asked while we did may have asked too early.
+            self._number, self._changed = number, self._clock()
+        self._known = since
+
+    async def run(self) -> None:
+        """Ask again and again, until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
+class MomentCache(Generic[Key, Value]):
+    """Keeps answers for `fresh_s` seconds after they are known to be right; while the database is away, for `grace_s`.
+
+    What changed is seen after `fresh_s` at the latest; `changes` knows how long an answer stays right. One question at a time for each
+    key; None is not kept, so that something new is seen at once. At most `size` keys: the longest unused go first.
     """
 
     def __init__(
@@ -31,9 +75,11 @@ class MomentCache(Generic[Key, Value]):
         fresh_s: float,
         grace_s: float,
         size: int = 10_000,
+        changes: Changes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask, self._fresh_s, self._grace_s, self._size, self._clock = ask, fresh_s, grace_s, size, clock
+        self._good_until = changes.good_until if changes is not None else float
         self._known: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
         self._asking: dict[Key, asyncio.Task[Value | None]] = {}
 
@@ -41,7 +87,8 @@ class MomentCache(Generic[Key, Value]):
         """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
         known = self._known.get(key)
         now = self._clock()
-        if known is not None and now - known[0] < self._fresh_s:
+        good_until = self._good_until(known[0]) if known is not None else -math.inf
+        if known is not None and now - good_until < self._fresh_s and now - known[0] < RECHECK_S:
             self._known.move_to_end(key)
             return known[1]
         asking = self._asking.get(key)
@@ -53,7 +100,7 @@ class MomentCache(Generic[Key, Value]):
             async with asyncio.timeout(UNKNOWN_WAIT_S if known is None else KNOWN_WAIT_S):
                 return await asyncio.shield(asking)
         except (Unavailable, TimeoutError) as error:
-            if known is not None and now - known[0] < self._grace_s:
+            if known is not None and now - good_until < self._grace_s:
                 return known[1]
             raise Unavailable(
                 "The database does not answer. Please try again shortly.", code="database_unavailable", retry_after_s=2

@@ -1,16 +1,12 @@
 """One HTTP exchange with a client: its body, its answer, and whether the client is still there."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 from starlette.types import Message, Receive, Scope, Send
 
 from lmaas.http import limited
 
-#: A client that takes nothing for this long has gone.
-CLIENT_STALL_S = 30.0
 #: Nginx and its like must not collect a stream before they pass it on.
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -59,22 +55,9 @@ class Call:
                 break
         return b"".join(parts)
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """Notice in the block when the client goes away. The body must have been read."""
-        watch = asyncio.create_task(self._watch(), name=f"client-{self.request_id}")
-        try:
-            yield
-        finally:
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
-
-    async def _watch(self) -> None:
-        while not self.gone.is_set():
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._leave()
+    def watch(self) -> None:
+        """Notice from now on when the client goes away. The body must have been read."""
+        self._scope["lmaas.watch"](self._leave)
 
     def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Have `callback` called once, when the client goes away before its answer is finished; answers how to undo that."""
@@ -97,7 +80,7 @@ class Call:
             await self._put({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:
-        """Send a part of the body; waits while the client cannot take more."""
+        """Send a part of the body; waits while the client cannot take more (the server cuts off one that takes nothing)."""
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def finish(self, chunk: bytes = b"") -> None:
@@ -106,14 +89,8 @@ class Call:
         await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
 
     async def _put(self, message: Message) -> None:
-        if self.gone.is_set():
-            return
-        try:
-            async with asyncio.timeout(CLIENT_STALL_S):
-                await self._send(message)
-        except TimeoutError:
-            # It holds a slot that others wait for, and takes nothing.
-            self._leave()
+        if not self.gone.is_set():
+            await self._send(message)
 
     def _leave(self) -> None:
         self.gone.set()

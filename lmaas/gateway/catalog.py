@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lmaas.adapters.objects import source_of
 from lmaas.errors import ModelNotFound
-from lmaas.gateway.cache import MomentCache
+from lmaas.gateway.cache import Changes, MomentCache
 from lmaas.store.adapters import find_served, list_adapters
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, list_base_models
@@ -40,10 +40,10 @@ class ListedModel:
 class Catalog:
     """The models that each tenant may call: every base model, and its own adapters."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, changes: Changes | None = None) -> None:
         self._db = db
-        self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S)
-        self._served = MomentCache[tuple[str, str, int | None], ServedModel](self._find, fresh_s=FRESH_S, grace_s=GRACE_S)
+        self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
+        self._served = MomentCache[tuple[str, str, int | None], ServedModel](self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
 
     async def resolve(self, tenant_id: str, name: str) -> ServedModel:
         """What `name` (a base model, an adapter's live version, or `adapter@version`) means. Raises ModelNotFound.

@@ -72,7 +72,8 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.db, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
     deadline_s = gateway.settings.queue_deadline_s
-    async with call.watched(), gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
+    call.watch()
+    async with gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
         call.more_headers = rate_limit_headers(opened.left)
         with gateway.metrics.in_flight.track_inprogress():
             try:
@@ -111,7 +112,7 @@ async def _run(
             return  # the client went away while it waited
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
         try:
-            await delivery.attempt(lease, opened, body)
+            rest = await delivery.attempt(lease, opened, body)
             break
         except EngineLost as lost:
             if call.gone.is_set():
@@ -127,7 +128,7 @@ async def _run(
             await opened.retry(lease, lost.reason)
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
-        await call.finish()
+        await call.finish(rest)
 
 
 async def _leased(call: Call, opened: OpenTicket, *, streaming: bool) -> Lease | None:
@@ -191,8 +192,11 @@ def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: Se
 
 
 def _observe(gateway: Gateway, endpoint: Endpoint, record: UsageRecord) -> None:
-    metrics = gateway.metrics
-    metrics.requests.labels(endpoint.path, record.status).inc()
-    metrics.queue.observe(record.queue_ms / 1000)
-    for kind, count in (("prompt", record.prompt_tokens), ("cached", record.cached_tokens), ("completion", record.completion_tokens)):
-        metrics.tokens.labels(kind).inc(count)
+    gateway.metrics.ended(
+        endpoint.path,
+        record.status,
+        queue_s=record.queue_ms / 1000,
+        prompt=record.prompt_tokens,
+        cached=record.cached_tokens,
+        completion=record.completion_tokens,
+    )

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import aiohttp
 
@@ -21,9 +22,13 @@ from lmaas.scheduling.leases import Lease, OpenTicket
 
 log = logging.getLogger(__name__)
 
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
 #: How long an engine may take to wind up a request whose client has gone; then its connection is cut.
 ABORT_GRACE_S = 3.0
 ABORT_AGAIN_S = 0.2
+LAST = sse.DONE + b"\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,9 @@ class Delivery:
         #: Whether the client has had a byte of an answer: from then on it cannot be tried again.
         self.begun = False
 
-    async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> None:
-        """Deliver once. Raises EngineLost if the engine or its connection broke, InvalidRequest if the engine refused the request."""
+    async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> bytes:
+        """Deliver once; answers the rest of the answer, to finish with. Raises EngineLost if the engine or its connection broke,
+        InvalidRequest if the engine refused the request."""
         background: set[asyncio.Task[None]] = set()
         with Interrupt() as interrupt:
             opened.on_revoked(lambda: interrupt.fire("the replica was taken out of service"))
@@ -93,21 +99,24 @@ class Delivery:
                 background.add(asyncio.create_task(self._abort(lease, interrupt)))
 
             forget_abort = self._call.on_gone(abort)
+            response, complete = None, False
             try:
                 headers = {"x-request-id": self._call.request_id}
-                async with self._client.post(lease.url, self._endpoint.path, body, headers) as response:
-                    if response.status != 200:
-                        await self._refused(response)
-                    elif self._request.stream:
-                        await self._stream(response)
-                    else:
-                        await self._whole(response)
+                response = await self._client.post(lease.url, self._endpoint.path, body, headers)
+                if response.status != 200:
+                    raise _engine_error(response.status, await response.read(), self._model, self._request)
+                rest = await (self._stream if self._request.stream else self._whole)(response)
+                complete = True
             except CONNECTION_ERRORS as error:
                 raise EngineLost("engine", repr(error)) from error
+            else:
+                return rest
             finally:
                 forget_abort()
                 for task in background:
                     task.cancel()
+                if response is not None:
+                    self._client.let_go(response, complete=complete)
 
     async def _abort(self, lease: Lease, interrupt: Interrupt) -> None:
         """The client has gone. The engine ends the request, and its answer still comes with the exact usage."""
@@ -120,54 +129,65 @@ class Delivery:
             await asyncio.sleep(ABORT_AGAIN_S)
         interrupt.fire("the client has gone")
 
-    async def _stream(self, response: aiohttp.ClientResponse) -> None:
+    async def _stream(self, response: aiohttp.ClientResponse) -> bytes:
         rewrite = sse.Rewriter(
             self._model.engine_name,
             self._request.model,
             include_usage=self._request.include_usage,
             continuous_usage=self._request.continuous_usage,
             n=self._request.parameters.get("n", 1),
+            prompts=self._request.prompts,
         )
-        async for event in sse.events(response.content.iter_any()):
-            if event == sse.DONE:
-                if not rewrite.complete:
+        self._record.follow(lambda: rewrite.usage)
+        try:
+            # What has arrived together goes on together: a write costs more than a token.
+            async for chunk in response.content.iter_any():
+                out = _sense(rewrite.feed, chunk)
+                if rewrite.done and rewrite.complete and not rewrite.aborted:
+                    await self._begin()
+                    return out + LAST
+                await self._pass_on(rewrite, out)
+                if rewrite.done:
                     break
-                await self._call.write(event + b"\n\n")
-                return
-            if event.startswith(b'data: {"error"'):
-                raise _engine_error(500, event.removeprefix(b"data: "), self._model, self._request)
-            try:
-                out = rewrite(event)
-            except ValueError as error:
-                raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
-            if rewrite.usage is not None:
-                self._record.count(rewrite.usage)
-            if b'"finish_reason":"abort"' in event and not self._call.gone.is_set():
-                raise EngineLost("engine", "the engine ended the request")
-            if out is not None:
-                await self._call.start(200, STREAM_HEADERS)
-                self.begun = True
-                await self._call.write(out + b"\n\n")
+            else:
+                await self._pass_on(rewrite, _sense(rewrite.close))
+        finally:
+            self._record.follow(None)
         if not self._call.gone.is_set():
             raise EngineLost("engine", "the stream ended early")
+        return b""
 
-    async def _whole(self, response: aiohttp.ClientResponse) -> None:
-        try:
-            answer: dict[str, Any] = json.loads(await response.read())
-        except ValueError as error:
-            raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
-        self._record.count(answer.get("usage") or {})
-        aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
+    async def _pass_on(self, rewrite: sse.Rewriter, out: bytes) -> None:
+        """Send on what is for the client; then see whether the engine has failed."""
+        if out:
+            await self._begin()
+            await self._call.write(out)
+        if rewrite.error is not None:
+            raise _engine_error(500, rewrite.error, self._model, self._request)
+        if rewrite.aborted and not self._call.gone.is_set():
+            raise EngineLost("engine", "the engine ended the request")
+
+    async def _begin(self) -> None:
+        await self._call.start(200, STREAM_HEADERS)
+        self.begun = True
+
+    async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
+        text = await response.read()
+        answer, usage, aborted = _sense(sse.rewrite_whole, text, self._model.engine_name, self._request.model)
+        self._record.count(usage)
         if aborted and not self._call.gone.is_set():
             raise EngineLost("engine", "the engine ended the request")
-        answer["model"] = self._request.model
-        text = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
         self.begun = True
-        await self._call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
-        await self._call.write(text)
+        await self._call.start(200, {"content-type": "application/json", "content-length": str(len(answer))})
+        return answer
 
-    async def _refused(self, response: aiohttp.ClientResponse) -> None:
-        raise _engine_error(response.status, await response.read(), self._model, self._request)
+
+def _sense(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    """What `read` makes of the engine's bytes. Raises EngineLost if that is nothing."""
+    try:
+        return read(*args, **kwargs)
+    except ValueError as error:
+        raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
 
 
 def _engine_error(status: int, text: bytes, model: ServedModel, request: Shielded) -> Exception:

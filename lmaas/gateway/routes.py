@@ -34,11 +34,18 @@ class Completions:
         await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
 
 
+def completions(gateway: Gateway) -> dict[str, Completions]:
+    """The endpoints that nearly all requests go to, by path."""
+    return {
+        CHAT.path: Completions(gateway, CHAT, shield_chat),
+        COMPLETION.path: Completions(gateway, COMPLETION, shield_completion),
+    }
+
+
 def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
     """The gateway's routes. `ready` is awaited by `/readyz` and raises what is wrong."""
     return [
-        Route("/v1/chat/completions", Completions(gateway, CHAT, shield_chat), methods=["POST"]),
-        Route("/v1/completions", Completions(gateway, COMPLETION, shield_completion), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in completions(gateway).items()),
         Route("/v1/models", functools.partial(_list_models, gateway)),
         Route("/v1/models/{model:path}", functools.partial(_get_model, gateway)),
         Route("/healthz", _alive),

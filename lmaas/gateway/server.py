@@ -1,17 +1,21 @@
 """The HTTP server in front of the gateway: uvicorn with limits that its fast parser does not have."""
 
+import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError
 from lmaas.http import JsonResponse
 
 MAX_HEADER_BYTES = 64 * 1024
+#: A client that takes nothing for this long has gone: it holds a slot that others wait for.
+CLIENT_STALL_S = 30.0
 
 
 class HeadersTooLargeError(InvalidRequest):
@@ -20,20 +24,93 @@ class HeadersTooLargeError(InvalidRequest):
     kind, status, code = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large"
 
 
+class JoinedTransport:
+    """Sends an answer's head together with the first bytes of its body, as ASGI means it: a system call less for each answer."""
+
+    __slots__ = ("_cycle", "_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport, self._cycle = transport, cycle
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the answer. The first ones after it has started are its head."""
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """The connection is not to be used again."""
+        if self._head:
+            self.write(b"")
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether it is closed or about to be."""
+        return self._transport.is_closing()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Refuses headers of more than MAX_HEADER_BYTES, and requests that come before the last one is answered.
 
     The first would fill our memory before anybody has shown a key. The second (pipelining, which no client of today uses) makes
     uvicorn stop reading, and a client that goes away would not be noticed.
+
+    The scope's `lmaas.watch` takes a callback for when the client goes away: a task for each request that waits for uvicorn's word,
+    and a timeout around each write, would cost more than the rest of the exchange.
     """
 
     _reading_headers = True
     _header_bytes = 0
+    _on_lost: Callable[[], None] | None = None
+    _stall: asyncio.TimerHandle | None = None
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self._reading_headers, self._header_bytes = True, 0
         super().on_message_begin()
+        scope: Any = self.scope
+        scope["lmaas.watch"] = self.watch
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Have `on_lost` called when the connection is lost before the answer is complete, or at once if it is lost already."""
+        if self.transport.is_closing():
+            on_lost()
+            return
+        self._on_lost = on_lost
+        # Uvicorn stops reading after a large body; who does not read does not notice the end.
+        self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """A request is answered: that its client goes away means nothing any more."""
+        self._on_lost = None
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone, or we have cut it off."""
+        super().connection_lost(exc)
+        self._end_stall()
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
+
+    def pause_writing(self) -> None:
+        """The client takes less than we send."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(CLIENT_STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        self._end_stall()
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, whole."""
@@ -48,6 +125,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(answer=not busy)
             return
         super().on_headers_complete()
+        if self.cycle is not None:
+            joined: Any = JoinedTransport(self.transport, self.cycle)
+            self.cycle.transport = joined
 
     def on_url(self, url: bytes) -> None:
         """A part of the address."""
@@ -97,6 +177,7 @@ def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
         timeout_keep_alive=75,
     )

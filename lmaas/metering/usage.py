@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -39,6 +40,10 @@ class UsageRecord:
     cached_price: int = 0
     completion_price: int = 0
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    #: Where the engine's latest `usage` object is to be had, while an answer is under way.
+    _source: Callable[[], dict[str, Any] | None] | None = None
+    #: The part of the event that does not change, as the beginning of a JSON object.
+    _head: str = ""
     _accepted: float = field(default_factory=time.monotonic)
     _started: float | None = None
     _ended: float | None = None
@@ -54,6 +59,16 @@ class UsageRecord:
         self.completion_tokens = int(usage.get("completion_tokens") or 0)
         self.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
+    def follow(self, source: Callable[[], dict[str, Any] | None] | None) -> None:
+        """Count from now on what `source` gives whenever somebody asks; None ends that, with what it gives last."""
+        self._read()
+        self._source = source
+
+    def _read(self) -> None:
+        usage = self._source() if self._source is not None else None
+        if usage is not None:
+            self.count(usage)
+
     def end(self, status: UsageStatus, code: str | None = None) -> None:
         """Say how the request ended."""
         self.status, self.code = status, code
@@ -68,13 +83,15 @@ class UsageRecord:
 
     def progress(self) -> str:
         """The checkpoint: `prompt,cached,completion` tokens so far."""
+        self._read()
         return f"{self.prompt_tokens},{self.cached_tokens},{self.completion_tokens}"
 
     def event(self) -> str:
         """The usage event as it stands, as JSON."""
-        waited = round(((self._started or time.monotonic()) - self._accepted) * 1000)
-        return json.dumps(
-            {
+        self._read()
+        if not self._head:
+            # Written twice for each request, at its ticket and at its end: the first half is the same.
+            fixed = {
                 "request_id": self.request_id,
                 "tenant_id": self.tenant_id,
                 "key_id": self.key_id,
@@ -82,22 +99,23 @@ class UsageRecord:
                 "model": self.model,
                 "adapter": self.adapter,
                 "adapter_version": self.adapter_version,
-                "status": self.status,
-                "code": self.code,
                 "stream": self.stream,
-                "prompt_tokens": self.prompt_tokens,
-                "cached_tokens": self.cached_tokens,
-                "completion_tokens": self.completion_tokens,
-                "queue_ms": self.queue_ms if self._started is not None else waited,
-                "load_ms": self.load_ms,
-                "run_ms": self.run_ms or 0,
-                "replica_id": self.replica_id,
                 "prompt_price": self.prompt_price,
                 "cached_price": self.cached_price,
                 "completion_price": self.completion_price,
                 "created_at": self.created_at.isoformat(),
             }
+            self._head = json.dumps(fixed)[:-1]
+        queue_ms = self.queue_ms if self._started is not None else round((time.monotonic() - self._accepted) * 1000)
+        return (
+            f'{self._head}, "status": "{self.status}", "code": {_text(self.code)}, "prompt_tokens": {self.prompt_tokens}, '
+            f'"cached_tokens": {self.cached_tokens}, "completion_tokens": {self.completion_tokens}, "queue_ms": {queue_ms}, '
+            f'"load_ms": {self.load_ms}, "run_ms": {self.run_ms or 0}, "replica_id": {_text(self.replica_id)}}}'
         )
+
+
+def _text(value: str | None) -> str:
+    return "null" if value is None else json.dumps(value)
 
 
 def parse_event(text: str) -> UsageEvent:

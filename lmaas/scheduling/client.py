@@ -18,6 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.errors import Unavailable
+from lmaas.scheduling.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Scheduler:
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
+        self._batch = Batch(redis)
         self.redis = redis
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -147,14 +149,12 @@ class Scheduler:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                with unswallowed():
-                    return await self.redis.fcall(name, 1, key, *args)
+                return await self._batch.call("FCALL", name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                with unswallowed():
-                    return await self.redis.fcall(name, 1, key, *args)
+                return await self._batch.call("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 

@@ -214,6 +214,14 @@ idempotency = Table(
     Index(None, "state", "seen_at"),
 )
 
+# Their sum grows with every change of a tenant, a key, a base model or an adapter: triggers see to that (migration 0005).
+changes = Table(
+    "changes",
+    metadata,
+    Column("slot", BigInteger, primary_key=True, autoincrement=True),
+    Column("number", BigInteger, nullable=False),
+)
+
 audit_log = Table(
     "audit_log",
     metadata,

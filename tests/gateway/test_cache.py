@@ -6,7 +6,7 @@ import pytest
 
 from lmaas.errors import Unavailable
 from lmaas.gateway import cache as module
-from lmaas.gateway.cache import MomentCache
+from lmaas.gateway.cache import Changes, MomentCache
 from tests.conftest import until
 
 
@@ -19,6 +19,13 @@ class Source:
         self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.now = 1000.0
+        self.number = 1
+        self.changes = Changes(self.ask_number, clock=lambda: self.now)
+
+    async def ask_number(self) -> int:
+        if self.error is not None:
+            raise self.error
+        return self.number
 
     async def ask(self, key: str) -> str | None:
         self.asked.append(key)
@@ -28,8 +35,10 @@ class Source:
             raise self.error
         return self.answers.get(key)
 
-    def cache(self, size: int = 10) -> MomentCache[str, str]:
-        return MomentCache[str, str](self.ask, fresh_s=1, grace_s=60, size=size, clock=lambda: self.now)
+    def cache(self, size: int = 10, *, changes: bool = False) -> MomentCache[str, str]:
+        return MomentCache[str, str](
+            self.ask, fresh_s=1, grace_s=60, size=size, changes=self.changes if changes else None, clock=lambda: self.now
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,3 +187,83 @@ async def test_a_question_that_is_never_answered_is_asked_again(monkeypatch: pyt
         assert await cache.get("k") == "v"
     finally:
         gate.set()
+
+
+async def test_while_nothing_changes_nobody_asks_again() -> None:
+    source = Source(k="v")
+    cache = source.cache(changes=True)
+    await source.changes.look()
+    for _ in range(100):
+        source.now += 0.9
+        await source.changes.look()
+        assert await cache.get("k") == "v"
+    assert len(source.asked) == 1
+    source.now += module.RECHECK_S
+    await source.changes.look()
+    await cache.get("k")
+    assert len(source.asked) == 2
+
+
+async def test_after_a_change_everything_is_asked_again() -> None:
+    source = Source(k="old", other="same")
+    cache = source.cache(changes=True)
+    await source.changes.look()
+    assert [await cache.get(key) for key in ("k", "other")] == ["old", "same"]
+    source.now += 0.9
+    source.answers["k"], source.number = "new", 2
+    assert await cache.get("k") == "old"  # as without the number
+    source.now += 0.1
+    await source.changes.look()
+    assert [await cache.get(key) for key in ("k", "other")] == ["new", "same"]
+    assert len(source.asked) == 4
+    source.now += 0.9
+    await source.changes.look()
+    assert await cache.get("k") == "new"
+    assert len(source.asked) == 4
+
+
+@pytest.mark.parametrize("looked", [False, True])
+async def test_when_nobody_knows_of_changes_answers_age(looked: bool) -> None:
+    source = Source(k="old")
+    cache = source.cache(changes=True)
+    if looked:
+        await source.changes.look()
+    await cache.get("k")
+    source.answers["k"] = "new"
+    source.now += 1.0
+    assert await cache.get("k") == "new"
+    assert len(source.asked) == 2
+
+
+async def test_grace_begins_when_the_database_was_last_heard() -> None:
+    source = Source(k="v")
+    cache = source.cache(changes=True)
+    await source.changes.look()
+    await cache.get("k")
+    source.now += 100
+    await source.changes.look()
+    source.error = Unavailable("away")
+    source.now += 59.9
+    await source.changes.look()
+    assert await cache.get("k") == "v"
+    source.now += 0.2
+    with pytest.raises(Unavailable):
+        await cache.get("k")
+
+
+async def test_what_was_asked_while_a_change_was_made_is_asked_again() -> None:
+    source = Source(k="old")
+    cache = source.cache(changes=True)
+    await source.changes.look()
+    source.gate = asyncio.Event()
+    waiting = asyncio.create_task(cache.get("k"))
+    await until(lambda: source.asked == ["k"], 5, 0)
+    source.now += 0.1
+    source.number = 2
+    await source.changes.look()  # the answer that is on its way may be from before
+    source.gate.set()
+    assert await waiting == "old"
+    source.answers["k"] = "new"
+    source.now += 0.95
+    await source.changes.look()
+    assert await cache.get("k") == "new"

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lmaas.gateway import server
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
 from tests.conftest import until
@@ -275,6 +276,27 @@ async def test_a_client_that_reads_slowly_gets_everything(stack: Stack, model: B
         text = (await response.aread()).decode()
     assert text.endswith("data: [DONE]\n\n")
     assert usage(await stack.told_once(model, 1)) == [("completed", None, 4 * LONG)]
+
+
+async def test_a_client_that_takes_nothing_is_cut_off(
+    stack: Stack, model: BaseModel, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CLIENT_STALL_S", 0.5)
+    replica = await stack.replica(model, "--fake-token-ms 0")
+    body = ask(COMPLETION, tokens=LONG, n=16, stream=True, prompt=["a"] * 8)  # many megabytes: no socket's buffer holds them
+    async with stack.client(tenant) as http, http.stream("POST", COMPLETION, json=body) as response:
+        assert response.status_code == 200
+        (event,) = await stack.told_once(model, 1)
+        assert event["status"] == "aborted"
+        assert event["completion_tokens"] > 0
+        with pytest.raises(httpx.TransportError):
+            await response.aread()
+
+    async def quiet() -> bool:
+        return await replica.running() == 0
+
+    await until(quiet, timeout_s=5)
+    await stack.idle(model)
 
 
 async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_error(

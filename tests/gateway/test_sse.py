@@ -2,37 +2,27 @@
 
 import itertools
 import json
-from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmaas.gateway.sse import DONE, Rewriter, comment, data, events
+from lmaas.gateway.sse import DONE, Rewriter, comment, data, rewrite_whole
 
 ENGINE = "ten_3f9c-" + "a1" * 32
 
 
-def finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never has to wait."""
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("it waits")
+def rewriter(**more: Any) -> Rewriter:
+    return Rewriter(ENGINE, "m", **{"include_usage": False, "continuous_usage": False} | more)
 
 
-def collect(chunks: list[bytes]) -> list[bytes]:
-    async def source() -> AsyncIterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-
-    async def collected() -> list[bytes]:
-        return [event async for event in events(source())]
-
-    found: list[bytes] = finished(collected())
-    return found
+def collect(chunks: list[bytes], **more: Any) -> list[bytes]:
+    """The events that a client gets of these chunks."""
+    rewrite = rewriter(**more)
+    out = b"".join([*(rewrite.feed(chunk) for chunk in chunks), rewrite.close()])
+    assert out == b"" or out.endswith(b"\n\n")
+    return [event for raw in out.split(b"\n\n") if (event := raw.strip(b"\n"))] + [DONE] * rewrite.done
 
 
 LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
@@ -148,6 +138,115 @@ def test_the_rewriter_does_what_json_would(
         assert b"\n" not in out
         assert json.loads(out.removeprefix(b"data: ")) == expected
         assert list(json.loads(out.removeprefix(b"data: "))) == list(expected)
+
+
+CHUNK = st.builds(
+    lambda choices, usage, after: (
+        {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": ENGINE, "choices": choices}
+        | ({} if usage is None else {"usage": usage})
+        | after
+    ),
+    st.lists(CHOICE.map(lambda choice: choice | {"index": 0}), max_size=1),
+    st.one_of(st.none(), USAGE),
+    st.dictionaries(st.sampled_from(["prompt_token_ids", "system_fingerprint"]), TEXT),
+)
+
+
+@given(
+    sent=st.lists(CHUNK, max_size=5),
+    cuts=st.lists(st.integers(0, 2000), max_size=6),
+    include=st.booleans(),
+    continuous=st.booleans(),
+    simple=st.booleans(),
+)
+def test_many_at_once_are_what_each_would_be(
+    sent: list[dict[str, Any]], cuts: list[int], include: bool, continuous: bool, simple: bool
+) -> None:
+    options = {"include_usage": include, "continuous_usage": include and continuous}
+    alone = rewriter(**options)
+    each = [out for event in sent if (out := alone(written(event))) is not None]
+    stream = b"".join(written(event) + b"\n\n" for event in sent) + DONE + b"\n\n"
+    places = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
+    together = rewriter(**options, prompts=1 if simple else 2)
+    out = b"".join(together.feed(stream[start:end]) for start, end in itertools.pairwise(places))
+    assert out == b"".join(event + b"\n\n" for event in each)
+    assert (together.done, together.complete, together.error, together.aborted) == (True, alone.complete, None, False)
+    assert counted(together.usage) == counted(alone.usage)
+
+
+def counted(usage: dict[str, Any] | None) -> tuple[int, int, int] | None:
+    if usage is None:
+        return None
+    return usage["prompt_tokens"], usage["completion_tokens"], (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+
+
+def piece(number: int, **more: Any) -> bytes:
+    """An event with the usage so far."""
+    usage = {"prompt_tokens": 7, "total_tokens": 7 + number, "completion_tokens": number, "completion_tokens_details": None}
+    choice = {"index": 0, "delta": {"content": f"t{number}"}, "logprobs": None, "finish_reason": None} | more
+    return written({"id": "1", "model": ENGINE, "choices": [choice], "usage": usage}) + b"\n\n"
+
+
+def test_an_engines_error_ends_the_stream_where_it_stands() -> None:
+    rewrite = rewriter()
+    out = rewrite.feed(piece(1) + piece(2) + b'data: {"error":{"message":"m"}}\n\n' + piece(3) + DONE + b"\n\n")
+    assert out.count(b"data: ") == 2
+    assert (rewrite.error, rewrite.done, counted(rewrite.usage)) == (b'{"error":{"message":"m"}}', False, (7, 2, 0))
+    assert rewrite.feed(piece(4)) == b""
+
+
+def test_what_an_engine_ended_is_counted_and_not_delivered() -> None:
+    rewrite = rewriter()
+    out = rewrite.feed(piece(1) + piece(2, finish_reason="abort") + piece(3))
+    assert out.count(b"data: ") == 1
+    assert (rewrite.aborted, counted(rewrite.usage)) == (True, (7, 3, 0))
+    assert rewrite.feed(piece(4)) == b""
+    assert counted(rewrite.usage) == (7, 4, 0)
+
+
+def test_a_model_may_write_what_ends_streams() -> None:
+    rewrite = rewriter()
+    out = rewrite.feed(piece(1, delta={"content": "data: [DONE]"}) + piece(2, delta={"content": 'data: {"error"'}) + piece(3))
+    assert out.count(b'data: {"id"') == 3
+    assert (rewrite.done, rewrite.error, counted(rewrite.usage)) == (False, None, (7, 3, 0))
+
+
+def test_the_running_usage_is_read_when_somebody_asks() -> None:
+    rewrite = rewriter()
+    assert rewrite.usage is None
+    for number in range(1, 4):
+        out = rewrite.feed(piece(number))
+        assert b"usage" not in out
+        assert b'"model":"m"' in out
+        assert counted(rewrite.usage) == (7, number, 0)
+    rewrite.feed(piece(4)[:-1])
+    assert counted(rewrite.usage) == (7, 3, 0)  # it is not whole yet
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
+def test_a_usage_without_numbers_is_nonsense(field: str) -> None:
+    with pytest.raises(ValueError, match="usage"):
+        rewriter().feed(written({"model": ENGINE, "choices": [], "usage": {field: "1"}}) + b"\n\n")
+
+
+WHOLE = {"id": "1", "object": "chat.completion", "model": ENGINE, "choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
+
+
+@given(TEXT, TEXT, st.one_of(st.none(), USAGE), st.sampled_from(["stop", "abort"]), st.booleans())
+def test_an_answer_in_one_piece_is_rewritten_as_json_would(
+    text: str, asked: str, usage: dict[str, Any] | None, reason: str, spaced: bool
+) -> None:
+    answer = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": usage, "kv_transfer_params": None}
+    sent = json.dumps(answer, ensure_ascii=False, separators=None if spaced else (",", ":")).encode()
+    out, found, aborted = rewrite_whole(sent, ENGINE, asked)
+    assert json.loads(out) == answer | {"model": asked}
+    assert (found, aborted) == (usage or {}, reason == "abort")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"model":"' + ENGINE.encode() + b'","usage":{"a":}', b"<html>"])
+def test_an_answer_that_is_nonsense(text: bytes) -> None:
+    with pytest.raises(ValueError, match="line 1"):
+        rewrite_whole(text, ENGINE, "m")
 
 
 def test_the_latest_usage_counts_and_completeness_stays() -> None:
