@@ -17,8 +17,8 @@ TITLE = "lmaas: streamed answers (ms, and completion tokens per second)"
 def rows(stats: RequestStats) -> list[tuple[str, ...]]:
     """A row of texts for each name that requests were reported under.
 
-    Times are as precise as Locust keeps them: two digits. Those of E2E are also of requests that failed. `tok/s each` is the median request's decoding,
-    `tok/s all` what all answered requests of this name had together over the whole run.
+    Times are as precise as Locust keeps them: two digits. Those of E2E are also of requests that failed. `tok/s each` is the median
+    request's decoding, `tok/s all` what all answered requests of this name had together over the whole run.
     """
     # A look-up that finds nothing would make an entry.
     entries = dict(stats.entries)
