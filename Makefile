@@ -7,7 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := torch==2.13.0+cpu
 
-.PHONY: up test bench check format lock clean
+# What `make loadtest` runs: steady, burst, noisy or soak; how many users, how long, and more of Locust's or our options.
+SCENARIO ?= steady
+USERS ?= 16
+DURATION ?= 60s
+OPTIONS ?=
+
+.PHONY: up test bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE)
@@ -19,6 +25,11 @@ test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-de
 # All bars, or those named: make bench BARS="lora_decode lora_prefill"
 bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -W ignore -m bench $(BARS)
+
+# Against what `make up` runs in another terminal: make loadtest SCENARIO=noisy USERS=32 DURATION=3m OPTIONS="--tenants 4"
+loadtest: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	$(BIN)/python -m locust -f loadtest/$(SCENARIO).py --headless --only-summary --users $(USERS) --spawn-rate $(USERS) \
+		--run-time $(DURATION) --stop-timeout 60 --html loadtest/report.html $(OPTIONS)
 
 check: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,74 @@
+"""The service under load: where it is, who its operator is, and what an operator sees of it."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from lmaas.config import Settings
+from lmaas.errors import SettingsError
+from lmaas.manifests.client import ApiClient
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running service. `operator` is a client with the operator's key, `keys` the tenants' keys that were there already, by tenant."""
+
+    root: str
+    operator: ApiClient
+    keys: dict[str, str]
+    #: The base model that the load is for.
+    model: str
+    #: Its folder, on the service's machine.
+    source: str
+
+    def to_zero(self, timeout_s: float) -> None:
+        """Have every replica of the model drained and stopped, and wait until none is left. Raises SettingsError if one stays."""
+        for row in self.replicas():
+            self.operator.call("DELETE", f"/admin/v1/replicas/{row['id']}")
+        deadline = time.monotonic() + timeout_s
+        while self.replicas():
+            if time.monotonic() > deadline:
+                raise SettingsError(f"The pool of {self.model} is not empty after {timeout_s:g} s. Does somebody else use it?")
+            time.sleep(POLL_S)
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """The model's replicas that have not ended."""
+        return [row for row in self.operator.list("/admin/v1/replicas") if row["base_model"] == self.model]
+
+    def in_flight(self) -> int:
+        """How many requests the gateway holds now, by its own metrics."""
+        text = httpx.get(self.root + "/metrics", timeout=10).raise_for_status().text
+        found = re.search(r"^lmaas_requests_in_flight (\S+)$", text, re.MULTILINE)
+        if found is None:
+            raise SettingsError(f"{self.root}/metrics does not say how many requests are in flight.")
+        return int(float(found[1]))
+
+
+def connect(settings: Settings) -> Service:
+    """The service of `LMAAS_URL` and `LMAAS_API_KEY` (an operator's), or that of this home. Raises SettingsError, ApiError."""
+    if bool(settings.url) != bool(settings.api_key):
+        raise SettingsError("Set both LMAAS_URL and LMAAS_API_KEY, or neither.")
+    if settings.url and settings.api_key:
+        url, key, keys = settings.url, settings.api_key, {}
+    else:
+        try:
+            credentials = json.loads(settings.credentials_path.read_text())
+            url, key = credentials["base_url"], credentials["operator_key"]
+            keys = {tenant: found["api_key"] for tenant, found in credentials["tenants"].items()}
+        except (OSError, ValueError, KeyError):
+            raise SettingsError(
+                f"There are no credentials in {settings.credentials_path}. Run `make up` in another terminal, or set LMAAS_URL and "
+                "LMAAS_API_KEY to a service and an operator's key."
+            ) from None
+    operator = ApiClient(url, key)
+    models = operator.list("/admin/v1/base-models")
+    wanted = [row for row in models if settings.model_name in (None, row["name"])]
+    if not wanted:
+        raise SettingsError(f"The service has no base model {settings.model_name or ''}.")
+    return Service(url.removesuffix("/").removesuffix("/v1"), operator, keys, wanted[0]["name"], wanted[0]["source"])

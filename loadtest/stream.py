@@ -1,0 +1,58 @@
+"""What a streamed answer shows of itself while it arrives: pure, without HTTP and without Locust."""
+
+import json
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stream:
+    """One streamed chat completion as its client sees it. Times are seconds of one monotonic clock.
+
+    TTFT is the time to the first token with text, not to the headers: those come with the first comment of a cold start.
+    """
+
+    sent_at: float
+    first_at: float | None = None
+    last_at: float | None = None
+    #: Seconds between one event with text and the next.
+    gaps_s: list[float] = field(default_factory=list)
+    #: Completion tokens as the engine counts them: an event may hold several.
+    tokens: int = 0
+    #: Whether `[DONE]` came: nothing else is a success.
+    done: bool = False
+    #: The code and text of an error event.
+    error: str | None = None
+
+    def read(self, line: bytes, now: float) -> None:
+        """Take one line of the stream, which arrived at `now`. Raises ValueError if it is none that OpenAI's API sends."""
+        if not line or line.startswith(b":"):
+            return
+        if not line.startswith(b"data: "):
+            raise ValueError(f"not a line of an event stream: {line[:100]!r}")
+        if line == b"data: [DONE]":
+            self.done = True
+            return
+        event = json.loads(line[6:])
+        if "error" in event:
+            self.error = f"{event['error']['code']}: {event['error']['message']}"
+            return
+        if event.get("usage"):
+            self.tokens = event["usage"]["completion_tokens"]
+        if any(choice["delta"].get("content") for choice in event["choices"]):
+            if self.last_at is None:
+                self.first_at = now
+            else:
+                self.gaps_s.append(now - self.last_at)
+            self.last_at = now
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token; None if the answer had no text."""
+        return None if self.first_at is None else self.first_at - self.sent_at
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """How fast it decoded, 1/TPOT: the tokens after the first over the time they took; None if there are too few to tell."""
+        if self.first_at is None or self.last_at is None or self.tokens < 2 or self.last_at <= self.first_at:
+            return None
+        return (self.tokens - 1) / (self.last_at - self.first_at)

@@ -1,0 +1,170 @@
+"""What all scenarios share: a user that streams chat and times it, and Locust's hooks that give it a service and a population."""
+
+import json
+import logging
+import random
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import gevent
+import requests
+from locust import User, events
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.runners import LocalRunner
+
+from lmaas import config
+from lmaas.errors import LmaasError
+from lmaas.manifests.client import ApiError
+from loadtest import population, report
+from loadtest.population import Population, Target
+from loadtest.service import Service, connect
+from loadtest.stream import Stream
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+#: A request may wait for a cold start as long as the service lets it; a stream that says nothing for so long is dead.
+SILENCE_S = 330.0
+PROMPT_WORDS = (8, 120)
+ANSWER_TOKENS = (8, 96)
+WORDS = "the of a river city who when winter answer because seven bread light small north market story under engine green"
+
+
+class ChatUser(User):
+    """A client that streams chat completions and reports of each, under the name that the scenario gives it:
+
+    - `E2E`, the request itself: until its last byte, in ms. Locust's total, its charts and its failures are of these alone.
+    - `TTFT`, `ITL` in ms: until the first token; from each to the next. `tok/s`: how fast it decoded; its size column has the number of
+      completion tokens.
+    - `cut`, `429`: requests that the scenario meant to end so, in ms until that end. They are no failures.
+    """
+
+    abstract = True
+    service: ClassVar[Service]
+    population: ClassVar[Population]
+    #: Whether the scenario goes over its limits on purpose.
+    expects_429: ClassVar[bool] = False
+    #: Whether an engine must run at the beginning, so that no cold start is in the figures of what is no cold start.
+    starts_warm: ClassVar[bool] = True
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.chance = random.Random()
+        self._http = requests.Session()
+        # Reading proxy settings anew for each request costs more than the request.
+        self._http.trust_env = False
+
+    def on_stop(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def chat(self, target: Target, name: str, cut_after_s: float | None = None) -> None:
+        """Stream one answer. With `cut_after_s` the client goes away after that time, wherever the request is, if it has not ended."""
+        body = json.dumps(question(target.model, self.chance))
+        headers = {"authorization": f"Bearer {target.key}", "content-type": "application/json"}
+        url = f"{self.service.root}/v1/chat/completions"
+        stream, refused, problem, ended = Stream(time.perf_counter()), None, None, False
+        try:
+            with (
+                gevent.Timeout(cut_after_s, False),
+                self._http.post(url, data=body, headers=headers, stream=True, timeout=(CONNECT_S, SILENCE_S)) as response,
+            ):
+                if response.status_code == 200:
+                    # requests hands out each chunk when it arrives. (Locust's faster client waits for 1024 bytes: no TTFT with it.)
+                    for line in response.iter_lines():
+                        stream.read(line, time.perf_counter())
+                    problem = stream.error or (None if stream.done else "the stream ended without [DONE]")
+                else:
+                    refused = response.status_code
+                    problem = f"HTTP {refused} {response.json()['error']['code']}"
+                ended = True
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        took_s = time.perf_counter() - stream.sent_at
+        if refused == 429 and self.expects_429:
+            self._figure("429", name, took_s * 1000)
+        elif problem is None and not ended:
+            self._figure("cut", name, took_s * 1000)
+        else:
+            exception = None if problem is None else Exception(problem)
+            self.environment.events.request.fire(
+                request_type="E2E", name=name, response_time=took_s * 1000, response_length=0, exception=exception, context={}
+            )
+            if problem is None:
+                self._answered(name, stream)
+
+    def _answered(self, name: str, stream: Stream) -> None:
+        if stream.ttft_s is not None:
+            self._figure("TTFT", name, stream.ttft_s * 1000)
+        for gap_s in stream.gaps_s:
+            self._figure("ITL", name, gap_s * 1000)
+        self._figure("tok/s", name, stream.tokens_per_s, stream.tokens)
+
+    def _figure(self, kind: str, name: str, value: float | None, size: int = 0) -> None:
+        self.environment.stats.get(name, kind).log(value, size)
+
+
+def question(model: str, chance: random.Random) -> dict[str, Any]:
+    """A chat request of a random length, for an answer of a random length."""
+    words = chance.choices(WORDS.split(), k=chance.randint(*PROMPT_WORDS))
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": " ".join(words)}],
+        "max_tokens": chance.randint(*ANSWER_TOKENS),
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def warm(service: Service, target: Target) -> None:
+    """See that an engine runs. Raises requests.RequestException."""
+    body = json.dumps(question(service.model, random.Random()))
+    headers = {"authorization": f"Bearer {target.key}"}
+    requests.post(f"{service.root}/v1/chat/completions", data=body, headers=headers, timeout=SILENCE_S).raise_for_status()
+
+
+@events.init_command_line_parser.add_listener
+def add_arguments(parser: LocustArgumentParser) -> None:
+    """What a run may be told beside Locust's own options."""
+    parser.add_argument("--tenants", type=int, default=8, help="tenants to make for the run; 0: those of the credentials file")
+    parser.add_argument("--adapters", type=int, default=2, help="adapters to make for each of them")
+    parser.add_argument("--zipf", type=float, default=1.0, help="how uneven popularity is: the target of rank r is called as 1/r**zipf")
+
+
+@events.init.add_listener
+def prepare(environment: Environment, runner: object, **_: object) -> None:
+    """Find the service and make the population; both go to the users' class, since Locust gives users nothing else."""
+    if not isinstance(runner, LocalRunner):
+        sys.exit("These load tests run in one Locust process: each one would make the same tenants.")
+    options = environment.parsed_options
+    assert options is not None  # noqa: S101 (a program's environment has them)
+    # Not a line for each call of ours.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with ExitStack() as undo:
+            service = ChatUser.service = connect(config.load())
+            if options.tenants:
+                log.info("Making %d tenants with %d adapters each ...", options.tenants, options.adapters)
+                undo.callback(population.remove, service)
+                targets = population.make(service, options.tenants, options.adapters)
+            else:
+                targets = population.found(service)
+            ChatUser.population = Population(targets, options.zipf)
+            if all(user.starts_warm for user in environment.user_classes if issubclass(user, ChatUser)):
+                log.info("Waiting for an engine ...")
+                warm(service, targets[-1])
+            at_end = undo.pop_all()
+    except (LmaasError, ApiError, requests.RequestException) as error:
+        sys.exit(str(error))
+    environment.host = service.root
+
+    def finish(**_: object) -> None:
+        with at_end:
+            report.show(environment.stats, options.html_file)
+
+    # By then no user runs any more, and Locust has printed its tables and written its HTML.
+    environment.events.quit.add_listener(finish)
