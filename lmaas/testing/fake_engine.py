@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.batch import Engine, Sequence, prompt_blocks, write
+from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")
 
@@ -68,6 +69,8 @@ class Completions:
         answer_id = f"chatcmpl-{own_id}" if self._chat else f"cmpl-{own_id}"
         names = [answer_id] if self._chat else [f"{answer_id}-{index}" for index in range(len(prompts))]
         sequences = [sequence for choices in prompts for sequence in choices]
+        for sequence in sequences:
+            sequence.request = own_id
         self._engine.requests.update(zip(names, prompts, strict=True))
         self._engine.add(sequences)
         watch = asyncio.create_task(self._watch(receive, sequences))
@@ -281,12 +284,15 @@ def main() -> None:
     parser.add_argument("--fake-token-ms", type=float, default=5.0, help="time of one step, in which every running sequence makes a token")
     parser.add_argument("--fake-accept-ms", type=float, default=0.0, help="time until a request is queued, as for reading a long prompt")
     parser.add_argument("--fake-start-ms", type=float, default=0.0, help="time until the port opens")
+    parser.add_argument("--fake-truth", type=Path, default=None, help="a file that gets a line for each token; see lmaas.testing.truth")
     given, _ = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO)
     log.info("%s: there is no model here to keep apart", ACTIVE_MARK)
     time.sleep(given.fake_start_ms / 1000)
     name = given.served_model_name or given.model
     engine = Engine(name, given.max_model_len, given.max_num_seqs, given.max_loras, given.fake_token_ms / 1000)
+    if given.fake_truth is not None:
+        engine.truth = TruthLog(given.fake_truth)
     config = uvicorn.Config(
         build(engine, given.fake_accept_ms / 1000),
         host=given.host,
