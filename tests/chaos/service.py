@@ -65,8 +65,9 @@ class Client:
 class Service:
     """Postgres, Valkey, gateways, controllers, and the replicas that the controllers start. Made by `running`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, fake: str, changes: dict[str, Any]) -> None:
         self.settings = Settings(home=home)
+        self._fake, self._changes = fake, changes
         self.truth = home / "truth"
         self.faults: list[Fault] = []
         #: Replicas whose supervisor or engine the test has killed.
@@ -138,6 +139,11 @@ class Service:
         self._processes[name].kill()
         self._processes[name].wait()
 
+    def terminate(self, name: str) -> "subprocess.Popen[bytes]":
+        """SIGTERM; answers the process, which may take its time."""
+        self._processes[name].terminate()
+        return self._processes[name]
+
     def ended(self) -> dict[str, int]:
         """Gateways and controllers that are gone although nobody killed them, with their exit codes."""
         return {name: code for name, process in self._processes.items() if (code := process.poll()) is not None}
@@ -190,17 +196,14 @@ class Service:
             database_url=await self.start_postgres(),
             redis_url=self.start_valkey(),
             engine_module="lmaas.testing.fake_engine",
-            engine_max_replicas=2,
-            queue_deadline_s=40,
-            drain_timeout_s=10,
-            orphan_timeout_s=30,
+            **{"engine_max_replicas": 2, "queue_deadline_s": 40, "drain_timeout_s": 10, "orphan_timeout_s": 30} | self._changes,
         )
         migrate = [sys.executable, "-m", "lmaas", "migrate"]
         environment = os.environ | self.settings.environment()
         await asyncio.to_thread(subprocess.run, migrate, env=environment, check=True, timeout=60)
         self.db = Database(str(self.settings.database_url))
         self.scheduler = Scheduler(connect(str(self.settings.redis_url)))
-        fake = f"--fake-token-ms {TOKEN_MS} --fake-truth {self.truth}"
+        fake = f"--fake-token-ms {TOKEN_MS} --fake-truth {self.truth} {self._fake}"
         self.truth.touch()
         self.model = await put_base_model(self.db, BaseModel("", MODEL, "no-model", "float32", {}, 16, 3, 8, SLOTS, 2048, 2**28, fake))
         for name in (*self.gateways, *(f"controller-{number}" for number in range(CONTROLLERS))):
@@ -240,10 +243,10 @@ class Service:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[Service]:
-    """A service with an empty database, until the end of the block."""
+async def running(*, fake: str = "", **changes: Any) -> AsyncIterator[Service]:
+    """A service with an empty database, until the end of the block. Its engines get the `fake` arguments; `changes` are settings."""
     # Short: a Unix socket's path may have 107 bytes.
-    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")))
+    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes)
     async with AsyncExitStack() as exits:
         exits.callback(service.close)
         await service.bootstrap()
