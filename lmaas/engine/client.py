@@ -12,6 +12,10 @@ import aiohttp
 CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
 
 
+#: How long an engine may take to say how many tokens it has made.
+COUNTERS_TIMEOUT_S = 10.0
+
+
 class EngineError(Exception):
     """The engine answered a request of ours with an error. `status` is HTTP's."""
 
@@ -111,6 +115,6 @@ class EngineClient:
 
     async def generated_tokens(self, url: str) -> float:
         """The engine's counters of prompt and generated tokens, added up: they move while it works."""
-        text = (await self._ask("GET", f"{url}/metrics", timeout_s=10)).decode()
+        text = (await self._ask("GET", f"{url}/metrics", timeout_s=COUNTERS_TIMEOUT_S)).decode()
         wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))
