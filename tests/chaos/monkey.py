@@ -12,6 +12,8 @@ from tests.conftest import until
 #: A gateway's death and a fault of Valkey are this far apart: a lease (6 s) and its settlement. What was accepted, and known to these two
 #: alone, is gone if both die; that is a double fault, and no promise.
 APART_S = 9.0
+#: A stream with so many tokens has run for longer than any checkpoint may be old.
+OLD_TOKENS = 230
 
 
 class Monkey:
@@ -76,14 +78,15 @@ class Monkey:
         entries: Any = await self._service.scheduler.redis.xrange(f"lmaas:{{{self._service.model.id}}}:usage")
         return any('"lost"' in fields["event"] for _, fields in entries)
 
-    def _streams(self, gateway: str = "") -> int:
-        """Streams that have begun, of one gateway or of all."""
+    def _streams(self, gateway: str = "", tokens: int = 1) -> int:
+        """Streams that have had so many tokens, of one gateway or of all."""
         running = [worker.current for worker in self._workers]
-        return sum(one is not None and one.stream and one.tokens > 0 and one.gateway.startswith(gateway) for one in running)
+        return sum(one is not None and one.stream and one.tokens >= tokens and one.gateway.startswith(gateway) for one in running)
 
     async def _gateway(self) -> str:
         name = self._random.choice(self._service.gateways)
-        await until(lambda: self._streams(name) >= 2, every_s=0.01)
+        # One of them is old enough that a missing checkpoint would show.
+        await until(lambda: self._streams(name) >= 2 and self._streams(name, OLD_TOKENS) >= 1, every_s=0.01)
         self._service.kill(name)
         await asyncio.sleep(self._random.uniform(0, 1))
         self._service.start(name)

@@ -24,12 +24,12 @@ from typing import Any
 import pytest
 
 from lmaas.states import TERMINAL, Observed
-from lmaas.store.replicas import list_replicas
+from lmaas.store.replicas import Replica, list_replicas
 from lmaas.store.usage import list_events
 from lmaas.testing.truth import read_truth
 from tests.chaos.clients import Worker
 from tests.chaos.monkey import Monkey
-from tests.chaos.service import GATEWAYS, Service, running
+from tests.chaos.service import GATEWAYS, Fault, Service, running
 from tests.chaos.verdict import judge
 from tests.conftest import until
 
@@ -64,7 +64,7 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     finally:
         stop.set()
         await asyncio.gather(*jobs)
-    print(f"{time.monotonic() - started:.0f} s: {[(one.kind, one.target) for one in service.faults]}")  # noqa: T201
+    print(f"{time.monotonic() - started:.0f} s: {[(round(one.began, 1), one.kind, one.target) for one in service.faults]}")  # noqa: T201
     await _answers_again(service, workers)
     await _comes_to_rest(service)
 
@@ -77,11 +77,19 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     assert not verdict.complaints, "\n".join([f"{len(verdict.complaints)} complaints", *verdict.complaints[:20]])
     assert service.ended() == {}, "ended by itself"
     rows = await list_replicas(service.db, ended=True, limit=None)
-    failed = {row.id: row.reason for row in rows if row.observed in TERMINAL - {Observed.STOPPED}}
-    assert set(failed) <= service.killed_replicas, failed
+    failed = [row for row in rows if row.observed in TERMINAL - {Observed.STOPPED} and row.id not in service.killed_replicas]
+    assert [row for row in failed if not _cut_short(row, service.faults)] == [], "replicas that nobody killed"
     # That all this was put to the test at all.
     assert len(attempts) >= 200
     assert {"completed", "aborted", "failed", "lost"} <= set(verdict.statuses), verdict.statuses
+
+
+def _cut_short(row: Replica, faults: list[Fault]) -> bool:
+    """Whether a replica was written off at its start because its controller was killed in the middle of that: then there is a row and
+    nothing else. Or because two controllers were active for a moment, as after the loss of the connection that holds the lead."""
+    made = row.created_at.timestamp()
+    disturbed = any(fault.kind in ("controller", "postgres") and fault.began - 3 < made < fault.ended + 3 for fault in faults)
+    return disturbed and row.observed == Observed.LOST and row.ready_at is None
 
 
 async def _answers_again(service: Service, workers: list[Worker]) -> None:
