@@ -5,6 +5,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from sqlalchemy import text
+
 from tests.chaos.clients import Worker
 from tests.chaos.service import CONTROLLERS, Fault, Service, now
 from tests.conftest import until
@@ -26,6 +28,7 @@ class Monkey:
         self._faults: dict[str, Callable[[], Awaitable[str]]] = {
             "gateway": self._gateway,
             "controller": self._controller,
+            "controllers that write": self._writing_controllers,
             "engine": self._engine,
             "supervisor": self._supervisor,
             "valkey": self._valkey,
@@ -98,6 +101,24 @@ class Monkey:
         await asyncio.sleep(self._random.uniform(0, 2))
         self._service.start(name)
         return name
+
+    async def _writing_controllers(self) -> str:
+        """All of them, while one has events in its hands that the ledger does not have yet."""
+        async with self._service.db.begin() as connection:
+            await connection.execute(text("LOCK TABLE usage_events IN SHARE ROW EXCLUSIVE MODE"))
+
+            async def waits() -> bool:
+                query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO usage_events%'"
+                # Not in the same transaction: what it has seen of the others once, it does not look at again.
+                async with self._service.db.begin() as other:
+                    return bool((await other.execute(text(query))).scalar_one())
+
+            await until(waits, every_s=0.02)
+            for number in range(CONTROLLERS):
+                self._service.kill(f"controller-{number}")
+        for number in range(CONTROLLERS):
+            self._service.start(f"controller-{number}")
+        return "all"
 
     async def _engine(self) -> str:
         await until(lambda: self._streams() >= 3, every_s=0.01)
