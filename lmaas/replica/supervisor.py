@@ -233,7 +233,9 @@ class Supervisor:
                     await self._wake.wait()
 
     async def _works(self, engine: EngineProcess) -> bool:
-        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one."""
+        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one; one whose server does
+        not even give its counters for STALL_S is."""
+        heard = time.monotonic()
         before = await self._tokens(engine)
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:
@@ -242,6 +244,10 @@ class Supervisor:
                 now = await self._tokens(engine)
                 if before is not None and now is not None and now > before:
                     return True
+                if now is not None:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > STALL_S:
+                    return False
             return probe.done() and probe.result()
         finally:
             probe.cancel()

@@ -55,11 +55,13 @@ async def test_an_engine_that_stands_still_is_ejected_while_others_flow(
     tasks.append(asyncio.create_task(stack.stream(tenant, COMPLETION, ask(30), flowing)))
     await until(lambda: sum(task.done() for task in plain) >= 4)
     assert not frozen.task.done(), "others flow before it is noticed"
+    # What it had taken is delivered again.
+    assert [response.status_code for response in await asyncio.gather(*plain)] == [200] * 12
+    frozen.kill()  # it has ten seconds to end by itself, which it cannot use
     await until(frozen.task.done)
     ending = frozen.task.result()
     assert ending.state is Observed.FAILED
     assert "stands still" in ending.reason or "does not generate" in ending.reason
-    assert [response.status_code for response in await asyncio.gather(*plain)] == [200] * 12
     await asyncio.gather(*tasks)
     assert flowing.done
     assert begun.error is not None
