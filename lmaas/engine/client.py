@@ -13,6 +13,8 @@ CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, 
 
 #: How long an engine may take to end a response whose answer is complete.
 READ_OUT_S = 1.0
+#: How long an engine may take to say how many tokens it has made.
+COUNTERS_TIMEOUT_S = 5.0
 
 
 class EngineError(Exception):
@@ -141,6 +143,6 @@ class EngineClient:
 
     async def generated_tokens(self, url: str) -> float:
         """The engine's counters of prompt and generated tokens, added up: they move while it works."""
-        text = (await self._ask("GET", f"{url}/metrics", timeout_s=5)).decode()
+        text = (await self._ask("GET", f"{url}/metrics", timeout_s=COUNTERS_TIMEOUT_S)).decode()
         wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))

@@ -265,7 +265,8 @@ class Supervisor:
             self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:
-        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one."""
+        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one; one whose server does
+        not even give its counters for MUTE_S is."""
         before, answered = await self._tokens(engine), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:

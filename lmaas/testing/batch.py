@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Sequence:
     finish: bytes | None = None
     #: Whether its client has been told of the finish.
     told: bool = False
+    #: The id that the request came with.
+    request: str = ""
 
 
 @dataclass(slots=True)
@@ -48,6 +50,8 @@ class Engine:
     max_loras: int
     token_s: float
     adapters: dict[str, str] = field(default_factory=dict)
+    #: Told of each sequence that comes and of each token that is made, before anybody else can see it.
+    truth: Callable[[Sequence], None] | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
     #: By the engine's id of a request, to abort it.
@@ -59,7 +63,10 @@ class Engine:
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences, first come first served."""
-        self._waiting.extend(sequences)
+        for sequence in sequences:
+            self._waiting.append(sequence)
+            if self.truth is not None:
+                self.truth(sequence)
         self._arrived.set()
 
     def finish(self, sequence: Sequence, reason: bytes) -> None:
@@ -115,6 +122,8 @@ class Engine:
             self._cache.update(sequence.blocks)
         sequence.made += 1
         self.generated_tokens += 1
+        if self.truth is not None:
+            self.truth(sequence)
         sequence.wake.set()
         if sequence.made == len(sequence.pieces):
             self.finish(sequence, sequence.end)

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import secrets
 import socket
 import time
@@ -29,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.batch import Engine, Sequence, prompt_blocks, write
+from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")
 
@@ -54,20 +56,25 @@ async def _answer_refused(_: Request, error: Exception) -> Response:
 class Completions:
     """An ASGI endpoint: chat completions or completions, plain or streaming."""
 
-    def __init__(self, engine: Engine, accept_s: float, *, chat: bool) -> None:
-        self._engine, self._accept_s, self._chat = engine, accept_s, chat
+    def __init__(self, engine: Engine, accept_s: float, poison: bytes, *, chat: bool) -> None:
+        self._engine, self._accept_s, self._poison, self._chat = engine, accept_s, poison, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A client that goes away ends it."""
         request = Request(scope, receive)
         wake = asyncio.Event()
-        body = _parse(await request.body())
+        text = await request.body()
+        if self._poison and self._poison in text:
+            os.abort()
+        body = _parse(text)
         await asyncio.sleep(self._accept_s)
         prompts = self._sequences(body, wake)
         own_id = request.headers.get("x-request-id") or secrets.token_hex(8)
         answer_id = f"chatcmpl-{own_id}" if self._chat else f"cmpl-{own_id}"
         names = [answer_id] if self._chat else [f"{answer_id}-{index}" for index in range(len(prompts))]
         sequences = [sequence for choices in prompts for sequence in choices]
+        for sequence in sequences:
+            sequence.request = own_id
         self._engine.requests.update(zip(names, prompts, strict=True))
         self._engine.add(sequences)
         watch = asyncio.create_task(self._watch(receive, sequences))
@@ -230,7 +237,7 @@ async def _metrics(engine: Engine, _: Request) -> Response:
     return PlainTextResponse(engine.metrics())
 
 
-def build(engine: Engine, accept_s: float) -> Starlette:
+def build(engine: Engine, accept_s: float, poison: bytes) -> Starlette:
     """The server's application."""
 
     @asynccontextmanager
@@ -241,8 +248,8 @@ def build(engine: Engine, accept_s: float) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", Completions(engine, accept_s, chat=True), methods=["POST"]),
-            Route("/v1/completions", Completions(engine, accept_s, chat=False), methods=["POST"]),
+            Route("/v1/chat/completions", Completions(engine, accept_s, poison, chat=True), methods=["POST"]),
+            Route("/v1/completions", Completions(engine, accept_s, poison, chat=False), methods=["POST"]),
             Route("/inference/v1/abort_requests", partial(_abort, engine), methods=["POST"]),
             Route("/v1/load_lora_adapter", partial(_load, engine), methods=["POST"]),
             Route("/v1/unload_lora_adapter", partial(_unload, engine), methods=["POST"]),
@@ -281,14 +288,18 @@ def main() -> None:
     parser.add_argument("--fake-token-ms", type=float, default=5.0, help="time of one step, in which every running sequence makes a token")
     parser.add_argument("--fake-accept-ms", type=float, default=0.0, help="time until a request is queued, as for reading a long prompt")
     parser.add_argument("--fake-start-ms", type=float, default=0.0, help="time until the port opens")
+    parser.add_argument("--fake-poison", default="", help="a word in a request that the engine does not survive")
+    parser.add_argument("--fake-truth", type=Path, default=None, help="a file that gets a line for each token; see lmaas.testing.truth")
     given, _ = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO)
     log.info("%s: there is no model here to keep apart", ACTIVE_MARK)
     time.sleep(given.fake_start_ms / 1000)
     name = given.served_model_name or given.model
     engine = Engine(name, given.max_model_len, given.max_num_seqs, given.max_loras, given.fake_token_ms / 1000)
+    if given.fake_truth is not None:
+        engine.truth = TruthLog(given.fake_truth)
     config = uvicorn.Config(
-        build(engine, given.fake_accept_ms / 1000),
+        build(engine, given.fake_accept_ms / 1000, given.fake_poison.encode()),
         host=given.host,
         port=given.port,
         log_level="warning",

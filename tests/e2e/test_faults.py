@@ -1,10 +1,14 @@
 """What dies, and what must hold then."""
 
 import asyncio
+import contextlib
+import itertools
 import os
 import signal
 import sys
 from typing import Any
+
+from openai import AsyncOpenAI
 
 from tests.e2e.conftest import MODEL, Stack, wait_for
 
@@ -65,6 +69,50 @@ async def test_the_ledger_equals_the_engines_counters_also_for_a_client_that_was
     await asyncio.to_thread(wait_for, lambda: ledger(stack, replica) == counters(stack, url), 20, "the ledger equals the engine's counters")
     ids = [event["request_id"] for event in events(stack)]
     assert len(ids) == len(set(ids))
+
+
+async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_that_go(stack: Stack) -> None:
+    """Plain and streamed, three models, both endpoints, clients that leave in the middle, before the first token and while they wait."""
+    stack.cool()
+    url = await asyncio.to_thread(stack.warm)
+    replica = next(row["id"] for row in stack.replicas() if row["url"] == url)
+    words = itertools.count()
+
+    async def plain(client: AsyncOpenAI, model: str) -> None:
+        await client.completions.create(model=model, prompt=f"Count from {next(words)}", max_tokens=12)
+
+    async def streamed(client: AsyncOpenAI, model: str, leave_after: int | None) -> None:
+        message = {"role": "user", "content": f"Tell me about the number {next(words)}."}
+        stream = await client.chat.completions.create(
+            model=model, messages=[message], max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+        )
+        async with stream:
+            pieces = 0
+            async for _ in stream:
+                pieces += 1
+                if pieces == leave_after:
+                    return
+
+    async def impatient(client: AsyncOpenAI, model: str, patience_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await client.completions.create(
+                    model=model, prompt=f"Wait for {next(words)}", max_tokens=100, extra_body={"ignore_eos": True}
+                )
+
+    async with stack.async_openai("acme") as acme, stack.async_openai("globex") as globex:
+        jobs = []
+        # More than the engine's slots: some wait, and leave while they do.
+        for number in range(5):
+            for client, model in ((acme, "json-bot"), (globex, "pirate-bot"), (acme, MODEL)):
+                jobs += [plain(client, model), streamed(client, model, None), streamed(client, model, 1 + 5 * number)]
+                jobs += [impatient(client, model, 0.02 + 0.4 * number)]
+        await asyncio.gather(*jobs)
+
+    await asyncio.to_thread(wait_for, lambda: ledger(stack, replica) == counters(stack, url), 30, "the ledger equals the engine's counters")
+    mine = [event for event in events(stack) if event["replica_id"] == replica]
+    assert {event["status"] for event in mine} == {"completed", "aborted", "probe"}
+    assert sum(event["status"] == "aborted" for event in mine) >= 15
 
 
 async def test_requests_outlive_an_engine_that_is_killed(stack: Stack) -> None:
