@@ -16,6 +16,7 @@ from rich.table import Table
 
 Say = Callable[[str], None]
 Figure = TypeVar("Figure")
+Run = Callable[[int], Awaitable[Figure]]
 Op = Literal[">=", "<=", "="]
 #: Machines are shared and noisy: fewer rounds than this make no claim.
 ROUNDS = 5
@@ -39,7 +40,7 @@ class Bar:
         return {">=": self.value >= self.bar, "<=": self.value <= self.bar, "=": self.value == self.bar}[self.op]
 
 
-async def interleaved(rounds: int, runs: Mapping[str, Callable[[int], Awaitable[Figure]]], first: int = 0) -> dict[str, list[Figure]]:
+async def interleaved(rounds: int, runs: Mapping[str, Run[Figure]], first: int = 0) -> dict[str, list[Figure]]:
     """Measure each of `runs` once in every round, in an order that rotates: what disturbs the machine disturbs all of them.
 
     A run gets the number of its round, counted from `first`, and answers its figure. Figures by name, one for each round.

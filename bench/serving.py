@@ -2,16 +2,16 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import adapters
+from bench import adapters, engines
 from bench.client import Ask, Client, Place, Run, client
-from bench.frame import ROUNDS, Bar, Say, attempted, interleaved, ratios, summary
+from bench.frame import ROUNDS, Bar, Op, Say, attempted, interleaved, ratios, summary
 from bench.stack import Adapter, Stack, stack
 
 NAMES = ("added_ttft_ms", "engine_kept_busy", "slot_aware_ttft_p50", "slot_aware_throughput", "slot_aware_ttft_p99")
@@ -24,6 +24,8 @@ ENGINE_ARGS = "--no-enable-prefix-caching"
 PAIRS = 24
 
 ADAPTERS, SLOTS = 8, 2
+#: To the engine that lmaas uses, and to one as anyone starts it.
+STRAIGHT, STOCK = "straight", "stock vLLM"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Load:
 
 #: Twice as many clients as the engine runs at once: whoever leaves must be replaced at once.
 BUSY = Load(128, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
-#: A tenth of the requests run while the load begins or ends.
-SCARCE = Load(160, at_once=48, prompt_tokens=(16, 48), completion_tokens=(16, 48))
+SCARCE = Load(112, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
@@ -70,10 +71,9 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
             if "engine_kept_busy" in wanted:
                 yield await attempted("engine_kept_busy", _kept_busy(asker, adapter.through, straight))
     if slot_aware := set(wanted) & set(NAMES[2:]):
-        async with _serving(model, folder / "scarce", say, engine_max_loras=SLOTS) as (asker, running):
-            for bar in await _slot_aware(asker, running, list(made.values())):
-                if bar.name in slot_aware:
-                    yield bar
+        for bar in await _slot_aware(model, folder, made, say):
+            if bar.name in slot_aware:
+                yield bar
 
 
 @asynccontextmanager
@@ -127,18 +127,22 @@ async def _kept_busy(asker: Client, through: Place, straight: Place) -> Bar:
     return Bar("engine_kept_busy", detail["median"], ">=", 0.97, shown)
 
 
-async def _slot_aware(asker: Client, running: Stack, folders: Sequence[Path]) -> list[Bar]:
+async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say) -> list[Bar]:
     """Eight adapters in turn on two slots: of one tenant and of as many tenants. The worse of the two counts."""
-    one = await running.tenant("one")
-    many = [await running.tenant(f"tenant-{number}") for number in range(len(folders))]
-    ours = {
-        "one tenant": [await running.adapter(one, f"adapter-{number}", folder) for number, folder in enumerate(folders)],
-        "eight tenants": [await running.adapter(tenant, "adapter", folder) for tenant, folder in zip(many, folders, strict=True)],
-    }
-    straight = {way: await _straight(asker, running, used) for way, used in ours.items()}["eight tenants"]
-    ways = {way: [adapter.through for adapter in used] for way, used in ours.items()} | {"straight": straight}
-    await SCARCE.run(asker, straight, seed=-1)
-    figures = await interleaved(ROUNDS, {way: partial(SCARCE.run, asker, places) for way, places in ways.items()})
+    async with _serving(model, folder / "scarce", say, engine_max_loras=SLOTS) as (asker, running), _stock(model, folder, say) as stock:
+        one = await running.tenant("one")
+        ours = {
+            "one tenant": [await running.adapter(one, name, path) for name, path in made.items()],
+            "eight tenants": [await running.adapter(await running.tenant(f"has-{name}"), name, path) for name, path in made.items()],
+        }
+        straight = {way: await _straight(asker, running, used) for way, used in ours.items()}["eight tenants"]
+        ways = {way: [adapter.through for adapter in used] for way, used in ours.items()} | {STRAIGHT: straight}
+        await stock.load(made)
+        ways[STOCK] = [Place(f"{stock.url}/v1", name) for name in made]
+        for place in ways[STOCK]:
+            await asker.ask(Ask(place, "Hello", 2))
+        await SCARCE.run(asker, straight, seed=-1)
+        figures = await interleaved(ROUNDS, {way: partial(SCARCE.run, asker, places) for way, places in ways.items()})
     return [
         _worse("slot_aware_ttft_p50", "<=", 0.5, figures, lambda run: run.ttft_s(50)),
         _worse("slot_aware_throughput", ">=", 1.2, figures, lambda run: run.tokens_per_s),
@@ -146,10 +150,20 @@ async def _slot_aware(asker: Client, running: Stack, folders: Sequence[Path]) ->
     ]
 
 
-def _worse(name: str, op: Any, bar: float, figures: dict[str, list[Run]], figure: Callable[[Run], float]) -> Bar:
+def _stock(model: Path, folder: Path, say: Say) -> AbstractAsyncContextManager[engines.Engine]:
+    """A vLLM server of the same sizes without lmaas's kernels, only to be shown beside: the bars are about the order of requests."""
+    say("starting stock vLLM")
+    sizes = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(SLOTS), "--max-cpu-loras", "64", "--max-num-seqs", "16")
+    return engines.server(model, folder / "stock.log", *sizes, plugins=False)
+
+
+def _worse(name: str, op: Op, bar: float, figures: dict[str, list[Run]], figure: Callable[[Run], float]) -> Bar:
+    """The bar of the worse of our ways ÷ straight to the same engine, with all ratios and figures beside."""
     seen = {way: [figure(run) for run in runs] for way, runs in figures.items()}
-    by_way = {way: summary(ratios(seen[way], seen["straight"])) for way in seen if way != "straight"}
-    pick = max if op == "<=" else min
-    worst = pick(by_way, key=lambda way: by_way[way]["median"])
-    detail = {"worse": worst, **by_way[worst], "ratios": by_way, "figures": {way: summary(each) for way, each in seen.items()}}
-    return Bar(name, by_way[worst]["median"], op, bar, {**detail, "clients": SCARCE.at_once, "requests": SCARCE.requests})
+    ours = [way for way in seen if way not in (STRAIGHT, STOCK)]
+    by_way = {way: summary(ratios(seen[way], seen[STRAIGHT])) for way in ours}
+    worse = (max if op == "<=" else min)(ours, key=lambda way: by_way[way]["median"])
+    detail = {"worse": worse, **by_way[worse], "÷ straight": by_way}
+    detail |= {"÷ stock vLLM": {way: summary(ratios(seen[way], seen[STOCK])) for way in ours}}
+    detail |= {"figures": {way: summary(each) for way, each in seen.items()}, "clients": SCARCE.at_once, "requests": SCARCE.requests}
+    return Bar(name, by_way[worse]["median"], op, bar, detail)
