@@ -26,7 +26,7 @@ TOKEN_MS = 20
 ASKED, UNCOUNTED = 30, 5
 
 #: Histories in a round, and steps of the engine in a history: ten times the bound of service and more.
-HISTORIES, STEPS = 12, 1500
+HISTORIES, STEPS = 8, 1500
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
