@@ -87,7 +87,7 @@ class Client:
                     first = time.perf_counter()
                 before, last = last, line
         ended = time.perf_counter()
-        usage = json.loads(before[6:]).get("usage") if last.startswith(b"data: [DONE]") else None
+        usage = json.loads(before[6:]).get("usage") if before and last.startswith(b"data: [DONE]") else None
         if first is None or usage is None or usage["completion_tokens"] != ask.completion_tokens:
             raise RuntimeError(f"{place.url} did not answer in full: {before[:500]!r} {last[:500]!r}")
         return Answer(first - sent, ended - sent, ask.completion_tokens)
