@@ -64,7 +64,10 @@ async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
     try:
         return await measuring
     except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
-        return Bar(name, None, ">=", None, {"why": f"{type(error).__name__}: {error}"})
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):  # a load's requests are tasks of a group: what the first said is the reason
+            first = first.exceptions[0]
+        return Bar(name, None, ">=", None, {"why": f"{type(first).__name__}: {first}"})
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -147,9 +147,9 @@ async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say
         await SCARCE.run(asker, straight, seed=-1)
         figures = await interleaved(ROUNDS, {way: partial(SCARCE.run, asker, places) for way, places in ways.items()})
     return [
-        _worse("slot_aware_ttft_p50", "<=", 0.5, figures, lambda run: run.ttft_s(50)),
-        _worse("slot_aware_throughput", ">=", 1.2, figures, lambda run: run.tokens_per_s),
-        _worse("slot_aware_ttft_p99", "<=", 1.2, figures, lambda run: run.ttft_s(99)),
+        worse("slot_aware_ttft_p50", "<=", 0.5, figures, lambda run: run.ttft_s(50)),
+        worse("slot_aware_throughput", ">=", 1.2, figures, lambda run: run.tokens_per_s),
+        worse("slot_aware_ttft_p99", "<=", 1.2, figures, lambda run: run.ttft_s(99)),
     ]
 
 
@@ -160,13 +160,13 @@ def _stock(model: Path, folder: Path, say: Say) -> AbstractAsyncContextManager[e
     return engines.server(model, folder / "stock.log", *sizes, plugins=False)
 
 
-def _worse(name: str, op: Op, bar: float, figures: dict[str, list[Run]], figure: Callable[[Run], float]) -> Bar:
+def worse(name: str, op: Op, bar: float, figures: dict[str, list[Run]], figure: Callable[[Run], float]) -> Bar:
     """The bar of the worse of our ways ÷ straight to the same engine, with all ratios and figures beside."""
     seen = {way: [figure(run) for run in runs] for way, runs in figures.items()}
     ours = [way for way in seen if way not in (STRAIGHT, STOCK)]
     by_way = {way: summary(ratios(seen[way], seen[STRAIGHT])) for way in ours}
-    worse = (max if op == "<=" else min)(ours, key=lambda way: by_way[way]["median"])
-    detail = {"worse": worse, **by_way[worse], "÷ straight": by_way}
+    picked = (max if op == "<=" else min)(ours, key=lambda way: by_way[way]["median"])
+    detail = {"worse": picked, **by_way[picked], "÷ straight": by_way}
     detail |= {"÷ stock vLLM": {way: summary(ratios(seen[way], seen[STOCK])) for way in ours}}
     detail |= {"figures": {way: summary(each) for way, each in seen.items()}, "clients": SCARCE.at_once, "requests": SCARCE.requests}
-    return Bar(name, by_way[worse]["median"], op, bar, detail)
+    return Bar(name, by_way[picked]["median"], op, bar, detail)
