@@ -21,7 +21,10 @@ _GATEWAY = "bench"
 
 @dataclass(eq=False)
 class Job:
-    """A request: it stops after `completion` tokens, though it may have allowed more. `made` of them are made."""
+    """A request: it stops after `completion` tokens, though it may have allowed more. `made` of them are made.
+
+    Before it has run, its prompt is taken to have `guess` times as many tokens as it has.
+    """
 
     id: str
     tenant: str
@@ -29,6 +32,7 @@ class Job:
     prompt: int
     completion: int
     allowed: int
+    guess: float = 1.0
     made: int = 0
 
     @property
@@ -118,8 +122,8 @@ async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int,
 
     async def submit(tenant: str) -> None:
         kind, completion = kinds[tenant], chance.randint(1, kinds[tenant].completion)
-        allowed = chance.randint(completion, kind.completion)
-        job = Job(f"r{next(numbers)}", tenant, chance.choice(kind.adapters), chance.randint(1, kind.prompt), completion, allowed)
+        allowed, guess = chance.randint(completion, kind.completion), chance.uniform(0.7, 1.5)
+        job = Job(f"r{next(numbers)}", tenant, chance.choice(kind.adapters), chance.randint(1, kind.prompt), completion, allowed, guess)
         (running if await calls.submit(job) else queued)[job.id] = job
 
     for step in range(steps):
