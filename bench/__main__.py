@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import frame, lora
+from bench import fairness, frame, lora, serving
 from bench.frame import Bar
 from lmaas.config import Settings
 from lmaas.up.bootstrap import prepare_default_model
 
 RESULTS = Path(__file__).parent / "results.json"
-GROUPS = (lora,)
+GROUPS = (lora, serving, fairness)
 
 
 @click.command(help=__doc__)

@@ -37,10 +37,10 @@ class Load:
 
 
 class Engine:
-    """A running vLLM server."""
+    """A running vLLM server. It listens at `url`."""
 
     def __init__(self, url: str, http: aiohttp.ClientSession, log: Path) -> None:
-        self._url = url
+        self.url = url
         self._http = http
         self._log = log
 
@@ -50,7 +50,7 @@ class Engine:
 
     async def post(self, path: str, body: object) -> bytes:
         """Ask for something. Raises RuntimeError unless it was done."""
-        async with self._http.post(self._url + path, json=body) as response:
+        async with self._http.post(self.url + path, json=body) as response:
             content = await response.read()
             if response.status != 200:
                 raise RuntimeError(f"the engine answered {response.status}: {content[:500]!r}")

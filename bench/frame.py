@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 from rich.table import Table
 
 Say = Callable[[str], None]
-Run = Callable[[int], Awaitable[float]]
+Figure = TypeVar("Figure")
+Run = Callable[[int], Awaitable[Figure]]
 Op = Literal[">=", "<=", "="]
 #: Machines are shared and noisy: fewer rounds than this make no claim.
 ROUNDS = 5
@@ -39,12 +40,12 @@ class Bar:
         return {">=": self.value >= self.bar, "<=": self.value <= self.bar, "=": self.value == self.bar}[self.op]
 
 
-async def interleaved(rounds: int, runs: Mapping[str, Run], first: int = 0) -> dict[str, list[float]]:
+async def interleaved(rounds: int, runs: Mapping[str, Run[Figure]], first: int = 0) -> dict[str, list[Figure]]:
     """Measure each of `runs` once in every round, in an order that rotates: what disturbs the machine disturbs all of them.
 
     A run gets the number of its round, counted from `first`, and answers its figure. Figures by name, one for each round.
     """
-    figures: dict[str, list[float]] = {name: [] for name in runs}
+    figures: dict[str, list[Figure]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(first, first + rounds):
         turn = number % len(names)
@@ -63,7 +64,10 @@ async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
     try:
         return await measuring
     except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
-        return Bar(name, None, ">=", None, {"why": f"{type(error).__name__}: {error}"})
+        first: BaseException = error
+        while isinstance(first, BaseExceptionGroup):  # a load's requests are tasks of a group: what the first said is the reason
+            first = first.exceptions[0]
+        return Bar(name, None, ">=", None, {"why": f"{type(first).__name__}: {first}"})
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

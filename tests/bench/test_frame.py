@@ -13,7 +13,7 @@ from bench.frame import Bar
 async def test_rounds_are_interleaved_and_no_run_is_always_first() -> None:
     order: list[tuple[str, int]] = []
 
-    def run(name: str) -> frame.Run:
+    def run(name: str) -> frame.Run[float]:
         async def measured(number: int) -> float:
             order.append((name, number))
             return float(number)

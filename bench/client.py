@@ -1,0 +1,126 @@
+"""A streaming client of OpenAI's API that looks at the clock: the same for lmaas and for an engine without it."""
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model at an address that ends in `/v1`."""
+
+    url: str
+    model: str
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request for exactly so many tokens: a chat's message if `prompt` is text, a completion if it is token ids."""
+
+    place: Place
+    prompt: str | Sequence[int]
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When the first token that can be seen was there, in seconds after the request was sent, and when the last was."""
+
+    ttft_s: float
+    total_s: float
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """The answers to a load, and how long all of them took."""
+
+    answers: Sequence[Answer]
+    took_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Completion tokens a second."""
+        return sum(answer.completion_tokens for answer in self.answers) / self.took_s
+
+    def ttft_s(self, percent: float) -> float:
+        """This percentile of the times to first token: the smallest that so many of a hundred do not exceed."""
+        return percentile([answer.ttft_s for answer in self.answers], percent)
+
+
+def percentile(figures: Sequence[float], percent: float) -> float:
+    """The smallest of the figures that `percent` of a hundred do not exceed (nearest rank)."""
+    return sorted(figures)[max(0, math.ceil(len(figures) * percent / 100) - 1)]
+
+
+class Client:
+    """Sends requests and reads their streams. Connections are kept, as OpenAI's own client does."""
+
+    def __init__(self, http: aiohttp.ClientSession) -> None:
+        self._http = http
+
+    async def ask(self, ask: Ask) -> Answer:
+        """Send a request and read its stream to the end. Raises RuntimeError unless it was answered in full."""
+        place, chat = ask.place, isinstance(ask.prompt, str)
+        said = {"messages": [{"role": "user", "content": ask.prompt}]} if chat else {"prompt": list(ask.prompt)}
+        body = {"model": place.model, "max_tokens": ask.completion_tokens, "temperature": 0, "ignore_eos": True, **said}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        headers = {"authorization": f"Bearer {place.key}"} if place.key else {}
+        path = "/chat/completions" if chat else "/completions"
+        sent, first, last, before = time.perf_counter(), None, b"", b""
+        async with self._http.post(place.url + path, json=body, headers=headers) as response:
+            if response.status != 200:
+                raise RuntimeError(f"{place.url} answered {response.status}: {(await response.read())[:500]!r}")
+            async for line in response.content:
+                if not line.startswith(b"data: "):
+                    continue
+                if first is None and _says_something(line):
+                    first = time.perf_counter()
+                before, last = last, line
+        ended = time.perf_counter()
+        usage = json.loads(before[6:]).get("usage") if before and last.startswith(b"data: [DONE]") else None
+        if first is None or usage is None or usage["completion_tokens"] != ask.completion_tokens:
+            raise RuntimeError(f"{place.url} did not answer in full: {before[:500]!r} {last[:500]!r}")
+        return Answer(first - sent, ended - sent, ask.completion_tokens)
+
+    async def run(self, asks: Sequence[Ask], at_once: int) -> Run:
+        """Send all of them in their order, `at_once` at any time: whoever has its answer sends the next."""
+        waiting = iter(asks)
+        answers: list[Answer] = []
+
+        async def worker() -> None:
+            for ask in waiting:
+                answers.append(await self.ask(ask))
+
+        started = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(worker())
+        return Run(answers, time.perf_counter() - started)
+
+
+def _says_something(line: bytes) -> bool:
+    if line.startswith(b"data: [DONE]"):
+        return False
+    event = json.loads(line[6:])
+    if "error" in event:
+        raise RuntimeError(f"the stream has failed: {event['error']}")
+    return any(choice.get("text") or choice.get("delta", {}).get("content") for choice in event["choices"])
+
+
+@asynccontextmanager
+async def client() -> AsyncIterator[Client]:
+    """A client whose connections are closed at the end."""
+    # vLLM closes an idle connection after 5 s: sooner, so that no request meets one that is being closed.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as http:
+        yield Client(http)

@@ -1,0 +1,94 @@
+"""What a tenant feels of the others, and how evenly those that wait are served."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import vtc
+from bench.client import Ask, Client, Place, client
+from bench.frame import ROUNDS, Bar, Say, attempted, interleaved, ratios, summary
+from bench.stack import stack
+from lmaas.scheduling.client import Scheduler, connect
+from lmaas.up import embedded
+
+NAMES = ("fairness_ttft", "fairness_bound")
+
+#: The crowd keeps the fake engine's slots full: so many tenants, each with some more requests open than its share of the slots.
+SLOTS, TENANTS, OPEN = 16, 8, 3
+FLOOD = 50
+TOKEN_MS = 20
+#: Requests of the polite tenant in a round; the first ones, while the load begins, do not count.
+ASKED, UNCOUNTED = 30, 5
+
+#: Histories in a round, and steps of the engine in a history: ten times the bound of service and more.
+HISTORIES, STEPS = 8, 1500
+
+
+async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
+    """The bars of NAMES that are wanted."""
+    if "fairness_ttft" in wanted:
+        yield await attempted("fairness_ttft", _ttft(model, folder / "home", say))
+    if "fairness_bound" in wanted:
+        yield await attempted("fairness_bound", _bound(folder / "valkey", say))
+
+
+async def _ttft(model: Path, home: Path, say: Say) -> Bar:
+    """The polite tenant has one request open at a time, and the engine is full; one of the others has 50 times its share open, or not."""
+    say("starting lmaas with a fake engine")
+    settings = {"engine_module": "lmaas.testing.fake_engine", "engine_args": f"--fake-token-ms {TOKEN_MS}", "engine_max_num_seqs": SLOTS}
+    async with stack(model, home, **settings) as running, client() as asker:
+        polite = running.base(await running.tenant("polite"))
+        crowd = [running.base(await running.tenant(f"tenant-{number}")) for number in range(TENANTS)]
+        await asker.ask(Ask(polite, [1], 1))
+        fair = dict.fromkeys(crowd, OPEN)
+        loads = {"fair": fair, "flood": fair | {crowd[0]: FLOOD * SLOTS // TENANTS}}
+        figures = await interleaved(ROUNDS, {name: partial(_among, asker, polite, load) for name, load in loads.items()})
+    medians = {name: [median(ttft for ttft, _ in each) for each in rounds] for name, rounds in figures.items()}
+    detail: dict[str, Any] = summary(ratios(medians["flood"], medians["fair"]))
+    detail |= {"ttft_s": {name: summary(each) for name, each in medians.items()}, "engine": f"fake, {SLOTS} slots, {TOKEN_MS} ms a token"}
+    detail |= {"open requests": {"polite": 1, "crowd": f"{TENANTS} x {OPEN}", "flood": FLOOD * SLOTS // TENANTS}}
+    detail |= {"worst_s": {name: max(ttft for each in rounds for ttft, _ in each) for name, rounds in figures.items()}}
+    return Bar("fairness_ttft", detail["median"], "<=", 1.5, detail)
+
+
+async def _among(asker: Client, polite: Place, crowd: dict[Place, int], number: int) -> list[tuple[float, float]]:
+    """(Time to first token, total time) of the polite tenant's requests while each place of the crowd has so many open."""
+    chance = random.Random(number)  # noqa: S311 (lengths, not secrets)
+    over = asyncio.Event()
+
+    async def busy(place: Place) -> None:
+        while not over.is_set():
+            await asker.ask(Ask(place, [1], chance.randint(16, 48)))
+
+    async with asyncio.TaskGroup() as group:
+        for place, count in crowd.items():
+            for _ in range(count):
+                group.create_task(busy(place))
+        try:
+            answers = [await asker.ask(Ask(polite, [1], 8)) for _ in range(ASKED)]
+        finally:
+            over.set()  # what is open is answered, so that the next round finds an idle engine
+    return [(answer.ttft_s, answer.total_s) for answer in answers[UNCOUNTED:]]
+
+
+async def _bound(folder: Path, say: Say) -> Bar:
+    say("random histories on the scheduler's functions")
+    with embedded.valkey(folder) as url:
+        async with aclosing(connect(url)) as redis:
+            calls = partial(vtc.Calls, Scheduler(redis))
+
+            async def largest(number: int, *, scarce: bool) -> float:
+                seeds = range(number * HISTORIES, (number + 1) * HISTORIES)
+                return max([await vtc.history(calls, seed, STEPS, scarce=scarce) for seed in seeds])
+
+            runs = {"plain": partial(largest, scarce=False), "scarce": partial(largest, scarce=True)}
+            figures = await interleaved(ROUNDS, runs)
+    detail: dict[str, Any] = summary(figures["plain"]) | {"histories": ROUNDS * HISTORIES, "steps": STEPS, "wp": vtc.WP, "wq": vtc.WQ}
+    # Not VTC's case, for which there is no bound: whose adapter has no slot is passed over.
+    detail |= {"more adapters than slots": summary(figures["scarce"])}
+    return Bar("fairness_bound", max(figures["plain"]), "<=", 1, detail)

@@ -1,0 +1,139 @@
+"""A whole service to measure: `lmaas up` in a home of its own, with tenants and adapters made for it."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bench.client import Place
+from lmaas.manifests.client import ApiClient
+from lmaas.process import bound_command
+
+_READY_S, _STOP_S = 180, 120
+#: Limits of the tenants here: none that a load could meet, since the scheduler and the engine are measured, not the limits.
+LIMITS = {"max_queued": 10_000, "max_adapters": 100}
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant and its key for inference."""
+
+    id: str
+    name: str
+    key: str
+
+
+class Stack:
+    """A running service. `base_model` is the name of its one base model."""
+
+    def __init__(self, credentials: dict[str, Any], base_model: str) -> None:
+        self._url = str(credentials["base_url"])
+        self._operator = ApiClient(self._url, credentials["operator_key"])
+        self.base_model = base_model
+
+    def close(self) -> None:
+        """Close the operator's connections."""
+        self._operator.close()
+
+    async def tenant(self, name: str) -> Tenant:
+        """A new tenant."""
+
+        def create() -> Tenant:
+            made = self._operator.call("POST", "/admin/v1/tenants", json={"name": name, **LIMITS})
+            key = self._operator.call("POST", self._operator.for_tenant(name).own("/keys"), json={"role": "inference"})
+            return Tenant(made["id"], name, key["key"])
+
+        return await asyncio.to_thread(create)
+
+    def base(self, tenant: Tenant) -> Place:
+        """The base model, as this tenant reaches it."""
+        return Place(self._url, self.base_model, tenant.key)
+
+    async def adapter(self, tenant: Tenant, name: str, folder: Path) -> "Adapter":
+        """Upload an adapter for this tenant."""
+        owner = self._operator.for_tenant(tenant.name)
+        made = await asyncio.to_thread(owner.upload, name, self.base_model, folder)
+        return Adapter(Place(self._url, name, tenant.key), f"{tenant.id}-{made['content_hash']}")
+
+    async def engine_url(self) -> str:
+        """Where the one engine that runs listens. Raises RuntimeError if none does: ask for something first."""
+        replicas = await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
+        ready = [str(row["url"]) for row in replicas if row["observed"] == "ready"]
+        if len(ready) != 1:
+            raise RuntimeError(f"one engine should run, but {len(ready)} do")
+        return ready[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An uploaded adapter: where its tenant reaches it, and what the engine calls it once it has been used."""
+
+    through: Place
+    engine_name: str
+
+    def straight(self, engine_url: str) -> Place:
+        """The same adapter on the same engine, without lmaas between."""
+        return Place(f"{engine_url}/v1", self.engine_name)
+
+
+@asynccontextmanager
+async def stack(model: Path, home: Path, **settings: object) -> AsyncIterator[Stack]:
+    """Run a service over `model` with its state in `home` and these settings (`engine_max_loras=2`). Its tenants are yet to be made."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
+    chosen = {"home": home, "port": port, "model": model, "tenants": home / "none", "idle_timeout_s": 3600} | settings
+    environment |= {f"LMAAS_{name.upper()}": str(value) for name, value in chosen.items()}
+    log = _Log(home)
+    with log.open() as output:
+        command = bound_command([sys.executable, "-m", "lmaas", "up"])
+        process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=output, stderr=output)
+    try:
+        await _ready(process, log)
+        with closing(Stack(json.loads((home / "credentials.json").read_text()), model.name.lower())) as running:
+            yield running
+    finally:
+        await _stopped(process)
+
+
+class _Log:
+    """What `lmaas up` prints."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True)
+        self._path = home / "up.log"
+
+    def open(self) -> BinaryIO:
+        """The file, to write to."""
+        return self._path.open("wb")
+
+    def text(self) -> str:
+        """All of it so far."""
+        return self._path.read_text(errors="replace")
+
+
+async def _ready(process: asyncio.subprocess.Process, log: _Log) -> None:
+    async with asyncio.timeout(_READY_S):
+        while "Ctrl-C stops it" not in log.text():
+            if process.returncode is not None:
+                raise RuntimeError(f"lmaas did not start:\n{log.text()[-2000:]}")
+            await asyncio.sleep(0.2)
+
+
+async def _stopped(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        async with asyncio.timeout(_STOP_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
