@@ -25,8 +25,6 @@ from lmaas.up.stack import embedded_servers
 
 TENANT, ADAPTER = "acme", "json-bot"
 TENANTS = Path(__file__).parents[2] / "tenants"
-#: The gateways' connections to Valkey carry this name, so that their commands can be told from the others'.
-CLIENT_NAME = "measured-gateway"
 #: More than any load has connections, so that a grant never waits.
 SLOTS = 256
 #: Limits that are looked at for every request, and never reached.
@@ -59,14 +57,25 @@ class Service:
         async with aiohttp.ClientSession() as http, http.post(f"{self.engine_url}/pace", json={"ms": step_ms}) as response:
             response.raise_for_status()
 
-    async def gateway(self, name: str, *command: str) -> Proxy:
+    async def gateway(self, name: str, *command: str, redis_url: str | None = None) -> Proxy:
         """Start one more gateway, `python -m` with `command`. It ends with the service, and may not be ready yet."""
-        process, settings = await _gateway(self.settings, self.folder, name, command, self.exits)
+        settings = replace(self.settings, redis_url=redis_url or self.settings.redis_url)
+        process, settings = await _gateway(settings, self.folder, name, command, self.exits)
         return Proxy(process, f"{settings.base_url}/chat/completions", ADAPTER, {"authorization": f"Bearer {self.api_key}"})
+
+    def tenants(self, gateway: Proxy, count: int) -> list[str]:
+        """Make so many more tenants with generous limits, through this gateway; their keys."""
+        client = ApiClient(gateway.url.partition("/chat/")[0], self.operator_key)
+        keys = []
+        for number in range(count):
+            client.call("POST", "/admin/v1/tenants", json={"name": f"waiting-{number}", **{name: LIMITS[name] for name in self.limits}})
+            keys.append(working_keys(f"waiting-{number}", {}, client)["api_key"])
+        client.close()
+        return keys
 
 
 async def _gateway(settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack) -> tuple[Running, Settings]:
-    settings = replace(settings, port=free_port(), redis_url=f"{settings.redis_url}?client_name={CLIENT_NAME}")
+    settings = replace(settings, port=free_port())
     variables = settings.environment()
     return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables)), settings
 
