@@ -58,9 +58,6 @@ async def counted(socket: Path, valkey: Path) -> AsyncIterator[Counter[str]]:
     relays: set[asyncio.Task[None]] = set()
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            relays.add(task)
         server_reader, server_writer = await asyncio.open_unix_connection(str(valkey))
         with contextlib.closing(writer), contextlib.closing(server_writer):
             commands = Commands()
@@ -79,7 +76,11 @@ async def counted(socket: Path, valkey: Path) -> AsyncIterator[Counter[str]]:
                 group.create_task(ask())
                 group.create_task(answer())
 
-    async with await asyncio.start_unix_server(relay, str(socket)):
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of ours: asyncio's own complains about each connection that is still open at the end.
+        relays.add(asyncio.create_task(relay(reader, writer)))
+
+    async with await asyncio.start_unix_server(accept, str(socket)):
         try:
             yield counts
         finally:
