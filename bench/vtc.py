@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lmaas.scheduling.client import Beat, Scheduler, Ticket
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 
 #: What a prompt token and a completion token count.
 WP, WQ = 1, 2
@@ -53,10 +53,19 @@ class Calls:
         """Queue a job; whether it runs at once."""
         # The scheduler may go by what is likely, the prompt's length and what is allowed; what will come it cannot know.
         ticket = Ticket(
-            id=job.id, pool=self._pool, tenant=job.tenant, gateway=_GATEWAY, adapter=job.adapter, source="s", weight=1, event="{}"
+            id=job.id,
+            pool=self._pool,
+            tenant=job.tenant,
+            gateway=_GATEWAY,
+            adapter=job.adapter,
+            source="s",
+            weight=1,
+            event="{}",
+            prompt_tokens=max(1, round(job.prompt * job.guess)),
+            completion_tokens=job.allowed,
         )
         self._tickets[job.id] = ticket
-        return bool((await self._scheduler.submit(ticket, 10_000))["state"] == "granted")
+        return bool((await self._scheduler.submit(ticket, Bounds(10_000, 10_000)))["state"] == "granted")
 
     async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
         """Keep jobs alive and say how far they are; the ids of those that run."""
@@ -67,7 +76,7 @@ class Calls:
     async def release(self, job: Job) -> None:
         """A job has ended."""
         event = {"request_id": job.id, "prompt_tokens": job.prompt, "cached_tokens": 0, "completion_tokens": job.completion}
-        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100)
+        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, f"{job.prompt},0,{job.completion}")
 
     async def beat(self, resident: list[str]) -> None:
         """The engine lives."""

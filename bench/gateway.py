@@ -1,0 +1,242 @@
+"""What the gateway costs: CPU time per request of one gateway process with everything on, beside that of other proxies.
+
+One engine that costs nothing answers all of them; CONNECTIONS clients ask one proxy at a time, as fast as it answers, and the CPU time
+that its process used meanwhile is divided by the requests. Everybody else's CPU time (engine, clients, Postgres, Valkey, controller) is
+not counted, and other work on the machine makes a round slower, but hardly dearer. Besides: memory, and commands to Valkey.
+"""
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.frame import ROUNDS, Bar, Op, Say, attempted, interleaved, ratios, summary
+from bench.gateways import peers
+from bench.gateways.counted import counted
+from bench.gateways.engine import TOKENS
+from bench.gateways.processes import Load, Proxy, free_port, loading, running
+from bench.gateways.service import Service, service
+from bench.gateways.waiting import allow_files, waiting
+from lmaas.config import Settings
+from lmaas.scheduling.client import Scheduler, connect
+from lmaas.store.models import put_base_model
+
+KINDS = ("plain", "stream")
+#: What each is compared with, and the ratio that must be reached; for a peer the other way round, and for the router only reported.
+BARS: dict[str, tuple[str, Op, float | None]] = {
+    "gateway_cost_vs_bare_plain": ("bare", "<=", 2.5),
+    "gateway_cost_vs_bare_stream": ("bare", "<=", 2.5),
+    "gateway_cost_vs_litellm_plain": ("litellm", ">=", 18),
+    "gateway_cost_vs_litellm_stream": ("litellm", ">=", 35),
+    "gateway_cost_vs_vllm_router_plain": ("vllm_router", "<=", None),
+    "gateway_cost_vs_vllm_router_stream": ("vllm_router", "<=", None),
+}
+ROUTER_AIM = 8
+ADMISSION, COMMANDS = "admission_cost", "redis_commands_per_request"
+AT_REST, PER_WAITING = "gateway_memory_at_rest_mb", "gateway_memory_per_waiting_kb"
+NAMES = (*BARS, ADMISSION, COMMANDS, AT_REST, PER_WAITING)
+
+CONNECTIONS = 32
+#: A round with one proxy: long enough for CPU times, which the system counts in hundredths of a second.
+ROUND_S, WARM_S = 3.0, 1.0
+#: What a real engine's step takes at least. Tokens then come one at a time; without a pause, several wait when a proxy looks.
+PACED_MS = 5.0
+#: Long streams, for what is said to Valkey while they last, and how many of them there are.
+LONG_MS, STREAMS = 100.0, 50
+WAITING, WAITING_TENANTS, WAITING_MODEL = 5000, 10, "never-served"
+
+
+async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
+    """The bars of NAMES that are wanted."""
+    if not wanted:
+        return
+    if PER_WAITING in wanted:
+        allow_files(WAITING)
+    say("starting Postgres, Valkey, a controller and a replica")
+    async with loading() as load, service(folder) as ours:
+        if AT_REST in wanted:
+            yield await attempted(AT_REST, _at_rest(load, ours))
+        if costs := [name for name in BARS if name in wanted]:
+            async for bar in _cost_bars(load, ours, folder, costs, say):
+                yield bar
+        if ADMISSION in wanted:
+            yield await attempted(ADMISSION, _admission(load, ours, say))
+        if COMMANDS in wanted:
+            yield await attempted(COMMANDS, _commands(load, ours, folder))
+        if PER_WAITING in wanted:
+            yield await attempted(PER_WAITING, _per_waiting(load, ours, say))
+
+
+async def _cost_bars(load: Load, ours: Service, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
+    """Ours and all that it is compared with, in the same rounds. A peer that does not run takes its own bars away, no others."""
+    starts: dict[str, Callable[[], Awaitable[Proxy]]] = {
+        "ours": partial(ours.gateway, "gateway", "lmaas", "gateway"),
+        "bare": partial(_bare, ours, folder),
+        "litellm": partial(_peer, "litellm", peers.litellm, ours, folder, say),
+        "vllm_router": partial(_peer, "vllm-router", peers.vllm_router, ours, folder, say),
+    }
+    proxies: dict[str, Proxy] = {}
+    failed: dict[str, str] = {}
+    for name in ["ours", *dict.fromkeys(BARS[bar][0] for bar in wanted)]:
+        say(f"starting {name}")
+        try:
+            proxy = await starts[name]()
+            await load.until_right(proxy)
+            proxies[name] = proxy
+        except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
+            failed[name] = f"{name} does not run: {type(error).__name__}: {error}"
+    for kind in KINDS:
+        bars = [name for name in wanted if name.endswith(kind)]
+        why = {name: failed.get("ours") or failed.get(BARS[name][0]) for name in bars}
+        if any(reason is None for reason in why.values()):
+            try:
+                figures = await _costs(load, proxies, kind, say)
+                paced = await _paced(load, ours, proxies, say) if kind == "stream" else None
+            except RuntimeError as error:
+                why = dict.fromkeys(bars, str(error))
+        for name in bars:
+            peer, op, bar = BARS[name]
+            if why[name] is not None:
+                yield Bar(name, None, op, bar, {"why": why[name]})
+                continue
+            detail = _compared(figures, peer) | ({} if paced is None else {f"a token every {PACED_MS:g} ms": _compared(paced, peer)})
+            yield Bar(name, detail["median"], op, bar, detail | ({"aim": ROUTER_AIM} if bar is None else {}))
+
+
+async def _bare(ours: Service, folder: Path) -> Proxy:
+    port = free_port()
+    command = [sys.executable, "-m", "bench.gateways.bare", ours.engine_url, str(port)]
+    process = await ours.exits.enter_async_context(running(command, folder / "bare.log"))
+    return Proxy(process, f"http://127.0.0.1:{port}/v1/chat/completions", ours.model.name)
+
+
+async def _peer(name: str, start: Callable[[Service, Path, Path], Awaitable[Proxy]], ours: Service, folder: Path, say: Say) -> Proxy:
+    return await start(ours, await peers.installed(name, Settings().cache.expanduser() / "bench", say), folder)
+
+
+async def _costs(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say) -> dict[str, list[float]]:
+    """CPU milliseconds per request of each proxy, round by round."""
+
+    async def cost(name: str, _: int) -> float:
+        proxy = proxies[name]
+        before = proxy.running.cpu_s()
+        result = await load.ask(proxy.order(stream=kind == "stream", connections=CONNECTIONS, seconds=ROUND_S))
+        return (proxy.running.cpu_s() - before) * 1000 / int(result["requests"])
+
+    for name, proxy in proxies.items():
+        try:
+            await load.ask(proxy.order(stream=kind == "stream", connections=CONNECTIONS, seconds=WARM_S))
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from error
+    figures = await interleaved(ROUNDS, {name: partial(cost, name) for name in proxies})
+    say(f"{kind}: " + ", ".join(f"{name} {median(each):.3f}" for name, each in figures.items()) + " CPU ms per request")
+    return figures
+
+
+async def _paced(load: Load, ours: Service, proxies: Mapping[str, Proxy], say: Say) -> dict[str, list[float]]:
+    await ours.pace(PACED_MS)
+    try:
+        return await _costs(load, proxies, "stream", say)
+    finally:
+        await ours.pace(0)
+
+
+def _compared(figures: Mapping[str, Sequence[float]], peer: str) -> dict[str, Any]:
+    """Ours ÷ the other's; for LiteLLM its ÷ ours."""
+    above, below = ("litellm", "ours") if peer == "litellm" else ("ours", peer)
+    return summary(ratios(figures[above], figures[below])) | {"cpu_ms": {name: summary(figures[name]) for name in (above, below)}}
+
+
+async def _admission(load: Load, ours: Service, say: Say) -> Bar:
+    """The gateway's requests a second, which are as many as its one process has CPU time for, with admission ÷ without."""
+    say("starting a gateway without admission")
+    proxies = {
+        "on": await ours.gateway("admission-on", "lmaas", "gateway"),
+        "off": await ours.gateway("admission-off", "bench.gateways.open_gateway", ours.engine_url),
+    }
+    for proxy in proxies.values():
+        await load.until_right(proxy)
+    detail: dict[str, Any] = {}
+    for kind in KINDS:
+        figures = await _costs(load, proxies, kind, say)
+        rates = ratios(figures["off"], figures["on"])
+        detail[kind] = summary(rates) | {"cpu_ms": {name: summary(each) for name, each in figures.items()}}
+    worst = min(KINDS, key=lambda kind: float(detail[kind]["median"]))
+    detail |= {"worst": worst, "off": "no limits, queue, lease or usage event: nothing is asked of Redis", "limits": list(ours.limits)}
+    return Bar(ADMISSION, detail[worst]["median"], ">=", 0.85, {**detail[worst], **detail})
+
+
+async def _commands(load: Load, ours: Service, folder: Path) -> Bar:
+    """What one streamed request adds to the commands that a gateway sends to Valkey, short or long.
+
+    A gateway renews all its leases together once a second, and does so for a while after the last: a window with one stream is taken off
+    the same window with many.
+    """
+    async with counted(folder / "counted.sock", Path(str(ours.settings.redis_url).removeprefix("unix://"))) as counts:
+        gateway = await ours.gateway("commands", "lmaas", "gateway", redis_url=f"unix://{folder / 'counted.sock'}")
+        await load.until_right(gateway)
+        windows: dict[str, list[Counter[str]]] = {}
+
+        async def sent(streams: int, pace_ms: float, _: int) -> float:
+            """The gateway's commands in a window in which so many streams begin and end."""
+            until = asyncio.get_running_loop().time() + pace_ms * TOKENS / 1000 + 2
+            before = counts.copy()
+            await ours.pace(pace_ms)
+            await load.ask(gateway.order(stream=True, connections=streams, seconds=0))
+            await asyncio.sleep(until - asyncio.get_running_loop().time())  # what is told after the answer, and as many renewals
+            windows.setdefault(f"{streams} at {pace_ms}", []).append(counts - before)
+            return float((counts - before).total())
+
+        try:
+            await sent(STREAMS + 1, LONG_MS, 0)  # from now on every connection that is needed is there
+            runs = {(streams, pace): partial(sent, streams, pace) for pace in (0, LONG_MS) for streams in (1, STREAMS + 1)}
+            figures = await interleaved(ROUNDS, {f"{streams} at {pace}": run for (streams, pace), run in runs.items()})
+        finally:
+            await ours.pace(0)
+    detail = {}
+    for name, pace in (("short", 0), ("long", LONG_MS)):
+        pairs = zip(figures[f"{STREAMS + 1} at {pace}"], figures[f"1 at {pace}"], strict=True)
+        detail[name] = summary([(many - one) / STREAMS for many, one in pairs])
+    worst = max(detail, key=lambda name: float(detail[name]["median"]))
+    seen = {"one long stream": windows[f"1 at {LONG_MS}"][-1], f"{STREAMS + 1} long streams": windows[f"{STREAMS + 1} at {LONG_MS}"][-1]}
+    windows_s = LONG_MS * TOKENS / 1000 + 2
+    return Bar(COMMANDS, detail[worst]["median"], "<=", 3, {**detail[worst], "worst": worst, **detail, f"in {windows_s:g} s": seen})
+
+
+async def _at_rest(load: Load, ours: Service) -> Bar:
+    """Resident memory of a gateway that has answered a load and has nothing to do any more."""
+    gateway = await ours.gateway("rest", "lmaas", "gateway")
+    await load.until_right(gateway)
+    started = gateway.running.resident_mb()
+    for kind in KINDS:
+        await load.ask(gateway.order(stream=kind == "stream", connections=CONNECTIONS, seconds=ROUND_S))
+    await asyncio.sleep(2)
+    rests = gateway.running.resident_mb()
+    return Bar(AT_REST, rests, "<=", 130, {"after its start": started, "after a load": rests})
+
+
+async def _per_waiting(load: Load, ours: Service, say: Say) -> Bar:
+    """How much the resident memory of a gateway grows with each streaming request that waits, its client's connection included."""
+    say(f"{WAITING} requests wait")
+    model = await put_base_model(ours.db, replace(ours.model, id="", name=WAITING_MODEL, min_replicas=0, max_replicas=0))
+    gateway = await ours.gateway("waiting", "lmaas", "gateway")
+    await load.until_right(gateway)
+    keys = await asyncio.to_thread(ours.tenants, gateway, WAITING_TENANTS)
+    scheduler = Scheduler(connect(str(ours.settings.redis_url)))
+    try:
+        before = gateway.running.resident_mb()
+        async with waiting(gateway, WAITING_MODEL, keys, WAITING):
+            await asyncio.sleep(5)  # they are renewed and told how they stand meanwhile
+            queued = (await scheduler.stats(model.id))["queued"]
+            during = gateway.running.resident_mb()
+    finally:
+        await scheduler.redis.aclose()
+    if queued != WAITING:
+        raise RuntimeError(f"{queued} of {WAITING} requests wait")
+    detail = {"requests": queued, "tenants": WAITING_TENANTS, "mb_before": before, "mb_waiting": during}
+    return Bar(PER_WAITING, (during - before) * 1000 / WAITING, "<=", 40, detail)

@@ -1,0 +1,142 @@
+"""A load that costs little: `python -m bench.gateways.load`, a process of its own beside the proxies.
+
+Reads orders from standard input, one JSON object a line: `url`, `headers`, `body`, `connections`, `seconds`. Each connection sends one
+request after the other, as long as there is time. Answers each order with one line: `{"requests": n, "seconds": s}`, or
+`{"error": "..."}` if one answer was not right: an error is never counted as speed.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+
+from bench.gateways.engine import TOKEN, TOKENS
+
+#: An answer that takes longer than this never comes.
+STUCK_S = 60
+
+
+def unchunked(body: bytes) -> bytes:
+    """The content of HTTP's chunks. Raises ValueError if that is not what they are."""
+    parts: list[bytes] = []
+    at = 0
+    while True:
+        end = body.index(b"\r\n", at)
+        size = int(body[at:end].partition(b";")[0], 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[end + 2 : end + 2 + size])
+        at = end + 4 + size
+
+
+def complaint(status: bytes, content: bytes, *, streamed: bool) -> str | None:
+    """What is wrong with an answer; None if it has every token that the engine sends."""
+    if status != b"200":
+        return f"status {status.decode()}: {content[:300]!r}"
+    if streamed and (content.count(TOKEN) != TOKENS or not content.rstrip().endswith(b"data: [DONE]")):
+        return f"{content.count(TOKEN)} of {TOKENS} tokens, ending with {content[-100:]!r}"
+    if not streamed and content.count(json.loads(TOKEN).encode()) != TOKENS:
+        return f"not the engine's answer: {content[:300]!r}"
+    return None
+
+
+class Client(asyncio.Protocol):
+    """One keep-alive connection, with one request after the other until `until`."""
+
+    def __init__(self, request: bytes, until: float, *, streamed: bool) -> None:
+        self._request, self._until, self._streamed = request, until, streamed
+        self._got = bytearray()
+        self._body = -1
+        self._length: int | None = None
+        self._transport: asyncio.Transport
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.requests = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open: the first request."""
+        self._transport = transport  # type: ignore[assignment]
+        self._send()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is closed, which is right only when we did it."""
+        if not self.done.done():
+            self.done.set_exception(ConnectionError(f"the proxy closed a connection: {error}"))
+
+    def _send(self) -> None:
+        self._got.clear()
+        self._body, self._length = -1, None
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of an answer."""
+        self._got += data
+        if self._body < 0:
+            end = self._got.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            self._body = end + 4
+            head = bytes(self._got[:end]).lower()
+            at = head.find(b"\r\ncontent-length:")
+            self._length = int(head[at + 17 :].partition(b"\r\n")[0]) if at >= 0 else None
+        if self._length is None:
+            if self._got.endswith(b"0\r\n\r\n"):
+                self._answered(unchunked(bytes(self._got[self._body :])))
+        elif len(self._got) >= self._body + self._length:
+            self._answered(bytes(self._got[self._body :]))
+
+    def _answered(self, content: bytes) -> None:
+        wrong = complaint(bytes(self._got[9:12]), content, streamed=self._streamed)
+        if wrong is not None:
+            self.done.set_exception(ValueError(wrong))
+            self._transport.close()
+            return
+        self.requests += 1
+        if time.perf_counter() < self._until:
+            self._send()
+        else:
+            self.done.set_result(None)
+            self._transport.close()
+
+
+async def run(order: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one order. Raises ValueError or ConnectionError for a wrong answer, TimeoutError if one does not come."""
+    url = urlsplit(order["url"])
+    body = json.dumps(order["body"]).encode()
+    headers = {"host": url.netloc, "content-type": "application/json", "content-length": str(len(body)), **order["headers"]}
+    lines = [f"POST {url.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    request = "\r\n".join([*lines, "", ""]).encode() + body
+    loop = asyncio.get_running_loop()
+    started = time.perf_counter()
+    until = started + order["seconds"]
+    streamed = bool(order["body"].get("stream"))
+    async with asyncio.timeout(order["seconds"] + STUCK_S):
+        connections = [
+            await loop.create_connection(lambda: Client(request, until, streamed=streamed), url.hostname, url.port)
+            for _ in range(order["connections"])
+        ]
+        clients = [client for _, client in connections]
+        try:
+            await asyncio.gather(*(client.done for client in clients))
+        finally:
+            for transport, _ in connections:
+                transport.close()
+    return {"requests": sum(client.requests for client in clients), "seconds": time.perf_counter() - started}
+
+
+async def serve() -> None:
+    """Carry out orders until there are no more."""
+    for line in iter(sys.stdin.readline, ""):
+        try:
+            result = await run(json.loads(line))
+        except (ValueError, OSError, TimeoutError) as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve())

@@ -1,0 +1,154 @@
+"""The processes that are measured, and the one that puts a load on them."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lmaas.process import bound_command
+
+STOP_S = 20
+START_S = 180
+#: What every proxy is asked.
+MESSAGES = [
+    {"role": "system", "content": "You are a helpful assistant of a small shop. Answer in one or two sentences."},
+    {"role": "user", "content": "Good morning! My order has not arrived yet, although it was sent a week ago. What can I do now?"},
+]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Running:
+    """A process of ours with its log."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.process, self._log = process, log
+        self._observed = psutil.Process(process.pid)
+
+    def cpu_s(self) -> float:
+        """The CPU time of the process and its children so far, in seconds."""
+        family = [self._observed, *self._observed.children(recursive=True)]
+        return float(sum(sum(member.cpu_times()[:4]) for member in family))
+
+    def resident_mb(self) -> float:
+        """Its resident memory, in MB of a million bytes."""
+        return float(self._observed.memory_info().rss) / 1e6
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        return self._log.read_text(errors="replace")[-2000:]
+
+
+@asynccontextmanager
+async def running(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> AsyncIterator[Running]:
+    """Run a command until the end of the block; it dies with us in any case."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            *bound_command(list(command)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=os.environ | dict(variables or {}),
+            cwd=Path(__file__).parents[2],
+        )
+    try:
+        yield Running(process, log)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy before the engine, or the engine itself: what to ask it, and as whom."""
+
+    running: Running
+    url: str
+    model: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def order(self, *, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
+        """The load process's order. What is asked is the same for all."""
+        body: dict[str, Any] = {"model": self.model, "messages": MESSAGES, "max_tokens": 32, "temperature": 0}
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return {"url": self.url, "headers": dict(self.headers), "body": body, "connections": connections, "seconds": seconds}
+
+
+class Load:
+    """The process that asks. Made by `loading`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out one order. Raises RuntimeError if an answer was wrong."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("the load process has no pipes")
+        stdin.write(json.dumps(order).encode() + b"\n")
+        await stdin.drain()
+        line = await stdout.readline()
+        if not line:
+            raise RuntimeError("the load process ended")
+        result: dict[str, Any] = json.loads(line)
+        if "error" in result:
+            raise RuntimeError(result["error"])
+        return result
+
+    async def until_right(self, proxy: Proxy, timeout_s: float = START_S) -> None:
+        """Wait until the proxy answers right, plain and streaming. Raises RuntimeError if it does not in time, or ends."""
+        for stream in (False, True):
+            order = proxy.order(stream=stream, connections=1, seconds=0)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while True:
+                        try:
+                            await self.ask(order)
+                            break
+                        except RuntimeError as error:
+                            wrong = str(error)
+                        if proxy.running.process.returncode is not None:
+                            raise RuntimeError(f"it ended: {proxy.running.last_words()}")
+                        await asyncio.sleep(0.3)
+            except TimeoutError:
+                raise RuntimeError(f"no right answer in {timeout_s:.0f} s: {wrong}") from None
+
+
+@asynccontextmanager
+async def loading() -> AsyncIterator[Load]:
+    """Run a load process."""
+    process = await asyncio.create_subprocess_exec(
+        *bound_command([sys.executable, "-m", "bench.gateways.load"]),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        yield Load(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

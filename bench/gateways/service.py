@@ -1,0 +1,140 @@
+"""Our service as it is run, each part a process of its own: real Postgres and Valkey, a controller, a replica, gateways."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import aiohttp
+from rich.console import Console
+
+from bench.gateways.processes import START_S, Proxy, Running, free_port, running
+from lmaas.config import Settings
+from lmaas.errors import SettingsError
+from lmaas.manifests.apply import apply, read_folder, working_keys
+from lmaas.manifests.client import ApiClient, ApiError
+from lmaas.states import Observed
+from lmaas.store.database import Database
+from lmaas.store.migrate import upgrade
+from lmaas.store.models import BaseModel, change_base_model
+from lmaas.store.replicas import list_replicas
+from lmaas.up.bootstrap import ensure_operator_key, register_model
+from lmaas.up.stack import embedded_servers
+
+TENANT, ADAPTER = "acme", "json-bot"
+TENANTS = Path(__file__).parents[2] / "tenants"
+#: More than any load has connections, so that a grant never waits.
+SLOTS = 256
+#: Limits that are looked at for every request, and never reached.
+LIMITS = {
+    "requests_per_minute": 100_000_000,
+    "tokens_per_minute": 1_000_000_000,
+    "max_concurrent": 100_000,
+    "tokens_per_month": 1_000_000_000_000,
+    "budget_per_month": 1_000_000_000_000,
+    "max_queued": 10_000,
+}
+
+
+@dataclass
+class Service:
+    """A running service with one tenant's adapter. `limits` are those of LIMITS that its API takes."""
+
+    settings: Settings
+    db: Database
+    model: BaseModel
+    engine_url: str
+    operator_key: str
+    api_key: str
+    limits: Sequence[str]
+    folder: Path
+    exits: AsyncExitStack
+
+    async def pace(self, step_ms: float) -> None:
+        """Have the engine make a token every so many milliseconds; 0 is as fast as it can."""
+        async with aiohttp.ClientSession() as http, http.post(f"{self.engine_url}/pace", json={"ms": step_ms}) as response:
+            response.raise_for_status()
+
+    async def gateway(self, name: str, *command: str, redis_url: str | None = None) -> Proxy:
+        """Start one more gateway, `python -m` with `command`. It ends with the service, and may not be ready yet."""
+        settings = replace(self.settings, redis_url=redis_url or self.settings.redis_url)
+        process, settings = await _gateway(settings, self.folder, name, command, self.exits)
+        return Proxy(process, f"{settings.base_url}/chat/completions", ADAPTER, {"authorization": f"Bearer {self.api_key}"})
+
+    def tenants(self, gateway: Proxy, count: int) -> list[str]:
+        """Make so many more tenants with generous limits, through this gateway; their keys."""
+        client = ApiClient(gateway.url.partition("/chat/")[0], self.operator_key)
+        keys = []
+        for number in range(count):
+            client.call("POST", "/admin/v1/tenants", json={"name": f"waiting-{number}", **{name: LIMITS[name] for name in self.limits}})
+            keys.append(working_keys(f"waiting-{number}", {}, client)["api_key"])
+        client.close()
+        return keys
+
+
+async def _gateway(settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack) -> tuple[Running, Settings]:
+    settings = replace(settings, port=free_port())
+    variables = settings.environment()
+    return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables)), settings
+
+
+@asynccontextmanager
+async def service(folder: Path) -> AsyncIterator[Service]:
+    """Run a service whose engine is `bench.gateways.engine`, with the sample tenants and generous limits."""
+    given = Settings(
+        home=folder / "home",
+        engine_module="bench.gateways.engine",
+        engine_max_num_seqs=SLOTS,
+        idle_timeout_s=86400,
+        drain_timeout_s=1,
+        log_level="WARNING",
+    )
+    given.home.mkdir(parents=True)
+    console = Console(quiet=True)
+    with embedded_servers(given, console) as settings:
+        await asyncio.to_thread(upgrade, str(settings.database_url))
+        db = Database(str(settings.database_url))
+        async with AsyncExitStack() as exits:
+            exits.push_async_callback(db.close)
+            model = await register_model(settings, db, console)
+            await change_base_model(db, model.name, {"min_replicas": 1})
+            operator_key = await ensure_operator_key(settings, db)
+            controller = [sys.executable, "-m", "lmaas", "controller"]
+            await exits.enter_async_context(running(controller, folder / "controller.log", settings.environment()))
+            engine_url = await _engine_url(db)
+            # For the tenants only: what is measured starts afresh.
+            async with AsyncExitStack() as first:
+                process, at = await _gateway(settings, folder, "first", ("lmaas", "gateway"), first)
+                api_key, limits = await asyncio.to_thread(_prepare, ApiClient(at.base_url, operator_key), process)
+            yield Service(settings, db, model, engine_url, operator_key, api_key, limits, folder, exits)
+
+
+async def _engine_url(db: Database) -> str:
+    async with asyncio.timeout(START_S):
+        while True:
+            for replica in await list_replicas(db):
+                if replica.observed == Observed.READY and replica.url is not None:
+                    return replica.url
+            await asyncio.sleep(0.1)
+
+
+def _prepare(client: ApiClient, gateway: Running) -> tuple[str, list[str]]:
+    """Make the tenants; answers one's key, and the limits that the service takes."""
+    while gateway.process.returncode is None:
+        with suppress(SettingsError):
+            client.call("GET", "/readyz")
+            break
+    apply(read_folder(TENANTS), client)
+    taken = []
+    for name, value in LIMITS.items():
+        try:
+            client.call("PATCH", f"/admin/v1/tenants/{TENANT}", json={name: value})
+            taken.append(name)
+        except ApiError as error:
+            if error.status != 400:
+                raise
+    key = working_keys(TENANT, {}, client)["api_key"]
+    client.close()
+    return key, taken
