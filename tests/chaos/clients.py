@@ -54,6 +54,8 @@ class Attempt:
     cut: bool = False
     #: The connection broke without a word.
     broken: bool = False
+    #: There was no connection at all.
+    refused: bool = False
     hung: bool = False
 
 
@@ -119,6 +121,8 @@ class Worker:
                         self._whole(await response.json(), attempt)
         except TimeoutError:
             attempt.cut, attempt.hung = patience_s is not None, patience_s is None
+        except aiohttp.ClientConnectorError:
+            attempt.broken = attempt.refused = True
         except (aiohttp.ClientError, ConnectionError):
             attempt.broken = True
         attempt.ended = now()

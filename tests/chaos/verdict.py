@@ -90,7 +90,7 @@ def _rejected(attempt: Attempt) -> bool:
 def _owners(attempts: list[Attempt], events: Iterable[UsageEvent], say: Callable[[str], None]) -> dict[str, Attempt]:
     """Request id → who sent it. One that never heard its id is found by its key, which is its worker's own, and the time."""
     known = {attempt.request_id: attempt for attempt in attempts if attempt.request_id}
-    nameless = sorted((attempt for attempt in attempts if attempt.request_id is None), key=lambda attempt: -attempt.began)
+    nameless = [attempt for attempt in attempts if attempt.request_id is None and not attempt.refused]
     found: dict[str, Attempt] = {}
     for event in sorted(events, key=lambda event: event.created_at):
         attempt = known.get(event.request_id)
@@ -101,7 +101,8 @@ def _owners(attempts: list[Attempt], events: Iterable[UsageEvent], say: Callable
             if not fits:
                 say(f"nobody sent this request: {event}")
                 continue
-            attempt = fits[0]
+            # A gateway may read a request that its client has given up already: else the last before it.
+            attempt = min(fits, key=lambda one: (one.ended < at, -one.began))
             nameless.remove(attempt)
         found[event.request_id] = attempt
     return found

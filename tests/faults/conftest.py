@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from lmaas.keys import new_key
-from lmaas.states import UsageStatus
 from lmaas.store.usage import UsageEvent, list_events
 from tests.chaos.service import MODEL, Client, Service, running
 from tests.conftest import until
@@ -96,9 +95,7 @@ async def caller() -> AsyncIterator[Caller]:
             for model in client.models:
                 await until(lambda gateway=gateway, model=model: caller.works(gateway, model))
         yield caller
-        # Nothing that a test broke has brought down anything else.
-        assert service.ended() == {}
-        assert not [event for event in await list_events(service.db, None, 10_000) if event.status not in set(UsageStatus)]
+        assert service.ended() == {}, "nothing that was broken has brought down anything else"
 
 
 def completed(got: Stream, tokens: int) -> bool:

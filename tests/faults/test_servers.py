@@ -50,9 +50,10 @@ async def test_redis_gone_and_back(caller: Caller, how: str) -> None:
         before = [one.tokens for one in got]
         # Tokens do not pass through Redis.
         await until(lambda: all(one.tokens > count + 20 or one.done for one, count in zip(got, before, strict=True)))
-    for gateway in caller.service.gateways:
-        for model in models:
-            await until(lambda gateway=gateway, model=model: caller.works(gateway, model), timeout_s=RECOVERY_S)
+    async with asyncio.timeout(RECOVERY_S):
+        for gateway in caller.service.gateways:
+            for model in models:
+                await until(lambda gateway=gateway, model=model: caller.works(gateway, model))
     await asyncio.gather(*tasks)
     assert all(completed(one, tokens) for one in got), [(one.error, one.tokens) for one in got]
     charged = await caller.ledger(*(one.headers["x-request-id"] for one in got))
@@ -66,7 +67,8 @@ async def test_while_redis_is_away_requests_are_refused_in_time(caller: Caller) 
     assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_unavailable")
     assert 0 < int(response.headers["retry-after"]) <= 120
     caller.service.start_valkey()
-    await until(caller.works, timeout_s=RECOVERY_S)
+    async with asyncio.timeout(RECOVERY_S):
+        await until(caller.works)
 
 
 async def _serves_those_it_knows(caller: Caller) -> None:
@@ -79,12 +81,13 @@ async def _serves_those_it_knows(caller: Caller) -> None:
 
 
 async def _recovers(caller: Caller) -> None:
-    for gateway in caller.service.gateways:
+    async with asyncio.timeout(RECOVERY_S):
+        for gateway in caller.service.gateways:
 
-        async def knows_who_is_unknown(gateway: str = gateway) -> bool:
-            return await caller.stranger(gateway) == (401, "invalid_api_key")
+            async def knows_who_is_unknown(gateway: str = gateway) -> bool:
+                return await caller.stranger(gateway) == (401, "invalid_api_key")
 
-        await until(knows_who_is_unknown, timeout_s=RECOVERY_S)
+            await until(knows_who_is_unknown)
 
 
 async def test_postgres_gone_and_back(caller: Caller) -> None:
