@@ -135,7 +135,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     """A JSON object, strictly: no duplicate keys, no NaN, no depth that breaks a parser. Raises InvalidRequest `invalid_json`."""
 
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        value = _STRICT.decode(text.decode("utf-8"))
         if b"\\u" in text:
             _refuse_odd_characters(value)
     except (ValueError, RecursionError) as error:
@@ -156,6 +156,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("an object has the same key twice")
     return found
+
+
+#: Made once: making a decoder costs more than reading a short body.
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def _refuse_odd_characters(value: Any) -> None:

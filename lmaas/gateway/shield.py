@@ -18,6 +18,8 @@ MAX_PROMPTS = 32
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 Check = Callable[[str, Any], None]
 
 
@@ -48,7 +50,7 @@ class Shielded:
         extra: dict[str, Any] = {"model": engine_name, "cache_salt": cache_salt, "stream": self.stream}
         if self.stream:
             extra["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-        return json.dumps(self.parameters | extra, ensure_ascii=False, separators=(",", ":")).encode()
+        return _ENCODER.encode(self.parameters | extra).encode()
 
 
 def out_of_range(name: str, rule: str) -> InvalidRequest:

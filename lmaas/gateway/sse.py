@@ -6,6 +6,7 @@ from typing import Any
 
 DONE = b"data: [DONE]"
 _DECODER = json.JSONDecoder()
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _INDEX = re.compile(rb'"choices":\[{"index":(\d+)')
 _COUNT = re.compile(rb'"(prompt_tokens|completion_tokens|cached_tokens)":(\d+)')
 _USAGE = b',"usage":{'
@@ -23,7 +24,7 @@ def comment(text: str) -> bytes:
 
 def data(value: Any) -> bytes:
     """An event of ours."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"
 
 
 class Rewriter:
@@ -36,7 +37,7 @@ class Rewriter:
 
     def __init__(self, engine_name: str, asked: str, *, include_usage: bool, continuous_usage: bool, n: int = 1, prompts: int = 1) -> None:
         self._internal = b'"model":' + json.dumps(engine_name).encode()
-        self._asked = b'"model":' + json.dumps(asked, ensure_ascii=False).encode()
+        self._asked = b'"model":' + _ENCODER.encode(asked).encode()
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         self._n = n
         #: With one choice an event's usage is the request's, and the client's events need no look at each.
@@ -172,8 +173,8 @@ def rewrite_whole(text: bytes, engine_name: str, asked: str) -> tuple[bytes, dic
     if place >= 0 and internal in text and text.endswith(b"}"):
         usage, _ = _DECODER.raw_decode(text[place + len(_USAGE) - 1 :].decode())
         _check(usage)
-        return text.replace(internal, b'"model":' + json.dumps(asked, ensure_ascii=False).encode(), 1), usage, _ABORTED in text
+        return text.replace(internal, b'"model":' + _ENCODER.encode(asked).encode(), 1), usage, _ABORTED in text
     answer: dict[str, Any] = json.loads(text)
     aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
     answer["model"] = asked
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode(), answer.get("usage") or {}, aborted
+    return _ENCODER.encode(answer).encode(), answer.get("usage") or {}, aborted

@@ -1,26 +1,40 @@
 """Calls to Redis that wait at the same moment, sent together: the client library costs more than the server."""
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
 
-#: A bound for the replies that one pipeline holds, and for how long the first call waits for the last one's reply.
+#: A bound for what is sent at once, and so for how long a call waits for those before it.
 MAX_BATCH = 128
+#: How long the server may take to answer all of it.
+ANSWER_S = 5.0
+#: How long to wait before each attempt. Each but the first is on a new connection.
+PAUSES_S = (0.0, 0.05, 0.2)
 
 Command = tuple[str | int, ...]
+Waiting = tuple[Command, "asyncio.Future[Any]"]
 
 
 class Batch:
-    """Sends commands as non-transactional pipelines: what is asked for while one is under way goes out with the next.
+    """Sends commands on one connection, without a transaction: what is asked for while some are under way goes out after them, together.
 
-    A lone command goes out at once. Each is answered by its own reply or error; nobody's cancellation reaches the others.
+    A lone command goes out at once. Each is answered by its own reply or error, and nobody's cancellation reaches the others. Commands
+    whose reply was lost with the connection are sent again: they must bear it.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
+        self._waiting: deque[Waiting] = deque()
         self._sending: asyncio.Task[None] | None = None
+        self._connection: AbstractConnection | None = None
 
     async def call(self, *command: str | int) -> Any:
         """The reply. Raises redis.exceptions.RedisError."""
@@ -31,32 +45,77 @@ class Batch:
         return await reply
 
     async def _send(self) -> None:
-        batch: list[tuple[Command, asyncio.Future[Any]]] = []
+        batch: deque[Waiting] = deque()
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
                 # Who was cancelled before it was sent wants nothing any more.
-                batch = [(command, reply) for command, reply in batch if not reply.done()]
+                taken = (self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH)))
+                batch = deque((command, reply) for command, reply in taken if not reply.done())
                 if batch:
                     await self._exchange(batch)
+        except Exception as error:  # noqa: BLE001 (whatever it is, each caller hears it)
+            # Those behind too: they would wait as long for the same server.
+            for _, reply in (*batch, *self._waiting):
+                if not reply.done():
+                    reply.set_exception(error)
         finally:
-            # Cancelled only when the process ends: then nobody must wait for ever.
+            # Something is left only if this was cancelled, at the end of the process: then nobody must wait for ever.
             for _, reply in (*batch, *self._waiting):
                 reply.cancel()
-            self._waiting, self._sending = [], None
+            self._waiting.clear()
+            self._sending = None
 
-    async def _exchange(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
-        pipeline = self._redis.pipeline(transaction=False)
-        for command, _ in batch:
-            pipeline.execute_command(*command)
-        try:
-            replies = await pipeline.execute(raise_on_error=False)
-        except Exception as error:  # noqa: BLE001 (whatever it is, each caller hears it)
-            replies = [error] * len(batch)
-        for (_, reply), value in zip(batch, replies, strict=True):
-            if reply.done():
-                continue  # its caller was cancelled
-            if isinstance(value, Exception):
-                reply.set_exception(value)
+    async def _exchange(self, batch: deque[Waiting]) -> None:
+        """Answer the batch, and take out of it whoever is answered. Raises RedisError for the others."""
+        lost: RedisError | None = None
+        for pause_s in PAUSES_S:
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            connection = await self._connected()
+            try:
+                # The connection closes itself when it fails or is cut off here: no late reply is taken for another's.
+                async with asyncio.timeout(ANSWER_S):
+                    await connection.send_packed_command(_packed(batch), check_health=False)
+                    while batch:
+                        answer = await _reply(connection)
+                        _, reply = batch.popleft()
+                        if reply.done():
+                            continue  # its caller was cancelled
+                        if isinstance(answer, ResponseError):
+                            reply.set_exception(answer)
+                        else:
+                            reply.set_result(answer)
+            except RedisConnectionError as error:
+                lost = error
+            except TimeoutError:
+                lost = RedisTimeout(f"no answer within {ANSWER_S:.0f} s")
             else:
-                reply.set_result(value)
+                return
+        raise lost or RedisTimeout("not sent")
+
+    async def _connected(self) -> AbstractConnection:
+        """The connection. Raises RedisError if there is none to be had, which has been tried more than once then."""
+        if self._connection is None:
+            connection: AbstractConnection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+            # One timeout for the whole batch is ours. The library's own, for each reply, cost more than the reply.
+            connection.socket_timeout = None
+            self._connection = connection
+        if not self._connection.is_connected:
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await self._connection.connect()  # type: ignore[no-untyped-call]
+            except TimeoutError:
+                raise RedisTimeout(f"no connection within {ANSWER_S:.0f} s") from None
+        return self._connection
+
+
+def _packed(batch: deque[Waiting]) -> bytes:
+    pack: Callable[[Any], bytes] = pack_command  # hiredis describes a tuple of one element
+    return b"".join(pack(command) for command, _ in batch)
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error

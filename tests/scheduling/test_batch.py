@@ -1,0 +1,105 @@
+"""Calls to Redis that go out together, on a real server."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
+
+from lmaas.scheduling import batch as module
+from lmaas.scheduling.batch import Batch
+from tests.conftest import until
+
+
+async def at_once(batch: Batch, *commands: tuple[str | int, ...]) -> list[Any]:
+    """What each command is answered."""
+    return await asyncio.gather(*(batch.call(*command) for command in commands), return_exceptions=True)
+
+
+async def sent(redis: Redis, command: str) -> int:
+    """How often the server was asked."""
+    stats: Any = await redis.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize("size", [1, 3, 128])
+async def test_each_gets_its_own_reply_or_error(redis: Redis, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(module, "MAX_BATCH", size)
+    batch = Batch(redis)
+    answers = await at_once(batch, *[("ECHO", f"é{number}") if number % 3 else ("NONSENSE", number) for number in range(20)])
+    for number, answer in enumerate(answers):
+        if number % 3:
+            assert answer == f"é{number}"
+        else:
+            assert isinstance(answer, ResponseError)
+    assert await batch.call("ECHO", 5) == "5"
+
+
+async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
+    batch = Batch(redis)
+    await redis.client_pause(200)
+    under_way = [asyncio.create_task(batch.call("INCR", "a")) for _ in range(3)]
+    await asyncio.sleep(0)
+    await until(lambda: not batch._waiting, 5, 0)
+    waiting = [asyncio.create_task(batch.call("INCR", "b")) for _ in range(3)]
+    await until(lambda: len(batch._waiting) == 3, 5, 0)
+    under_way[0].cancel()
+    waiting[0].cancel()
+    answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert isinstance(answers[3], asyncio.CancelledError)
+    # Who left before it was sent was not sent; the replies of the others are not shifted by one.
+    assert (answers[1:3], answers[4:]) == ([2, 3], [1, 2])
+
+
+async def test_a_lost_connection_is_made_again(redis: Redis) -> None:
+    batch = Batch(redis)
+    number = await batch.call("CLIENT", "ID")
+    await redis.client_kill_filter(_id=str(number))
+    assert await at_once(batch, ("ECHO", "a"), ("ECHO", "b")) == ["a", "b"]
+    assert await batch.call("CLIENT", "ID") != number
+
+
+async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.01))
+    batch = Batch(redis)
+    await batch.call("PING")
+    await redis.client_pause(600)
+    first = asyncio.create_task(batch.call("ECHO", "a"))
+    await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
+    answers = await asyncio.gather(first, batch.call("ECHO", "b"), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [RedisTimeout, RedisTimeout]
+
+    async def back() -> bool:
+        try:
+            return bool(await batch.call("ECHO", "c") == "c")  # never a late reply to somebody else
+        except RedisError:
+            return False
+
+    await until(back, 5, 0.01)
+
+
+async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_for_again(redis: Redis) -> None:
+    batch = Batch(redis)
+    before = await sent(redis, "incr")
+    number = await batch.call("CLIENT", "ID")
+    # The second command ends the connection on which the third would be answered.
+    answers = await at_once(batch, ("INCR", "a"), ("CLIENT", "KILL", "ID", number, "SKIPME", "no"), ("ECHO", "x"))
+    assert answers[0] == 1
+    assert answers[2] == "x"
+    assert await sent(redis, "incr") == before + 1
+
+
+async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> None:
+    batch = Batch(redis)
+    await redis.client_pause(100)
+    waiting = [asyncio.create_task(batch.call("PING")) for _ in range(2)]
+    await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
+    assert batch._sending is not None
+    batch._sending.cancel()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 2
+    assert await batch.call("PING") in ("PONG", True)
