@@ -12,7 +12,9 @@ local function fresh(pool, replica)
 end
 
 local function hold(pool, ticket, replica)
-  replica.load = replica.load + ticket.weight
+  -- More than a replica has: all of it. The next replica may have more.
+  ticket.held = math.min(ticket.weight, replica.slots)
+  replica.load = replica.load + ticket.held
   if ticket.adapter ~= '' then
     replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
     replica.used[ticket.adapter] = pool.now
@@ -22,9 +24,10 @@ local function hold(pool, ticket, replica)
 end
 
 local function let_go(pool, ticket)
-  local replica = ticket.replica and pool.replicas[ticket.replica]
+  local replica, held = ticket.replica and pool.replicas[ticket.replica], ticket.held
+  ticket.replica, ticket.held = nil, nil
   if not replica then return end
-  replica.load = math.max(0, replica.load - ticket.weight)
+  replica.load = math.max(0, replica.load - held)
   local count = replica.running[ticket.adapter]
   if count then replica.running[ticket.adapter] = count > 1 and count - 1 or nil end
   local loading = replica.loading[ticket.adapter]
@@ -85,7 +88,6 @@ end
 local function place(pool, ticket, replica, caller)
   dequeue(pool, ticket)
   redis.call('HINCRBY', pool.key .. ':vars', 'placed', 1)
-  ticket.weight = math.min(ticket.weight, replica.slots)
   ticket.placed = pool.now
   charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
   hold(pool, ticket, replica)
@@ -196,7 +198,7 @@ local function requeue(pool, ticket, delivered)
   if delivered then
     ticket.attempts = ticket.attempts + 1
     if ticket.attempts >= MAX_ATTEMPTS then
-      ticket.state, ticket.replica, ticket.placed = 'failed', nil, nil
+      ticket.state, ticket.placed = 'failed', nil
       put(pool, ticket)
       return false
     end
@@ -217,7 +219,7 @@ local function remove(pool, id)
         requeue(pool, ticket, false)
       else
         -- It holds nothing any more, should a replica of this id come back.
-        ticket.state, ticket.replica, ticket.revoked = 'revoked', nil, id
+        ticket.state, ticket.replica, ticket.held, ticket.revoked = 'revoked', nil, nil, id
         put(pool, ticket)
         tell(ticket, 'revoked')
       end

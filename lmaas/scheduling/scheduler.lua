@@ -155,7 +155,6 @@ redis.register_function('lmaas_restore', function(keys, args)
   elseif replica then
     ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
-    ticket.weight = math.min(ticket.weight, replica.slots)
     reserve(pool, ticket, nil, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)
@@ -239,7 +238,7 @@ redis.register_function('lmaas_load_failed', function(keys, args)
       if ticket and ticket.state == 'loading' then
         charge(pool, ticket, -charged(pool, ticket))
         let_go(pool, ticket)
-        ticket.state, ticket.replica, ticket.placed = 'load_failed', nil, nil
+        ticket.state, ticket.placed = 'load_failed', nil
         put(pool, ticket)
         tell(ticket, 'load_failed', { reason = args[3] })
         count = count + 1

@@ -309,3 +309,12 @@ async def test_a_server_without_memory_is_unavailable(pool: Pool, redis: Redis) 
             await pool.submit(ticket(2))
     finally:
         await redis.config_set("maxmemory", 0)
+
+
+async def test_a_ticket_that_did_not_fit_a_small_replica_takes_all_that_it_needs_of_a_large_one(pool: Pool) -> None:
+    await pool.beat("small", slots=2)
+    await pool.submit(ticket(1, weight=4))
+    await pool.beat("large", slots=8)
+    assert (await pool.retry(1, "small"))["replica"] == "large"
+    assert (await pool.replicas())["large"]["load"] == 4
+    await pool.check()
