@@ -103,6 +103,8 @@ class Beat:
     resident: list[str]
     #: The engine has just been seen to work.
     cleared: bool = False
+    #: The engine seems to stand still.
+    suspect: bool = False
     start_ms: int | None = None
 
 

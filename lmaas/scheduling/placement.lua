@@ -227,11 +227,28 @@ local function remove(pool, id)
   end
 end
 
+-- The server's clock was set back: what lies in its future would hold for as long as the jump was.
+local function clock_set_back(pool)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', pool.now + LEASE_MS, '+inf')) do
+    redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, id)
+  end
+  for id, replica in pairs(pool.replicas) do
+    replica.beat, replica.since = math.min(replica.beat, pool.now), math.min(replica.since, pool.now)
+    for adapter, time in pairs(replica.used) do replica.used[adapter] = math.min(time, pool.now) end
+    pool.dirty[id] = true
+  end
+  for _, name in ipairs({ 'controller', 'active' }) do
+    redis.call('HSET', pool.key .. ':vars', name, math.min(var(pool, name, pool.now), pool.now))
+  end
+  redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS)
+end
+
 -- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
 local function reap(pool)
   -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
   local last = var(pool, 'reaped', pool.now)
   redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
+  if pool.now < last then clock_set_back(pool) end
   if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
   if pool.now < var(pool, 'spare', 0) then return end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do

@@ -166,7 +166,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   return done
 end)
 
--- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared}) →
+-- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect}) →
 -- {state, load, suspect, epoch, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
 -- used: {adapter → ms ago}}. `warm` are the adapters that a starting engine will be asked for first.
 redis.register_function('lmaas_heartbeat', function(keys, args)
@@ -186,6 +186,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   if replica.state ~= 'draining' then replica.state = beat.state end
   replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
   if beat.cleared then replica.suspect = nil end
+  if beat.suspect then replica.suspect = true end
   pool.dirty[replica.id] = true
   reap(pool)
   dispatch(pool)
