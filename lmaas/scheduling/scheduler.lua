@@ -126,10 +126,11 @@ redis.register_function('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-      if args[i + 1] ~= '' then
+      -- Word of an earlier delivery may come late: what waits or loads has not run.
+      if args[i + 1] ~= '' and (ticket.state == 'granted' or ticket.state == 'revoked') then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
-        if ticket.placed then charge(pool, ticket, charged(pool, ticket) - before) end
+        charge(pool, ticket, charged(pool, ticket) - before)
       end
     end
   end

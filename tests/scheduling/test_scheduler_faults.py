@@ -318,3 +318,14 @@ async def test_a_ticket_that_did_not_fit_a_small_replica_takes_all_that_it_needs
     assert (await pool.retry(1, "small"))["replica"] == "large"
     assert (await pool.replicas())["large"]["load"] == 4
     await pool.check()
+
+
+async def test_late_word_of_an_earlier_delivery_is_not_charged(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat()
+    await pool.submit(ticket(1))
+    await pool.retry(1)
+    await scheduler.renew("p", [("r1", "7,0,90")])  # was sent before
+    assert await pool.redis.hgetall(f"{KEY}:progress") == {}
+    await pool.beat(cleared=True)
+    await pool.release(1)
+    assert await pool.redis.zscore(f"{KEY}:counters", "a") == 3  # what it used in the end
