@@ -69,7 +69,7 @@ local function enqueue(pool, ticket, front)
       redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. floor)
     end
   end
-  ticket.state, ticket.placed, ticket.granted = 'queued', nil, nil
+  ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', sequence, ticket.id)
   redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, sequence, ticket.id)

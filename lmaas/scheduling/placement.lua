@@ -198,7 +198,7 @@ local function requeue(pool, ticket, delivered)
   if delivered then
     ticket.attempts = ticket.attempts + 1
     if ticket.attempts >= MAX_ATTEMPTS then
-      ticket.state, ticket.placed = 'failed', nil
+      ticket.state, ticket.placed, ticket.granted = 'failed', nil, nil
       put(pool, ticket)
       return false
     end

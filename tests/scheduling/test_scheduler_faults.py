@@ -329,3 +329,12 @@ async def test_late_word_of_an_earlier_delivery_is_not_charged(scheduler: Schedu
     await pool.beat(cleared=True)
     await pool.release(1)
     assert await pool.redis.zscore(f"{KEY}:counters", "a") == 3  # what it used in the end
+
+
+async def test_a_lost_ticket_that_failed_before_has_not_run_since(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat("x")
+    await pool.submit(ticket(1))
+    await pool.beat("y")
+    await pool.retry(1, "x")
+    await pool.retry(1, "y")
+    assert {name: each.get("granted") for name, each in (await pool.tickets()).items()} == {"r1": None}
