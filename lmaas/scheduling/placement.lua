@@ -142,7 +142,9 @@ local function place_next(pool, caller)
     elseif placed - passed_at >= MAX_PASSES then
       return false
     elseif placed - passed_at >= RESERVE_PASSES and not emptied then
-      emptied = empty_a_slot(pool, string.match(need, '|(.*)$'))
+      local adapter = string.match(need, '|(.*)$')
+      -- One of the base model waits for sequence slots alone.
+      emptied = adapter ~= '' and empty_a_slot(pool, adapter) or nil
       if emptied then known = { [need] = false } end
     end
     return nil
