@@ -16,9 +16,13 @@ end
 
 -- The counter that a tenant has at least when it begins to wait.
 local function floor_of(pool)
-  -- Tenants whose first ticket came back are marked by -1; their counters are elsewhere.
-  local smallest = redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  if smallest[2] then return tonumber(smallest[2]) end
+  local first = redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  local smallest = first[2] and tonumber(first[2])
+  -- Those whose first ticket came back wait too; their counters are elsewhere.
+  for _, tenant in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', '-inf', '(0')) do
+    smallest = math.min(smallest or math.huge, counter_of(pool, tenant))
+  end
+  if smallest then return smallest end
   local last = redis.call('HGET', pool.key .. ':vars', 'last')
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
 end

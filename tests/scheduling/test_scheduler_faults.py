@@ -338,3 +338,12 @@ async def test_a_lost_ticket_that_failed_before_has_not_run_since(scheduler: Sch
     await pool.retry(1, "x")
     await pool.retry(1, "y")
     assert {name: each.get("granted") for name, each in (await pool.tickets()).items()} == {"r1": None}
+
+
+async def test_a_tenant_whose_ticket_came_back_counts_among_those_that_wait(pool: Pool) -> None:
+    await pool.beat(slots=2)
+    await pool.submit(ticket(1, "a"), ticket(2, "b"))
+    await pool.redis.zadd(f"{KEY}:counters", {"a": 100, "b": 5000})
+    await pool.retry(1)  # a waits, at 99; b was the last to leave the queue
+    await pool.submit(ticket(3, "c"))
+    assert await pool.redis.zscore(f"{KEY}:counters", "c") == 99
