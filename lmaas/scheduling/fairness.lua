@@ -27,14 +27,14 @@ local function floor_of(pool)
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
 end
 
--- Who waits has its counter as its place in line, or -1 if its first ticket has had its turn already.
+-- Who waits has its counter as its place in line, or if its first ticket came back, that ticket's place before all others.
 local function stand_in_line(pool, tenant)
   local head = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, 0, 'WITHSCORES')
   if not head[1] then
     redis.call('ZREM', pool.key .. ':waiting', tenant)
     return false
   end
-  redis.call('ZADD', pool.key .. ':waiting', tonumber(head[2]) < 0 and -1 or counter_of(pool, tenant), tenant)
+  redis.call('ZADD', pool.key .. ':waiting', tonumber(head[2]) < 0 and head[2] or counter_of(pool, tenant), tenant)
   return true
 end
 

@@ -347,3 +347,12 @@ async def test_a_tenant_whose_ticket_came_back_counts_among_those_that_wait(pool
     await pool.retry(1)  # a waits, at 99; b was the last to leave the queue
     await pool.submit(ticket(3, "c"))
     assert await pool.redis.zscore(f"{KEY}:counters", "c") == 99
+
+
+async def test_what_comes_back_is_served_in_that_order_whoevers_it_is(pool: Pool) -> None:
+    await pool.beat(slots=2)
+    await pool.submit(ticket(1, "a"), ticket(2, "b"))
+    for number in (2, 1):
+        await pool.retry(number)
+    await pool.beat(slots=1, cleared=True)
+    assert await pool.placed() == {"r2"}
