@@ -74,6 +74,7 @@ local function enqueue(pool, ticket, front)
     end
   end
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil
+  ticket.sequence = sequence
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', sequence, ticket.id)
   redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, sequence, ticket.id)

@@ -209,16 +209,25 @@ local function requeue(pool, ticket, delivered)
   return true
 end
 
+-- What was loading goes back, in the order in which it had waited.
+local function requeue_loading(pool, tickets)
+  table.sort(tickets, function(one, other)
+    if one.sequence == other.sequence then return one.id < other.id end
+    return one.sequence < other.sequence
+  end)
+  for _, ticket in ipairs(tickets) do requeue(pool, ticket, false) end
+end
+
 -- Take a replica out: what was loading waits again, what ran is told (its stream breaks, or is cut by its gateway).
 local function remove(pool, id)
   pool.replicas[id] = nil
   pool.dirty[id] = true
-  local stored = redis.call('HGETALL', pool.key .. ':tickets')
+  local stored, loading = redis.call('HGETALL', pool.key .. ':tickets'), {}
   for i = 2, #stored, 2 do
     local ticket = cjson.decode(stored[i])
     if ticket.replica == id then
       if ticket.state == 'loading' then
-        requeue(pool, ticket, false)
+        loading[#loading + 1] = ticket
       else
         -- It holds nothing any more, should a replica of this id come back.
         ticket.state, ticket.replica, ticket.held, ticket.revoked = 'revoked', nil, nil, id
@@ -227,6 +236,7 @@ local function remove(pool, id)
       end
     end
   end
+  requeue_loading(pool, loading)
 end
 
 -- The server's clock was set back: what lies in its future would hold for as long as the jump was.

@@ -273,12 +273,11 @@ redis.register_function('lmaas_drain', function(keys, args)
   if replica then
     replica.state = 'draining'
     pool.dirty[replica.id] = true
+    local tickets = {}
     for _, loading in pairs(replica.loading) do
-      for id in pairs(loading.tickets) do
-        local ticket = get(pool, id)
-        if ticket and ticket.state == 'loading' then requeue(pool, ticket, false) end
-      end
+      for id in pairs(loading.tickets) do tickets[#tickets + 1] = get(pool, id) end
     end
+    requeue_loading(pool, tickets)
     replica.loading = {}
     dispatch(pool)
   end

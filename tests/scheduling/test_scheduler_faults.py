@@ -356,3 +356,11 @@ async def test_what_comes_back_is_served_in_that_order_whoevers_it_is(pool: Pool
         await pool.retry(number)
     await pool.beat(slots=1, cleared=True)
     assert await pool.placed() == {"r2"}
+
+
+@pytest.mark.parametrize("end", ["drain", "deregister"])
+async def test_what_was_loading_goes_back_in_the_order_in_which_it_came(pool: Pool, end: str) -> None:
+    await pool.beat(slots=20, adapter_slots=4)
+    await pool.submit(*(ticket(number, adapter="ABCD"[number % 4]) for number in range(10, 30)))
+    await getattr(pool.scheduler, end)("p", "x")
+    assert await pool.redis.zrange(f"{KEY}:queue:a", 0, -1) == [f"r{number}" for number in range(10, 30)]
