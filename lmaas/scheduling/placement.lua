@@ -255,14 +255,16 @@ local function clock_set_back(pool)
   redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS)
 end
 
--- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
+-- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back. Whether there
+-- were any: then somebody else may have a turn.
 local function reap(pool)
   -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
   local last = var(pool, 'reaped', pool.now)
   redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
   if pool.now < last then clock_set_back(pool) end
   if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
-  if pool.now < var(pool, 'spare', 0) then return end
+  if pool.now < var(pool, 'spare', 0) then return false end
+  local found = false
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
     local ticket = get(pool, id)
     if ticket then
@@ -276,11 +278,16 @@ local function reap(pool)
       event.replica_id = ticket.replica or ticket.revoked or cjson.null
       redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
       forget(pool, ticket, used)
+      found = true
     else
       redis.call('ZREM', pool.key .. ':expiry', id)
     end
   end
+  local gone = {}
   for id, replica in pairs(pool.replicas) do
-    if pool.now - replica.beat > GONE_MS then remove(pool, id) end
+    if pool.now - replica.beat > GONE_MS then gone[#gone + 1] = id end
   end
+  table.sort(gone)
+  for _, id in ipairs(gone) do remove(pool, id) end
+  return found or #gone > 0
 end

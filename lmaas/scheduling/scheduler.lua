@@ -50,7 +50,7 @@ end
 -- of the limits. The same ticket again is the same ticket.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
-  reap(pool)
+  if reap(pool) then dispatch(pool) end
   local ticket = cjson.decode(args[1])
   local known, left = get(pool, ticket.id), nil
   if not known then

@@ -364,3 +364,16 @@ async def test_what_was_loading_goes_back_in_the_order_in_which_it_came(pool: Po
     await pool.submit(*(ticket(number, adapter="ABCD"[number % 4]) for number in range(10, 30)))
     await getattr(pool.scheduler, end)("p", "x")
     assert await pool.redis.zrange(f"{KEY}:queue:a", 0, -1) == [f"r{number}" for number in range(10, 30)]
+
+
+async def test_a_slot_that_a_refused_ticket_finds_free_is_given_out(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat(slots=1)
+    async with quick(scheduler, LEASE_MS=100):
+        await pool.submit(ticket(1, gateway="dead"), ticket(2))
+
+        async def others_turn() -> bool:
+            await pool.redis.zadd(f"{KEY}:expiry", {"r2": 10**15})  # its own gateway lives
+            assert await pool.submit(ticket(3), max_queued=0) == ["refused"]
+            return await pool.states() == {"r2": "granted"}
+
+        await until(others_turn, 5, 0.02)
