@@ -250,7 +250,8 @@ local function clock_set_back(pool)
     pool.dirty[id] = true
   end
   for _, name in ipairs({ 'controller', 'active' }) do
-    redis.call('HSET', pool.key .. ':vars', name, math.min(var(pool, name, pool.now), pool.now))
+    local time = var(pool, name, nil)
+    if time then redis.call('HSET', pool.key .. ':vars', name, math.min(time, pool.now)) end
   end
   redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS)
 end
