@@ -16,21 +16,25 @@ end
 
 -- The counter that a tenant has at least when it begins to wait.
 local function floor_of(pool)
-  -- Tenants whose first ticket came back are marked by -1; their counters are elsewhere.
-  local smallest = redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  if smallest[2] then return tonumber(smallest[2]) end
+  local first = redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  local smallest = first[2] and tonumber(first[2])
+  -- Those whose first ticket came back wait too; their counters are elsewhere.
+  for _, tenant in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', '-inf', '(0')) do
+    smallest = math.min(smallest or math.huge, counter_of(pool, tenant))
+  end
+  if smallest then return smallest end
   local last = redis.call('HGET', pool.key .. ':vars', 'last')
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
 end
 
--- Who waits has its counter as its place in line, or -1 if its first ticket has had its turn already.
+-- Who waits has its counter as its place in line, or if its first ticket came back, that ticket's place before all others.
 local function stand_in_line(pool, tenant)
   local head = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, 0, 'WITHSCORES')
   if not head[1] then
     redis.call('ZREM', pool.key .. ':waiting', tenant)
     return false
   end
-  redis.call('ZADD', pool.key .. ':waiting', tonumber(head[2]) < 0 and -1 or counter_of(pool, tenant), tenant)
+  redis.call('ZADD', pool.key .. ':waiting', tonumber(head[2]) < 0 and head[2] or counter_of(pool, tenant), tenant)
   return true
 end
 
@@ -69,7 +73,8 @@ local function enqueue(pool, ticket, front)
       redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. floor)
     end
   end
-  ticket.state, ticket.replica, ticket.placed, ticket.granted = 'queued', nil, nil, nil
+  ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil
+  ticket.sequence = sequence
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', sequence, ticket.id)
   redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, sequence, ticket.id)

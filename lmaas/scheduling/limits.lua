@@ -135,21 +135,20 @@ local function reserve(pool, ticket, seeds, forced)
     local seed = seeds and seeds[limit.id]
     if seed and scope.seeded == 1 and seed[1] == scope.month then
       scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], 2
+      save_scope(scope)
     end
-    if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded < 2 then unseeded[#unseeded + 1] = limit.id end
+    if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded < 2 then
+      unseeded[#unseeded + 1] = limit.id
+      if scope.seeded == 0 and not forced then
+        -- What ends from now on is counted here; what has ended, the ledger knows.
+        scope.seeded, scope.generation, scope.tokens, scope.cost = 1, scope.generation + 1, 0, 0
+        save_scope(scope)
+      end
+    end
     scopes[i] = scope
   end
   if not forced then
-    if #unseeded > 0 then
-      for _, scope in ipairs(scopes) do
-        if scope.seeded == 0 then
-          -- What ends from now on is counted here; what has ended, the ledger knows.
-          scope.seeded, scope.generation, scope.tokens, scope.cost = 1, scope.generation + 1, 0, 0
-        end
-        save_scope(scope)
-      end
-      return { state = 'unseeded', scopes = unseeded, month = scopes[1].month }
-    end
+    if #unseeded > 0 then return { state = 'unseeded', scopes = unseeded, month = scopes[1].month } end
     for i, limit in ipairs(ticket.limits) do
       local refused = refusal(pool, scopes[i], limit, tokens, cost)
       if refused then

@@ -12,7 +12,9 @@ local function fresh(pool, replica)
 end
 
 local function hold(pool, ticket, replica)
-  replica.load = replica.load + ticket.weight
+  -- More than a replica has: all of it. The next replica may have more.
+  ticket.held = math.min(ticket.weight, replica.slots)
+  replica.load = replica.load + ticket.held
   if ticket.adapter ~= '' then
     replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
     replica.used[ticket.adapter] = pool.now
@@ -22,9 +24,10 @@ local function hold(pool, ticket, replica)
 end
 
 local function let_go(pool, ticket)
-  local replica = ticket.replica and pool.replicas[ticket.replica]
+  local replica, held = ticket.replica and pool.replicas[ticket.replica], ticket.held
+  ticket.replica, ticket.held = nil, nil
   if not replica then return end
-  replica.load = math.max(0, replica.load - ticket.weight)
+  replica.load = math.max(0, replica.load - held)
   local count = replica.running[ticket.adapter]
   if count then replica.running[ticket.adapter] = count > 1 and count - 1 or nil end
   local loading = replica.loading[ticket.adapter]
@@ -85,7 +88,6 @@ end
 local function place(pool, ticket, replica, caller)
   dequeue(pool, ticket)
   redis.call('HINCRBY', pool.key .. ':vars', 'placed', 1)
-  ticket.weight = math.min(ticket.weight, replica.slots)
   ticket.placed = pool.now
   charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
   hold(pool, ticket, replica)
@@ -140,7 +142,9 @@ local function place_next(pool, caller)
     elseif placed - passed_at >= MAX_PASSES then
       return false
     elseif placed - passed_at >= RESERVE_PASSES and not emptied then
-      emptied = empty_a_slot(pool, string.match(need, '|(.*)$'))
+      local adapter = string.match(need, '|(.*)$')
+      -- One of the base model waits for sequence slots alone.
+      emptied = adapter ~= '' and empty_a_slot(pool, adapter) or nil
       if emptied then known = { [need] = false } end
     end
     return nil
@@ -196,7 +200,7 @@ local function requeue(pool, ticket, delivered)
   if delivered then
     ticket.attempts = ticket.attempts + 1
     if ticket.attempts >= MAX_ATTEMPTS then
-      ticket.state, ticket.replica, ticket.placed = 'failed', nil, nil
+      ticket.state, ticket.placed, ticket.granted = 'failed', nil, nil
       put(pool, ticket)
       return false
     end
@@ -205,24 +209,34 @@ local function requeue(pool, ticket, delivered)
   return true
 end
 
+-- What was loading goes back, in the order in which it had waited.
+local function requeue_loading(pool, tickets)
+  table.sort(tickets, function(one, other)
+    if one.sequence == other.sequence then return one.id < other.id end
+    return one.sequence < other.sequence
+  end)
+  for _, ticket in ipairs(tickets) do requeue(pool, ticket, false) end
+end
+
 -- Take a replica out: what was loading waits again, what ran is told (its stream breaks, or is cut by its gateway).
 local function remove(pool, id)
   pool.replicas[id] = nil
   pool.dirty[id] = true
-  local stored = redis.call('HGETALL', pool.key .. ':tickets')
+  local stored, loading = redis.call('HGETALL', pool.key .. ':tickets'), {}
   for i = 2, #stored, 2 do
     local ticket = cjson.decode(stored[i])
     if ticket.replica == id then
       if ticket.state == 'loading' then
-        requeue(pool, ticket, false)
+        loading[#loading + 1] = ticket
       else
         -- It holds nothing any more, should a replica of this id come back.
-        ticket.state, ticket.replica, ticket.revoked = 'revoked', nil, id
+        ticket.state, ticket.replica, ticket.held, ticket.revoked = 'revoked', nil, nil, id
         put(pool, ticket)
         tell(ticket, 'revoked')
       end
     end
   end
+  requeue_loading(pool, loading)
 end
 
 -- The server's clock was set back: what lies in its future would hold for as long as the jump was.
@@ -236,19 +250,22 @@ local function clock_set_back(pool)
     pool.dirty[id] = true
   end
   for _, name in ipairs({ 'controller', 'active' }) do
-    redis.call('HSET', pool.key .. ':vars', name, math.min(var(pool, name, pool.now), pool.now))
+    local time = var(pool, name, nil)
+    if time then redis.call('HSET', pool.key .. ':vars', name, math.min(time, pool.now)) end
   end
   redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS)
 end
 
--- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back.
+-- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back. Whether there
+-- were any: then somebody else may have a turn.
 local function reap(pool)
   -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
   local last = var(pool, 'reaped', pool.now)
   redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
   if pool.now < last then clock_set_back(pool) end
   if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
-  if pool.now < var(pool, 'spare', 0) then return end
+  if pool.now < var(pool, 'spare', 0) then return false end
+  local found = false
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
     local ticket = get(pool, id)
     if ticket then
@@ -262,11 +279,16 @@ local function reap(pool)
       event.replica_id = ticket.replica or ticket.revoked or cjson.null
       redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
       forget(pool, ticket, used)
+      found = true
     else
       redis.call('ZREM', pool.key .. ':expiry', id)
     end
   end
+  local gone = {}
   for id, replica in pairs(pool.replicas) do
-    if pool.now - replica.beat > GONE_MS then remove(pool, id) end
+    if pool.now - replica.beat > GONE_MS then gone[#gone + 1] = id end
   end
+  table.sort(gone)
+  for _, id in ipairs(gone) do remove(pool, id) end
+  return found or #gone > 0
 end

@@ -50,7 +50,7 @@ end
 -- of the limits. The same ticket again is the same ticket.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
-  reap(pool)
+  if reap(pool) then dispatch(pool) end
   local ticket = cjson.decode(args[1])
   local known, left = get(pool, ticket.id), nil
   if not known then
@@ -126,10 +126,11 @@ redis.register_function('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-      if args[i + 1] ~= '' then
+      -- Word of an earlier delivery may come late: what waits or loads has not run.
+      if args[i + 1] ~= '' and (ticket.state == 'granted' or ticket.state == 'revoked') then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
-        if ticket.placed then charge(pool, ticket, charged(pool, ticket) - before) end
+        charge(pool, ticket, charged(pool, ticket) - before)
       end
     end
   end
@@ -155,7 +156,6 @@ redis.register_function('lmaas_restore', function(keys, args)
   elseif replica then
     ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
-    ticket.weight = math.min(ticket.weight, replica.slots)
     reserve(pool, ticket, nil, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)
@@ -240,7 +240,7 @@ redis.register_function('lmaas_load_failed', function(keys, args)
       if ticket and ticket.state == 'loading' then
         charge(pool, ticket, -charged(pool, ticket))
         let_go(pool, ticket)
-        ticket.state, ticket.replica, ticket.placed = 'load_failed', nil, nil
+        ticket.state, ticket.placed = 'load_failed', nil
         put(pool, ticket)
         tell(ticket, 'load_failed', { reason = args[3] })
         count = count + 1
@@ -273,12 +273,11 @@ redis.register_function('lmaas_drain', function(keys, args)
   if replica then
     replica.state = 'draining'
     pool.dirty[replica.id] = true
+    local tickets = {}
     for _, loading in pairs(replica.loading) do
-      for id in pairs(loading.tickets) do
-        local ticket = get(pool, id)
-        if ticket and ticket.state == 'loading' then requeue(pool, ticket, false) end
-      end
+      for id in pairs(loading.tickets) do tickets[#tickets + 1] = get(pool, id) end
     end
+    requeue_loading(pool, tickets)
     replica.loading = {}
     dispatch(pool)
   end

@@ -93,7 +93,7 @@ class Pool:
         queued = {name for name, each in tickets.items() if each["state"] == "queued"}
         for name, replica in replicas.items():
             here = [each for each in tickets.values() if each.get("replica") == name and each["state"] in ("granted", "loading")]
-            assert replica["load"] == sum(each["weight"] for each in here), name
+            assert replica["load"] == sum(each["held"] for each in here), name
             assert replica["load"] <= replica["slots"], name
             running: dict[str, int] = {}
             for each in here:

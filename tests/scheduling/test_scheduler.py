@@ -189,6 +189,15 @@ async def test_without_an_adapter_slot_others_pass_within_a_bound(pool: Pool) ->
     await pool.check()
 
 
+async def test_a_request_of_the_base_model_that_waits_keeps_no_adapter_slot(pool: Pool) -> None:
+    await pool.beat(slots=3, adapter_slots=1, resident=("A",))
+    await pool.submit(ticket(0, "a", adapter="A"))
+    assert await pool.submit(ticket(1, "a", weight=3)) == ["queued"]
+    for number in range(2, 2 + 63):  # most of its patience
+        assert await pool.submit(ticket(number, f"t{number}", adapter="A")) == ["granted"]
+        await pool.release(number)
+
+
 async def test_the_replica_where_the_adapter_runs_is_preferred_then_where_it_is_resident(scheduler: Scheduler, pool: Pool) -> None:
     await pool.beat("none", slots=4, adapter_slots=2)
     await pool.beat("resident", slots=4, adapter_slots=2, resident=("A",))

@@ -309,3 +309,71 @@ async def test_a_server_without_memory_is_unavailable(pool: Pool, redis: Redis) 
             await pool.submit(ticket(2))
     finally:
         await redis.config_set("maxmemory", 0)
+
+
+async def test_a_ticket_that_did_not_fit_a_small_replica_takes_all_that_it_needs_of_a_large_one(pool: Pool) -> None:
+    await pool.beat("small", slots=2)
+    await pool.submit(ticket(1, weight=4))
+    await pool.beat("large", slots=8)
+    assert (await pool.retry(1, "small"))["replica"] == "large"
+    assert (await pool.replicas())["large"]["load"] == 4
+    await pool.check()
+
+
+async def test_late_word_of_an_earlier_delivery_is_not_charged(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat()
+    await pool.submit(ticket(1))
+    await pool.retry(1)
+    await scheduler.renew("p", [("r1", "7,0,90")])  # was sent before
+    assert await pool.redis.hgetall(f"{KEY}:progress") == {}
+    await pool.beat(cleared=True)
+    await pool.release(1)
+    assert await pool.redis.zscore(f"{KEY}:counters", "a") == 3  # what it used in the end
+
+
+async def test_a_lost_ticket_that_failed_before_has_not_run_since(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat("x")
+    await pool.submit(ticket(1))
+    await pool.beat("y")
+    await pool.retry(1, "x")
+    await pool.retry(1, "y")
+    assert {name: each.get("granted") for name, each in (await pool.tickets()).items()} == {"r1": None}
+
+
+async def test_a_tenant_whose_ticket_came_back_counts_among_those_that_wait(pool: Pool) -> None:
+    await pool.beat(slots=2)
+    await pool.submit(ticket(1, "a"), ticket(2, "b"))
+    await pool.retry(1)
+    await pool.redis.zadd(f"{KEY}:counters", {"a": 100, "b": 5000})  # a waits; b was the last to leave the queue
+    await pool.submit(ticket(3, "c"))
+    assert await pool.redis.zscore(f"{KEY}:counters", "c") == 100
+
+
+async def test_what_comes_back_is_served_in_that_order_whoevers_it_is(pool: Pool) -> None:
+    await pool.beat(slots=2)
+    await pool.submit(ticket(1, "a"), ticket(2, "b"))
+    for number in (2, 1):
+        await pool.retry(number)
+    await pool.beat(slots=1, cleared=True)
+    assert await pool.placed() == {"r2"}
+
+
+@pytest.mark.parametrize("end", ["drain", "deregister"])
+async def test_what_was_loading_goes_back_in_the_order_in_which_it_came(pool: Pool, end: str) -> None:
+    await pool.beat(slots=20, adapter_slots=4)
+    await pool.submit(*(ticket(number, adapter="ABCD"[number % 4]) for number in range(10, 30)))
+    await getattr(pool.scheduler, end)("p", "x")
+    assert await pool.redis.zrange(f"{KEY}:queue:a", 0, -1) == [f"r{number}" for number in range(10, 30)]
+
+
+async def test_a_slot_that_a_refused_ticket_finds_free_is_given_out(scheduler: Scheduler, pool: Pool) -> None:
+    await pool.beat(slots=1)
+    async with quick(scheduler, LEASE_MS=100):
+        await pool.submit(ticket(1, gateway="dead"), ticket(2))
+
+        async def others_turn() -> bool:
+            await pool.redis.zadd(f"{KEY}:expiry", {"r2": 10**15})  # its own gateway lives
+            assert await pool.submit(ticket(3), max_queued=0) == ["refused"]
+            return await pool.states() == {"r2": "granted"}
+
+        await until(others_turn, 5, 0.02)

@@ -1,0 +1,578 @@
+"""The scheduler in plain Python, as a specification of the Lua functions: no Redis, and the time is an argument (`now`, ms).
+
+It says the same as the comments in lmaas/scheduling/*.lua and architecture.md, in the plainest way: what the functions keep as running
+figures (a replica's load, who waits, what a minute has used) is counted anew here each time. A method takes what the method of Scheduler
+takes and answers what it answers, but for the epoch. The model has one pool.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
+from tests.scheduling.model_limits import Limits, Reservation, Tokens
+
+Reply = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The scheduler's constants, by their names in Lua."""
+
+    LEASE_MS: int = 6000
+    STALE_MS: int = 5000
+    GONE_MS: int = 30_000
+    AWAY_MS: int = 3000
+    PRESENT_MS: int = 10_000
+    MAX_ATTEMPTS: int = 2
+    TURN_MS: int = 2000
+    START_MS: int = 20_000
+    MAX_PASSES: int = 64
+    RESERVE_PASSES: int = 32
+    MAX_TENANTS: int = 256
+    MAX_DEPTH: int = 64
+    MAX_LOOKS: int = 512
+    MAX_COUNTERS: int = 10_000
+
+
+@dataclass
+class Held:
+    """A ticket that the scheduler knows: queued → (loading →) granted, or one of the ends that its gateway has yet to settle."""
+
+    ticket: Ticket
+    submitted: int
+    attempts: int
+    expires: int
+    state: str = "queued"
+    #: Its place among the tickets of its tenant, smallest first.
+    turn: tuple[int, int, str] = (0, 0, "")
+    #: How many tickets had been placed in all when one behind it went first for the first time.
+    passed_at: int | None = None
+    replica: str | None = None
+    #: The replica that was taken from it.
+    revoked: str | None = None
+    #: The slots it takes on its replica.
+    slots: int = 0
+    placed: int | None = None
+    granted: int | None = None
+    progress: Tokens | None = None
+    reservations: list[Reservation] = field(default_factory=list)
+    #: It was put back: it runs, whether or not there was room.
+    restored: bool = False
+
+    @property
+    def came_back(self) -> bool:
+        return self.turn[0] == 0
+
+    def charged(self) -> int:
+        """What its tenant's counter has been charged for it, before the division by the share."""
+        if self.placed is None:
+            return 0
+        return units(self.progress) if self.progress else self.ticket.prompt_tokens
+
+
+@dataclass
+class Replica:
+    """One engine."""
+
+    id: str
+    since: int
+    url: str = ""
+    slots: int = 0
+    adapter_slots: int = 0
+    state: str = "starting"
+    beat: int = 0
+    suspect: bool = False
+    resident: set[str] = field(default_factory=set)
+    #: Adapter → where its files are.
+    loading: dict[str, str] = field(default_factory=dict)
+    #: Adapter → when a ticket was placed with it.
+    used: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """The adapter slot that is kept for `adapter`: `victim` gets nothing more there."""
+
+    replica: str
+    victim: str
+    adapter: str
+
+
+def units(tokens: Tokens) -> int:
+    """A completion token costs twice a prompt token."""
+    return tokens[0] + 2 * tokens[2]
+
+
+class Model:
+    """The scheduler of one pool."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.forget_everything()
+
+    def forget_everything(self) -> None:
+        """FLUSHALL."""
+        self.tickets: dict[str, Held] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.limits = Limits()
+        self.counters: dict[str, float] = {}
+        self.last_to_leave: str | None = None
+        self.least_counter = 0.0  # of those that were dropped
+        self.enqueued = 0
+        self.placed = 0
+        self.run_ms, self.start_ms = self.rules.TURN_MS, self.rules.START_MS
+        self.reaped: int | None = None
+        self.spare_until = 0
+        self.active: int | None = None
+        self.controller = 0
+        #: Usage events; what was published (channel, message); who was placed (for whoever watches).
+        self.events: list[dict[str, Any]] = []
+        self.said: list[tuple[str, Any]] = []
+        self.placements: list[tuple[str, list[str]]] = []
+
+    # What is there.
+
+    def queue(self, tenant: str | None = None) -> list[Held]:
+        """The queued tickets, in the order in which they came."""
+        waiting = [each for each in self.tickets.values() if each.state == "queued" and tenant in (None, each.ticket.tenant)]
+        return sorted(waiting, key=lambda each: each.turn)
+
+    def on(self, replica: Replica) -> list[Held]:
+        return [each for each in self.tickets.values() if each.replica == replica.id]
+
+    def load(self, replica: Replica) -> int:
+        return sum(each.slots for each in self.on(replica))
+
+    def running(self, replica: Replica) -> dict[str, int]:
+        """Adapter → how many tickets hold a slot with it."""
+        adapters = [each.ticket.adapter for each in self.on(replica) if each.ticket.adapter]
+        return {adapter: adapters.count(adapter) for adapter in adapters}
+
+    def loading_on(self, replica: Replica, adapter: str) -> list[Held]:
+        return [each for each in self.on(replica) if each.state == "loading" and each.ticket.adapter == adapter]
+
+    def fresh(self, now: int, replica: Replica) -> bool:
+        """It gets new work."""
+        return replica.state == "ready" and not replica.suspect and now - replica.beat < self.rules.STALE_MS
+
+    # Whose turn it is.
+
+    def tenants_waiting(self) -> list[str]:
+        """In the order of service: first those whose first ticket came back, in that order; then by counter."""
+        heads = {each.ticket.tenant: each for each in reversed(self.queue())}
+        back = [tenant for tenant in heads if heads[tenant].came_back]
+        others = [tenant for tenant in heads if tenant not in back]
+        return sorted(back, key=lambda tenant: heads[tenant].turn) + sorted(
+            others, key=lambda tenant: (self.counters.get(tenant, 0), tenant)
+        )
+
+    def in_order(self) -> Iterator[Held]:
+        """The tickets looked at in one round, in the order of service."""
+        looks = 0
+        for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
+            for held in self.queue(tenant)[: self.rules.MAX_DEPTH]:
+                looks += 1
+                if looks > self.rules.MAX_LOOKS:
+                    return
+                yield held
+
+    def floor(self) -> float:
+        """The counter that a tenant has at least when it begins to wait."""
+        waiting = {each.ticket.tenant for each in self.queue()}
+        if waiting:
+            return min(self.counters.get(tenant, 0) for tenant in waiting)
+        return max(self.least_counter, self.counters.get(self.last_to_leave or "", 0))
+
+    def charge(self, held: Held, amount: int) -> None:
+        if amount:
+            tenant = held.ticket.tenant
+            self.counters[tenant] = max(0.0, self.counters.get(tenant, 0) + amount / held.ticket.share)
+
+    def enqueue(self, held: Held, front: bool) -> None:
+        self.enqueued += 1
+        tenant, floor = held.ticket.tenant, self.floor()
+        if not self.queue(tenant):
+            self.counters[tenant] = max(self.counters.get(tenant, 0), floor)
+            if len(self.counters) > self.rules.MAX_COUNTERS:
+                self.least_counter = self.floor()
+                self.counters = {name: value for name, value in self.counters.items() if value >= self.least_counter}
+        held.turn = (0, self.enqueued, "") if front else (1, self.enqueued - held.ticket.head_start, held.ticket.id)
+        held.state, held.replica, held.revoked, held.slots, held.placed, held.granted = "queued", None, None, 0, None, None
+        held.passed_at = None
+        self.tickets[held.ticket.id] = held
+
+    def left_the_queue(self, tenant: str) -> None:
+        if not self.queue(tenant):
+            self.last_to_leave = tenant
+
+    # Where it runs.
+
+    def choose(self, now: int, held: Held, emptied: Emptied | None) -> Replica | None:
+        """Where its adapter runs already, then where it is resident, then a free adapter slot; then the least loaded."""
+        adapter, found = held.ticket.adapter, []
+        for replica in self.replicas.values():
+            load, running = self.load(replica), self.running(replica)
+            if not self.fresh(now, replica) or load + min(held.ticket.weight, replica.slots) > replica.slots:
+                continue
+            rank = 0
+            if adapter and adapter not in running:
+                if len(running) >= replica.adapter_slots:
+                    continue
+                rank = 1 if adapter in replica.resident else 2
+            if adapter and emptied and emptied.replica == replica.id and emptied.adapter != adapter and (rank or adapter == emptied.victim):
+                continue
+            found.append((rank, load / replica.slots, replica.id))
+        return self.replicas[min(found)[2]] if found else None
+
+    def slot_to_empty(self, now: int, adapter: str) -> Emptied | None:
+        """The one with the fewest tickets."""
+        found = [
+            (count, replica.id + victim, Emptied(replica.id, victim, adapter))
+            for replica in self.replicas.values()
+            if self.fresh(now, replica) and len(running := self.running(replica)) >= replica.adapter_slots and adapter not in running
+            for victim, count in running.items()
+        ]
+        return min(found, key=lambda each: each[:2])[2] if found else None
+
+    def dispatch(self, now: int, caller: str = "") -> None:
+        """Give out every slot that can be given out."""
+        while (found := self.next_placement(now)) is not None:
+            held, replica, passed = found
+            for each in passed:
+                each.passed_at = self.placed
+            self.place(now, held, replica, caller)
+
+    def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
+        """The first ticket that fits, where, and who is passed over for the first time."""
+        passed: list[Held] = []
+        emptied: Emptied | None = None
+        for held in self.in_order():
+            replica = self.choose(now, held, emptied)
+            if replica is not None:
+                return held, replica, passed
+            if held.passed_at is None:
+                passed.append(held)
+            elif self.placed - held.passed_at >= self.rules.MAX_PASSES:
+                return None
+            elif self.placed - held.passed_at >= self.rules.RESERVE_PASSES and held.ticket.adapter and emptied is None:
+                emptied = self.slot_to_empty(now, held.ticket.adapter)
+        return None
+
+    def place(self, now: int, held: Held, replica: Replica, caller: str) -> None:
+        ahead = [each.ticket.id for each in self.in_order()]
+        self.placements.append((held.ticket.id, ahead[: ahead.index(held.ticket.id)]))
+        adapter = held.ticket.adapter
+        self.placed += 1
+        held.passed_at, held.state, held.placed = None, "loading", now
+        self.left_the_queue(held.ticket.tenant)
+        self.charge(held, held.ticket.prompt_tokens)
+        self.hold(now, held, replica)
+        if not adapter or adapter in replica.resident:
+            news = self.grant(now, held)
+            if held.ticket.id != caller:
+                self.tell(held, "granted", **news)
+        elif adapter not in replica.loading:
+            replica.loading[adapter] = held.ticket.source
+            self.said.append((f"lmaas:replica:{replica.id}", "load"))
+
+    def hold(self, now: int, held: Held, replica: Replica) -> None:
+        held.replica, held.slots = replica.id, min(held.ticket.weight, replica.slots)
+        if held.ticket.adapter:
+            replica.used[held.ticket.adapter] = now
+
+    def grant(self, now: int, held: Held) -> Reply:
+        held.state, held.granted = "granted", now
+        return self.lease(held)
+
+    def lease(self, held: Held) -> Reply:
+        assert held.replica is not None
+        assert held.placed is not None
+        assert held.granted is not None
+        url = self.replicas[held.replica].url
+        return {"replica": held.replica, "url": url, "queue_ms": held.placed - held.submitted, "load_ms": held.granted - held.placed}
+
+    def tell(self, held: Held, event: str, **news: Any) -> None:
+        self.said.append(
+            (f"lmaas:gateway:{held.ticket.gateway}", {"id": held.ticket.id, "event": event, "attempts": held.attempts, **news})
+        )
+
+    # How it ends.
+
+    def forget(self, now: int, held: Held, used: Tokens | None) -> None:
+        """It is settled to what it used, and everything that it held is free."""
+        if held.placed is not None:
+            self.charge(held, (units(used) if used else 0) - held.charged())
+        del self.tickets[held.ticket.id]
+        if held.state == "queued":
+            self.left_the_queue(held.ticket.tenant)
+        self.limits.settle(held.ticket, held.reservations, used)
+        self.active = now
+
+    def take_back(self, held: Held, state: str) -> None:
+        """It has had nothing: what it was charged is given back."""
+        self.charge(held, -held.charged())
+        held.state, held.replica, held.slots, held.placed, held.granted, held.progress = state, None, 0, None, None, None
+
+    def requeue(self, held: Held, delivered: bool) -> None:
+        """Back to the front of the queue, unless it has been delivered often enough."""
+        held.attempts += delivered
+        self.take_back(held, "failed")
+        if held.attempts < self.rules.MAX_ATTEMPTS or not delivered:
+            self.enqueue(held, front=True)
+
+    def requeue_loading(self, replica: Replica) -> None:
+        for held in sorted(self.on(replica), key=lambda each: each.turn):
+            if held.state == "loading":
+                self.requeue(held, delivered=False)
+
+    def remove(self, replica: Replica) -> None:
+        """What was loading waits again; what ran is told, and holds nothing any more."""
+        self.requeue_loading(replica)
+        for held in self.on(replica):
+            held.state, held.replica, held.slots, held.revoked = "revoked", None, 0, replica.id
+            self.tell(held, "revoked")
+        del self.replicas[replica.id]
+
+    def reap(self, now: int) -> bool:
+        """Whether anything was taken from anybody who is gone. After the server itself was away, everybody has the time of a lease."""
+        if self.reaped is not None and now < self.reaped:
+            self.clock_set_back(now)
+        if self.reaped is not None and now - self.reaped > self.rules.AWAY_MS:
+            self.spare_until = now + self.rules.LEASE_MS
+        self.reaped = now
+        if now < self.spare_until:
+            return False
+        lost = [each for each in self.tickets.values() if each.expires <= now]
+        for held in sorted(lost, key=lambda each: (each.expires, each.ticket.id)):
+            used = held.progress or (0, 0, 0)
+            self.events.append(
+                {
+                    "request_id": held.ticket.id,
+                    "status": "lost",
+                    "code": "gateway_lost",
+                    "prompt_tokens": used[0],
+                    "cached_tokens": used[1],
+                    "completion_tokens": used[2],
+                    "queue_ms": (now if held.placed is None else held.placed) - held.submitted,
+                    "load_ms": 0 if held.placed is None else (now if held.granted is None else held.granted) - held.placed,
+                    "run_ms": 0 if held.granted is None else now - held.granted,
+                    "replica_id": held.replica or held.revoked,
+                }
+            )
+            self.forget(now, held, used)
+        gone = [replica for _, replica in sorted(self.replicas.items()) if now - replica.beat > self.rules.GONE_MS]
+        for replica in gone:
+            self.remove(replica)
+        return bool(lost or gone)
+
+    def clock_set_back(self, now: int) -> None:
+        """Nothing lies in the future, and everybody has the time of a lease."""
+        for held in self.tickets.values():
+            held.expires = min(held.expires, now + self.rules.LEASE_MS)
+        for replica in self.replicas.values():
+            replica.beat, replica.since = min(replica.beat, now), min(replica.since, now)
+            replica.used = {adapter: min(at, now) for adapter, at in replica.used.items()}
+        self.controller = min(self.controller, now)
+        self.active = None if self.active is None else min(self.active, now)
+        self.spare_until = now + self.rules.LEASE_MS
+
+    # What is answered.
+
+    def wait_ms(self, now: int, position: int) -> int:
+        """How long a ticket at this position may have to wait."""
+        slots = sum(replica.slots for replica in self.replicas.values() if replica.state == "ready")
+        wait = 0
+        if not slots:
+            starting = [self.start_ms - (now - replica.since) for replica in self.replicas.values() if replica.state == "starting"]
+            wait, slots = max(1000, min(self.start_ms, *starting)) if starting else self.start_ms, 16
+        return wait + -(-position // slots) * self.run_ms
+
+    def report(self, now: int, held: Held) -> Reply:
+        reply: Reply = {"state": held.state, "attempts": held.attempts}
+        if held.state == "queued":
+            position = self.queue().index(held) + 1
+            reply |= {"position": position, "wait_ms": self.wait_ms(now, position)}
+        if held.state == "granted":
+            reply |= self.lease(held)
+        return reply
+
+    def ask_for_replica(self) -> None:
+        if self.queue() and all(replica.state == "draining" or replica.suspect for replica in self.replicas.values()):
+            self.said.append(("lmaas:control", "demand"))
+
+    # The functions.
+
+    def submit(
+        self, now: int, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
+    ) -> Reply:
+        if self.reap(now):
+            self.dispatch(now)
+        if ticket.id in self.tickets:
+            return self.report(now, self.tickets[ticket.id])
+        accepted_before = waited_ms > 0
+        if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
+            return {"state": "refused"}
+        if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
+            return {"state": "refused_by_pool", "wait_ms": self.wait_ms(now, len(self.queue()))}
+        refused, left, made = self.limits.reserve(now, ticket, seeds or {}, accepted_before)
+        if refused is not None:
+            return refused
+        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, reservations=made)
+        self.enqueue(held, front=False)
+        self.active = now
+        self.dispatch(now, ticket.id)
+        self.ask_for_replica()
+        return self.report(now, held) | ({} if left is None else {"left": left})
+
+    def release(self, now: int, ticket: Ticket, event: Reply | None, run_ms: int | None, used: Tokens | None) -> bool:
+        if event is not None:
+            self.events.append(event)
+        held = self.tickets.get(ticket.id)
+        if held is not None:
+            if run_ms is not None:
+                self.run_ms += (run_ms - self.run_ms) // 8
+            self.forget(now, held, used)
+        self.reap(now)
+        self.dispatch(now)
+        return held is not None
+
+    def retry(self, now: int, ticket: Ticket, replica_id: str, reason: str, attempt: int) -> Reply:
+        held = self.tickets.get(ticket.id)
+        if held is None:
+            return {"state": "unknown"}
+        if (replica := self.replicas.get(replica_id)) is not None:
+            if reason == "engine":
+                replica.suspect = True
+            else:
+                replica.resident.discard(ticket.adapter)
+            self.said.append((f"lmaas:replica:{replica_id}", reason))
+        if held.state in ("granted", "revoked") and held.attempts == attempt:
+            self.requeue(held, delivered=True)
+        self.dispatch(now, ticket.id)
+        self.ask_for_replica()
+        return self.report(now, held)
+
+    def renew(self, now: int, progress: Sequence[tuple[str, Tokens | None]]) -> Reply:
+        for name, tokens in progress:
+            if (held := self.tickets.get(name)) is not None:
+                held.expires = now + self.rules.LEASE_MS
+                if tokens is not None and held.state in ("granted", "revoked"):
+                    before, held.progress = held.charged(), tokens
+                    self.charge(held, held.charged() - before)
+        self.reap(now)
+        self.dispatch(now)
+        if progress:
+            self.active = now
+        return {"tickets": [self.report(now, self.tickets[name]) if name in self.tickets else {"state": "unknown"} for name, _ in progress]}
+
+    def restore(self, now: int, ticket: Ticket, replica_id: str, *, waited_ms: int, attempts: int) -> bool:
+        replica = self.replicas.get(replica_id)
+        if ticket.id in self.tickets:
+            return True
+        if replica is None:
+            return False
+        made = self.limits.reserve(now, ticket, {}, True)[2]
+        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, "granted", reservations=made, restored=True)
+        held.placed = held.granted = now
+        self.tickets[ticket.id] = held
+        self.charge(held, ticket.prompt_tokens)
+        self.hold(now, held, replica)
+        return True
+
+    def heartbeat(self, now: int, replica_id: str, beat: Beat) -> Reply:
+        if replica_id not in self.replicas:
+            self.replicas[replica_id] = Replica(replica_id, now, resident=set(beat.resident))
+        replica = self.replicas[replica_id]
+        if beat.state == "ready" and replica.state == "starting":
+            replica.resident |= set(beat.resident)
+            if beat.start_ms is not None:
+                self.start_ms += (beat.start_ms - self.start_ms) // 8
+        if replica.state != "draining":
+            replica.state = beat.state
+        replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, now
+        replica.suspect = beat.suspect or (replica.suspect and not beat.cleared)
+        self.reap(now)
+        self.dispatch(now)
+        return {
+            "state": replica.state,
+            "load": self.load(replica),
+            "suspect": replica.suspect,
+            "loads": replica.loading,
+            "running": self.running(replica),
+            "used": {adapter: now - at for adapter, at in replica.used.items()},
+            "controller": now - self.controller < self.rules.PRESENT_MS,
+        } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == "starting" else {})
+
+    def awaited(self, count: int) -> dict[str, str]:
+        """The adapters that are needed first, as many as run at once."""
+        wanted = {held.ticket.adapter: held.ticket.source for held in reversed(list(self.in_order())) if held.ticket.adapter}
+        first = list(dict.fromkeys(held.ticket.adapter for held in self.in_order() if held.ticket.adapter))[:count]
+        return {adapter: wanted[adapter] for adapter in first}
+
+    def loaded(self, now: int, replica_id: str, adapter: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return 0
+        waiting = self.loading_on(replica, adapter)
+        replica.resident.add(adapter)
+        replica.loading.pop(adapter, None)
+        for held in waiting:
+            self.tell(held, "granted", **self.grant(now, held))
+        return len(waiting)
+
+    def load_failed(self, now: int, replica_id: str, adapter: str, reason: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return 0
+        failed = self.loading_on(replica, adapter)
+        replica.loading.pop(adapter, None)
+        for held in failed:
+            self.take_back(held, "load_failed")
+            self.tell(held, "load_failed", reason=reason)
+        self.dispatch(now)
+        return len(failed)
+
+    def evict(self, now: int, replica_id: str, adapter: str) -> bool:
+        replica = self.replicas.get(replica_id)
+        if replica is None or adapter in self.running(replica):
+            return False
+        replica.resident.discard(adapter)
+        replica.used.pop(adapter, None)
+        return True
+
+    def drain(self, now: int, replica_id: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return -1
+        replica.state = "draining"
+        self.requeue_loading(replica)
+        replica.loading = {}
+        self.dispatch(now)
+        return self.load(replica)
+
+    def deregister(self, now: int, replica_id: str) -> None:
+        if (replica := self.replicas.get(replica_id)) is not None:
+            self.remove(replica)
+        self.dispatch(now)
+        self.ask_for_replica()
+
+    def stats(self, now: int) -> Reply:
+        self.reap(now)
+        self.dispatch(now)
+        self.controller = now
+        self.active = now if self.active is None else self.active
+        replicas = {
+            name: {
+                "state": replica.state,
+                "load": self.load(replica),
+                "slots": replica.slots,
+                "beat_ms": now - replica.beat,
+                "resident": len(replica.resident),
+                "running": len(self.running(replica)),
+            }
+            for name, replica in self.replicas.items()
+        }
+        return {
+            "queued": len(self.queue()),
+            "load": sum(map(self.load, self.replicas.values())),
+            "replicas": replicas,
+            "idle_ms": now - self.active,
+        }

@@ -1,0 +1,171 @@
+"""The scheduler's limits in plain Python, as a specification: every figure is a sum over reservations. See model.py."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from lmaas.scheduling.client import LimitedScope, Seed, Ticket
+
+WINDOW_S = 60
+#: What was used: prompt, cached, completion tokens.
+Tokens = tuple[int, int, int]
+
+
+def month_of(now: int) -> int:
+    """Year x 100 + month (UTC)."""
+    at = datetime.fromtimestamp(now / 1000, UTC)
+    return at.year * 100 + at.month
+
+
+def cost_of(ticket: Ticket, used: Tokens) -> int:
+    """In picodollars."""
+    prompt, cached, completion = used
+    return (prompt - cached) * ticket.prices[0] + cached * ticket.prices[1] + completion * ticket.prices[2]
+
+
+@dataclass
+class Reservation:
+    """What one ticket takes of one scope: at first the most that it may use, then what it used."""
+
+    second: int
+    month: int
+    requests: int
+    tokens: int
+    cost: int
+    running: bool = True
+    #: Whether the month's figures have it. If not, the ledger has it, or will be asked when it ends.
+    in_figures: bool = True
+
+
+@dataclass
+class Scope:
+    """A tenant or a key."""
+
+    reservations: list[Reservation] = field(default_factory=list)
+    #: 0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here.
+    seeded: int = 0
+    seed: Seed = field(default_factory=lambda: Seed(0, 0, 0))
+
+    def running(self) -> int:
+        return sum(each.running for each in self.reservations)
+
+    def seconds(self, now: int) -> dict[int, tuple[int, int]]:
+        """Second → requests and tokens of it, oldest first, until the second lies wholly more than a minute behind."""
+        found: dict[int, tuple[int, int]] = {}
+        for each in sorted(self.reservations, key=lambda each: each.second):
+            # What lies in the future is from a clock that was set back.
+            if each.second + WINDOW_S >= now // 1000 >= each.second:
+                requests, tokens = found.get(each.second, (0, 0))
+                found[each.second] = requests + each.requests, tokens + each.tokens
+        return found
+
+    def minute(self, now: int, what: int) -> int:
+        """The requests (`what` = 0) or tokens (1) of the last minute."""
+        return sum(each[what] for each in self.seconds(now).values())
+
+    def freed_in_ms(self, now: int, what: int, excess: int) -> int:
+        """When so many requests or tokens lie behind."""
+        for second, used in self.seconds(now).items():
+            excess -= used[what]
+            if excess <= 0:
+                return (second + WINDOW_S + 1) * 1000 - now
+        return WINDOW_S * 1000
+
+    def reset_in_ms(self, now: int, what: int) -> int:
+        """When all requests or tokens lie behind."""
+        used = [second for second, each in self.seconds(now).items() if each[what] > 0]
+        return (max(used) + WINDOW_S + 1) * 1000 - now if used else 0
+
+    def month_figures(self, now: int) -> tuple[int, int]:
+        """Tokens and cost of this month: what the ledger told, what has ended since, and what is reserved."""
+        month = month_of(now)
+        counted = [each for each in self.reservations if each.in_figures and each.month == month]
+        tokens, cost = (self.seed.tokens, self.seed.cost_picousd) if self.seed.month == month else (0, 0)
+        return tokens + sum(each.tokens for each in counted), cost + sum(each.cost for each in counted)
+
+    def begin_anew(self) -> None:
+        """A gateway is sent to the ledger: what has ended, the ledger knows; what ends from now on is counted here."""
+        self.seeded, self.seed = 1, Seed(0, 0, 0)
+        for each in self.reservations:
+            each.in_figures = False
+
+
+@dataclass
+class Limits:
+    """All scopes, of all pools."""
+
+    scopes: dict[str, Scope] = field(default_factory=dict)
+
+    def reserve(
+        self, now: int, ticket: Ticket, seeds: Mapping[str, Seed], forced: bool
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[Reservation]]:
+        """The refusal, or what is left and the reservations. What is `forced` was accepted before the memory was lost."""
+        if not ticket.limits:
+            return None, None, []
+        scopes = {limit.id: self.scopes.setdefault(limit.id, Scope()) for limit in ticket.limits}
+        for limit in ticket.limits:
+            scope, seed = scopes[limit.id], seeds.get(limit.id)
+            if seed is not None and scope.seeded == 1 and seed.month == month_of(now):
+                scope.seeded, scope.seed = 2, seed
+        if not forced:
+            by_month = [limit.id for limit in ticket.limits if limit.tokens_per_month is not None or limit.budget_per_month is not None]
+            unseeded = [name for name in by_month if scopes[name].seeded < 2]
+            for name in unseeded:
+                if scopes[name].seeded == 0:
+                    scopes[name].begin_anew()
+            if unseeded:
+                return {"state": "unseeded", "scopes": unseeded, "month": month_of(now)}, None, []
+            for limit in ticket.limits:
+                refusal = self._refusal(now, limit, ticket)
+                if refusal is not None:
+                    return {"state": "limited", "scope": limit.scope, "left": self._left(now, ticket), **refusal}, None, []
+        tokens, cost = ticket.prompt_tokens + ticket.completion_tokens, cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
+        made = []
+        for limit in ticket.limits:
+            made.append(Reservation(now // 1000, month_of(now), 1, tokens, cost))
+            scopes[limit.id].reservations.append(made[-1])
+        return None, self._left(now, ticket), made
+
+    def _refusal(self, now: int, limit: LimitedScope, ticket: Ticket) -> dict[str, Any] | None:
+        scope, tokens = self.scopes[limit.id], ticket.prompt_tokens + ticket.completion_tokens
+        cost = cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
+        requests_used, tokens_used = scope.minute(now, 0), scope.minute(now, 1)
+        month_tokens, month_cost = scope.month_figures(now)
+        refusals: list[dict[str, Any]] = []
+        if (most := limit.max_concurrent) is not None and scope.running() >= most:
+            refusals.append({"limit": "concurrency", "allowed": most, "retry_ms": 1000})
+        if (most := limit.requests_per_minute) is not None and (excess := requests_used + 1 - most) > 0:
+            retry_ms = scope.freed_in_ms(now, 0, excess)
+            refusals.append({"limit": "requests", "allowed": most, "used": requests_used, "asked": 1, "retry_ms": retry_ms})
+        if (most := limit.tokens_per_minute) is not None and tokens > most:
+            refusals.append({"limit": "request_tokens", "allowed": most, "asked": tokens, "retry_ms": 0})
+        if (most := limit.tokens_per_minute) is not None and (excess := tokens_used + tokens - most) > 0:
+            retry_ms = scope.freed_in_ms(now, 1, excess)
+            refusals.append({"limit": "tokens", "allowed": most, "used": tokens_used, "asked": tokens, "retry_ms": retry_ms})
+        if (most := limit.tokens_per_month) is not None and month_tokens + tokens > most:
+            refusals.append({"limit": "month_tokens", "allowed": most, "used": month_tokens, "asked": tokens, "retry_ms": 0})
+        if (most := limit.budget_per_month) is not None and month_cost + cost > most * 1_000_000:
+            refusals.append({"limit": "budget", "allowed": most, "retry_ms": 0})
+        return refusals[0] if refusals else None
+
+    def _left(self, now: int, ticket: Ticket) -> dict[str, list[int]]:
+        """For requests and tokens, of the scope that has the least left: its limit, what is left, ms until all is back."""
+        left: dict[str, list[int]] = {}
+        for what, name in enumerate(("requests", "tokens")):
+            for limit in ticket.limits:
+                most, scope = getattr(limit, f"{name}_per_minute"), self.scopes[limit.id]
+                if most is None:
+                    continue
+                remaining = max(0, most - scope.minute(now, what))
+                if name not in left or remaining < left[name][1]:
+                    left[name] = [most, remaining, scope.reset_in_ms(now, what)]
+        return left
+
+    def settle(self, ticket: Ticket, made: list[Reservation], used: Tokens | None) -> None:
+        """From now on the reservations are what was used; who used nothing gets the request back too."""
+        for each in made:
+            prompt, cached, completion = used or (0, 0, 0)
+            each.tokens, each.cost = prompt + completion, cost_of(ticket, (prompt, cached, completion))
+            each.requests = 1 if each.tokens > 0 else 0
+            each.running, each.in_figures = False, True
