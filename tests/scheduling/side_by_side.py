@@ -1,17 +1,18 @@
 """The scheduler's functions in a real Valkey beside the model: one call goes to both, then everything that is stored is compared."""
 
 import json
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from redis import Redis
+from redis.client import Pipeline
 
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
 from tests.scheduling.build import KEY
 from tests.scheduling.model import Held, Model, Replica, Rules
-from tests.scheduling.model_limits import WINDOW_S, Scope, Tokens, month_of
+from tests.scheduling.model_limits import WINDOW_S, Tokens, month_of
 
 POOL = "p"
 #: What a stored scope is, in words that Python reads.
@@ -19,15 +20,24 @@ READ_SCOPE = "local found = redis.call('GET', KEYS[1]); return found and cjson.e
 
 
 class Direct(Scheduler):
-    """The scheduler's client, except that a call is answered before it returns: its coroutines never wait."""
+    """The scheduler's client, except that a call is answered before it returns: its coroutines never wait.
+
+    With each call goes what `reads` adds to the pipeline, and `found` has what it read after the call.
+    """
 
     def __init__(self, client: Redis, text: str) -> None:
         super().__init__(client, text)  # type: ignore[arg-type]
         self.client = client
         self.client.function_load(self._library, replace=True)
+        self.reads: Callable[[Pipeline], None] = lambda _: None
+        self.found: list[Any] = []
 
     async def _call(self, function: str, pool: str, *args: str | int) -> Any:
-        return self.client.fcall(f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args)
+        ask = self.client.pipeline(transaction=False)
+        ask.fcall(f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args)
+        self.reads(ask)
+        reply, *self.found = ask.execute()
+        return reply
 
 
 def answer(calling: Coroutine[Any, Any, Any]) -> Any:
@@ -59,8 +69,11 @@ def told(tokens: Tokens | None) -> str:
 class Both:
     """A scheduler and its model. Each method is a call to both: it gives the answer, and raises AssertionError where they differ."""
 
-    def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct) -> None:
+    def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct, tenants: list[str]) -> None:
         self.client, self.scheduler, self.model = client, scheduler, Model(rules)
+        self.tenants = tenants
+        self.scopes: list[str] = []
+        scheduler.reads = lambda ask: look(ask, tenants, self.scopes)
         self.now = now
         self.epoch: str | None = None
         #: False while a call is under way, and after one that found a difference.
@@ -85,11 +98,12 @@ class Both:
         self.model.said.clear()
         self.model.placements.clear()
         yield
-        difference = differences(stored(self.client, self.model.limits.scopes, self.now), modelled(self.model, self.now))
+        difference = differences(stored(self.scheduler.found, self.tenants, self.scopes, self.now), modelled(self.model, self.now))
         assert not difference, "\n".join(difference)
         self.agreed = True
 
     def reply(self, expected: Any, calling: Coroutine[Any, Any, Any]) -> Any:
+        self.scopes = list(self.model.limits.scopes)
         got = answer(calling)
         if isinstance(got, dict) and (epoch := got.pop("epoch", None)) is not None:
             self.epoch = self.epoch or epoch
@@ -174,9 +188,8 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
 # What is stored, by both, in the same words.
 
 
-def stored(client: Redis, scopes: dict[str, Scope], now: int) -> dict[str, Any]:
-    """Everything in Valkey. Takes away what was published."""
-    ask = client.pipeline(transaction=False)
+def look(ask: Pipeline, tenants: list[str], scopes: list[str]) -> None:
+    """Read everything in Valkey; take away what was published."""
     for name in ("tickets", "replicas", "needs", "passed", "progress", "vars"):
         ask.hgetall(f"{KEY}:{name}")
     ask.zrange(f"{KEY}:queue", 0, -1)
@@ -186,20 +199,23 @@ def stored(client: Redis, scopes: dict[str, Scope], now: int) -> dict[str, Any]:
     ask.xrange(f"{KEY}:usage")
     ask.lrange("said", 0, -1)
     ask.delete("said")
-    ask.keys(f"{KEY}:queue:*")
+    for name in tenants:
+        ask.zrange(f"{KEY}:queue:{name}", 0, -1)
     for name in scopes:
         ask.eval(READ_SCOPE, 1, f"lmaas:limits:{name}")
-    tickets, replicas, needs, passed, progress, numbers, queue, waiting, counters, expiry, usage, said, _, keys, *limits = ask.execute()
-    queues = client.pipeline(transaction=False)
-    for key in keys:
-        queues.zrange(key, 0, -1)
+
+
+def stored(found: list[Any], tenants: list[str], scopes: list[str], now: int) -> dict[str, Any]:
+    """What was read."""
+    tickets, replicas, needs, passed, progress, numbers, queue, waiting, counters, expiry, usage, said, _, *others = found
+    queues, limits = others[: len(tenants)], others[len(tenants) :]
     expires, published = dict(expiry), iter(said)
     return {
         "tickets": {name: _ticket(name, json.loads(text), expires, passed, progress, needs) for name, text in tickets.items()},
         "expiry": sorted(expires),
         "replicas": {name: _replica(json.loads(text)) for name, text in replicas.items()},
         "queue": queue,
-        "queues": {key.removeprefix(f"{KEY}:queue:"): ids for key, ids in zip(keys, queues.execute(), strict=True)},
+        "queues": {tenant: ids for tenant, ids in zip(tenants, queues, strict=True) if ids},
         "waiting": waiting,
         "needs": sorted(needs),
         "passed": sorted(passed),

@@ -1,6 +1,6 @@
 """Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
 
-One step is one call, or a second of everybody's life. LMAAS_HISTORIES is how many histories are tried (each has up to 60 steps).
+LMAAS_HISTORIES is how many histories are tried; each has up to 50 steps, and a step a few calls. After each call everything is compared.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.scheduling.model import Held, Rules
 from tests.scheduling.model_limits import Tokens, month_of
 from tests.scheduling.side_by_side import POOL, Both, Direct, library_with
 
-HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "300"))
+HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "250"))
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and patience run out within a few seconds and tickets.
@@ -36,7 +36,7 @@ SHARES = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 4.0, "e": 0.5}
 REPLICAS = {"x": (2, 1), "y": (3, 2), "z": (4, 2)}
 GATEWAYS = ("g", "h")
 REFUSED = ("refused", "refused_by_pool", "limited", "unseeded")
-USAGES: tuple[Tokens | None, ...] = (None, (0, 0, 0), (3, 1, 0), (7, 2, 5), (20, 0, 40))
+USAGES: tuple[Tokens | None, ...] = (None, (0, 0, 0), (3, 1, 0), (7, 2, 5), (20, 10, 40))
 
 #: What limits there are → those of a tenant and its key.
 LIMITS: dict[str, Callable[[str], tuple[LimitedScope, ...]]] = {
@@ -69,9 +69,9 @@ class Histories(RuleBasedStateMachine):
     schedulers: dict[str, Direct]
     histories = steps = 0
 
-    @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS))
-    def begin(self, rules: str, start: int) -> None:
-        self.both = Both(self.client, RULES[rules], start, self.schedulers[rules])
+    @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS), ready=st.integers(0, len(REPLICAS)))
+    def begin(self, rules: str, start: int, ready: int) -> None:
+        self.both = Both(self.client, RULES[rules], start, self.schedulers[rules], list(SHARES))
         self.model, self.constants = self.both.model, RULES[rules]
         Histories.histories += 1
         self.month = month_of(start + 3_600_000)
@@ -88,10 +88,13 @@ class Histories(RuleBasedStateMachine):
         self.may_idle = False
         #: Ticket → when it was accepted, its scopes, its requests and tokens.
         self.taken: dict[str, tuple[int, list[str], int, int]] = {}
+        for place in list(REPLICAS)[:ready]:
+            self.beat(place)
 
     # Gateways.
 
     @rule(
+        count=st.integers(1, 4),
         tenant=st.sampled_from(list(SHARES)),
         adapter=adapters,
         weight=st.sampled_from([1, 1, 1, 2, 5]),
@@ -100,65 +103,70 @@ class Histories(RuleBasedStateMachine):
         limits=st.sampled_from(["none", *LIMITS]),
         priced=st.booleans(),
         gateway=st.sampled_from(GATEWAYS),
-        bound=st.sampled_from([2, 5, 100]),
-        bound_pool=st.sampled_from([100, 100, 6]),
-        seed=st.sampled_from([(0, 0), (0, 10), (0, 290), (0, None), (-1, 5)]),
+        bounds=st.sampled_from([(100, 100), (100, 100), (2, 100), (100, 6)]),
+        seed=st.sampled_from([(0, 0), (0, 10), (0, 230), (0, None), (-1, 5)]),
     )
-    def submit(
+    def submit(self, count: int, **wish: Any) -> None:
+        for _ in range(count):
+            self.ask(**wish)
+
+    @rule(pick=picks, adapter=adapters, count=st.integers(2, 6))
+    def busy(self, pick: int, adapter: str, count: int) -> None:
+        """One comes whenever one goes."""
+        for tenant in ("abcde" * 2)[pick % 5 :][:count]:
+            self.ask(tenant, adapter)
+            self.release(pick, 1, (5, 0, 20), 100)
+
+    @rule(
+        tenant=st.sampled_from(list(SHARES)),
+        limits=st.tuples(*[st.sampled_from(list(LIMITS))] * 2),
+        ms=st.sampled_from([1000, 59_000, 59_999, 60_000, 60_999, 61_000]),
+        pick=picks,
+        used=st.sampled_from(USAGES),
+    )
+    def at_the_limit(self, tenant: str, limits: tuple[str, str], ms: int, pick: int, used: Tokens | None) -> None:
+        """As much as there may be, and again after about a minute, when the limits may be others."""
+        for _ in range(4):
+            self.ask(tenant, limits=limits[0])
+            self.release(pick, 1, used, None)
+        self.nobody_calls(ms)
+        for _ in range(2):
+            self.ask(tenant, limits=limits[1])
+            self.release(pick, 1, used, None)
+
+    def ask(
         self,
         tenant: str,
-        adapter: str,
-        weight: int,
-        head_start: int,
-        tokens: tuple[int, int],
-        limits: str,
-        priced: bool,
-        gateway: str,
-        bound: int,
-        bound_pool: int,
-        seed: tuple[int, int | None],
+        adapter: str = "",
+        *,
+        weight: int = 1,
+        head_start: int = 0,
+        tokens: tuple[int, int] = (5, 20),
+        limits: str = "none",
+        priced: bool = True,
+        gateway: str = "g",
+        bounds: tuple[int, int] = (100, 100),
+        seed: tuple[int, int | None] = (0, 0),
     ) -> None:
+        """Submit a new ticket, as a gateway does. `seed` is the month (from this one) and the tokens that the ledger tells."""
         self.number += 1
         name = f"r{self.number}"
+        event, prices = json.dumps({"request_id": name}), (1_000_000, 100_000, 4_000_000) if priced else (0, 0, 0)
+        scopes = LIMITS[limits]("ab"[ord(tenant) % 2])  # few, so that they are used up
         ticket = Ticket(
-            name,
-            POOL,
-            tenant,
-            gateway,
-            adapter,
-            f"src/{adapter}",
-            weight,
-            json.dumps({"request_id": name}),
-            SHARES[tenant],
-            head_start,
-            *tokens,
-            (1_000_000, 100_000, 4_000_000) if priced else (0, 0, 0),
-            LIMITS[limits](tenant),
+            name, POOL, tenant, gateway, adapter, f"src/{adapter}", weight, event, SHARES[tenant], head_start, *tokens, prices, scopes
         )
-        bounds = Bounds(bound, bound_pool)
-        reply = self.both.submit(ticket, bounds)
+        reply = self.both.submit(ticket, Bounds(*bounds))
         if reply["state"] == "unseeded" and seed[1] is not None:
-            # The gateway asks the ledger; perhaps the month is over when it comes back.
+            self.took(dispatched=False)
             seeds = {scope: Seed(reply["month"] + seed[0], seed[1], seed[1] * 1_000_000) for scope in reply["scopes"]}
-            reply = self.both.submit(ticket, bounds, seeds=seeds)
+            reply = self.both.submit(ticket, Bounds(*bounds), seeds=seeds)
         taken = reply["state"] not in REFUSED
         if taken:
             self.accept(ticket)
         self.took(dispatched=taken)
         if taken:
             self.within_limits(ticket)
-
-    @rule(tenant=st.sampled_from(list(SHARES)), adapter=adapters, gateway=st.sampled_from(GATEWAYS), count=st.integers(2, 6))
-    def burst(self, tenant: str, adapter: str, gateway: str, count: int) -> None:
-        for _ in range(count):
-            self.submit(tenant, adapter, 1, 0, (5, 20), "none", False, gateway, 100, 100, (0, 0))
-
-    @rule(pick=picks, adapter=adapters, count=st.integers(2, 6))
-    def busy(self, pick: int, adapter: str, count: int) -> None:
-        """One comes whenever one goes."""
-        for tenant in ("abcde" * 2)[pick % 5 :][:count]:
-            self.submit(tenant, adapter, 1, 0, (5, 20), "none", False, "g", 100, 100, (0, 0))
-            self.release_at_once(pick)
 
     def accept(self, ticket: Ticket) -> None:
         self.accepted[ticket.id] = ticket
@@ -189,15 +197,11 @@ class Histories(RuleBasedStateMachine):
             self.both.submit(held.ticket, Bounds(1, 1))
             self.took(dispatched=False)
 
-    @rule(pick=picks, used=st.sampled_from(USAGES), run_ms=st.sampled_from([None, 0, 500, 9000]))
-    def release(self, pick: int, used: Tokens | None, run_ms: int | None) -> None:
-        if held := self.pick(pick):
-            self.end(held.ticket, used if held.placed is not None else None, run_ms)
-
-    @rule(pick=picks)
-    def release_at_once(self, pick: int) -> None:
-        if held := self.pick(pick, "granted"):
-            self.end(held.ticket, (held.ticket.prompt_tokens, 0, held.ticket.completion_tokens), 100)
+    @rule(pick=picks, count=st.integers(1, 4), used=st.sampled_from(USAGES), run_ms=st.sampled_from([None, 0, 500, 9000]))
+    def release(self, pick: int, count: int, used: Tokens | None, run_ms: int | None) -> None:
+        for _ in range(count):
+            if held := self.pick(pick):
+                self.end(held.ticket, used if held.placed is not None else None, run_ms)
 
     def end(self, ticket: Ticket, used: Tokens | None, run_ms: int | None) -> None:
         self.settled(ticket.id, used)
@@ -220,12 +224,23 @@ class Histories(RuleBasedStateMachine):
             self.both.release(self.accepted[name], {"request_id": name}, None, (1, 0, 1))
             self.took()
 
-    @rule(pick=picks, reason=st.sampled_from(["engine", "engine", "adapter"]), stale=st.sampled_from([0, 0, 0, 1]), elsewhere=names)
-    def retry(self, pick: int, reason: str, stale: int, elsewhere: str) -> None:
-        if held := self.pick(pick, "granted", "revoked"):
-            replica = held.replica or held.revoked or self.name(elsewhere)
-            self.both.retry(held.ticket, replica, reason, held.attempts - stale)
-            self.took()
+    @rule(
+        pick=picks,
+        count=st.sampled_from([1, 1, 3]),
+        reason=st.sampled_from(["engine", "engine", "adapter"]),
+        stale=st.sampled_from([0, 0, 0, 1]),
+        elsewhere=names,
+    )
+    def retry(self, pick: int, count: int, reason: str, stale: int, elsewhere: str) -> None:
+        """Perhaps again and again, since the supervisor finds the engine well."""
+        held = self.pick(pick, "granted", "revoked")
+        for _ in range(count):
+            if held is not None and held.state in ("granted", "revoked"):
+                replica = held.replica or held.revoked or self.name(elsewhere)
+                self.both.retry(held.ticket, replica, reason, held.attempts - stale)
+                self.took()
+            if count > 1:
+                self.beat(elsewhere, cleared=True)
 
     @rule(gateway=st.sampled_from(GATEWAYS), tokens=st.sampled_from([None, (3, 1, 1), (5, 0, 12), (30, 10, 40)]))
     def renew(self, gateway: str, tokens: Tokens | None) -> None:
@@ -333,13 +348,21 @@ class Histories(RuleBasedStateMachine):
         self.took()
 
     @precondition(lambda self: len(self.model.tickets) > 2)
-    @rule(often=st.sampled_from([False, False, True]))
-    def the_server_loses_its_memory(self, often: bool) -> None:
-        if often:
-            self.forgotten += self.model.tickets.values()
-            self.both.flush()
-            self.accepted, self.late, self.passes, self.taken = {}, set(), {}, {}
-            self.overfull.clear()
+    @rule(often=st.sampled_from([False, False, True]), mended=st.booleans())
+    def the_server_loses_its_memory(self, often: bool, mended: bool) -> None:
+        """Perhaps the next second mends it all."""
+        if not often:
+            return
+        there = list(self.model.replicas.values())
+        self.forgotten += self.model.tickets.values()
+        self.both.flush()
+        self.accepted, self.late, self.passes, self.taken = {}, set(), {}, {}
+        self.overfull.clear()
+        if mended:
+            for replica in there:
+                self.beat(replica.id[0], replica.state, resident=sorted(replica.resident))
+            for _ in list(self.forgotten):
+                self.put_back(0)
 
     @rule(pick=picks)
     def put_back(self, pick: int) -> None:
@@ -440,7 +463,7 @@ def test_the_functions_do_what_the_model_says(client: Redis) -> None:
     Here.client, Here.schedulers = client, {name: Direct(client, library_with(rules)) for name, rules in RULES.items()}
     profile = settings(
         max_examples=HISTORIES,
-        stateful_step_count=60,
+        stateful_step_count=50,
         deadline=None,
         database=None,
         print_blob=False,
