@@ -211,7 +211,7 @@ class Service:
 
     async def clients(self, tenant: str, workers: int, *, adapters: int, max_queued: int) -> list[Client]:
         """A new tenant with adapters, and a key for each of its workers."""
-        row = await create_tenant(self.db, tenant, "free", max_queued, 10)
+        row = await create_tenant(self.db, tenant, "standard", max_queued, 10)
         files = AdapterFiles(object_store_url(self.settings))
         names = [f"bot-{number}" for number in range(adapters)]
         for name in names:
