@@ -20,7 +20,6 @@ from lmaas.manifests.apply import apply as apply_manifests
 from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
 from lmaas.observability import configure_logging
-from lmaas.store.migrate import upgrade
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "created_at")
 KEY = ("id", "role", "name", "prefix", "created_at", "revoked_at")
@@ -126,6 +125,8 @@ def migrate(context: Context) -> None:
     """Bring the database of LMAAS_DATABASE_URL to the newest schema."""
     if context.settings.database_url is None:
         raise click.UsageError("Set LMAAS_DATABASE_URL.")
+    from lmaas.store.migrate import upgrade  # noqa: PLC0415 (Alembic is 7 MB that no other process needs)
+
     upgrade(context.settings.database_url)
 
 

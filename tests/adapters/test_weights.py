@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lmaas.adapters import validation
+from lmaas.adapters.weights import as_engine
 from tests.adapters.build import PREFIX, Tensors, base, check, config, encode, refused, tensors
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -73,7 +74,7 @@ def test_the_cast_is_the_one_of_torch() -> None:
     values = bits.view(np.float32)
     for dtype in ("float16", "bfloat16", "float32"):
         with np.errstate(all="ignore"):
-            ours = validation._as_engine(values, dtype)
+            ours = as_engine(values, dtype)
         theirs = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
         np.testing.assert_array_equal(ours, theirs)
 
