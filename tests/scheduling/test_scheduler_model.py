@@ -1,6 +1,6 @@
 """Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
 
-LMAAS_HISTORIES is how many histories are tried; each has up to 50 steps, and a step a few calls. After each call everything is compared.
+LMAAS_HISTORIES is how many histories are tried; each has up to 80 steps, and a step a few calls. After each call everything is compared.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Seed, Ticket
@@ -20,7 +20,7 @@ from tests.scheduling.model import Held, Rules
 from tests.scheduling.model_limits import Tokens, month_of
 from tests.scheduling.side_by_side import POOL, Both, Direct, library_with
 
-HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "250"))
+HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "200"))
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and patience run out within a few seconds and tickets.
@@ -69,8 +69,8 @@ class Histories(RuleBasedStateMachine):
     schedulers: dict[str, Direct]
     histories = steps = 0
 
-    @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS), ready=st.integers(0, len(REPLICAS)))
-    def begin(self, rules: str, start: int, ready: int) -> None:
+    @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS), places=st.integers(1, 3))
+    def begin(self, rules: str, start: int, places: int) -> None:
         self.both = Both(self.client, RULES[rules], start, self.schedulers[rules], list(SHARES))
         self.model, self.constants = self.both.model, RULES[rules]
         Histories.histories += 1
@@ -88,7 +88,8 @@ class Histories(RuleBasedStateMachine):
         self.may_idle = False
         #: Ticket → when it was accepted, its scopes, its requests and tokens.
         self.taken: dict[str, tuple[int, list[str], int, int]] = {}
-        for place in list(REPLICAS)[:ready]:
+        self.places = list(REPLICAS)[:places]
+        for place in self.places[1:]:
             self.beat(place)
 
     # Gateways.
@@ -126,13 +127,13 @@ class Histories(RuleBasedStateMachine):
     )
     def at_the_limit(self, tenant: str, limits: tuple[str, str], ms: int, pick: int, used: Tokens | None) -> None:
         """As much as there may be, and again after about a minute, when the limits may be others."""
-        for _ in range(4):
+        for _ in range(3):
             self.ask(tenant, limits=limits[0])
-            self.release(pick, 1, used, None)
-        self.nobody_calls(ms)
+        self.release(pick, 1, used, None)
+        self.nobody_calls(ms, True)
         for _ in range(2):
             self.ask(tenant, limits=limits[1])
-            self.release(pick, 1, used, None)
+        self.release(pick, 1, used, None)
 
     def ask(
         self,
@@ -191,12 +192,6 @@ class Histories(RuleBasedStateMachine):
         known = [each for each in known if not states or each.state in states]
         return known[pick % len(known)] if known else None
 
-    @rule(pick=picks)
-    def submit_again(self, pick: int) -> None:
-        if held := self.pick(pick):
-            self.both.submit(held.ticket, Bounds(1, 1))
-            self.took(dispatched=False)
-
     @rule(pick=picks, count=st.integers(1, 4), used=st.sampled_from(USAGES), run_ms=st.sampled_from([None, 0, 500, 9000]))
     def release(self, pick: int, count: int, used: Tokens | None, run_ms: int | None) -> None:
         for _ in range(count):
@@ -214,15 +209,18 @@ class Histories(RuleBasedStateMachine):
             tokens = used[0] + used[2] if used else 0
             self.taken[name] = (at, scopes, 1 if tokens else 0, tokens)
 
-    @rule(pick=picks)
-    def release_late(self, pick: int) -> None:
-        """A gateway that was given up was only slow."""
-        lost = sorted(set(self.accepted) - set(self.model.tickets) - self.late)
-        if lost:
-            name = lost[pick % len(lost)]
+    @rule(pick=picks, late=st.booleans())
+    def say_again(self, pick: int, late: bool) -> None:
+        """A submit whose answer was lost; or the release of a gateway that was given up, but only slow."""
+        ended = sorted(set(self.accepted) - set(self.model.tickets) - self.late)
+        if late and ended:
+            name = ended[pick % len(ended)]
             self.late.add(name)
             self.both.release(self.accepted[name], {"request_id": name}, None, (1, 0, 1))
             self.took()
+        elif held := self.pick(pick):
+            self.both.submit(held.ticket, Bounds(1, 1))
+            self.took(dispatched=False)
 
     @rule(
         pick=picks,
@@ -249,24 +247,21 @@ class Histories(RuleBasedStateMachine):
         self.both.renew([*((name, tokens) for name in mine), ("nobody", tokens)])
         self.took()
 
-    @rule(gateway=st.sampled_from(GATEWAYS))
-    def a_gateway_dies_or_returns(self, gateway: str) -> None:
-        self.dead_gateways ^= {gateway}
-
     # Supervisors.
 
     def name(self, place: str) -> str:
         """The replica at this place now: one that has ended has another name in its next life."""
+        place = place if place in self.places else "x"
         return f"{place}{self.lives[place]}"
 
     def beat(self, place: str, state: str = "ready", **facts: Any) -> None:
-        slots, adapter_slots = REPLICAS[place]
-        self.both.heartbeat(self.name(place), Beat(f"http://{place}", slots, adapter_slots, state, **({"resident": []} | facts)))
+        name = self.name(place)
+        self.both.heartbeat(name, Beat(f"http://{name}", *REPLICAS[name[0]], state, **({"resident": []} | facts)))
         self.took()
 
     @rule(
         place=names,
-        state=st.sampled_from(["ready", "ready", "starting", "stopped"]),
+        state=st.sampled_from(["ready", "ready", "ready", "starting", "stopped"]),
         cleared=st.booleans(),
         resident=st.sampled_from([[], ["A"], ["B", "C"]]),
         suspect=st.sampled_from([False, False, True]),
@@ -275,43 +270,50 @@ class Histories(RuleBasedStateMachine):
     def heartbeat(self, place: str, state: str, cleared: bool, resident: list[str], suspect: bool, start_ms: int | None) -> None:
         self.beat(place, state, cleared=cleared, resident=resident, suspect=suspect, start_ms=start_ms)
 
-    @rule(place=names)
-    def all_is_well(self, place: str) -> None:
-        self.absent.discard(place)
-        self.beat(place, cleared=True)
+    @rule(load=st.sampled_from([True, True, False]), replaced=st.booleans())
+    def all_is_well(self, load: bool, replaced: bool) -> None:
+        """Every replica beats and loads what it should; what drained makes room for another."""
+        self.absent.clear()
+        for place in self.places:
+            self.beat(place, cleared=True)
+            replica = self.model.replicas[self.name(place)]
+            if replaced and replica.state != "ready":
+                self.end_of(place)
+                self.beat(place)
+            for adapter in list(replica.loading) if load else ():
+                self.both.loaded(replica.id, adapter)
+                self.took(dispatched=False)
 
-    @rule(pick=picks, well=st.sampled_from([True, True, False]))
+    def end_of(self, place: str) -> None:
+        self.both.deregister(self.name(place))
+        self.lives[self.name(place)[0]] += 1
+        self.took()
+
+    @rule(pick=picks, well=st.booleans())
     def load(self, pick: int, well: bool) -> None:
         loads = [(name, adapter) for name, replica in self.model.replicas.items() for adapter in replica.loading]
         if loads:
             (self.both.loaded if well else self.both.load_failed)(*loads[pick % len(loads)])
-            self.took(dispatched=False)
+            self.took(dispatched=not well)
 
-    @rule(place=names, adapter=adapters, well=st.booleans())
-    def load_out_of_turn(self, place: str, adapter: str, well: bool) -> None:
-        if adapter:
-            (self.both.loaded if well else self.both.load_failed)(self.name(place), adapter)
-            self.took(dispatched=False)
-
-    @rule(place=names, adapter=adapters)
-    def evict(self, place: str, adapter: str) -> None:
-        if adapter:
-            self.both.evict(self.name(place), adapter)
-
-    @rule(place=names)
-    def drain(self, place: str) -> None:
-        self.both.drain(self.name(place))
-        self.took()
-
-    @rule(place=names)
-    def deregister(self, place: str) -> None:
-        self.both.deregister(self.name(place))
-        self.lives[place] += 1
-        self.took()
-
-    @rule(place=names)
-    def a_replica_falls_silent(self, place: str) -> None:
-        self.absent ^= {place}
+    @rule(place=names, adapter=adapters, what=st.sampled_from(["drains", "ends", "is silent", "evicts", "loads", "fails to load"]))
+    def a_replica(self, place: str, adapter: str, what: str) -> None:
+        """Word may come of a replica that is not known, and of an adapter that nobody asked for."""
+        name, adapter = self.name(place), adapter or "A"
+        match what:
+            case "drains":
+                self.both.drain(name)
+            case "ends":
+                self.end_of(place)
+            case "is silent":
+                self.absent ^= {place}
+            case "evicts":
+                self.both.evict(name, adapter)
+            case "loads":
+                self.both.loaded(name, adapter)
+            case _:
+                self.both.load_failed(name, adapter)
+        self.took(dispatched=what in ("drains", "ends"))
 
     # Time, and the server.
 
@@ -320,39 +322,45 @@ class Histories(RuleBasedStateMachine):
         """Everybody who lives says so every second."""
         for _ in range(seconds):
             self.both.at(self.both.now + 1000)
-            for gateway in GATEWAYS:
-                if gateway not in self.dead_gateways:
-                    self.renew(gateway, tokens)
-            for place in REPLICAS:
-                if place not in self.absent and self.name(place) in self.model.replicas:
-                    self.beat(place, self.model.replicas[self.name(place)].state)
-            self.both.stats()
-            self.took()
+            self.everybody_calls(tokens)
 
-    @rule(ms=st.sampled_from([1, 400, 999, 1600, 3000, 60_000, 61_000]))
-    def nobody_calls(self, ms: int) -> None:
-        self.both.at(self.both.now + ms)
-
-    @precondition(lambda self: self.number > 2 and month_of(self.both.now - 3_600_000) == self.month)
-    @rule(often=st.sampled_from([False, False, True]))
-    def the_clock_is_set_back(self, often: bool) -> None:
-        """Within a month. What was taken of the minute's limits is forgiven."""
-        if often:
-            self.both.at(self.both.now - 3_600_000)
-            self.may_idle = True  # a silent replica looks fresh until somebody calls
-            self.taken = {name: (0, scopes, requests, tokens) for name, (_, scopes, requests, tokens) in self.taken.items()}
-
-    @rule()
-    def stats(self) -> None:
+    def everybody_calls(self, tokens: Tokens | None) -> None:
+        for gateway in GATEWAYS:
+            if gateway not in self.dead_gateways:
+                self.renew(gateway, tokens)
+        for place in self.places:
+            if place not in self.absent and self.name(place) in self.model.replicas:
+                self.beat(place, self.model.replicas[self.name(place)].state)
         self.both.stats()
         self.took()
 
-    @precondition(lambda self: len(self.model.tickets) > 2)
-    @rule(often=st.sampled_from([False, False, True]), mended=st.booleans())
-    def the_server_loses_its_memory(self, often: bool, mended: bool) -> None:
+    @rule(ms=st.sampled_from([1, 400, 999, 1600, 3000, 60_000, 61_000]), then=st.sampled_from([True, True, False]))
+    def nobody_calls(self, ms: int, then: bool) -> None:
+        """But then, perhaps, everybody does."""
+        self.both.at(self.both.now + ms)
+        if then:
+            self.everybody_calls(None)
+
+    @rule(
+        what=st.sampled_from(["gateway g", "gateway h", "gateway h", "clock", "memory", "memory, mended", "memory, mended"]),
+        often=st.booleans(),
+    )
+    def misfortune(self, what: str, often: bool) -> None:
+        match what.split(maxsplit=1)[0] if often else "":
+            case "gateway":
+                self.dead_gateways ^= {what[-1]}
+                self.time_passes(3, None)
+            case "clock" if month_of(self.both.now - 3_600_000) == self.month:
+                # Set back, within a month. What was taken of the minute's limits is forgiven, and a silent replica looks fresh until
+                # somebody calls.
+                self.both.at(self.both.now - 3_600_000)
+                self.taken = {name: (0, scopes, requests, tokens) for name, (_, scopes, requests, tokens) in self.taken.items()}
+                self.may_idle = True
+            case "memory" | "memory,":
+                self.lose_memory(mended="mended" in what)
+
+    def lose_memory(self, mended: bool) -> None:
         """Perhaps the next second mends it all."""
-        if not often:
-            return
         there = list(self.model.replicas.values())
         self.forgotten += self.model.tickets.values()
         self.both.flush()
@@ -435,10 +443,10 @@ class Histories(RuleBasedStateMachine):
             return  # it is over already
         self.dead_gateways.clear()
         for _ in range(self.number * 4 + 20):
-            for place in REPLICAS:
+            for place in self.places:
                 self.beat(place, cleared=True)
                 if self.model.replicas[self.name(place)].state == "draining":
-                    self.deregister(place)
+                    self.end_of(place)
                 for adapter in list(self.model.replicas[self.name(place)].loading) if self.name(place) in self.model.replicas else ():
                     self.both.loaded(self.name(place), adapter)
             for held in list(self.model.tickets.values()):
@@ -463,7 +471,7 @@ def test_the_functions_do_what_the_model_says(client: Redis) -> None:
     Here.client, Here.schedulers = client, {name: Direct(client, library_with(rules)) for name, rules in RULES.items()}
     profile = settings(
         max_examples=HISTORIES,
-        stateful_step_count=50,
+        stateful_step_count=80,
         deadline=None,
         database=None,
         print_blob=False,
