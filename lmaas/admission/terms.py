@@ -1,5 +1,6 @@
 """The terms of one request: the limits that hold for it, and what is told when one of them refuses it."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ NONE = Limits()
 _OWNER = {"tenant": "Your account", "key": "This API key"}
 
 
+@functools.lru_cache(10_000)
 def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
     """What is counted for this principal: its tenant and its key, where they have limits."""
     of_tenant = effective(principal.limits, principal.tier)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from lmaas.admission.tiers import SERVICE_TIERS
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.schemas import MAX_DEPTH, check_schema, depth
@@ -17,8 +19,6 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 Check = Callable[[str, Any], None]
 
@@ -50,7 +50,11 @@ class Shielded:
         extra: dict[str, Any] = {"model": engine_name, "cache_salt": cache_salt, "stream": self.stream}
         if self.stream:
             extra["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-        return _ENCODER.encode(self.parameters | extra).encode()
+        try:
+            return msgspec.json.encode(self.parameters | extra)
+        except OverflowError:
+            # An integer of more than 64 bits, as a schema may hold one.
+            return json.dumps(self.parameters | extra, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def out_of_range(name: str, rule: str) -> InvalidRequest:

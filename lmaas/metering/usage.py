@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from lmaas.metering.pricing import Prices, charge_picousd
@@ -91,21 +92,14 @@ class UsageRecord:
         self._read()
         if not self._head:
             # Written twice for each request, at its ticket and at its end: the first half is the same.
-            fixed = {
-                "request_id": self.request_id,
-                "tenant_id": self.tenant_id,
-                "key_id": self.key_id,
-                "base_model": self.base_model,
-                "model": self.model,
-                "adapter": self.adapter,
-                "adapter_version": self.adapter_version,
-                "stream": self.stream,
-                "prompt_price": self.prompt_price,
-                "cached_price": self.cached_price,
-                "completion_price": self.completion_price,
-                "created_at": self.created_at.isoformat(),
-            }
-            self._head = json.dumps(fixed)[:-1]
+            self._head = (
+                f'{{"request_id": {_text(self.request_id)}, "tenant_id": {_text(self.tenant_id)}, "key_id": {_text(self.key_id)}, '
+                f'"base_model": {_text(self.base_model)}, "model": {_text(self.model)}, "adapter": {_text(self.adapter)}, '
+                f'"adapter_version": {"null" if self.adapter_version is None else self.adapter_version}, '
+                f'"stream": {"true" if self.stream else "false"}, "prompt_price": {self.prompt_price}, '
+                f'"cached_price": {self.cached_price}, "completion_price": {self.completion_price}, '
+                f'"created_at": "{self.created_at.isoformat()}"'
+            )
         queue_ms = self.queue_ms if self._started is not None else round((time.monotonic() - self._accepted) * 1000)
         return (
             f'{self._head}, "status": "{self.status}", "code": {_text(self.code)}, "prompt_tokens": {self.prompt_tokens}, '
@@ -115,7 +109,7 @@ class UsageRecord:
 
 
 def _text(value: str | None) -> str:
-    return "null" if value is None else json.dumps(value)
+    return "null" if value is None else encode_basestring_ascii(value)
 
 
 def parse_event(text: str) -> UsageEvent:

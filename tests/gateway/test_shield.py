@@ -286,3 +286,13 @@ def test_what_only_openai_knows_is_taken_and_not_forwarded() -> None:
     extra = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "best_of": 1, "safety_identifier": "x"}
     sent = json.loads(shield_chat(CHAT | extra).body("engine", "salt"))
     assert set(sent) == {"messages", "model", "cache_salt", "stream"}
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, 2**64, -(2**70), 10**30, 1e300, 0.1])
+def test_numbers_of_any_size_reach_the_engine_as_they_are(number: float) -> None:
+    schema = {"type": "object", "properties": {"ü": {"type": "number", "maximum": number}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    request = shield_chat({"model": "m", "messages": [{"role": "user", "content": "é\U0001f600"}], "response_format": asked})
+    sent = json.loads(request.body("engine", cache_salt="salt"))
+    assert sent["response_format"] == asked
+    assert sent["messages"] == [{"role": "user", "content": "é\U0001f600"}]
