@@ -22,6 +22,8 @@ class OpenDoor:
 
     def __init__(self, ticket: Any, lease: Lease) -> None:
         self.ticket, self.lease = ticket, lease
+        #: What is left of limits that nobody counts.
+        self.left: dict[str, Any] = {}
 
     async def wait(self, _: float) -> Lease:
         """The lease."""
