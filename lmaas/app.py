@@ -32,6 +32,7 @@ from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
+from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.server import server
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
@@ -87,7 +88,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    gateway = Gateway(settings, db, authenticate, Catalog(db, changes), leases, idempotency, EngineClient(), metrics)
+    gateway = Gateway(settings, db, authenticate, Catalog(db, changes), leases, idempotency, NewSchemas(), EngineClient(), metrics)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:

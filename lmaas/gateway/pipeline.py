@@ -18,6 +18,7 @@ from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import Catalog, ServedModel
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
+from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.shield import Shielded
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
@@ -44,6 +45,7 @@ class Gateway:
     catalog: Catalog
     leases: Leases
     idempotency: Idempotency
+    schemas: NewSchemas
     client: EngineClient
     metrics: GatewayMetrics
 
@@ -68,6 +70,8 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
 async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: Shielded) -> None:
     """Resolve the model, take a lease, and deliver."""
     model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
+    if request.constrained:
+        gateway.schemas.admit(principal.tenant_id or "", request.grammar)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.db, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))

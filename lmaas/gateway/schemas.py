@@ -4,17 +4,57 @@ A schema of 200 bytes can stop an engine for minutes: repetitions multiply (`(a{
 itself never ends.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from lmaas.errors import InvalidRequest
+from lmaas.errors import InvalidRequest, OverLimit
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 MAX_PATTERN_LENGTH = 1000
 #: About how many states a schema may unfold to. Measured on 2 cores: two million took 0.3 s, fifty million 4 s.
 MAX_COST = 100_000
+#: Schemas that a tenant may bring in a minute and that it has not used lately: each is compiled.
+MAX_NEW = 60
+NEW_WINDOW_S = 60.0
+KNOWN_SCHEMAS = 256
+KNOWN_TENANTS = 10_000
+
+
+class NewSchemas:
+    """Which schemas each tenant has used lately; those beyond MAX_NEW new ones a minute are refused. One gateway's view."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tenants: OrderedDict[str, tuple[OrderedDict[bytes, None], deque[float]]] = OrderedDict()
+
+    def admit(self, tenant_id: str, schemas: Any) -> None:
+        """Take note of what an engine would compile for this request. Raises OverLimit `too_many_new_schemas`."""
+        known, times = self._tenants.setdefault(tenant_id, (OrderedDict(), deque()))
+        self._tenants.move_to_end(tenant_id)
+        if len(self._tenants) > KNOWN_TENANTS:
+            self._tenants.popitem(last=False)
+        digest = hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).digest()
+        if digest in known:
+            known.move_to_end(digest)
+            return
+        now = self._clock()
+        while times and times[0] <= now - NEW_WINDOW_S:
+            times.popleft()
+        if len(times) >= MAX_NEW:
+            raise OverLimit(
+                f"At most {MAX_NEW} new schemas or sets of tools may be brought in a minute; those used lately do not count.",
+                code="too_many_new_schemas",
+                retry_after_s=times[0] + NEW_WINDOW_S - now,
+            )
+        times.append(now)
+        known[digest] = None
+        if len(known) > KNOWN_SCHEMAS:
+            known.popitem(last=False)
 
 
 def depth(value: Any) -> int:

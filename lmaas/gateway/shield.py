@@ -45,6 +45,11 @@ class Shielded:
         """Whether the engine compiles a grammar for the answer."""
         return bool(self.parameters.get("tools")) or self.parameters.get("response_format", {}).get("type", "text") != "text"
 
+    @property
+    def grammar(self) -> list[Any]:
+        """What the engine compiles for the answer."""
+        return [self.parameters.get(name) for name in ("response_format", "tools", "tool_choice")]
+
     def body(self, engine_name: str, cache_salt: str) -> bytes:
         """The engine's request body. The salt keeps tenants from timing each other's cached prompts."""
         extra: dict[str, Any] = {"model": engine_name, "cache_salt": cache_salt, "stream": self.stream}

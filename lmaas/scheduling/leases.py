@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 RENEW_EVERY_S = 1.0
 #: Usage events of this last while are told again to a Redis that has lost its memory.
 REMEMBER_S = 30.0
+#: And no more than this many, whatever the rate.
+REMEMBER_AT_MOST = 50_000
 #: Tickets renewed in one call: the server does nothing else meanwhile.
 RENEW_AT_ONCE = 200
 
@@ -175,7 +177,7 @@ class Leases:
         #: Releases that Redis has not taken yet.
         self._unsettled: list[tuple[Ticket, str, int | None, str]] = []
         self._settling: set[asyncio.Task[None]] = set()
-        self._recent: deque[tuple[float, str, str]] = deque()
+        self._recent: deque[tuple[float, str, str]] = deque(maxlen=REMEMBER_AT_MOST)
         self._epochs: dict[str, str] = {}
 
     @asynccontextmanager
@@ -223,11 +225,8 @@ class Leases:
 
     async def _release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
         await self.scheduler.release(ticket, event, run_ms, used)
-        now = time.monotonic()
         if event:
-            self._recent.append((now, ticket.pool, event))
-        while self._recent and self._recent[0][0] < now - REMEMBER_S:
-            self._recent.popleft()
+            self._recent.append((time.monotonic(), ticket.pool, event))
 
     async def run(self) -> None:
         """Hear of grants, and renew every second. Runs until cancelled."""
@@ -254,16 +253,12 @@ class Leases:
         """Renew every open ticket, tell how far each is, and mend what Redis has forgotten."""
         await self._settle_rest()
         # Pools of recent events too: if Redis loses them now, nobody else would notice.
-        now = time.monotonic()
-        pools: dict[str, list[OpenTicket]] = {pool: [] for at, pool, _ in self._recent if at > now - REMEMBER_S}
+        while self._recent and self._recent[0][0] < time.monotonic() - REMEMBER_S:
+            self._recent.popleft()
+        pools: dict[str, list[OpenTicket]] = {pool: [] for _, pool, _ in self._recent}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
-        batches = [
-            (pool, tickets[at : at + RENEW_AT_ONCE])
-            for pool, tickets in pools.items()
-            for at in range(0, max(1, len(tickets)), RENEW_AT_ONCE)
-        ]
-        for pool, tickets in batches:
+        for pool, tickets in _batches(pools):
             try:
                 for opened in tickets:
                     await opened.tell()

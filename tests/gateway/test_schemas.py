@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from lmaas.errors import InvalidRequest
-from lmaas.gateway.schemas import MAX_COST, check_schema, pattern_cost
+from lmaas.errors import InvalidRequest, OverLimit
+from lmaas.gateway.schemas import MAX_COST, MAX_NEW, NewSchemas, check_schema, pattern_cost
 
 TREE: dict[str, Any] = {
     "$defs": {"node": {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#/$defs/node"}}}}},
@@ -84,3 +84,22 @@ def test_no_depth_breaks_it() -> None:
         schema = {"not": schema}
     with pytest.raises(InvalidRequest):
         check_schema("tools", schema)
+
+
+def test_a_flood_of_new_schemas_is_refused_and_known_ones_are_not() -> None:
+    now = [0.0]
+    seen = NewSchemas(lambda: now[0])
+    for number in range(MAX_NEW):
+        now[0] = number / 10
+        seen.admit("a", [{"title": str(number)}, None])
+    for _ in range(100):
+        seen.admit("a", [{"title": "7"}, None])
+    with pytest.raises(OverLimit) as caught:
+        seen.admit("a", [{"title": "new"}, None])
+    assert caught.value.error_code == "too_many_new_schemas"
+    assert caught.value.retry_after_s == 60 - now[0]
+    seen.admit("b", [{"title": "new"}, None])
+    now[0] = 60.0
+    seen.admit("a", [{"title": "new"}, None])
+    with pytest.raises(OverLimit):
+        seen.admit("a", [{"title": "newer"}, None])
