@@ -90,7 +90,7 @@ def _over(report: Mapping[str, Any]) -> LmaasError:
         case "month_tokens":
             message = f"{owner} may use {allowed} tokens a month, and this request may use {asked}; {report['used']} are used or reserved."
         case _:
-            message = f"{owner} has a budget of ${allowed / 1e6:.2f} a month, which this request could exceed."
+            message = f"{owner} has a budget of ${allowed / 1e6:g} a month, which this request could exceed."
     return OverQuota(message, extra_headers=headers | {"retry-after": str(_seconds_to_next_month())})
 
 

@@ -21,8 +21,8 @@ from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
 from lmaas.observability import configure_logging
 
-TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "created_at")
-KEY = ("id", "role", "name", "prefix", "created_at", "revoked_at")
+TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
+KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
 VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "created_at")
 REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
@@ -156,7 +156,7 @@ def tenant() -> None:
 @pass_context
 def tenant_list(context: Context) -> None:
     """Every tenant."""
-    context.show(context.client().list("/admin/v1/tenants"), TENANT)
+    context.show([_limited(row) for row in context.client().list("/admin/v1/tenants")], TENANT)
 
 
 @tenant.command("create")
@@ -166,7 +166,7 @@ def tenant_list(context: Context) -> None:
 def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
     """A new tenant."""
     body: dict[str, Any] = {"name": name} | _given(limits)
-    context.show_one(context.client().call("POST", "/admin/v1/tenants", json=body), TENANT)
+    context.show_one(_limited(context.client().call("POST", "/admin/v1/tenants", json=body)), TENANT)
 
 
 @tenant.command("change")
@@ -175,7 +175,7 @@ def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
 @pass_context
 def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
     """Another tier or other limits for a tenant."""
-    context.show_one(context.client().call("PATCH", f"/admin/v1/tenants/{name}", json=_given(limits)), TENANT)
+    context.show_one(_limited(context.client().call("PATCH", f"/admin/v1/tenants/{name}", json=_given(limits))), TENANT)
 
 
 @tenant.command("delete")
@@ -253,7 +253,7 @@ def _keys(context: Context) -> str:
 @pass_context
 def key_list(context: Context) -> None:
     """The keys, without their secrets."""
-    context.show(context.client().list(_keys(context)), KEY)
+    context.show([_limited(row) for row in context.client().list(_keys(context))], KEY)
 
 
 @key.command("create")
@@ -274,7 +274,7 @@ def key_create(context: Context, /, role: str | None, name: str, **limits: int |
 @pass_context
 def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
     """Other limits for a tenant's key."""
-    context.show_one(context.client().call("PATCH", f"{_keys(context)}/{key_id}", json=_given(limits)), KEY)
+    context.show_one(_limited(context.client().call("PATCH", f"{_keys(context)}/{key_id}", json=_given(limits))), KEY)
 
 
 @key.command("revoke")
@@ -282,7 +282,7 @@ def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
 @pass_context
 def key_revoke(context: Context, key_id: str) -> None:
     """Revoke a key: within a second it works nowhere."""
-    context.show_one(context.client().call("DELETE", f"{_keys(context)}/{key_id}"), KEY)
+    context.show_one(_limited(context.client().call("DELETE", f"{_keys(context)}/{key_id}")), KEY)
 
 
 @cli.group()
@@ -379,6 +379,13 @@ def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
     """A line for people: seconds, and a name for what nobody used."""
     seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
     return line | seconds | ({"tenant": "(nobody)"} if line.get("tenant", "") is None else {})
+
+
+def _limited(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its limits as one text: a tenant's as they hold, a key's own."""
+    limits = row.get("effective_limits", row)
+    names = [option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS]
+    return row | {"limits": ", ".join(f"{name} {limits[name]}" for name in names if limits.get(name) is not None) or "none"}
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
