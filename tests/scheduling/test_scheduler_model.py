@@ -20,7 +20,7 @@ from tests.scheduling.model import Held, Rules
 from tests.scheduling.model_limits import Tokens, month_of
 from tests.scheduling.side_by_side import POOL, Both, Direct, library_with
 
-HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "150"))
+HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "100"))
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and patience run out within a few seconds and tickets.
