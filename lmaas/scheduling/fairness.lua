@@ -7,7 +7,6 @@
 
 local PROMPT_COST = 1
 local COMPLETION_COST = 2
-local SEQUENCE_FROM = 1000 -- sequences below 0 are of tickets that came back
 local MAX_COUNTERS = 10000
 
 local function counter_of(pool, tenant)
@@ -16,33 +15,20 @@ end
 
 -- The counter that a tenant has at least when it begins to wait.
 local function floor_of(pool)
-  local first = redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', 0, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  local smallest = first[2] and tonumber(first[2])
-  -- Those whose first ticket came back wait too; their counters are elsewhere.
-  for _, tenant in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':waiting', '-inf', '(0')) do
-    smallest = math.min(smallest or math.huge, counter_of(pool, tenant))
-  end
-  if smallest then return smallest end
+  local smallest = redis.call('ZRANGE', pool.key .. ':waiting', 0, 0, 'WITHSCORES')
+  if smallest[2] then return tonumber(smallest[2]) end
   local last = redis.call('HGET', pool.key .. ':vars', 'last')
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
-end
-
--- Who waits has its counter as its place in line, or if its first ticket came back, that ticket's place before all others.
-local function stand_in_line(pool, tenant)
-  local head = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, 0, 'WITHSCORES')
-  if not head[1] then
-    redis.call('ZREM', pool.key .. ':waiting', tenant)
-    return false
-  end
-  redis.call('ZADD', pool.key .. ':waiting', tonumber(head[2]) < 0 and head[2] or counter_of(pool, tenant), tenant)
-  return true
 end
 
 local function charge(pool, ticket, units)
   if units == 0 then return end
   local counter = tonumber(redis.call('ZINCRBY', pool.key .. ':counters', units / ticket.share, ticket.tenant))
-  if counter < 0 then redis.call('ZADD', pool.key .. ':counters', 0, ticket.tenant) end
-  if redis.call('EXISTS', pool.key .. ':queue:' .. ticket.tenant) == 1 then stand_in_line(pool, ticket.tenant) end
+  if counter < 0 then
+    counter = 0
+    redis.call('ZADD', pool.key .. ':counters', 0, ticket.tenant)
+  end
+  redis.call('ZADD', pool.key .. ':waiting', 'XX', counter, ticket.tenant)
 end
 
 local function units(tokens)
@@ -56,36 +42,44 @@ local function charged(pool, ticket)
   return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens
 end
 
-local function enqueue(pool, ticket, front)
-  local sequence = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
-  if front then
-    sequence = -1 / sequence -- before every other; among themselves in the order in which they came back
-  else
-    sequence = SEQUENCE_FROM + sequence - ticket.head_start
+-- Begin to wait, with the counter that idling has not made smaller than the others'.
+local function lift(pool, tenant)
+  redis.call('ZADD', pool.key .. ':counters', math.max(counter_of(pool, tenant), floor_of(pool)), tenant)
+  if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
+    -- Whoever has less than the floor would be lifted to it anyway.
+    local floor = floor_of(pool)
+    redis.call('HSET', pool.key .. ':vars', 'floor', floor)
+    redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. floor)
   end
-  if redis.call('EXISTS', pool.key .. ':queue:' .. ticket.tenant) == 0 then
-    local lifted = math.max(counter_of(pool, ticket.tenant), floor_of(pool))
-    redis.call('ZADD', pool.key .. ':counters', lifted, ticket.tenant)
-    if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
-      -- Whoever has less than the floor would be lifted to it anyway.
-      local floor = floor_of(pool)
-      redis.call('HSET', pool.key .. ':vars', 'floor', floor)
-      redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. floor)
-    end
+  redis.call('ZADD', pool.key .. ':waiting', counter_of(pool, tenant), tenant)
+end
+
+-- `front`: it came back, and goes before every other; among themselves in the order in which they came back.
+local function enqueue(pool, ticket, front)
+  local sequence, queue = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1), pool.key .. ':queue:' .. ticket.tenant
+  ticket.sequence = front and -1 / sequence or sequence
+  if front then
+    redis.call('ZADD', pool.key .. ':front', ticket.sequence, ticket.id)
+  else
+    if redis.call('EXISTS', queue) == 0 then lift(pool, ticket.tenant) end
+    redis.call('ZADD', queue, redis.call('HINCRBY', pool.key .. ':sequences', ticket.tenant, 1) - ticket.head_start, ticket.id)
   end
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil
-  ticket.sequence = sequence
   put(pool, ticket)
-  redis.call('ZADD', pool.key .. ':queue', sequence, ticket.id)
-  redis.call('ZADD', pool.key .. ':queue:' .. ticket.tenant, sequence, ticket.id)
+  redis.call('ZADD', pool.key .. ':queue', ticket.sequence, ticket.id)
   redis.call('HSET', pool.key .. ':needs', ticket.id, ticket.weight .. '|' .. ticket.adapter)
-  stand_in_line(pool, ticket.tenant)
 end
 
 local function dequeue(pool, ticket)
+  local queue = pool.key .. ':queue:' .. ticket.tenant
   redis.call('ZREM', pool.key .. ':queue', ticket.id)
-  redis.call('ZREM', pool.key .. ':queue:' .. ticket.tenant, ticket.id)
   redis.call('HDEL', pool.key .. ':needs', ticket.id)
   redis.call('HDEL', pool.key .. ':passed', ticket.id)
-  if not stand_in_line(pool, ticket.tenant) then redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant) end
+  if redis.call('ZREM', pool.key .. ':front', ticket.id) == 1 then return end
+  redis.call('ZREM', queue, ticket.id)
+  if redis.call('EXISTS', queue) == 0 then
+    redis.call('ZREM', pool.key .. ':waiting', ticket.tenant)
+    redis.call('HDEL', pool.key .. ':sequences', ticket.tenant)
+    redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant)
+  end
 end

@@ -107,12 +107,12 @@ local function place(pool, ticket, replica, caller)
   loading.tickets[ticket.id] = 1
 end
 
--- Calls `look` with each queued ticket's id, its needs, and how many were placed when it was passed over first (false: never), in the
--- order of service, until `look` answers something.
+-- Calls `look` with each queued ticket's id, its needs, and how many were placed when it was passed over first (nil: never), in the
+-- order of service, until `look` answers something: first what came back, then tenant by tenant.
 local function each_waiting(pool, look)
   local looks = 0
-  for _, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)) do
-    local ids = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1)
+  local function look_at(ids)
+    if #ids == 0 then return nil end
     local needs = redis.call('HMGET', pool.key .. ':needs', unpack(ids))
     local passed = redis.call('HMGET', pool.key .. ':passed', unpack(ids))
     for i, id in ipairs(ids) do
@@ -121,6 +121,14 @@ local function each_waiting(pool, look)
       local found = look(id, needs[i], tonumber(passed[i] or nil))
       if found ~= nil then return found end
     end
+    return nil
+  end
+  local found = look_at(redis.call('ZRANGE', pool.key .. ':front', 0, MAX_LOOKS - 1))
+  if found ~= nil then return found end
+  for _, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)) do
+    found = look_at(redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1))
+    if found ~= nil then return found end
+    if looks > MAX_LOOKS then return nil end
   end
   return nil
 end
@@ -145,7 +153,7 @@ local function place_next(pool, caller)
       local adapter = string.match(need, '|(.*)$')
       -- One of the base model waits for sequence slots alone.
       emptied = adapter ~= '' and empty_a_slot(pool, adapter) or nil
-      if emptied then known = { [need] = false } end
+      if emptied then known = {} end
     end
     return nil
   end)

@@ -5,8 +5,10 @@
 --
 -- KEYS[1] is `lmaas:{pool}`; the pool's other keys are that prefix with a suffix, so a pool stays on one cluster slot:
 --   :tickets   hash  ticket id → JSON           :expiry    zset  ticket id → when its gateway is given up (ms)
---   :queue     zset  ticket id → sequence       :queue:T   zset  the same for tenant T alone, in its order of service
---   :waiting   zset  tenant → counter           :counters  zset  tenant → counter, of those that do not wait too
+--   :queue     zset  ticket id → sequence       :queue:T   zset  those of tenant T that did not come back, in its order of service
+--   :front     zset  ticket id → sequence, of those that came back: they have had their turn already
+--   :sequences hash  tenant → its own sequence  :waiting   zset  tenant → counter, of those with a :queue:T
+--   :counters  zset  tenant → counter, of those that do not wait too
 --   :needs     hash  queued ticket id → "weight|adapter"
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was passed over first
 --   :replicas  hash  replica id → JSON          :progress  hash  ticket id → "prompt,cached,completion"

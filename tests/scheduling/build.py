@@ -104,10 +104,13 @@ class Pool:
             loading = {each["id"]: each["adapter"] for each in here if each["state"] == "loading"}
             assert {one: adapter for adapter, load in replica["loading"].items() for one in load["tickets"]} == loading, name
         assert set(await self.redis.zrange(f"{KEY}:queue", 0, -1)) == queued
+        front = set(await self.redis.zrange(f"{KEY}:front", 0, -1))
+        assert front <= queued
         by_tenant: dict[str, set[str]] = {}
-        for name in queued:
+        for name in queued - front:
             by_tenant.setdefault(tickets[name]["tenant"], set()).add(name)
         assert set(await self.redis.zrange(f"{KEY}:waiting", 0, -1)) == set(by_tenant)
+        assert set(await self.redis.hkeys(f"{KEY}:sequences")) == set(by_tenant)
         lists = {key async for key in self.redis.scan_iter(f"{KEY}:queue:*")}
         assert lists == {f"{KEY}:queue:{tenant}" for tenant in by_tenant}
         for tenant, names in by_tenant.items():

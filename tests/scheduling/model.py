@@ -44,8 +44,9 @@ class Held:
     attempts: int
     expires: int
     state: str = "queued"
-    #: Its place among the tickets of its tenant, smallest first.
-    turn: tuple[int, int, str] = (0, 0, "")
+    #: Its place among all tickets, and among those of its tenant; smallest first.
+    turn: tuple[int, int] = (0, 0)
+    place: tuple[int, str] = (0, "")
     #: How many tickets had been placed in all when one behind it went first for the first time.
     passed_at: int | None = None
     replica: str | None = None
@@ -120,6 +121,8 @@ class Model:
         self.last_to_leave: str | None = None
         self.least_counter = 0.0  # of those that were dropped
         self.enqueued = 0
+        #: Of each tenant that waits, how many it has queued since it began to.
+        self.sequences: dict[str, int] = {}
         self.placed = 0
         self.run_ms, self.start_ms = self.rules.TURN_MS, self.rules.START_MS
         self.reaped: int | None = None
@@ -134,9 +137,12 @@ class Model:
     # What is there.
 
     def queue(self, tenant: str | None = None) -> list[Held]:
-        """The queued tickets, in the order in which they came."""
-        waiting = [each for each in self.tickets.values() if each.state == "queued" and tenant in (None, each.ticket.tenant)]
-        return sorted(waiting, key=lambda each: each.turn)
+        """The queued tickets: all in the order in which they came, or a tenant's that did not come back, in their order of service."""
+        waiting = [each for each in self.tickets.values() if each.state == "queued"]
+        if tenant is None:
+            return sorted(waiting, key=lambda each: each.turn)
+        own = [each for each in waiting if each.ticket.tenant == tenant and not each.came_back]
+        return sorted(own, key=lambda each: each.place)
 
     def on(self, replica: Replica) -> list[Held]:
         return [each for each in self.tickets.values() if each.replica == replica.id]
@@ -159,29 +165,22 @@ class Model:
     # Whose turn it is.
 
     def tenants_waiting(self) -> list[str]:
-        """In the order of service: first those whose first ticket came back, in that order; then by counter."""
-        heads = {each.ticket.tenant: each for each in reversed(self.queue())}
-        back = [tenant for tenant in heads if heads[tenant].came_back]
-        others = [tenant for tenant in heads if tenant not in back]
-        return sorted(back, key=lambda tenant: heads[tenant].turn) + sorted(
-            others, key=lambda tenant: (self.counters.get(tenant, 0), tenant)
-        )
+        """By counter. One that has nothing in the queue but what came back does not wait."""
+        tenants = {each.ticket.tenant for each in self.queue() if not each.came_back}
+        return sorted(tenants, key=lambda tenant: (self.counters.get(tenant, 0), tenant))
 
     def in_order(self) -> Iterator[Held]:
-        """The tickets looked at in one round, in the order of service."""
-        looks = 0
+        """The tickets looked at in one round, in the order of service: first what came back."""
+        order = [each for each in self.queue() if each.came_back]
         for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
-            for held in self.queue(tenant)[: self.rules.MAX_DEPTH]:
-                looks += 1
-                if looks > self.rules.MAX_LOOKS:
-                    return
-                yield held
+            order += self.queue(tenant)[: self.rules.MAX_DEPTH]
+        yield from order[: self.rules.MAX_LOOKS]
 
     def floor(self) -> float:
         """The counter that a tenant has at least when it begins to wait."""
-        waiting = {each.ticket.tenant for each in self.queue()}
+        waiting = self.tenants_waiting()
         if waiting:
-            return min(self.counters.get(tenant, 0) for tenant in waiting)
+            return self.counters.get(waiting[0], 0)
         return max(self.least_counter, self.counters.get(self.last_to_leave or "", 0))
 
     def charge(self, held: Held, amount: int) -> None:
@@ -192,19 +191,23 @@ class Model:
     def enqueue(self, held: Held, front: bool) -> None:
         self.enqueued += 1
         tenant, floor = held.ticket.tenant, self.floor()
-        if not self.queue(tenant):
+        if not front and not self.queue(tenant):
+            self.sequences[tenant] = 0
             self.counters[tenant] = max(self.counters.get(tenant, 0), floor)
             if len(self.counters) > self.rules.MAX_COUNTERS:
                 self.least_counter = self.floor()
                 self.counters = {name: value for name, value in self.counters.items() if value >= self.least_counter}
-        held.turn = (0, self.enqueued, "") if front else (1, self.enqueued - held.ticket.head_start, held.ticket.id)
+        held.turn = (0 if front else 1, self.enqueued)
+        if not front:
+            self.sequences[tenant] += 1
+            held.place = (self.sequences[tenant] - held.ticket.head_start, held.ticket.id)
         held.state, held.replica, held.revoked, held.slots, held.placed, held.granted = "queued", None, None, 0, None, None
         held.passed_at = None
         self.tickets[held.ticket.id] = held
 
-    def left_the_queue(self, tenant: str) -> None:
-        if not self.queue(tenant):
-            self.last_to_leave = tenant
+    def left_the_queue(self, held: Held) -> None:
+        if not held.came_back and not self.queue(held.ticket.tenant):
+            self.last_to_leave = held.ticket.tenant
 
     # Where it runs.
 
@@ -265,7 +268,7 @@ class Model:
         adapter = held.ticket.adapter
         self.placed += 1
         held.passed_at, held.state, held.placed = None, "loading", now
-        self.left_the_queue(held.ticket.tenant)
+        self.left_the_queue(held)
         self.charge(held, held.ticket.prompt_tokens)
         self.hold(now, held, replica)
         if not adapter or adapter in replica.resident:
@@ -305,7 +308,7 @@ class Model:
             self.charge(held, (units(used) if used else 0) - held.charged())
         del self.tickets[held.ticket.id]
         if held.state == "queued":
-            self.left_the_queue(held.ticket.tenant)
+            self.left_the_queue(held)
         self.limits.settle(held.ticket, held.reservations, used)
         self.active = now
 

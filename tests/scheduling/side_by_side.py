@@ -284,7 +284,7 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
         "expiry": sorted(model.tickets),
         "replicas": {name: _modelled_replica(model, replica) for name, replica in model.replicas.items()},
         "queue": [each.ticket.id for each in queued],
-        "queues": {each.ticket.tenant: [one.ticket.id for one in model.queue(each.ticket.tenant)] for each in queued},
+        "queues": {tenant: [one.ticket.id for one in model.queue(tenant)] for tenant in model.tenants_waiting()},
         "waiting": model.tenants_waiting(),
         "needs": sorted(each.ticket.id for each in queued),
         "passed": sorted(each.ticket.id for each in queued if each.passed_at is not None),

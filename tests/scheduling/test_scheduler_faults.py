@@ -340,13 +340,16 @@ async def test_a_lost_ticket_that_failed_before_has_not_run_since(scheduler: Sch
     assert {name: each.get("granted") for name, each in (await pool.tickets()).items()} == {"r1": None}
 
 
-async def test_a_tenant_whose_ticket_came_back_counts_among_those_that_wait(pool: Pool) -> None:
-    await pool.beat(slots=2)
-    await pool.submit(ticket(1, "a"), ticket(2, "b"))
-    await pool.retry(1)
-    await pool.redis.zadd(f"{KEY}:counters", {"a": 100, "b": 5000})  # a waits; b was the last to leave the queue
-    await pool.submit(ticket(3, "c"))
-    assert await pool.redis.zscore(f"{KEY}:counters", "c") == 100
+async def test_what_came_back_and_does_not_fit_does_not_bring_its_tenant_forward(pool: Pool) -> None:
+    await pool.beat("x", slots=2)
+    await pool.submit(ticket(1, "a", weight=2))
+    await pool.beat("y", slots=2)
+    await pool.submit(ticket(8, "c"), ticket(9, "c"))
+    await pool.retry(1, "x")
+    await pool.submit(ticket(2, "a"), ticket(3, "b"))
+    await pool.redis.zadd(f"{KEY}:waiting", {"a": 100, "b": 5})
+    await pool.release(8)
+    assert await pool.placed() == {"r9", "r3"}  # there is no room for r1 yet, and a's turn is not before b's
 
 
 async def test_what_comes_back_is_served_in_that_order_whoevers_it_is(pool: Pool) -> None:
@@ -363,7 +366,7 @@ async def test_what_was_loading_goes_back_in_the_order_in_which_it_came(pool: Po
     await pool.beat(slots=20, adapter_slots=4)
     await pool.submit(*(ticket(number, adapter="ABCD"[number % 4]) for number in range(10, 30)))
     await getattr(pool.scheduler, end)("p", "x")
-    assert await pool.redis.zrange(f"{KEY}:queue:a", 0, -1) == [f"r{number}" for number in range(10, 30)]
+    assert await pool.redis.zrange(f"{KEY}:front", 0, -1) == [f"r{number}" for number in range(10, 30)]
 
 
 async def test_a_slot_that_a_refused_ticket_finds_free_is_given_out(scheduler: Scheduler, pool: Pool) -> None:
