@@ -203,9 +203,13 @@ async def _commands(load: Load, ours: Service, folder: Path) -> Bar:
         pairs = zip(figures[f"{STREAMS + 1} at {pace}"], figures[f"1 at {pace}"], strict=True)
         detail[name] = summary([(many - one) / STREAMS for many, one in pairs])
     worst = max(detail, key=lambda name: float(detail[name]["median"]))
-    seen = {"one long stream": windows[f"1 at {LONG_MS}"][-1], f"{STREAMS + 1} long streams": windows[f"{STREAMS + 1} at {LONG_MS}"][-1]}
+    seen = {f"{streams} long streams": _readable(windows[f"{streams} at {LONG_MS}"][-1]) for streams in (1, STREAMS + 1)}
     windows_s = LONG_MS * TOKENS / 1000 + 2
     return Bar(COMMANDS, detail[worst]["median"], "<=", 3, {**detail[worst], "worst": worst, **detail, f"in {windows_s:g} s": seen})
+
+
+def _readable(commands: Counter[Any]) -> dict[str, int]:
+    return {name if isinstance(name, str) else " ".join(map(str, name)): count for name, count in commands.items()}
 
 
 async def _at_rest(load: Load, ours: Service) -> Bar:
