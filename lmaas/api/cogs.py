@@ -1,5 +1,6 @@
 """What engines cost beside what tenants are charged, over HTTP."""
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -23,7 +24,9 @@ async def cogs_report(api: Api, request: Request) -> Response:
         # Adapters of two tenants may have the same name.
         by = [name for name in DIMENSIONS if name in {*by, "tenant"}]
     since, until = query_date(request, "since"), query_date(request, "until")
-    found = report(
+    # Beside the event loop, on which every tenant's stream waits.
+    found = await asyncio.to_thread(
+        report,
         await engine_time.list_engine_time(api.db, since=since, until=until),
         await engine_time.list_work(api.db, since=since, until=until),
         await engine_time.list_charges(api.db, since=since, until=until),

@@ -47,7 +47,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 def limit_options(command: Command) -> Command:
     """The options for limits of a tenant or a key."""
     for option, text in reversed(LIMIT_OPTIONS):
-        command = click.option(option, type=int, help=text)(command)
+        command = click.option(option, type=int, help=f"{text} 0: no limit of its own.")(command)
     return command
 
 
@@ -389,4 +389,5 @@ def _limited(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    names = {option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS}
+    return {name: None if value == 0 and name in names else value for name, value in options.items() if value is not None}

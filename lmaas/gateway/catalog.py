@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lmaas.adapters.objects import source_of
 from lmaas.errors import ModelNotFound
 from lmaas.gateway.cache import Changes, MomentCache
-from lmaas.store.adapters import find_served, list_adapters
+from lmaas.store.adapters import ServedAdapter, find_served, list_adapters
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.types import NAME_PATTERN
@@ -43,7 +43,10 @@ class Catalog:
     def __init__(self, db: Database, changes: Changes | None = None) -> None:
         self._db = db
         self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
-        self._served = MomentCache[tuple[str, str, int | None], ServedModel](self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
+        # Without its base model: an answer that was made of another answer would be as old as that one.
+        self._served = MomentCache[tuple[str, str, int | None], ServedAdapter](
+            self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes
+        )
 
     async def resolve(self, tenant_id: str, name: str) -> ServedModel:
         """What `name` (a base model, an adapter's live version, or `adapter@version`) means. Raises ModelNotFound.
@@ -58,10 +61,14 @@ class Catalog:
             for base in await self._bases.get("") or ():
                 if base.name == plain:
                     return ServedModel(base, base.name, "", "", None)
-        served = await self._served.get((tenant_id, plain, None if version is None else int(version)))
-        if served is None:
+        found = await self._served.get((tenant_id, plain, None if version is None else int(version)))
+        bases = {base.id: base for base in await self._bases.get("") or ()}
+        if found is None or found.base_model_id not in bases:
             raise ModelNotFound(name)
-        return served
+        base = bases[found.base_model_id]
+        # A name never stands for different weights: the engine keys its prefix cache by it.
+        adapter = f"{tenant_id}-{found.content_hash}"
+        return ServedModel(base, adapter, adapter, source_of(tenant_id, found.content_hash), found.version)
 
     async def listed(self, tenant_id: str) -> list[ListedModel]:
         """Every model that the tenant may call by its plain name."""
@@ -74,14 +81,6 @@ class Catalog:
     async def _list_bases(self, _: str) -> list[BaseModel] | None:
         return await list_base_models(self._db)
 
-    async def _find(self, key: tuple[str, str, int | None]) -> ServedModel | None:
+    async def _find(self, key: tuple[str, str, int | None]) -> ServedAdapter | None:
         tenant_id, name, version = key
-        found = await find_served(self._db, tenant_id, name, version)
-        if found is None:
-            return None
-        base = next((base for base in await self._bases.get("") or () if base.id == found.base_model_id), None)
-        if base is None:
-            return None
-        # A name never stands for different weights: the engine keys its prefix cache by it.
-        adapter = f"{tenant_id}-{found.content_hash}"
-        return ServedModel(base, adapter, adapter, source_of(tenant_id, found.content_hash), found.version)
+        return await find_served(self._db, tenant_id, name, version)

@@ -4,6 +4,7 @@ A request without the header pays for one look at its headers and nothing else.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -137,7 +138,11 @@ class Idempotency:
         try:
             async with asyncio.timeout(CLAIM_S), self._turns_to_claim:
                 earlier = await take(self._db, claim)
-        except TimeoutError:
+        except BaseException as error:
+            # It may be ours, although we did not hear so: then nobody else would be let in for a while.
+            self._untold.append((claim, None))
+            if not isinstance(error, TimeoutError):
+                raise
             raise Unavailable(
                 "The database does not answer. Please try again shortly.", code="database_unavailable", retry_after_s=2
             ) from None
@@ -190,8 +195,8 @@ class Idempotency:
         settling.add_done_callback(self._settling.discard)
         await asyncio.shield(settling)
 
-    async def _tell(self, claim: Claim, answer: Answer | None) -> bool:
-        """Tell Postgres, or remember to; whether it has heard."""
+    async def _tell(self, claim: Claim, answer: Answer | None, *, again: bool = False) -> bool:
+        """Tell Postgres, or remember to, unless it is remembered already; whether it has heard."""
         extra = {"request_id": claim.request_id, "tenant_id": claim.tenant_id, "action": "settle"}
         try:
             async with asyncio.timeout(SETTLE_S), self._turns_to_settle:
@@ -202,7 +207,8 @@ class Idempotency:
         except (Unavailable, TimeoutError) as error:
             # The client gets its answer even so; `run` tells Postgres later.
             log.warning("an idempotency key cannot be settled now", extra=extra | {"detail": repr(error)})
-            self._untold.append((claim, answer))
+            if not again:
+                self._untold.append((claim, answer))
             return False
         return True
 
@@ -211,9 +217,10 @@ class Idempotency:
         last = time.monotonic()
         while True:
             await asyncio.sleep(AGAIN_S)
-            await self._tell_rest()
-            if time.monotonic() - last >= SEEN_EVERY_S and await self._tell_that_we_live():
+            # First that we live: after Postgres was away, our claims look abandoned.
+            if (self._untold or time.monotonic() - last >= SEEN_EVERY_S) and await self._tell_that_we_live():
                 last = time.monotonic()
+            await self._tell_rest()
 
     async def _tell_that_we_live(self) -> bool:
         claims = [*self._open.values(), *(claim for claim, _ in self._untold)]
@@ -227,8 +234,10 @@ class Idempotency:
         return True
 
     async def _tell_rest(self) -> None:
-        while self._untold and await self._tell(*self._untold.popleft()):
-            pass
+        # Taken off only when it is told; a second teller at the same moment does no harm.
+        while self._untold and await self._tell(*(item := self._untold[0]), again=True):
+            with contextlib.suppress(ValueError):
+                self._untold.remove(item)
 
     async def drained(self) -> None:
         """Wait until no claim is open and Postgres knows of each; for shutdown."""

@@ -168,9 +168,10 @@ def _record(call: Call, principal: Principal, request: Shielded, model: ServedMo
         adapter=model.adapter or None,
         adapter_version=model.version,
         stream=request.stream,
-        prompt_price=model.base.prompt_price * percent // 100,
-        cached_price=model.base.cached_price * percent // 100,
-        completion_price=model.base.completion_price * percent // 100,
+        # Halves up: a half of the smallest price is not nothing.
+        prompt_price=(model.base.prompt_price * percent + 50) // 100,
+        cached_price=(model.base.cached_price * percent + 50) // 100,
+        completion_price=(model.base.completion_price * percent + 50) // 100,
     )
 
 

@@ -100,7 +100,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client takes less than we send."""
         super().pause_writing()
-        self._stall = self.loop.call_later(CLIENT_STALL_S, self.transport.abort)
+        self._watch_stall()
+
+    def _watch_stall(self) -> None:
+        self._stall = self.loop.call_later(CLIENT_STALL_S, self._stalled, self.transport.get_write_buffer_size())
+
+    def _stalled(self, left_bytes: int) -> None:
+        """A slow client is not one that takes nothing."""
+        if self.transport.get_write_buffer_size() >= left_bytes:
+            self.transport.abort()
+        else:
+            self._watch_stall()
 
     def resume_writing(self) -> None:
         """The client has caught up."""
@@ -113,19 +123,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stall = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, whole."""
+        """One header, whole. What comes after the body (a trailer) is nobody's."""
         self._header_bytes += len(name) + len(value)
-        super().on_header(name, value)
+        if self._reading_headers:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """All headers are there."""
         self._reading_headers = False
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if busy or self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse(answer=not busy)
+        if self._busy or self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse_headers()
             return
         super().on_headers_complete()
-        if self.cycle is not None:
+        if self.cycle is not None and self.scope["method"] != "HEAD":  # there, no body would follow the head
             joined: Any = JoinedTransport(self.transport, self.cycle)
             self.cycle.transport = joined
 
@@ -136,6 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
+        self._header_bytes = 0
         if not self.transport.is_closing():
             super().on_body(body)
 
@@ -150,17 +161,28 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         before = self._header_bytes
         super().data_received(data)
-        if self._reading_headers and not self.transport.is_closing():
-            # A header that never ends is not told of by on_header.
+        if not self.transport.is_closing() and (self._reading_headers or self._header_bytes >= before > 0):
+            # A header or a trailer that never ends is not told of by on_header.
             self._header_bytes = max(self._header_bytes, before + len(data))
             if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(answer=True)
+                self._refuse_headers()
 
-    def _refuse(self, *, answer: bool) -> None:
-        if answer:
-            error: LmaasError = HeadersTooLargeError(f"The request's headers may have {MAX_HEADER_BYTES} bytes at most.")
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        self._refuse(InvalidRequest(msg, code="invalid_http"))
+
+    @property
+    def _busy(self) -> bool:
+        """Whether an answer is under way: nothing else may be written then."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse_headers(self) -> None:
+        self._refuse(HeadersTooLargeError(f"The request's headers may have {MAX_HEADER_BYTES} bytes at most."))
+
+    def _refuse(self, error: LmaasError) -> None:
+        if not self._busy:
             body = JsonResponse(error.body()).body
-            head = f"HTTP/1.1 {int(error.status)} Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            head = f"HTTP/1.1 {int(error.status)} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + bytes(body))
         self.transport.close()
 

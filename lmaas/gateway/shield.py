@@ -103,7 +103,7 @@ def _anything(name: str, value: Any) -> None:
 
 
 def _service_tier(name: str, value: Any) -> None:
-    if value not in SERVICE_TIERS:
+    if not isinstance(value, str) or value not in SERVICE_TIERS:
         raise out_of_range(name, f"one of: {', '.join(SERVICE_TIERS)}")
 
 

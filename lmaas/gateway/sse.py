@@ -9,6 +9,8 @@ _DECODER = json.JSONDecoder()
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _INDEX = re.compile(rb'"choices":\[{"index":(\d+)')
 _COUNT = re.compile(rb'"(prompt_tokens|completion_tokens|cached_tokens)":(\d+)')
+#: No event of an engine is larger; what has no end is none.
+MAX_EVENT_BYTES = 8 * 1024 * 1024
 _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
@@ -68,6 +70,8 @@ class Rewriter:
         """The events for the client, each with its empty line, that these bytes complete. Raises ValueError if the engine talks
         nonsense. What comes after `[DONE]` or an error does not count."""
         received = (self._rest + chunk).lstrip(b"\n")
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise ValueError("an event without an end")
         end = received.rfind(b"\n\n") + 2
         if end < 2:
             self._rest = received

@@ -83,8 +83,10 @@ class UsageRecord:
         return round(((self._ended or time.monotonic()) - self._started) * 1000)
 
     def progress(self) -> str:
-        """The checkpoint: `prompt,cached,completion` tokens so far."""
+        """The checkpoint: `prompt,cached,completion` tokens so far; '' before the engine has said anything."""
         self._read()
+        if not self.prompt_tokens and not self.completion_tokens:
+            return ""
         return f"{self.prompt_tokens},{self.cached_tokens},{self.completion_tokens}"
 
     def event(self) -> str:

@@ -45,6 +45,8 @@ class Residency:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._awaited: dict[str, str] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
+        #: Being loaded just now: room is made for all of them.
+        self._arriving: set[str] = set()
         self.resident: set[str] = set()
 
     def prepare(self, awaited: dict[str, str]) -> None:
@@ -72,6 +74,7 @@ class Residency:
 
     def _loaded(self, adapter: str, task: asyncio.Task[None]) -> None:
         del self._loading[adapter]
+        self._arriving.discard(adapter)
         if not task.cancelled() and task.exception() is not None:
             # Redis was away when the load was to be told: the next heartbeat asks for it again.
             log.warning("a load was not told", extra={"action": "load", "adapter": adapter, "detail": repr(task.exception())})
@@ -80,6 +83,7 @@ class Residency:
         extra = {"action": "load", "replica_id": self._replica, "adapter": adapter}
         try:
             async with self._limit:
+                self._arriving.add(adapter)
                 await self._make_room(url, used_ms_ago)
                 path = self._folder / adapter
                 if adapter in self._fetching:
@@ -108,7 +112,7 @@ class Residency:
     async def _make_room(self, url: str, used_ms_ago: dict[str, float]) -> None:
         async with self._making_room:
             for adapter in sorted(self.resident, key=lambda name: -used_ms_ago.get(name, float("inf"))):
-                if len(self.resident) < self._capacity:
+                if len(self.resident | self._arriving) <= self._capacity:
                     return
                 if await self._scheduler.evict(self._pool, self._replica, adapter):
                     # The engine forgets it, or has forgotten it already.

@@ -20,7 +20,7 @@ ANSWER_S = 5.0
 PAUSES_S = (0.0, 0.05, 0.2)
 
 Command = tuple[str | int, ...]
-Waiting = tuple[Command, "asyncio.Future[Any]"]
+Waiting = tuple[bytes, "asyncio.Future[Any]"]
 
 
 class Batch:
@@ -39,7 +39,8 @@ class Batch:
     async def call(self, *command: str | int) -> Any:
         """The reply. Raises redis.exceptions.RedisError."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((command, reply))
+        # Packed here: what cannot be packed is its caller's own error.
+        self._waiting.append((_pack(command), reply))
         if self._sending is None:
             self._sending = asyncio.create_task(self._send(), name="redis-batch")
         return await reply
@@ -50,7 +51,7 @@ class Batch:
             while self._waiting:
                 # Who was cancelled before it was sent wants nothing any more.
                 taken = (self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH)))
-                batch = deque((command, reply) for command, reply in taken if not reply.done())
+                batch = deque((packed, reply) for packed, reply in taken if not reply.done())
                 if batch:
                     await self._exchange(batch)
         except Exception as error:  # noqa: BLE001 (whatever it is, each caller hears it)
@@ -75,7 +76,7 @@ class Batch:
             try:
                 # The connection closes itself when it fails or is cut off here: no late reply is taken for another's.
                 async with asyncio.timeout(ANSWER_S):
-                    await connection.send_packed_command(_packed(batch), check_health=False)
+                    await connection.send_packed_command(b"".join(packed for packed, _ in batch), check_health=False)
                     while batch:
                         answer = await _reply(connection)
                         _, reply = batch.popleft()
@@ -109,9 +110,9 @@ class Batch:
         return self._connection
 
 
-def _packed(batch: deque[Waiting]) -> bytes:
+def _pack(command: Command) -> bytes:
     pack: Callable[[Any], bytes] = pack_command  # hiredis describes a tuple of one element
-    return b"".join(pack(command) for command, _ in batch)
+    return pack(command)
 
 
 async def _reply(connection: AbstractConnection) -> Any:

@@ -131,10 +131,11 @@ class OpenTicket:
 
     async def tell(self) -> None:
         """Tell Redis of a lost lease, if it does not know yet. Raises Unavailable."""
-        if self._owed is not None:
-            replica, reason, attempt = self._owed
-            report = await self._scheduler.retry(self.ticket, replica, reason, attempt)
-            self._owed = None
+        owed = self._owed
+        if owed is not None:
+            report = await self._scheduler.retry(self.ticket, *owed)
+            if self._owed is owed:
+                self._owed = None
             self.apply(report)
 
     def apply(self, report: dict[str, Any]) -> bool:
@@ -150,17 +151,25 @@ class OpenTicket:
         elif state == "queued":
             self.position, self.wait_ms = int(report["position"]), int(report["wait_ms"])
         elif state == "revoked":
-            if self._on_revoked is not None:
+            if self.lease is None:
+                # Its replica had gone before we heard of the grant: the next renewal asks for another.
+                self._owed = ("", "engine", self.attempts)
+                self.attempts += 1
+            elif self._on_revoked is not None:
                 self._on_revoked()
         elif state in ("refused", "refused_by_pool", "limited"):
             self._fail(self.terms.refusal(report))
         elif state == "failed":
-            self._fail(Quarantined("Two engines failed while they worked on this request. It is not tried a third time."))
+            self.give_up()
         elif state == "load_failed":
             self._fail(
                 AdapterUnavailable(f"The adapter could not be loaded: {report.get('reason', 'see the replica log')}", retry_after_s=30)
             )
         return True
+
+    def give_up(self) -> None:
+        """Two engines failed: no third."""
+        self._fail(Quarantined("Two engines failed while they worked on this request. It is not tried a third time."))
 
     def _fail(self, error: LmaasError) -> None:
         self._failure = self._failure or error
@@ -250,8 +259,11 @@ class Leases:
             await self.renew()
 
     async def renew(self) -> None:
-        """Renew every open ticket, tell how far each is, and mend what Redis has forgotten."""
+        """Renew every open ticket, tell how far each is, and mend what Redis has forgotten. Then settle what could not be settled."""
+        await self._renew()
         await self._settle_rest()
+
+    async def _renew(self) -> None:
         # Pools of recent events too: if Redis loses them now, nobody else would notice.
         while self._recent and self._recent[0][0] < time.monotonic() - REMEMBER_S:
             self._recent.popleft()
@@ -274,6 +286,8 @@ class Leases:
     async def _put_back(self, opened: OpenTicket) -> None:
         if opened.lease is not None:
             await self.scheduler.restore(opened.ticket, opened.lease.replica, waited_ms=opened.waited_ms, attempts=opened.attempts)
+        elif opened.attempts > 1:
+            opened.give_up()
         else:
             report = await self.scheduler.submit(opened.ticket, opened.terms.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
             opened.apply(report)

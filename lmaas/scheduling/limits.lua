@@ -75,6 +75,15 @@ local function until_reset(pool, scope, index)
   return 0
 end
 
+local function count(pool, scope, requests, tokens)
+  local second, last = math.floor(pool.now / 1000), scope.seconds[#scope.seconds]
+  if not last or last[1] ~= second then
+    last = { second, 0, 0 }
+    scope.seconds[#scope.seconds + 1] = last
+  end
+  last[2], last[3] = last[2] + requests, last[3] + tokens
+end
+
 -- Why this scope does not take the ticket, or nil.
 local function refusal(pool, scope, limit, tokens, cost)
   local requests_used, tokens_used = used_in_minute(scope)
@@ -159,12 +168,7 @@ local function reserve(pool, ticket, seeds, forced)
   end
   local second, generations = math.floor(pool.now / 1000), {}
   for i, scope in ipairs(scopes) do
-    local last = scope.seconds[#scope.seconds]
-    if not last or last[1] ~= second then
-      last = { second, 0, 0 }
-      scope.seconds[#scope.seconds + 1] = last
-    end
-    last[2], last[3] = last[2] + 1, last[3] + tokens
+    count(pool, scope, 1, tokens)
     scope.running, scope.tokens, scope.cost = scope.running + 1, scope.tokens + tokens, scope.cost + cost
     generations[i] = scope.generation
     save_scope(scope)
@@ -184,12 +188,15 @@ local function settle(pool, ticket, used)
   end
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
+    local found = false
     for _, entry in ipairs(scope.seconds) do
       if entry[1] == reserved.second then
-        entry[3] = math.max(0, entry[3] + tokens - reserved.tokens)
+        entry[3], found = math.max(0, entry[3] + tokens - reserved.tokens), true
         if tokens == 0 then entry[2] = math.max(0, entry[2] - 1) end
       end
     end
+    -- It ran for longer than a minute: what it used beyond its reservation counts now.
+    if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end
     scope.running = math.max(0, scope.running - 1)
     if scope.month == reserved.month then
       local held = scope.generation == reserved.generations[i] and 1 or 0

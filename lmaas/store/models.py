@@ -54,8 +54,9 @@ _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 #: What an operator may change while the service runs; the rest would change what an adapter was validated against.
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", *PRICES})
-#: 10,000 $. The charge of a request of 900 million tokens still fits the ledger's BIGINT, and the 14 digits of Lua's JSON hold a price.
-MAX_PRICE = 10**10
+#: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
+#: Lua's JSON hold a price.
+MAX_PRICE = 4 * 10**9
 
 
 async def put_base_model(db: Database, model: BaseModel) -> BaseModel:

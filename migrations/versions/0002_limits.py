@@ -12,7 +12,8 @@ LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent", "tokens_
 
 
 def upgrade() -> None:
-    for table in ("tenants", "api_keys"):
+    # In the order in which keys are looked up, which locks both: the other way round would be a deadlock.
+    for table in ("api_keys", "tenants"):
         for name in LIMITS:
             op.add_column(table, sa.Column(name, sa.BigInteger(), nullable=True))
 

@@ -24,6 +24,9 @@ class Connection:
         config.load()
         self.protocol = BoundedProtocol(config, ServerState(), {})
         self.transport = Mock(spec=asyncio.Transport, is_closing=Mock(return_value=False), get_extra_info=Mock(return_value=None))
+        #: Bytes that the client has not taken yet.
+        self.buffered = 1000
+        self.transport.get_write_buffer_size.side_effect = lambda: self.buffered
         self.transport.pause_reading.side_effect = lambda: setattr(self, "reading", False)
         self.transport.resume_reading.side_effect = lambda: setattr(self, "reading", True)
         self.reading = True
@@ -133,5 +136,76 @@ async def test_a_client_that_takes_nothing_for_long_is_cut_off(monkeypatch: pyte
     await stalled
     assert connection.transport.abort.called is (then == "stays")
     connection.protocol.resume_writing()
+    app.answer.set()
+    await until(lambda: not connection.protocol.tasks, 5, 0)
+
+
+async def test_a_slow_client_is_not_cut_off_while_it_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CLIENT_STALL_S", 0.02)
+    app = Application()
+    connection = await watching(app)
+    connection.protocol.pause_writing()
+    for left in (900, 800, 700):
+        connection.buffered = left
+        looked = connection.transport.get_write_buffer_size.call_count
+        await until(lambda looked=looked: connection.transport.get_write_buffer_size.call_count > looked + 1, 5, 0)
+        assert not connection.transport.abort.called
+    await until(lambda: connection.transport.abort.called, 5, 0)
+    connection.protocol.connection_lost(None)
+    app.answer.set()
+    await until(lambda: not connection.protocol.tasks, 5, 0)
+
+
+async def test_head_is_answered_although_it_has_no_body() -> None:
+    app = Application()
+    app.answer.set()
+    connection = Connection(app)
+    connection.send(b"HEAD /x HTTP/1.1\r\nhost: x\r\n\r\n")
+    await until(lambda: not connection.protocol.tasks, 5, 0)
+    assert b"".join(connection.written).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"one" not in b"".join(connection.written)
+
+
+@pytest.mark.parametrize("piece", [b"x-n: " + b"a" * 1000 + b"\r\n", b"a" * 1000], ids=["many", "one that never ends"])
+async def test_trailers_are_bounded_and_are_no_headers(piece: bytes) -> None:
+    app = Application()
+    connection = Connection(app)
+    connection.transport.close.side_effect = lambda: connection.transport.is_closing.configure_mock(return_value=True)
+    connection.send(b"POST /x HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nx-first: 1\r\nx-second: ")
+    sent = 0
+    while not connection.transport.close.called:
+        connection.send(piece)
+        sent += len(piece)
+        assert sent < 2 * server.MAX_HEADER_BYTES
+    assert b"x-first" not in dict(connection.protocol.scope["headers"])
+    connection.protocol.connection_lost(None)
+    app.answer.set()
+    await until(lambda: not connection.protocol.tasks, 5, 0)
+
+
+async def test_a_body_in_many_small_chunks_is_not_taken_for_trailers() -> None:
+    app = Application()
+    connection = Connection(app)
+    connection.send(b"POST /x HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    for _ in range(40_000):
+        connection.send(b"1\r\na\r\n")
+    connection.send(b"0\r\n\r\n")
+    await until(lambda: app.watching, 5, 0)
+    assert len(app.body) == 40_000
+    app.answer.set()
+    await until(lambda: not connection.protocol.tasks, 5, 0)
+
+
+async def test_what_is_no_http_does_not_break_into_an_answer() -> None:
+    app = Application()
+    connection = await watching(app)
+    before = len(connection.written)
+    connection.send(b"garbage\r\n\r\n")
+    assert len(connection.written) == before
+    assert connection.transport.close.called
+    other = Connection(app)
+    other.send(b"garbage\r\n\r\n")
+    assert b'"code":"invalid_http"' in b"".join(other.written)
+    connection.protocol.connection_lost(None)
     app.answer.set()
     await until(lambda: not connection.protocol.tasks, 5, 0)

@@ -309,7 +309,7 @@ class Model:
         del self.tickets[held.ticket.id]
         if held.state == "queued":
             self.left_the_queue(held)
-        self.limits.settle(held.ticket, held.reservations, used)
+        self.limits.settle(now, held.ticket, held.reservations, used)
         self.active = now
 
     def take_back(self, held: Held, state: str) -> None:

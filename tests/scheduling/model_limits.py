@@ -162,10 +162,17 @@ class Limits:
                     left[name] = [most, remaining, scope.reset_in_ms(now, what)]
         return left
 
-    def settle(self, ticket: Ticket, made: list[Reservation], used: Tokens | None) -> None:
-        """From now on the reservations are what was used; who used nothing gets the request back too."""
-        for each in made:
+    def settle(self, now: int, ticket: Ticket, made: list[Reservation], used: Tokens | None) -> None:
+        """From now on the reservations are what was used; who used nothing gets the request back too.
+
+        What ran for longer than a minute counts now for the minute, with what it used beyond its reservation.
+        """
+        for limit, each in zip(ticket.limits, made, strict=False):
             prompt, cached, completion = used or (0, 0, 0)
+            excess = prompt + completion - each.tokens
+            if excess > 0 and not each.second + WINDOW_S >= now // 1000 >= each.second:
+                late = Reservation(now // 1000, each.month, 0, excess, 0, running=False, in_figures=False)
+                self.scopes[limit.id].reservations.append(late)
             each.tokens, each.cost = prompt + completion, cost_of(ticket, (prompt, cached, completion))
             each.requests = 1 if each.tokens > 0 else 0
             each.running, each.in_figures = False, True

@@ -183,3 +183,13 @@ async def test_a_clock_that_is_set_back_does_not_lock_anybody_out(clocked: Clock
     await clocked.at(-3600)
     assert (await clocked.ask(2, limit))["state"] == "granted"
     assert (await clocked.ask(3, limit))["retry_ms"] == 61_000
+
+
+async def test_what_ran_for_longer_than_a_minute_counts_when_it_ends(clocked: Clocked) -> None:
+    limit = tenant(tokens_per_minute=1000)
+    await clocked.ask(1, limit)
+    for second in range(3, 90, 3):
+        await clocked.at(second)
+        await clocked.scheduler.renew("p", [("r1", "")])
+    await clocked.end(1, "10,0,900")
+    assert (await clocked.ask(2, limit))["left"]["tokens"] == [1000, 90, 61_000]
