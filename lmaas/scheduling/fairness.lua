@@ -7,6 +7,7 @@
 
 local PROMPT_COST = 1
 local COMPLETION_COST = 2
+local BEHIND = 0.001
 local MAX_COUNTERS = 10000
 
 local function counter_of(pool, tenant)
@@ -44,12 +45,14 @@ end
 
 -- Begin to wait, with the counter that idling has not made smaller than the others'.
 local function lift(pool, tenant)
-  redis.call('ZADD', pool.key .. ':counters', math.max(counter_of(pool, tenant), floor_of(pool)), tenant)
+  -- Behind whoever waits already: else newcomers without end could stay before somebody who is first.
+  local behind = redis.call('EXISTS', pool.key .. ':waiting') == 1 and BEHIND or 0
+  redis.call('ZADD', pool.key .. ':counters', math.max(counter_of(pool, tenant), floor_of(pool) + behind), tenant)
   if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
     -- Whoever has less than the floor would be lifted to it anyway.
     local floor = floor_of(pool)
     redis.call('HSET', pool.key .. ':vars', 'floor', floor)
-    redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. floor)
+    redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
   end
   redis.call('ZADD', pool.key .. ':waiting', counter_of(pool, tenant), tenant)
 end

@@ -1,8 +1,10 @@
 -- Where a ticket runs. An adapter slot is a resource like a sequence slot: an engine that runs more distinct adapters than it has slots for
 -- works on them one after the other. So a ticket may be passed over for one behind it that fits now, within a bound.
 
-local MAX_PASSES = 64     -- how many tickets may be placed before one that was passed over: then nothing behind it goes before it
-local RESERVE_PASSES = 32 -- from here on an adapter slot is emptied for it, while the other slots go on
+-- How many tickets may be placed before one that was passed over until something is kept for it. Everything else goes on meanwhile: what is
+-- behind it can then hold it up no more.
+local RESERVE_PASSES = 32 -- an adapter slot: it is emptied
+local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots: it is emptied
 local MAX_TENANTS = 256   -- tenants looked at in one round
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
@@ -44,18 +46,26 @@ local function grant(pool, ticket)
   }
 end
 
+-- Whether what is kept on a replica for somebody who has waited for too long leaves room for others: `kept` is replica id →
+-- {whole, victims: {adapter}, holders: {adapter}}. The slots of the victims are emptied, for the holders.
+local function left_by(kept, replica, adapter)
+  local here = kept[replica.id]
+  if not here then return true end
+  if here.whole then return false end
+  if adapter == '' then return true end
+  if replica.running[adapter] then return not here.victims[adapter] end
+  return here.holders[adapter] or false
+end
+
 -- The replica for a ticket: where its adapter runs already, then where it is resident, then a free adapter slot; among equals
--- the least loaded, then the first by name. `emptied` is the adapter slot that is kept for somebody who has waited for too long.
-local function choose(pool, weight, adapter, emptied)
+-- the least loaded, then the first by name.
+local function choose(pool, weight, adapter, kept)
   local best, best_rank, best_load = nil, nil, nil
   for id, replica in pairs(pool.replicas) do
-    if fresh(pool, replica) and replica.load + math.min(weight, replica.slots) <= replica.slots then
+    if fresh(pool, replica) and replica.load + math.min(weight, replica.slots) <= replica.slots and left_by(kept, replica, adapter) then
       local rank = 0
-      if adapter ~= '' then
-        local kept = emptied and emptied.replica == id and emptied.adapter ~= adapter
-        if replica.running[adapter] then
-          if kept and emptied.victim == adapter then rank = nil end
-        elseif kept or size(replica.running) >= replica.adapter_slots then
+      if adapter ~= '' and not replica.running[adapter] then
+        if size(replica.running) >= replica.adapter_slots then
           rank = nil
         else
           rank = replica.resident[adapter] and 1 or 2
@@ -70,19 +80,43 @@ local function choose(pool, weight, adapter, emptied)
   return best
 end
 
--- The adapter slot that is empty soonest, by how many requests run on it.
-local function empty_a_slot(pool, adapter)
-  local best, best_count = nil, nil
+local function keep(kept, id)
+  kept[id] = kept[id] or { victims = {}, holders = {} }
+  return kept[id]
+end
+
+-- Keep an adapter slot: the one that is empty soonest, by how many requests run on it. Whether there was one to keep.
+local function keep_adapter_slot(pool, adapter, kept)
+  local best, best_victim, best_count = nil, nil, nil
   for id, replica in pairs(pool.replicas) do
+    local here = kept[id]
+    if here and here.holders[adapter] then return false end
     if fresh(pool, replica) and not replica.running[adapter] and size(replica.running) >= replica.adapter_slots then
       for victim, count in pairs(replica.running) do
-        if not best or count < best_count or (count == best_count and id .. victim < best.replica .. best.victim) then
-          best, best_count = { replica = id, victim = victim, adapter = adapter }, count
+        local free = not (here and (here.whole or here.victims[victim]))
+        if free and (not best or count < best_count or (count == best_count and id .. victim < best .. best_victim)) then
+          best, best_victim, best_count = id, victim, count
         end
       end
     end
   end
-  return best
+  if not best then return false end
+  local here = keep(kept, best)
+  here.victims[best_victim], here.holders[adapter] = true, true
+  return true
+end
+
+-- Keep a whole replica: the one with the most room. Whether there was one to keep.
+local function keep_replica(pool, kept)
+  local best, best_room = nil, nil
+  for id, replica in pairs(pool.replicas) do
+    local room = replica.slots - replica.load
+    if fresh(pool, replica) and not (kept[id] and kept[id].whole) and (not best or room > best_room or (room == best_room and id < best)) then
+      best, best_room = id, room
+    end
+  end
+  if best then keep(kept, best).whole = true end
+  return best ~= nil
 end
 
 local function place(pool, ticket, replica, caller)
@@ -136,24 +170,21 @@ end
 -- Place the first ticket that fits; false if none does.
 local function place_next(pool, caller)
   local placed = var(pool, 'placed', 0)
-  local known, newly_passed, emptied = {}, {}, nil
+  local known, newly_passed, kept = {}, {}, {}
   local found = each_waiting(pool, function(id, need, passed_at)
+    local weight, adapter = string.match(need, '^(%d+)|(.*)$')
     local replica = known[need]
     if replica == nil then
-      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
-      replica = choose(pool, tonumber(weight), adapter, emptied) or false
+      replica = choose(pool, tonumber(weight), adapter, kept) or false
       known[need] = replica
     end
     if replica then return { id = id, replica = replica } end
     if not passed_at then
       newly_passed[#newly_passed + 1] = id
-    elseif placed - passed_at >= MAX_PASSES then
-      return false
-    elseif placed - passed_at >= RESERVE_PASSES and not emptied then
-      local adapter = string.match(need, '|(.*)$')
-      -- One of the base model waits for sequence slots alone.
-      emptied = adapter ~= '' and empty_a_slot(pool, adapter) or nil
-      if emptied then known = {} end
+    else
+      local passes = placed - passed_at
+      if passes >= RESERVE_PASSES and adapter ~= '' then keep_adapter_slot(pool, adapter, kept) end
+      if passes >= MAX_PASSES and tonumber(weight) > 1 then keep_replica(pool, kept) end
     end
     return nil
   end)

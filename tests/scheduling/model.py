@@ -91,13 +91,13 @@ class Replica:
     used: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Emptied:
-    """The adapter slot that is kept for `adapter`: `victim` gets nothing more there."""
+@dataclass
+class Kept:
+    """What is kept on a replica for those who have waited for too long: all of it, or adapter slots, emptied of `victims` for `holders`."""
 
-    replica: str
-    victim: str
-    adapter: str
+    whole: bool = False
+    victims: set[str] = field(default_factory=set)
+    holders: set[str] = field(default_factory=set)
 
 
 def units(tokens: Tokens) -> int:
@@ -193,7 +193,8 @@ class Model:
         tenant, floor = held.ticket.tenant, self.floor()
         if not front and not self.queue(tenant):
             self.sequences[tenant] = 0
-            self.counters[tenant] = max(self.counters.get(tenant, 0), floor)
+            # Behind whoever waits already.
+            self.counters[tenant] = max(self.counters.get(tenant, 0), floor + (0.001 if self.tenants_waiting() else 0))
             if len(self.counters) > self.rules.MAX_COUNTERS:
                 self.least_counter = self.floor()
                 self.counters = {name: value for name, value in self.counters.items() if value >= self.least_counter}
@@ -211,32 +212,49 @@ class Model:
 
     # Where it runs.
 
-    def choose(self, now: int, held: Held, emptied: Emptied | None) -> Replica | None:
+    def choose(self, now: int, held: Held, kept: dict[str, Kept]) -> Replica | None:
         """Where its adapter runs already, then where it is resident, then a free adapter slot; then the least loaded."""
         adapter, found = held.ticket.adapter, []
         for replica in self.replicas.values():
-            load, running = self.load(replica), self.running(replica)
-            if not self.fresh(now, replica) or load + min(held.ticket.weight, replica.slots) > replica.slots:
+            load, running, here = self.load(replica), self.running(replica), kept.get(replica.id, Kept())
+            if not self.fresh(now, replica) or load + min(held.ticket.weight, replica.slots) > replica.slots or here.whole:
                 continue
             rank = 0
             if adapter and adapter not in running:
-                if len(running) >= replica.adapter_slots:
+                if len(running) >= replica.adapter_slots or (here.holders and adapter not in here.holders):
                     continue
                 rank = 1 if adapter in replica.resident else 2
-            if adapter and emptied and emptied.replica == replica.id and emptied.adapter != adapter and (rank or adapter == emptied.victim):
+            if adapter in here.victims:
                 continue
             found.append((rank, load / replica.slots, replica.id))
         return self.replicas[min(found)[2]] if found else None
 
-    def slot_to_empty(self, now: int, adapter: str) -> Emptied | None:
-        """The one with the fewest tickets."""
+    def keep_adapter_slot(self, now: int, adapter: str, kept: dict[str, Kept]) -> None:
+        """The one with the fewest tickets is emptied, unless one is being emptied for this adapter already."""
+        if any(adapter in here.holders for here in kept.values()):
+            return
         found = [
-            (count, replica.id + victim, Emptied(replica.id, victim, adapter))
+            (count, replica.id + victim, replica.id, victim)
             for replica in self.replicas.values()
             if self.fresh(now, replica) and len(running := self.running(replica)) >= replica.adapter_slots and adapter not in running
             for victim, count in running.items()
+            if not kept.get(replica.id, Kept()).whole and victim not in kept.get(replica.id, Kept()).victims
         ]
-        return min(found, key=lambda each: each[:2])[2] if found else None
+        if found:
+            _, _, replica_id, victim = min(found)
+            here = kept.setdefault(replica_id, Kept())
+            here.victims.add(victim)
+            here.holders.add(adapter)
+
+    def keep_replica(self, now: int, kept: dict[str, Kept]) -> None:
+        """The one with the most room is emptied."""
+        found = [
+            (self.load(replica) - replica.slots, replica.id)
+            for replica in self.replicas.values()
+            if self.fresh(now, replica) and not kept.get(replica.id, Kept()).whole
+        ]
+        if found:
+            kept.setdefault(min(found)[1], Kept()).whole = True
 
     def dispatch(self, now: int, caller: str = "") -> None:
         """Give out every slot that can be given out."""
@@ -249,22 +267,30 @@ class Model:
     def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
         """The first ticket that fits, where, and who is passed over for the first time."""
         passed: list[Held] = []
-        emptied: Emptied | None = None
+        kept: dict[str, Kept] = {}
         for held in self.in_order():
-            replica = self.choose(now, held, emptied)
+            replica = self.choose(now, held, kept)
             if replica is not None:
                 return held, replica, passed
             if held.passed_at is None:
                 passed.append(held)
-            elif self.placed - held.passed_at >= self.rules.MAX_PASSES:
-                return None
-            elif self.placed - held.passed_at >= self.rules.RESERVE_PASSES and held.ticket.adapter and emptied is None:
-                emptied = self.slot_to_empty(now, held.ticket.adapter)
+                continue
+            passes = self.placed - held.passed_at
+            if passes >= self.rules.RESERVE_PASSES and held.ticket.adapter:
+                self.keep_adapter_slot(now, held.ticket.adapter, kept)
+            if passes >= self.rules.MAX_PASSES and held.ticket.weight > 1:
+                self.keep_replica(now, kept)
         return None
 
+    def is_kept_something(self, held: Held) -> bool:
+        """It was passed over so often that what it needs is kept for it, or will be as soon as there is something to keep."""
+        passes = 0 if held.passed_at is None else self.placed - held.passed_at
+        return passes >= self.rules.RESERVE_PASSES if held.ticket.adapter else passes >= self.rules.MAX_PASSES and held.ticket.weight > 1
+
     def place(self, now: int, held: Held, replica: Replica, caller: str) -> None:
-        ahead = [each.ticket.id for each in self.in_order()]
-        self.placements.append((held.ticket.id, ahead[: ahead.index(held.ticket.id)]))
+        ahead = list(self.in_order())
+        held_up = [each.ticket.id for each in ahead[: ahead.index(held)] if not self.is_kept_something(each)]
+        self.placements.append((held.ticket.id, held_up))
         adapter = held.ticket.adapter
         self.placed += 1
         held.passed_at, held.state, held.placed = None, "loading", now

@@ -169,23 +169,41 @@ async def test_a_ticket_released_while_it_loads_is_not_granted(scheduler: Schedu
     assert await pool.submit(ticket(2, adapter="A")) == ["granted"]
 
 
-async def test_without_an_adapter_slot_others_pass_within_a_bound(pool: Pool) -> None:
+async def test_without_an_adapter_slot_others_pass_until_one_is_emptied(pool: Pool) -> None:
     await pool.beat(slots=2, adapter_slots=1, resident=("A", "B"))
     await pool.submit(ticket(0, "a", adapter="A"))
     assert await pool.submit(ticket(1, "b", adapter="B")) == ["queued"]  # a slot is free, but no adapter slot
     passed = 0
-    last = None
     for number in range(2, 200):
-        assert (await pool.replicas())["x"]["running"] == {"A": 1}
-        [state] = await pool.submit(ticket(number, f"t{number}"))
+        [state] = await pool.submit(ticket(number, f"t{number}", adapter="A"))
         if state == "queued":
             break
         passed += 1
-        last = number
-        await pool.release(last)
-    assert passed == 64
+        await pool.release(number)
+    assert passed == 32
+    # What does not hold it up goes on, for as long as the slot takes to be empty.
+    for number in range(300, 400):
+        assert await pool.submit(ticket(number, f"t{number}")) == ["granted"]
+        await pool.release(number)
     await pool.release(0)
-    assert "r1" in await pool.placed()
+    assert await pool.placed() == {"r1"}
+    await pool.check()
+
+
+async def test_one_that_needs_a_whole_replica_does_not_stop_the_others(pool: Pool) -> None:
+    for name in ("x", "y"):
+        await pool.beat(name, slots=2)
+    await pool.submit(ticket(1, "a"), ticket(2, "a"))
+    await pool.submit(ticket(0, "heavy", weight=2))
+    for number in range(10, 110):
+        assert await pool.submit(ticket(number, f"t{number}")) == ["granted"]
+        await pool.release(number)
+    # One replica takes nothing more, until it is empty.
+    assert await pool.submit(ticket(200, "b"), ticket(201, "c")) == ["granted", "queued"]
+    free = next(name for name, each in (await pool.replicas()).items() if each["load"] == 1)
+    [last] = [name for name, each in (await pool.tickets()).items() if each.get("replica") == free]
+    await pool.release(int(last[1:]))
+    assert {name for name, each in (await pool.tickets()).items() if each.get("replica") == free} == {"r0"}
     await pool.check()
 
 

@@ -449,7 +449,7 @@ class Histories(RuleBasedStateMachine):
         if self.may_idle:
             return
         for held in self.model.in_order():
-            assert self.model.choose(self.both.now, held, None) is None, held.ticket.id
+            assert self.model.choose(self.both.now, held, {}) is None, held.ticket.id
             if held.passed_at is not None and self.model.placed - held.passed_at >= self.constants.RESERVE_PASSES:
                 return
 
