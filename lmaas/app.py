@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
+from lmaas.admission.months import Months
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
 from lmaas.config import Settings
@@ -88,7 +89,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    gateway = Gateway(settings, db, authenticate, Catalog(db, changes), leases, idempotency, NewSchemas(), EngineClient(), metrics)
+    gateway = Gateway(settings, Months(db), authenticate, Catalog(db, changes), leases, idempotency, NewSchemas(), EngineClient(), metrics)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:

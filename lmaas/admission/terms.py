@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from lmaas.admission.months import Months
 from lmaas.admission.tiers import effective
 from lmaas.errors import LmaasError, OverLimit, OverQuota, Unavailable
 from lmaas.scheduling.client import Bounds, LimitedScope, Seed
-from lmaas.store.database import Database
-from lmaas.store.usage import month_total
 from lmaas.types import Limits, Principal
 
 NONE = Limits()
@@ -41,18 +40,13 @@ def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
 class Terms:
     """What a request of this principal is admitted under."""
 
-    db: Database
+    months: Months
     principal: Principal
     bounds: Bounds
 
     async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
         """What these scopes have used in the month by the ledger: Redis asks when it does not know. Raises Unavailable."""
-        tenant_id = self.principal.tenant_id or ""
-        found = {}
-        for scope in scopes:
-            key_id = None if scope == tenant_id else scope
-            found[scope] = Seed(month, *await month_total(self.db, tenant_id, month // 100, month % 100, key_id=key_id))
-        return found
+        return await self.months.seeds(self.principal.tenant_id or "", scopes, month)
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
         """The error for a ticket that was not taken."""

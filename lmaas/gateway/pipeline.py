@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmaas.admission.estimate import estimate
+from lmaas.admission.months import Months
 from lmaas.admission.terms import Terms, limited_scopes, rate_limit_headers
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
@@ -26,7 +27,6 @@ from lmaas.observability import GatewayMetrics
 from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.scheduling.leases import Lease, Leases, OpenTicket
 from lmaas.states import UsageStatus
-from lmaas.store.database import Database
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Gateway:
     """What the path needs, handed down from the composition root."""
 
     settings: Settings
-    db: Database
+    months: Months
     authenticate: Authenticator
     catalog: Catalog
     leases: Leases
@@ -74,7 +74,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
         gateway.schemas.admit(principal.tenant_id or "", request.grammar)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
-    terms = Terms(gateway.db, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
+    terms = Terms(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
     deadline_s = gateway.settings.queue_deadline_s
     call.watch()
     async with gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:

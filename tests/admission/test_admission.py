@@ -1,17 +1,21 @@
 """Which limits hold, what a request may use, and what a refusal says."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from lmaas.admission import months
 from lmaas.admission.estimate import MESSAGE_TOKENS, USUAL_COMPLETION, estimate
+from lmaas.admission.months import Months
 from lmaas.admission.terms import Terms, limited_scopes, rate_limit_headers
 from lmaas.admission.tiers import SERVICE_TIERS, TIERS, effective
 from lmaas.errors import OverQuota, Unavailable
-from lmaas.scheduling.client import Bounds
+from lmaas.scheduling.client import Bounds, Seed
 from lmaas.store.database import Database
 from lmaas.types import Limits, Principal, Role
+from tests.conftest import until
 
 PRINCIPAL = Principal("key_1", Role.INFERENCE, "ten_1", "acme", 10, "standard")
 
@@ -81,7 +85,7 @@ def test_service_tiers_are_shares_and_order() -> None:
 )
 def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, retry_after: str | None, should_retry: str) -> None:
     limited = {"state": "limited", "scope": "key", "left": {"requests": [3, 0, 12_500]}} | report
-    error = Terms(db, PRINCIPAL, Bounds(1, 1)).refusal(limited)
+    error = Terms(Months(db), PRINCIPAL, Bounds(1, 1)).refusal(limited)
     headers = error.headers()
     assert (error.status, error.error_code, headers["x-should-retry"]) == (status, code, should_retry)
     if retry_after == "month":
@@ -95,7 +99,7 @@ def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, 
 
 
 def test_a_month_that_nobody_knows_is_unavailable(db: Database) -> None:
-    assert isinstance(Terms(db, PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
+    assert isinstance(Terms(Months(db), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
 
 
 def test_headers() -> None:
@@ -104,3 +108,23 @@ def test_headers() -> None:
         "x-ratelimit-remaining-tokens": "40",
         "x-ratelimit-reset-tokens": "61s",
     }
+
+
+async def test_the_ledger_is_asked_once_for_all_that_wait(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    gate = asyncio.Event()
+
+    async def total(_: Database, tenant_id: str, year: int, month: int, *, key_id: str | None = None) -> tuple[int, int]:
+        asked.append(key_id)
+        await gate.wait()
+        return (7 if key_id else 9), 1
+
+    monkeypatch.setattr(months, "month_total", total)
+    asking = Months(db)
+    waiting = [asyncio.create_task(asking.seeds("t", ["t", "k"], 202611)) for _ in range(20)]
+    await until(lambda: asked)
+    waiting[0].cancel()  # one of them goes away
+    gate.set()
+    answers = await asyncio.gather(*waiting[1:])
+    assert answers == [{"t": Seed(202611, 9, 1), "k": Seed(202611, 7, 1)}] * 19
+    assert asked == [None, "k"]
