@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -113,6 +114,8 @@ class Idempotency:
         self._settling: set[asyncio.Task[bool]] = set()
         # Ends do not queue behind beginnings: an engine's slot may wait for them.
         self._turns_to_claim, self._turns_to_settle = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        # One claim of each tenant at a time stands in line: a flood waits behind itself. Gone with the last who holds or awaits it.
+        self._turns_of_tenants: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def wanted(self, call: Call, tenant_id: str, path: str, body: bytes) -> Claim | None:
         """The claim that this request makes; None without the header. Raises InvalidRequest for a key that is none."""
@@ -136,7 +139,8 @@ class Idempotency:
         Unavailable if Postgres is away; then nothing was accepted.
         """
         try:
-            async with asyncio.timeout(CLAIM_S), self._turns_to_claim:
+            of_tenant = self._turns_of_tenants.setdefault(claim.tenant_id, asyncio.Lock())
+            async with asyncio.timeout(CLAIM_S), of_tenant, self._turns_to_claim:
                 earlier = await take(self._db, claim)
         except BaseException as error:
             # It may be ours, although we did not hear so: then nobody else would be let in for a while.
