@@ -32,9 +32,6 @@ from lmaas.store.replicas import get_replica, observe
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-#: Of so many slots one more is told of than the engine runs at once: when a sequence ends, the engine begins the next one in its very next
-#: step, and not only after a release, a grant and a new request.
-AHEAD_OF = 8
 #: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
@@ -220,7 +217,7 @@ class Supervisor:
             self._wake.clear()
             beat = Beat(
                 url=engine.url,
-                slots=self._model.max_num_seqs + self._model.max_num_seqs // AHEAD_OF,
+                slots=self._model.max_num_seqs,
                 adapter_slots=self._model.max_loras,
                 state=self._state,
                 resident=sorted(self._residency.resident),
