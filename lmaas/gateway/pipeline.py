@@ -130,6 +130,9 @@ async def _run(
                 # Its grammar may be what the engine stands still on: the next one is spared.
                 raise EngineFailed("The engine stood still while it worked on this request. Simplify its schema or its tools.") from lost
             await opened.retry(lease, lost.reason)
+    if call.gone.is_set() and record.completion_tokens == 0:
+        # Cut before its first token: the engine names the prompt, but has not finished it, and does not count it.
+        record.count({})
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
         await call.finish(rest)
