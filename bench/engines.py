@@ -123,14 +123,19 @@ async def server(model: Path, log: Path, *options: str, plugins: bool = True) ->
             await _ready(engine, process)
             yield engine
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
+        await stopped(process, signal.SIGTERM)
+
+
+async def stopped(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Have a process end by this signal, or without one if it takes too long."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
+    try:
+        async with asyncio.timeout(_STOP_S):
             await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def _ready(engine: Engine, process: asyncio.subprocess.Process) -> None:

@@ -7,16 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, ConflictError
 from sqlalchemy import create_engine, make_url, text
 
-from lmaas.gateway import idempotency
 from lmaas.store.database import driver_url
-from lmaas.store.idempotency import Claim
 from lmaas.store.models import BaseModel
 from lmaas.store.tenants import delete_tenant
 from tests.conftest import until
@@ -468,29 +465,3 @@ async def test_a_request_that_a_stopping_gateway_cut_runs_anew(service: Service,
         check_error(await plain, 503, "gateway_stopped", retry=True)
         assert '"gateway_stopped"' in (await stream).text
         assert await service.rows(tenant) == []
-
-
-async def test_a_flood_of_claims_waits_behind_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str] = []
-    gate = asyncio.Event()
-
-    async def take(_: Any, claim: Claim) -> None:
-        begun.append(claim.tenant_id)
-        await gate.wait()
-
-    monkeypatch.setattr(idempotency, "take", take)
-    monkeypatch.setattr(idempotency, "give_up", AsyncMock())
-    claims = idempotency.Idempotency(Mock(), Mock(), 1000)
-
-    async def run(number: int, tenant: str) -> None:
-        async with claims.claimed(Mock(), Claim(tenant, f"k{number}", b"", f"r{number}")) as first:
-            assert first
-
-    tasks = [asyncio.create_task(run(number, "flood")) for number in range(50)]
-    await until(lambda: begun)
-    tasks.append(asyncio.create_task(run(50, "other")))
-    await until(lambda: "other" in begun)
-    assert begun == ["flood", "other"]
-    gate.set()
-    await asyncio.gather(*tasks)
-    assert len(begun) == 51
