@@ -123,15 +123,15 @@ async def server(model: Path, log: Path, *options: str, plugins: bool = True) ->
             await _ready(engine, process)
             yield engine
     finally:
-        await stopped(process, signal.SIGTERM)
+        await stopped(process, signal.SIGTERM, _STOP_S)
 
 
-async def stopped(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """Have a process end by this signal, or without one if it takes too long."""
+async def stopped(process: asyncio.subprocess.Process, number: signal.Signals, within_s: float) -> None:
+    """Have a process end by this signal; kill it if that takes longer than `within_s` seconds."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(number)
     try:
-        async with asyncio.timeout(_STOP_S):
+        async with asyncio.timeout(within_s):
             await process.wait()
     except TimeoutError:
         process.kill()

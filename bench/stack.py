@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bench.client import Place
+from bench.engines import stopped
 from lmaas.manifests.client import ApiClient
 from lmaas.process import bound_command
 
@@ -101,7 +102,7 @@ async def stack(model: Path, home: Path, **settings: object) -> AsyncIterator[St
         with closing(Stack(json.loads((home / "credentials.json").read_text()), model.name.lower())) as running:
             yield running
     finally:
-        await _stopped(process)
+        await stopped(process, signal.SIGINT, _STOP_S)
 
 
 class _Log:
@@ -126,14 +127,3 @@ async def _ready(process: asyncio.subprocess.Process, log: _Log) -> None:
             if process.returncode is not None:
                 raise RuntimeError(f"lmaas did not start:\n{log.text()[-2000:]}")
             await asyncio.sleep(0.2)
-
-
-async def _stopped(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        async with asyncio.timeout(_STOP_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
