@@ -144,6 +144,8 @@ class Scheduler:
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self._library = text.replace("name=lmaas", f"name={self._prefix}", 1).replace("'lmaas_", f"'{self._prefix}_")
+        #: How far each pool's memory was when we saw it last: the server's process, and a mark that grows with every call.
+        self._memories: dict[str, str] = {}
 
     async def _call(self, function: str, pool: str, *args: str | int) -> Any:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
@@ -157,6 +159,20 @@ class Scheduler:
                 return await self._batch.call("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
+
+    async def _call_as_seen(self, function: str, pool: str, *args: str | int, at: int = 0) -> dict[str, Any]:
+        """A call that tells, as argument `at`, how far we have seen this pool: a server that is behind has come back with an older memory
+        (a snapshot, a replica that lagged), and begins the pool anew."""
+        told = self._memories.get(pool, "")
+        reply = _object(await self._call(function, pool, *args[:at], told, *args[at:]))
+        self._see(pool, reply.pop("memory"), told)
+        return reply
+
+    def _see(self, pool: str, memory: str, told: str | None = None) -> None:
+        """Remember the pool's memory. What we know of an earlier process stays until the server has been told."""
+        known = self._memories.get(pool, "")
+        if known in ("", told) or known.partition(" ")[0] == memory.partition(" ")[0]:
+            self._memories[pool] = memory
 
     async def load(self) -> None:
         """Install this version of the library."""
@@ -172,18 +188,24 @@ class Scheduler:
         """
         fields = ticket.fields() | {"waited_ms": waited_ms, "attempts": attempts}
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
-        return _object(
+        reply = _object(
             await self._call(
                 "submit", ticket.pool, _json(fields), bounds.max_queued, bounds.max_queued_pool, "" if told is None else _json(told)
             )
         )
+        if memory := reply.pop("memory", ""):
+            self._see(ticket.pool, memory)
+        return reply
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
         """End a ticket, settle it to what it `used` (`prompt,cached,completion`, '' for nothing) and record its usage event, in one step.
 
         False if the scheduler no longer knew it.
         """
-        return bool(await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used))
+        known, memory = await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used)
+        if memory:
+            self._see(ticket.pool, memory)
+        return bool(known)
 
     async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
         """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
@@ -192,7 +214,7 @@ class Scheduler:
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
-        return _object(await self._call("renew", pool, *(part for pair in progress for part in pair)))
+        return await self._call_as_seen("renew", pool, *(part for pair in progress for part in pair))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
@@ -202,7 +224,7 @@ class Scheduler:
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Say that a replica lives; hear what it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return _object(await self._call("heartbeat", pool, replica, _json(fields)))
+        return await self._call_as_seen("heartbeat", pool, replica, _json(fields), at=2)
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """The adapter is resident now: grants what waited for it."""
@@ -226,7 +248,7 @@ class Scheduler:
 
     async def stats(self, pool: str) -> dict[str, Any]:
         """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
-        return _object(await self._call("stats", pool))
+        return await self._call_as_seen("stats", pool)
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""

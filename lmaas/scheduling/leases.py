@@ -17,7 +17,7 @@ from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_cha
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
-#: Usage events of this last while are told again to a Redis that has lost its memory.
+#: Usage events of this last while, before Redis was last heard of, are told again to a Redis that has lost its memory.
 REMEMBER_S = 30.0
 #: And no more than this many, whatever the rate.
 REMEMBER_AT_MOST = 50_000
@@ -188,6 +188,8 @@ class Leases:
         self._settling: set[asyncio.Task[None]] = set()
         self._recent: deque[tuple[float, str, str]] = deque(maxlen=REMEMBER_AT_MOST)
         self._epochs: dict[str, str] = {}
+        #: When Redis last answered all renewals (monotonic seconds).
+        self._heard = time.monotonic()
 
     @asynccontextmanager
     async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
@@ -265,8 +267,9 @@ class Leases:
 
     async def _renew(self) -> None:
         # Pools of recent events too: if Redis loses them now, nobody else would notice.
-        while self._recent and self._recent[0][0] < time.monotonic() - REMEMBER_S:
+        while self._recent and self._recent[0][0] < self._heard - REMEMBER_S:
             self._recent.popleft()
+        heard = time.monotonic()
         pools: dict[str, list[OpenTicket]] = {pool: [] for _, pool, _ in self._recent}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
@@ -281,7 +284,9 @@ class Leases:
                     if opened.ticket.id in self._open and not opened.apply(report):
                         await self._put_back(opened)
             except Unavailable:
+                heard = self._heard
                 log.warning("tickets could not be renewed", extra={"action": "renew", "pool_id": pool})
+        self._heard = heard
 
     async def _put_back(self, opened: OpenTicket) -> None:
         if opened.lease is not None:

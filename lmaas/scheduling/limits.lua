@@ -7,6 +7,7 @@
 --   running  requests accepted and not yet ended
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
 --   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here
+--   memory   which memory it is of: what `lmaas:limits` said when it came into being (after a pool's memory was replaced, all begin anew)
 --   generation  grows when the month's figures begin anew: a reservation of before is not in them
 -- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
 
@@ -25,9 +26,13 @@ local function month_of(now_ms)
 end
 
 local function load_scope(pool, id)
-  local stored = redis.call('GET', 'lmaas:limits:' .. id)
-  local scope = stored and cmsgpack.unpack(stored)
-    or { id = id, seconds = {}, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0, generation = 0 }
+  local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
+  local current, scope = found[1] or tostring(LAYOUT), found[2] and cmsgpack.unpack(found[2])
+  if not scope or scope.memory ~= current then
+    scope = {
+      id = id, seconds = {}, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0, generation = 0, memory = current,
+    }
+  end
   local second, kept = math.floor(pool.now / 1000), {}
   for _, entry in ipairs(scope.seconds) do
     -- Seconds of the future are from a clock that was set back.
@@ -166,14 +171,14 @@ local function reserve(pool, ticket, seeds, forced)
       end
     end
   end
-  local second, generations = math.floor(pool.now / 1000), {}
+  local second, generations, memories = math.floor(pool.now / 1000), {}, {}
   for i, scope in ipairs(scopes) do
     count(pool, scope, 1, tokens)
     scope.running, scope.tokens, scope.cost = scope.running + 1, scope.tokens + tokens, scope.cost + cost
-    generations[i] = scope.generation
+    generations[i], memories[i] = scope.generation, scope.memory
     save_scope(scope)
   end
-  ticket.reserved = { second = second, month = scopes[1].month, generations = generations, tokens = tokens, cost = cost }
+  ticket.reserved = { second = second, month = scopes[1].month, generations = generations, memories = memories, tokens = tokens, cost = cost }
   return nil, tightest(pool, scopes, ticket.limits)
 end
 
@@ -188,18 +193,19 @@ local function settle(pool, ticket, used)
   end
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
-    local found = false
+    -- Has it been reserved here, or in a memory that is gone?
+    local here, found = scope.memory == reserved.memories[i], false
     for _, entry in ipairs(scope.seconds) do
-      if entry[1] == reserved.second then
+      if here and entry[1] == reserved.second then
         entry[3], found = math.max(0, entry[3] + tokens - reserved.tokens), true
         if tokens == 0 then entry[2] = math.max(0, entry[2] - 1) end
       end
     end
     -- It ran for longer than a minute: what it used beyond its reservation counts now.
     if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end
-    scope.running = math.max(0, scope.running - 1)
+    if here then scope.running = math.max(0, scope.running - 1) end
     if scope.month == reserved.month then
-      local held = scope.generation == reserved.generations[i] and 1 or 0
+      local held = here and scope.generation == reserved.generations[i] and 1 or 0
       scope.tokens = math.max(0, scope.tokens + tokens - held * reserved.tokens)
       scope.cost = math.max(0, scope.cost + cost - held * reserved.cost)
     end

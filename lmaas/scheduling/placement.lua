@@ -308,15 +308,7 @@ local function reap(pool)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
     local ticket = get(pool, id)
     if ticket then
-      local event = cjson.decode(ticket.event)
-      local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
-      event.status, event.code = 'lost', 'gateway_lost'
-      event.prompt_tokens, event.cached_tokens, event.completion_tokens = used.prompt, used.cached, used.completion
-      event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
-      event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0
-      event.run_ms = ticket.granted and pool.now - ticket.granted or 0
-      event.replica_id = ticket.replica or ticket.revoked or cjson.null
-      redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
+      local used = record_lost(pool, ticket)
       forget(pool, ticket, used)
       found = true
     else

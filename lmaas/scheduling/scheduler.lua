@@ -73,15 +73,17 @@ redis.register_function('lmaas_submit', function(keys, args)
   end
   close(pool)
   local reply = report(pool, known)
-  reply.epoch, reply.left = epoch(pool), left
+  reply.epoch, reply.memory, reply.left = pool.epoch, memory(pool), left
   return cjson.encode(reply)
 end)
 
--- release(ticket id, usage event JSON or '', run ms or '', "prompt,cached,completion" or '') → 1, or 0 if the ticket was gone. The event is
--- recorded in any case.
+-- release(ticket id, usage event JSON or '', run ms or '', "prompt,cached,completion" or '') → {1, or 0 if the ticket was gone, memory}.
+-- The event is recorded in any case.
 redis.register_function('lmaas_release', function(keys, args)
-  local pool = open(keys[1])
-  if args[2] ~= '' then redis.call('XADD', pool.key .. ':usage', '*', 'event', args[2]) end
+  if args[2] ~= '' then redis.call('XADD', keys[1] .. ':usage', '*', 'event', args[2]) end
+  local pool = open(keys[1], true)
+  -- The pool is a newer release's now, and does not know the ticket. A gateway that stops must not wait for ever to settle.
+  if not pool then return { 0, '' } end
   local ticket = get(pool, args[1])
   if ticket then
     if args[3] ~= '' then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
@@ -91,7 +93,7 @@ redis.register_function('lmaas_release', function(keys, args)
   reap(pool)
   dispatch(pool)
   close(pool)
-  return ticket and 1 or 0
+  return { ticket and 1 or 0, memory(pool) }
 end)
 
 -- retry(ticket id, replica id, reason, attempt) → report. Twice the same is once: a client repeats a call whose reply it lost. The replica was lost before the first byte, or lacks the adapter.
@@ -118,11 +120,11 @@ redis.register_function('lmaas_retry', function(keys, args)
   return cjson.encode(reply)
 end)
 
--- renew(ticket id, progress or '', …) → {epoch, tickets: [report, …]} in the order of the arguments.
+-- renew(memory, ticket id, progress or '', …) → {epoch, memory, tickets: [report, …]} in the order of the arguments.
 redis.register_function('lmaas_renew', function(keys, args)
-  local pool = open(keys[1])
+  local pool = open_as_seen(keys[1], args[1])
   local reports = {}
-  for i = 1, #args, 2 do
+  for i = 2, #args, 2 do
     local ticket = get(pool, args[i])
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
@@ -136,13 +138,13 @@ redis.register_function('lmaas_renew', function(keys, args)
   end
   reap(pool)
   dispatch(pool)
-  for i = 1, #args, 2 do
+  for i = 2, #args, 2 do
     local ticket = get(pool, args[i])
     reports[#reports + 1] = ticket and report(pool, ticket) or { state = 'unknown' }
   end
-  if #args > 0 then redis.call('HSET', pool.key .. ':vars', 'active', pool.now) end
+  if #args > 1 then redis.call('HSET', pool.key .. ':vars', 'active', pool.now) end
   close(pool)
-  return cjson.encode({ epoch = epoch(pool), tickets = reports })
+  return cjson.encode({ epoch = pool.epoch, memory = memory(pool), tickets = reports })
 end)
 
 -- restore(ticket JSON) → 1, or 0 if its replica is not (yet) back. After Redis has lost its memory, a gateway puts back what runs.
@@ -167,11 +169,11 @@ redis.register_function('lmaas_restore', function(keys, args)
   return done
 end)
 
--- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect}) →
--- {state, load, suspect, epoch, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
+-- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect}, memory) →
+-- {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
 -- used: {adapter → ms ago}}. `warm` are the adapters that a starting engine will be asked for first.
 redis.register_function('lmaas_heartbeat', function(keys, args)
-  local pool = open(keys[1])
+  local pool = open_as_seen(keys[1], args[3])
   local beat = cjson.decode(args[2])
   local replica = pool.replicas[args[1]]
   if not replica then
@@ -197,7 +199,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   local used = {}
   for adapter, time in pairs(replica.used) do used[adapter] = pool.now - time end
   return cjson.encode({
-    state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = epoch(pool),
+    state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = pool.epoch, memory = memory(pool),
     loads = loads, warm = replica.state == 'starting' and awaited(pool, replica.adapter_slots) or nil,
     running = replica.running, used = used,
     controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
@@ -295,9 +297,9 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats(memory) is the controller's, and says that there is one. → {memory, queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 redis.register_function('lmaas_stats', function(keys, args)
-  local pool = open(keys[1])
+  local pool = open_as_seen(keys[1], args[1])
   reap(pool)
   dispatch(pool)
   close(pool)
@@ -314,6 +316,6 @@ redis.register_function('lmaas_stats', function(keys, args)
   end
   return cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = load, replicas = seen,
-    idle_ms = pool.now - var(pool, 'active', 0),
+    idle_ms = pool.now - var(pool, 'active', 0), memory = memory(pool),
   })
 end)

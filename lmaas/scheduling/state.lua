@@ -12,13 +12,21 @@
 --   :needs     hash  queued ticket id → "weight|adapter"
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was passed over first
 --   :replicas  hash  replica id → JSON          :progress  hash  ticket id → "prompt,cached,completion"
---   :usage     stream of usage events           :vars      hash  counters, averages, epoch
--- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together.
+--   :usage     stream of usage events           :vars      hash  counters, averages, epoch, layout, run, mark, base
+-- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together; it counts as long as
+-- `lmaas:limits` says nothing else.
+--
+-- This memory may be lost, replaced by an older one (a snapshot, a replica that lagged) or be that of another release. Then the pool is
+-- rebuilt: it is emptied but for its usage events, and gets a new epoch, by which the gateways see that they must tell it again what
+-- waits, what runs and what ended lately.
 --
 -- A ticket is queued → (loading →) granted → gone. Queued: it waits for a slot. Loading: it holds a slot on a replica that
 -- still loads its adapter. Granted: its gateway holds a lease. Time is the server's own (TIME), so clocks of other machines do not
 -- matter.
 
+-- Counts up with every change that a library of another layout would not read rightly. In all layouts, `:vars` is a hash with `layout` and
+-- `reaped`, `:tickets` a hash of JSON with `event`, and `:usage` as it is.
+local LAYOUT = 1
 local LEASE_MS = 6000     -- a gateway renews every second
 local STALE_MS = 5000     -- no heartbeat for this long: no new work
 local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away
@@ -28,11 +36,111 @@ local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local TURN_MS = 2000      -- first guess of a request's run time
 local START_MS = 20000    -- first guess of an engine's start
 
-local function open(prefix)
+-- The server process: it has another memory than the one before it, unless that was kept whole. Asked once: it stays.
+local process = nil
+
+-- The tokens of a ticket's last checkpoint: prompt, cached, completion; nil before the first.
+local function progress(pool, ticket)
+  local stored = redis.call('HGET', pool.key .. ':progress', ticket.id)
+  if not stored then return nil end
+  local prompt, cached, completion = string.match(stored, '(%d+),(%d+),(%d+)')
+  return { prompt = tonumber(prompt), cached = tonumber(cached), completion = tonumber(completion) }
+end
+
+-- The usage event of a ticket whose gateway does not say how it ended. If it does so later, the ledger takes its word instead.
+local function record_lost(pool, ticket)
+  local event = cjson.decode(ticket.event)
+  local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
+  event.status, event.code = 'lost', 'gateway_lost'
+  event.prompt_tokens, event.cached_tokens, event.completion_tokens = used.prompt, used.cached, used.completion
+  event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
+  event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0
+  event.run_ms = ticket.granted and pool.now - ticket.granted or 0
+  event.replica_id = ticket.replica or ticket.revoked or cjson.null
+  redis.call('XADD', pool.key .. ':usage', '*', 'event', cjson.encode(event))
+  return used
+end
+
+-- A new epoch of a pool that has nothing. `mark` grows with every call, and over all epochs: it begins with the time in µs. An epoch is
+-- called by its first.
+local function begin_epoch(pool, mark)
+  pool.mark = math.max(pool.now * 1000, mark + 1)
+  pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
+  redis.call('HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch)
+end
+
+-- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so.
+local function doubt_limits(pool)
+  redis.call('SET', 'lmaas:limits', LAYOUT .. '-' .. pool.run)
+end
+
+-- Empty a pool whose memory is not to be trusted. Whatever is charged already, or is told again, the ledger takes once.
+local function rebuild(pool, mark)
+  local stored = redis.pcall('HGETALL', pool.key .. ':tickets')
+  for i = 2, stored.err and 0 or #stored, 2 do
+    -- Of another release: it may be anything.
+    pcall(function() record_lost(pool, cjson.decode(stored[i])) end)
+  end
+  for _, key in ipairs(redis.call('KEYS', pool.key .. ':*')) do
+    if string.sub(key, 1, #pool.key + 6) ~= pool.key .. ':usage' then redis.call('DEL', key) end
+  end
+  doubt_limits(pool)
+  begin_epoch(pool, mark)
+end
+
+-- Whether processes of a newer release work with this pool now: ours are about to be replaced, and must not spoil it.
+local function is_of_newer(prefix, now)
+  local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'reaped')
+  return tonumber(found[1] or 0) > LAYOUT and math.abs(now - tonumber(found[2] or 0)) < LEASE_MS
+end
+
+-- `or_nil`: nil for a pool that a newer release uses; otherwise that is an error.
+local function open(prefix, or_nil)
+  process = process or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local time = redis.call('TIME')
-  local pool = { key = prefix, now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000), replicas = {}, dirty = {} }
+  local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  local pool = { key = prefix, now = now, run = process, replicas = {}, dirty = {} }
+  local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'mark', 'base')
+  if tonumber(found[1] or 0) ~= LAYOUT then
+    if is_of_newer(prefix, now) then
+      if or_nil then return nil end
+      error('this pool is used by a newer release')
+    end
+    if redis.call('EXISTS', prefix .. ':vars', prefix .. ':tickets', prefix .. ':replicas') == 0 then
+      begin_epoch(pool, 0)
+    else
+      rebuild(pool, tonumber(found[4] or 0))
+    end
+    return pool
+  end
+  pool.epoch, pool.base = found[2], tonumber(found[5])
+  if found[3] ~= process then
+    -- Another process has begun with this: who has seen more than that in the one before knows that it is older.
+    pool.base = tonumber(found[4])
+    redis.call('HSET', prefix .. ':vars', 'run', process, 'base', found[4])
+  end
+  pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
   local stored = redis.call('HGETALL', prefix .. ':replicas')
   for i = 1, #stored, 2 do pool.replicas[stored[i]] = cjson.decode(stored[i + 1]) end
+  return pool
+end
+
+-- What a client keeps of a reply, and tells with its next call that asks for it.
+local function memory(pool)
+  return string.format('%s %.0f', pool.run, pool.mark)
+end
+
+-- A pool as its client has seen it last (`seen`, '' before the first time): if it has been further than it is, it is rebuilt.
+local function open_as_seen(prefix, seen)
+  local pool = open(prefix)
+  local run, mark = string.match(seen, '^(%w+) (%d+)$')
+  mark = tonumber(mark)
+  if mark and mark > (run == pool.run and pool.mark or pool.base) then
+    rebuild(pool, mark)
+  elseif mark and run ~= pool.run and mark < tonumber(pool.epoch) then
+    -- Lost, and begun anew by another process: what that knows of limits may be old.
+    doubt_limits(pool)
+  end
   return pool
 end
 
@@ -57,15 +165,6 @@ local function average(pool, name, value, default)
   redis.call('HSET', pool.key .. ':vars', name, math.floor(old + (value - old) / 8))
 end
 
-local function epoch(pool)
-  local value = redis.call('HGET', pool.key .. ':vars', 'epoch')
-  if not value then
-    value = tostring(pool.now) .. '-' .. tostring(math.random(1000000000))
-    redis.call('HSET', pool.key .. ':vars', 'epoch', value)
-  end
-  return value
-end
-
 local function get(pool, id)
   local stored = redis.call('HGET', pool.key .. ':tickets', id)
   return stored and cjson.decode(stored) or nil
@@ -80,14 +179,6 @@ local function tell(ticket, event, fields)
   -- `attempts` tells news of this delivery from late news of an earlier one.
   fields.id, fields.event, fields.attempts = ticket.id, event, ticket.attempts
   redis.call('PUBLISH', 'lmaas:gateway:' .. ticket.gateway, cjson.encode(fields))
-end
-
--- The tokens of a ticket's last checkpoint: prompt, cached, completion; nil before the first.
-local function progress(pool, ticket)
-  local stored = redis.call('HGET', pool.key .. ':progress', ticket.id)
-  if not stored then return nil end
-  local prompt, cached, completion = string.match(stored, '(%d+),(%d+),(%d+)')
-  return { prompt = tonumber(prompt), cached = tonumber(cached), completion = tonumber(completion) }
 end
 
 local function size(map)

@@ -7,6 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from lmaas.errors import Unavailable
+from lmaas.scheduling import leases as module
 from lmaas.scheduling.client import Scheduler
 from lmaas.scheduling.leases import Leases
 from tests.scheduling.build import Pool, ids, opened, ticket
@@ -138,6 +139,28 @@ async def test_recent_events_are_told_again_although_no_ticket_is_open(leases: L
         pass
     await redis.flushall()
     await pool.beat()
+    await leases.renew()
+    await leases.renew()
+    assert await ids(pool) == ["r1"]
+
+
+async def test_events_are_not_forgotten_while_the_server_is_away(redis: Redis, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be away for longer than they are remembered, and come back without memory."""
+    monkeypatch.setattr(module, "REMEMBER_S", 0.0)
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    await pool.beat()
+    await leases.renew()
+    async with opened(leases):
+        pass
+    scheduler.away = True
+    await leases.renew()
+    await leases.renew()
+    await redis.flushall()
+    await pool.beat()
+    scheduler.away = False
+    await leases.renew()
+    assert await ids(pool) == ["r1"]
     await leases.renew()
     await leases.renew()
     assert await ids(pool) == ["r1"]
