@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import logging
+import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ async def run_gateway(settings: Settings) -> None:
     """Serve until told to stop."""
     async with connected(settings) as services:
         app, _ = build_gateway(settings, services)
+        _raise_file_limit()
         _calm_collector()
         await server(app, settings).serve()
 
@@ -144,6 +146,14 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_EVERY)
+
+
+def _raise_file_limit() -> None:
+    """Many systems give a process 1,024 open files unless it asks for those that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def provisioner(settings: Settings) -> Provisioner:

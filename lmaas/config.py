@@ -55,6 +55,12 @@ class Settings:
     #: How long a key that was valid stays so while Postgres is away.
     auth_grace_s: float = 300.0
 
+    #: How long a client may take to send a request's headers, and each 4 KiB of its body; then 408.
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    #: How many connections a gateway takes; at most half of the files that it may open.
+    max_connections: int = 16_384
+
     max_body_bytes: int = 4 * 1024 * 1024
     max_adapter_bytes: int = 512 * 1024 * 1024
     #: The largest answer that is kept for a request with an idempotency key.

@@ -24,6 +24,11 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 NOT_FOUND = "There is nothing at this address. The paths are listed in /openapi.json."
 
 
+def new_request_id() -> str:
+    """Made here, for every answer."""
+    return f"req_{secrets.token_hex(12)}"
+
+
 class JsonResponse(Response):
     """Compact JSON."""
 
@@ -54,7 +59,7 @@ class Frame:
             await self._app(scope, receive, send)
             return
         # Made here: a client's own X-Request-Id is never trusted, since the ledger counts by this one.
-        request_id = f"req_{secrets.token_hex(12)}"
+        request_id = new_request_id()
         scope["request_id"] = request_id
         started = False
 

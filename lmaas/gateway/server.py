@@ -1,17 +1,19 @@
 """The HTTP server in front of the gateway: uvicorn with limits that its fast parser does not have."""
 
 import asyncio
+import functools
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError
-from lmaas.http import JsonResponse
+from lmaas.gateway.patience import PatientProtocol, client_bounds
+from lmaas.http import JsonResponse, new_request_id
 
 MAX_HEADER_BYTES = 64 * 1024
 #: A client that takes nothing for this long has gone: it holds a slot that others wait for.
@@ -53,7 +55,7 @@ class JoinedTransport:
         return self._transport.is_closing()
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(PatientProtocol):
     """Refuses headers of more than MAX_HEADER_BYTES, and requests that come before the last one is answered.
 
     The first would fill our memory before anybody has shown a key. The second (pipelining, which no client of today uses) makes
@@ -63,7 +65,6 @@ class BoundedProtocol(HttpToolsProtocol):
     and a timeout around each write, would cost more than the rest of the exchange.
     """
 
-    _reading_headers = True
     _header_bytes = 0
     _on_lost: Callable[[], None] | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -180,16 +181,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(HeadersTooLargeError(f"The request's headers may have {MAX_HEADER_BYTES} bytes at most."))
 
     def _refuse(self, error: LmaasError) -> None:
-        if not self._busy:
+        # While a body is awaited an answer is under way that has not begun: this is it, then.
+        if self.cycle is None or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.response_started):
             body = JsonResponse(error.body()).body
-            head = f"HTTP/1.1 {int(error.status)} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+            headers = error.headers() | {"content-type": "application/json", "x-request-id": new_request_id()}
+            head = f"HTTP/1.1 {int(error.status)} {HTTPStatus(error.status).phrase}\r\n"
+            head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
             self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + bytes(body))
         self.transport.close()
 
 
 def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
     """An HTTP server for the application. On SIGTERM it takes nothing new and lets streams end for `drain_timeout_s`."""
-    protocol: Any = BoundedProtocol
+    protocol: Any = functools.partial(BoundedProtocol, bounds=client_bounds(settings))
     config = uvicorn.Config(
         app,
         host=settings.host,
