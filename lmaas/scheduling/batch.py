@@ -14,8 +14,9 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 #: A bound for what is sent at once, and so for how long a call waits for those before it.
 MAX_BATCH = 128
-#: How long the server may take to answer all of it.
-ANSWER_S = 5.0
+#: How long the server may take to answer all of it, on one connection; and how long that is tried in all: clients wait for it.
+ANSWER_S = 3.0
+GIVE_UP_S = 5.0
 #: How long to wait before each attempt. Each but the first is on a new connection.
 PAUSES_S = (0.0, 0.05, 0.2)
 
@@ -69,13 +70,14 @@ class Batch:
     async def _exchange(self, batch: deque[Waiting]) -> None:
         """Answer the batch, and take out of it whoever is answered. Raises RedisError for the others."""
         lost: RedisError | None = None
+        deadline = asyncio.get_running_loop().time() + GIVE_UP_S
         for pause_s in PAUSES_S:
             if pause_s:
                 await asyncio.sleep(pause_s)
-            connection = await self._connected()
+            connection = await self._connected(deadline)
             try:
                 # The connection closes itself when it fails or is cut off here: no late reply is taken for another's.
-                async with asyncio.timeout(ANSWER_S):
+                async with asyncio.timeout_at(_soon(deadline)):
                     await connection.send_packed_command(b"".join(packed for packed, _ in batch), check_health=False)
                     while batch:
                         answer = await _reply(connection)
@@ -94,8 +96,8 @@ class Batch:
                 return
         raise lost or RedisTimeout("not sent")
 
-    async def _connected(self) -> AbstractConnection:
-        """The connection. Raises RedisError if there is none to be had, which has been tried more than once then."""
+    async def _connected(self, deadline: float) -> AbstractConnection:
+        """The connection, by the loop's time. Raises RedisError if there is none to be had, which has been tried more than once then."""
         if self._connection is None:
             connection: AbstractConnection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
             # One timeout for the whole batch is ours. The library's own, for each reply, cost more than the reply.
@@ -103,11 +105,15 @@ class Batch:
             self._connection = connection
         if not self._connection.is_connected:
             try:
-                async with asyncio.timeout(ANSWER_S):
+                async with asyncio.timeout_at(_soon(deadline)):
                     await self._connection.connect()  # type: ignore[no-untyped-call]
             except TimeoutError:
-                raise RedisTimeout(f"no connection within {ANSWER_S:.0f} s") from None
+                raise RedisTimeout("no connection in time") from None
         return self._connection
+
+
+def _soon(deadline: float) -> float:
+    return min(asyncio.get_running_loop().time() + ANSWER_S, deadline)
 
 
 def _pack(command: Command) -> bytes:

@@ -165,10 +165,10 @@ class Scheduler:
         (a snapshot, a replica that lagged), and begins the pool anew."""
         told = self._memories.get(pool, "")
         reply = _object(await self._call(function, pool, *args[:at], told, *args[at:]))
-        self._see(pool, reply.pop("memory"), told)
+        self.saw(pool, reply.pop("memory"), told)
         return reply
 
-    def _see(self, pool: str, memory: str, told: str | None = None) -> None:
+    def saw(self, pool: str, memory: str, told: str | None = None) -> None:
         """Remember the pool's memory. What we know of an earlier process stays until the server has been told."""
         known = self._memories.get(pool, "")
         if known in ("", told) or known.partition(" ")[0] == memory.partition(" ")[0]:
@@ -194,7 +194,7 @@ class Scheduler:
             )
         )
         if memory := reply.pop("memory", ""):
-            self._see(ticket.pool, memory)
+            self.saw(ticket.pool, memory)
         return reply
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
@@ -204,7 +204,7 @@ class Scheduler:
         """
         known, memory = await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used)
         if memory:
-            self._see(ticket.pool, memory)
+            self.saw(ticket.pool, memory)
         return bool(known)
 
     async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:

@@ -206,8 +206,8 @@ class Leases:
                 report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
             del self._open[ticket.id]
-            # The server may have taken the ticket although we did not hear of it: make sure that it does not stay.
-            await asyncio.shield(self._settle_later(ticket, "", None, ""))
+            # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
+            self._settle_later(ticket, "", None, "")
             raise
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):

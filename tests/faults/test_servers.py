@@ -71,6 +71,21 @@ async def test_while_redis_is_away_requests_are_refused_in_time(caller: Caller) 
         await until(caller.works)
 
 
+async def test_while_redis_stalls_requests_are_refused_in_time(caller: Caller) -> None:
+    with caller.service.stalled_valkey():
+        started = asyncio.get_running_loop().time()
+        # Some come while the first one is waited for.
+        responses = await asyncio.gather(*(caller.ask() for _ in range(5)))
+        took_s = asyncio.get_running_loop().time() - started
+    assert {(response.status_code, response.json()["error"]["code"]) for response in responses} == {(503, "queue_unavailable")}
+    assert all(0 < int(response.headers["retry-after"]) <= 120 for response in responses)
+    assert took_s < 8
+    async with asyncio.timeout(RECOVERY_S):
+        for gateway in caller.service.gateways:
+            await until(lambda gateway=gateway: caller.works(gateway))
+    await caller.rests()
+
+
 async def _serves_those_it_knows(caller: Caller) -> None:
     """What holds while Postgres cannot be asked."""
     for gateway in caller.service.gateways:

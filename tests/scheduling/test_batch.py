@@ -82,6 +82,19 @@ async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis:
     await until(back, 5, 0.01)
 
 
+async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(module, "GIVE_UP_S", 0.1)
+    monkeypatch.setattr(module, "PAUSES_S", (0.0,) * 10_000)
+    batch = Batch(redis)
+    await batch.call("PING")
+    await redis.client_pause(2000)
+    async with asyncio.timeout(1.5):
+        with pytest.raises(RedisTimeout):
+            await batch.call("ECHO", "a")
+    await redis.client_unpause()
+
+
 async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_for_again(redis: Redis) -> None:
     batch = Batch(redis)
     before = await sent(redis, "incr")

@@ -46,6 +46,24 @@ async def test_without_a_server_nothing_is_accepted(redis: Redis, pool: Pool) ->
     assert await ids(pool) == []
 
 
+async def test_who_is_refused_does_not_wait_until_that_is_settled(redis: Redis) -> None:
+    class Stalled(Scheduler):
+        """Takes nothing; for the release it is waited for without end."""
+
+        async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+            if function == "release":
+                await asyncio.Event().wait()
+            raise Unavailable("away", code="queue_unavailable")
+
+    leases = Leases(Stalled(redis), "g")
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable):
+            async with opened(leases):
+                pytest.fail("it was not accepted")
+    for settling in leases._settling:
+        settling.cancel()
+
+
 async def test_what_could_not_be_settled_is_settled_later(redis: Redis, pool: Pool) -> None:
     scheduler = Away(redis)
     leases = Leases(scheduler, "g")
