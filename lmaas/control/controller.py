@@ -12,7 +12,7 @@ from lmaas.control.autoscaler import FAILURE_WINDOW_S, Demand, Policy, backoff_s
 from lmaas.control.plan import STOP_GRACE_S, Action, Verb, plan
 from lmaas.control.provisioners import Provisioner
 from lmaas.errors import Unavailable
-from lmaas.metering.writer import BATCH, write_events
+from lmaas.metering.writer import BATCH, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database, new_id
@@ -146,10 +146,15 @@ class Controller:
                 await self._provisioner.kill(action.replica)
 
     async def _meter_forever(self) -> None:
+        looked_aside: set[str] = set()
         while True:
             moved = 0
             try:
                 for model in await list_base_models(self._db):
+                    if model.id not in looked_aside:
+                        # The controller before us may have been of an older release than the gateways.
+                        await take_back(self._scheduler.redis, model.id)
+                        looked_aside.add(model.id)
                     moved = max(moved, await write_events(self._scheduler.redis, self._db, model.id))
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})

@@ -1,5 +1,6 @@
 """The record of one request's use, from its acceptance to its end."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -114,15 +115,20 @@ def _text(value: str | None) -> str:
     return "null" if value is None else encode_basestring_ascii(value)
 
 
+_EVENT_FIELDS = tuple(each.name for each in dataclasses.fields(UsageEvent) if each.name != "charge_picousd")
+
+
 def parse_event(text: str) -> UsageEvent:
     """The event that `UsageRecord.event` wrote, with its charge. Raises ValueError, KeyError or TypeError for anything else.
 
-    An event of a version without prices is charged nothing.
+    An event of a release without prices is charged nothing. What a newer release says besides is ignored.
     """
     fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise TypeError("a usage event is an object")
     fields["created_at"] = datetime.fromisoformat(fields["created_at"])
     fields["status"] = UsageStatus(fields["status"])
     prices = Prices(*(int(fields.pop(name, 0)) for name in ("prompt_price", "cached_price", "completion_price")))
-    event = UsageEvent(**fields)
+    event = UsageEvent(**{name: fields[name] for name in _EVENT_FIELDS if name in fields})
     charge = charge_picousd(prices, event.status, event.prompt_tokens, event.cached_tokens, event.completion_tokens)
     return replace(event, charge_picousd=charge)

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 BATCH = 500
 #: Events that are kept aside.
 MAX_BAD = 10_000
+#: Why an event is aside that a newer release may be able to read.
+UNREADABLE = "unreadable"
 
 
 async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
@@ -32,7 +34,7 @@ async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
         try:
             events.append((fields, parse_event(fields["event"])))
         except (ValueError, KeyError, TypeError) as error:
-            await _set_aside(redis, stream, fields, error)
+            await _set_aside(redis, stream, fields | {"why": UNREADABLE}, error)
     try:
         await record_events(db, [event for _, event in events])
     except UnrecordableEventError:
@@ -40,9 +42,31 @@ async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
             try:
                 await record_events(db, [event])
             except UnrecordableEventError as error:
-                await _set_aside(redis, stream, fields, error)
+                await _set_aside(redis, stream, fields | {"why": "unrecordable"}, error)
     await redis.xdel(stream, *(entry for entry, _ in entries))
     return len(entries)
+
+
+async def take_back(redis: Redis, pool_id: str) -> int:
+    """Put what an older release could not read, and this one can, back into the pool's stream; answers how many events."""
+    stream = f"lmaas:{{{pool_id}}}:usage"
+    entries: Any = await redis.xrange(f"{stream}:bad")
+    count = 0
+    for entry, fields in entries:
+        if fields.get("why") == UNREADABLE and _readable(fields):
+            # A crash between the two doubles it, and the ledger takes it once.
+            await redis.xadd(stream, {"event": fields["event"]})
+            await redis.xdel(f"{stream}:bad", entry)
+            count += 1
+    return count
+
+
+def _readable(fields: dict[str, str]) -> bool:
+    try:
+        parse_event(fields["event"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 async def _set_aside(redis: Redis, stream: str, fields: Any, error: Exception) -> None:

@@ -1,9 +1,14 @@
 """The migrations make exactly the tables that the code knows."""
 
+from collections.abc import Iterator
+
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
+from lmaas.errors import Unavailable
+from lmaas.store import migrate
 from lmaas.store.database import driver_url
 from lmaas.store.migrate import upgrade
 from lmaas.store.tables import metadata
@@ -30,3 +35,59 @@ def test_upgrading_what_is_new_already_changes_nothing(database_url: str) -> Non
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == before
         assert connection.execute(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")).scalar_one() == 0
     engine.dispose()
+
+
+@pytest.fixture
+def older_url(database_url: str) -> str:
+    """A database of the first release."""
+    engine = create_engine(driver_url(database_url))
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    engine.dispose()
+    upgrade(database_url, "0001")
+    return database_url
+
+
+@pytest.fixture
+def reader(older_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
+    """A transaction that goes on and on, and has read a table that is to be changed."""
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.05)
+    engine = create_engine(driver_url(older_url))
+    with engine.connect() as connection:
+        connection.execute(text("SELECT count(*) FROM tenants"))
+        yield connection
+    engine.dispose()
+
+
+def version(url: str) -> str:
+    engine = create_engine(driver_url(url))
+    with engine.connect() as connection:
+        found: str = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+    engine.dispose()
+    return found
+
+
+def test_a_locked_table_is_waited_for(older_url: str, reader: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 3:
+            reader.rollback()
+
+    monkeypatch.setattr("lmaas.store.migrate.time.sleep", sleep)
+    upgrade(older_url)
+    assert pauses == [0.5, 1.0, 2.0]
+    assert version(older_url) != "0001"
+
+
+def test_a_table_that_stays_locked_is_an_error_that_says_so(older_url: str, reader: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr(migrate, "PAUSE_S", 0.01)
+    with pytest.raises(Unavailable, match="stayed locked") as caught:
+        upgrade(older_url)
+    assert caught.value.error_code == "database_busy"
+    reader.rollback()
+    upgrade(older_url)
+    assert version(older_url) != "0001"
