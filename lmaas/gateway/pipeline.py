@@ -135,6 +135,8 @@ async def _run(
         record.count({})
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
+        # The engine has done its part: the next one gets the slot while the client reads the rest.
+        gateway.leases.settle(opened)
         await call.finish(rest)
 
 
