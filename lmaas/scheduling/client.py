@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 PARTS = ("state", "limits", "fairness", "placement", "scheduler")
 #: Where the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
+_ENCODE = msgspec.json.Encoder().encode
+_DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,9 +68,9 @@ class Ticket(msgspec.Struct, frozen=True):
     prices: tuple[int, int, int] = (0, 0, 0)
     limits: tuple[LimitedScope, ...] = ()
 
-    def sent(self, **more: str | int) -> bytes:
-        """Its JSON with a few fields more."""
-        return msgspec.json.encode(self)[:-1] + b"," + msgspec.json.encode(more)[1:]
+    def sent(self, waited_ms: int, attempts: int, more: bytes = b"") -> bytes:
+        """Its JSON with how long it has waited and how often it was delivered; `more` is further fields."""
+        return b'%b,"waited_ms":%d,"attempts":%d%b}' % (_ENCODE(self)[:-1], waited_ms, attempts, more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +168,9 @@ class Scheduler:
         or `unseeded`: then submit it again with `seeds` for the `scopes` of the answer, as of its `month`.
         """
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
-        sent = ticket.sent(waited_ms=waited_ms, attempts=attempts)
-        return _object(
-            await self._call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _json(told))
+        sent = ticket.sent(waited_ms, attempts)
+        return _DECODE(
+            await self._call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _ENCODE(told))
         )
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
@@ -186,21 +188,21 @@ class Scheduler:
     async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
         """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
         delivery that failed, from 0."""
-        return _object(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
+        return _DECODE(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
-        return _object(await self._call("renew", pool, *(part for pair in progress for part in pair)))
+        return _DECODE(await self._call("renew", pool, *(part for pair in progress for part in pair)))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
-        sent = ticket.sent(replica=replica, waited_ms=waited_ms, attempts=attempts)
+        sent = ticket.sent(waited_ms, attempts, b',"replica":' + _ENCODE(replica))
         return bool(await self._call("restore", ticket.pool, sent))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Say that a replica lives; hear what it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return _object(await self._call("heartbeat", pool, replica, _json(fields)))
+        return _DECODE(await self._call("heartbeat", pool, replica, _ENCODE(fields)))
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """The adapter is resident now: grants what waited for it."""
@@ -224,7 +226,7 @@ class Scheduler:
 
     async def stats(self, pool: str) -> dict[str, Any]:
         """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
-        return _object(await self._call("stats", pool))
+        return _DECODE(await self._call("stats", pool))
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""
@@ -268,12 +270,3 @@ def _away(function: str, error: RedisError) -> Unavailable:
         # It is there, but it refuses: somebody should know why.
         log.error("the queue refused", extra={"action": function, "detail": str(error)})
     return Unavailable("The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2)
-
-
-def _object(reply: str) -> dict[str, Any]:
-    value: dict[str, Any] = msgspec.json.decode(reply)
-    return value
-
-
-def _json(value: object) -> bytes:
-    return msgspec.json.encode(value)

@@ -146,14 +146,15 @@ class OpenTicket:
     def apply(self, report: dict[str, Any]) -> bool:
         """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
         state = report["state"]
+        if state == "granted" and self.lease is None and report["attempts"] == self.attempts:
+            self.lease = Lease(report["replica"], report["url"], report["queue_ms"], report["load_ms"])
+            self._changed.set()
+            return True
         if state == "unknown":
             return False
         if state != "failed" and report.get("attempts", self.attempts) != self.attempts:
             return True  # late news of an earlier delivery
-        if state == "granted" and self.lease is None:
-            self.lease = Lease(report["replica"], report["url"], int(report["queue_ms"]), int(report["load_ms"]))
-            self._changed.set()
-        elif state == "queued":
+        if state == "queued":
             self.position, self.wait_ms = int(report["position"]), int(report["wait_ms"])
         elif state == "revoked":
             if self.lease is None:
