@@ -37,6 +37,8 @@ local function open(prefix)
 end
 
 local function close(pool)
+  for id, ticket in pairs(pool.changed or {}) do redis.call('HSET', pool.key .. ':tickets', id, cjson.encode(ticket)) end
+  pool.changed = nil
   for id in pairs(pool.dirty) do
     local replica = pool.replicas[id]
     if replica then
@@ -66,13 +68,27 @@ local function epoch(pool)
   return value
 end
 
+-- Tickets are read once in a call and written by `close`: one changes more than once, and its JSON costs more than the rest.
 local function get(pool, id)
-  local stored = redis.call('HGET', pool.key .. ':tickets', id)
-  return stored and cjson.decode(stored) or nil
+  pool.tickets = pool.tickets or {}
+  local known = pool.tickets[id]
+  if known == nil then
+    local stored = redis.call('HGET', pool.key .. ':tickets', id)
+    known = stored and cjson.decode(stored) or false
+    pool.tickets[id] = known
+  end
+  return known or nil
 end
 
 local function put(pool, ticket)
-  redis.call('HSET', pool.key .. ':tickets', ticket.id, cjson.encode(ticket))
+  pool.tickets, pool.changed = pool.tickets or {}, pool.changed or {}
+  pool.tickets[ticket.id], pool.changed[ticket.id] = ticket, ticket
+end
+
+local function drop(pool, ticket)
+  if pool.changed then pool.changed[ticket.id] = nil end
+  pool.tickets[ticket.id] = false
+  redis.call('HDEL', pool.key .. ':tickets', ticket.id)
 end
 
 local function tell(ticket, event, fields)
