@@ -1,6 +1,7 @@
 """Our gateway without admission: `python -m bench.gateways.open_gateway ENGINE_URL`, with a gateway's settings.
 
-Nothing is asked of Redis: no limits, no queue, no leases, no usage events. Every request goes to one engine at once. All else is as it is.
+No limits, no queue, no leases: every request goes to one engine at once. All else is as it is, metering too: each request's usage event is
+told to Redis at its end, and remembered, by the same code.
 """
 
 import asyncio
@@ -12,16 +13,18 @@ from typing import Any
 
 from lmaas import app
 from lmaas.cli import main
-from lmaas.scheduling.leases import Lease
+from lmaas.scheduling.client import Scheduler
+from lmaas.scheduling.leases import Lease, Leases
 
 
 class OpenDoor:
     """A ticket that has its lease already."""
 
     position = wait_ms = 0
+    settled = False
 
-    def __init__(self, ticket: Any, lease: Lease) -> None:
-        self.ticket, self.lease = ticket, lease
+    def __init__(self, ticket: Any, usage: Any, lease: Lease) -> None:
+        self.ticket, self.usage, self.lease = ticket, usage, lease
         #: What is left of limits that nobody counts.
         self.left: dict[str, Any] = {}
 
@@ -40,24 +43,33 @@ class OpenDoor:
         raise RuntimeError(f"{lost.url}: {reason}")
 
 
-class OpenDoors:
+class EventsOnly(Scheduler):
+    """Has nothing to release: what ends is only told."""
+
+    def send_release(self, ticket: Any, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+        """Write the usage event to the pool's stream."""
+        return self._batch.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
+
+
+class OpenDoors(Leases):
     """In the place of `Leases`: grants everything, on one replica."""
 
-    def __init__(self, engine_url: str, _: Any, gateway: str) -> None:
-        self.gateway = gateway
+    def __init__(self, engine_url: str, scheduler: Scheduler, gateway: str) -> None:
+        super().__init__(EventsOnly(scheduler.redis), gateway)
         self._lease = Lease("rep_bench", engine_url, 0, 0)
 
     @asynccontextmanager
-    async def open(self, ticket: Any, *_: Any, **__: Any) -> AsyncIterator[OpenDoor]:
+    async def open(self, ticket: Any, usage: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
         """Grant."""
-        yield OpenDoor(ticket, self._lease)
+        door = OpenDoor(ticket, usage, self._lease)
+        yield door
+        if not door.settled:
+            await asyncio.wait({self.settle(door)})
 
-    async def run(self) -> None:
-        """Nothing is to be renewed."""
-        await asyncio.Event().wait()
-
-    async def drained(self) -> None:
-        """Nothing is to be told."""
+    def settle(self, opened: Any) -> "asyncio.Future[Any]":
+        """Tell the usage event."""
+        opened.settled = True
+        return self._tell_end((opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
 
 
 if __name__ == "__main__":

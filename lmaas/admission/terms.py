@@ -96,9 +96,19 @@ def _seconds_to_next_month() -> int:
 
 def rate_limit_headers(left: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """OpenAI's `x-ratelimit-*` headers for what is left of a minute's limits: `requests` and `tokens` → limit, remaining, ms."""
-    headers = {}
+    lines = rate_limit_lines(left).decode().splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def rate_limit_lines(left: Mapping[str, Sequence[int]]) -> bytes:
+    """The same as header lines: an answer that was admitted has them, which are nearly all answers."""
+    lines = b""
     for name, (limit, remaining, reset_ms) in left.items():
-        headers[f"x-ratelimit-limit-{name}"] = str(int(limit))
-        headers[f"x-ratelimit-remaining-{name}"] = str(int(remaining))
-        headers[f"x-ratelimit-reset-{name}"] = f"{int(reset_ms) / 1000:g}s"
-    return headers
+        lines += _LINES[name] % (limit, remaining, reset_ms / 1000)
+    return lines
+
+
+_LINES = {
+    name: f"x-ratelimit-limit-{name}: %d\r\nx-ratelimit-remaining-{name}: %d\r\nx-ratelimit-reset-{name}: %gs\r\n".encode()
+    for name in ("requests", "tokens")
+}

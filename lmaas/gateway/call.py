@@ -18,8 +18,6 @@ class Call:
         self._scope, self._receive, self._send = scope, receive, send
         self.request_id: str = scope["request_id"]
         self.started = False
-        #: Sent with the answer besides its own.
-        self.more_headers: dict[str, str] = {}
         self.gone = asyncio.Event()
         self._on_gone: list[Callable[[], None]] = []
 
@@ -55,6 +53,10 @@ class Call:
                 break
         return b"".join(parts)
 
+    def add_to_head(self, lines: bytes) -> None:
+        """Send these header lines too, whatever the answer will be: each whole, and made of nothing that came from outside."""
+        self._scope["lmaas.head"](lines)
+
     def watch(self) -> None:
         """Notice from now on when the client goes away. The body must have been read."""
         self._scope["lmaas.watch"](self._leave)
@@ -76,7 +78,7 @@ class Call:
         """Send status and headers, once."""
         if not self.started:
             self.started = True
-            raw = [(name.encode(), value.encode("latin-1")) for name, value in (headers | self.more_headers).items()]
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             await self._put({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:

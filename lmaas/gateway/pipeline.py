@@ -8,7 +8,7 @@ from typing import Any
 
 from lmaas.admission.estimate import estimate
 from lmaas.admission.months import Months
-from lmaas.admission.terms import Terms, limited_scopes, rate_limit_headers
+from lmaas.admission.terms import Terms, limited_scopes, rate_limit_lines
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
@@ -78,7 +78,8 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
     deadline_s = gateway.settings.queue_deadline_s
     call.watch()
     async with gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
-        call.more_headers = rate_limit_headers(opened.left)
+        if opened.left:
+            call.add_to_head(rate_limit_lines(opened.left))
         with gateway.metrics.in_flight.track_inprogress():
             try:
                 await _run(gateway, call, endpoint, request, model, record, opened)
@@ -135,6 +136,8 @@ async def _run(
         record.count({})
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
+        # The engine has done its part: the next one gets the slot while the client reads the rest.
+        gateway.leases.settle(opened)
         await call.finish(rest)
 
 

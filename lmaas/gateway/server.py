@@ -27,18 +27,27 @@ class HeadersTooLargeError(InvalidRequest):
 
 
 class JoinedTransport:
-    """Sends an answer's head together with the first bytes of its body, as ASGI means it: a system call less for each answer."""
+    """Sends an answer's head together with the first bytes of its body, as ASGI means it: a system call less for each answer.
 
-    __slots__ = ("_cycle", "_head", "_transport")
+    `add_to_head` takes header lines as they are sent, each with its end: uvicorn looks at each name and value for longer than it takes to
+    write them. They must be right: made of nothing that came from outside.
+    """
+
+    __slots__ = ("_cycle", "_head", "_more", "_transport")
 
     def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
         self._transport, self._cycle = transport, cycle
         self._head: bytes | None = None
+        self._more = b""
+
+    def add_to_head(self, lines: bytes) -> None:
+        """Have these header lines sent with the answer, which has not started."""
+        self._more = lines
 
     def write(self, data: bytes) -> None:
         """Bytes of the answer. The first ones after it has started are its head."""
         if self._head is None and self._cycle.response_started:
-            self._head = data
+            self._head = data[:-2] + self._more + b"\r\n" if self._more else data
             return
         if self._head:
             data, self._head = self._head + data, b""
@@ -62,7 +71,7 @@ class BoundedProtocol(PatientProtocol):
     uvicorn stop reading, and a client that goes away would not be noticed.
 
     The scope's `lmaas.watch` takes a callback for when the client goes away: a task for each request that waits for uvicorn's word,
-    and a timeout around each write, would cost more than the rest of the exchange.
+    and a timeout around each write, would cost more than the rest of the exchange. Its `lmaas.head` takes more lines for the answer's head.
     """
 
     _header_bytes = 0
@@ -139,6 +148,8 @@ class BoundedProtocol(PatientProtocol):
         if self.cycle is not None and self.scope["method"] != "HEAD":  # there, no body would follow the head
             joined: Any = JoinedTransport(self.transport, self.cycle)
             self.cycle.transport = joined
+            scope: Any = self.scope
+            scope["lmaas.head"] = joined.add_to_head
 
     def on_url(self, url: bytes) -> None:
         """A part of the address."""

@@ -20,7 +20,7 @@ GIVE_UP_S = 5.0
 #: How long to wait before each attempt. Each but the first is on a new connection.
 PAUSES_S = (0.0, 0.05, 0.2)
 
-Command = tuple[str | int, ...]
+Command = tuple[bytes | str | int, ...]
 Waiting = tuple[bytes, "asyncio.Future[Any]"]
 
 
@@ -37,14 +37,18 @@ class Batch:
         self._sending: asyncio.Task[None] | None = None
         self._connection: AbstractConnection | None = None
 
-    async def call(self, *command: str | int) -> Any:
+    async def call(self, *command: bytes | str | int) -> Any:
         """The reply. Raises redis.exceptions.RedisError."""
+        return await self.send(*command)
+
+    def send(self, *command: bytes | str | int) -> "asyncio.Future[Any]":
+        """Have a command go out, whether or not somebody waits; the future gets the reply or the error."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         # Packed here: what cannot be packed is its caller's own error.
         self._waiting.append((_pack(command), reply))
         if self._sending is None:
             self._sending = asyncio.create_task(self._send(), name="redis-batch")
-        return await reply
+        return reply
 
     async def _send(self) -> None:
         batch: deque[Waiting] = deque()

@@ -26,11 +26,13 @@ log = logging.getLogger(__name__)
 PARTS = ("state", "limits", "fairness", "placement", "scheduler")
 #: Where the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
+_ENCODE = msgspec.json.Encoder().encode
+_DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-@dataclass(frozen=True, slots=True)
-class LimitedScope:
-    """A tenant or a key (`scope` says which), and the limits that hold for it. None is no limit; the budget is in micro-dollars."""
+class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tenant or a key (`scope` says which), and the limits that hold for it. None is no limit, and is not sent; the budget is in
+    micro-dollars."""
 
     id: str
     scope: str
@@ -40,14 +42,9 @@ class LimitedScope:
     tokens_per_month: int | None = None
     budget_per_month: int | None = None
 
-    def fields(self) -> dict[str, Any]:
-        """What is sent: the limits that there are."""
-        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A queued request, as the scheduler sees it: never its prompt.
+class Ticket(msgspec.Struct, frozen=True):
+    """A queued request, as the scheduler sees it: never its prompt. One is made and sent with every request, so it is a msgspec.Struct.
 
     `adapter` is the engine's name of the adapter (empty for the base model), `source` where its files are in the object store,
     `weight` how many sequences it needs, `event` the usage event (JSON) to write if its gateway dies. `share` divides what its tenant
@@ -71,9 +68,9 @@ class Ticket:
     prices: tuple[int, int, int] = (0, 0, 0)
     limits: tuple[LimitedScope, ...] = ()
 
-    def fields(self) -> dict[str, Any]:
-        """What is sent."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"limits": [scope.fields() for scope in self.limits]}
+    def sent(self, waited_ms: int, attempts: int, more: bytes = b"") -> bytes:
+        """Its JSON with how long it has waited and how often it was delivered; `more` is further fields."""
+        return b'%b,"waited_ms":%d,"attempts":%d%b}' % (_ENCODE(self)[:-1], waited_ms, attempts, more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +144,7 @@ class Scheduler:
         #: How far each pool's memory was when we saw it last: the server's process, and a mark that grows with every call.
         self._memories: dict[str, str] = {}
 
-    async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
@@ -160,11 +157,11 @@ class Scheduler:
         except RedisError as error:
             raise _away(function, error) from error
 
-    async def _call_as_seen(self, function: str, pool: str, *args: str | int, at: int = 0) -> dict[str, Any]:
+    async def _call_as_seen(self, function: str, pool: str, *args: bytes | str | int, at: int = 0) -> dict[str, Any]:
         """A call that tells, as argument `at`, how far we have seen this pool: a server that is behind has come back with an older memory
         (a snapshot, a replica that lagged), and begins the pool anew."""
         told = self._memories.get(pool, "")
-        reply = _object(await self._call(function, pool, *args[:at], told, *args[at:]))
+        reply = _DECODE(await self._call(function, pool, *args[:at], told, *args[at:]))
         self.saw(pool, reply.pop("memory"), told)
         return reply
 
@@ -186,12 +183,10 @@ class Scheduler:
         It was not taken if `state` is `refused` (the tenant's queue is full), `refused_by_pool`, `limited` (over a limit, see limits.lua)
         or `unseeded`: then submit it again with `seeds` for the `scopes` of the answer, as of its `month`.
         """
-        fields = ticket.fields() | {"waited_ms": waited_ms, "attempts": attempts}
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
-        reply = _object(
-            await self._call(
-                "submit", ticket.pool, _json(fields), bounds.max_queued, bounds.max_queued_pool, "" if told is None else _json(told)
-            )
+        sent = ticket.sent(waited_ms, attempts)
+        reply = _DECODE(
+            await self._call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _ENCODE(told))
         )
         if memory := reply.pop("memory", ""):
             self.saw(ticket.pool, memory)
@@ -202,7 +197,16 @@ class Scheduler:
 
         False if the scheduler no longer knew it.
         """
-        known, memory = await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used)
+        return self.released(ticket, await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used))
+
+    def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+        """The same, tried once and not waited for: the future gets a reply for `released`, or a RedisError."""
+        name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
+        return self._batch.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, used)
+
+    def released(self, ticket: Ticket, reply: Any) -> bool:
+        """What the reply to a release says: False if the scheduler no longer knew the ticket."""
+        known, memory = reply
         if memory:
             self.saw(ticket.pool, memory)
         return bool(known)
@@ -210,7 +214,7 @@ class Scheduler:
     async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
         """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
         delivery that failed, from 0."""
-        return _object(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
+        return _DECODE(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
@@ -218,13 +222,13 @@ class Scheduler:
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
-        fields = ticket.fields() | {"replica": replica, "waited_ms": waited_ms, "attempts": attempts}
-        return bool(await self._call("restore", ticket.pool, _json(fields)))
+        sent = ticket.sent(waited_ms, attempts, b',"replica":' + _ENCODE(replica))
+        return bool(await self._call("restore", ticket.pool, sent))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Say that a replica lives; hear what it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return await self._call_as_seen("heartbeat", pool, replica, _json(fields), at=2)
+        return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), at=2)
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """The adapter is resident now: grants what waited for it."""
@@ -292,13 +296,3 @@ def _away(function: str, error: RedisError) -> Unavailable:
         # It is there, but it refuses: somebody should know why.
         log.error("the queue refused", extra={"action": function, "detail": str(error)})
     return Unavailable("The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2)
-
-
-def _object(reply: str) -> dict[str, Any]:
-    value: dict[str, Any] = msgspec.json.decode(reply)
-    return value
-
-
-def _json(value: object) -> str:
-    # A ticket is sent with every request: json took 10 µs for it.
-    return msgspec.json.encode(value).decode()

@@ -43,18 +43,30 @@ local function charged(pool, ticket)
   return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens
 end
 
--- Begin to wait, with the counter that idling has not made smaller than the others'.
-local function lift(pool, tenant)
-  -- Behind whoever waits already: else newcomers without end could stay before somebody who is first.
-  local behind = redis.call('EXISTS', pool.key .. ':waiting') == 1 and BEHIND or 0
-  redis.call('ZADD', pool.key .. ':counters', math.max(counter_of(pool, tenant), floor_of(pool) + behind), tenant)
+-- The counter with which a tenant begins to wait: idling has not made it smaller than the others'. `behind`: by how much it is more.
+local function lift(pool, tenant, behind)
+  local counter = math.max(counter_of(pool, tenant), floor_of(pool) + behind)
+  redis.call('ZADD', pool.key .. ':counters', counter, tenant)
   if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
     -- Whoever has less than the floor would be lifted to it anyway.
     local floor = floor_of(pool)
     redis.call('HSET', pool.key .. ':vars', 'floor', floor)
     redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
   end
+end
+
+-- Begin to wait.
+local function line_up(pool, tenant)
+  -- Behind whoever waits already: else newcomers without end could stay before somebody who is first.
+  lift(pool, tenant, redis.call('EXISTS', pool.key .. ':waiting') == 1 and BEHIND or 0)
   redis.call('ZADD', pool.key .. ':waiting', counter_of(pool, tenant), tenant)
+end
+
+-- Its turn comes at once, since nobody waits: leaves what waiting would leave behind.
+local function pass_through(pool, ticket)
+  ticket.sequence = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
+  lift(pool, ticket.tenant, 0)
+  redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant)
 end
 
 -- `front`: it came back, and goes before every other; among themselves in the order in which they came back.
@@ -64,7 +76,7 @@ local function enqueue(pool, ticket, front)
   if front then
     redis.call('ZADD', pool.key .. ':front', ticket.sequence, ticket.id)
   else
-    if redis.call('EXISTS', queue) == 0 then lift(pool, ticket.tenant) end
+    if redis.call('EXISTS', queue) == 0 then line_up(pool, ticket.tenant) end
     redis.call('ZADD', queue, redis.call('HINCRBY', pool.key .. ':sequences', ticket.tenant, 1) - ticket.head_start, ticket.id)
   end
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil

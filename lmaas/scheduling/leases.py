@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -51,6 +52,10 @@ class Terms(Protocol):
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
         """The error for a ticket that was not taken."""
+
+
+#: What is told of a ticket that has ended: its usage event, how long it ran, and what it used.
+Settlement = tuple[Ticket, str, int | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +146,15 @@ class OpenTicket:
     def apply(self, report: dict[str, Any]) -> bool:
         """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
         state = report["state"]
+        if state == "granted" and self.lease is None and report["attempts"] == self.attempts:
+            self.lease = Lease(report["replica"], report["url"], report["queue_ms"], report["load_ms"])
+            self._changed.set()
+            return True
         if state == "unknown":
             return False
         if state != "failed" and report.get("attempts", self.attempts) != self.attempts:
             return True  # late news of an earlier delivery
-        if state == "granted" and self.lease is None:
-            self.lease = Lease(report["replica"], report["url"], int(report["queue_ms"]), int(report["load_ms"]))
-            self._changed.set()
-        elif state == "queued":
+        if state == "queued":
             self.position, self.wait_ms = int(report["position"]), int(report["wait_ms"])
         elif state == "revoked":
             if self.lease is None:
@@ -184,9 +190,10 @@ class Leases:
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
         #: Releases that Redis has not taken yet.
-        self._unsettled: list[tuple[Ticket, str, int | None, str]] = []
-        self._settling: set[asyncio.Task[None]] = set()
-        self._recent: deque[tuple[float, str, str]] = deque(maxlen=REMEMBER_AT_MOST)
+        self._unsettled: list[Settlement] = []
+        self._settling: set[asyncio.Future[Any]] = set()
+        #: Usage events by pool, each with when it was told.
+        self._recent: dict[str, deque[tuple[float, str]]] = {}
         self._epochs: dict[str, str] = {}
         #: When Redis last answered all renewals (monotonic seconds).
         self._heard = time.monotonic()
@@ -207,7 +214,7 @@ class Leases:
         except BaseException:
             del self._open[ticket.id]
             # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
-            self._settle_later(ticket, "", None, "")
+            self._tell_end((ticket, "", None, ""))
             raise
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
@@ -218,26 +225,42 @@ class Leases:
         try:
             yield opened
         finally:
-            del self._open[ticket.id]
-            # Goes on although the request's own task is cancelled.
-            await asyncio.shield(self._settle_later(ticket, usage.event(), usage.run_ms, usage.progress()))
+            if ticket.id in self._open:
+                # It goes on although the request's own task is cancelled.
+                await asyncio.wait({self.settle(opened)})
 
-    def _settle_later(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> "asyncio.Task[None]":
-        settlement = asyncio.create_task(self._settle(ticket, event, run_ms, used))
-        self._settling.add(settlement)
-        settlement.add_done_callback(self._settling.discard)
-        return settlement
+    def settle(self, opened: OpenTicket) -> "asyncio.Future[Any]":
+        """End a ticket, once: frees its slot and records its usage event as it stands, in one step. Nobody needs to wait for that."""
+        ticket, usage = opened.ticket, opened.usage
+        del self._open[ticket.id]
+        return self._tell_end((ticket, usage.event(), usage.run_ms, usage.progress()))
 
-    async def _settle(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
-        try:
-            await self._release(ticket, event, run_ms, used)
-        except Unavailable:
-            self._unsettled.append((ticket, event, run_ms, used))
+    def _tell_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
+        # No task: that would cost more than what it does.
+        told = self.scheduler.send_release(*settlement)
+        self._settling.add(told)
+        told.add_done_callback(functools.partial(self._end_told, settlement))
+        return told
 
-    async def _release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> None:
-        await self.scheduler.release(ticket, event, run_ms, used)
+    def _end_told(self, settlement: Settlement, told: "asyncio.Future[Any]") -> None:
+        self._settling.discard(told)
+        if told.cancelled() or told.exception() is not None:
+            self._unsettled.append(settlement)  # the next renewal tells it
+        else:
+            self.scheduler.released(settlement[0], told.result())
+            self._remember(settlement)
+
+    def _remember(self, settlement: Settlement) -> None:
+        ticket, event, _, _ = settlement
         if event:
-            self._recent.append((time.monotonic(), ticket.pool, event))
+            recent = self._recent.get(ticket.pool)
+            if recent is None:
+                recent = self._recent[ticket.pool] = deque(maxlen=REMEMBER_AT_MOST)
+            recent.append((time.monotonic(), event))
+
+    async def _release(self, settlement: Settlement) -> None:
+        await self.scheduler.release(*settlement)
+        self._remember(settlement)
 
     async def run(self) -> None:
         """Hear of grants, and renew every second. Runs until cancelled."""
@@ -267,10 +290,9 @@ class Leases:
 
     async def _renew(self) -> None:
         # Pools of recent events too: if Redis loses them now, nobody else would notice.
-        while self._recent and self._recent[0][0] < self._heard - REMEMBER_S:
-            self._recent.popleft()
+        self._forget_old()
         heard = time.monotonic()
-        pools: dict[str, list[OpenTicket]] = {pool: [] for _, pool, _ in self._recent}
+        pools: dict[str, list[OpenTicket]] = {pool: [] for pool in self._recent}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
         for pool, tickets in _batches(pools):
@@ -287,6 +309,14 @@ class Leases:
                 heard = self._heard
                 log.warning("tickets could not be renewed", extra={"action": "renew", "pool_id": pool})
         self._heard = heard
+
+    def _forget_old(self) -> None:
+        oldest = self._heard - REMEMBER_S
+        for pool, recent in list(self._recent.items()):
+            while recent and recent[0][0] < oldest:
+                recent.popleft()
+            if not recent:
+                del self._recent[pool]
 
     async def _put_back(self, opened: OpenTicket) -> None:
         if opened.lease is not None:
@@ -305,7 +335,7 @@ class Leases:
             # Taken off only when it is told; a second teller at the same moment does no harm, since the ledger takes each event once.
             item = self._unsettled[0]
             try:
-                await self._release(*item)
+                await self._release(item)
             except Unavailable:
                 return
             with contextlib.suppress(ValueError):
@@ -318,9 +348,8 @@ class Leases:
         known, self._epochs[pool] = self._epochs.get(pool, epoch), epoch
         if known != epoch:
             log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
-            for _, of_pool, event in self._recent:
-                if of_pool == pool:
-                    self._unsettled.append((_told_again(pool), event, None, ""))
+            for _, event in self._recent.get(pool, ()):
+                self._unsettled.append((_told_again(pool), event, None, ""))
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""

@@ -119,8 +119,8 @@ local function keep_replica(pool, kept)
   return best ~= nil
 end
 
+-- What has been taken off the queue, if it was there.
 local function place(pool, ticket, replica, caller)
-  dequeue(pool, ticket)
   redis.call('HINCRBY', pool.key .. ':vars', 'placed', 1)
   ticket.placed = pool.now
   charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
@@ -170,37 +170,54 @@ end
 -- Place the first ticket that fits; false if none does.
 local function place_next(pool, caller)
   local placed = var(pool, 'placed', 0)
-  local known, newly_passed, kept = {}, {}, {}
+  local replicas, newly_passed, kept, asked = {}, {}, {}, {}
   local found = each_waiting(pool, function(id, need, passed_at)
-    local weight, adapter = string.match(need, '^(%d+)|(.*)$')
-    local replica = known[need]
+    local replica = replicas[need]
     if replica == nil then
+      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
       replica = choose(pool, tonumber(weight), adapter, kept) or false
-      known[need] = replica
+      replicas[need] = replica
     end
     if replica then return { id = id, replica = replica } end
     if not passed_at then
       newly_passed[#newly_passed + 1] = id
-    else
+    elseif placed - passed_at >= RESERVE_PASSES then
       local passes = placed - passed_at
-      if passes >= RESERVE_PASSES and adapter ~= '' then keep_adapter_slot(pool, adapter, kept) end
+      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
+      -- Once for each adapter: what could not be kept for one ticket cannot be for the next.
+      if adapter ~= '' and not asked[adapter] then
+        asked[adapter] = true
+        keep_adapter_slot(pool, adapter, kept)
+      end
       if passes >= MAX_PASSES and tonumber(weight) > 1 then keep_replica(pool, kept) end
     end
     return nil
   end)
   if not found then return false end
   for _, id in ipairs(newly_passed) do redis.call('HSET', pool.key .. ':passed', id, placed) end
-  place(pool, get(pool, found.id), found.replica, caller)
+  local ticket = get(pool, found.id)
+  dequeue(pool, ticket)
+  place(pool, ticket, found.replica, caller)
   return true
 end
 
 -- Give out every slot that can be given out.
 local function dispatch(pool, caller)
-  while true do
+  for _ = 1, redis.call('ZCARD', pool.key .. ':queue') do
     local free = false
     for _, replica in pairs(pool.replicas) do free = free or (fresh(pool, replica) and replica.load < replica.slots) end
     if not free or not place_next(pool, caller) then return end
   end
+end
+
+-- Place a new ticket if nobody waits and there is room, as queueing and dispatching it would. False otherwise.
+local function place_at_once(pool, ticket)
+  if redis.call('ZCARD', pool.key .. ':queue') > 0 then return false end
+  local replica = choose(pool, ticket.weight, ticket.adapter, {})
+  if not replica then return false end
+  pass_through(pool, ticket)
+  place(pool, ticket, replica, ticket.id)
+  return true
 end
 
 -- The adapters that the tickets in the queue need first, and where their files are: as many as run at once.
@@ -225,7 +242,7 @@ local function forget(pool, ticket, used)
     let_go(pool, ticket)
   end
   settle(pool, ticket, used)
-  redis.call('HDEL', pool.key .. ':tickets', ticket.id)
+  drop(pool, ticket)
   redis.call('HDEL', pool.key .. ':progress', ticket.id)
   redis.call('ZREM', pool.key .. ':expiry', ticket.id)
   redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
@@ -261,10 +278,10 @@ end
 local function remove(pool, id)
   pool.replicas[id] = nil
   pool.dirty[id] = true
-  local stored, loading = redis.call('HGETALL', pool.key .. ':tickets'), {}
-  for i = 2, #stored, 2 do
-    local ticket = cjson.decode(stored[i])
-    if ticket.replica == id then
+  local loading = {}
+  for _, ticket_id in ipairs(redis.call('HKEYS', pool.key .. ':tickets')) do
+    local ticket = get(pool, ticket_id)
+    if ticket and ticket.replica == id then
       if ticket.state == 'loading' then
         loading[#loading + 1] = ticket
       else

@@ -64,12 +64,14 @@ redis.register_function('lmaas_submit', function(keys, args)
     end
     -- One that comes back after the server lost its memory has waited, and perhaps been delivered, before.
     ticket.submitted = pool.now - ticket.waited_ms
-    enqueue(pool, ticket, false)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
     redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
-    dispatch(pool, ticket.id)
-    known = get(pool, ticket.id)
-    ask_for_replica(pool)
+    if not place_at_once(pool, ticket) then
+      enqueue(pool, ticket, false)
+      dispatch(pool, ticket.id)
+      ask_for_replica(pool)
+    end
+    known = ticket
   end
   close(pool)
   local reply = report(pool, known)

@@ -66,6 +66,7 @@ end
 local function begin_epoch(pool, mark)
   pool.mark = math.max(pool.now * 1000, mark + 1)
   pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
+  pool.tickets, pool.changed = nil, nil
   redis.call('HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch)
 end
 
@@ -145,6 +146,8 @@ local function open_as_seen(prefix, seen)
 end
 
 local function close(pool)
+  for id, ticket in pairs(pool.changed or {}) do redis.call('HSET', pool.key .. ':tickets', id, cjson.encode(ticket)) end
+  pool.changed = nil
   for id in pairs(pool.dirty) do
     local replica = pool.replicas[id]
     if replica then
@@ -165,13 +168,27 @@ local function average(pool, name, value, default)
   redis.call('HSET', pool.key .. ':vars', name, math.floor(old + (value - old) / 8))
 end
 
+-- Tickets are read once in a call and written by `close`: one changes more than once, and its JSON costs more than the rest.
 local function get(pool, id)
-  local stored = redis.call('HGET', pool.key .. ':tickets', id)
-  return stored and cjson.decode(stored) or nil
+  pool.tickets = pool.tickets or {}
+  local known = pool.tickets[id]
+  if known == nil then
+    local stored = redis.call('HGET', pool.key .. ':tickets', id)
+    known = stored and cjson.decode(stored) or false
+    pool.tickets[id] = known
+  end
+  return known or nil
 end
 
 local function put(pool, ticket)
-  redis.call('HSET', pool.key .. ':tickets', ticket.id, cjson.encode(ticket))
+  pool.tickets, pool.changed = pool.tickets or {}, pool.changed or {}
+  pool.tickets[ticket.id], pool.changed[ticket.id] = ticket, ticket
+end
+
+local function drop(pool, ticket)
+  if pool.changed then pool.changed[ticket.id] = nil end
+  pool.tickets[ticket.id] = false
+  redis.call('HDEL', pool.key .. ':tickets', ticket.id)
 end
 
 local function tell(ticket, event, fields)

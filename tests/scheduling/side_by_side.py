@@ -34,7 +34,7 @@ class Direct(Scheduler):
         self.reads: Callable[[Pipeline], None] = lambda _: None
         self.found: list[Any] = []
 
-    async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         ask = self.client.pipeline(transaction=False)
         ask.fcall(f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args)
         self.reads(ask)

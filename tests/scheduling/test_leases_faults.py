@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from lmaas.errors import Unavailable
 from lmaas.scheduling import leases as module
@@ -18,10 +19,17 @@ class Away(Scheduler):
 
     away = False
 
-    async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         if self.away:
             raise Unavailable("away", code="queue_unavailable")
         return await super()._call(function, pool, *args)
+
+    def send_release(self, *args: Any) -> "asyncio.Future[Any]":
+        if not self.away:
+            return super().send_release(*args)
+        told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        told.set_exception(RedisError("away"))
+        return told
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ async def test_who_is_refused_does_not_wait_until_that_is_settled(redis: Redis) 
     class Stalled(Scheduler):
         """Takes nothing; for the release it is waited for without end."""
 
-        async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+        async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
             if function == "release":
                 await asyncio.Event().wait()
             raise Unavailable("away", code="queue_unavailable")
@@ -209,7 +217,7 @@ async def test_a_ticket_whose_acceptance_was_not_heard_is_taken_back(redis: Redi
     class Deaf(Away):
         """Takes the ticket, and is gone before it says so."""
 
-        async def _call(self, function: str, pool: str, *args: str | int) -> Any:
+        async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
             answer = await super()._call(function, pool, *args)
             if function == "submit":
                 self.away = True

@@ -1,11 +1,12 @@
 """Limits inside the function library, on a clock that the test sets."""
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, library
 from tests.scheduling.build import Pool, ticket

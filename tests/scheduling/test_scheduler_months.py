@@ -1,6 +1,6 @@
 """The month's figures of the limits, in a real Valkey: when the ledger is asked."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, Ticket
 from tests.scheduling.build import ticket
