@@ -20,6 +20,7 @@ from lmaas.store.idempotency import delete_old
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.store.replicas import add_replica, desire_stop, list_replicas, observe, recent_failures
+from lmaas.types import Resources
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +128,12 @@ class Controller:
         match action.verb:
             case Verb.START:
                 replica_id = new_id("rep")
+                needs = needs_of(model, self._settings, await self._provisioner.capacity())
                 log.info("starting a replica", extra=extra | {"replica_id": replica_id})
                 # The row first: a crash between the two leaves a row without a process, which the next tick writes off.
                 await add_replica(self._db, replica_id, model.id)
                 try:
-                    await self._provisioner.start(replica_id, model.id)
+                    await self._provisioner.start(replica_id, model.id, needs)
                 except OSError as error:
                     await observe(self._db, replica_id, Observed.FAILED, reason=f"its supervisor could not be started: {error}")
             case Verb.STOP:
@@ -165,6 +167,16 @@ class Controller:
             except Unavailable as error:
                 log.warning("old answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
             await asyncio.sleep(SWEEP_S)
+
+
+def needs_of(model: BaseModel, settings: Settings, capacity: Resources | None) -> Resources:
+    """What a replica of this base model takes: the operator's word, then the setting's; one accelerator where there are any."""
+    usual = settings.engine_accelerators
+    if usual is None:
+        usual = 1 if capacity is not None and capacity.accelerators > 0 else 0
+    return Resources(
+        settings.engine_cpus if model.cpus is None else model.cpus, usual if model.accelerators is None else model.accelerators
+    )
 
 
 def _seen(memory: dict[str, dict[str, float]], pool_id: str, present: set[str] | frozenset[str], now: float) -> dict[str, float]:

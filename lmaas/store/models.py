@@ -36,6 +36,9 @@ class BaseModel:
     min_replicas: int | None = None
     max_replicas: int | None = None
     idle_timeout_s: float | None = None
+    #: What a replica takes from its machine; None means the setting's.
+    cpus: float | None = None
+    accelerators: int | None = None
     #: What tenants pay: micro-dollars per million tokens.
     prompt_price: int = 0
     cached_price: int = 0
@@ -53,7 +56,7 @@ _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 
 #: What an operator may change while the service runs; the rest would change what an adapter was validated against.
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
-CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", *PRICES})
+CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators", *PRICES})
 #: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
 #: Lua's JSON hold a price.
 MAX_PRICE = 4 * 10**9

@@ -95,6 +95,8 @@ base_models = Table(
     Column("min_replicas", Integer),
     Column("max_replicas", Integer),
     Column("idle_timeout_s", Float),
+    Column("cpus", Float),
+    Column("accelerators", Integer),
     # Micro-dollars per million tokens, and per hour of an engine.
     Column("prompt_price", BigInteger, nullable=False, server_default=text("0")),
     Column("cached_price", BigInteger, nullable=False, server_default=text("0")),
