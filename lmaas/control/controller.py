@@ -8,7 +8,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from lmaas.config import Settings
-from lmaas.control.autoscaler import FAILURE_WINDOW_S, Demand, Policy, backoff_s, decide
+from lmaas.control.autoscaler import FAILURE_WINDOW_S, Demand, Memory, Policy, backoff_s, decide
 from lmaas.control.plan import STOP_GRACE_S, Action, Verb, plan
 from lmaas.control.provisioners import Provisioner
 from lmaas.errors import Unavailable
@@ -34,7 +34,7 @@ class Controller:
 
     def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, provisioner: Provisioner) -> None:
         self._settings, self._db, self._scheduler, self._provisioner = settings, db, scheduler, provisioner
-        self._low_since: dict[str, float | None] = {}
+        self._memory: dict[str, Memory] = {}
         self._stopping_since: dict[str, dict[str, float]] = {}
         self._unknown_since: dict[str, dict[str, float]] = {}
         self._silent_since: dict[str, dict[str, float]] = {}
@@ -85,10 +85,10 @@ class Controller:
         rows = await list_replicas(self._db, base_model_id=model.id, limit=None)
         current = sum(1 for row in rows if row.desired == Desired.RUNNING)
         policy = self._policy(model)
-        demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
+        demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
         now = time.monotonic()
-        scale = decide(demand, policy, current, self._low_since.get(model.id), now)
-        self._low_since[model.id] = scale.low_since
+        scale = decide(demand, policy, current, self._memory.get(model.id, Memory()), now)
+        self._memory[model.id] = scale.memory
         failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
         silent = _seen(
             self._silent_since, model.id, {row.id for row in rows if row.observed == Observed.READY} - set(stats["replicas"]), now

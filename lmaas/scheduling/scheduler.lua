@@ -295,7 +295,7 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, run_ms, start_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 redis.register_function('lmaas_stats', function(keys, args)
   local pool = open(keys[1])
   reap(pool)
@@ -314,6 +314,6 @@ redis.register_function('lmaas_stats', function(keys, args)
   end
   return cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = load, replicas = seen,
-    idle_ms = pool.now - var(pool, 'active', 0),
+    idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
   })
 end)
