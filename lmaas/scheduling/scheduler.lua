@@ -295,7 +295,8 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, run_ms, start_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats() is the controller's, and says that there is one. → {queued, load, idle_ms, run_ms, start_ms (what a request and a start usually
+-- take), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 redis.register_function('lmaas_stats', function(keys, args)
   local pool = open(keys[1])
   reap(pool)
