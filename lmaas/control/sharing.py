@@ -4,9 +4,9 @@ What each pool has and still wants, it keeps. Who wants more is served in order:
 what operators want always (`min_replicas`); then more replicas for those that have some; last, starts ahead of time. What does not fit
 yet is kept free for it, so that nobody behind it takes that place.
 
-For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools with a
-request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that a pool
-has besides its first, and a pool's first once somebody has waited for `starvation_s` and it has been served for `quantum_s` (the
+For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools
+with a request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that
+a pool has besides its first, and a pool's first once somebody has waited for `starvation_s` and it has been served for `quantum_s` (the
 longest-served first). `min_replicas` never give way, and no busy replica does for a pool whose engines fail to start.
 """
 

@@ -2,7 +2,8 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -22,6 +23,13 @@ def driver_url(url: str) -> str:
 def new_id(prefix: str) -> str:
     """A random identifier such as `ten_3f9c…`: 80 bits, lower-case hex."""
     return f"{prefix}_{secrets.token_hex(10)}"
+
+
+class Writes(Protocol):
+    """Where something may be written: the database, or the connection that proves who may write."""
+
+    def begin(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A connection for the block. Its statements hold, all or each, once the block has ended well."""
 
 
 class Database:
