@@ -40,7 +40,7 @@ from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
-from lmaas.states import Observed
+from lmaas.states import TERMINAL, Observed
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
@@ -163,7 +163,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life; False if it failed."""
     async with connected(settings, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
-        if row is None:
+        if row is None or row.observed in TERMINAL:
             raise SettingsError(f"Nobody desires a replica {replica_id}.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)

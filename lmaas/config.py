@@ -47,6 +47,8 @@ class Settings:
     queue_deadline_s: float = 300.0
     #: How many requests may wait for one pool; beyond that, 503. Each tenant has a bound of its own besides.
     pool_max_queued: int = 20_000
+    #: When machines are full: how long a pool is served before it has to make room for another that waits.
+    share_quantum_s: float = 60.0
     #: How long an engine may take from its start to its first token.
     start_timeout_s: float = 600.0
     #: How long running requests may go on once a gateway or a replica drains.

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -30,6 +30,9 @@ class Writes(Protocol):
 
     def begin(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A connection for the block. Its statements hold, all or each, once the block has ended well."""
+
+    async def check(self) -> None:
+        """Raises if nothing may be written now."""
 
 
 class Database:
@@ -75,6 +78,11 @@ class Database:
             yield await connection.execution_options(isolation_level="AUTOCOMMIT")
         finally:
             await connection.close()
+
+    async def check(self) -> None:
+        """Raises Unavailable if the database is away."""
+        async with self.begin() as connection:
+            await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
         """Close every connection."""

@@ -1,7 +1,7 @@
 """One active controller: a lock that Postgres gives back when its holder's session ends.
 
 What the active controller writes goes through that very session, so that a write by somebody who has lost the lock fails, however long the
-process stood still in between. A holder whose session is silent is taken for stuck: whoever stands by ends that session, and takes the lock.
+process stood still in between. A holder whose session is silent is taken for stuck: whoever stands by ends that session and takes over.
 """
 
 import asyncio
@@ -49,12 +49,14 @@ class Lead:
     async def begin(self) -> AsyncIterator[AsyncConnection]:
         """The connection that holds the lock. Raises LostLead if it is gone: then nothing has been written."""
         async with self._turn:
+            if self._connection.invalidated:
+                # SQLAlchemy would connect anew: without the lock.
+                raise LostLead("the database session that held the controller's lock is gone")
             try:
                 yield self._connection
-            except (OperationalError, InterfaceError) as error:
-                raise LostLead("the database session that held the controller's lock is gone") from error
             except DBAPIError as error:
-                if error.connection_invalidated:
+                if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
+                    await self._connection.invalidate()
                     raise LostLead("the database session that held the controller's lock was cut") from error
                 raise
 

@@ -72,10 +72,9 @@ async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
     """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
     values = asdict(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
-    query = insert(base_models).values(values)
-    query = query.on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes).returning(*_COLUMNS)
+    put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
     async with db.begin() as connection:
-        return BaseModel(*(await connection.execute(query)).one())
+        return BaseModel(*(await connection.execute(put.returning(*_COLUMNS))).one())
 
 
 async def list_base_models(db: Database) -> list[BaseModel]:
