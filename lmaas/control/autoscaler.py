@@ -13,8 +13,6 @@ from lmaas.control.idleness import Idleness, IdlePlan
 #: After a start that failed, the next waits this long, doubled for each failure in a row.
 BACKOFF_S = 5.0
 BACKOFF_MAX_S = 300.0
-#: Failures older than this are forgiven.
-FAILURE_WINDOW_S = 1800.0
 
 #: Fewer replicas only if none of the demand in this window needed them.
 STABLE_S = 60.0

@@ -8,7 +8,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from lmaas.config import Settings
-from lmaas.control.autoscaler import FAILURE_WINDOW_S, Memory, Scale, decide
+from lmaas.control.autoscaler import Memory, Scale, decide
 from lmaas.control.idleness import History, Idleness
 from lmaas.control.plan import STOP_GRACE_S, Action, Verb, plan
 from lmaas.control.pools import Decision, Look, needs_of, policy_of
@@ -123,7 +123,7 @@ class Controller:
     async def _look(self, model: BaseModel, processes: dict[str, str], capacity: Resources | None) -> Look:
         stats = await self._scheduler.stats(model.id)
         rows = await list_replicas(self._db, base_model_id=model.id, limit=None)
-        failures, failed_ago_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
+        failures, failed_ago_s = await recent_failures(self._db, model.id)
         mine = frozenset(replica for replica, pool in processes.items() if pool == model.id)
         needs = needs_of(model, self._settings, capacity)
         return Look(model, policy_of(model, self._settings), needs, rows, mine, stats, failures, failed_ago_s)

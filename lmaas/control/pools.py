@@ -79,6 +79,8 @@ class Decision:
     idle: dict[str, Any]
     service_s: float
     start_s: float
+    #: How long after a start that failed the next one comes.
+    backoff_s: float
 
     @classmethod
     def of(cls, look: Look, scale: Scale, share: Share) -> "Decision":
@@ -89,7 +91,7 @@ class Decision:
         blocked = share.replicas < scale.replicas and share.replicas == 0 and not scale.ahead and look.may_start
         demand = look.demand
         idle = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(scale.idle_plan).items()}
-        return cls(scale.replicas, share.replicas, reason, blocked, idle, demand.service_s, demand.start_s)
+        return cls(scale.replicas, share.replicas, reason, blocked, idle, demand.service_s, demand.start_s, backoff_s(look.failures))
 
     def shown(self) -> dict[str, Any]:
         """For the table that the API reads."""

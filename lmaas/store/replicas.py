@@ -9,6 +9,9 @@ from lmaas.states import TERMINAL, Desired, Observed, sources
 from lmaas.store.database import Database, Writes
 from lmaas.store.tables import base_models, replicas
 
+#: Starts that failed longer ago than this, in seconds, are forgiven.
+FAILURE_WINDOW_S = 1800.0
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -90,7 +93,7 @@ async def observe(db: Writes, replica_id: str, state: Observed, *, url: str | No
         return (await connection.execute(query)).first() is not None
 
 
-async def recent_failures(db: Database, base_model_id: str, within_s: float) -> tuple[int, float]:
+async def recent_failures(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> tuple[int, float]:
     """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
     became ready, and how long ago the last did."""
     ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
@@ -115,7 +118,7 @@ class FailedStarts:
     ago_s: float
 
 
-async def failed_starts(db: Database, base_model_id: str, within_s: float) -> FailedStarts | None:
+async def failed_starts(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> FailedStarts | None:
     """The starts that failed in the last `within_s` seconds and since the last that did not; None if there are none."""
     count, ago_s = await recent_failures(db, base_model_id, within_s)
     if count == 0:
