@@ -35,6 +35,7 @@ from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
 from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.server import server
+from lmaas.gateway.waiting import Waiting
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
@@ -89,7 +90,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    gateway = Gateway(settings, Months(db), authenticate, Catalog(db, changes), leases, idempotency, NewSchemas(), EngineClient(), metrics)
+    catalog = Catalog(db, changes)
+    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, NewSchemas(), EngineClient(), metrics, Waiting(db))
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
