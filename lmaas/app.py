@@ -36,12 +36,13 @@ from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
 from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.server import server
+from lmaas.gateway.waiting import Waiting
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
-from lmaas.states import Observed
+from lmaas.states import TERMINAL, Observed
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
@@ -90,7 +91,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    gateway = Gateway(settings, Months(db), authenticate, Catalog(db, changes), leases, idempotency, NewSchemas(), EngineClient(), metrics)
+    catalog = Catalog(db, changes)
+    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, NewSchemas(), EngineClient(), metrics, Waiting(db))
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -173,7 +175,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life; False if it failed."""
     async with connected(settings, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
-        if row is None:
+        if row is None or row.observed in TERMINAL:
             raise SettingsError(f"Nobody desires a replica {replica_id}.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from lmaas.errors import SettingsError
 
 PREFIX = "LMAAS_"
+_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Settings:
     queue_deadline_s: float = 300.0
     #: How many requests may wait for one pool; beyond that, 503. Each tenant has a bound of its own besides.
     pool_max_queued: int = 20_000
+    #: When machines are full: how long a pool is served before it has to make room for another that waits.
+    share_quantum_s: float = 60.0
     #: How long an engine may take from its start to its first token.
     start_timeout_s: float = 600.0
     #: How long running requests may go on once a gateway or a replica drains.
@@ -66,7 +69,14 @@ class Settings:
     #: The largest answer that is kept for a request with an idempotency key.
     max_kept_answer_bytes: int = 4 * 1024 * 1024
 
+    #: What the local provisioner's machine offers to replicas. Without them, what the machine has.
+    local_cpus: float | None = None
+    local_accelerators: int | None = None
+
     engine_max_replicas: int = 1
+    #: What a replica takes from its machine. Without a number of accelerators, one where the machines have any.
+    engine_cpus: float = 1.0
+    engine_accelerators: int | None = None
     engine_max_num_seqs: int = 16
     engine_max_loras: int = 8
     engine_max_lora_rank: int = 16
@@ -86,7 +96,8 @@ class Settings:
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf"):
+            zero = field.name in _MAY_BE_ZERO and value == 0
+            if isinstance(value, int | float) and not isinstance(value, bool) and not zero and not 0 < value < float("inf"):
                 raise SettingsError(f"{PREFIX}{field.name.upper()} must be a number greater than 0, not {value}.")
 
     @property

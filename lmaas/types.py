@@ -45,6 +45,14 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What a replica takes from a machine, or what machines have: CPUs, and accelerators (whole)."""
+
+    cpus: float
+    accelerators: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor of a safetensors file, as its header describes it."""
 

@@ -71,6 +71,54 @@ _PRICES: dict[str, Schema] = {
     }
     for name in PRICES
 }
+_OWN: dict[str, Schema] = {
+    # Null: as the settings have it.
+    "min_replicas": {"type": ["integer", "null"], "minimum": 0},
+    "max_replicas": {"type": ["integer", "null"], "minimum": 1},
+    "idle_timeout_s": {"type": ["number", "null"], "description": "How long an idle pool may keep an engine."},
+    "cpus": {"type": ["number", "null"], "description": "What a replica takes from its machine."},
+    "accelerators": {"type": ["integer", "null"], "minimum": 0, "description": "Null: one where the machines have any."},
+}
+_MODEL_FIELDS: dict[str, Schema] = {
+    "source": {"type": "string", "description": "A folder, or a model's name on a hub. Its safetensors say what adapters must fit."},
+    "dtype": {"enum": ["float32", "bfloat16", "float16", "auto"]},
+    "max_lora_rank": {"type": "integer", "minimum": 1, "maximum": 512},
+    "max_loras": {"type": "integer", "minimum": 1, "description": "Distinct adapters in one batch."},
+    "max_cpu_loras": {"type": "integer", "minimum": 1, "description": "Adapters in an engine's memory."},
+    "max_num_seqs": {"type": "integer", "minimum": 1, "description": "Sequences that an engine runs at once."},
+    "max_model_len": {"type": "integer", "minimum": 16, "description": "Context, in tokens."},
+    "kv_cache_bytes": COUNT,
+    "engine_args": {"type": "string", "description": "More arguments for the engine."},
+    **_OWN,
+    **_PRICES,
+}
+_MAYBE_NUMBER: Schema = {"type": ["number", "null"]}
+_POOL: Schema = _object(
+    desired=COUNT,
+    starting=COUNT,
+    ready=COUNT,
+    draining=COUNT,
+    wanted=COUNT | {"description": "By the autoscaler; fewer are desired where the machines are full."},
+    reason=MAYBE_TEXT,
+    waits_for_machine={"type": "boolean"},
+    decided_at=MAYBE_MOMENT,
+    start_s=_MAYBE_NUMBER,
+    keep_warm=_object(
+        until_s=_MAYBE_NUMBER,
+        again_from_s=_MAYBE_NUMBER,
+        again_until_s=_MAYBE_NUMBER,
+        idle_times_seen=_MAYBE_NUMBER,
+        engine_s_per_idle_time=_MAYBE_NUMBER,
+        cold_share=_MAYBE_NUMBER,
+        cost_per_hour_microusd=COUNT,
+        cost_per_idle_time_microusd={"type": ["integer", "null"]},
+    )
+    | {"description": "What is done when the pool is idle, in seconds since its last request, and what that costs."},
+    failed_starts={
+        "type": ["object", "null"],
+        "properties": {"count": COUNT, "reason": TEXT, "ago_s": {"type": "number"}, "next_try_s": {"type": "number"}},
+    },
+)
 _COGS_LINE: dict[str, Schema] = {"day": DAY, "tenant_id": MAYBE_TEXT, "tenant": MAYBE_TEXT, "base_model": TEXT, "adapter": MAYBE_TEXT}
 _COGS: dict[str, Schema] = {
     "engine_ms": _object(total=COUNT, **{phase.value: COUNT for phase in EnginePhase}),
@@ -111,10 +159,9 @@ SCHEMAS: dict[str, Schema] = {
     "NewKey": _optional(role={"enum": [role.value for role in Role]}, name=TEXT, **_LIMITS),
     "KeyChange": _optional(**_LIMITS),
     "CreatedKey": _object(**_KEY, key=TEXT),
-    "BaseModel": _object(
-        object=TEXT, id=TEXT, name=NAME, min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}, **_PRICES
-    ),
-    "BaseModelChange": _optional(min_replicas=COUNT, max_replicas=COUNT, idle_timeout_s={"type": "number"}, **_PRICES),
+    "BaseModel": _object(object=TEXT, id=TEXT, name=NAME, **_MODEL_FIELDS, pool=_POOL),
+    "NewBaseModel": _optional(name=NAME, **_MODEL_FIELDS) | {"required": ["name", "source"]},
+    "BaseModelChange": _optional(**_MODEL_FIELDS),
     "Replica": _object(
         object=TEXT,
         id=TEXT,
@@ -186,6 +233,9 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "change_tenant": ("TenantChange", "Tenant", False),
     "delete_tenant": (None, "Deleted", False),
     "list_models": (None, "BaseModel", True),
+    "create_model": ("NewBaseModel", "BaseModel", False),
+    "get_model": (None, "BaseModel", False),
+    "delete_model": (None, "Deleted", False),
     "change_model": ("BaseModelChange", "BaseModel", False),
     "list_replicas": (None, "Replica", True),
     "stop_replica": (None, "StoppingReplica", False),
@@ -193,7 +243,7 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "usage_events": (None, "UsageEvent", True),
     "cogs_report": (None, "Cogs", False),
 }
-CREATED = frozenset({"upload_adapter", "create_key", "create_tenant"})
+CREATED = frozenset({"upload_adapter", "create_key", "create_tenant", "create_model"})
 QUERIES: dict[str, dict[str, Schema]] = {
     "list_replicas": {"ended": {"type": "boolean"}},
     "usage_report": {"since": DAY, "until": DAY},

@@ -1,51 +1,16 @@
-"""Base models, replicas and usage over HTTP."""
-
-from typing import Any
+"""Replicas and usage over HTTP."""
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lmaas.api.context import Api, in_range, json_body, query_date
+from lmaas.api.context import Api, query_date
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.http import JsonResponse
 from lmaas.metering.pricing import microusd
-from lmaas.store import models, replicas, usage
+from lmaas.store import replicas, usage
 from lmaas.store.tenants import get_tenant, record_action
 
 MAX_EVENTS = 1000
-
-
-def shown_model(api: Api, model: models.BaseModel) -> dict[str, Any]:
-    """A base model as the API shows it: without its tensors, and with the bounds that hold."""
-    shown = {"object": "base_model"} | {name: getattr(model, name) for name in models.BaseModel.__slots__ if name != "linears"}
-    usual = {"min_replicas": 0, "max_replicas": api.settings.engine_max_replicas, "idle_timeout_s": api.settings.idle_timeout_s}
-    return shown | {name: value for name, value in usual.items() if shown[name] is None}
-
-
-async def list_models(api: Api, request: Request) -> Response:
-    """Every base model with its pool's settings."""
-    await api.operator(request)
-    return JsonResponse({"object": "list", "data": [shown_model(api, model) for model in await models.list_base_models(api.db)]})
-
-
-async def change_model(api: Api, request: Request) -> Response:
-    """Other bounds for a pool (how many replicas, and when an idle one stops), and other prices."""
-    principal = await api.operator(request)
-    body = await json_body(request, {"min_replicas": int, "max_replicas": int, "idle_timeout_s": float} | dict.fromkeys(models.PRICES, int))
-    in_range(body, "min_replicas", 0, 1000)
-    in_range(body, "max_replicas", 1, 1000)
-    in_range(body, "idle_timeout_s", 1, 86400 * 7)
-    for price in models.PRICES:
-        in_range(body, price, 0, models.MAX_PRICE)
-    name = request.path_params["model"]
-    model = await models.get_base_model(api.db, name)
-    bounds = shown_model(api, model) | body
-    if bounds["min_replicas"] > bounds["max_replicas"]:
-        raise InvalidRequest("'min_replicas' must not be more than 'max_replicas'.", code="out_of_range", param="min_replicas")
-    if body:
-        model = await models.change_base_model(api.db, model.name, body)
-        await record_action(api.db, None, principal.key_id, "base_model.change", model.name)
-    return JsonResponse(shown_model(api, model))
 
 
 async def list_replicas(api: Api, request: Request) -> Response:

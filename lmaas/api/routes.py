@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, cogs, operations, tenants
+from lmaas.api import adapters, base_models, cogs, operations, tenants
 from lmaas.api.context import Api
 from lmaas.api.openapi import document
 from lmaas.http import JsonResponse
@@ -41,8 +41,11 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("DELETE", "/tenants/{tenant}", tenants.delete_tenant),
     *((method, "/tenants/{tenant}" + path, handler) for method, path, handler in ADAPTERS + KEYS + KEY_LIMITS),
     *KEYS,
-    ("GET", "/base-models", operations.list_models),
-    ("PATCH", "/base-models/{model}", operations.change_model),
+    ("GET", "/base-models", base_models.list_models),
+    ("POST", "/base-models", base_models.create_model),
+    ("GET", "/base-models/{model}", base_models.get_model),
+    ("PATCH", "/base-models/{model}", base_models.change_model),
+    ("DELETE", "/base-models/{model}", base_models.delete_model),
     ("GET", "/replicas", operations.list_replicas),
     ("DELETE", "/replicas/{replica}", operations.stop_replica),
     *USAGE,

@@ -14,11 +14,13 @@ from rich.progress import Progress
 from lmaas import app, config
 from lmaas.adapters.objects import MODEL_FILE
 from lmaas.admission.tiers import TIERS
-from lmaas.cli.context import Context
+from lmaas.cli.context import Context, pass_context
+from lmaas.cli.models import model, troubles
 from lmaas.errors import LmaasError
 from lmaas.manifests.apply import apply as apply_manifests
 from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
+from lmaas.manifests.models import read_models
 from lmaas.observability import configure_logging
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
@@ -36,11 +38,8 @@ LIMIT_OPTIONS = (
     ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
     ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
 )
-PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 COGS = ("starting_s", "loading_s", "busy_s", "idle_s", "cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio")
-MODEL = ("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "min_replicas", "max_replicas", "idle_timeout_s", *PRICES, "source")
 
-pass_context = click.make_pass_decorator(Context)
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -138,10 +137,10 @@ def migrate(context: Context) -> None:
 @pass_context
 def apply(context: Context, folder: Path) -> None:
     """Make the service match the manifests in FOLDER. Running it again changes nothing."""
-    manifests = read_folder(folder)
-    if not manifests:
+    manifests, models = read_folder(folder), read_models(folder)
+    if not manifests and not models:
         raise click.UsageError(f"There are no manifests (*.yaml) in {folder}.")
-    changes = apply_manifests(manifests, context.client())
+    changes = apply_manifests(manifests, context.client(), models)
     context.show(
         [{"thing": change.thing, "name": change.name, "outcome": change.outcome} for change in changes], ("thing", "name", "outcome")
     )
@@ -187,31 +186,7 @@ def tenant_delete(context: Context, name: str) -> None:
     context.show_one(context.client().call("DELETE", f"/admin/v1/tenants/{name}"), ("id", "deleted"))
 
 
-@cli.group()
-def model() -> None:
-    """Base models and the bounds of their pools."""
-
-
-@model.command("list")
-@pass_context
-def model_list(context: Context) -> None:
-    """Every base model."""
-    context.show(context.client().list("/admin/v1/base-models"), MODEL)
-
-
-@model.command("change")
-@click.argument("name")
-@click.option("--min-replicas", type=int)
-@click.option("--max-replicas", type=int)
-@click.option("--idle-timeout-s", type=float, help="How long an idle pool keeps its last replica.")
-@click.option("--prompt-price", type=int, help="Micro-dollars per million prompt tokens: 150000 is 0.15 $.")
-@click.option("--cached-price", type=int, help="The same for prompt tokens that were in the engine's prefix cache.")
-@click.option("--completion-price", type=int, help="The same for completion tokens.")
-@click.option("--engine-price", type=int, help="What an engine costs us: micro-dollars per hour.")
-@pass_context
-def model_change(context: Context, /, name: str, **bounds: float | None) -> None:
-    """Other bounds for a pool, and other prices."""
-    context.show_one(context.client().call("PATCH", f"/admin/v1/base-models/{name}", json=_given(bounds)), MODEL)
+cli.add_command(model)
 
 
 @cli.group()
@@ -224,7 +199,11 @@ def replica() -> None:
 @pass_context
 def replica_list(context: Context, ended: bool) -> None:
     """The replicas that exist."""
-    context.show(context.client().list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+    client = context.client()
+    context.show(client.list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+    if not context.as_json:
+        for line in troubles(client.list("/admin/v1/base-models")):
+            click.echo(line)
 
 
 @replica.command("stop")

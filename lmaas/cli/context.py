@@ -90,6 +90,8 @@ class Context:
             click.echo(remark)
 
 
+pass_context = click.make_pass_decorator(Context)
+
 HASH_LENGTH = 64
 
 

@@ -21,6 +21,7 @@ from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
 from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.shield import Shielded
+from lmaas.gateway.waiting import Waiting
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
@@ -48,6 +49,7 @@ class Gateway:
     schemas: NewSchemas
     client: EngineClient
     metrics: GatewayMetrics
+    waiting: Waiting
 
 
 async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
@@ -112,7 +114,7 @@ async def _run(
     body = request.body(model.engine_name, cache_salt=opened.ticket.tenant)
     call.on_gone(opened.wake)
     while True:
-        lease = await _leased(call, opened, streaming=request.stream)
+        lease = await _leased(call, opened, gateway.waiting, streaming=request.stream)
         if lease is None:
             return  # the client went away while it waited
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
@@ -141,15 +143,21 @@ async def _run(
         await call.finish(rest)
 
 
-async def _leased(call: Call, opened: OpenTicket, *, streaming: bool) -> Lease | None:
+async def _leased(call: Call, opened: OpenTicket, waiting: Waiting, *, streaming: bool) -> Lease | None:
     """The lease; None if the client has gone. A streaming client hears about once a second how it stands."""
     while not call.gone.is_set():
-        lease = await opened.wait(COMMENT_EVERY_S)
+        try:
+            lease = await opened.wait(COMMENT_EVERY_S)
+        except Unavailable as late:
+            raise await waiting.explained(late, opened.ticket.pool) from None
         if lease is not None:
             return None if call.gone.is_set() else lease
         if streaming and not call.gone.is_set():
             await call.start(200, STREAM_HEADERS)
             await call.write(sse.comment(f"queued position={opened.position} estimated_wait_s={opened.wait_ms / 1000:.0f}"))
+            reason = await waiting.why(opened.ticket.pool)
+            if reason:
+                await call.write(sse.comment(reason))
     return None
 
 

@@ -1,1 +1,1 @@
-"""Tenants as code: manifests (`tenants/*.yaml`) and the API client that makes the service match them."""
+"""Tenants and base models as code: manifests, and the API client that makes the service match them."""

@@ -1,14 +1,14 @@
 """Makes the service match the manifests of a folder, through its API; may be run again at any time."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lmaas.errors import InvalidRequest
 from lmaas.manifests.client import ApiClient, ApiError
+from lmaas.manifests.files import Change, check, load, yaml_files
+from lmaas.manifests.models import ModelManifest, apply_model
 from lmaas.types import Limits
 
 LIMITS = ("max_queued", "max_adapters", *(field.name for field in fields(Limits)))
@@ -32,44 +32,19 @@ class TenantManifest:
     adapters: list[AdapterManifest]
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What was done to one thing: `created`, `changed` or `unchanged`."""
-
-    thing: str
-    name: str
-    outcome: str
-
-
 def read(path: Path) -> TenantManifest:
     """Raises InvalidRequest, naming the file and what is wrong in it."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"{path}: {error}") from error
-    _check(path, content, {"name": str, "tier": str, "limits": dict, "adapters": list}, required=("name",))
+    content = load(path)
+    check(path, content, {"name": str, "tier": str, "limits": dict, "adapters": list}, required=("name",))
     limits = content.get("limits", {})
-    _check(path, limits, dict.fromkeys(LIMITS, int), where="limits.")
+    check(path, limits, dict.fromkeys(LIMITS, int), where="limits.")
     adapters = []
     for index, entry in enumerate(content.get("adapters", [])):
         fields = {"name": str, "base_model": str, "path": str}
-        _check(path, entry, fields, required=tuple(fields), where=f"adapters[{index}].")
+        check(path, entry, fields, required=tuple(fields), where=f"adapters[{index}].")
         adapters.append(AdapterManifest(entry["name"], entry["base_model"], path.parent / entry["path"]))
     settings = dict(limits) | ({"tier": content["tier"]} if "tier" in content else {})
     return TenantManifest(content["name"], settings, adapters)
-
-
-def _check(path: Path, value: Any, fields: Mapping[str, type], required: tuple[str, ...] = (), where: str = "") -> None:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"{path}: {where.rstrip('.') or 'the file'} must be a mapping.")
-    for name, item in value.items():
-        if name not in fields:
-            raise InvalidRequest(f"{path}: '{where}{name}' is not known. Known are: {', '.join(fields)}.")
-        if not isinstance(item, fields[name]) or isinstance(item, bool):
-            raise InvalidRequest(f"{path}: '{where}{name}' must be of the type {fields[name].__name__}.")
-    for name in required:
-        if name not in value:
-            raise InvalidRequest(f"{path}: '{where}{name}' is missing.")
 
 
 def read_folder(folder: Path) -> list[TenantManifest]:
@@ -78,12 +53,15 @@ def read_folder(folder: Path) -> list[TenantManifest]:
         return [read(folder)]
     if not folder.is_dir():
         raise InvalidRequest(f"There is no folder {folder}.")
-    return [read(path) for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))]
+    return [read(path) for path in yaml_files(folder)]
 
 
-def apply(manifests: list[TenantManifest], client: ApiClient) -> list[Change]:
-    """Make the service match; `client` has an operator's key. What a manifest does not name stays as it is. Raises ApiError."""
-    changes = []
+def apply(manifests: list[TenantManifest], client: ApiClient, models: Sequence[ModelManifest] = ()) -> list[Change]:
+    """Make the service match, base models first; `client` has an operator's key. What a manifest does not name stays as it is.
+
+    Raises ApiError.
+    """
+    changes = [apply_model(model, client) for model in models]
     for manifest in manifests:
         changes.append(_apply_tenant(manifest, client))
         for adapter in manifest.adapters:

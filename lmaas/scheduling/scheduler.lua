@@ -299,7 +299,8 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats(memory) is the controller's, and says that there is one. → {memory, queued, load, idle_ms, replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats(memory) is the controller's, and says that there is one. → {memory, queued, load, idle_ms, run_ms, start_ms (what a request and a
+-- start usually take), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 redis.register_function('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
@@ -318,6 +319,7 @@ redis.register_function('lmaas_stats', function(keys, args)
   end
   return cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = load, replicas = seen,
-    idle_ms = pool.now - var(pool, 'active', 0), memory = memory(pool),
+    idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
+    memory = memory(pool),
   })
 end)

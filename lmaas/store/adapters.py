@@ -121,6 +121,10 @@ async def add_version(
         ).one_or_none()
         if tenant is None:
             raise NotFound("The tenant does not exist.", code="tenant_not_found")
+        # A base model that is being deleted waits for us, or we see that it is gone.
+        there = select(base_models.c.id).where(base_models.c.id == base_model_id, base_models.c.deleted_at.is_(None))
+        if (await connection.execute(there.with_for_update(key_share=True, read=True))).first() is None:
+            raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
         values = {"id": new_id("ada"), "tenant_id": tenant_id, "name": name, "base_model_id": base_model_id}
         await connection.execute(upsert(adapters).values(values).on_conflict_do_nothing())
         row = (

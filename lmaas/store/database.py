@@ -2,9 +2,10 @@
 
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -22,6 +23,16 @@ def driver_url(url: str) -> str:
 def new_id(prefix: str) -> str:
     """A random identifier such as `ten_3f9c…`: 80 bits, lower-case hex."""
     return f"{prefix}_{secrets.token_hex(10)}"
+
+
+class Writes(Protocol):
+    """Where something may be written: the database, or the connection that proves who may write."""
+
+    def begin(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A connection for the block. Its statements hold, all or each, once the block has ended well."""
+
+    async def check(self) -> None:
+        """Raises if nothing may be written now."""
 
 
 class Database:
@@ -67,6 +78,11 @@ class Database:
             yield await connection.execution_options(isolation_level="AUTOCOMMIT")
         finally:
             await connection.close()
+
+    async def check(self) -> None:
+        """Raises Unavailable if the database is away."""
+        async with self.begin() as connection:
+            await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
         """Close every connection."""

@@ -1,51 +1,94 @@
-"""One active controller: a lock that Postgres gives back when its holder's connection ends."""
+"""One active controller: a lock that Postgres gives back when its holder's session ends.
+
+What the active controller writes goes through that very session, so that a write by somebody who has lost the lock fails, however long the
+process stood still in between. A holder whose session is silent is taken for stuck: whoever stands by ends that session and takes over.
+"""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import Unavailable
 from lmaas.store.database import Database
 
+log = logging.getLogger(__name__)
+
 LOCK = 0x6C6D6162
 CHECK_S = 2.0
+#: A holder that has not said a word to Postgres for so long is stuck.
+SILENT_S = 15.0
+
+#: A 64-bit key is split into two fields; locks of other databases of the server are others.
+_END_SILENT_HOLDER = text(
+    """
+    SELECT pg_terminate_backend(holder.pid) FROM pg_locks AS held JOIN pg_stat_activity AS holder USING (pid)
+    WHERE held.locktype = 'advisory' AND held.granted AND held.classid = 0 AND held.objid = :lock AND held.objsubid = 1
+      AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND holder.state_change < clock_timestamp() - make_interval(secs => :silent_s)
+    """
+)
 
 
 class LostLead(Exception):
-    """The connection that held the lock is gone: another controller may be active now."""
+    """The session that held the lock is gone: another controller may be active now."""
 
 
 class Lead:
-    """Being the active controller."""
+    """Being the active controller: a connection for what only the active one may write. Each statement is its own transaction."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """The connection that holds the lock. Raises LostLead if it is gone: then nothing has been written."""
+        async with self._turn:
+            if self._connection.invalidated:
+                # SQLAlchemy would connect anew: without the lock.
+                raise LostLead("the database session that held the controller's lock is gone")
+            try:
+                yield self._connection
+            except DBAPIError as error:
+                if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
+                    await self._connection.invalidate()
+                    raise LostLead("the database session that held the controller's lock was cut") from error
+                raise
+
+    async def check(self) -> None:
+        """Raises LostLead if the lock is not ours any more."""
+        async with self.begin() as connection:
+            await connection.execute(text("SELECT 1"))
 
     async def lost(self) -> None:
-        """Returns never; raises LostLead once the lock's connection is gone."""
+        """Returns never; raises LostLead once the lock's session is gone. Shows others that we are alive."""
         while True:
             await asyncio.sleep(CHECK_S)
-            try:
-                await self._connection.execute(text("SELECT 1"))
-            except SQLAlchemyError as error:
-                raise LostLead("the database connection that held the controller's lock is gone") from error
+            await self.check()
 
 
 @asynccontextmanager
-async def leading(db: Database) -> AsyncIterator[Lead]:
+async def leading(db: Database, *, check_s: float = CHECK_S, silent_s: float = SILENT_S) -> AsyncIterator[Lead]:
     """Wait for the lock, and hold it for the block."""
     async with AsyncExitStack() as stack:
         while True:
             with suppress(Unavailable):
                 connection = await stack.enter_async_context(db.autocommit())
-                if (await connection.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": LOCK})).scalar_one():
-                    break
+                try:
+                    if (await connection.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": LOCK})).scalar_one():
+                        break
+                    if (await connection.execute(_END_SILENT_HOLDER, {"lock": LOCK, "silent_s": silent_s})).first():
+                        log.warning("the active controller has been silent; it is deposed", extra={"action": "lead"})
+                except DBAPIError as error:
+                    # Postgres went away meanwhile, or does not let us end sessions: we go on waiting.
+                    log.warning("the controller's lock cannot be had", extra={"action": "lead", "detail": str(error.orig)})
                 await stack.aclose()
-            await asyncio.sleep(CHECK_S)
+            await asyncio.sleep(check_s)
         try:
             yield Lead(connection)
         finally:

@@ -3,12 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from lmaas.errors import NotFound
+from lmaas.errors import Conflict, NotFound
+from lmaas.states import TERMINAL
 from lmaas.store.database import Database, new_id
-from lmaas.store.tables import base_models
+from lmaas.store.tables import adapters, base_models, replicas
 from lmaas.types import BaseModelShapes
 
 
@@ -36,6 +38,9 @@ class BaseModel:
     min_replicas: int | None = None
     max_replicas: int | None = None
     idle_timeout_s: float | None = None
+    #: What a replica takes from its machine; None means the setting's.
+    cpus: float | None = None
+    accelerators: int | None = None
     #: What tenants pay: micro-dollars per million tokens.
     prompt_price: int = 0
     cached_price: int = 0
@@ -49,11 +54,15 @@ class BaseModel:
         return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, self.dtype, self.max_lora_rank)
 
 
+_IS_THERE = base_models.c.deleted_at.is_(None)
 _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 
-#: What an operator may change while the service runs; the rest would change what an adapter was validated against.
+#: What an adapter is validated against.
+VALIDATED = frozenset({"source", "linears", "dtype", "max_lora_rank"})
+#: What is the operator's own, and stays when `lmaas up` registers the base model of its settings again.
+#: Micro-dollars.
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
-CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", *PRICES})
+CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators", *PRICES})
 #: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
 #: Lua's JSON hold a price.
 MAX_PRICE = 4 * 10**9
@@ -63,33 +72,81 @@ async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
     """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
     values = asdict(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
-    query = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], set_=changes).returning(*_COLUMNS)
+    put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
     async with db.begin() as connection:
-        return BaseModel(*(await connection.execute(query)).one())
-
-
-async def change_base_model(db: Database, name: str, changes: dict[str, Any]) -> BaseModel:
-    """Change some of CHANGEABLE. Raises NotFound."""
-    async with db.begin() as connection:
-        row = (
-            await connection.execute(update(base_models).where(base_models.c.name == name).values(changes).returning(*_COLUMNS))
-        ).one_or_none()
-    if row is None:
-        raise NotFound("The base model does not exist.", code="base_model_not_found")
-    return BaseModel(*row)
+        return BaseModel(*(await connection.execute(put.returning(*_COLUMNS))).one())
 
 
 async def list_base_models(db: Database) -> list[BaseModel]:
     """Every base model, by name."""
     async with db.begin() as connection:
-        return [BaseModel(*row) for row in await connection.execute(select(*_COLUMNS).order_by(base_models.c.name))]
+        return [BaseModel(*row) for row in await connection.execute(select(*_COLUMNS).where(_IS_THERE).order_by(base_models.c.name))]
+
+
+async def list_pool_ids(db: Database) -> list[str]:
+    """Every pool that may still have something to tell: also those that were deleted in the last day."""
+    lately = base_models.c.deleted_at > func.now() - func.make_interval(0, 0, 0, 1)
+    async with db.begin() as connection:
+        return list((await connection.execute(select(base_models.c.id).where(_IS_THERE | lately))).scalars())
 
 
 async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     """By id or by name. Raises NotFound."""
-    query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name))
+    query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
     async with db.begin() as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
     return BaseModel(*row)
+
+
+async def create_base_model(db: Database, model: BaseModel) -> BaseModel:
+    """Add a base model. Raises Conflict if its name is taken: by another base model, or by somebody's adapter."""
+    values = asdict(model) | {"id": new_id("mod")}
+    async with db.begin() as connection:
+        if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
+            raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
+        query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
+        row = (await connection.execute(query.returning(*_COLUMNS))).one_or_none()
+    if row is None:
+        raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
+    return BaseModel(*row)
+
+
+async def change_base_model(db: Database, name: str, changes: dict[str, Any]) -> BaseModel:
+    """Change some of its values. Raises NotFound, and Conflict for what adapters were validated against while there are any, or what
+    replicas run with while there are some."""
+    async with db.begin() as connection:
+        found = await _locked(connection, name)
+        if changes.keys() & VALIDATED:
+            await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
+        query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
+        return BaseModel(*(await connection.execute(query)).one())
+
+
+async def delete_base_model(db: Database, name: str) -> str:
+    """End a base model; answers its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
+    async with db.begin() as connection:
+        found = await _locked(connection, name)
+        await _refuse_if_used(connection, found.id, "deleted")
+        await connection.execute(update(base_models).where(base_models.c.id == found.id).values(deleted_at=func.now()))
+    return str(found.id)
+
+
+async def _locked(connection: AsyncConnection, name: str) -> Any:
+    # The strongest lock: a new adapter or replica of it waits for us, and we for it.
+    query = select(base_models.c.id).where((base_models.c.name == name) | (base_models.c.id == name), _IS_THERE).with_for_update()
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound("The base model does not exist.", code="base_model_not_found")
+    return row
+
+
+async def _refuse_if_used(connection: AsyncConnection, model_id: str, what: str) -> None:
+    for table, condition, words in (
+        (adapters, adapters.c.base_model_id == model_id, "adapters"),
+        (replicas, (replicas.c.base_model_id == model_id) & replicas.c.observed.not_in(TERMINAL), "replicas"),
+    ):
+        count = (await connection.execute(select(func.count()).select_from(table).where(condition))).scalar_one()
+        if count:
+            raise Conflict(f"The base model has {count} {words}: as long as it does, it cannot be {what}.", code="base_model_in_use")

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, literal, select, update
 
 from lmaas.states import TERMINAL, Desired, Observed, sources
-from lmaas.store.database import Database
+from lmaas.store.database import Database, Writes
 from lmaas.store.tables import base_models, replicas
+
+#: Starts that failed longer ago than this, in seconds, are forgiven.
+FAILURE_WINDOW_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,18 @@ class Replica:
 _COLUMNS = [replicas.c[name] for name in Replica.__slots__]
 
 
-async def add_replica(db: Database, replica_id: str, base_model_id: str) -> None:
-    """Desire one more replica. Called before it is started, so that nothing runs that no row knows of."""
-    values = {"id": replica_id, "base_model_id": base_model_id, "desired": Desired.RUNNING, "observed": Observed.STARTING}
+async def add_replica(db: Writes, replica_id: str, base_model_id: str) -> bool:
+    """Desire one more replica; False if its base model has been deleted. Called before it is started, so that nothing runs that no row
+    knows of."""
+    # Locked, as deleting it does: one waits for the other, and sees what it did.
+    known = (
+        select(literal(replica_id), base_models.c.id, literal(Desired.RUNNING.value), literal(Observed.STARTING.value))
+        .where(base_models.c.id == base_model_id, base_models.c.deleted_at.is_(None))
+        .with_for_update(key_share=True, read=True)
+    )
+    query = insert(replicas).from_select(["id", "base_model_id", "desired", "observed"], known).returning(replicas.c.id)
     async with db.begin() as connection:
-        await connection.execute(insert(replicas).values(values))
+        return (await connection.execute(query)).first() is not None
 
 
 async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, limit: int | None = 100) -> list[Replica]:
@@ -53,7 +63,7 @@ async def get_replica(db: Database, replica_id: str) -> Replica | None:
     return None if row is None else Replica(*row)
 
 
-async def desire_stop(db: Database, replica_id: str) -> bool:
+async def desire_stop(db: Writes, replica_id: str) -> bool:
     """Desire that the replica drains and stops. False if it has ended already."""
     query = (
         update(replicas)
@@ -65,7 +75,7 @@ async def desire_stop(db: Database, replica_id: str) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-async def observe(db: Database, replica_id: str, state: Observed, *, url: str | None = None, reason: str | None = None) -> bool:
+async def observe(db: Writes, replica_id: str, state: Observed, *, url: str | None = None, reason: str | None = None) -> bool:
     """Move the replica to `state` if the transition table allows it. False means a lost race: it has moved on already."""
     values: dict[str, object] = {"observed": state}
     if url is not None:
@@ -83,7 +93,7 @@ async def observe(db: Database, replica_id: str, state: Observed, *, url: str | 
         return (await connection.execute(query)).first() is not None
 
 
-async def recent_failures(db: Database, base_model_id: str, within_s: float) -> tuple[int, float]:
+async def recent_failures(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> tuple[int, float]:
     """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
     became ready, and how long ago the last did."""
     ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
@@ -97,6 +107,34 @@ async def recent_failures(db: Database, base_model_id: str, within_s: float) -> 
     async with db.begin() as connection:
         count, seconds = (await connection.execute(query)).one()
     return int(count), float(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStarts:
+    """Starts of a pool's engines that failed in a row: how many, what the last one's reason was, and how long ago."""
+
+    count: int
+    reason: str
+    ago_s: float
+
+
+async def failed_starts(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> FailedStarts | None:
+    """The starts that failed in the last `within_s` seconds and since the last that did not; None if there are none."""
+    count, ago_s = await recent_failures(db, base_model_id, within_s)
+    if count == 0:
+        return None
+    query = (
+        select(replicas.c.reason)
+        .where(
+            replicas.c.base_model_id == base_model_id,
+            replicas.c.observed.in_((Observed.FAILED, Observed.LOST)),
+            replicas.c.ready_at.is_(None),
+        )
+        .order_by(replicas.c.ended_at.desc())
+        .limit(1)
+    )
+    async with db.begin() as connection:
+        return FailedStarts(count, (await connection.execute(query)).scalar_one_or_none() or "", ago_s)
 
 
 async def model_names(db: Database) -> dict[str, str]:

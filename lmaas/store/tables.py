@@ -79,7 +79,7 @@ base_models = Table(
     "base_models",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    Column("name", Text, nullable=False),
     # A folder or a hub id, as the engine takes it.
     Column("source", Text, nullable=False),
     Column("dtype", Text, nullable=False),
@@ -95,6 +95,9 @@ base_models = Table(
     Column("min_replicas", Integer),
     Column("max_replicas", Integer),
     Column("idle_timeout_s", Float),
+    # What a replica takes from its machine.
+    Column("cpus", Float),
+    Column("accelerators", Integer),
     # Micro-dollars per million tokens, and per hour of an engine.
     Column("prompt_price", BigInteger, nullable=False, server_default=text("0")),
     Column("cached_price", BigInteger, nullable=False, server_default=text("0")),
@@ -102,6 +105,21 @@ base_models = Table(
     Column("engine_price", BigInteger, nullable=False, server_default=text("0")),
     Column("engine_args", Text, nullable=False),
     _created(),
+    # A deleted one stays for the bill.
+    Column("deleted_at", DateTime(timezone=True)),
+    Index("base_models_name_key", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
+)
+
+# The controller alone writes them.
+pool_states = Table(
+    "pool_states",
+    metadata,
+    Column("base_model_id", ForeignKey("base_models.id"), primary_key=True),
+    # The last decision, for people.
+    Column("decision", JSONB, nullable=False),
+    # Pairs of bin and count: experience that a new controller begins with.
+    Column("idle_times", JSONB, nullable=False),
+    Column("decided_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
 adapters = Table(

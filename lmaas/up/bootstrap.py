@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lmaas.adapters.safetensors import base_model_shapes
 from lmaas.config import Settings
 from lmaas.engine import default_model
-from lmaas.engine.launch import has_cpu_build
+from lmaas.engine.source import engine_dtype, model_config, model_folder
 from lmaas.errors import SettingsError
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.process import bound_command
@@ -53,37 +53,13 @@ def prepare_default_model(settings: Settings, console: Console) -> Path:
         raise SettingsError(f"The default base model could not be prepared: {errors.read().strip()[-1000:]}")
 
 
-def model_folder(source: str) -> Path:
-    """The local folder of a model given as a folder or a hub id. Raises SettingsError if it cannot be had."""
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
-
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
-    except (ImportError, OSError, ValueError) as error:
-        raise SettingsError(f"LMAAS_MODEL={source!r} is neither a folder nor a model that the hub gives: {error}") from error
-
-
-def _dtype(settings: Settings, folder: Path) -> str:
-    """The engine's dtype. On a CPU it is float32, in which a greedy answer is the same alone and in a batch."""
-    if settings.engine_dtype != "auto":
-        return settings.engine_dtype
-    if has_cpu_build():
-        return "float32"
-    config = json.loads((folder / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-
-
 async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
     """Make the base model of the settings known; what an operator has changed since stays."""
     folder = model_folder(settings.model) if settings.model else prepare_default_model(settings, console)
     name = settings.model_name or (Path(settings.model).name.lower() if settings.model else default_model.NAME)
     if NAME_PATTERN.fullmatch(name) is None:
         raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")
-    dtype = _dtype(settings, folder)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise SettingsError(f"LMAAS_ENGINE_DTYPE is float32, bfloat16, float16 or auto, not {dtype!r}.")
+    dtype = engine_dtype(settings.engine_dtype, model_config(folder))
     model = BaseModel(
         id="",
         name=name,

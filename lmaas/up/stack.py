@@ -23,6 +23,7 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.manifests.apply import apply, read_folder, working_keys
 from lmaas.manifests.client import ApiClient
+from lmaas.manifests.models import read_models
 from lmaas.metering.writer import write_events
 from lmaas.process import bound_command
 from lmaas.scheduling.client import connect
@@ -130,7 +131,7 @@ class Stack:
         manifests = read_folder(settings.tenants)
         client = ApiClient(settings.base_url, operator_key)
         try:
-            for change in apply(manifests, client):
+            for change in apply(manifests, client, read_models(settings.tenants)):
                 if change.outcome != "unchanged":
                     self._console.print(f"  {change.thing} {change.name}: {change.outcome}")
             credentials = read_credentials(settings)

@@ -144,6 +144,10 @@ class Service:
         self._processes[name].terminate()
         return self._processes[name]
 
+    def process(self, name: str) -> "subprocess.Popen[bytes]":
+        """A gateway or a controller."""
+        return self._processes[name]
+
     def ended(self) -> dict[str, int]:
         """Gateways and controllers that are gone although nobody killed them, with their exit codes."""
         return {name: code for name, process in self._processes.items() if (code := process.poll()) is not None}

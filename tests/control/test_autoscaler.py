@@ -1,42 +1,78 @@
 """The autoscaler's decisions."""
 
+import itertools
+import random
+from dataclasses import replace
+
 import pytest
 
-from lmaas.control.autoscaler import BACKOFF_MAX_S, Demand, Policy, Scale, backoff_s, decide
+from lmaas.control.autoscaler import BACKOFF_MAX_S, STABLE_S, Demand, Memory, Policy, Sample, Scale, backoff_s, decide
+from lmaas.control.idleness import History, Idleness
 
 NOW = 10_000.0
-POLICY = Policy(min_replicas=0, max_replicas=3, idle_timeout_s=300, slots=4)
+POLICY = Policy(min_replicas=0, max_replicas=4, idle_timeout_s=300, slots=4)
 BUSY, IDLE = 0.0, 1000.0
 
 
+def watched(load: int, needed: int, seconds: float = STABLE_S) -> Memory:
+    """The memory of a pool that had this demand for so long."""
+    return Memory(tuple(Sample(NOW - second, load, needed) for second in range(int(seconds), 0, -1)))
+
+
+NEW = Memory()
+
+
 @pytest.mark.parametrize(
-    ("queued", "running", "idle_s", "current", "low_since", "expected"),
+    ("queued", "running", "current", "memory", "expected", "reason"),
     [
-        # up: at once, as many as there is work for, no more than allowed
-        (1, 0, BUSY, 0, None, Scale(1, None)),
-        (4, 0, BUSY, 0, None, Scale(1, None)),
-        (5, 0, BUSY, 0, None, Scale(2, None)),
-        (3, 4, BUSY, 1, None, Scale(2, None)),
-        (1000, 12, BUSY, 1, None, Scale(3, None)),
-        (5, 0, BUSY, 1, NOW - 1000, Scale(2, None)),
-        # as many as are needed
-        (0, 4, BUSY, 1, NOW - 1000, Scale(1, None)),
-        (0, 0, IDLE, 0, None, Scale(0, None)),
-        # down to some: only after the timeout
-        (0, 1, BUSY, 3, None, Scale(3, NOW)),
-        (0, 1, BUSY, 3, NOW - 299, Scale(3, NOW - 299)),
-        (0, 1, BUSY, 3, NOW - 300, Scale(1, None)),
-        (0, 5, BUSY, 3, NOW - 300, Scale(2, None)),
-        # down to none: the pool's own memory of its last request counts
-        (0, 0, 10, 1, None, Scale(1, NOW - 10)),
-        (0, 0, 299, 1, None, Scale(1, NOW - 299)),
-        (0, 0, 300, 1, None, Scale(0, None)),
-        (0, 0, 300, 3, None, Scale(0, None)),
-        (0, 0, 10, 1, NOW - 400, Scale(1, NOW - 400)),
+        pytest.param(1, 0, 0, NEW, 1, "1 requests wait and there is no replica", id="from zero, at once"),
+        pytest.param(5, 0, 0, NEW, 2, "5 requests wait", id="from zero as many as there is work for"),
+        pytest.param(999, 0, 0, NEW, 4, "no more than max_replicas (4)", id="no more than allowed"),
+        pytest.param(0, 4, 1, watched(4, 1), 1, "4.0 requests at once", id="as it should be"),
+        pytest.param(1, 4, 1, watched(2, 1), 1, "2.0 requests at once", id="a moment over its slots"),
+        pytest.param(1, 4, 1, watched(5, 1), 2, "5.0 requests at once", id="a minute over its slots"),
+        pytest.param(8, 4, 1, watched(1, 1), 1, "1.2 requests at once", id="a burst that is over before another could start"),
+        pytest.param(60, 4, 1, watched(4, 1), 4, "panic: 14 requests at once, and 1 x 4 slots", id="a panic that has just begun"),
+        pytest.param(60, 4, 1, watched(64, 1, 5), 4, "panic: 64 requests at once, and 1 x 4 slots", id="a panic"),
+        pytest.param(0, 1, 3, watched(1, 1), 1, "no more were needed for 60 s", id="down after the window"),
+        pytest.param(0, 1, 3, watched(1, 1, 50), 3, "watching for 60 s", id="not before it"),
+        pytest.param(0, 1, 3, NEW, 3, "watching for 60 s", id="a controller that comes anew watches first"),
+        pytest.param(0, 1, 4, watched(9, 3), 3, "no more were needed", id="down to what was needed"),
+        pytest.param(0, 1, 3, replace(watched(1, 1), panic_at=NOW - 59), 3, "after a panic", id="not after a panic"),
+        pytest.param(0, 1, 3, replace(watched(1, 1), panic_at=NOW - 60), 1, "no more were needed", id="long after a panic"),
     ],
 )
-def test_decide(queued: int, running: int, idle_s: float, current: int, low_since: float | None, expected: Scale) -> None:
-    assert decide(Demand(queued, running, idle_s), POLICY, current, low_since, NOW) == expected
+def test_with_work(queued: int, running: int, current: int, memory: Memory, expected: int, reason: str) -> None:
+    scale = decide(Demand(queued, running, BUSY), POLICY, current, memory, NOW)
+    assert scale.replicas == expected, scale.reason
+    assert reason in scale.reason
+
+
+@pytest.mark.parametrize(("start_s", "expected"), [(0.5, 4), (5, 4), (20, 2), (60, 1)])
+def test_a_queue_that_takes_longer_than_a_start(start_s: float, expected: int) -> None:
+    scale = decide(Demand(8, 4, BUSY, 20.0, start_s), POLICY, 1, watched(4, 1), NOW)
+    assert scale.replicas == expected
+    assert (f"the queue would take 40 s, a start {start_s if start_s >= 10 else float(start_s)} s" in scale.reason) == (expected > 1)
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "current", "expected", "reason"),
+    [
+        (IDLE, 0, 0, "idle"),
+        (10, 0, 0, "idle"),  # what was lost or given away while idle does not come back by itself
+        (10, 1, 1, "kept warm until 300 s after the last request (the idle timeout)"),
+        (299, 1, 1, "kept warm until 300 s"),
+        (300, 1, 0, "idle for 300 s (the idle timeout)"),
+        (59, 3, 3, "kept warm"),
+        (60, 3, 1, "one stays warm"),
+        (300, 3, 0, "idle for 300 s"),
+    ],
+)
+def test_without_work(idle_s: float, current: int, expected: int, reason: str) -> None:
+    # The pool's own memory of its last request counts: a controller's may be new.
+    scale = decide(Demand(0, 0, idle_s), POLICY, current, NEW, NOW)
+    assert scale.replicas == expected
+    assert reason in scale.reason
 
 
 @pytest.mark.parametrize(
@@ -44,37 +80,83 @@ def test_decide(queued: int, running: int, idle_s: float, current: int, low_sinc
     [
         (1, 3, 0, IDLE, 0, 1),
         (1, 3, 0, IDLE, 1, 1),
+        (2, 1, 0, IDLE, 0, 2),
         (2, 2, 100, BUSY, 0, 2),
         (0, 0, 100, BUSY, 0, 0),
-        pytest.param(0, 1, 100, BUSY, 3, 1),  # the operator has lowered the bound
-        pytest.param(0, 0, 100, BUSY, 1, 0),
+        pytest.param(0, 1, 100, BUSY, 3, 1, id="the operator has lowered the bound"),
+        pytest.param(0, 0, 100, BUSY, 1, 0, id="to nothing"),
+        pytest.param(0, 0, 0, 1.0, 1, 0, id="to nothing, while idle"),
     ],
 )
 def test_bounds(low: int, high: int, queued: int, idle_s: float, current: int, replicas: int) -> None:
-    assert decide(Demand(queued, 0, idle_s), Policy(low, high, 300, 4), current, None, NOW).replicas == replicas
+    assert decide(Demand(queued, 0, idle_s), Policy(low, high, 300, 4), current, NEW, NOW).replicas == replicas
 
 
-def test_a_pool_that_becomes_idle_step_by_step() -> None:
-    low_since = None
-    current = 3
-    seen = []
-    for second in range(0, 1000, 10):
-        # Four requests run until 400; then there are none.
-        running = 4 if second < 400 else 0
-        idle_s = 0.0 if second < 400 else second - 400.0
-        scale = decide(Demand(0, running, idle_s), POLICY, current, low_since, NOW + second)
-        current, low_since = scale.replicas, scale.low_since
-        seen.append((second, current))
-    assert [current for _, current in seen] == [3] * 30 + [1] * 40 + [0] * 30
+def after(*gaps: float) -> Memory:
+    """A pool with these idle times behind it."""
+    history = History()
+    for gap in gaps:
+        history = history.with_gap(gap)
+    return Memory(idleness=Idleness(history))
 
 
-def test_a_pool_that_flickers_does_not_keep_more_than_it_needs() -> None:
-    low_since, current = None, 3
-    for second in range(0, 420, 10):
-        busy = second % 20 == 0
-        scale = decide(Demand(0, 1 if busy else 0, 0.0 if busy else 10.0), POLICY, current, low_since, NOW + second)
-        current, low_since = scale.replicas, scale.low_since
-    assert current == 1
+def test_a_pool_whose_next_request_comes_long_after_the_timeout_is_stopped_early_and_started_ahead() -> None:
+    memory, current, seen = after(*[3600] * 20), 1, []
+    for second in range(0, 4800, 5):
+        scale = decide(Demand(0, 0, float(second)), POLICY, current, memory, NOW + second)
+        if scale.replicas != current:
+            seen.append((second, scale.replicas, scale.ahead))
+        current, memory = scale.replicas, scale.memory
+    [(stopped, _, _), (started, _, ahead), (gone, _, _)] = seen
+    assert 10 <= stopped < 300
+    assert ahead
+    assert 2000 < started < 3600 - 20
+    assert gone > 3600
+    assert "after the last 20 idle times" not in scale.reason
+
+
+def test_a_pool_that_is_woken_before_the_timeout_stays() -> None:
+    rng = random.Random(1)
+    memory, current = after(*(rng.uniform(20, 250) for _ in range(50))), 1
+    for second in range(0, 250, 10):
+        scale = decide(Demand(0, 0, float(second)), POLICY, current, memory, NOW + second)
+        assert scale.replicas == 1, second
+        memory = scale.memory
+
+
+def run(load: list[int], start: int = 0, policy: Policy = POLICY) -> list[int]:
+    """Replicas by second, for a demand by second that is met as far as there are slots, by replicas that are there at once."""
+    current, memory, seen, active = start, NEW, [], 0
+    for second, work in enumerate(load):
+        active = second if work else active
+        running = min(work, current * policy.slots)
+        scale = decide(Demand(work - running, running, float(second - active)), policy, current, memory, NOW + second)
+        current, memory = scale.replicas, scale.memory
+        seen.append(current)
+    return seen
+
+
+def test_a_day_in_the_life_of_a_pool() -> None:
+    seen = run([0] * 5 + [3] * 60 + [60] * 60 + [4] * 200 + [0] * 400)
+    assert seen[:5] == [0] * 5
+    assert set(seen[5:65]) == {1}
+    assert max(seen) == 4
+    assert seen.index(4) - 65 < 30, "the flood is met within seconds"
+    assert set(seen[125:180]) == {4}, "for a minute it may come back"
+    assert set(seen[260:324]) == {1}
+    assert seen[-1] == 0
+    assert seen.index(0, 100) - 325 in range(295, 305)
+
+
+def test_a_pool_that_flickers_neither_flaps_nor_keeps_more_than_it_needs() -> None:
+    seen = run([second % 20 // 10 for second in range(420)], start=3)
+    assert seen[-1] == 1
+    assert sum(before != after for before, after in itertools.pairwise(seen)) == 1
+
+
+def test_a_decision_says_what_is_done_when_idle() -> None:
+    scale: Scale = decide(Demand(1, 0, 0), POLICY, 0, NEW, NOW)
+    assert (scale.idle_plan.keep_s, scale.idle_plan.ready_s, scale.idle_plan.gaps) == (300, None, 0)
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (1, 5), (2, 10), (3, 20), (6, 160), (7, 300), (50, 300)])

@@ -18,6 +18,7 @@ from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import Replica, get_replica, list_replicas, observe, recent_failures
 from lmaas.store.tenants import Tenant
 from lmaas.store.usage import list_events
+from lmaas.types import Resources
 from tests.store.build import base_model, tenant
 
 
@@ -28,10 +29,13 @@ class Names:
         self.processes: dict[str, str] = {}
         self.killed: list[str] = []
         self.error: OSError | None = None
+        self.room: Resources | None = None
+        self.needs: list[Resources] = []
 
-    async def start(self, replica_id: str, pool_id: str) -> None:
+    async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         if self.error is not None:
             raise self.error
+        self.needs.append(needs)
         self.processes[replica_id] = pool_id
 
     async def kill(self, replica_id: str) -> None:
@@ -40,6 +44,9 @@ class Names:
 
     async def list(self) -> dict[str, str]:
         return dict(self.processes)
+
+    async def capacity(self) -> Resources | None:
+        return self.room
 
 
 class Stack:

@@ -1,6 +1,7 @@
 """Our own processes are told to stop, or killed at any point of a pool's way from no engine to one and back."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
@@ -140,3 +141,40 @@ async def test_killed_on_the_way_from_zero_to_one_and_back(
     assert len(_engines(service)) <= 2, "one engine and its supervisor at most"
     # No pool is stuck: the next case, and the end of the fixture, begin from zero again.
     await until(lambda: _at_zero(service))
+
+
+async def _lead(service: Service, name: str) -> None:
+    """Have this controller be the active one, and the other stand by."""
+    _kill_controllers(service)
+    log = service.settings.home / f"{name}.log"
+    before = log.read_text().count("controller active")
+    service.start(name)
+    await until(lambda: log.read_text().count("controller active") > before)
+    for number in range(CONTROLLERS):
+        if f"controller-{number}" != name:
+            service.start(f"controller-{number}")
+
+
+async def test_a_controller_that_stands_still_is_replaced_and_does_nothing_when_it_goes_on(caller: Caller) -> None:
+    service = caller.service
+    await until(lambda: _at_zero(service))
+    await _lead(service, "controller-0")
+    log = service.settings.home / "controller-0.log"
+    stood_by = log.read_text().count("controller standing by")
+    process = service.process("controller-0")
+    process.send_signal(signal.SIGSTOP)
+    try:
+        before = {row.id for row in await list_replicas(service.db, ended=True)}
+        # Nobody is told that the first one stands still: the second finds it silent, and starts what is asked for.
+        response = await caller.ask(tokens=20)
+        assert response.status_code == 200, response.text
+        request = asyncio.create_task(caller.ask(tokens=300))
+        await until(lambda: _ready(service))
+    finally:
+        process.send_signal(signal.SIGCONT)
+    await until(lambda: log.read_text().count("controller standing by") > stood_by)
+    assert (await request).status_code == 200
+    assert len(_engines(service)) <= 2, "one engine and its supervisor at most"
+    await until(lambda: _at_zero(service))
+    started = [row for row in await list_replicas(service.db, ended=True) if row.id not in before]
+    assert {row.observed for row in started} == {Observed.STOPPED}, "none was lost, killed or started twice"

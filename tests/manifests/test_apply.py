@@ -6,6 +6,7 @@ import pytest
 
 from lmaas.errors import InvalidRequest
 from lmaas.manifests.apply import read, read_folder
+from lmaas.manifests.models import read_models
 
 TENANTS = Path(__file__).parents[2] / "tenants"
 
@@ -43,6 +44,53 @@ def test_a_wrong_manifest_is_refused_with_its_place(tmp_path: Path, text: str, c
         read(path)
     assert str(path) in raised.value.message
     assert complaint in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "must be a mapping"),
+        ("name: a", "'source' is missing"),
+        ("name: a\nsource: [b]", "'source' must be of the type str"),
+        ("name: a\nsource: b\nlinears: {}", "'linears' is not known"),
+        ("name: a\nsource: b\nreplicas: 3", "'replicas' must be of the type dict"),
+        ("name: a\nsource: b\nreplicas: {most: 3}", "'replicas.most' is not known. Known are: min, max."),
+        ("name: a\nsource: b\nneeds: {cpus: all}", "'needs.cpus' must be of the type float"),
+        ("name: a\nsource: b\nneeds: {accelerators: 0.5}", "'needs.accelerators' must be of the type int"),
+        ("name: a\nsource: b\nengine: {max_loras: true}", "'engine.max_loras' must be of the type int"),
+        ("name: a\nsource: b\nprices: {engine: cheap}", "'prices.engine' must be of the type int"),
+    ],
+)
+def test_a_wrong_base_model_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "models" / "a.yaml"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(InvalidRequest) as raised:
+        read_models(tmp_path)
+    assert str(path) in raised.value.message
+    assert complaint in raised.value.message
+
+
+def test_a_base_model_as_code(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "b.yml").write_text("name: b\nsource: org/name\n")
+    (tmp_path / "models" / "a.yaml").write_text(
+        "name: a\nsource: ./weights\ndtype: auto\nidle_timeout_s: 9\nreplicas: {min: 1}\nneeds: {cpus: 2}\n"
+        "engine: {args: --enforce-eager, max_lora_rank: 8}\nprices: {cached: 3}\n"
+    )
+    first, second = read_models(tmp_path)
+    assert (second.name, second.values) == ("b", {"source": "org/name"})
+    assert first.values == {
+        "source": str(tmp_path / "models" / "weights"),
+        "dtype": "auto",
+        "idle_timeout_s": 9,
+        "min_replicas": 1,
+        "cpus": 2,
+        "engine_args": "--enforce-eager",
+        "max_lora_rank": 8,
+        "cached_price": 3,
+    }
+    assert read_models(tmp_path / "models") == []
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:

@@ -604,4 +604,6 @@ class Model:
             "load": sum(map(self.load, self.replicas.values())),
             "replicas": replicas,
             "idle_ms": now - self.active,
+            "run_ms": self.run_ms,
+            "start_ms": self.start_ms,
         }

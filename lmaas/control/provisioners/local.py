@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
 from lmaas.config import Settings
+from lmaas.types import Resources
 
 #: A process's start, in seconds since the boot, is known with this much error.
 SAME_START_S = 0.5
+#: The variable by which an engine sees its accelerators.
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DEVICES = Path("/proc/driver/nvidia/gpus")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -24,16 +28,20 @@ class LocalProvisioner:
     """Each supervisor leads a session of its own, so that a signal to our terminal does not reach it.
 
     `$LMAAS_HOME/replicas/<id>/process.json` remembers it across restarts of the controller: the pid with the process's start time,
-    since pids are used again.
+    since pids are used again, and the accelerators that it was given. What no replica that runs was given is free.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._folder = settings.home / "replicas"
         self._environment = os.environ | settings.environment()
+        self._devices = _devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
+        self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    async def start(self, replica_id: str, pool_id: str) -> None:
-        """Start the supervisor of a replica. Raises OSError if it cannot be started."""
+    async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
+        """Start the supervisor of a replica, with accelerators of its own. Raises OSError if it cannot be started."""
+        # Nothing is awaited here: no other start can take the same accelerators.
+        devices = self._take(needs.accelerators)
         folder = self._folder / replica_id
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "supervisor.log").open("ab") as log:
@@ -43,13 +51,28 @@ class LocalProvisioner:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=self._environment,
+                # Without any of its own it must not touch another's; where the machine has none, nothing is hidden.
+                env=self._environment | ({VISIBLE: ",".join(devices)} if self._devices else {}),
             )
         self._children[replica_id] = child
-        facts = _Facts(child.pid, _started(child.pid), _boot(), pool_id)
+        facts = _Facts(child.pid, _started(child.pid), _boot(), pool_id, needs.cpus, devices)
         partial = folder / "process.json.partial"
         partial.write_text(json.dumps(asdict(facts)))
         partial.rename(folder / "process.json")
+
+    def _take(self, count: int) -> list[str]:
+        """So many accelerators that no running replica has. Raises OSError if there are fewer."""
+        if count == 0:
+            return []
+        taken = {device for facts in self._running().values() for device in facts.accelerators}
+        free = [device for device in self._devices if device not in taken]
+        if len(free) < count:
+            raise OSError(f"it needs {count} accelerators, and {len(free)} of {len(self._devices)} are free")
+        return free[:count]
+
+    async def capacity(self) -> Resources:
+        """What this machine offers to replicas: by setting, or all of it."""
+        return self._capacity
 
     async def kill(self, replica_id: str) -> None:
         """End a replica's processes now, without drain. Killing one that is gone is no error."""
@@ -67,19 +90,16 @@ class LocalProvisioner:
         for replica_id, child in list(self._children.items()):
             if child.poll() is not None:
                 del self._children[replica_id]
-        found = {}
-        ended = []
-        for path in self._folder.glob("*/process.json"):
-            replica_id = path.parent.name
-            facts = self._facts(replica_id)
-            if facts is not None and _alive(facts):
-                found[replica_id] = facts.pool
-            else:
-                ended.append(path.parent)
+        running = self._running()
+        ended = [path.parent for path in self._folder.glob("*/process.json") if path.parent.name not in running]
         # The logs of the last replicas that ended stay, for whoever asks why.
         for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-20]:
             shutil.rmtree(folder, ignore_errors=True)
-        return found
+        return {replica_id: facts.pool for replica_id, facts in running.items()}
+
+    def _running(self) -> "dict[str, _Facts]":
+        found = {path.parent.name: self._facts(path.parent.name) for path in self._folder.glob("*/process.json")}
+        return {replica_id: facts for replica_id, facts in found.items() if facts is not None and _alive(facts)}
 
     def _facts(self, replica_id: str) -> "_Facts | None":
         try:
@@ -95,6 +115,8 @@ class _Facts:
     started: float
     boot: str
     pool: str
+    cpus: float = 0.0
+    accelerators: list[str] = field(default_factory=list)
 
 
 def _started(pid: int) -> float:
@@ -111,3 +133,14 @@ def _alive(facts: _Facts) -> bool:
         return same and psutil.Process(facts.pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _devices(offered: int | None, visible: str | None, folder: Path) -> list[str]:
+    """The accelerators that replicas may be given, as CUDA names them: those that we see ourselves, at most as many as are `offered`."""
+    if visible is not None:
+        found = [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
+    elif folder.is_dir():
+        found = [str(index) for index in range(len(list(folder.iterdir())))]
+    else:
+        found = [str(index) for index in range(offered or 0)]
+    return found if offered is None else found[:offered]

@@ -1,0 +1,149 @@
+"""Commands about base models and their pools."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lmaas.cli.context import Context, pass_context
+
+PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
+MODEL = (
+    *("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "cpus", "accelerators", "min_replicas", "max_replicas"),
+    *("idle_timeout_s", "desired", "ready", *PRICES, "source"),
+)
+ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras", "max_lora_rank", "kv_cache_bytes", "engine_args")
+
+Command = TypeVar("Command", bound=Callable[..., None])
+OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("--min-replicas", int, "Always there, also without work."),
+    ("--max-replicas", int, "Never more."),
+    ("--cpus", float, "What a replica takes from its machine."),
+    ("--accelerators", int, "The same; without it, one where the machines have any."),
+    ("--idle-timeout-s", float, "How long an idle pool keeps its last replica at most."),
+    ("--max-loras", int, "Distinct adapters in one batch."),
+    ("--max-cpu-loras", int, "Adapters in an engine's memory."),
+    ("--max-lora-rank", int, "The highest rank of an adapter."),
+    ("--max-num-seqs", int, "Sequences that an engine runs at once."),
+    ("--max-model-len", int, "Context, in tokens."),
+    ("--kv-cache-bytes", int, "Memory for the context of what runs."),
+    ("--dtype", str, "float32, bfloat16, float16 or auto."),
+    ("--engine-args", str, "More arguments for the engine, in one text."),
+    ("--prompt-price", int, "Micro-dollars per million prompt tokens: 150000 is 0.15 $."),
+    ("--cached-price", int, "The same for prompt tokens that were in the engine's prefix cache."),
+    ("--completion-price", int, "The same for completion tokens."),
+    ("--engine-price", int, "What an engine costs us: micro-dollars per hour."),
+)
+
+
+def model_options(command: Command) -> Command:
+    """The options for a base model's values."""
+    for option, kind, text in reversed(OPTIONS):
+        command = click.option(option, type=kind, help=text)(command)
+    return command
+
+
+@click.group()
+def model() -> None:
+    """Base models and their pools."""
+
+
+@model.command("list")
+@pass_context
+def model_list(context: Context) -> None:
+    """Every base model."""
+    rows = context.client().list("/admin/v1/base-models")
+    context.show([_flat(row) for row in rows], MODEL)
+    if not context.as_json:
+        for line in troubles(rows):
+            click.echo(line)
+
+
+@model.command("show")
+@click.argument("name")
+@pass_context
+def model_show(context: Context, name: str) -> None:
+    """One base model: how it is run, what its pool does now, and why."""
+    row = context.client().call("GET", f"/admin/v1/base-models/{name}")
+    if context.as_json:
+        context.show_one(row, ())
+        return
+    context.show([_flat(row)], MODEL)
+    click.echo("engine:    " + ", ".join(f"{field} {row[field]}" for field in ENGINE if row[field] != ""))
+    pool = row["pool"]
+    running = ", ".join(f"{pool[state]} {state}" for state in ("ready", "starting", "draining") if pool[state]) or "no replica"
+    click.echo(f"pool:      {running}; wanted {pool['wanted']}: {pool['reason'] or 'the controller has not said yet'}")
+    click.echo(f"when idle: {_idle_words(pool['keep_warm'])}")
+    for line in troubles([row]):
+        click.echo(line)
+
+
+@model.command("add")
+@click.argument("name")
+@click.argument("source")
+@model_options
+@pass_context
+def model_add(context: Context, /, name: str, source: str, **values: Any) -> None:
+    """A new base model NAME. SOURCE is a folder that the gateway and the machines of replicas can read, or a name on a hub."""
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())
+    body = {"name": name, "source": source} | _given(values)
+    context.show_one(_flat(context.client().call("POST", "/admin/v1/base-models", json=body)), MODEL)
+
+
+@model.command("change")
+@click.argument("name")
+@click.option("--source", help="Only while it has neither adapters nor replicas, as dtype and rank.")
+@model_options
+@pass_context
+def model_change(context: Context, /, name: str, **values: Any) -> None:
+    """Other values for a base model. Those of engines hold for replicas that start from now on."""
+    context.show_one(_flat(context.client().call("PATCH", f"/admin/v1/base-models/{name}", json=_given(values))), MODEL)
+
+
+@model.command("delete")
+@click.argument("name")
+@click.confirmation_option(prompt="Nobody can call it any more. Go on?")
+@pass_context
+def model_delete(context: Context, name: str) -> None:
+    """End a base model that has neither adapters nor replicas."""
+    context.show_one(context.client().call("DELETE", f"/admin/v1/base-models/{name}"), ("id", "deleted"))
+
+
+def troubles(rows: list[dict[str, Any]]) -> list[str]:
+    """What people should know of these base models' pools: starts that fail, and pools that wait for a machine."""
+    lines = []
+    for row in rows:
+        pool = row["pool"]
+        failed = pool["failed_starts"]
+        if failed is not None:
+            times = "The last start" if failed["count"] == 1 else f"The last {failed['count']} starts"
+            lines.append(f"{row['name']}: {times} failed; the next may come in {failed['next_try_s']:.0f} s. Reason: {failed['reason']}")
+        if pool["waits_for_machine"]:
+            lines.append(f"{row['name']}: waits for a machine. {pool['reason']}")
+    return lines
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {name: row["pool"][name] for name in ("desired", "ready")}
+
+
+def _idle_words(plan: dict[str, Any]) -> str:
+    """How long an idle pool stays warm, and what that costs."""
+    if plan["until_s"] is None:
+        return "the controller has not said yet"
+    words = f"warm until {plan['until_s']:.0f} s after the last request"
+    if plan["again_from_s"] is not None:
+        words += f", and again from {plan['again_from_s']:.0f} to {plan['again_until_s']:.0f} s"
+    words += f", at {plan['cost_per_hour_microusd'] / 1e6:.6f} $ an hour"
+    if plan["engine_s_per_idle_time"] is None:
+        return words + " (the idle timeout: there is too little history)"
+    return (
+        f"{words}; by its last {plan['idle_times_seen']:.0f} idle times that is {plan['engine_s_per_idle_time']:.0f} engine-seconds "
+        f"({plan['cost_per_idle_time_microusd'] / 1e6:.6f} $) each, and {100 * plan['cold_share']:.0f} % of them end in a cold start"
+    )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

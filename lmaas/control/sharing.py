@@ -1,0 +1,241 @@
+"""Who gets the machines when they are full: a pure function over all pools.
+
+What each pool has and still wants, it keeps. Who wants more is served in order: pools that wait without a replica, longest wait first; then
+what operators want always (`min_replicas`); then more replicas for those that have some; last, starts ahead of time. What does not fit
+yet is kept free for it, so that nobody behind it takes that place.
+
+For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools
+with a request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that
+a pool has besides its first, and a pool's first once somebody has waited for `starvation_s` and it has been served for `quantum_s` (the
+longest-served first). `min_replicas` never give way, and no busy replica does for a pool whose engines fail to start.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from lmaas.types import Resources
+
+#: A sum of fractions of a CPU may be off by so much.
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Times in seconds: how long a pool is served before it gives way to another that waits, and what follows from that."""
+
+    quantum_s: float = 60.0
+
+    @property
+    def residency_s(self) -> float:
+        """How long a replica that has become ready stays at least."""
+        return self.quantum_s / 4
+
+    @property
+    def starvation_s(self) -> float:
+        """How long a pool waits before a busy one may have to make room."""
+        return self.quantum_s / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A replica that is desired and alive: its slots in use, and for how long (seconds) it has been so, since it was ready if it is."""
+
+    replica: str
+    load: int
+    age_s: float
+    ready: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What one pool has, wants and needs. `leaving` counts its replicas that drain and still have their memory."""
+
+    id: str
+    name: str
+    needs: Resources
+    wanted: int
+    held: Sequence[Held] = ()
+    leaving: int = 0
+    min_replicas: int = 0
+    queued: int = 0
+    #: Seconds since the last request.
+    idle_s: float = 0.0
+    #: Nobody asks for it yet.
+    ahead: bool = False
+    #: Whether it may start a replica now (after a failed start it may not, for a while), and whether its last start failed.
+    may_start: bool = True
+    failing: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return self.queued > 0 or any(held.load > 0 for held in self.held)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a pool gets: so many replicas now, and why it is not as many as it wants (empty if it is)."""
+
+    replicas: int
+    reason: str = ""
+    #: Given away to another pool.
+    gives_way: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Since when each pool has waited without a replica (`now`'s clock): what one round hands to the next."""
+
+    since: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Turn(IntEnum):
+    WAITING = 0
+    PROMISED = 1
+    MORE = 2
+    AHEAD = 3
+
+
+@dataclass(slots=True)
+class _Room:
+    """CPUs and accelerators, to calculate with."""
+
+    cpus: float
+    accelerators: float
+
+    def fits(self, needs: Resources) -> bool:
+        return needs.cpus <= self.cpus + EPSILON and needs.accelerators <= self.accelerators
+
+    def add(self, needs: Resources, times: int = 1) -> None:
+        self.cpus += times * needs.cpus
+        self.accelerators += times * needs.accelerators
+
+
+def share(capacity: Resources | None, pools: Sequence[Pool], waits: Waits, rules: Rules, now: float) -> tuple[dict[str, Share], Waits]:
+    """What each pool gets of `capacity` (None: there is no bound), and who waits.
+
+    A share smaller than what the pool has means that the rest is drained. A share larger fits now: the sum of what runs and what may be
+    started is never more than `capacity`, unless more runs already.
+    """
+    since = {pool.id: waits.since.get(pool.id, now) for pool in pools if pool.wanted > 0 and not pool.held and not pool.ahead}
+    if capacity is None:
+        return {pool.id: Share(pool.wanted) for pool in pools}, Waits(since)
+    return _Round(capacity, pools, since, rules, now).result(), Waits(since)
+
+
+class _Round:
+    def __init__(self, capacity: Resources, pools: Sequence[Pool], since: Mapping[str, float], rules: Rules, now: float) -> None:
+        self._capacity, self._pools, self._since, self._rules, self._now = capacity, pools, since, rules, now
+        self._free = _Room(capacity.cpus, capacity.accelerators)
+        #: Will be free when what drains has ended.
+        self._coming = _Room(0, 0)
+        self._shares: dict[str, int] = {}
+        self._given: dict[str, int] = {pool.id: 0 for pool in pools}
+        self._why: dict[str, str] = {}
+        for pool in pools:
+            kept = min(pool.wanted, len(pool.held))
+            self._shares[pool.id] = kept
+            self._free.add(pool.needs, -len(pool.held) - pool.leaving)
+            self._coming.add(pool.needs, len(pool.held) - kept + pool.leaving)
+
+    def result(self) -> dict[str, Share]:
+        claims = sorted(((self._turn(pool), pool) for pool in self._pools if pool.wanted > len(pool.held)), key=lambda claim: claim[0])
+        for turn, pool in claims:
+            self._serve(_Turn(turn[0]), pool)
+        return {pool.id: Share(self._shares[pool.id], self._why.get(pool.id, ""), self._given[pool.id]) for pool in self._pools}
+
+    def _turn(self, pool: Pool) -> tuple[int, float, str]:
+        if pool.ahead:
+            return _Turn.AHEAD, 0.0, pool.id
+        if not pool.held and pool.busy:
+            return _Turn.WAITING, self._since[pool.id], pool.id
+        if len(pool.held) < pool.min_replicas:
+            return _Turn.PROMISED, self._since.get(pool.id, 0.0), pool.id
+        # Who has least of the machines goes first.
+        return _Turn.MORE, len(pool.held) * (pool.needs.cpus + pool.needs.accelerators), pool.id
+
+    def _serve(self, turn: _Turn, pool: Pool) -> None:
+        """Give the pool what it wants, as far as that can be; keep the rest of its first missing replica free for it."""
+        if not _Room(self._capacity.cpus, self._capacity.accelerators).fits(pool.needs):
+            self._why[pool.id] = f"a replica needs {_words(pool.needs)}, and all machines together have {_words(self._capacity)}"
+            return
+        if not pool.may_start:
+            return
+        while self._shares[pool.id] < pool.wanted:
+            if self._free.fits(pool.needs):
+                self._free.add(pool.needs, -1)
+                self._shares[pool.id] += 1
+                continue
+            self._why[pool.id] = "the machines are full"
+            if turn is not _Turn.AHEAD:
+                self._make_room(turn, pool)
+            return
+
+    def _make_room(self, turn: _Turn, pool: Pool) -> None:
+        """Find replicas that give way, if all of them together make enough room; and keep that room for this pool."""
+        missing = _Room(max(0.0, pool.needs.cpus - self._free.cpus), max(0.0, pool.needs.accelerators - self._free.accelerators))
+        found = _Room(self._coming.cpus, self._coming.accelerators)
+        chosen: list[Pool] = []
+        for victim in self._victims(turn, pool):
+            # One that has nothing of what is missing would be drained for nothing.
+            if _lacks(found.cpus, missing.cpus, victim.needs.cpus) or _lacks(
+                found.accelerators, missing.accelerators, victim.needs.accelerators
+            ):
+                chosen.append(victim)
+                found.add(victim.needs)
+        enough = found.cpus + EPSILON >= missing.cpus and found.accelerators >= missing.accelerators
+        if not enough and not self._ever(pool):
+            self._why[pool.id] = "the machines are full of replicas that other pools always have (min_replicas)"
+            return
+        for victim in chosen if enough else ():
+            self._shares[victim.id] -= 1
+            self._given[victim.id] += 1
+            self._why[victim.id] = f"gives way to {pool.name}"
+            self._coming.add(victim.needs)
+        if turn is _Turn.WAITING or enough:
+            # Nobody behind takes this place.
+            self._coming.cpus -= missing.cpus
+            self._coming.accelerators -= missing.accelerators
+            self._free.cpus -= pool.needs.cpus - missing.cpus
+            self._free.accelerators -= pool.needs.accelerators - missing.accelerators
+
+    def _victims(self, turn: _Turn, claimant: Pool) -> list[Pool]:
+        """Whose replicas may give way, once for each replica, in the order in which they do."""
+        rules = self._rules
+        starving = turn is _Turn.WAITING and not claimant.failing and self._now - self._since[claimant.id] >= rules.starvation_s
+        found: list[tuple[int, float, str, Pool]] = []
+        for pool in self._pools:
+            if pool is claimant:
+                continue
+            # As plan() picks them: the least busy first.
+            held = sorted(pool.held, key=lambda one: (one.load, one.ready, one.age_s))
+            spare = held[len(pool.held) - self._shares[pool.id] : len(held) - pool.min_replicas]
+            for place, one in enumerate(spare, start=len(pool.held) - self._shares[pool.id]):
+                last = place == len(held) - 1
+                if one.age_s < rules.residency_s:
+                    continue
+                if not pool.busy:
+                    found.append((0, -pool.idle_s, pool.id, pool))
+                elif turn is _Turn.WAITING and not claimant.failing and not last:
+                    found.append((1, -one.age_s, pool.id, pool))
+                elif starving and one.ready and one.age_s >= rules.quantum_s:
+                    found.append((2, -one.age_s, pool.id, pool))
+        found.sort(key=lambda entry: entry[:3])
+        return [pool for _, _, _, pool in found]
+
+    def _ever(self, claimant: Pool) -> bool:
+        """Whether there would be room if everybody gave way who can."""
+        room = _Room(self._capacity.cpus, self._capacity.accelerators)
+        for pool in self._pools:
+            if pool is not claimant:
+                room.add(pool.needs, -min(pool.min_replicas, len(pool.held)))
+        return room.fits(claimant.needs)
+
+
+def _lacks(found: float, missing: float, offered: float) -> bool:
+    return offered > 0 and missing > found + EPSILON
+
+
+def _words(amount: Resources) -> str:
+    return f"{amount.cpus:g} CPUs and {amount.accelerators} accelerators"

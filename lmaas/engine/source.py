@@ -1,0 +1,63 @@
+"""Where a base model's files are, and what its own configuration says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lmaas.engine.launch import has_cpu_build
+from lmaas.errors import InvalidRequest
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_CONFIG_BYTES = 1024 * 1024
+#: What is fetched from a hub: weights, and what a tokenizer needs. No code.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def model_folder(source: str) -> Path:
+    """The local folder of a model given as a folder or a hub id, which is fetched if need be. Raises InvalidRequest
+    `invalid_base_model` if it cannot be had."""
+    try:
+        if Path(source).is_dir():
+            return Path(source).resolve()
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
+
+        return Path(snapshot_download(source, allow_patterns=PATTERNS))
+    except ImportError:
+        raise InvalidRequest(
+            f"{source[:200]!r} is no folder here, and this process cannot fetch from a hub.", code="invalid_base_model", param="source"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"{source[:200]!r} is neither a folder here nor a model that the hub gives: {str(error)[:300]}",
+            code="invalid_base_model",
+            param="source",
+        ) from error
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """The model's `config.json`. Raises InvalidRequest `invalid_base_model` if it cannot be read."""
+    path = folder / "config.json"
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{path} cannot be used: {error}", code="invalid_base_model", param="source") from error
+    if not isinstance(config, dict):
+        raise InvalidRequest(f"{path} cannot be used: it is no object.", code="invalid_base_model", param="source")
+    return config
+
+
+def engine_dtype(asked: str, config: dict[str, Any]) -> str:
+    """The engine's dtype. `auto` is float32 on a CPU, in which a greedy answer is the same alone and in a batch, and else the model's
+    own. Raises InvalidRequest for one that engines do not have."""
+    if asked == "auto":
+        asked = "float32" if has_cpu_build() else str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if asked not in DTYPES:
+        raise InvalidRequest(f"'dtype' is one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype")
+    return asked
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """The longest context that the model was made for, in tokens; None if it does not say."""
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
