@@ -11,6 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 #: What a log line may carry beside its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
 
+#: Series of refusals that a gateway keeps apart.
+MAX_CODES = 300
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
@@ -48,6 +51,12 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter("lmaas_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry)
         self.tokens = Counter("lmaas_tokens", "Tokens by kind, as the engines reported them.", ("kind",), registry=self.registry)
+        self.refusals = Counter(
+            "lmaas_refusals",
+            "Requests that were answered with an error, by its kind and code: over a limit, a full queue, past the deadline, …",
+            ("endpoint", "kind", "code"),
+            registry=self.registry,
+        )
         self.replays = Counter("lmaas_replays", "Answers that were sent again for an Idempotency-Key.", registry=self.registry)
         self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
         self.queue = Histogram(
@@ -58,6 +67,7 @@ class GatewayMetrics:
         )
         # Looking a label up costs more than counting.
         self._outcomes: dict[tuple[str, str], Counter] = {}
+        self._refusals: dict[tuple[str, str, str], Counter] = {}
         self._prompt, self._cached, self._completion = (self.tokens.labels(kind) for kind in ("prompt", "cached", "completion"))
 
     def ended(self, endpoint: str, outcome: str, *, queue_s: float, prompt: int, cached: int, completion: int) -> None:
@@ -70,3 +80,11 @@ class GatewayMetrics:
         self._prompt.inc(prompt)
         self._cached.inc(cached)
         self._completion.inc(completion)
+
+    def refused(self, endpoint: str, kind: str, code: str) -> None:
+        """Count a request that is answered with an error. Codes are ours and few; should that change, the later ones are `other`."""
+        labels = (endpoint, kind, code if (endpoint, kind, code) in self._refusals or len(self._refusals) < MAX_CODES else "other")
+        counter = self._refusals.get(labels)
+        if counter is None:
+            counter = self._refusals[labels] = self.refusals.labels(*labels)
+        counter.inc()

@@ -19,7 +19,7 @@ from lmaas.metering.writer import BATCH, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database, Writes, new_id
-from lmaas.store.idempotency import delete_old
+from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models, list_pool_ids
 from lmaas.store.pools import pool_states_by_id, save_pool_state
@@ -226,7 +226,7 @@ class Controller:
     async def _sweep_forever(self) -> None:
         while True:
             try:
-                while await delete_old(self._db):
+                while await delete_old(self._db) or await delete_surplus(self._db):
                     pass
             except Unavailable as error:
                 log.warning("old answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})

@@ -89,6 +89,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
                 # Past its deadline a request has expired; everything else that ends here has failed.
                 expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
                 record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
+                gateway.metrics.refused(endpoint.path, error.kind, error.error_code)
                 await _answer_error(call, error)
             except asyncio.CancelledError:
                 # The gateway stops and its drain time is over: never a silent end.

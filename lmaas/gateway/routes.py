@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from lmaas.errors import Forbidden, ModelNotFound, Unavailable
+from lmaas.errors import Forbidden, LmaasError, ModelNotFound, Unavailable
 from lmaas.gateway.call import Call
 from lmaas.gateway.catalog import ListedModel
 from lmaas.gateway.pipeline import Gateway, complete
@@ -31,7 +31,11 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
+        try:
+            await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
+        except LmaasError as error:
+            self._gateway.metrics.refused(self._endpoint.path, error.kind, error.error_code)
+            raise
 
 
 def completions(gateway: Gateway) -> dict[str, Completions]:

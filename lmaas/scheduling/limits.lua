@@ -5,13 +5,16 @@
 -- A scope (a tenant or a key) is one MessagePack value:
 --   seconds  {{second, requests, tokens}, …} of the last minute, oldest first
 --   running  requests accepted and not yet ended
+--   turn_ms  how long they take, from their acceptance, on average of the last few
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
---   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here
+--   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger (when: `asked`); 2: they are here
 --   memory   which memory it is of: what `lmaas:limits` said when it came into being (after a pool's memory was replaced, all begin anew)
 --   generation  grows when the month's figures begin anew: a reservation of before is not in them
 -- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
 
 local WINDOW_S = 60
+local ASK_AGAIN_MS = 15000 -- the ledger has answered by then, or who asked it is gone
+local MAX_RETRY_MS = 60000 -- OpenAI's clients take no notice of more
 local FORGET_S = 86400 -- a scope that nobody uses is forgotten; what matters of it is in the ledger
 
 -- Days since 1970 → year * 100 + month (Howard Hinnant's civil_from_days).
@@ -89,34 +92,50 @@ local function count(pool, scope, requests, tokens)
   last[2], last[3] = last[2] + requests, last[3] + tokens
 end
 
--- Why this scope does not take the ticket, or nil.
-local function refusal(pool, scope, limit, tokens, cost)
+-- When one of those that run or wait ends, by how long they take.
+local function until_one_ends(scope)
+  return math.max(1, math.min(MAX_RETRY_MS, math.floor((scope.turn_ms or TURN_MS) / math.max(1, scope.running))))
+end
+
+-- Why this scope does not take the ticket: each limit that it is over. Without `retry_ms`, waiting is of no use.
+local function refusals(pool, scope, limit, tokens, cost)
   local requests_used, tokens_used = used_in_minute(scope)
+  local found = {}
+  local function refuse(name, allowed, used, asked, retry_ms)
+    found[#found + 1] = { limit = name, allowed = allowed, used = used, asked = asked, retry_ms = retry_ms, scope = limit.scope }
+  end
   if limit.max_concurrent and scope.running + 1 > limit.max_concurrent then
-    return { limit = 'concurrency', allowed = limit.max_concurrent, retry_ms = 1000 }
+    refuse('concurrency', limit.max_concurrent, nil, nil, until_one_ends(scope))
   end
   if limit.requests_per_minute and requests_used + 1 > limit.requests_per_minute then
-    return {
-      limit = 'requests', allowed = limit.requests_per_minute, used = requests_used, asked = 1,
-      retry_ms = until_freed(pool, scope, 2, requests_used + 1 - limit.requests_per_minute),
-    }
+    local retry_ms = until_freed(pool, scope, 2, requests_used + 1 - limit.requests_per_minute)
+    refuse('requests', limit.requests_per_minute, requests_used, 1, retry_ms)
   end
   if limit.tokens_per_minute and tokens > limit.tokens_per_minute then
-    return { limit = 'request_tokens', allowed = limit.tokens_per_minute, asked = tokens, retry_ms = 0 }
-  end
-  if limit.tokens_per_minute and tokens_used + tokens > limit.tokens_per_minute then
-    return {
-      limit = 'tokens', allowed = limit.tokens_per_minute, used = tokens_used, asked = tokens,
-      retry_ms = until_freed(pool, scope, 3, tokens_used + tokens - limit.tokens_per_minute),
-    }
+    refuse('request_tokens', limit.tokens_per_minute, nil, tokens, nil)
+  elseif limit.tokens_per_minute and tokens_used + tokens > limit.tokens_per_minute then
+    local retry_ms = until_freed(pool, scope, 3, tokens_used + tokens - limit.tokens_per_minute)
+    refuse('tokens', limit.tokens_per_minute, tokens_used, tokens, retry_ms)
   end
   if limit.tokens_per_month and scope.tokens + tokens > limit.tokens_per_month then
-    return { limit = 'month_tokens', allowed = limit.tokens_per_month, used = scope.tokens, asked = tokens, retry_ms = 0 }
+    refuse('month_tokens', limit.tokens_per_month, scope.tokens, tokens, nil)
   end
   if limit.budget_per_month and scope.cost + cost > limit.budget_per_month * 1000000 then
-    return { limit = 'budget', allowed = limit.budget_per_month, retry_ms = 0 }
+    refuse('budget', limit.budget_per_month, nil, nil, nil)
   end
-  return nil
+  return found
+end
+
+-- What the client is told: the first limit that waiting does not help with, else the one that takes longest; nil if there is none.
+local function refusal(pool, scopes, limits, tokens, cost)
+  local worst = nil
+  for i, limit in ipairs(limits) do
+    for _, each in ipairs(refusals(pool, scopes[i], limit, tokens, cost)) do
+      if not worst or (worst.retry_ms and (not each.retry_ms or each.retry_ms > worst.retry_ms)) then worst = each end
+    end
+  end
+  if worst then worst.retry_ms = worst.retry_ms or 0 end
+  return worst
 end
 
 -- What is left of a minute's limits, of the scope that has the least left.
@@ -137,25 +156,31 @@ local function tightest(pool, scopes, limits)
   return left
 end
 
+-- Take what the ledger says of the month: {scope → [month, tokens, cost]}.
+local function take_seeds(pool, seeds)
+  for id, seed in pairs(seeds) do
+    local scope = load_scope(pool, id)
+    if scope.seeded == 1 and seed[1] == scope.month then
+      scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], 2
+      save_scope(scope)
+    end
+  end
+end
+
 -- Reserve what a ticket may use: nil and what is left, or the refusal. Everything is checked before anything is taken. `forced`: it was
 -- accepted before the server lost its memory.
-local function reserve(pool, ticket, seeds, forced)
+local function reserve(pool, ticket, forced)
   if #ticket.limits == 0 then return nil, nil end
   local tokens = ticket.prompt_tokens + ticket.completion_tokens
   local cost = cost_of(ticket.prices, ticket.prompt_tokens, 0, ticket.completion_tokens)
   local scopes, unseeded = {}, {}
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
-    local seed = seeds and seeds[limit.id]
-    if seed and scope.seeded == 1 and seed[1] == scope.month then
-      scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], 2
-      save_scope(scope)
-    end
     if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded < 2 then
       unseeded[#unseeded + 1] = limit.id
-      if scope.seeded == 0 and not forced then
+      if not forced and (scope.seeded == 0 or math.abs(pool.now - scope.asked) > ASK_AGAIN_MS) then
         -- What ends from now on is counted here; what has ended, the ledger knows.
-        scope.seeded, scope.generation, scope.tokens, scope.cost = 1, scope.generation + 1, 0, 0
+        scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = 1, pool.now, scope.generation + 1, 0, 0
         save_scope(scope)
       end
     end
@@ -163,12 +188,10 @@ local function reserve(pool, ticket, seeds, forced)
   end
   if not forced then
     if #unseeded > 0 then return { state = 'unseeded', scopes = unseeded, month = scopes[1].month } end
-    for i, limit in ipairs(ticket.limits) do
-      local refused = refusal(pool, scopes[i], limit, tokens, cost)
-      if refused then
-        refused.state, refused.scope, refused.left = 'limited', limit.scope, tightest(pool, scopes, ticket.limits)
-        return refused
-      end
+    local refused = refusal(pool, scopes, ticket.limits, tokens, cost)
+    if refused then
+      refused.state, refused.left = 'limited', tightest(pool, scopes, ticket.limits)
+      return refused
     end
   end
   local second, generations, memories = math.floor(pool.now / 1000), {}, {}
@@ -204,6 +227,10 @@ local function settle(pool, ticket, used)
     -- It ran for longer than a minute: what it used beyond its reservation counts now.
     if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end
     if here then scope.running = math.max(0, scope.running - 1) end
+    if used then
+      local turn_ms = scope.turn_ms or TURN_MS
+      scope.turn_ms = math.floor(turn_ms + (math.max(0, pool.now - ticket.submitted) - turn_ms) / 8)
+    end
     if scope.month == reserved.month then
       local held = here and scope.generation == reserved.generations[i] and 1 or 0
       scope.tokens = math.max(0, scope.tokens + tokens - held * reserved.tokens)

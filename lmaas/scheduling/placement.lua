@@ -300,6 +300,15 @@ local function clock_set_back(pool)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', pool.now + LEASE_MS, '+inf')) do
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, id)
   end
+  local stored = redis.call('HGETALL', pool.key .. ':tickets')
+  for i = 2, #stored, 2 do
+    -- Else it would have waited, and run, for less than no time.
+    local ticket = cjson.decode(stored[i])
+    ticket.submitted = math.min(ticket.submitted, pool.now)
+    ticket.placed = ticket.placed and math.min(ticket.placed, pool.now)
+    ticket.granted = ticket.granted and math.min(ticket.granted, pool.now)
+    put(pool, ticket)
+  end
   for id, replica in pairs(pool.replicas) do
     replica.beat, replica.since = math.min(replica.beat, pool.now), math.min(replica.since, pool.now)
     for adapter, time in pairs(replica.used) do replica.used[adapter] = math.min(time, pool.now) end

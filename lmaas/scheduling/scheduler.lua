@@ -56,8 +56,9 @@ redis.register_function('lmaas_submit', function(keys, args)
   if not known then
     -- What has waited already was accepted before this server lost its memory.
     local accepted = ticket.waited_ms > 0
+    if args[4] ~= '' then take_seeds(pool, cjson.decode(args[4])) end
     local refused = not accepted and full(pool, ticket, tonumber(args[2]), tonumber(args[3])) or nil
-    if not refused then refused, left = reserve(pool, ticket, args[4] ~= '' and cjson.decode(args[4]), accepted) end
+    if not refused then refused, left = reserve(pool, ticket, accepted) end
     if refused then
       close(pool)
       return cjson.encode(refused)
@@ -104,16 +105,18 @@ redis.register_function('lmaas_retry', function(keys, args)
   local ticket = get(pool, args[1])
   local reply = { state = 'unknown' }
   if ticket then
-    local replica = pool.replicas[args[2]]
-    if replica then
-      -- Nobody else is sent there until its supervisor has looked.
-      if args[3] == 'engine' then replica.suspect = true end
-      if args[3] == 'adapter' then replica.resident[ticket.adapter] = nil end
-      pool.dirty[args[2]] = true
-      redis.call('PUBLISH', 'lmaas:replica:' .. args[2], args[3])
-    end
     local held = ticket.state == 'granted' or ticket.state == 'revoked'
-    if held and ticket.attempts == tonumber(args[4]) then requeue(pool, ticket, true) end
+    if held and ticket.attempts == tonumber(args[4]) then
+      local replica = pool.replicas[args[2]]
+      if replica then
+        -- Nobody else is sent there until its supervisor has looked.
+        if args[3] == 'engine' then replica.suspect = true end
+        if args[3] == 'adapter' then replica.resident[ticket.adapter] = nil end
+        pool.dirty[args[2]] = true
+        redis.call('PUBLISH', 'lmaas:replica:' .. args[2], args[3])
+      end
+      requeue(pool, ticket, true)
+    end
     dispatch(pool, ticket.id)
     ask_for_replica(pool)
     reply = report(pool, get(pool, ticket.id))
@@ -160,11 +163,13 @@ redis.register_function('lmaas_restore', function(keys, args)
   elseif replica then
     ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
-    reserve(pool, ticket, nil, true)
+    reserve(pool, ticket, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)
     put(pool, ticket)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
+    -- Somebody who waits may share its adapter slot.
+    dispatch(pool)
     done = 1
   end
   close(pool)

@@ -19,8 +19,13 @@ from lmaas.store.tables import tenants
 KEPT_FOR = timedelta(hours=24)
 #: The gateway of a claim that was not seen for this long has died: somebody else may run the request.
 ABANDONED_AFTER = timedelta(seconds=30)
+#: After a restart nobody could be seen for a while, and those who live say so first.
+SERVER_STARTED: ColumnElement[Any] = func.pg_postmaster_start_time()
 #: When nobody came to take it over.
 FORGOTTEN_AFTER = timedelta(hours=1)
+#: What is kept of one tenant: beyond that, its oldest answers go before their day is over.
+MAX_ANSWERS = 20_000
+MAX_ANSWER_BYTES = 256 * 1024 * 1024
 #: Rows in one statement.
 BATCH = 100
 
@@ -79,7 +84,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
         set_=changes | {"status": None, "content_type": None, "answer": None},
         where=or_(
             and_(rows.c.state == ClaimState.DONE, _not_seen_for(KEPT_FOR)),
-            and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(ABANDONED_AFTER)),
+            and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(ABANDONED_AFTER), func.now() - ABANDONED_AFTER > SERVER_STARTED),
         ),
     ).returning(rows.c.request_id)
     same = rows.c.body_hash == claim.body_hash
@@ -133,3 +138,25 @@ async def delete_old(db: Database) -> int:
     async with db.begin() as connection:
         gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(batch)))
     return gone.rowcount
+
+
+async def delete_surplus(db: Database) -> int:
+    """Delete a batch of each tenant's oldest answers beyond MAX_ANSWERS and MAX_ANSWER_BYTES; how many were deleted."""
+    size, done = func.coalesce(func.octet_length(rows.c.answer), 0), rows.c.state == ClaimState.DONE
+    over = select(rows.c.tenant_id).where(done).group_by(rows.c.tenant_id)
+    over = over.having(or_(func.count() > MAX_ANSWERS, func.sum(size) > MAX_ANSWER_BYTES))
+    newest_first: dict[str, Any] = {"partition_by": rows.c.tenant_id, "order_by": (rows.c.seen_at.desc(), rows.c.key)}
+    ranked = select(
+        rows.c.tenant_id,
+        rows.c.key,
+        func.row_number().over(**newest_first).label("place"),
+        func.sum(size).over(**newest_first).label("bytes"),
+    )
+    deleted = 0
+    async with db.begin() as connection:
+        for tenant_id in (await connection.execute(over)).scalars().all():
+            own = ranked.where(done, rows.c.tenant_id == tenant_id).subquery()
+            surplus = select(own.c.tenant_id, own.c.key).where(or_(own.c.place > MAX_ANSWERS, own.c.bytes > MAX_ANSWER_BYTES)).limit(BATCH)
+            # One that was claimed anew at this moment runs: it stays.
+            deleted += (await connection.execute(delete(rows).where(done, tuple_(rows.c.tenant_id, rows.c.key).in_(surplus)))).rowcount
+    return deleted

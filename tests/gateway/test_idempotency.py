@@ -6,13 +6,15 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, ConflictError
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, func, make_url, text
 
+from lmaas.store import idempotency
 from lmaas.store.database import driver_url
 from lmaas.store.models import BaseModel
 from lmaas.store.tenants import delete_tenant
@@ -22,6 +24,12 @@ from tests.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
 HI = [{"role": "user", "content": "Say hi."}]
 LONG = 2000
+
+
+@pytest.fixture(autouse=True)
+def up_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postgres, which was started for these tests."""
+    monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(hours=1))
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Model:
         """FLUSHALL."""
         self.tickets: dict[str, Held] = {}
         self.replicas: dict[str, Replica] = {}
-        self.limits = Limits()
+        self.limits = Limits(self.rules.TURN_MS)
         self.counters: dict[str, float] = {}
         self.last_to_leave: str | None = None
         self.least_counter = 0.0  # of those that were dropped
@@ -335,7 +335,7 @@ class Model:
         del self.tickets[held.ticket.id]
         if held.state == "queued":
             self.left_the_queue(held)
-        self.limits.settle(now, held.ticket, held.reservations, used)
+        self.limits.settle(now, held.ticket, held.submitted, held.reservations, used)
         self.active = now
 
     def take_back(self, held: Held, state: str) -> None:
@@ -398,7 +398,9 @@ class Model:
     def clock_set_back(self, now: int) -> None:
         """Nothing lies in the future, and everybody has the time of a lease."""
         for held in self.tickets.values():
-            held.expires = min(held.expires, now + self.rules.LEASE_MS)
+            held.expires, held.submitted = min(held.expires, now + self.rules.LEASE_MS), min(held.submitted, now)
+            held.placed = None if held.placed is None else min(held.placed, now)
+            held.granted = None if held.granted is None else min(held.granted, now)
         for replica in self.replicas.values():
             replica.beat, replica.since = min(replica.beat, now), min(replica.since, now)
             replica.used = {adapter: min(at, now) for adapter, at in replica.used.items()}
@@ -440,11 +442,12 @@ class Model:
         if ticket.id in self.tickets:
             return self.report(now, self.tickets[ticket.id])
         accepted_before = waited_ms > 0
+        self.limits.take_seeds(now, seeds or {})
         if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
             return {"state": "refused"}
         if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
             return {"state": "refused_by_pool", "wait_ms": self.wait_ms(now, len(self.queue()))}
-        refused, left, made = self.limits.reserve(now, ticket, seeds or {}, accepted_before)
+        refused, left, made = self.limits.reserve(now, ticket, accepted_before)
         if refused is not None:
             return refused
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, reservations=made)
@@ -470,13 +473,13 @@ class Model:
         held = self.tickets.get(ticket.id)
         if held is None:
             return {"state": "unknown"}
-        if (replica := self.replicas.get(replica_id)) is not None:
-            if reason == "engine":
-                replica.suspect = True
-            else:
-                replica.resident.discard(ticket.adapter)
-            self.said.append((f"lmaas:replica:{replica_id}", reason))
         if held.state in ("granted", "revoked") and held.attempts == attempt:
+            if (replica := self.replicas.get(replica_id)) is not None:
+                if reason == "engine":
+                    replica.suspect = True
+                else:
+                    replica.resident.discard(ticket.adapter)
+                self.said.append((f"lmaas:replica:{replica_id}", reason))
             self.requeue(held, delivered=True)
         self.dispatch(now, ticket.id)
         self.ask_for_replica()
@@ -501,12 +504,13 @@ class Model:
             return True
         if replica is None:
             return False
-        made = self.limits.reserve(now, ticket, {}, True)[2]
+        made = self.limits.reserve(now, ticket, True)[2]
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, "granted", reservations=made, restored=True)
         held.placed = held.granted = now
         self.tickets[ticket.id] = held
         self.charge(held, ticket.prompt_tokens)
         self.hold(now, held, replica)
+        self.dispatch(now)
         return True
 
     def heartbeat(self, now: int, replica_id: str, beat: Beat) -> Reply:

@@ -8,6 +8,7 @@ from typing import Any
 from lmaas.scheduling.client import LimitedScope, Seed, Ticket
 
 WINDOW_S = 60
+ASK_AGAIN_MS, MAX_RETRY_MS = 15_000, 60_000
 #: What was used: prompt, cached, completion tokens.
 Tokens = tuple[int, int, int]
 
@@ -45,6 +46,9 @@ class Scope:
     reservations: list[Reservation] = field(default_factory=list)
     #: 0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here.
     seeded: int = 0
+    asked: int = 0
+    #: How long its requests take from their acceptance to their end, on average of the last few, in ms.
+    turn_ms: int = 0
     seed: Seed = field(default_factory=lambda: Seed(0, 0, 0))
 
     def running(self) -> int:
@@ -84,9 +88,9 @@ class Scope:
         tokens, cost = (self.seed.tokens, self.seed.cost_picousd) if self.seed.month == month else (0, 0)
         return tokens + sum(each.tokens for each in counted), cost + sum(each.cost for each in counted)
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, now: int) -> None:
         """A gateway is sent to the ledger: what has ended, the ledger knows; what ends from now on is counted here."""
-        self.seeded, self.seed = 1, Seed(0, 0, 0)
+        self.seeded, self.asked, self.seed = 1, now, Seed(0, 0, 0)
         for each in self.reservations:
             each.in_figures = False
 
@@ -95,31 +99,35 @@ class Scope:
 class Limits:
     """All scopes, of all pools."""
 
+    #: The first guess of how long a request takes, in ms.
+    turn_ms: int
     scopes: dict[str, Scope] = field(default_factory=dict)
 
-    def reserve(
-        self, now: int, ticket: Ticket, seeds: Mapping[str, Seed], forced: bool
-    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[Reservation]]:
+    def take_seeds(self, now: int, seeds: Mapping[str, Seed]) -> None:
+        """What the ledger says of the month."""
+        for name, seed in seeds.items():
+            scope = self.scopes.get(name)
+            if scope is not None and scope.seeded == 1 and seed.month == month_of(now):
+                scope.seeded, scope.seed = 2, seed
+
+    def reserve(self, now: int, ticket: Ticket, forced: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[Reservation]]:
         """The refusal, or what is left and the reservations. What is `forced` was accepted before the memory was lost."""
         if not ticket.limits:
             return None, None, []
-        scopes = {limit.id: self.scopes.setdefault(limit.id, Scope()) for limit in ticket.limits}
-        for limit in ticket.limits:
-            scope, seed = scopes[limit.id], seeds.get(limit.id)
-            if seed is not None and scope.seeded == 1 and seed.month == month_of(now):
-                scope.seeded, scope.seed = 2, seed
+        scopes = {limit.id: self.scopes.setdefault(limit.id, Scope(turn_ms=self.turn_ms)) for limit in ticket.limits}
         if not forced:
             by_month = [limit.id for limit in ticket.limits if limit.tokens_per_month is not None or limit.budget_per_month is not None]
             unseeded = [name for name in by_month if scopes[name].seeded < 2]
             for name in unseeded:
-                if scopes[name].seeded == 0:
-                    scopes[name].begin_anew()
+                if scopes[name].seeded == 0 or abs(now - scopes[name].asked) > ASK_AGAIN_MS:
+                    scopes[name].begin_anew(now)
             if unseeded:
                 return {"state": "unseeded", "scopes": unseeded, "month": month_of(now)}, None, []
-            for limit in ticket.limits:
-                refusal = self._refusal(now, limit, ticket)
-                if refusal is not None:
-                    return {"state": "limited", "scope": limit.scope, "left": self._left(now, ticket), **refusal}, None, []
+            refusals = [each for limit in ticket.limits for each in self._refusals(now, limit, ticket)]
+            if refusals:
+                # The first that waiting does not help with, else the one that takes longest.
+                worst = max(refusals, key=lambda each: each["retry_ms"] or float("inf"))
+                return {"state": "limited", "left": self._left(now, ticket), **worst}, None, []
         tokens, cost = ticket.prompt_tokens + ticket.completion_tokens, cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
         made = []
         for limit in ticket.limits:
@@ -127,27 +135,28 @@ class Limits:
             scopes[limit.id].reservations.append(made[-1])
         return None, self._left(now, ticket), made
 
-    def _refusal(self, now: int, limit: LimitedScope, ticket: Ticket) -> dict[str, Any] | None:
+    def _refusals(self, now: int, limit: LimitedScope, ticket: Ticket) -> list[dict[str, Any]]:
         scope, tokens = self.scopes[limit.id], ticket.prompt_tokens + ticket.completion_tokens
         cost = cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
         requests_used, tokens_used = scope.minute(now, 0), scope.minute(now, 1)
         month_tokens, month_cost = scope.month_figures(now)
         refusals: list[dict[str, Any]] = []
         if (most := limit.max_concurrent) is not None and scope.running() >= most:
-            refusals.append({"limit": "concurrency", "allowed": most, "retry_ms": 1000})
+            retry_ms = max(1, min(MAX_RETRY_MS, scope.turn_ms // max(1, scope.running())))
+            refusals.append({"limit": "concurrency", "allowed": most, "retry_ms": retry_ms})
         if (most := limit.requests_per_minute) is not None and (excess := requests_used + 1 - most) > 0:
             retry_ms = scope.freed_in_ms(now, 0, excess)
             refusals.append({"limit": "requests", "allowed": most, "used": requests_used, "asked": 1, "retry_ms": retry_ms})
         if (most := limit.tokens_per_minute) is not None and tokens > most:
             refusals.append({"limit": "request_tokens", "allowed": most, "asked": tokens, "retry_ms": 0})
-        if (most := limit.tokens_per_minute) is not None and (excess := tokens_used + tokens - most) > 0:
+        elif (most := limit.tokens_per_minute) is not None and (excess := tokens_used + tokens - most) > 0:
             retry_ms = scope.freed_in_ms(now, 1, excess)
             refusals.append({"limit": "tokens", "allowed": most, "used": tokens_used, "asked": tokens, "retry_ms": retry_ms})
         if (most := limit.tokens_per_month) is not None and month_tokens + tokens > most:
             refusals.append({"limit": "month_tokens", "allowed": most, "used": month_tokens, "asked": tokens, "retry_ms": 0})
         if (most := limit.budget_per_month) is not None and month_cost + cost > most * 1_000_000:
             refusals.append({"limit": "budget", "allowed": most, "retry_ms": 0})
-        return refusals[0] if refusals else None
+        return [each | {"scope": limit.scope} for each in refusals]
 
     def _left(self, now: int, ticket: Ticket) -> dict[str, list[int]]:
         """For requests and tokens, of the scope that has the least left: its limit, what is left, ms until all is back."""
@@ -162,7 +171,7 @@ class Limits:
                     left[name] = [most, remaining, scope.reset_in_ms(now, what)]
         return left
 
-    def settle(self, now: int, ticket: Ticket, made: list[Reservation], used: Tokens | None) -> None:
+    def settle(self, now: int, ticket: Ticket, submitted: int, made: list[Reservation], used: Tokens | None) -> None:
         """From now on the reservations are what was used; who used nothing gets the request back too.
 
         What ran for longer than a minute counts now for the minute, with what it used beyond its reservation.
@@ -176,3 +185,6 @@ class Limits:
             each.tokens, each.cost = prompt + completion, cost_of(ticket, (prompt, cached, completion))
             each.requests = 1 if each.tokens > 0 else 0
             each.running, each.in_figures = False, True
+            if used is not None:
+                scope = self.scopes[limit.id]
+                scope.turn_ms += (max(0, now - submitted) - scope.turn_ms) // 8

@@ -194,3 +194,66 @@ async def test_what_ran_for_longer_than_a_minute_counts_when_it_ends(clocked: Cl
         await clocked.scheduler.renew("p", [("r1", "")])
     await clocked.end(1, "10,0,900")
     assert (await clocked.ask(2, limit))["left"]["tokens"] == [1000, 90, 61_000]
+
+
+async def test_at_the_limit_of_what_runs_the_wait_is_how_long_the_tenants_requests_take(clocked: Clocked) -> None:
+    limit = tenant(max_concurrent=2)
+    for number in range(1, 60, 2):
+        await clocked.at(20 * number)
+        await clocked.ask(number, limit)
+        await clocked.ask(number + 1, limit)
+        await clocked.at(20 * number + 16)
+        assert (await clocked.ask(100, limit))["limit"] == "concurrency"
+        await clocked.end(number, "1,0,1")
+        await clocked.end(number + 1, "")  # never ran: says nothing
+    await clocked.at(2000)
+    await clocked.ask(98, limit)
+    await clocked.ask(99, limit)
+    refused = await clocked.ask(100, limit)
+    assert 7000 <= refused["retry_ms"] <= 8000, "one of two that take 16 s"
+
+
+@pytest.mark.parametrize("first", ["tenant", "key"])
+async def test_of_several_limits_the_longest_wait_is_told(clocked: Clocked, first: str) -> None:
+    scopes = [
+        LimitedScope("ten_a", "tenant", max_concurrent=1),
+        LimitedScope("key_a", "key", requests_per_minute=1, tokens_per_minute=1000),
+    ]
+    scopes = scopes if first == "tenant" else scopes[::-1]
+    await clocked.ask(1, *scopes)
+    refused = await clocked.ask(2, *scopes)
+    assert (refused["limit"], refused["scope"], refused["retry_ms"]) == ("requests", "key", 61_000)
+    assert refused["left"] == {"requests": [1, 0, 61_000], "tokens": [1000, 900, 61_000]}
+    # What waiting does not help with stands before all that.
+    refused = await clocked.ask(3, *scopes, completion=2000)
+    assert (refused["limit"], refused["retry_ms"]) == ("request_tokens", 0)
+
+
+async def test_a_month_that_was_asked_for_in_vain_is_asked_for_anew(clocked: Clocked) -> None:
+    await clocked.ask(1, tenant(max_concurrent=9))
+    limit = tenant(tokens_per_month=1000)
+    assert (await clocked.ask(2, limit))["state"] == "unseeded"  # and its gateway dies
+    await clocked.end(1, "30,0,30")
+    await clocked.at(20)
+    reply = await clocked.ask(3, limit)
+    # The ledger has the 60 tokens by now.
+    await clocked.ask(3, limit, seeds={"ten_a": Seed(reply["month"], 60, 0)})
+    assert (await clocked.ask(4, limit, completion=1000))["used"] == 60 + 100
+
+
+async def test_what_the_ledger_says_is_taken_although_the_queue_is_full(clocked: Clocked) -> None:
+    limit = tenant(tokens_per_month=1000)
+    reply = await clocked.ask(1, limit)
+    one = replace(ticket(1), limits=(limit,))
+    seeds = {"ten_a": Seed(reply["month"], 60, 0)}
+    assert (await clocked.scheduler.submit(one, Bounds(0, 1000), seeds=seeds))["state"] == "refused"
+    assert (await clocked.ask(2, limit))["state"] == "granted"
+
+
+async def test_nothing_waited_for_less_than_no_time_after_the_clock_was_set_back(clocked: Clocked) -> None:
+    await clocked.at(3600)
+    await clocked.pool.submit(replace(ticket(1, adapter="A"), prompt_tokens=5))
+    await clocked.at(0)
+    await clocked.scheduler.loaded("p", "x", "A")
+    reply = (await clocked.scheduler.renew("p", [("r1", "")]))["tickets"][0]
+    assert (reply["state"], reply["queue_ms"], reply["load_ms"]) == ("granted", 0, 0)

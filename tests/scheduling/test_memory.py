@@ -215,3 +215,11 @@ async def test_an_older_release_takes_over_when_the_newer_one_has_gone(scheduler
     await until(works, 10, 0.05)
     assert await pool.states() == {"r2": "queued"}
     await pool.check()
+
+
+async def test_what_is_put_back_makes_room_for_those_who_share_its_adapter(pool: Pool) -> None:
+    await pool.beat(slots=3, adapter_slots=1, resident=("A", "B"))
+    await pool.submit(ticket(1, adapter="B"), ticket(2, adapter="A"))
+    assert await pool.states() == {"r1": "granted", "r2": "queued"}
+    assert await pool.scheduler.restore(ticket(3, adapter="A"), "x", waited_ms=5, attempts=0)
+    assert await pool.states() == {"r1": "granted", "r2": "granted", "r3": "granted"}

@@ -274,6 +274,10 @@ async def test_a_retry_that_was_sent_twice_counts_once(pool: Pool) -> None:
     # The client library sends a call again if the connection was lost before its answer.
     reply = await pool.retry(1, "x", attempt=0)
     assert (reply["state"], reply["replica"], reply["attempts"]) == ("granted", "y", 1)
+    # Meanwhile its supervisor has looked.
+    await pool.beat("x", cleared=True)
+    await pool.retry(1, "x", attempt=0)
+    assert (await pool.beat("x"))["suspect"] is False
 
 
 async def test_a_restored_ticket_takes_no_more_than_its_replica_has(pool: Pool) -> None:

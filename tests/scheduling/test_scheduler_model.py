@@ -400,11 +400,10 @@ class Histories(RuleBasedStateMachine):
                 self.forgotten.append(held)  # until its replica is back
                 return
             self.overfull.add(held.replica)
-            self.may_idle = True  # a ticket may share its adapter slot, at the next call
         else:
             self.both.submit(held.ticket, Bounds(1, 1), waited_ms, held.attempts)
         self.accept(held.ticket)
-        self.took(dispatched=held.state != "granted")
+        self.took()
 
     # What holds after every step.
 

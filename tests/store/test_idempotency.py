@@ -1,16 +1,24 @@
 """Claims on idempotency keys, on a real Postgres."""
 
 import asyncio
+from datetime import timedelta
 
-from sqlalchemy import text
+import pytest
+from sqlalchemy import func, text
 
 from lmaas.states import ClaimState
-from lmaas.store import tenants
+from lmaas.store import idempotency, tenants
 from lmaas.store.database import Database
-from lmaas.store.idempotency import BATCH, Answer, Claim, Earlier, delete_old, give_up, keep, seen, take
+from lmaas.store.idempotency import BATCH, Answer, Claim, Earlier, delete_old, delete_surplus, give_up, keep, seen, take
 from tests.store.build import tenant
 
 ANSWER = Answer(200, "application/json", b'{"a":1}')
+
+
+@pytest.fixture(autouse=True)
+def up_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server, which was started for these tests."""
+    monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(hours=1))
 
 
 async def age(db: Database, interval: str) -> None:
@@ -132,3 +140,37 @@ async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
     async with db.begin() as connection:
         left = await connection.execute(text("SELECT key FROM idempotency ORDER BY key"))
         assert left.scalars().all() == ["answer-new1", "claim-new1"]
+
+
+async def test_after_a_restart_of_the_server_nobody_is_taken_for_dead(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    acme = await tenant(db, "acme")
+    first, second = (Claim(acme.id, "k", b"same", f"r{number}") for number in (1, 2))
+    assert await take(db, first) is None
+    await age(db, "5 minutes")
+    monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(seconds=29))
+    assert await take(db, second) == Earlier("r1", True, None), "it could not say that it lives"
+    monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(seconds=31))
+    assert await take(db, second) is None
+
+
+async def test_a_tenants_oldest_answers_go_beyond_what_is_kept(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    acme, other = await tenant(db, "acme"), await tenant(db, "other")
+    claims = [Claim(acme.id, f"k{number}", b"", f"r{number}") for number in range(6)]
+    for number, claim in enumerate([*claims, Claim(other.id, "k", b"", "r")]):
+        assert await take(db, claim) is None
+        if number != 5:
+            assert await keep(db, claim, Answer(200, "application/json", b"x" * 100))
+        await age(db, "1 second")
+
+    async def keys() -> list[str]:
+        async with db.begin() as connection:
+            return list((await connection.execute(text("SELECT key FROM idempotency ORDER BY key"))).scalars())
+
+    assert await delete_surplus(db) == 0
+    monkeypatch.setattr(idempotency, "MAX_ANSWERS", 4)
+    assert await delete_surplus(db) == 1
+    assert await keys() == ["k", "k1", "k2", "k3", "k4", "k5"]
+    monkeypatch.setattr(idempotency, "MAX_ANSWER_BYTES", 250)
+    assert await delete_surplus(db) == 2
+    assert await delete_surplus(db) == 0
+    assert await keys() == ["k", "k3", "k4", "k5"], "what runs stays"
