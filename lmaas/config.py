@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from lmaas.errors import SettingsError
 
 PREFIX = "LMAAS_"
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,13 @@ class Settings:
     #: For the CLI as a client of a service elsewhere; without them it uses this stack's credentials file.
     url: str | None = None
     api_key: str | None = None
+    #: The operator's key that `lmaas init` makes known; `lmaas up` makes its own.
+    operator_key: str | None = None
     provisioner: str = "local"
+    #: Where a controller tells Prometheus and health checks how it is; without it, nowhere.
+    controller_port: int | None = None
+    #: Whether a controller that is told to stop drains its replicas first: where they would die with it, as in a container.
+    controller_ends_replicas: bool = False
     log_level: str = "INFO"
 
     #: How long a pool may be idle before its last replica drains and stops.
@@ -60,6 +67,8 @@ class Settings:
     #: The largest answer that is kept for a request with an idempotency key.
     max_kept_answer_bytes: int = 4 * 1024 * 1024
 
+    #: Where engines listen, and what gateways call them by: loopback, or a name or address in a private network. Never a public one.
+    engine_host: str = "127.0.0.1"
     engine_max_replicas: int = 1
     engine_max_num_seqs: int = 16
     engine_max_loras: int = 8
@@ -112,11 +121,16 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             raise SettingsError(f"{name} is not a setting. Settings are listed in the README.")
         if text == "":
             continue
-        kinds = get_args(hints[field]) or (hints[field],)
+        kind = (get_args(hints[field]) or (hints[field],))[0]
+        if kind is bool:
+            if text.lower() not in FLAGS:
+                raise SettingsError(f"{name} is one of {', '.join(FLAGS)}, not {text!r}.")
+            given[field] = FLAGS[text.lower()]
+            continue
         try:
-            given[field] = kinds[0](text)
+            given[field] = kind(text)
         except ValueError:
-            raise SettingsError(f"{name} must be a number ({kinds[0].__name__}), not {text!r}.") from None
+            raise SettingsError(f"{name} must be a number ({kind.__name__}), not {text!r}.") from None
     settings = Settings(**given)
     object.__setattr__(settings, "home", settings.home.expanduser().absolute())
     return settings

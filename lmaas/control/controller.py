@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
@@ -28,6 +29,17 @@ METER_S = 0.2
 SWEEP_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, and what each one there is."""
+
+    model: str
+    queued: int
+    load: int
+    desired: int
+    observed: tuple[str, ...]
+
+
 class Controller:
     """Scales pools, reconciles replicas, and moves usage events to the ledger."""
 
@@ -38,6 +50,10 @@ class Controller:
         self._unknown_since: dict[str, dict[str, float]] = {}
         self._silent_since: dict[str, dict[str, float]] = {}
         self._wake = asyncio.Event()
+        #: For whoever looks at us (status.py): whether we are the active one, usage events moved to the ledger, and what the last tick saw.
+        self.active = False
+        self.moved = 0
+        self.seen: dict[str, Seen] = {}
 
     async def run(self) -> None:
         """Stand by until no other controller is active, then be the active one; if the lead is lost, stand by again."""
@@ -45,6 +61,7 @@ class Controller:
             try:
                 async with leading(self._db) as lead, asyncio.TaskGroup() as group:
                     log.info("controller active", extra={"action": "lead"})
+                    self.active = True
                     group.create_task(lead.lost(), name="leadership")
                     group.create_task(self._listen(), name="signals")
                     group.create_task(self._reconcile_forever(), name="reconciler")
@@ -52,6 +69,9 @@ class Controller:
                     group.create_task(self._sweep_forever(), name="sweeper")
             except* LostLead as lost:
                 log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
+            finally:
+                self.active = False
+                self.seen.clear()
 
     async def _listen(self) -> None:
         async for _ in self._scheduler.listen(CONTROL_CHANNEL):
@@ -88,6 +108,7 @@ class Controller:
         now = time.monotonic()
         scale = decide(demand, policy, current, self._low_since.get(model.id), now)
         self._low_since[model.id] = scale.low_since
+        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], scale.replicas, tuple(row.observed for row in rows))
         failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
         silent = _seen(
             self._silent_since, model.id, {row.id for row in rows if row.observed == Observed.READY} - set(stats["replicas"]), now
@@ -150,7 +171,8 @@ class Controller:
             moved = 0
             try:
                 for model in await list_base_models(self._db):
-                    moved = max(moved, await write_events(self._scheduler.redis, self._db, model.id))
+                    count = await write_events(self._scheduler.redis, self._db, model.id)
+                    moved, self.moved = max(moved, count), self.moved + count
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
                 await asyncio.sleep(TICK_S)
