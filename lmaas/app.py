@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import resource
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
+from lmaas.control.ending import END_GRACE_S, end_replicas
 from lmaas.control.provisioners import Provisioner
 from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
@@ -166,9 +169,21 @@ def provisioner(settings: Settings) -> Provisioner:
 
 
 async def run_controller(settings: Settings) -> None:
-    """Control until cancelled. Replicas go on without us."""
+    """Control until told to stop. Replicas go on without us, unless the settings say that they end with us."""
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings) as services:
-        await Controller(settings, services.db, services.scheduler, provisioner(settings)).run()
+        where = provisioner(settings)
+        controller = Controller(settings, services.db, services.scheduler, where)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(controller.run(), name="controller")]
+            if settings.controller_port is not None:
+                tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
+            await told_to_stop.wait()
+            for task in tasks:
+                task.cancel()
+        if settings.controller_ends_replicas:
+            await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:

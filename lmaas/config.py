@@ -10,6 +10,7 @@ from lmaas.errors import SettingsError
 
 PREFIX = "LMAAS_"
 _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,13 @@ class Settings:
     #: For the CLI as a client of a service elsewhere; without them it uses this stack's credentials file.
     url: str | None = None
     api_key: str | None = None
+    #: The operator's key that `lmaas init` makes known; `lmaas up` makes its own.
+    operator_key: str | None = None
     provisioner: str = "local"
+    #: Where a controller tells Prometheus and health checks how it is; without it, nowhere.
+    controller_port: int | None = None
+    #: Whether a controller that is told to stop drains its replicas first: where they would die with it, as in a container.
+    controller_ends_replicas: bool = False
     log_level: str = "INFO"
 
     #: How long a pool may be idle before its last replica drains and stops.
@@ -73,6 +80,8 @@ class Settings:
     local_cpus: float | None = None
     local_accelerators: int | None = None
 
+    #: Where engines listen, and what gateways call them by: loopback, or a name or address in a private network. Never a public one.
+    engine_host: str = "127.0.0.1"
     engine_max_replicas: int = 1
     #: What a replica takes from its machine. Without a number of accelerators, one where the machines have any.
     engine_cpus: float = 1.0
@@ -129,11 +138,16 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             raise SettingsError(f"{name} is not a setting. Settings are listed in the README.")
         if text == "":
             continue
-        kinds = get_args(hints[field]) or (hints[field],)
+        kind = (get_args(hints[field]) or (hints[field],))[0]
+        if kind is bool:
+            if text.lower() not in FLAGS:
+                raise SettingsError(f"{name} is one of {', '.join(FLAGS)}, not {text!r}.")
+            given[field] = FLAGS[text.lower()]
+            continue
         try:
-            given[field] = kinds[0](text)
+            given[field] = kind(text)
         except ValueError:
-            raise SettingsError(f"{name} must be a number ({kinds[0].__name__}), not {text!r}.") from None
+            raise SettingsError(f"{name} must be a number ({kind.__name__}), not {text!r}.") from None
     settings = Settings(**given)
     object.__setattr__(settings, "home", settings.home.expanduser().absolute())
     return settings

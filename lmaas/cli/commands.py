@@ -129,6 +129,16 @@ def migrate(context: Context) -> None:
     upgrade(context.settings.database_url)
 
 
+@cli.command()
+@pass_context
+def init(context: Context) -> None:
+    """Register the base model and the key of LMAAS_OPERATOR_KEY, for services that run without `lmaas up`."""
+    configure_logging("WARNING")
+    from lmaas.up.init import initialise  # noqa: PLC0415 (the other commands do without what it needs)
+
+    asyncio.run(initialise(context.settings, Console()))
+
+
 # Operators
 
 

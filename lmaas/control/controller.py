@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
@@ -35,6 +36,17 @@ SWEEP_S = 60.0
 SAVE_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, and what each one there is."""
+
+    model: str
+    queued: int
+    load: int
+    desired: int
+    observed: tuple[str, ...]
+
+
 class Controller:
     """Scales pools, reconciles replicas, and moves usage events to the ledger."""
 
@@ -45,6 +57,10 @@ class Controller:
         self._wake = asyncio.Event()
         #: The last decision for each pool, by its base model's id.
         self.decisions: dict[str, Decision] = {}
+        #: For whoever looks at us (status.py): whether we are the active one, usage events moved to the ledger, and what the last tick saw.
+        self.active = False
+        self.moved = 0
+        self.seen: dict[str, Seen] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -57,6 +73,7 @@ class Controller:
         self._stopping_since: dict[str, dict[str, float]] = {}
         self._unknown_since: dict[str, dict[str, float]] = {}
         self._silent_since: dict[str, dict[str, float]] = {}
+        self.seen.clear()
 
     async def run(self) -> None:
         """Stand by until no other controller is active, then be the active one; if the lead is lost, stand by again."""
@@ -66,6 +83,7 @@ class Controller:
                     log.info("controller active", extra={"action": "lead"})
                     self._writes = lead
                     self._forget()
+                    self.active = True
                     group.create_task(lead.lost(), name="leadership")
                     group.create_task(self._listen(), name="signals")
                     group.create_task(self._reconcile_forever(), name="reconciler")
@@ -73,6 +91,9 @@ class Controller:
                     group.create_task(self._sweep_forever(), name="sweeper")
             except* LostLead as lost:
                 log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
+            finally:
+                self.active = False
+                self.seen.clear()
 
     async def _listen(self) -> None:
         async for _ in self._scheduler.listen(CONTROL_CHANNEL):
@@ -141,6 +162,8 @@ class Controller:
 
     async def _reconcile(self, look: Look, desired: int, now: float) -> None:
         model, rows, stats = look.model, look.rows, look.stats
+        observed = tuple(row.observed for row in rows)
+        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], desired, observed)
         known = {row.id for row in rows}
         ready = {row.id for row in rows if row.observed == Observed.READY}
         actions = plan(
@@ -216,7 +239,8 @@ class Controller:
                         # The controller before us may have been of an older release than the gateways.
                         await take_back(self._scheduler.redis, pool_id)
                         looked_aside.add(pool_id)
-                    moved = max(moved, await write_events(self._scheduler.redis, self._db, pool_id))
+                    count = await write_events(self._scheduler.redis, self._db, pool_id)
+                    moved, self.moved = max(moved, count), self.moved + count
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
                 await asyncio.sleep(TICK_S)

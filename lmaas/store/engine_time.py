@@ -14,6 +14,7 @@ from lmaas.store.tables import base_models, engine_time, replicas, tenants, usag
 
 #: No request waits longer than this for its replica.
 LONGEST_WAIT = timedelta(days=1)
+MS_PER_HOUR = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,26 @@ async def list_engine_time(db: Database, *, since: date | None = None, until: da
     async with db.begin() as connection:
         rows = (await connection.execute(query)).all()
     return [EngineTime(row[0], row[1], row[2], EnginePhase(row[3]), row[4], row[5]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTime:
+    """A pool's whole time in one phase, and what it cost."""
+
+    base_model: str
+    phase: EnginePhase
+    ms: int
+    cost_microusd: float
+
+
+async def pool_times(db: Database) -> list[PoolTime]:
+    """Engine time of all days by base model and phase."""
+    columns = engine_time.c
+    cost = func.sum(columns.ms * columns.price) / MS_PER_HOUR
+    query = select(base_models.c.name, columns.phase, func.sum(columns.ms), cost).join_from(engine_time, base_models)
+    async with db.begin() as connection:
+        rows = (await connection.execute(query.group_by(base_models.c.name, columns.phase))).all()
+    return [PoolTime(row[0], EnginePhase(row[1]), int(row[2]), float(row[3])) for row in rows]
 
 
 async def list_work(db: Database, *, since: date | None = None, until: date | None = None) -> list[Work]:

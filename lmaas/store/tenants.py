@@ -134,11 +134,14 @@ async def delete_tenant(db: Database, tenant_id: str) -> None:
 async def create_key(
     db: Database, tenant_id: str | None, role: Role, name: str, key_hash: str, prefix: str, limits: Limits = NO_LIMITS
 ) -> ApiKey:
-    """Store a new key's hash. `tenant_id` is None for operators only."""
+    """Store a new key's hash. `tenant_id` is None for operators only. Raises Conflict for a hash that is or was somebody's."""
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
     values |= asdict(limits)
-    async with db.begin() as connection:
-        row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
+    try:
+        async with db.begin() as connection:
+            row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
+    except IntegrityError as error:
+        raise Conflict("This key exists already, or was revoked.", code="key_exists") from error
     return _key(row)
 
 

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from lmaas.config import Settings
+from lmaas.control.ending import END_GRACE_S, end_replicas
 from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.manifests.apply import apply, read_folder, working_keys
@@ -30,7 +31,6 @@ from lmaas.scheduling.client import connect
 from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, list_base_models
-from lmaas.store.replicas import desire_stop, list_replicas
 from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_model, write_credentials
 
 READY_S = 60.0
@@ -89,7 +89,7 @@ class Stack:
             await gateway.stop(settings.drain_timeout_s + 5, self._hurry)
             # No controller: nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
-            await self._end_replicas(settings, db)
+            await end_replicas(db, LocalProvisioner(settings), settings.drain_timeout_s + END_GRACE_S, self._hurry)
             with suppress(LmaasError, RedisError):
                 for pool in await list_base_models(db):
                     while await write_events(redis, db, pool.id):
@@ -160,19 +160,6 @@ class Stack:
             say("Try it:")
             self._console.print(line, soft_wrap=True, markup=False, highlight=False)
         say("Ctrl-C stops it.\n")
-
-    async def _end_replicas(self, settings: Settings, db: Database) -> None:
-        """Drain every replica of this stack, and kill what does not end in time."""
-        provisioner = LocalProvisioner(settings)
-        with suppress(LmaasError):
-            for row in await list_replicas(db):
-                await desire_stop(db, row.id)
-        deadline = asyncio.get_running_loop().time() + settings.drain_timeout_s + 20
-        while replicas := await provisioner.list():
-            if self._hurry.is_set() or asyncio.get_running_loop().time() > deadline:
-                for replica_id in replicas:
-                    await provisioner.kill(replica_id)
-            await asyncio.sleep(0.2)
 
 
 class Child:

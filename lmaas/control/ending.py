@@ -1,0 +1,25 @@
+"""The end of all replicas of a provisioner, for whoever takes their machine away."""
+
+import asyncio
+from contextlib import suppress
+
+from lmaas.control.provisioners import Provisioner
+from lmaas.errors import Unavailable
+from lmaas.store.database import Database
+from lmaas.store.replicas import desire_stop
+
+#: How much longer than its drain a replica may take to end.
+END_GRACE_S = 20.0
+
+
+async def end_replicas(db: Database, provisioner: Provisioner, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+    """Drain every replica that runs, and kill what does not end in `grace_s` seconds, or once there is `hurry`."""
+    with suppress(Unavailable):
+        for replica_id in await provisioner.list():
+            await desire_stop(db, replica_id)
+    deadline = asyncio.get_running_loop().time() + grace_s
+    while replicas := await provisioner.list():
+        if (hurry is not None and hurry.is_set()) or asyncio.get_running_loop().time() > deadline:
+            for replica_id in replicas:
+                await provisioner.kill(replica_id)
+        await asyncio.sleep(0.2)

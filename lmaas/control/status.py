@@ -1,0 +1,125 @@
+"""How a controller is, over HTTP, for health checks and Prometheus: also of one that stands by. Off unless LMAAS_CONTROLLER_PORT is set.
+
+It names pools, never tenants, and belongs into a private network all the same.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lmaas.config import Settings
+from lmaas.control.controller import Controller
+from lmaas.errors import Unavailable
+from lmaas.http import JsonResponse
+from lmaas.states import Observed
+from lmaas.store.database import Database
+from lmaas.store.engine_time import PoolTime, pool_times
+
+MICROUSD_PER_USD = 1_000_000
+
+
+def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Metric]:
+    """What is told: of the pools only by the active controller, so that sums over all controllers count once.
+
+    `times` is None while the database is away; its metrics are then absent rather than zero.
+    """
+    leader = GaugeMetricFamily("lmaas_controller_leader", "1 for the active controller, 0 for one that stands by.")
+    leader.add_metric([], float(controller.active))
+    moved = CounterMetricFamily("lmaas_usage_events_moved", "Usage events that this controller moved to the ledger.")
+    moved.add_metric([], controller.moved)
+    found: list[Metric] = [leader, moved]
+    if not controller.active:
+        return found
+    queued = GaugeMetricFamily("lmaas_pool_queued", "Requests that wait for a lease.", labels=["pool"])
+    running = GaugeMetricFamily("lmaas_pool_running", "Sequences that run.", labels=["pool"])
+    desired = GaugeMetricFamily("lmaas_pool_replicas_desired", "Replicas that the autoscaler wants.", labels=["pool"])
+    replicas = GaugeMetricFamily("lmaas_pool_replicas", "Replicas by observed state.", labels=["pool", "state"])
+    for pool in list(controller.seen.values()):
+        queued.add_metric([pool.model], pool.queued)
+        running.add_metric([pool.model], pool.load)
+        desired.add_metric([pool.model], pool.desired)
+        for state in (Observed.STARTING, Observed.READY, Observed.DRAINING):
+            replicas.add_metric([pool.model, state], pool.observed.count(state))
+    found += [queued, running, desired, replicas]
+    return found + (_bill(times) if times is not None else [])
+
+
+def _bill(times: Iterable[PoolTime]) -> list[Metric]:
+    seconds = CounterMetricFamily("lmaas_engine_seconds", "Engine time by phase, from the ledger.", labels=["pool", "phase"])
+    cost = CounterMetricFamily("lmaas_engine_cost_usd", "What that time cost (COGS), from the ledger.", labels=["pool"])
+    costs: dict[str, float] = {}
+    for time in times:
+        seconds.add_metric([time.base_model, time.phase], time.ms / 1000)
+        costs[time.base_model] = costs.get(time.base_model, 0.0) + time.cost_microusd / MICROUSD_PER_USD
+    for pool, dollars in costs.items():
+        cost.add_metric([pool], dollars)
+    return [seconds, cost]
+
+
+class _Once(Collector):
+    """Metrics that were gathered for one answer."""
+
+    def __init__(self, found: list[Metric]) -> None:
+        self._found = found
+
+    def collect(self) -> Iterable[Metric]:
+        """All of them."""
+        return self._found
+
+
+def status_app(controller: Controller, db: Database) -> Starlette:
+    """`/healthz` and `/metrics` of a controller."""
+    return Starlette(
+        routes=[
+            Route("/healthz", functools.partial(_health, controller)),
+            Route("/metrics", functools.partial(_metrics, controller, db)),
+        ]
+    )
+
+
+async def _health(controller: Controller, _: Request) -> Response:
+    return JsonResponse({"status": "ok", "role": "leader" if controller.active else "stand-by"})
+
+
+async def _metrics(controller: Controller, db: Database, _: Request) -> Response:
+    times = None
+    if controller.active:
+        with suppress(Unavailable):
+            times = await pool_times(db)
+    registry = CollectorRegistry()
+    registry.register(_Once(metrics(controller, times)))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the controller."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None."""
+        yield
+
+
+async def serve_status(settings: Settings, controller: Controller, db: Database) -> None:
+    """Serve the status on `controller_port` until cancelled."""
+    config = uvicorn.Config(
+        status_app(controller, db),
+        host=settings.host,
+        port=settings.controller_port or 0,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="off",
+    )
+    await _Server(config).serve()

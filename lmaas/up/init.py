@@ -1,0 +1,51 @@
+"""`lmaas init`: what a service on servers of its own needs before its first request, as `lmaas up` does for one machine."""
+
+from rich.console import Console
+
+from lmaas.config import Settings
+from lmaas.errors import Conflict, SettingsError
+from lmaas.keys import check_given_key, hash_key, shown_prefix
+from lmaas.store.database import Database
+from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_key
+from lmaas.types import Role
+from lmaas.up.bootstrap import register_model
+
+#: The name of the key, by which a later run knows the one that it replaces.
+KEY_NAME = "LMAAS_OPERATOR_KEY"
+
+
+async def initialise(settings: Settings, console: Console) -> None:
+    """Prepare and register the base model, and make the operator's key of the settings known. May be run again at any time.
+
+    Raises SettingsError without a database, for a key that could be guessed, or for a model that cannot be had.
+    """
+    if settings.database_url is None or settings.operator_key is None:
+        raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_OPERATOR_KEY.")
+    key = check_given_key(settings.operator_key)
+    db = Database(settings.database_url, pool_size=1)
+    try:
+        model = await register_model(settings, db, console)
+        console.print(f"base model {model.name}: registered")
+        console.print(f"operator key {shown_prefix(key)}…: {await put_operator_key(db, key)}")
+    finally:
+        await db.close()
+
+
+async def put_operator_key(db: Database, key: str) -> str:
+    """Have this key work, and no other one that came the same way; answers `created` or `unchanged`.
+
+    Raises SettingsError if the key was revoked, or is somebody's who is no operator.
+    """
+    known = await find_principal(db, hash_key(key))
+    if known is not None and known.role is not Role.OPERATOR:
+        raise SettingsError("LMAAS_OPERATOR_KEY is a tenant's key. Set another one.")
+    mine = [entry for entry in await list_keys(db, None) if entry.name == KEY_NAME and entry.revoked_at is None]
+    if known is None:
+        try:
+            await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(key), shown_prefix(key))
+        except Conflict:
+            raise SettingsError("LMAAS_OPERATOR_KEY was revoked, and stays so. Set another one.") from None
+    for entry in mine:
+        if known is None or entry.id != known.key_id:
+            await revoke_key(db, None, entry.id)
+    return "created" if known is None else "unchanged"
