@@ -38,6 +38,8 @@ class Settings:
     url: str | None = None
     api_key: str | None = None
     provisioner: str = "local"
+    #: Whether engines are forked by a process that has imported vLLM already, where that is possible: `on` or `off`.
+    zygote: str = "on"
     log_level: str = "INFO"
 
     #: How long a pool may be idle before its last replica drains and stops.
@@ -78,6 +80,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
+        if self.zygote not in ("on", "off"):
+            raise SettingsError(f"LMAAS_ZYGOTE is 'on' or 'off', not {self.zygote!r}.")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < float("inf"):
@@ -123,4 +127,6 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 #: Read by our plugins inside the engine, which is not a process of ours.
-ENGINE_VARIABLES = frozenset({"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT"})
+ENGINE_VARIABLES = frozenset(
+    {"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT", "LMAAS_START_MARKS", "LMAAS_ZYGOTE_FACTS"}
+)

@@ -3,19 +3,29 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmaas.engine import marks
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
+from lmaas.engine.zygote import client as zygote
+from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.client import ForkedProcess, NoZygote, Order
 from lmaas.process import bound_command
 
+log = logging.getLogger(__name__)
+
+#: The server that a zygote has in memory; others are started plainly.
+VLLM = "vllm.entrypoints.launchers.api_server.entry"
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY"})
 
 
@@ -70,25 +80,42 @@ def _allowed_rank(rank: int) -> int:
     return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
-def environment(spec: EngineSpec) -> dict[str, str]:
-    """The server's environment: ours, with what vLLM needs."""
+def shared_environment() -> dict[str, str]:
+    """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
     # The engine has no business with our servers and keys.
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", VARIABLE: "1"}
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS and name != VARIABLE}
+    variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects
-    if Path(spec.source).is_dir():
-        variables["HF_HUB_OFFLINE"] = "1"
     return variables
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """One server's environment."""
+    return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
+
+
+def start_zygote(home: Path, idle_s: float) -> None:
+    """Start the zygote of a home folder, unless one runs. It ends `idle_s` seconds after it was last asked for. Raises OSError."""
+    zygote.start(home, shared_environment(), idle_s, cpu=has_cpu_build())
 
 
 class EngineProcess:
     """A running vLLM server. `log_path` holds what it printed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int, log_path: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | ForkedProcess, port: int, log_path: Path, marks_path: Path) -> None:
         self._process = process
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
+        self._marks_path = marks_path
+        #: Whether the zygote forked it, or it was started plainly.
+        self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
+        #: When there was a process, by time.monotonic().
+        self.began = time.monotonic()
+
+    def marks(self) -> dict[str, float]:
+        """When its start reached what, by time.monotonic(); see marks.py."""
+        return marks.read(self._marks_path)
 
     @property
     def pid(self) -> int:
@@ -140,19 +167,38 @@ class EngineProcess:
 
 
 @asynccontextmanager
-async def launched(spec: EngineSpec, port: int, log_path: Path) -> AsyncIterator[EngineProcess]:
-    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet."""
+async def launched(spec: EngineSpec, port: int, log_path: Path, home: Path | None = None) -> AsyncIterator[EngineProcess]:
+    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet.
+
+    The zygote of `home` forks it, if there is one that can; otherwise it is started plainly.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            *bound_command(command_line(spec, port)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment(spec),
-        )
-    engine = EngineProcess(process, port, log_path)
+    marks_path = log_path.with_suffix(".marks")
+    command = command_line(spec, port)
+    variables = environment(spec) | {marks.VARIABLE: str(marks_path.absolute())}
+    process = await _forked(home, spec, command, variables, log_path) or await _started(command, variables, log_path)
+    engine = EngineProcess(process, port, log_path, marks_path)
     try:
         yield engine
     finally:
         await engine.stop()
+
+
+async def _started(command: list[str], variables: dict[str, str], log_path: Path) -> asyncio.subprocess.Process:
+    with log_path.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *bound_command(command), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=variables
+        )
+
+
+async def _forked(
+    home: Path | None, spec: EngineSpec, command: list[str], variables: dict[str, str], log_path: Path
+) -> ForkedProcess | None:
+    if home is None or spec.module != VLLM:
+        return None
+    order = Order(spec.module, command[3:], variables, log_path, kept=True)
+    try:
+        return ForkedProcess(await zygote.fork(home, order, wire.facts(variables), zygote.ENGINE_PATIENCE_S))
+    except (NoZygote, ProcessLookupError) as error:
+        log.warning("the engine is started plainly", extra={"action": "start", "detail": str(error)})
+        return None
