@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
-from lmaas.engine.zygote.client import ForkedProcess, NoZygote, Order
+from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order
+from lmaas.engine.zygote.commands import command_key, remember
+from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
+from lmaas.store.models import BaseModel
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +98,48 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
 
 
-def start_zygote(home: Path, idle_s: float) -> None:
-    """Start the zygote of a home folder, unless one runs. It ends `idle_s` seconds after it was last asked for. Raises OSError."""
-    zygote.start(home, shared_environment(), idle_s, cpu=has_cpu_build())
+def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
+    """Whoever calls its `ensure` now and then has a zygote in this home folder, on this machine; any number of processes may.
+    It ends `idle_s` seconds after it was last needed."""
+    shared = shared_environment()
+    return ZygoteOwner(
+        home,
+        lambda: zygote.start(home, shared, idle_s, cpu=has_cpu_build()),
+        lambda: wire.facts(shared),
+    )
+
+
+def expect(home: Path, spec: EngineSpec) -> None:
+    """Have the next zygote of this home folder prepared for an engine like that: with its tokenizer in memory. Raises OSError."""
+    if spec.module == VLLM:
+        remember(wire.folder(home) / wire.COMMANDS, command_key(command_line(spec, 0)[3:]))
+
+
+async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
+    """Have the zygote fork `lmaas` with these arguments; it runs once `go` is called. None if that is not possible at once."""
+    order = Order("lmaas.cli", arguments, variables, log_path, kept=False)
+    try:
+        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
+    except NoZygote as error:
+        log.info("the supervisor is started plainly", extra={"action": "start", "detail": str(error)})
+        return None
+
+
+def spec_of(model: BaseModel, module: str) -> EngineSpec:
+    """What an engine of a base model's pool serves, with the server of this Python module."""
+    return EngineSpec(
+        module=module,
+        source=model.source,
+        name=model.name,
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=model.max_num_seqs,
+        max_loras=model.max_loras,
+        max_lora_rank=model.max_lora_rank,
+        max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
+        kv_cache_bytes=model.kv_cache_bytes,
+        extra_args=model.engine_args,
+    )
 
 
 class EngineProcess:
@@ -198,7 +240,7 @@ async def _forked(
         return None
     order = Order(spec.module, command[3:], variables, log_path, kept=True)
     try:
-        return ForkedProcess(await zygote.fork(home, order, wire.facts(variables), zygote.ENGINE_PATIENCE_S))
+        return ForkedProcess(await zygote.fork(home, order, wire.facts(shared_environment()), zygote.ENGINE_PATIENCE_S))
     except (NoZygote, ProcessLookupError) as error:
         log.warning("the engine is started plainly", extra={"action": "start", "detail": str(error)})
         return None

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from lmaas.config import Settings
 from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.engine.launch import expect, spec_of
+from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.manifests.apply import apply, read_folder, working_keys
 from lmaas.manifests.client import ApiClient
@@ -70,6 +72,8 @@ class Stack:
         self._stop.set()
 
     async def _serve(self, settings: Settings, model: BaseModel, operator_key: str, db: Database, redis: Redis) -> None:
+        if settings.zygote == "on":
+            expect(settings.home, spec_of(model, settings.engine_module))
         gateway = Child("gateway", settings)
         controller = Child("controller", settings)
         watch = asyncio.create_task(self._keep_running([gateway, controller]), name="children")
@@ -162,7 +166,7 @@ class Stack:
 
     async def _end_replicas(self, settings: Settings, db: Database) -> None:
         """Drain every replica of this stack, and kill what does not end in time."""
-        provisioner = LocalProvisioner(settings)
+        provisioner = LocalProvisioner(replace(settings, zygote="off"))  # the last one is ended below
         with suppress(LmaasError):
             for row in await list_replicas(db):
                 await desire_stop(db, row.id)
@@ -172,6 +176,7 @@ class Stack:
                 for replica_id in replicas:
                     await provisioner.kill(replica_id)
             await asyncio.sleep(0.2)
+        await asyncio.to_thread(stop_zygote, settings.home)
 
 
 class Child:

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 
 from lmaas.config import Settings
+from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
+from lmaas.engine.zygote.client import NoZygote, go
 
 #: A process's start, in seconds since the boot, is known with this much error.
 SAME_START_S = 0.5
@@ -28,17 +30,27 @@ class LocalProvisioner:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._folder = settings.home / "replicas"
+        self._home, self._folder = settings.home, settings.home / "replicas"
         self._environment = os.environ | settings.environment()
+        with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
+        self._zygote = zygote_owner(settings.home, settings.orphan_timeout_s) if with_zygote else None
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     async def start(self, replica_id: str, pool_id: str) -> None:
         """Start the supervisor of a replica. Raises OSError if it cannot be started."""
         folder = self._folder / replica_id
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "supervisor.log").open("ab") as log:
+        log_path, arguments = folder / "supervisor.log", ["supervise", replica_id]
+        if self._zygote is not None:
+            forked = await forked_supervisor(self._home, arguments, self._environment, log_path)
+            if forked is not None:
+                with suppress(psutil.NoSuchProcess, NoZygote):
+                    self._note(replica_id, forked.pid, pool_id)
+                    go(forked)
+                    return
+        with log_path.open("ab") as log:
             child = subprocess.Popen(  # noqa: ASYNC220 (returns at once)
-                [sys.executable, "-m", "lmaas", "supervise", replica_id],
+                [sys.executable, "-m", "lmaas", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -46,9 +58,12 @@ class LocalProvisioner:
                 env=self._environment,
             )
         self._children[replica_id] = child
-        facts = _Facts(child.pid, _started(child.pid), _boot(), pool_id)
+        self._note(replica_id, child.pid, pool_id)
+
+    def _note(self, replica_id: str, pid: int, pool_id: str) -> None:
+        folder = self._folder / replica_id
         partial = folder / "process.json.partial"
-        partial.write_text(json.dumps(asdict(facts)))
+        partial.write_text(json.dumps(asdict(_Facts(pid, _started(pid), _boot(), pool_id))))
         partial.rename(folder / "process.json")
 
     async def kill(self, replica_id: str) -> None:
@@ -60,7 +75,10 @@ class LocalProvisioner:
                 os.killpg(facts.pid, signal.SIGKILL)
 
     async def list(self) -> dict[str, str]:
-        """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago."""
+        """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago. Called at each look
+        of the controller, which is also when the zygote is looked after."""
+        if self._zygote is not None:
+            await self._zygote.ensure()
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ def go(forked: Fork) -> None:
 
 
 async def _connect(connection: socket.socket, home: Path) -> None:
-    with wire.short_path(wire.folder(home) / "socket") as path:
+    with wire.short_path(wire.folder(home) / wire.SOCKET) as path:
         connection.connect(path)  # a local socket answers at once or never
 
 
@@ -181,6 +181,7 @@ def start(home: Path, environment: Mapping[str, str], idle_s: float, *, cpu: boo
             start_new_session=True,
             env=variables,
         )
+    (place / wire.PROCESS).write_text(str(child.pid))
     log.info("starting the zygote", extra={"action": "zygote", "detail": f"pid {child.pid}"})
     return child
 

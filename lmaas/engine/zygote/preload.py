@@ -7,7 +7,6 @@ What is replaced in vLLM is what a fork needs; names and places are those of vLL
 import contextlib
 import functools
 import importlib
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmaas.engine import marks
+from lmaas.engine.zygote.commands import command_key, read_commands, remember
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ MODULES = (
 )
 #: On a CPU besides.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
-#: How many command lines are remembered, and prepared for.
-REMEMBERED = 8
 
 
 class Preloaded:
@@ -86,7 +84,7 @@ class Preloaded:
 
     def learn(self, arguments: list[str]) -> None:
         """An engine was forked with these arguments: be prepared for the next, also after a restart."""
-        key = list(command_key(arguments))
+        key = command_key(arguments)
         remember(self._commands, key)
         self._prepare(key)
 
@@ -117,8 +115,8 @@ class Preloaded:
         @functools.wraps(original)
         def renderer_from_config(config: Any, **kwargs: Any) -> Any:
             command = command_key(sys.argv[1:])
-            stamp, renderer = self._prepared.get(command, (None, None))
-            if renderer is None or kwargs or stamp != _stamp(list(command)):
+            stamp, renderer = self._prepared.get(tuple(command), (None, None))
+            if renderer is None or kwargs or stamp != _stamp(command):
                 return original(config, **kwargs)
             renderer.config, renderer.model_config = config, config.model_config
             return renderer
@@ -126,23 +124,13 @@ class Preloaded:
         async_llm.renderer_from_config = renderer_from_config
 
 
-def command_key(arguments: list[str]) -> tuple[str, ...]:
-    """A command line without where the server listens, in which engines of one pool differ."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if not skip and argument not in ("--port", "--host"):
-            kept.append(argument)
-        skip = argument in ("--port", "--host") and not skip
-    return tuple(kept)
-
-
 def _stamp(command: list[str]) -> object:
     """Of the model's small files, which say what its configuration and its tokenizer are. None if the model is no folder here."""
     with contextlib.suppress(ValueError, OSError):
         folder = Path(command[command.index("--model") + 1])
         if folder.is_dir():
-            return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
+            small = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
+            return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in small]
     return None
 
 
@@ -204,21 +192,3 @@ def bind_threads(number: str | None, processors: str | None) -> None:
     os.sched_setaffinity(0, {order[0]})
     for place, thread in enumerate(sorted(set(os.listdir("/proc/self/task")) - before, key=int), start=1):
         os.sched_setaffinity(int(thread), {order[place % len(order)]})
-
-
-def read_commands(path: Path) -> list[list[str]]:
-    """The command lines in the file, the last used first; none if it cannot be read."""
-    try:
-        found = json.loads(path.read_text())
-        return [[str(argument) for argument in command] for command in found][:REMEMBERED]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def remember(path: Path, command: list[str]) -> None:
-    """Put a command line first in the file."""
-    known = [command, *(other for other in read_commands(path) if other != command)][:REMEMBERED]
-    if known != read_commands(path):
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known))
-        partial.rename(path)

@@ -53,7 +53,14 @@ class Zygote:
         unfit: Callable[[], str],
         learn: Callable[[list[str]], None],
     ) -> None:
-        self._folder, self._idle_s, self._facts, self._added, self._unfit, self._learn = wire.folder(home), idle_s, facts, added, unfit, learn
+        self._folder, self._idle_s, self._facts, self._added, self._unfit, self._learn = (
+            wire.folder(home),
+            idle_s,
+            facts,
+            added,
+            unfit,
+            learn,
+        )
         self._seen: list[list[str]] = []
 
     def serve(self, listener: socket.socket) -> Job | None:
@@ -118,7 +125,7 @@ class Zygote:
                 if (wire.receive(connection) or {}).get("do") != "go":
                     os._exit(0)
             connection.close()
-            _become(request, self._added)
+            _become(request, self._added if request["kept"] else {})
         except BaseException:
             log.exception("a forked process could not begin")
             os._exit(1)  # never back into the loop of the zygote
@@ -162,7 +169,7 @@ def _become(request: dict[str, Any], added: Mapping[str, str]) -> None:
     """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
     environment = {str(name): str(value) for name, value in request["environment"].items()}
     os.environ.clear()
-    # What libraries set while they were imported, they would have set here too.
+    # What vLLM set while it was imported, it would have set here too.
     os.environ.update({**added, **environment})
     os.chdir(request["folder"])
     output = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -179,13 +186,13 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
     """The listening socket of the one zygote of `home`; None if there is another one."""
     folder = wire.folder(home)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("w") as lock, wire.channel() as listener:
+    with (folder / wire.LOCK).open("w") as lock, wire.channel() as listener:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield None
             return
-        path = folder / "socket"
+        path = folder / wire.SOCKET
         path.unlink(missing_ok=True)
         before = os.umask(0o177)
         try:
@@ -207,11 +214,12 @@ def serve(home: Path, idle_s: float) -> Job | None:
         if listener is None:
             log.info("there is a zygote already")
             return None
+        setproctitle(f"{sys.executable} -m lmaas.engine.zygote {home}")  # finds its place only while the environment is untouched
         before = dict(os.environ)
         began = time.monotonic()
         from lmaas.engine.zygote.preload import Preloaded  # noqa: PLC0415 (imports vLLM, once clients can stand in line)
 
-        preloaded = Preloaded(wire.folder(home) / "commands.json")
+        preloaded = Preloaded(wire.folder(home) / wire.COMMANDS)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
         log.info("imported in %.1f s", time.monotonic() - began)
         gc.collect()

