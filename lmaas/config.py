@@ -42,6 +42,8 @@ class Settings:
     #: The operator's key that `lmaas init` makes known; `lmaas up` makes its own.
     operator_key: str | None = None
     provisioner: str = "local"
+    #: Whether engines are forked by a process that has imported vLLM already, where that is possible: `on` or `off`.
+    zygote: str = "on"
     #: Where a controller tells Prometheus and health checks how it is; without it, nowhere.
     controller_port: int | None = None
     #: Whether a controller that is told to stop drains its replicas first: where they would die with it, as in a container.
@@ -103,6 +105,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
+        if self.zygote not in ("on", "off"):
+            raise SettingsError(f"LMAAS_ZYGOTE is 'on' or 'off', not {self.zygote!r}.")
         for field in fields(self):
             value = getattr(self, field.name)
             zero = field.name in _MAY_BE_ZERO and value == 0
@@ -154,4 +158,6 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 #: Read by our plugins inside the engine, which is not a process of ours.
-ENGINE_VARIABLES = frozenset({"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT"})
+ENGINE_VARIABLES = frozenset(
+    {"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT", "LMAAS_START_MARKS", "LMAAS_ZYGOTE_FACTS"}
+)

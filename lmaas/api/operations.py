@@ -1,5 +1,7 @@
 """Replicas and usage over HTTP."""
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,22 +20,33 @@ async def list_replicas(api: Api, request: Request) -> Response:
     await api.operator(request)
     names = await replicas.model_names(api.db)
     found = await replicas.list_replicas(api.db, ended=request.query_params.get("ended") == "true")
-    data = [
-        {
-            "object": "replica",
-            "id": row.id,
-            "base_model": names[row.base_model_id],
-            "desired": row.desired,
-            "observed": row.observed,
-            "url": row.url,
-            "reason": row.reason,
-            "created_at": row.created_at.isoformat(),
-            "ready_at": row.ready_at.isoformat() if row.ready_at else None,
-            "ended_at": row.ended_at.isoformat() if row.ended_at else None,
-        }
-        for row in found
-    ]
-    return JsonResponse({"object": "list", "data": data})
+    return JsonResponse({"object": "list", "data": [shown_replica(row, names) for row in found]})
+
+
+def shown_replica(row: replicas.Replica, names: dict[str, str]) -> dict[str, Any]:
+    """A replica as the API shows it. `start` says where the time of its start went, in ms, once it is ready."""
+    return {
+        "object": "replica",
+        "id": row.id,
+        "base_model": names[row.base_model_id],
+        "desired": row.desired,
+        "observed": row.observed,
+        "url": row.url,
+        "reason": row.reason,
+        "created_at": row.created_at.isoformat(),
+        "ready_at": row.ready_at.isoformat() if row.ready_at else None,
+        "ended_at": row.ended_at.isoformat() if row.ended_at else None,
+        "start": row.start,
+    }
+
+
+async def show_replica(api: Api, request: Request) -> Response:
+    """One replica, also one that has ended."""
+    await api.operator(request)
+    row = await replicas.get_replica(api.db, request.path_params["replica"])
+    if row is None:
+        raise NotFound("The replica does not exist.", code="replica_not_found")
+    return JsonResponse(shown_replica(row, await replicas.model_names(api.db)))
 
 
 async def stop_replica(api: Api, request: Request) -> Response:

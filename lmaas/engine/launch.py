@@ -3,19 +3,32 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmaas.engine import marks
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
+from lmaas.engine.zygote import client as zygote
+from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order
+from lmaas.engine.zygote.commands import command_key, remember
+from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
+from lmaas.store.models import BaseModel
 
+log = logging.getLogger(__name__)
+
+#: The server that a zygote has in memory; others are started plainly.
+VLLM = "vllm.entrypoints.launchers.api_server.entry"
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
 
 
@@ -72,25 +85,82 @@ def _allowed_rank(rank: int) -> int:
     return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
-def environment(spec: EngineSpec) -> dict[str, str]:
-    """The server's environment: ours, with what vLLM needs."""
+def shared_environment() -> dict[str, str]:
+    """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
     # The engine has no business with our servers and keys.
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", VARIABLE: "1"}
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS and name != VARIABLE}
+    variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects
-    if Path(spec.source).is_dir():
-        variables["HF_HUB_OFFLINE"] = "1"
     return variables
+
+
+def environment(spec: EngineSpec) -> dict[str, str]:
+    """One server's environment."""
+    return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
+
+
+def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
+    """Whoever calls its `ensure` now and then has a zygote in this home folder, on this machine; any number of processes may.
+    It ends `idle_s` seconds after it was last needed."""
+    shared = shared_environment()
+    return ZygoteOwner(
+        home,
+        lambda: zygote.start(home, shared, idle_s, cpu=has_cpu_build()),
+        lambda: wire.facts(shared),
+    )
+
+
+def expect(home: Path, spec: EngineSpec) -> None:
+    """Have the next zygote of this home folder prepared for an engine like that: with its tokenizer in memory. Raises OSError."""
+    if spec.module == VLLM:
+        remember(wire.folder(home) / wire.COMMANDS, command_key(command_line(spec, 0)[3:]))
+
+
+async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
+    """Have the zygote fork `lmaas` with these arguments; it runs once `go` is called. None if that is not possible at once."""
+    order = Order("lmaas.cli", arguments, variables, log_path, kept=False)
+    try:
+        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
+    except NoZygote as error:
+        log.info("the supervisor is started plainly", extra={"action": "start", "detail": str(error)})
+        return None
+
+
+def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
+    """What an engine of a base model's pool serves, with the server of this Python module, at this address of its machine."""
+    return EngineSpec(
+        module=module,
+        source=model.source,
+        name=model.name,
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=model.max_num_seqs,
+        max_loras=model.max_loras,
+        max_lora_rank=model.max_lora_rank,
+        max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
+        kv_cache_bytes=model.kv_cache_bytes,
+        extra_args=model.engine_args,
+        host=host,
+    )
 
 
 class EngineProcess:
     """A running vLLM server. `log_path` holds what it printed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, host: str, port: int, log_path: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | ForkedProcess, host: str, port: int, log_path: Path, marks_path: Path) -> None:
         self._process = process
         self.url = f"http://{host}:{port}"
         self.log_path = log_path
+        self._marks_path = marks_path
+        #: Whether the zygote forked it, or it was started plainly.
+        self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
+        #: When there was a process, by time.monotonic().
+        self.began = time.monotonic()
+
+    def marks(self) -> dict[str, float]:
+        """When its start reached what, by time.monotonic(); see marks.py."""
+        return marks.read(self._marks_path)
 
     @property
     def pid(self) -> int:
@@ -142,19 +212,38 @@ class EngineProcess:
 
 
 @asynccontextmanager
-async def launched(spec: EngineSpec, port: int, log_path: Path) -> AsyncIterator[EngineProcess]:
-    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet."""
+async def launched(spec: EngineSpec, port: int, log_path: Path, home: Path | None = None) -> AsyncIterator[EngineProcess]:
+    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet.
+
+    The zygote of `home` forks it, if there is one that can; otherwise it is started plainly.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            *bound_command(command_line(spec, port)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment(spec),
-        )
-    engine = EngineProcess(process, spec.host, port, log_path)
+    marks_path = log_path.with_suffix(".marks")
+    command = command_line(spec, port)
+    variables = environment(spec) | {marks.VARIABLE: str(marks_path.absolute())}
+    process = await _forked(home, spec, command, variables, log_path) or await _started(command, variables, log_path)
+    engine = EngineProcess(process, spec.host, port, log_path, marks_path)
     try:
         yield engine
     finally:
         await engine.stop()
+
+
+async def _started(command: list[str], variables: dict[str, str], log_path: Path) -> asyncio.subprocess.Process:
+    with log_path.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *bound_command(command), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=variables
+        )
+
+
+async def _forked(
+    home: Path | None, spec: EngineSpec, command: list[str], variables: dict[str, str], log_path: Path
+) -> ForkedProcess | None:
+    if home is None or spec.module != VLLM:
+        return None
+    order = Order(spec.module, command[3:], variables, log_path, kept=True)
+    try:
+        return ForkedProcess(await zygote.fork(home, order, wire.facts(shared_environment()), zygote.ENGINE_PATIENCE_S))
+    except (NoZygote, ProcessLookupError) as error:
+        log.warning("the engine is started plainly", extra={"action": "start", "detail": str(error)})
+        return None

@@ -1,4 +1,4 @@
-"""A vLLM plugin: an engine's processes die with the process that started them.
+"""A vLLM plugin: an engine's processes die with the process that started them, and note how far their start has come.
 
 Without it, `kill -9` of a vLLM server can leave its engine process behind, with all its memory.
 """
@@ -6,6 +6,7 @@ Without it, `kill -9` of a vLLM server can leave its engine process behind, with
 import multiprocessing
 import os
 
+from lmaas.engine import marks
 from lmaas.process import die_with_parent
 
 #: Set by our launcher; a plain `vllm serve` keeps its own ways.
@@ -18,3 +19,5 @@ def register() -> None:
         # It may be too late to be told: the parent may have died while this process was still importing.
         parent = multiprocessing.parent_process()
         die_with_parent(parent.pid if parent is not None else None)
+        if parent is not None:
+            marks.install()

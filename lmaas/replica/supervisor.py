@@ -17,21 +17,24 @@ from typing import Any
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.config import Settings
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
-from lmaas.engine.launch import EngineProcess, EngineSpec, launched
+from lmaas.engine.launch import EngineProcess, launched, spec_of
 from lmaas.errors import Unavailable
 from lmaas.metering.engine_time import phase_when_ready
 from lmaas.metering.usage import UsageRecord
 from lmaas.replica.residency import Residency
+from lmaas.replica.start import Times, process_began, start_record
 from lmaas.replica.timesheet import TimeSheet
 from lmaas.scheduling.client import Beat, Scheduler, replica_channel
 from lmaas.states import Desired, EnginePhase, Observed, UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import BaseModel
-from lmaas.store.replicas import get_replica, observe
+from lmaas.store.replicas import get_replica, observe, usual_start_ms
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+#: How often a starting engine is asked whether it answers.
+LOOK_S = 0.025
 #: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
@@ -78,7 +81,10 @@ class Supervisor:
         self._state = Observed.STARTING
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._wake = asyncio.Event()
+        self._times = Times(process_began())
         self._started = time.monotonic()
+        self._ready = False
+        #: How long such a start usually takes.
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
@@ -97,16 +103,18 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
-        async with (
-            self._sheet.kept(),
-            launched(self._spec(), _free_port(self._settings.engine_host), self._folder / "engine.log") as engine,
-        ):
-            log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}"))
+        settings = self._settings
+        home = settings.home if settings.zygote == "on" else None
+        spec = spec_of(self._model, settings.engine_module, settings.engine_host)
+        async with self._sheet.kept(), launched(spec, _free_port(spec.host), self._folder / "engine.log", home) as engine:
+            self._times.began = engine.began
+            log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}, {engine.by}"))
             tasks: list[asyncio.Task[Any]] = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {
                     "engine-exit": self._watch_engine(engine),
                     "engine-start": self._get_ready(engine),
+                    "usual-start": self._learn_usual_start(engine),
                     "heartbeat": self._beat(engine),
                     "signals": self._listen(),
                     "desire": self._watch_desire(engine),
@@ -143,23 +151,6 @@ class Supervisor:
                 task.result()
         return self._ending.result()
 
-    def _spec(self) -> EngineSpec:
-        model = self._model
-        return EngineSpec(
-            module=self._settings.engine_module,
-            source=model.source,
-            name=model.name,
-            dtype=model.dtype,
-            max_model_len=model.max_model_len,
-            max_num_seqs=model.max_num_seqs,
-            max_loras=model.max_loras,
-            max_lora_rank=model.max_lora_rank,
-            max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
-            kv_cache_bytes=model.kv_cache_bytes,
-            extra_args=model.engine_args,
-            host=self._settings.engine_host,
-        )
-
     def _extra(self, action: str, detail: str = "") -> dict[str, str]:
         return {"action": action, "replica_id": self._id, "pool_id": self._model.id, "detail": detail}
 
@@ -174,23 +165,38 @@ class Supervisor:
             if time.monotonic() > deadline:
                 self.end(Observed.FAILED, f"the engine was not ready within {self._settings.start_timeout_s:.0f} s: {engine.last_words()}")
                 return
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(LOOK_S)
+        self._times.healthy = time.monotonic()
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
-        if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
-            self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
-            return
         # Who waits for an adapter finds it there.
-        await self._residency.warm(engine.url)
-        self._start_ms = round((time.monotonic() - self._started) * 1000)
+        warming = asyncio.create_task(self._residency.warm(engine.url), name="warm")
+        warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
+        try:
+            if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
+                self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
+                return
+            self._times.generated = time.monotonic()
+            await warming
+        finally:
+            warming.cancel()
+        self._times.ready = time.monotonic()
+        self._ready = True
         self._sheet.observe(EnginePhase.IDLE)
-        if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url)):
+        record = start_record(engine.by, self._times, engine.marks())
+        if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
             self.end(Observed.STOPPED, "nobody desires this replica any more")
             return
         self._state = Observed.READY
         self._wake.set()
-        log.info("engine ready", extra=self._extra("ready", f"after {self._start_ms} ms"))
+        log.info("engine ready", extra=self._extra("ready", f"after {record['total_ms']} ms"))
+        await self._learn_usual_start(engine)
+
+    async def _learn_usual_start(self, engine: EngineProcess) -> None:
+        """For those that wait for a start."""
+        with contextlib.suppress(Unavailable):
+            self._start_ms = await usual_start_ms(self._db, self._model.id, engine.by)
 
     async def _patiently(self, attempt: Awaitable[bool]) -> bool:
         """The answer of the database; while it is away, take it that nothing has changed."""
@@ -265,7 +271,7 @@ class Supervisor:
 
     def _saw_load(self, load: int, waiting: int) -> None:
         """For the time sheet: so many slots are taken, so many of them by requests that wait for an adapter."""
-        if self._start_ms is not None:
+        if self._ready:
             self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:

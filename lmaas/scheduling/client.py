@@ -103,6 +103,7 @@ class Beat:
     cleared: bool = False
     #: The engine seems to stand still.
     suspect: bool = False
+    #: What a start in this pool usually takes.
     start_ms: int | None = None
 
 

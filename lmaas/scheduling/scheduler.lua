@@ -188,8 +188,9 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
     pool.replicas[args[1]] = replica
   end
+  -- What the pool's starts usually take, by the records that supervisors keep of them.
+  if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', START_MS) then redis.call('HSET', pool.key .. ':vars', 'start_ms', beat.start_ms) end
   if beat.state == 'ready' and replica.state == 'starting' then
-    if beat.start_ms then average(pool, 'start_ms', beat.start_ms, START_MS) end
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
   end
   -- Draining is decided here and does not come undone by a heartbeat that was already on its way.

@@ -1,9 +1,11 @@
 """Replicas: what the controller desires, and what their supervisors observe, in separate columns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy import func, insert, literal, select, true, update
 
 from lmaas.states import TERMINAL, Desired, Observed, sources
 from lmaas.store.database import Database, Writes
@@ -26,6 +28,7 @@ class Replica:
     created_at: datetime
     ready_at: datetime | None
     ended_at: datetime | None
+    start: dict[str, Any] | None
 
 
 _COLUMNS = [replicas.c[name] for name in Replica.__slots__]
@@ -75,9 +78,19 @@ async def desire_stop(db: Writes, replica_id: str) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-async def observe(db: Writes, replica_id: str, state: Observed, *, url: str | None = None, reason: str | None = None) -> bool:
+async def observe(
+    db: Writes,
+    replica_id: str,
+    state: Observed,
+    *,
+    url: str | None = None,
+    reason: str | None = None,
+    start: Mapping[str, int | str] | None = None,
+) -> bool:
     """Move the replica to `state` if the transition table allows it. False means a lost race: it has moved on already."""
     values: dict[str, object] = {"observed": state}
+    if start is not None:
+        values["start"] = dict(start)
     if url is not None:
         values["url"] = url
     if reason is not None:
@@ -91,6 +104,24 @@ async def observe(db: Writes, replica_id: str, state: Observed, *, url: str | No
     )
     async with db.begin() as connection:
         return (await connection.execute(query)).first() is not None
+
+
+async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 10) -> int | None:
+    """The median of the pool's last starts, in ms: of those that were made `by` the same means, or else of all; None if there was none."""
+    total = replicas.c.start["total_ms"].as_integer()
+    for same in (replicas.c.start["by"].as_string() == by, true()):
+        newest = (
+            select(total.label("ms"))
+            .where(replicas.c.base_model_id == base_model_id, replicas.c.start.is_not(None), same)
+            .order_by(replicas.c.created_at.desc())
+            .limit(last)
+            .subquery()
+        )
+        async with db.begin() as connection:
+            median = (await connection.execute(select(func.percentile_cont(0.5).within_group(newest.c.ms)))).scalar()
+        if median is not None:
+            return int(round(median))
+    return None
 
 
 async def recent_failures(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> tuple[int, float]:

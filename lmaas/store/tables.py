@@ -160,6 +160,8 @@ replicas = Table(
     _created(),
     Column("ready_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
+    # Where the time of its start went (lmaas/replica/start.py), once it is ready.
+    Column("start", JSONB),
     Index(None, "base_model_id", "observed"),
 )
 

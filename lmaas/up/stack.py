@@ -21,6 +21,8 @@ from rich.console import Console
 from lmaas.config import Settings
 from lmaas.control.ending import END_GRACE_S, end_replicas
 from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.engine.launch import expect, spec_of
+from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.manifests.apply import apply, read_folder, working_keys
 from lmaas.manifests.client import ApiClient
@@ -71,6 +73,8 @@ class Stack:
         self._stop.set()
 
     async def _serve(self, settings: Settings, model: BaseModel, operator_key: str, db: Database, redis: Redis) -> None:
+        if settings.zygote == "on":
+            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
         gateway = Child("gateway", settings)
         controller = Child("controller", settings)
         watch = asyncio.create_task(self._keep_running([gateway, controller]), name="children")
@@ -89,7 +93,9 @@ class Stack:
             await gateway.stop(settings.drain_timeout_s + 5, self._hurry)
             # No controller: nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
-            await end_replicas(db, LocalProvisioner(settings), settings.drain_timeout_s + END_GRACE_S, self._hurry)
+            where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
+            await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
+            await asyncio.to_thread(stop_zygote, settings.home)
             with suppress(LmaasError, RedisError):
                 for pool in await list_base_models(db):
                     while await write_events(redis, db, pool.id):

@@ -14,7 +14,7 @@ START = Action(Verb.START)
 
 
 def row(name: str, observed: Observed = Observed.READY, desired: Desired = Desired.RUNNING, age_s: int = 60) -> Replica:
-    return Replica(name, "p", desired, observed, None, None, TODAY - timedelta(seconds=age_s), None, None)
+    return Replica(name, "p", desired, observed, None, None, TODAY - timedelta(seconds=age_s), None, None, None)
 
 
 def stop(name: str) -> Action:

@@ -519,8 +519,8 @@ class Model:
         replica = self.replicas[replica_id]
         if beat.state == "ready" and replica.state == "starting":
             replica.resident |= set(beat.resident)
-            if beat.start_ms is not None:
-                self.start_ms += (beat.start_ms - self.start_ms) // 8
+        if beat.start_ms is not None:
+            self.start_ms = beat.start_ms
         if replica.state != "draining":
             replica.state = beat.state
         replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, now

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 
 from lmaas.config import Settings
+from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
+from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.types import Resources
 
 #: A process's start, in seconds since the boot, is known with this much error.
@@ -32,30 +34,44 @@ class LocalProvisioner:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._folder = settings.home / "replicas"
+        self._home, self._folder = settings.home, settings.home / "replicas"
         self._environment = os.environ | settings.environment()
         self._devices = _devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
+        with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
+        self._zygote = zygote_owner(settings.home, settings.orphan_timeout_s) if with_zygote else None
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         """Start the supervisor of a replica, with accelerators of its own. Raises OSError if it cannot be started."""
-        # Nothing is awaited here: no other start can take the same accelerators.
+        # Starts come one after the other (the controller's), so no other takes the same accelerators meanwhile.
         devices = self._take(needs.accelerators)
+        # Without any of its own it must not touch another's; where the machine has none, nothing is hidden.
+        variables = self._environment | ({VISIBLE: ",".join(devices)} if self._devices else {})
         folder = self._folder / replica_id
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "supervisor.log").open("ab") as log:
+        log_path, arguments = folder / "supervisor.log", ["supervise", replica_id]
+        if self._zygote is not None:
+            forked = await forked_supervisor(self._home, arguments, variables, log_path)
+            if forked is not None:
+                with suppress(psutil.NoSuchProcess, NoZygote):
+                    self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, needs.cpus, devices))
+                    go(forked)
+                    return
+        with log_path.open("ab") as log:
             child = subprocess.Popen(  # noqa: ASYNC220 (returns at once)
-                [sys.executable, "-m", "lmaas", "supervise", replica_id],
+                [sys.executable, "-m", "lmaas", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # Without any of its own it must not touch another's; where the machine has none, nothing is hidden.
-                env=self._environment | ({VISIBLE: ",".join(devices)} if self._devices else {}),
+                env=variables,
             )
         self._children[replica_id] = child
-        facts = _Facts(child.pid, _started(child.pid), _boot(), pool_id, needs.cpus, devices)
+        self._note(replica_id, _Facts(child.pid, _started(child.pid), _boot(), pool_id, needs.cpus, devices))
+
+    def _note(self, replica_id: str, facts: "_Facts") -> None:
+        folder = self._folder / replica_id
         partial = folder / "process.json.partial"
         partial.write_text(json.dumps(asdict(facts)))
         partial.rename(folder / "process.json")
@@ -83,7 +99,10 @@ class LocalProvisioner:
                 os.killpg(facts.pid, signal.SIGKILL)
 
     async def list(self) -> dict[str, str]:
-        """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago."""
+        """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago. Called at each look
+        of the controller, which is also when the zygote is looked after."""
+        if self._zygote is not None:
+            await self._zygote.ensure()
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> dict[str, str]:

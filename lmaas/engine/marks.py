@@ -1,0 +1,62 @@
+"""When an engine's start reached what. Written by the engine's processes, a line each, and read by its supervisor."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Names the file. Unset, nothing is written.
+VARIABLE = "LMAAS_START_MARKS"
+#: The weights are about to be loaded: everything is imported and configured. Then: they are loaded; the KV cache is allocated.
+LOADING, LOADED, CACHED = "loading", "loaded", "cached"
+
+
+def mark(name: str) -> None:
+    """Note the time. A start is worth more than its record: what cannot be written is left out."""
+    path = os.environ.get(VARIABLE)
+    if path:
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            file.write(f"{name} {time.monotonic()}\n")
+
+
+def read(path: Path) -> dict[str, float]:
+    """The marks of a start by name, with the time.monotonic() of each; of several workers, the last one's."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: float(time) for name, _, time in (line.partition(" ") for line in lines)}
+
+
+def install() -> None:
+    """Have vLLM's workers write the marks. Called in each of its processes, perhaps more than once."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: PLC0415 (only inside an engine)
+
+    original = WorkerWrapperBase.init_worker
+    if hasattr(original, "_lmaas_marks"):
+        return
+
+    @functools.wraps(original)
+    def init_worker(wrapper: Any, *args: Any, **kwargs: Any) -> None:
+        original(wrapper, *args, **kwargs)
+        worker = wrapper.worker
+        worker.load_model = _marked(worker.load_model, LOADING, LOADED)
+        worker.initialize_from_config = _marked(worker.initialize_from_config, None, CACHED)
+
+    init_worker._lmaas_marks = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.init_worker = init_worker
+
+
+def _marked(function: Callable[..., Any], before: str | None, after: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            mark(before)
+        result = function(*args, **kwargs)
+        mark(after)
+        return result
+
+    return marked

@@ -1,0 +1,228 @@
+"""The zygote's own loop: one thread, which waits on a socket and forks."""
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setproctitle import setproctitle
+
+from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.keeper import keep
+from lmaas.process import die_with_parent
+
+log = logging.getLogger(__name__)
+
+#: How long a client may take for its request, and for its word to go on.
+REQUEST_S, GO_S = 1.0, 10.0
+#: How many peers may stand in line.
+BACKLOG = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a forked process is to become: `main()` of a module."""
+
+    module: str
+    arguments: list[str]
+
+
+class Zygote:
+    """Serves the socket of one home folder. `unfit` tells why this process must not be forked any more, `learn` is told each engine's
+    command line once nobody waits, `idle_s` is how long it stays when nobody asks for it."""
+
+    def __init__(
+        self,
+        home: Path,
+        idle_s: float,
+        facts: Mapping[str, str],
+        added: Mapping[str, str],
+        unfit: Callable[[], str],
+        learn: Callable[[list[str]], None],
+    ) -> None:
+        self._folder, self._idle_s, self._facts, self._added, self._unfit, self._learn = (
+            wire.folder(home),
+            idle_s,
+            facts,
+            added,
+            unfit,
+            learn,
+        )
+        self._seen: list[list[str]] = []
+
+    def serve(self, listener: socket.socket) -> Job | None:
+        """Fork until nobody needs us. In a forked process it returns what that is to become; in the zygote, None at the end."""
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        needed = time.monotonic()
+        while time.monotonic() - needed < self._idle_s:
+            if not poll.poll(1000):
+                if self._seen:
+                    self._learn(self._seen.pop())
+                continue
+            needed = time.monotonic()
+            connection, _ = listener.accept()
+            with connection:
+                try:
+                    job = self._answer(connection, listener)
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    # Whoever asked went away, or is no client of ours.
+                    log.warning("a client was not served: %r", error)
+                    continue
+                if job is not None:
+                    return job
+            if reason := self._unfit():
+                log.error("the zygote ends: %s", reason)
+                return None
+        log.info("nobody has needed the zygote for %.0f s", self._idle_s)
+        return None
+
+    def _answer(self, connection: socket.socket, listener: socket.socket) -> Job | None:
+        connection.settimeout(REQUEST_S)
+        wire.send(connection, {"facts": self._facts, "pid": os.getpid()})
+        request = wire.receive(connection)
+        match request and request["do"]:
+            case "stop":
+                raise SystemExit(0)
+            case "fork":
+                assert request is not None
+                if reason := self._unfit():
+                    wire.send(connection, {"refused": reason})
+                    return None
+                return self._fork(request, connection, listener)
+            case _:
+                return None
+
+    def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Job | None:
+        job = Job(str(request["module"]), [str(argument) for argument in request["arguments"]])
+        if request["kept"] and job.arguments not in self._seen:
+            self._seen.append(job.arguments)
+        if os.fork():
+            return None
+        try:
+            listener.close()
+            _reset_signals()
+            os.setsid()
+            if request["kept"]:
+                _be_kept(connection)
+            else:
+                wire.send(connection, {"pid": os.getpid()})
+                connection.settimeout(GO_S)
+                # Whoever gave up waiting has started it in another way.
+                if (wire.receive(connection) or {}).get("do") != "go":
+                    os._exit(0)
+            connection.close()
+            _become(request, self._added if request["kept"] else {})
+        except BaseException:
+            log.exception("a forked process could not begin")
+            os._exit(1)  # never back into the loop of the zygote
+        return job
+
+
+def _be_kept(connection: socket.socket) -> None:
+    """Return in a child of this process, which becomes its keeper."""
+    keeper = os.getpid()
+    engine = os.fork()
+    if engine:
+        setproctitle(f"lmaas: keeps engine {engine}")
+        connection.settimeout(None)
+        with contextlib.suppress(OSError):
+            wire.send(connection, {"pid": engine})
+        keep(engine, connection)
+        os._exit(0)
+    os.setsid()
+    die_with_parent(keeper)
+    _bind_descendants()
+
+
+def _bind_descendants() -> None:
+    """What this process forks dies with it: vLLM's plugins, which see to that in a plain start, are loaded before the fork here."""
+    parent = 0
+
+    def before() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    os.register_at_fork(before=before, after_in_child=lambda: die_with_parent(parent))
+
+
+def _reset_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _become(request: dict[str, Any], added: Mapping[str, str]) -> None:
+    """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
+    environment = {str(name): str(value) for name, value in request["environment"].items()}
+    os.environ.clear()
+    # What vLLM set while it was imported, it would have set here too.
+    os.environ.update({**added, **environment})
+    os.chdir(request["folder"])
+    output = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    logging.getLogger().handlers.clear()
+    importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
+    setproctitle(f"{sys.executable} -m {request['module']} {' '.join(request['arguments'])}")
+
+
+@contextmanager
+def listening(home: Path) -> Iterator[socket.socket | None]:
+    """The listening socket of the one zygote of `home`; None if there is another one."""
+    folder = wire.folder(home)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / wire.LOCK).open("w") as lock, wire.channel() as listener:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        path = folder / wire.SOCKET
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            with wire.short_path(path) as short:
+                listener.bind(short)
+        finally:
+            os.umask(before)
+        listener.listen(BACKLOG)
+        yield listener
+
+
+def serve(home: Path, idle_s: float) -> Job | None:
+    """Be the zygote of `home`. Returns in forked processes, with what they are to become, and in the zygote itself at its end."""
+    logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
+    # Nobody waits for the processes that are forked; the kernel forgets them.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with listening(home) as listener:
+        if listener is None:
+            log.info("there is a zygote already")
+            return None
+        setproctitle(f"{sys.executable} -m lmaas.engine.zygote {home}")  # finds its place only while the environment is untouched
+        before = dict(os.environ)
+        began = time.monotonic()
+        from lmaas.engine.zygote.preload import Preloaded  # noqa: PLC0415 (imports vLLM, once clients can stand in line)
+
+        preloaded = Preloaded(wire.folder(home) / wire.COMMANDS)
+        added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+        log.info("imported in %.1f s", time.monotonic() - began)
+        gc.collect()
+        gc.freeze()  # so that a collection in a forked process does not copy every page
+        facts = json.loads(os.environ.get(wire.FACTS, "{}"))
+        return Zygote(home, idle_s, facts, added, preloaded.unfit, preloaded.learn).serve(listener)
