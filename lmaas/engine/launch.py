@@ -38,6 +38,8 @@ class EngineSpec:
     max_cpu_loras: int
     kv_cache_bytes: int
     extra_args: str = ""
+    #: The one address that it listens on. Tenants never reach an engine; gateways on other machines may have to.
+    host: str = "127.0.0.1"
 
 
 def has_cpu_build() -> bool:
@@ -49,9 +51,9 @@ def has_cpu_build() -> bool:
 
 
 def command_line(spec: EngineSpec, port: int) -> list[str]:
-    """The server's command line. It listens on loopback: tenants never reach an engine."""
+    """The server's command line."""
     command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
+    command += ["--host", spec.host, "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
     # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
     command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
@@ -85,9 +87,9 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 class EngineProcess:
     """A running vLLM server. `log_path` holds what it printed."""
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int, log_path: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, host: str, port: int, log_path: Path) -> None:
         self._process = process
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.log_path = log_path
 
     @property
@@ -151,7 +153,7 @@ async def launched(spec: EngineSpec, port: int, log_path: Path) -> AsyncIterator
             stderr=log,
             env=environment(spec),
         )
-    engine = EngineProcess(process, port, log_path)
+    engine = EngineProcess(process, spec.host, port, log_path)
     try:
         yield engine
     finally:

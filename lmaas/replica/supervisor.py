@@ -97,7 +97,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
-        async with self._sheet.kept(), launched(self._spec(), _free_port(), self._folder / "engine.log") as engine:
+        async with (
+            self._sheet.kept(),
+            launched(self._spec(), _free_port(self._settings.engine_host), self._folder / "engine.log") as engine,
+        ):
             log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}"))
             tasks: list[asyncio.Task[Any]] = [
                 asyncio.create_task(coroutine, name=name)
@@ -154,6 +157,7 @@ class Supervisor:
             max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
             kv_cache_bytes=model.kv_cache_bytes,
             extra_args=model.engine_args,
+            host=self._settings.engine_host,
         )
 
     def _extra(self, action: str, detail: str = "") -> dict[str, str]:
@@ -357,7 +361,7 @@ class Supervisor:
             self._saw_load(self._load, 0)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
