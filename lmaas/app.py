@@ -9,7 +9,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 from sqlalchemy import text
@@ -163,9 +163,16 @@ def _raise_file_limit() -> None:
 
 def provisioner(settings: Settings) -> Provisioner:
     """Where replicas run, by setting."""
-    if settings.provisioner == "ray":
-        raise SettingsError("LMAAS_PROVISIONER=ray is not available in this version; use 'local'.")
-    return LocalProvisioner(settings)
+    if settings.provisioner == "local":
+        return LocalProvisioner(settings)
+    try:
+        from lmaas.control.provisioners.ray import RayProvisioner  # noqa: PLC0415 (Ray is an extra, and takes a second to import)
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise SettingsError("LMAAS_PROVISIONER=ray needs Ray: install lmaas[ray].") from None
+    # On the nodes, the home is another folder.
+    return RayProvisioner(replace(settings, object_store_url=object_store_url(settings)))
 
 
 async def run_controller(settings: Settings) -> None:

@@ -48,6 +48,19 @@ class Settings:
     controller_port: int | None = None
     #: Whether a controller that is told to stop drains its replicas first: where they would die with it, as in a container.
     controller_ends_replicas: bool = False
+    #: Where Ray is: `auto` on a machine that is one of its nodes, `host:port` of its GCS, or `ray://host:port` from outside.
+    ray_address: str = "auto"
+    #: This stack's own: two stacks that share a Ray cluster need two, or they end each other's replicas.
+    ray_namespace: str = "lmaas"
+    #: Where replicas keep logs and adapters on their node's disk.
+    ray_node_home: Path = Path("~/.lmaas")
+    #: What a replica takes of a node besides CPUs and accelerators: `name=amount,…`; `memory` in bytes.
+    ray_resources: str = ""
+    #: Whether Ray's autoscaler adds nodes for replicas (`autoscaled`), or there are those that there are (`fixed`).
+    ray_nodes: str = "autoscaled"
+    #: What the nodes hold at most, for pools to share. Without them, no bound if autoscaled, else what the nodes hold now.
+    ray_cpus: float | None = None
+    ray_accelerators: int | None = None
     log_level: str = "INFO"
 
     #: How long a pool may be idle before its last replica drains and stops.
@@ -101,12 +114,18 @@ class Settings:
     engine_module: str = "vllm.entrypoints.launchers.api_server.entry"
     #: More arguments for the engine's command line, separated by spaces.
     engine_args: str = ""
+    #: The address of its machine that an engine listens on, and is reached at by gateways. Ray's nodes use their own.
+    engine_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
         if self.zygote not in ("on", "off"):
             raise SettingsError(f"LMAAS_ZYGOTE is 'on' or 'off', not {self.zygote!r}.")
+        if self.ray_nodes not in ("autoscaled", "fixed"):
+            raise SettingsError(f"LMAAS_RAY_NODES is 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
+        if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
+            raise SettingsError("LMAAS_ENGINE_HOST is one address, at which gateways reach the engine; engines never listen on all.")
         for field in fields(self):
             value = getattr(self, field.name)
             zero = field.name in _MAY_BE_ZERO and value == 0

@@ -150,7 +150,7 @@ class EngineProcess:
 
     def __init__(self, process: asyncio.subprocess.Process | ForkedProcess, host: str, port: int, log_path: Path, marks_path: Path) -> None:
         self._process = process
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.log_path = log_path
         self._marks_path = marks_path
         #: Whether the zygote forked it, or it was started plainly.

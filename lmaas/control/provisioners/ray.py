@@ -1,0 +1,137 @@
+"""Replicas as Ray actors: Ray finds each a node, and its autoscaler adds nodes for those that have none yet.
+
+Every replica is a detached actor, named `<pool id>/<replica id>` in the stack's namespace, so that it outlives the controller and the
+next controller finds it. Ray restarts none of them: whether there is a next replica is the controller's decision. An actor without a node
+is listed as well, for it is on its way.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError
+
+from lmaas.config import Settings
+from lmaas.control.provisioners.ray_node import NodeReplica
+from lmaas.errors import SettingsError, Unavailable
+from lmaas.types import Resources
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How long Ray may take for a call, connecting included.
+CALL_S = 30.0
+#: What Ray raises when it cannot be reached, or when its answer is no.
+FAILURES = (RayError, OSError, RuntimeError, ValueError)
+
+
+class RayProvisioner:
+    """Starts supervisors on the nodes of a Ray cluster.
+
+    Ray's API blocks, and holds one connection for the whole process: a single thread of our own makes all calls.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._resources = parse_resources(settings.ray_resources)
+        # What a node's replica needs to know. Its home, and the address that its engine listens on, are the node's own.
+        left_out = ("LMAAS_HOME", "LMAAS_ENGINE_HOST")
+        self._environment = {name: value for name, value in settings.environment().items() if name not in left_out}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+
+    async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
+        """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray does not take it."""
+        try:
+            await self._call(self._start, replica_id, pool_id, needs)
+        except Unavailable as error:
+            raise OSError(error.message) from error
+
+    async def kill(self, replica_id: str) -> None:
+        """End a replica's processes now, or take it from Ray's queue. Killing one that is gone is no error."""
+        await self._call(self._kill, replica_id)
+
+    async def list(self) -> dict[str, str]:
+        """The replicas that have an actor, on a node or waiting for one: replica id → pool id. Raises Unavailable if Ray does not answer:
+        nobody knows then what runs."""
+        return await self._call(self._list)
+
+    async def capacity(self) -> Resources | None:
+        """By setting; else what the nodes hold now if their number is fixed; else unknown, for Ray's autoscaler may add nodes."""
+        settings = self._settings
+        if settings.ray_cpus is not None:
+            return Resources(settings.ray_cpus, settings.ray_accelerators or 0)
+        return await self._call(self._held) if settings.ray_nodes == "fixed" else None
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        future = self._thread.submit(self._connected, function, *arguments)
+        try:
+            async with asyncio.timeout(CALL_S):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise Unavailable(f"Ray has not answered within {CALL_S:.0f} s.") from None
+
+    def _connected(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            if not ray.is_initialized():
+                ray.init(self._settings.ray_address, log_to_driver=False, configure_logging=False)
+            return function(*arguments)
+        except FAILURES as error:
+            # A connection that has failed once may be one to a cluster that is gone.
+            ray.shutdown()
+            raise Unavailable(f"Ray: {error}") from error
+
+    def _start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
+        settings = self._settings
+        resources = dict(self._resources)
+        memory = resources.pop("memory", None)
+        actor = ray.remote(NodeReplica).options(
+            name=f"{pool_id}/{replica_id}",
+            namespace=settings.ray_namespace,
+            lifetime="detached",
+            max_restarts=0,
+            num_cpus=needs.cpus,
+            num_gpus=needs.accelerators,
+            memory=memory,
+            resources=resources,
+            scheduling_strategy="SPREAD",
+        )
+        handle = actor.remote(replica_id, self._environment, str(settings.ray_node_home))
+        # Through Ray's client, the actor is not there before its id is: the next list must have it.
+        handle._actor_id.hex()
+
+    def _kill(self, replica_id: str) -> None:
+        for name in self._names():
+            if name.rpartition("/")[2] == replica_id:
+                try:
+                    ray.kill(ray.get_actor(name, namespace=self._settings.ray_namespace), no_restart=True)
+                except ValueError:
+                    log.info("a replica has ended before it was killed", extra={"action": "kill", "replica_id": replica_id})
+
+    def _list(self) -> dict[str, str]:
+        return {replica_id: pool_id for pool_id, _, replica_id in (name.rpartition("/") for name in self._names())}
+
+    def _names(self) -> set[str]:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"] for actor in actors if actor["namespace"] == self._settings.ray_namespace}
+
+    def _held(self) -> Resources:
+        held = ray.cluster_resources()
+        return Resources(float(held.get("CPU", 0.0)), int(held.get("GPU", 0.0)))
+
+
+def parse_resources(text: str) -> dict[str, float]:
+    """`"name=amount,…"` → name → amount. Raises SettingsError if it is not that."""
+    found: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, amount = item.partition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            found[name.strip()] = 0.0
+        if not name.strip() or not 0 < found[name.strip()] < float("inf"):
+            raise SettingsError(f"LMAAS_RAY_RESOURCES must be like 'name=1,other=0.5', with amounts greater than 0, not {text!r}.")
+    return found
