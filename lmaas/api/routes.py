@@ -44,6 +44,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("GET", "/base-models", operations.list_models),
     ("PATCH", "/base-models/{model}", operations.change_model),
     ("GET", "/replicas", operations.list_replicas),
+    ("GET", "/replicas/{replica}", operations.show_replica),
     ("DELETE", "/replicas/{replica}", operations.stop_replica),
     *USAGE,
     ("GET", "/cogs", cogs.cogs_report),

@@ -20,6 +20,7 @@ from lmaas.manifests.apply import apply as apply_manifests
 from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
 from lmaas.observability import configure_logging
+from lmaas.store.replicas import START_PHASES
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
@@ -225,6 +226,18 @@ def replica() -> None:
 def replica_list(context: Context, ended: bool) -> None:
     """The replicas that exist."""
     context.show(context.client().list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+
+
+@replica.command("show")
+@click.argument("replica_id")
+@pass_context
+def replica_show(context: Context, replica_id: str) -> None:
+    """A replica, and where the time of its start went."""
+    row = context.client().call("GET", f"/admin/v1/replicas/{replica_id}")
+    context.show_one(row, REPLICA)
+    if row["start"] and not context.as_json:
+        click.echo()
+        context.show([row["start"]], ("by", *START_PHASES))
 
 
 @replica.command("stop")

@@ -11,6 +11,9 @@ from lmaas.states import TERMINAL, Desired, Observed, sources
 from lmaas.store.database import Database
 from lmaas.store.tables import base_models, replicas
 
+#: What a start's record says, in ms, beside `by` ("zygote" or "plain"); `adapter_ms` runs beside `first_token_ms`.
+START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -110,7 +113,7 @@ async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 
         async with db.begin() as connection:
             median = (await connection.execute(select(func.percentile_cont(0.5).within_group(newest.c.ms)))).scalar()
         if median is not None:
-            return round(median)
+            return round(float(median))
     return None
 
 
