@@ -146,4 +146,4 @@ async def _ready(engine: Engine, process: asyncio.subprocess.Process) -> None:
                 return
             if process.returncode is not None:
                 raise RuntimeError(f"vLLM did not start:\n{engine.log()[-2000:]}")
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.05)

@@ -63,10 +63,13 @@ class Stack:
         made = await asyncio.to_thread(owner.upload, name, self.base_model, folder)
         return Adapter(Place(self._url, name, tenant.key), f"{tenant.id}-{made['content_hash']}")
 
+    async def replicas(self) -> list[dict[str, Any]]:
+        """The replicas that have not ended, as the operator API shows them."""
+        return await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
+
     async def engine_url(self) -> str:
         """Where the one engine that runs listens. Raises RuntimeError if none does: ask for something first."""
-        replicas = await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
-        ready = [str(row["url"]) for row in replicas if row["observed"] == "ready"]
+        ready = [str(row["url"]) for row in await self.replicas() if row["observed"] == "ready"]
         if len(ready) != 1:
             raise RuntimeError(f"one engine should run, but {len(ready)} do")
         return ready[0]

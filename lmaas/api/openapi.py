@@ -9,6 +9,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.metering.cogs import DIMENSIONS
 from lmaas.states import EnginePhase
 from lmaas.store.models import MAX_PRICE, PRICES
+from lmaas.store.replicas import START_PHASES
 from lmaas.types import NAME_PATTERN, Limits, Role
 
 Schema = dict[str, Any]
@@ -173,6 +174,11 @@ SCHEMAS: dict[str, Schema] = {
         created_at=MOMENT,
         ready_at=MAYBE_MOMENT,
         ended_at=MAYBE_MOMENT,
+        start={
+            "type": ["object", "null"],
+            "description": "Where the time of its start went, in ms, once it is ready.",
+            "properties": {"by": {"enum": ["zygote", "plain"]}} | dict.fromkeys(START_PHASES, COUNT),
+        },
     ),
     "StoppingReplica": _object(object=TEXT, id=TEXT, desired=TEXT),
     "Usage": _object(
@@ -238,6 +244,7 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "delete_model": (None, "Deleted", False),
     "change_model": ("BaseModelChange", "BaseModel", False),
     "list_replicas": (None, "Replica", True),
+    "show_replica": (None, "Replica", False),
     "stop_replica": (None, "StoppingReplica", False),
     "usage_report": (None, "Usage", True),
     "usage_events": (None, "UsageEvent", True),

@@ -47,6 +47,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("PATCH", "/base-models/{model}", base_models.change_model),
     ("DELETE", "/base-models/{model}", base_models.delete_model),
     ("GET", "/replicas", operations.list_replicas),
+    ("GET", "/replicas/{replica}", operations.show_replica),
     ("DELETE", "/replicas/{replica}", operations.stop_replica),
     *USAGE,
     ("GET", "/cogs", cogs.cogs_report),

@@ -22,6 +22,7 @@ from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
 from lmaas.manifests.models import read_models
 from lmaas.observability import configure_logging
+from lmaas.store.replicas import START_PHASES
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
@@ -214,6 +215,18 @@ def replica_list(context: Context, ended: bool) -> None:
     if not context.as_json:
         for line in troubles(client.list("/admin/v1/base-models")):
             click.echo(line)
+
+
+@replica.command("show")
+@click.argument("replica_id")
+@pass_context
+def replica_show(context: Context, replica_id: str) -> None:
+    """A replica, and where the time of its start went."""
+    row = context.client().call("GET", f"/admin/v1/replicas/{replica_id}")
+    context.show_one(row, REPLICA)
+    if row["start"] and not context.as_json:
+        click.echo()
+        context.show([row["start"]], ("by", *START_PHASES))
 
 
 @replica.command("stop")

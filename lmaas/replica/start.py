@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmaas.engine import marks
-
-#: The phases in their order; `adapter_ms` runs beside `first_token_ms`. All are milliseconds.
-PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
+from lmaas.store.replicas import START_PHASES
 
 
 @dataclass(slots=True)
 class Times:
-    """When a start reached what, by time.monotonic(), in seconds. `asked`: its supervisor's process began; `began`: there is a process of the
-    engine; `healthy`: its server answers; `generated`: it made a token; `resident`: the adapters that were waited for are loaded;
+    """When a start reached what, by time.monotonic(), in seconds. `asked`: its supervisor's process began; `began`: there is a process of
+    the engine; `healthy`: its server answers; `generated`: it made a token; `resident`: the adapters that were waited for are loaded;
     `ready`: requests may come."""
 
     asked: float
@@ -41,7 +39,7 @@ def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, i
         "adapter_ms": times.resident - times.healthy,
         "total_ms": times.ready - times.asked,
     }
-    return {"by": by} | {name: max(0, round(1000 * spans[name])) for name in PHASES}
+    return {"by": by} | {name: max(0, round(1000 * spans[name])) for name in START_PHASES}
 
 
 def process_began() -> float:

@@ -13,6 +13,8 @@ from lmaas.store.tables import base_models, replicas
 
 #: Starts that failed longer ago than this, in seconds, are forgiven.
 FAILURE_WINDOW_S = 1800.0
+#: What a start's record says, in ms, beside `by` ("zygote" or "plain"); `adapter_ms` runs beside `first_token_ms`.
+START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 
         async with db.begin() as connection:
             median = (await connection.execute(select(func.percentile_cont(0.5).within_group(newest.c.ms)))).scalar()
         if median is not None:
-            return int(round(median))
+            return round(float(median))
     return None
 
 

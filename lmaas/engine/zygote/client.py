@@ -36,8 +36,8 @@ class NoZygote(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A process to fork: `main()` of `module` runs with these arguments, this environment and nothing of the zygote's own; what it prints is
-    appended to `log`. `kept`: it ends when whoever ordered it does."""
+    """A process to fork: `main()` of `module` runs with these arguments, this environment and nothing of the zygote's own; what it prints
+    is appended to `log`. `kept`: it ends when whoever ordered it does."""
 
     module: str
     arguments: list[str]
@@ -63,8 +63,7 @@ async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: f
         async with asyncio.timeout(patience_s):
             await _connect(connection, home)
             hello = await _receive(loop, connection)
-            if differs := wire.difference(facts, hello.get("facts", {})):
-                raise NoZygote(f"the zygote was started with another {differs}")
+            _check(not (differs := wire.difference(facts, hello.get("facts", {}))), f"it was started with another {differs}")
             request = {
                 "do": "fork",
                 "module": order.module,
@@ -76,8 +75,7 @@ async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: f
             }
             await loop.sock_sendall(connection, json.dumps(request).encode())
             answer = await _receive(loop, connection)
-            if "refused" in answer:
-                raise NoZygote(f"the zygote refused: {answer['refused']}")
+            _check("refused" not in answer, str(answer.get("refused")))
             return Fork(int(answer["pid"]), connection)
     except (OSError, ValueError, KeyError, TypeError) as error:
         connection.close()
@@ -85,6 +83,11 @@ async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: f
     except BaseException:
         connection.close()
         raise
+
+
+def _check(condition: bool, reason: str) -> None:
+    if not condition:
+        raise NoZygote(f"the zygote cannot be used: {reason}")
 
 
 def go(forked: Fork) -> None:
@@ -128,7 +131,7 @@ class ForkedProcess:
             message = wire.receive(self._connection)
         except BlockingIOError:
             return
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             message = None
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._connection)

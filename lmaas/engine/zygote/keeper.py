@@ -21,7 +21,7 @@ def keep(engine: int, connection: socket.socket) -> None:
         ready = {fd for fd, _ in poll.poll()}
         if pidfd in ready:
             break
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             if wire.receive(connection) is not None:
                 continue
         # Whoever ordered it is gone, and this engine is nobody's.

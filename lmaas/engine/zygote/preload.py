@@ -153,8 +153,8 @@ def _renderer(command: list[str]) -> Any:
 
 
 def _fork_on_cpu(platform: Any) -> None:
-    """vLLM's CPU platform has its processes spawned, since what it sets for OpenMP is read when libgomp is loaded. Here they are forked, and
-    what it sets is applied in the worker."""
+    """vLLM's CPU platform has its processes spawned, since what it sets for OpenMP is read when libgomp is loaded. Here they are forked,
+    and what it sets is applied in the worker."""
     from vllm.v1.executor.multiproc_executor import WorkerProc  # noqa: PLC0415 (imported above)
 
     configure = platform.check_and_update_config

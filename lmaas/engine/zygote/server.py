@@ -94,11 +94,10 @@ class Zygote:
         connection.settimeout(REQUEST_S)
         wire.send(connection, {"facts": self._facts, "pid": os.getpid()})
         request = wire.receive(connection)
-        match request and request["do"]:
+        match (request := request or {"do": "nothing"})["do"]:
             case "stop":
                 raise SystemExit(0)
             case "fork":
-                assert request is not None
                 if reason := self._unfit():
                     wire.send(connection, {"refused": reason})
                     return None

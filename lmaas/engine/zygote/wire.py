@@ -77,11 +77,11 @@ def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message, or None at the end. Raises TimeoutError or OSError, ValueError for what is no message."""
+    """The next message, or None at the end. Raises OSError (TimeoutError too), and ValueError or TypeError for what is no message."""
     data = connection.recv(MAX_BYTES)
     if not data:
         return None
     message = json.loads(data)
     if not isinstance(message, dict):
-        raise ValueError("not a message")
+        raise TypeError("not a message")
     return message
