@@ -42,6 +42,8 @@ AT_REST, PER_WAITING = "gateway_memory_at_rest_mb", "gateway_memory_per_waiting_
 NAMES = (*BARS, ADMISSION, COMMANDS, AT_REST, PER_WAITING)
 
 CONNECTIONS = 32
+#: This bar is closer to 1 than five rounds tell on a machine with other work.
+ADMISSION_ROUNDS = 11
 #: A round with one proxy: long enough for CPU times, which the system counts in hundredths of a second.
 ROUND_S, WARM_S = 3.0, 1.0
 #: What a real engine's step takes at least. Tokens then come one at a time; without a pause, several wait when a proxy looks.
@@ -121,10 +123,10 @@ async def _peer(name: str, start: Callable[[Service, Path, Path], Awaitable[Prox
 
 async def _costs(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say) -> dict[str, list[float]]:
     """CPU milliseconds per request of each proxy, round by round."""
-    return {name: [cpu_ms for cpu_ms, _ in each] for name, each in (await _loaded(load, proxies, kind, say)).items()}
+    return {name: [cpu_ms for cpu_ms, _ in each] for name, each in (await _loaded(load, proxies, kind, say, ROUNDS)).items()}
 
 
-async def _loaded(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say) -> dict[str, list[tuple[float, float]]]:
+async def _loaded(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """CPU milliseconds per request and requests a second of each proxy, round by round."""
 
     async def run(name: str, _: int) -> tuple[float, float]:
@@ -139,12 +141,9 @@ async def _loaded(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say)
             await load.ask(proxy.order(stream=kind == "stream", connections=CONNECTIONS, seconds=WARM_S))
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error}") from error
-    figures = await interleaved(ROUNDS, {name: partial(run, name) for name in proxies})
-    say(
-        f"{kind}: "
-        + ", ".join(f"{name} {median(cpu_ms for cpu_ms, _ in each):.3f}" for name, each in figures.items())
-        + " CPU ms per request"
-    )
+    figures = await interleaved(rounds, {name: partial(run, name) for name in proxies})
+    medians = {name: median(cpu_ms for cpu_ms, _ in each) for name, each in figures.items()}
+    say(f"{kind}: " + ", ".join(f"{name} {each:.3f}" for name, each in medians.items()) + " CPU ms per request")
     return figures
 
 
@@ -177,7 +176,7 @@ async def _admission(load: Load, ours: Service, say: Say) -> Bar:
         await load.until_right(proxy)
     detail: dict[str, Any] = {}
     for kind in KINDS:
-        figures = await _loaded(load, proxies, kind, say)
+        figures = await _loaded(load, proxies, kind, say, ADMISSION_ROUNDS)
         cpu_ms, per_s = ({name: [pair[place] for pair in each] for name, each in figures.items()} for place in (0, 1))
         detail[kind] = summary(ratios(cpu_ms["off"], cpu_ms["on"])) | {"cpu_ms": {name: summary(each) for name, each in cpu_ms.items()}}
         by_clock = summary(ratios(per_s["on"], per_s["off"]))
