@@ -5,6 +5,9 @@
 -- behind it can then hold it up no more.
 local RESERVE_PASSES = 32 -- an adapter slot: it is emptied
 local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots: it is emptied
+-- And so many times the placements in which all that its tenant has waiting would have had its turn, were the tenants' turns fair ones: with a
+-- fixed bound, everything that waits is passed over too often once the queue is longer than that, and engines run half empty.
+local FAIR_TURNS = 2
 local MAX_TENANTS = 256   -- tenants looked at in one round
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
@@ -141,26 +144,29 @@ local function place(pool, ticket, replica, caller)
   loading.tickets[ticket.id] = 1
 end
 
--- Calls `look` with each queued ticket's id, its needs, and how many were placed when it was passed over first (nil: never), in the
--- order of service, until `look` answers something: first what came back, then tenant by tenant.
+-- Calls `look` with each queued ticket's id, its needs, how many were placed when it was passed over first (nil: never), and how many
+-- placements fair turns would take until its tenant has nothing waiting, in the order of service, until `look` answers something: first what
+-- came back, then tenant by tenant.
 local function each_waiting(pool, look)
   local looks = 0
-  local function look_at(ids)
+  local function look_at(ids, turns)
     if #ids == 0 then return nil end
     local needs = redis.call('HMGET', pool.key .. ':needs', unpack(ids))
     local passed = redis.call('HMGET', pool.key .. ':passed', unpack(ids))
     for i, id in ipairs(ids) do
       looks = looks + 1
       if looks > MAX_LOOKS then return nil end
-      local found = look(id, needs[i], tonumber(passed[i] or nil))
+      local found = look(id, needs[i], tonumber(passed[i] or nil), turns)
       if found ~= nil then return found end
     end
     return nil
   end
-  local found = look_at(redis.call('ZRANGE', pool.key .. ':front', 0, MAX_LOOKS - 1))
+  local found = look_at(redis.call('ZRANGE', pool.key .. ':front', 0, MAX_LOOKS - 1), 0)
   if found ~= nil then return found end
-  for _, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)) do
-    found = look_at(redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1))
+  local tenants = redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)
+  for _, tenant in ipairs(tenants) do
+    local ids = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1)
+    found = look_at(ids, #ids * #tenants)
     if found ~= nil then return found end
     if looks > MAX_LOOKS then return nil end
   end
@@ -171,7 +177,7 @@ end
 local function place_next(pool, caller)
   local placed = var(pool, 'placed', 0)
   local replicas, newly_passed, kept, asked = {}, {}, {}, {}
-  local found = each_waiting(pool, function(id, need, passed_at)
+  local found = each_waiting(pool, function(id, need, passed_at, turns)
     local replica = replicas[need]
     if replica == nil then
       local weight, adapter = string.match(need, '^(%d+)|(.*)$')
@@ -181,15 +187,17 @@ local function place_next(pool, caller)
     if replica then return { id = id, replica = replica } end
     if not passed_at then
       newly_passed[#newly_passed + 1] = id
-    elseif placed - passed_at >= RESERVE_PASSES then
-      local passes = placed - passed_at
-      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
-      -- Once for each adapter: what could not be kept for one ticket cannot be for the next.
-      if adapter ~= '' and not asked[adapter] then
-        asked[adapter] = true
-        keep_adapter_slot(pool, adapter, kept)
+    else
+      local passes = placed - passed_at - FAIR_TURNS * turns
+      if passes >= RESERVE_PASSES then
+        local weight, adapter = string.match(need, '^(%d+)|(.*)$')
+        -- Once for each adapter: what could not be kept for one ticket cannot be for the next.
+        if adapter ~= '' and not asked[adapter] then
+          asked[adapter] = true
+          keep_adapter_slot(pool, adapter, kept)
+        end
+        if passes >= MAX_PASSES and tonumber(weight) > 1 then keep_replica(pool, kept) end
       end
-      if passes >= MAX_PASSES and tonumber(weight) > 1 then keep_replica(pool, kept) end
     end
     return nil
   end)

@@ -29,6 +29,7 @@ class Rules:
     START_MS: int = 20_000
     MAX_PASSES: int = 64
     RESERVE_PASSES: int = 32
+    FAIR_TURNS: int = 2
     MAX_TENANTS: int = 256
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
@@ -124,6 +125,8 @@ class Model:
         #: Of each tenant that waits, how many it has queued since it began to.
         self.sequences: dict[str, int] = {}
         self.placed = 0
+        #: The most that was not counted as passing over, so far.
+        self.longest_turns = 0
         self.run_ms, self.start_ms = self.rules.TURN_MS, self.rules.START_MS
         self.reaped: int | None = None
         self.spare_until = 0
@@ -275,16 +278,27 @@ class Model:
             if held.passed_at is None:
                 passed.append(held)
                 continue
-            passes = self.placed - held.passed_at
+            passes = self.passes(held)
             if passes >= self.rules.RESERVE_PASSES and held.ticket.adapter:
                 self.keep_adapter_slot(now, held.ticket.adapter, kept)
             if passes >= self.rules.MAX_PASSES and held.ticket.weight > 1:
                 self.keep_replica(now, kept)
         return None
 
+    def passes(self, held: Held) -> int:
+        """How often it was passed over, not counted what fair turns of all tenants would take until its own has nothing waiting."""
+        if held.passed_at is None:
+            return 0
+        turns = 0
+        if not held.came_back:
+            tenants = self.tenants_waiting()[: self.rules.MAX_TENANTS]
+            turns = len(self.queue(held.ticket.tenant)[: self.rules.MAX_DEPTH]) * len(tenants)
+        self.longest_turns = max(self.longest_turns, self.rules.FAIR_TURNS * turns)
+        return self.placed - held.passed_at - self.rules.FAIR_TURNS * turns
+
     def is_kept_something(self, held: Held) -> bool:
         """It was passed over so often that what it needs is kept for it, or will be as soon as there is something to keep."""
-        passes = 0 if held.passed_at is None else self.placed - held.passed_at
+        passes = self.passes(held)
         return passes >= self.rules.RESERVE_PASSES if held.ticket.adapter else passes >= self.rules.MAX_PASSES and held.ticket.weight > 1
 
     def place(self, now: int, held: Held, replica: Replica, caller: str) -> None:

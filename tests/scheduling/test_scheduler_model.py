@@ -24,9 +24,9 @@ HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "100"))
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and patience run out within a few seconds and tickets.
-SHORT = Rules(LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2)
+SHORT = Rules(LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2, FAIR_TURNS=0)
 #: And with these, not everything that waits is looked at, nor every counter kept.
-NARROW = replace(SHORT, MAX_PASSES=3, RESERVE_PASSES=1, MAX_TENANTS=2, MAX_DEPTH=2, MAX_LOOKS=3, MAX_COUNTERS=3)
+NARROW = replace(SHORT, MAX_PASSES=3, RESERVE_PASSES=1, FAIR_TURNS=1, MAX_TENANTS=2, MAX_DEPTH=2, MAX_LOOKS=3, MAX_COUNTERS=3)
 RULES = {"short": SHORT, "narrow": NARROW}
 #: Half a minute before a month ends, and the middle of another.
 STARTS = (1_769_903_970_000, 1_773_144_000_123)
@@ -418,7 +418,7 @@ class Histories(RuleBasedStateMachine):
             self.passes.pop(placed, None)
             for each in ahead:
                 self.passes[each] = self.passes.get(each, 0) + 1
-                assert self.passes[each] <= self.constants.MAX_PASSES, each
+                assert self.passes[each] <= self.constants.MAX_PASSES + self.model.longest_turns, each
         queued = {each.ticket.id for each in self.model.queue()}
         self.passes = {name: count for name, count in self.passes.items() if name in queued}
         self.model.placements.clear()
@@ -449,7 +449,7 @@ class Histories(RuleBasedStateMachine):
             return
         for held in self.model.in_order():
             assert self.model.choose(self.both.now, held, {}) is None, held.ticket.id
-            if held.passed_at is not None and self.model.placed - held.passed_at >= self.constants.RESERVE_PASSES:
+            if self.model.passes(held) >= self.constants.RESERVE_PASSES:
                 return
 
     def teardown(self) -> None:
