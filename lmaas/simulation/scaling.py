@@ -1,0 +1,25 @@
+"""The seam to the autoscaler: its own decision, and what it wants remembered between two."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmaas.control.autoscaler import Demand, Policy, decide
+
+
+class Scaling:
+    """How many replicas one pool should have, by the product's own policy, as its controller asks it."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._low_since: float | None = None
+
+    def desired(self, stats: Mapping[str, Any], current: int, now_s: float) -> int:
+        """The decision for a pool of `current` replicas. `stats` is the scheduler's answer of that name."""
+        demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000)
+        scale = decide(demand, self.policy, current, self._low_since, now_s)
+        self._low_since = scale.low_since
+        return scale.replicas
+
+    def quiet_s(self, idle_s: float) -> float | None:
+        """For how long a pool without replicas, idle for `idle_s`, will have none; None: until a request comes."""
+        return None
