@@ -22,7 +22,7 @@ class Day:
     seed: int = 0
     tenants: int = 50
     adapters: int = 1
-    bursts: float = 1000.0
+    bursts: float = 1500.0
     zipf: float = 1.0
     night: float = 0.05
     burst_s: float = 180.0
