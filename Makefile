@@ -16,7 +16,7 @@ OPTIONS ?=
 .PHONY: up test bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
-up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE)
+up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
 	@exec $(BIN)/lmaas up
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
@@ -70,7 +70,13 @@ $(VENV)/.installed-gpu: requirements/engine-gpu.txt | $(VENV)/.installed-base
 	@$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-$(ENGINE)
+# After the engine, which brings a part of what it needs.
+$(VENV)/.installed-chart: requirements/chart.txt | $(VENV)/.installed-$(ENGINE)
+	@echo "Installing what draws charts ..."
+	@$(PIP) install --no-deps -r requirements/chart.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-chart
 	@echo "Installing the development tools ..."
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@

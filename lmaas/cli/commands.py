@@ -16,6 +16,7 @@ from lmaas.adapters.objects import MODEL_FILE
 from lmaas.admission.tiers import TIERS
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import model, troubles
+from lmaas.cli.simulate import simulate
 from lmaas.errors import LmaasError
 from lmaas.manifests.apply import apply as apply_manifests
 from lmaas.manifests.apply import read_folder
@@ -375,6 +376,9 @@ def cogs(context: Context, since: str | None, until: str | None, by: str) -> Non
     who = [name for part in answer["by"] for name in {"adapter": ("base_model", "adapter")}.get(part, (part,))]
     lines = [*answer["data"], dict.fromkeys(who, "") | {who[0]: "total"} | answer["total"]]
     context.show([_cogs_line(line) for line in lines], (*who, *COGS))
+
+
+cli.add_command(simulate)
 
 
 def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:

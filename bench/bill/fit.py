@@ -1,0 +1,84 @@
+"""Measures what the simulation assumes of an engine, through the running service."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, median
+
+from bench.bill.service import Service
+from bench.client import Answer, Ask, Client, Place
+from bench.frame import Say
+from lmaas.simulation.profile import Profile
+from lmaas.states import EnginePhase
+
+#: How many ask at once, for the length of a step.
+CROWDS = (1, 4, 8, 12)
+SHORT, LONG, COMPLETION = 16, 1000, 48
+TIMES = 5
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    """Random tokens: nothing of it is in any cache."""
+    chance = random.Random(seed)  # noqa: S311 (prompts, not secrets)
+    return [chance.randrange(1000, 40000) for _ in range(tokens)]
+
+
+async def fit(asker: Client, service: Service, say: Say) -> Profile:
+    """The profile of this machine's engines, by requests to the shared pool. It is empty before and afterwards."""
+    places = [each.shared for each in service.places.values()]
+    await asker.ask(Ask(places[0], prompt(0, SHORT), 2))
+    [replica] = await service.replicas([service.shared])
+    for place in places:
+        await asker.ask(Ask(place, prompt(1, SHORT), 2))  # each adapter has been loaded now
+    crowds = {size: await _crowd(asker, places, size) for size in CROWDS}
+    step_s, step_sequence_s = line(list(crowds), list(crowds.values()))
+    short, long = [median([await _ttft(asker, places[0], seed, tokens) for seed in range(TIMES)]) for tokens in (SHORT, LONG)]
+    prefill = (LONG - SHORT) / max(1e-3, long - short)
+    await asyncio.to_thread(service.operator.call, "DELETE", f"/admin/v1/replicas/{replica.id}")
+    stopping = asyncio.get_running_loop().time()
+    await service.gone()
+    stopped_s = asyncio.get_running_loop().time() - stopping
+    start_s = (await service.engine_ms([service.shared]))[EnginePhase.STARTING] / 1000
+    [replica] = await service.replicas([service.shared])
+    if replica.ready_at is None:
+        raise RuntimeError("the engine was never ready")
+    sizes = service.sizes()
+    profile = replace(
+        sizes,
+        spawn_s=max(0.0, (replica.ready_at - replica.created_at).total_seconds() - start_s),
+        start_s=start_s,
+        stop_s=max(0.0, stopped_s - sizes.notice_s),
+        # The step of a first token has nothing beside it.
+        overhead_s=max(0.0, short - step_s - SHORT / prefill),
+        step_s=step_s,
+        step_sequence_s=step_sequence_s,
+        prefill_tokens_per_s=prefill,
+    )
+    say(f"measured: {profile}")
+    return profile
+
+
+async def _crowd(asker: Client, places: Sequence[Place], size: int) -> float:
+    """Seconds per token of requests that run `size` at once."""
+
+    async def one(number: int) -> Answer:
+        return await asker.ask(Ask(places[number % len(places)], prompt(number, SHORT), COMPLETION))
+
+    found = []
+    for _ in range(2):
+        answers = await asyncio.gather(*(one(number) for number in range(size)))
+        found += [(answer.total_s - answer.ttft_s) / (COMPLETION - 1) for answer in answers]
+    return median(found)
+
+
+async def _ttft(asker: Client, place: Place, seed: int, tokens: int) -> float:
+    return (await asker.ask(Ask(place, prompt(seed, tokens), 1))).ttft_s
+
+
+def line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """The straight line through these points (least squares): seconds at 0, and for each more; neither is negative."""
+    mean_size, mean_s = fmean(sizes), fmean(seconds)
+    covariance = sum((size - mean_size) * (each - mean_s) for size, each in zip(sizes, seconds, strict=True))
+    slope = max(0.0, covariance / sum((size - mean_size) ** 2 for size in sizes))
+    return max(1e-4, mean_s - slope * mean_size), slope

@@ -1,0 +1,158 @@
+"""`lmaas simulate`: what a trace would cost, without an engine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lmaas.cli.context import Context
+from lmaas.errors import SettingsError
+from lmaas.simulation.generate import Day, generate
+from lmaas.simulation.profile import Profile, read_profile
+from lmaas.simulation.report import COLUMNS, rows
+from lmaas.simulation.trace import AZURE, Assignment, Columns, Trace, read_trace, write_trace
+
+COLUMN_NAMES = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("trace", type=FILE, required=False)
+@click.option("--generate", "generated", type=FILE, help="Write a made-up bursty day to this file; without a TRACE, do no more.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is made up: the day, and who asked if a trace does not say.")
+@click.option("--tenants", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Tenants of what is made up.")
+@click.option("--adapters", type=click.IntRange(0, 1000), default=1, show_default=True, help="Adapters of each of them; 0: base model.")
+@click.option("--bursts", type=click.FloatRange(1), default=1500, show_default=True, help="Bursts of all tenants in the made-up day.")
+@click.option("--azure", is_flag=True, help="The columns of the Azure LLM inference traces. Found by themselves as well.")
+@click.option("--column", "named", multiple=True, metavar="NAME=HEADING", help=f"What a column is called: {', '.join(COLUMN_NAMES)}.")
+@click.option("--chart", "charts", multiple=True, type=FILE, help="Draw it: .png, .svg or .html. May be given twice.")
+@click.option("--only", multiple=True, type=click.Choice(["always-on", "scale-to-zero", "shared"]), help="Some of the arrangements.")
+@click.option("--profile", type=FILE, help="Measured times of an engine (JSON).")
+@click.option("--start-s", type=click.FloatRange(0), help="An engine's start, from its launch to its first token.")
+@click.option("--slots", type=click.IntRange(1), help="Sequences that an engine runs at once.  [default: LMAAS_ENGINE_MAX_NUM_SEQS]")
+@click.option("--idle-timeout-s", type=click.FloatRange(0), help="When idle engines stop.  [default: LMAAS_IDLE_TIMEOUT_S]")
+@click.option("--max-replicas", type=click.IntRange(1), default=8, show_default=True, help="Engines of the shared pool.")
+@click.option("--engine-price", type=click.IntRange(0), default=400_000, show_default=True, help="Micro-dollars per hour of an engine.")
+@click.make_pass_decorator(Context)
+def simulate(
+    context: Context,
+    trace: Path | None,
+    generated: Path | None,
+    seed: int,
+    tenants: int,
+    adapters: int,
+    bursts: float,
+    azure: bool,
+    named: tuple[str, ...],
+    charts: tuple[Path, ...],
+    only: tuple[str, ...],
+    profile: Path | None,
+    start_s: float | None,
+    slots: int | None,
+    idle_timeout_s: float | None,
+    max_replicas: int,
+    engine_price: int,
+) -> None:
+    """What TRACE would cost: an engine per tenant that is always on, one that scales to zero, or shared engines.
+
+    TRACE is CSV with a header and the columns time (seconds, or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
+    completion_tokens; or an Azure LLM inference trace, whose requests are given to tenants by the seed. See docs/simulation.md.
+    """
+    console = Console(stderr=True, quiet=context.as_json)
+    if generated is not None:
+        _generate(generated, Day(seed=seed, tenants=tenants, adapters=adapters, bursts=bursts), console)
+    if trace is None:
+        if generated is None:
+            raise click.UsageError("Say which TRACE, or --generate one.")
+        return
+    # Only for a simulation: what they need takes a while to import.
+    from lmaas.simulation.chart import check_chart, write_chart  # noqa: PLC0415
+    from lmaas.simulation.queue import server  # noqa: PLC0415
+    from lmaas.simulation.replay import Arrangement, Options, replay  # noqa: PLC0415
+
+    for chart in charts:
+        check_chart(chart)
+    requests = read_trace(trace, _columns(azure, named), Assignment(tenants, adapters, seed))
+    options = Options(
+        profile=_profile(context, profile, start_s, slots),
+        idle_timeout_s=context.settings.idle_timeout_s if idle_timeout_s is None else idle_timeout_s,
+        max_replicas=max_replicas,
+        max_queued=context.settings.pool_max_queued,
+        deadline_s=context.settings.queue_deadline_s,
+        engine_price=engine_price,
+    )
+    title = _title(requests)
+    notes = [f"{title}.", *requests.remarks, *_said(options.profile, options.idle_timeout_s, engine_price)]
+    for note in notes:
+        console.print(note, highlight=False)
+    results = []
+    with server() as redis:
+        for arrangement in Arrangement:
+            if not only or str(arrangement).split(" ", maxsplit=1)[0] in only:
+                with console.status(f"{arrangement} ..."):
+                    results.append(replay(requests, arrangement, options, redis))
+    shown = rows(results)
+    context.show(shown, [name for name in COLUMNS if any(line[name] is not None for line in shown)])
+    for chart in charts:
+        write_chart(results, chart, title, notes)
+        console.print(f"Written to {chart}")
+
+
+def _generate(path: Path, day: Day, console: Console) -> None:
+    made = generate(day)
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            write_trace(made, file)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}.") from error
+    console.print(f"{_title(made)}: written to {path}", highlight=False)
+
+
+def _columns(azure: bool, named: tuple[str, ...]) -> Columns | None:
+    if not named:
+        return AZURE if azure else None
+    given: dict[str, str] = {}
+    for pair in named:
+        name, equals, heading = pair.partition("=")
+        if name not in COLUMN_NAMES or not equals:
+            raise click.BadParameter(f"{pair!r} is not NAME=HEADING with one of {', '.join(COLUMN_NAMES)}.", param_hint="--column")
+        given[name] = heading
+    columns = replace(AZURE if azure else Columns(), **given)
+    # An empty heading: there is no such column, and the seed says who asked.
+    return replace(columns, tenant=columns.tenant or None, adapter=columns.adapter or None)
+
+
+def _profile(context: Context, path: Path | None, start_s: float | None, slots: int | None) -> Profile:
+    settings = context.settings
+    if path is not None:
+        profile = read_profile(path)
+    else:
+        profile = Profile(
+            slots=settings.engine_max_num_seqs,
+            adapter_slots=settings.engine_max_loras,
+            adapters_resident=max(settings.engine_max_loras, settings.engine_max_cpu_loras),
+        )
+    given: dict[str, float | int] = {}
+    if start_s is not None:
+        given["start_s"] = start_s
+    if slots is not None:
+        given["slots"] = slots
+    return replace(profile, **given)  # type: ignore[arg-type]
+
+
+def _title(trace: Trace) -> str:
+    prompt, completion = trace.tokens
+    hours, minutes = divmod(round(trace.span_s / 60), 60)
+    span = f"{hours} h {minutes:02} min" if hours else f"{trace.span_s:.0f} s"
+    adapters = f" and {trace.adapters:,} adapters" if trace.adapters else ""
+    return f"{len(trace):,} requests of {len(trace.tenants):,} tenants{adapters} in {span}, {prompt:,} + {completion:,} tokens"
+
+
+def _said(profile: Profile, idle_timeout_s: float, engine_price: int) -> list[str]:
+    """What was assumed, for whoever sees the outcome."""
+    return [
+        f"Engines: start {profile.start_s:g} s, a step {profile.step_s * 1000:g} ms + {profile.step_sequence_s * 1000:g} ms per sequence,"
+        f" prefill {profile.prefill_tokens_per_s:,.0f} tok/s, {profile.slots} sequences, {profile.adapter_slots} adapters at once,"
+        f" idle timeout {idle_timeout_s:g} s, ${engine_price / 1e6:g} per engine-hour."
+    ]

@@ -1,0 +1,123 @@
+"""A model of one engine: steps that make one token for each running sequence, and take in the prompts of new ones."""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from lmaas.simulation.clock import Clock
+from lmaas.simulation.profile import Profile
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request on the engine. `finish` is the step after which it has all its tokens, once its prompt is in."""
+
+    name: int
+    prompt_left: int
+    completion_tokens: int
+    finish: int = 0
+
+
+@dataclass(slots=True)
+class _Run:
+    """Steps of the same length, one after the other. At the end of the last, those of `begun` have their first token."""
+
+    number: int
+    began_s: float
+    step_s: float
+    steps: int
+    begun: list[Sequence]
+
+
+class Engine:
+    """Continuous batching: whoever arrives joins at the next step, whoever has finished leaves after its last.
+
+    It takes whatever it is given: how much that is at once, the scheduler decides. `on_first` and `on_done` are called with the name
+    of a sequence when it has its first token, and all of them.
+    """
+
+    def __init__(self, clock: Clock, profile: Profile, on_first: Callable[[int], None], on_done: Callable[[int], None]) -> None:
+        self._clock, self._profile = clock, profile
+        self._on_first, self._on_done = on_first, on_done
+        self._arrived: list[Sequence] = []
+        #: By the step after which they finish.
+        self._running: list[tuple[int, int]] = []
+        self._finish: dict[int, Sequence] = {}
+        self._steps = 0
+        self._run: _Run | None = None
+        self._runs = 0
+        self._planning = False
+        #: Seconds in which something ran.
+        self.busy_s = 0.0
+
+    def begin(self, name: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Take in a request."""
+        self._arrived.append(Sequence(name, prompt_tokens, completion_tokens))
+        if self._planning:
+            return
+        if self._run is None:
+            # Whoever else comes at this moment is in the same step.
+            self._planning = True
+            self._clock.after(0, self._go_on)
+        elif self._run.steps > 1:
+            # It joins after the step that is under way.
+            run = self._run
+            steps = max(1, math.ceil((self._clock.now_s - run.began_s) / run.step_s - 1e-9))
+            if steps < run.steps:
+                self._begin_run(run.began_s, run.step_s, steps, [])
+
+    def generated(self, name: int) -> int:
+        """How many tokens of this request are there."""
+        sequence = self._finish.get(name)
+        if sequence is None:
+            return 0
+        run = self._run
+        done = 0 if run is None or run.begun else int((self._clock.now_s - run.began_s) / run.step_s + 1e-9)
+        return sequence.completion_tokens - max(0, sequence.finish - self._steps - done)
+
+    def _begin_run(self, began_s: float, step_s: float, steps: int, begun: list[Sequence]) -> None:
+        self._runs += 1
+        self._run = _Run(self._runs, began_s, step_s, steps, begun)
+        self._clock.at(began_s + step_s * steps, partial(self._end_run, self._runs))
+
+    def _end_run(self, number: int) -> None:
+        run = self._run
+        if run is None or run.number != number:
+            return  # it was cut short
+        self._run, self._planning = None, True
+        self._steps += run.steps
+        self.busy_s += run.steps * run.step_s
+        for sequence in run.begun:
+            sequence.finish = self._steps + sequence.completion_tokens - 1
+            self._finish[sequence.name] = sequence
+            heapq.heappush(self._running, (sequence.finish, sequence.name))
+            self._on_first(sequence.name)
+        while self._running and self._running[0][0] <= self._steps:
+            _, name = heapq.heappop(self._running)
+            del self._finish[name]
+            self._on_done(name)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Plan the steps from here to where something changes."""
+        self._planning = False
+        profile = self._profile
+        step_s = profile.step_s + profile.step_sequence_s * len(self._running)
+        if not self._arrived:
+            if self._running:
+                self._begin_run(self._clock.now_s, step_s, self._running[0][0] - self._steps, [])
+            return
+        room = max(1, profile.step_tokens - len(self._running))
+        taken, begun = 0, []
+        for sequence in self._arrived:
+            part = min(sequence.prompt_left, room - taken)
+            sequence.prompt_left -= part
+            taken += part
+            if sequence.prompt_left == 0:
+                begun.append(sequence)
+            if taken == room:
+                break
+        del self._arrived[: len(begun)]
+        self._begin_run(self._clock.now_s, step_s + taken / profile.prefill_tokens_per_s, 1, begun)

@@ -1,0 +1,108 @@
+"""Replays a trace through one arrangement of engines after the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+
+from redis import Redis
+
+from lmaas.control.autoscaler import Policy
+from lmaas.simulation.clock import Clock
+from lmaas.simulation.pool import Pool
+from lmaas.simulation.profile import Profile
+from lmaas.simulation.queue import Queue
+from lmaas.simulation.scaling import Scaling
+from lmaas.simulation.tally import Tally, percentile
+from lmaas.simulation.trace import Request, Trace
+
+MS_PER_HOUR = 3_600_000
+
+
+class Arrangement(StrEnum):
+    """Who has engines, and when."""
+
+    ALWAYS_ON = "always-on per tenant"
+    SCALE_TO_ZERO = "scale-to-zero per tenant"
+    SHARED = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is simulated. The idle timeout is the same for all arrangements; only the shared pool may have more than one engine.
+
+    `engine_price` is in micro-dollars per hour of an engine. A request that has waited for `deadline_s` is given up.
+    """
+
+    profile: Profile = field(default_factory=Profile)
+    idle_timeout_s: float = 300.0
+    max_replicas: int = 8
+    max_queued: int = 20_000
+    deadline_s: float = 300.0
+    engine_price: int = 400_000
+
+    def policy(self, arrangement: Arrangement) -> Policy:
+        """The autoscaler's bounds."""
+        low = 1 if arrangement is Arrangement.ALWAYS_ON else 0
+        high = self.max_replicas if arrangement is Arrangement.SHARED else 1
+        return Policy(low, high, self.idle_timeout_s, self.profile.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an arrangement cost and gave. TTFTs are in order of size."""
+
+    arrangement: Arrangement
+    tally: Tally
+    engine_price: int
+    ttft_s: list[float]
+
+    @property
+    def cost_microusd(self) -> int:
+        """The engines' time at their price."""
+        return round(round(self.tally.engine_s * 1000) * self.engine_price / MS_PER_HOUR)
+
+    def ttft_percentile_s(self, percent: float) -> float:
+        """This percentile of the times to first token."""
+        return percentile(self.ttft_s, percent)
+
+
+def replay(trace: Trace, arrangement: Arrangement, options: Options, redis: Redis) -> Result:
+    """Every request of the trace, at its time, on an empty server's queue."""
+    redis.flushall()
+    clock, tally = Clock(), Tally()
+    queue = Queue(redis, lambda: clock.now_s)
+    open_pool = partial(_pool, clock, queue, tally, options, arrangement)
+    pools: dict[str, Pool] = {}
+    if arrangement is Arrangement.ALWAYS_ON:
+        pools = {tenant: open_pool(tenant) for tenant in trace.tenants}
+    _feed(iter(trace), 0, clock, partial(_submit, pools, open_pool, arrangement))
+    clock.run()
+    for pool in pools.values():
+        pool.close(max(trace.span_s, tally.last_s))
+    return Result(arrangement, tally, options.engine_price, sorted(tally.ttft_s))
+
+
+def _pool(clock: Clock, queue: Queue, tally: Tally, options: Options, arrangement: Arrangement, name: str) -> Pool:
+    scaling = Scaling(options.policy(arrangement))
+    return Pool(name, clock, queue, scaling, options.profile, tally, max_queued=options.max_queued, deadline_s=options.deadline_s)
+
+
+def _submit(pools: dict[str, Pool], open_pool: Callable[[str], Pool], arrangement: Arrangement, number: int, request: Request) -> None:
+    name = "all" if arrangement is Arrangement.SHARED else request.tenant
+    if name not in pools:
+        pools[name] = open_pool(name)
+    pools[name].submit(str(number), request)
+
+
+def _feed(requests: Iterator[Request], number: int, clock: Clock, submit: Callable[[int, Request], None]) -> None:
+    """Give the next request when its time comes, and only then look at the one after it."""
+    request = next(requests, None)
+    if request is None:
+        return
+
+    def come() -> None:
+        submit(number, request)
+        _feed(requests, number + 1, clock, submit)
+
+    clock.at(request.at_s, come)

@@ -1,0 +1,62 @@
+"""What is counted while a simulation runs."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One engine's life: from its launch to the end of its process, in seconds of the trace."""
+
+    launched_s: float
+    ended_s: float
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to the requests, and the engines' lives."""
+
+    ttft_s: "array[float]" = field(default_factory=lambda: array("d"))
+    total_s: "array[float]" = field(default_factory=lambda: array("d"))
+    completed: int = 0
+    #: Not served before the deadline, and not taken since too many waited.
+    expired: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: Requests that came when no engine was ready, and engines that were started.
+    cold_requests: int = 0
+    starts: int = 0
+    busy_s: float = 0.0
+    #: When the last request was completed.
+    last_s: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def engine_s(self) -> float:
+        """All engines' time: start, idle and stop included."""
+        return math.fsum(span.ended_s - span.launched_s for span in self.spans)
+
+    def most_engines(self) -> int:
+        """How many engines there were at the same time, at most."""
+        return max((count for _, count in engines_over_time(self.spans)), default=0)
+
+
+def engines_over_time(spans: Sequence[Span]) -> list[tuple[float, int]]:
+    """When the number of engines changes, and what it is from then on."""
+    changes: dict[float, int] = {}
+    for span in spans:
+        changes[span.launched_s] = changes.get(span.launched_s, 0) + 1
+        changes[span.ended_s] = changes.get(span.ended_s, 0) - 1
+    count, steps = 0, []
+    for when_s in sorted(changes):
+        count += changes[when_s]
+        steps.append((when_s, count))
+    return steps
+
+
+def percentile(figures: Sequence[float], percent: float) -> float:
+    """The smallest of the sorted `figures` that `percent` of a hundred do not exceed (nearest rank); NaN if there are none."""
+    return figures[max(0, math.ceil(len(figures) * percent / 100) - 1)] if figures else math.nan
