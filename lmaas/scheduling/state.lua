@@ -38,6 +38,8 @@ local START_MS = 20000    -- first guess of an engine's start
 
 -- The server process: it has another memory than the one before it, unless that was kept whole. Asked once: it stays.
 local process = nil
+-- What this process has seen last of each pool: {mark, epoch, base}. As long as the mark goes on from there, nobody else was here.
+local seen_last = {}
 
 -- The tokens of a ticket's last checkpoint: prompt, cached, completion; nil before the first.
 local function progress(pool, ticket)
@@ -68,6 +70,7 @@ local function begin_epoch(pool, mark)
   pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
   pool.tickets, pool.changed = nil, nil
   redis.call('HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch)
+  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, base = pool.base }
 end
 
 -- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so.
@@ -101,26 +104,31 @@ local function open(prefix, or_nil)
   local time = redis.call('TIME')
   local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
   local pool = { key = prefix, now = now, run = process, replicas = {}, dirty = {} }
-  local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'mark', 'base')
-  if tonumber(found[1] or 0) ~= LAYOUT then
-    if is_of_newer(prefix, now) then
-      if or_nil then return nil end
-      error('this pool is used by a newer release')
-    end
-    if redis.call('EXISTS', prefix .. ':vars', prefix .. ':tickets', prefix .. ':replicas') == 0 then
-      begin_epoch(pool, 0)
-    else
-      rebuild(pool, tonumber(found[4] or 0))
-    end
-    return pool
-  end
-  pool.epoch, pool.base = found[2], tonumber(found[5])
-  if found[3] ~= process then
-    -- Another process has begun with this: who has seen more than that in the one before knows that it is older.
-    pool.base = tonumber(found[4])
-    redis.call('HSET', prefix .. ':vars', 'run', process, 'base', found[4])
-  end
   pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
+  local last = seen_last[prefix]
+  if not last or last.mark + 1 ~= pool.mark then
+    local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base')
+    if tonumber(found[1] or 0) ~= LAYOUT then
+      if is_of_newer(prefix, now) then
+        if or_nil then return nil end
+        error('this pool is used by a newer release')
+      end
+      if redis.call('HLEN', prefix .. ':vars') == 1 and redis.call('EXISTS', prefix .. ':tickets', prefix .. ':replicas') == 0 then
+        begin_epoch(pool, 0)
+      else
+        rebuild(pool, pool.mark)
+      end
+      return pool
+    end
+    last = { epoch = found[2], base = tonumber(found[4]) }
+    if found[3] ~= process then
+      -- Another process has begun with this: who has seen more than that in the one before knows that it is older.
+      last.base = pool.mark - 1
+      redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', last.base))
+    end
+    seen_last[prefix] = last
+  end
+  last.mark, pool.epoch, pool.base = pool.mark, last.epoch, last.base
   local stored = redis.call('HGETALL', prefix .. ':replicas')
   for i = 1, #stored, 2 do pool.replicas[stored[i]] = cjson.decode(stored[i + 1]) end
   return pool
