@@ -61,6 +61,9 @@ class Preloaded:
         marks.install()
         if self._cpu:
             _fork_on_cpu(type(current_platform))
+        else:
+            # vLLM itself spawns all the same once CUDA is initialised in the process that would fork.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self._reuse_renderers()
         for command in read_commands(commands):
             self._prepare(command)
