@@ -30,7 +30,7 @@ class Replica:
     created_at: datetime
     ready_at: datetime | None
     ended_at: datetime | None
-    start: dict[str, Any] | None
+    start: dict[str, Any] | None = None
 
 
 _COLUMNS = [replicas.c[name] for name in Replica.__slots__]

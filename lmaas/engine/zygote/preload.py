@@ -61,6 +61,9 @@ class Preloaded:
         marks.install()
         if self._cpu:
             _fork_on_cpu(type(current_platform))
+        else:
+            # vLLM itself spawns all the same once CUDA is initialised in the process that would fork.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self._reuse_renderers()
         for command in read_commands(commands):
             self._prepare(command)
@@ -182,13 +185,13 @@ def bind_threads(number: str | None, processors: str | None) -> None:
     import torch  # noqa: PLC0415 (only inside an engine)
 
     threads = int(number) if number else len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    if not processors:
+    order = [int(processor) for processor in processors.split()] if processors else []
+    if order:
+        os.sched_setaffinity(0, {order[0]})
+    torch.set_num_threads(threads)  # may begin a thread of torch's own, which stays with this one
+    if threads < 2 or not order:
         return
-    order = [int(processor) for processor in processors.split()]
     before = set(os.listdir("/proc/self/task"))
-    if threads > 1:
-        torch.ones(1 << 22).mul_(2.0)  # the pool's threads begin here
-    os.sched_setaffinity(0, {order[0]})
+    torch.ones(1 << 22).mul_(2.0)  # the pool's threads begin here
     for place, thread in enumerate(sorted(set(os.listdir("/proc/self/task")) - before, key=int), start=1):
         os.sched_setaffinity(int(thread), {order[place % len(order)]})

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: How long a client may take for its request, and for its word to go on.
 REQUEST_S, GO_S = 1.0, 10.0
+#: A second engine of a kind is prepared for once the first one's start is not disturbed by that.
+LEARN_AFTER_S = 10.0
 #: How many peers may stand in line.
 BACKLOG = 64
 
@@ -62,6 +64,7 @@ class Zygote:
             learn,
         )
         self._seen: list[list[str]] = []
+        self._forked = 0.0
 
     def serve(self, listener: socket.socket) -> Job | None:
         """Fork until nobody needs us. In a forked process it returns what that is to become; in the zygote, None at the end."""
@@ -70,8 +73,9 @@ class Zygote:
         needed = time.monotonic()
         while time.monotonic() - needed < self._idle_s:
             if not poll.poll(1000):
-                if self._seen:
+                if self._seen and time.monotonic() - self._forked > LEARN_AFTER_S:
                     self._learn(self._seen.pop())
+                    _settle()
                 continue
             needed = time.monotonic()
             connection, _ = listener.accept()
@@ -109,6 +113,7 @@ class Zygote:
         job = Job(str(request["module"]), [str(argument) for argument in request["arguments"]])
         if request["kept"] and job.arguments not in self._seen:
             self._seen.append(job.arguments)
+        self._forked = time.monotonic()
         if os.fork():
             return None
         try:
@@ -129,6 +134,12 @@ class Zygote:
             log.exception("a forked process could not begin")
             os._exit(1)  # never back into the loop of the zygote
         return job
+
+
+def _settle() -> None:
+    """So that a collection of garbage in a forked process does not copy every page."""
+    gc.collect()
+    gc.freeze()
 
 
 def _be_kept(connection: socket.socket) -> None:
@@ -221,7 +232,6 @@ def serve(home: Path, idle_s: float) -> Job | None:
         preloaded = Preloaded(wire.folder(home) / wire.COMMANDS)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
         log.info("imported in %.1f s", time.monotonic() - began)
-        gc.collect()
-        gc.freeze()  # so that a collection in a forked process does not copy every page
+        _settle()
         facts = json.loads(os.environ.get(wire.FACTS, "{}"))
         return Zygote(home, idle_s, facts, added, preloaded.unfit, preloaded.learn).serve(listener)

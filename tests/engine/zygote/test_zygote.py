@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -120,7 +121,7 @@ async def test_an_engine_ends_with_whoever_ordered_it(place: Place, spec: Engine
             by, pid = (await supervisor.stdout.readline()).split()
             assert by == b"zygote"
             log = tmp_path / "e.log"
-            await until(lambda log=log, stage=stage: stage in log.read_text(), timeout_s=120)  # type: ignore[misc]
+            await until(lambda log=log, stage=stage: stage in log.read_text(), timeout_s=120)
             processes = family(int(pid))
         finally:
             supervisor.kill()
@@ -134,7 +135,7 @@ def spec_arguments(spec: EngineSpec) -> list[object]:
 
 
 async def test_the_last_words_of_a_forked_engine_are_told(place: Place, spec: EngineSpec, tmp_path: Path) -> None:
-    wrong = EngineSpec(*spec_arguments(spec)[:-1], "--no-such-option")  # type: ignore[arg-type]
+    wrong = replace(spec, extra_args="--no-such-option")
     async with launched(wrong, free_port(), tmp_path / "engine.log", place.home) as engine:
         assert engine.by == "zygote"
         async with asyncio.timeout(60):
