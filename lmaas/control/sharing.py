@@ -1,8 +1,8 @@
 """Who gets the machines when they are full: a pure function over all pools.
 
-What each pool has and still wants, it keeps. Who wants more is served in order: pools that wait without a replica, longest wait first; then
-what operators want always (`min_replicas`); then more replicas for those that have some; last, starts ahead of time. What does not fit
-yet is kept free for it, so that nobody behind it takes that place.
+What each pool has and still wants, it keeps. Who wants more is served in order: pools that wait without a replica get one, longest wait
+first; then what operators want always (`min_replicas`); then more, one at a time, for who has least; last, starts ahead of time. What does
+not fit yet is kept free for who is first, so that nobody behind takes that place.
 
 For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools
 with a request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that
@@ -79,8 +79,6 @@ class Share:
 
     replicas: int
     reason: str = ""
-    #: Given away to another pool.
-    gives_way: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,6 @@ class _Round:
         #: Will be free when what drains has ended.
         self._coming = _Room(0, 0)
         self._shares: dict[str, int] = {}
-        self._given: dict[str, int] = {pool.id: 0 for pool in pools}
         self._why: dict[str, str] = {}
         for pool in pools:
             kept = min(pool.wanted, len(pool.held))
@@ -140,29 +137,41 @@ class _Round:
             self._coming.add(pool.needs, len(pool.held) - kept + pool.leaving)
 
     def result(self) -> dict[str, Share]:
-        claims = sorted(((self._turn(pool), pool) for pool in self._pools if pool.wanted > len(pool.held)), key=lambda claim: claim[0])
-        for turn, pool in claims:
-            self._serve(_Turn(turn[0]), pool)
-        return {pool.id: Share(self._shares[pool.id], self._why.get(pool.id, ""), self._given[pool.id]) for pool in self._pools}
+        short = [pool for pool in self._pools if pool.wanted > len(pool.held)]
+        turns = {pool.id: self._turn(pool) for pool in short}
+        for pool in sorted(short, key=lambda pool: (turns[pool.id], self._since.get(pool.id, 0.0), pool.id)):
+            if turns[pool.id] is _Turn.WAITING:
+                self._serve(_Turn.WAITING, pool, 1)
+            elif turns[pool.id] is _Turn.PROMISED:
+                self._serve(_Turn.PROMISED, pool, min(pool.min_replicas, pool.wanted))
+        # Who has nothing yet waits for that first. One more at a time, to whoever has least of the machines.
+        more = [pool for pool in short if turns[pool.id] is _Turn.MORE or self._shares[pool.id] > len(pool.held)]
+        while more:
+            pool = min(more, key=lambda pool: (self._shares[pool.id] * (pool.needs.cpus + pool.needs.accelerators), pool.id))
+            before = self._shares[pool.id]
+            self._serve(_Turn.MORE, pool, min(before + 1, pool.wanted))
+            if self._shares[pool.id] == before:
+                more.remove(pool)
+        for pool in short:
+            if turns[pool.id] is _Turn.AHEAD:
+                self._serve(_Turn.AHEAD, pool, pool.wanted)
+        return {pool.id: Share(self._shares[pool.id], self._why.get(pool.id, "")) for pool in self._pools}
 
-    def _turn(self, pool: Pool) -> tuple[int, float, str]:
+    def _turn(self, pool: Pool) -> _Turn:
         if pool.ahead:
-            return _Turn.AHEAD, 0.0, pool.id
+            return _Turn.AHEAD
         if not pool.held and pool.busy:
-            return _Turn.WAITING, self._since[pool.id], pool.id
-        if len(pool.held) < pool.min_replicas:
-            return _Turn.PROMISED, self._since.get(pool.id, 0.0), pool.id
-        # Who has least of the machines goes first.
-        return _Turn.MORE, len(pool.held) * (pool.needs.cpus + pool.needs.accelerators), pool.id
+            return _Turn.WAITING
+        return _Turn.PROMISED if len(pool.held) < pool.min_replicas else _Turn.MORE
 
-    def _serve(self, turn: _Turn, pool: Pool) -> None:
-        """Give the pool what it wants, as far as that can be; keep the rest of its first missing replica free for it."""
+    def _serve(self, turn: _Turn, pool: Pool, target: int) -> None:
+        """Give the pool so many replicas, as far as that can be; keep the rest of the first one that is missing free for it."""
         if not _Room(self._capacity.cpus, self._capacity.accelerators).fits(pool.needs):
             self._why[pool.id] = f"a replica needs {_words(pool.needs)}, and all machines together have {_words(self._capacity)}"
             return
         if not pool.may_start:
             return
-        while self._shares[pool.id] < pool.wanted:
+        while self._shares[pool.id] < target:
             if self._free.fits(pool.needs):
                 self._free.add(pool.needs, -1)
                 self._shares[pool.id] += 1
@@ -190,7 +199,6 @@ class _Round:
             return
         for victim in chosen if enough else ():
             self._shares[victim.id] -= 1
-            self._given[victim.id] += 1
             self._why[victim.id] = f"gives way to {pool.name}"
             self._coming.add(victim.needs)
         if turn is _Turn.WAITING or enough:

@@ -72,7 +72,8 @@ LONG = {"a": NOW - 1000}
         pytest.param(1, [pool("a", 1, failing=True), pool("b", 1, idle())], LONG, "a0 b0", id="but an idle one"),
         pytest.param(1, [pool("a", 1), pool("b", 1)], {"a": NOW - 5, "b": NOW - 9}, "a0 b1", id="the longest wait goes first"),
         pytest.param(1, [pool("b", 2, busy(), queued=9), pool("a", 1)], {}, "b1 a0", id="who has some goes after"),
-        pytest.param(3, [pool("a", 9), pool("b", 9), pool("c", 9)], {}, "a3 b0 c0", id="all that fits"),
+        pytest.param(3, [pool("a", 9), pool("b", 9), pool("c", 9)], {}, "a1 b1 c1", id="one for each"),
+        pytest.param(6, [pool("a", 9), pool("b", 2), pool("c", 9, busy())], {}, "a2 b2 c2", id="more for who has least"),
         pytest.param(1, [pool("a", 1), pool("b", 0, idle())], {}, "a0 b0", id="what is not wanted goes anyway"),
     ],
 )
