@@ -80,3 +80,11 @@ $(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-chart
 	@echo "Installing the development tools ..."
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@
+
+# Not for `make up`: only LMAAS_PROVISIONER=ray needs it. What it needs itself is there on CPUs; upstream's engine may lack some.
+$(VENV)/.installed-ray: requirements/ray.txt | $(VENV)/.installed-$(ENGINE)
+	@echo "Installing Ray ..."
+	@$(PIP) install -c requirements/base.txt -r requirements/ray.txt
+	@touch $@
+
+$(VENV)/.installed-dev: | $(VENV)/.installed-ray

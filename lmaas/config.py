@@ -114,8 +114,6 @@ class Settings:
     engine_module: str = "vllm.entrypoints.launchers.api_server.entry"
     #: More arguments for the engine's command line, separated by spaces.
     engine_args: str = ""
-    #: The address of its machine that an engine listens on, and is reached at by gateways. Ray's nodes use their own.
-    engine_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):

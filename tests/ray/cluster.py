@@ -102,7 +102,7 @@ def untidy() -> Iterator[None]:
 def temporary_ray() -> Iterator[Path]:
     """A folder of their own for Ray's processes that are started in the block; they are gone at its end."""
     # Short: a Unix socket's path may have 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # noqa: S108 (a new folder)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     ours = {"RAY_TMPDIR": str(folder), **QUIET}
     before = {name: os.environ.get(name) for name in (*ours, "RAY_ADDRESS")}
     os.environ.update(ours)
@@ -143,7 +143,7 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": nodes | {"object_store_memory": STORE_BYTES}, "node_config": {}, "min_workers": 0, "max_workers": most},
         }
-        provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"}
+        provider: dict[str, Any] = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"}
         provider |= {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
         config = {
             "cluster_name": "fake_multinode",

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 #: How long Ray may take for a call, connecting included.
 CALL_S = 30.0
+#: A node has a home of its own, and an address that its engine listens on; and keys of people are no business of replicas.
+NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
 #: What Ray raises when it cannot be reached, or when its answer is no.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
@@ -38,9 +40,7 @@ class RayProvisioner:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._resources = parse_resources(settings.ray_resources)
-        # What a node's replica needs to know. Its home, and the address that its engine listens on, are the node's own.
-        left_out = ("LMAAS_HOME", "LMAAS_ENGINE_HOST")
-        self._environment = {name: value for name, value in settings.environment().items() if name not in left_out}
+        self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
