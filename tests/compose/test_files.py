@@ -114,7 +114,16 @@ def test_secrets_are_asked_for_and_not_given() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "sk-lmaas-", "changeme", "sk-lmaas-change-me", "sk-lmaas-" + "x" * 40, "sk-lmaas-" + "CHANGE-ME-" * 4, "k" * 60, "sk-lmaas-ä" + "b1" * 20],
+    [
+        "",
+        "sk-lmaas-",
+        "changeme",
+        "sk-lmaas-change-me",
+        "sk-lmaas-" + "x" * 40,
+        "sk-lmaas-" + "CHANGE-ME-" * 4,
+        "k" * 60,
+        "sk-lmaas-ä" + "b1" * 20,
+    ],
 )
 def test_a_default_operator_key_is_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="LMAAS_OPERATOR_KEY"):
@@ -208,7 +217,9 @@ def test_docker_compose_reads_it(tmp_path: Path) -> None:
         given = EXAMPLE | dict.fromkeys(SECRETS, "x") | {"COMPOSE_PROFILES": profile}
         file = tmp_path / profile
         file.write_text("".join(f"{name}={value}\n" for name, value in given.items()))
-        run = subprocess.run([*arguments, "--env-file", str(file), "config", "--format", "json"], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [*arguments, "--env-file", str(file), "config", "--format", "json"], capture_output=True, text=True, check=True
+        )
         services = set(json.loads(run.stdout)["services"])
         assert services & {"controller", "controller-gpu"} == {"controller" if profile == "cpu" else "controller-gpu"}
     refused = subprocess.run(
