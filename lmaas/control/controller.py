@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -20,7 +22,7 @@ from lmaas.store.database import Database, new_id
 from lmaas.store.idempotency import delete_old
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models
-from lmaas.store.replicas import add_replica, desire_stop, list_replicas, observe, recent_failures
+from lmaas.store.replicas import Replica, add_replica, desire_stop, list_replicas, observe, recent_failures
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +33,15 @@ SWEEP_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, and what each one there is."""
+    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, what each one there is, and where the time of
+    the newest start went (milliseconds by stage, and `by`), if that is known."""
 
     model: str
     queued: int
     load: int
     desired: int
     observed: tuple[str, ...]
+    start: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Controller:
@@ -108,7 +112,8 @@ class Controller:
         now = time.monotonic()
         scale = decide(demand, policy, current, self._low_since.get(model.id), now)
         self._low_since[model.id] = scale.low_since
-        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], scale.replicas, tuple(row.observed for row in rows))
+        observed = tuple(row.observed for row in rows)
+        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], scale.replicas, observed, _newest_start(rows))
         failures, since_s = await recent_failures(self._db, model.id, FAILURE_WINDOW_S)
         silent = _seen(
             self._silent_since, model.id, {row.id for row in rows if row.observed == Observed.READY} - set(stats["replicas"]), now
@@ -187,6 +192,11 @@ class Controller:
             except Unavailable as error:
                 log.warning("old answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
             await asyncio.sleep(SWEEP_S)
+
+
+def _newest_start(rows: Sequence[Replica]) -> Mapping[str, Any]:
+    # Replicas have this record only with h/zygote's migration 0007.
+    return next((start for row in rows if (start := getattr(row, "start", None))), {})
 
 
 def _seen(memory: dict[str, dict[str, float]], pool_id: str, present: set[str] | frozenset[str], now: float) -> dict[str, float]:

@@ -51,7 +51,7 @@ if ! docker info >/dev/null 2>&1; then
     done
 fi
 
-compose=$(command -v "$PWD/.venv/bin/docker-compose" docker-compose | head -1)
+compose=$(command -v "$PWD/.venv/bin/docker-compose" || command -v docker-compose)
 
 # From an empty folder: what git has, or would have after `git add`.
 mkdir "$work/clone"

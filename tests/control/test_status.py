@@ -64,7 +64,8 @@ async def test_leading(controller: Controller, db: Database) -> None:
         db, "rep_1", model.id, {(day, EnginePhase.BUSY, 3_600_000): 2000, (day, EnginePhase.IDLE, 0): 500, (day, EnginePhase.BUSY, 0): 250}
     )
     controller.active, controller.moved = True, 7
-    controller.seen = {model.id: Seen("tiny", 3, 2, 1, ("ready", "starting", "ready"))}
+    start = {"by": "zygote", "spawn_ms": 20, "total_ms": 1500}
+    controller.seen = {model.id: Seen("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
     assert await health(controller, db) == (200, {"status": "ok", "role": "leader"})
     assert await samples(controller, db) == {
         ("lmaas_controller_leader",): 1,
@@ -75,6 +76,8 @@ async def test_leading(controller: Controller, db: Database) -> None:
         ("lmaas_pool_replicas", "tiny", "starting"): 1,
         ("lmaas_pool_replicas", "tiny", "ready"): 2,
         ("lmaas_pool_replicas", "tiny", "draining"): 0,
+        ("lmaas_replica_start_seconds", "tiny", "spawn", "zygote"): 0.02,
+        ("lmaas_replica_start_seconds", "tiny", "total", "zygote"): 1.5,
         ("lmaas_engine_seconds_total", "busy", "tiny"): 2.25,
         ("lmaas_engine_seconds_total", "idle", "tiny"): 0.5,
         ("lmaas_engine_cost_usd_total", "tiny"): 0.002,
