@@ -13,7 +13,7 @@ USERS ?= 16
 DURATION ?= 60s
 OPTIONS ?=
 
-.PHONY: up test bench loadtest check format lock clean
+.PHONY: up test test-compose bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
@@ -21,6 +21,10 @@ up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-char
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
+test-compose: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	sh tests/compose/run.sh
 
 # All bars, or those named: make bench BARS="lora_decode lora_prefill"
 bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev

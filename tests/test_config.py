@@ -92,3 +92,15 @@ def test_the_url_for_clients(host: str, shown: str) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load({}).port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("True", True), ("false", False), ("0", False), ("", False)])
+def test_a_flag(text: str, value: bool) -> None:
+    settings = load({"LMAAS_CONTROLLER_ENDS_REPLICAS": text})
+    assert settings.controller_ends_replicas is value
+    assert load(settings.environment()).controller_ends_replicas is value
+
+
+def test_no_flag() -> None:
+    with pytest.raises(SettingsError, match="LMAAS_CONTROLLER_ENDS_REPLICAS is one of true, 1, false, 0"):
+        load({"LMAAS_CONTROLLER_ENDS_REPLICAS": "yes"})

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -24,7 +26,7 @@ from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models, list_pool_ids
 from lmaas.store.pools import pool_states_by_id, save_pool_state
-from lmaas.store.replicas import add_replica, desire_stop, list_replicas, observe, recent_failures
+from lmaas.store.replicas import Replica, add_replica, desire_stop, list_replicas, observe, recent_failures
 from lmaas.types import Resources
 
 log = logging.getLogger(__name__)
@@ -38,13 +40,15 @@ SAVE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, and what each one there is."""
+    """What a tick saw of a pool: requests that wait and sequences that run, replicas desired, what each one there is, and where the time of
+    the newest start went (milliseconds by stage, and `by`), if that is known."""
 
     model: str
     queued: int
     load: int
     desired: int
     observed: tuple[str, ...]
+    start: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Controller:
@@ -163,7 +167,7 @@ class Controller:
     async def _reconcile(self, look: Look, desired: int, now: float) -> None:
         model, rows, stats = look.model, look.rows, look.stats
         observed = tuple(row.observed for row in rows)
-        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], desired, observed)
+        self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], desired, observed, _newest_start(rows))
         known = {row.id for row in rows}
         ready = {row.id for row in rows if row.observed == Observed.READY}
         actions = plan(
@@ -255,6 +259,10 @@ class Controller:
             except Unavailable as error:
                 log.warning("old answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
             await asyncio.sleep(SWEEP_S)
+
+
+def _newest_start(rows: Sequence[Replica]) -> Mapping[str, Any]:
+    return next((row.start for row in rows if row.start), {})
 
 
 def _seen(memory: dict[str, dict[str, float]], pool_id: str, present: set[str] | frozenset[str], now: float) -> dict[str, float]:

@@ -43,13 +43,19 @@ def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Me
     running = GaugeMetricFamily("lmaas_pool_running", "Sequences that run.", labels=["pool"])
     desired = GaugeMetricFamily("lmaas_pool_replicas_desired", "Replicas that the autoscaler wants.", labels=["pool"])
     replicas = GaugeMetricFamily("lmaas_pool_replicas", "Replicas by observed state.", labels=["pool", "state"])
+    start = GaugeMetricFamily(
+        "lmaas_replica_start_seconds", "The newest start of a replica that runs: how long each stage took.", labels=["pool", "stage", "by"]
+    )
     for pool in list(controller.seen.values()):
+        for stage, ms in pool.start.items():
+            if stage.endswith("_ms"):
+                start.add_metric([pool.model, stage.removesuffix("_ms"), str(pool.start.get("by", ""))], ms / 1000)
         queued.add_metric([pool.model], pool.queued)
         running.add_metric([pool.model], pool.load)
         desired.add_metric([pool.model], pool.desired)
         for state in (Observed.STARTING, Observed.READY, Observed.DRAINING):
             replicas.add_metric([pool.model, state], pool.observed.count(state))
-    found += [queued, running, desired, replicas]
+    found += [queued, running, desired, replicas, start]
     return found + (_bill(times) if times is not None else [])
 
 

@@ -51,7 +51,7 @@ class EngineSpec:
     max_cpu_loras: int
     kv_cache_bytes: int
     extra_args: str = ""
-    #: Where it listens, and what it is called by: loopback, or a name or address in a private network.
+    #: The one address that it listens on. Tenants never reach an engine; gateways on other machines may have to.
     host: str = "127.0.0.1"
 
 
@@ -64,7 +64,7 @@ def has_cpu_build() -> bool:
 
 
 def command_line(spec: EngineSpec, port: int) -> list[str]:
-    """The server's command line. It listens where tenants never reach it: on loopback or in a private network."""
+    """The server's command line."""
     command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
     command += ["--host", spec.host, "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]

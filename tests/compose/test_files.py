@@ -114,7 +114,16 @@ def test_secrets_are_asked_for_and_not_given() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "sk-lmaas-", "changeme", "sk-lmaas-change-me", "sk-lmaas-" + "x" * 40, "sk-lmaas-" + "CHANGE-ME-" * 4, "k" * 60, "sk-lmaas-ä" + "b1" * 20],
+    [
+        "",
+        "sk-lmaas-",
+        "changeme",
+        "sk-lmaas-change-me",
+        "sk-lmaas-" + "x" * 40,
+        "sk-lmaas-" + "CHANGE-ME-" * 4,
+        "k" * 60,
+        "sk-lmaas-ä" + "b1" * 20,
+    ],
 )
 def test_a_default_operator_key_is_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="LMAAS_OPERATOR_KEY"):
@@ -156,7 +165,7 @@ def known_metrics() -> set[str]:
     gateway.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved = True, 1
-    controller.seen = {"mod_1": Seen("tiny", 1, 2, 1, ("ready",))}
+    controller.seen = {"mod_1": Seen("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
     families = [*gateway.registry.collect(), *metrics(controller, [PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)])]
     return {sample.name for family in families for sample in family.samples}
 
@@ -208,7 +217,9 @@ def test_docker_compose_reads_it(tmp_path: Path) -> None:
         given = EXAMPLE | dict.fromkeys(SECRETS, "x") | {"COMPOSE_PROFILES": profile}
         file = tmp_path / profile
         file.write_text("".join(f"{name}={value}\n" for name, value in given.items()))
-        run = subprocess.run([*arguments, "--env-file", str(file), "config", "--format", "json"], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [*arguments, "--env-file", str(file), "config", "--format", "json"], capture_output=True, text=True, check=True
+        )
         services = set(json.loads(run.stdout)["services"])
         assert services & {"controller", "controller-gpu"} == {"controller" if profile == "cpu" else "controller-gpu"}
     refused = subprocess.run(

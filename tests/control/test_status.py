@@ -1,0 +1,103 @@
+"""What a controller tells about itself over HTTP."""
+
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lmaas.config import Settings
+from lmaas.control.controller import Controller, Seen
+from lmaas.control.status import status_app
+from lmaas.scheduling.client import Scheduler
+from lmaas.states import EnginePhase
+from lmaas.store.database import Database
+from lmaas.store.engine_time import record_engine_time
+from lmaas.store.models import BaseModel, change_base_model, put_base_model
+from lmaas.store.replicas import add_replica
+
+
+class Nowhere:
+    """A provisioner without a machine."""
+
+    async def list(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+
+@pytest.fixture
+def controller(settings: Settings, db: Database, scheduler: Scheduler) -> Controller:
+    """A controller that has not been active yet."""
+    return Controller(settings, db, scheduler, Nowhere())  # type: ignore[arg-type]
+
+
+async def samples(controller: Controller, db: Database) -> dict[tuple[str, ...], float]:
+    """Every sample: its name and the values of its labels → value."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db)), base_url="http://c") as client:
+        text = (await client.get("/metrics")).text
+    families = text_string_to_metric_families(text)
+    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+
+
+async def health(controller: Controller, db: Database) -> tuple[int, dict[str, str]]:
+    """The answer of /healthz."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db)), base_url="http://c") as client:
+        answer = await client.get("/healthz")
+    return answer.status_code, answer.json()
+
+
+async def test_standing_by(controller: Controller, db: Database) -> None:
+    """It is well, and tells nothing of the pools: the active one does."""
+    controller.seen = {"mod_1": Seen("tiny", 1, 1, 1, ("ready",))}
+    assert await health(controller, db) == (200, {"status": "ok", "role": "stand-by"})
+    assert await samples(controller, db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
+
+
+async def test_leading(controller: Controller, db: Database) -> None:
+    values = {"source": "/m", "dtype": "float32", "linears": {}, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
+    values |= {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1, "engine_args": ""}
+    model = await put_base_model(db, BaseModel(id="", name="tiny", **values))  # type: ignore[arg-type]
+    await change_base_model(db, "tiny", {"engine_price": 3_600_000})
+    await add_replica(db, "rep_1", model.id)
+    day = datetime.now(UTC).date()
+    await record_engine_time(
+        db, "rep_1", model.id, {(day, EnginePhase.BUSY, 3_600_000): 2000, (day, EnginePhase.IDLE, 0): 500, (day, EnginePhase.BUSY, 0): 250}
+    )
+    controller.active, controller.moved = True, 7
+    start = {"by": "zygote", "spawn_ms": 20, "total_ms": 1500}
+    controller.seen = {model.id: Seen("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
+    assert await health(controller, db) == (200, {"status": "ok", "role": "leader"})
+    assert await samples(controller, db) == {
+        ("lmaas_controller_leader",): 1,
+        ("lmaas_usage_events_moved_total",): 7,
+        ("lmaas_pool_queued", "tiny"): 3,
+        ("lmaas_pool_running", "tiny"): 2,
+        ("lmaas_pool_replicas_desired", "tiny"): 1,
+        ("lmaas_pool_replicas", "tiny", "starting"): 1,
+        ("lmaas_pool_replicas", "tiny", "ready"): 2,
+        ("lmaas_pool_replicas", "tiny", "draining"): 0,
+        ("lmaas_replica_start_seconds", "zygote", "tiny", "spawn"): 0.02,
+        ("lmaas_replica_start_seconds", "zygote", "tiny", "total"): 1.5,
+        ("lmaas_engine_seconds_total", "busy", "tiny"): 2.25,
+        ("lmaas_engine_seconds_total", "idle", "tiny"): 0.5,
+        ("lmaas_engine_cost_usd_total", "tiny"): 0.002,
+    }
+
+
+async def test_without_a_database(controller: Controller, settings: Settings) -> None:
+    """What the ledger would say is absent, not zero; the rest is there."""
+    away = Database("postgresql://nobody@127.0.0.1:1/none")
+    controller.active = True
+    controller.seen = {"mod_1": Seen("tiny", 1, 1, 1, ("ready",))}
+    found = await samples(controller, away)
+    assert found["lmaas_pool_queued", "tiny"] == 1
+    assert not [name for name in found if "engine" in name[0]]
+    await away.close()
+
+
+async def test_the_tick_is_what_is_seen(controller: Controller, db: Database) -> None:
+    values = {"source": "/m", "dtype": "float32", "linears": {}, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
+    values |= {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1, "engine_args": ""}
+    model = await put_base_model(db, BaseModel(id="", name="tiny", **values))  # type: ignore[arg-type]
+    await controller.tick()
+    assert controller.seen == {model.id: Seen("tiny", 0, 0, 0, ())}
