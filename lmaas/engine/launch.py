@@ -119,7 +119,7 @@ def expect(home: Path, spec: EngineSpec) -> None:
 
 async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
     """Have the zygote fork `lmaas` with these arguments; it runs once `go` is called. None if that is not possible at once."""
-    order = Order("lmaas.cli", arguments, variables, log_path, kept=False)
+    order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
         return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
     except NoZygote as error:

@@ -148,7 +148,8 @@ async def test_requests_outlive_an_engine_that_is_killed(stack: Stack) -> None:
 def test_no_engine_outlives_its_supervisor(stack: Stack) -> None:
     stack.warm()
     (supervisor,) = stack.processes("lmaas supervise")
-    family = supervisor.children(recursive=True)
+    # Started plainly, the engine is the supervisor's child; forked, its keeper's.
+    family = [process for engine in stack.engines() for process in (engine, *engine.children(recursive=True))]
     assert len(family) >= 2
     supervisor.kill()
     wait_for(lambda: not any(process.is_running() for process in family), 15, "the engine is gone with its supervisor")

@@ -188,7 +188,9 @@ def _become(request: dict[str, Any], added: Mapping[str, str]) -> None:
     os.close(output)
     logging.getLogger().handlers.clear()
     importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
-    setproctitle(f"{sys.executable} -m {request['module']} {' '.join(request['arguments'])}")
+    # As if it had been started plainly.
+    module = str(request["module"]).removesuffix(".__main__")
+    setproctitle(" ".join([sys.executable, "-m", module, *request["arguments"]]))
 
 
 @contextmanager
