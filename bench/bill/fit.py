@@ -14,8 +14,10 @@ from lmaas.states import EnginePhase
 
 #: How many ask at once, for the length of a step.
 CROWDS = (1, 4, 8, 12)
-SHORT, LONG, COMPLETION = 16, 1000, 48
-TIMES = 5
+SHORT, COMPLETION = 16, 48
+#: Prompts of the sizes that traces have: much longer ones take longer for each token.
+PROMPTS = (16, 96, 224, 384)
+TIMES = 6
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -33,8 +35,11 @@ async def fit(asker: Client, service: Service, say: Say) -> Profile:
         await asker.ask(Ask(place, prompt(1, SHORT), 2))  # each adapter has been loaded now
     crowds = {size: await _crowd(asker, places, size) for size in CROWDS}
     step_s, step_sequence_s = line(list(crowds), list(crowds.values()))
-    short, long = [median([await _ttft(asker, places[0], seed, tokens) for seed in range(TIMES)]) for tokens in (SHORT, LONG)]
-    prefill = (LONG - SHORT) / max(1e-3, long - short)
+    waits: dict[int, list[float]] = {tokens: [] for tokens in PROMPTS}
+    for seed in range(TIMES):
+        for tokens in PROMPTS:  # in turn: whatever else the machine does meanwhile is the same for all
+            waits[tokens].append(await _ttft(asker, places[0], seed, tokens))
+    first_s, token_s = line(PROMPTS, [median(each) for each in waits.values()])
     await asyncio.to_thread(service.operator.call, "DELETE", f"/admin/v1/replicas/{replica.id}")
     stopping = asyncio.get_running_loop().time()
     await service.gone()
@@ -50,10 +55,10 @@ async def fit(asker: Client, service: Service, say: Say) -> Profile:
         start_s=start_s,
         stop_s=max(0.0, stopped_s - sizes.notice_s),
         # The step of a first token has nothing beside it.
-        overhead_s=max(0.0, short - step_s - SHORT / prefill),
+        overhead_s=max(0.0, first_s - step_s),
         step_s=step_s,
         step_sequence_s=step_sequence_s,
-        prefill_tokens_per_s=prefill,
+        prefill_tokens_per_s=1 / max(1e-6, token_s),
     )
     say(f"measured: {profile}")
     return profile

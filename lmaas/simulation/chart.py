@@ -83,7 +83,7 @@ def _draw_engines(axes: "Axes", results: Sequence[Result]) -> None:
     most = max((result.tally.most_engines() for result in results), default=1)
     # Below 2 linear, so that nought and one can be seen; above, each step is a factor.
     axes.set_yscale("symlog", linthresh=2, linscale=0.8)
-    marks = [mark for mark in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if mark <= most * 1.2]
+    marks = [mark for mark in (*range(min(most, 4) + 1), 5, 10, 20, 50, 100, 200, 500, 1000) if mark <= most * 1.2]
     axes.set_yticks(marks, [str(mark) for mark in marks])
     axes.minorticks_off()
     axes.set_ylim(0, most * 1.6)
@@ -97,15 +97,17 @@ def _draw_engines(axes: "Axes", results: Sequence[Result]) -> None:
 
 def _draw_cost(axes: "Axes", results: Sequence[Result]) -> None:
     shown = list(reversed(results))
-    hours = [result.tally.engine_s / 3600 for result in shown]
+    most_s = max((result.tally.engine_s for result in shown), default=0.0)
+    unit_s, unit, short = (3600.0, "engine-hours", "h") if most_s > 3600 else (1.0, "engine-seconds", "s")
+    hours = [result.tally.engine_s / unit_s for result in shown]
     axes.barh([_folded(result) for result in shown], hours, color=[STYLES[result.arrangement][0] for result in shown], height=0.6)
     most = max(hours, default=1) or 1
     for place, (result, value) in enumerate(zip(shown, hours, strict=True)):
         share = f", {value / most:.1%}" if value < most else ""
-        axes.text(value + most * 0.02, place, f"{value:,.1f} h = ${result.cost_microusd / 1e6:,.2f}{share}", va="center", color=INK)
+        axes.text(value + most * 0.02, place, f"{value:,.1f} {short} = ${result.cost_microusd / 1e6:,.2f}{share}", va="center", color=INK)
     axes.set_xlim(0, most * 1.55)
     axes.set_title("Engine time and its cost", loc="left")
-    axes.set_xlabel("engine-hours")
+    axes.set_xlabel(unit)
     axes.grid(axis="x", color=FAINT)
     axes.set_axisbelow(True)
 
@@ -123,7 +125,8 @@ def _draw_waits(axes: "Axes", results: Sequence[Result]) -> None:
         chosen = [*range(0, len(figures), stride), len(figures) - 1]
         colour, dashes = STYLES[result.arrangement]
         parts = [100 * (index + 1) / len(figures) for index in chosen]
-        axes.plot([figures[index] for index in chosen], parts, color=colour, linestyle=dashes, linewidth=1.6, label=str(result.arrangement))
+        waits = [figures[index] for index in chosen]
+        axes.plot(waits, parts, drawstyle="steps-post", color=colour, linestyle=dashes, linewidth=1.6, label=str(result.arrangement))
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     marks = [mark for mark in TTFT_MARKS_S if low <= mark <= high]

@@ -5,6 +5,7 @@ Gateway, controller and supervisors are here in a few lines each: who calls whic
 
 import json
 import math
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from lmaas.scheduling.client import CONTROL_CHANNEL, Beat, Bounds, Ticket, gatew
 from lmaas.simulation.clock import Clock
 from lmaas.simulation.engine import Engine
 from lmaas.simulation.profile import Profile
-from lmaas.simulation.queue import Queue, ask
+from lmaas.simulation.queue import Queue
 from lmaas.simulation.scaling import Scaling
 from lmaas.simulation.tally import Span, Tally
 from lmaas.simulation.trace import Request
@@ -95,7 +96,7 @@ class Pool:
         )
         opened = self._open[name] = _Open(request, ticket)
         self._active_s = self._clock.now_s
-        report = ask(self._queue.submit(ticket, self._bounds))
+        report = self._queue.ask(self._queue.submit(ticket, self._bounds))
         if report["state"] in ("refused", "refused_by_pool"):
             del self._open[name]
             self._tally.refused += 1
@@ -113,7 +114,7 @@ class Pool:
             return
         del self._open[name]
         self._tally.expired += 1
-        ask(self._queue.release(opened.ticket, "", None))
+        self._queue.ask(self._queue.release(opened.ticket, "", None))
         self._hear()
 
     def _grant(self, opened: _Open, replica: str) -> None:
@@ -137,15 +138,15 @@ class Pool:
         tally.total_s.append(now_s - request.at_s + self._profile.overhead_s)
         self._active_s = tally.last_s = now_s
         used = f"{request.prompt_tokens},0,{request.completion_tokens}"
-        ask(self._queue.release(opened.ticket, "", round((now_s - opened.granted_s) * 1000), used))
+        self._queue.ask(self._queue.release(opened.ticket, "", round((now_s - opened.granted_s) * 1000), used))
         self._hear()
 
-    def _renew(self) -> None:
+    def _renewal(self) -> Coroutine[Any, Any, Any]:
         progress = []
         for opened in self._open.values():
             made = opened.replica.engine.generated(int(opened.ticket.id)) if opened.replica is not None else 0
             progress.append((opened.ticket.id, f"{opened.request.prompt_tokens},0,{made}" if made else ""))
-        ask(self._queue.renew(self._name, progress))
+        return self._queue.renew(self._name, progress)
 
     def _hear(self) -> None:
         """Act on what the scheduler has said: each message may lead to more."""
@@ -183,10 +184,15 @@ class Pool:
         if number != self._ticks:
             return  # planned anew since
         if self._open:
-            self._renew()
-            self._beat_all()
+            beating = self._beating()
+            calls = (self._renewal(), *map(self._heartbeat, beating), self._queue.stats(self._name))
+            _, *replies, self._stats = self._queue.ask_all(*calls)
+            for replica, reply in zip(beating, replies, strict=True):
+                self._load(replica, reply)
             self._hear()
-        self._look()
+            self._decide()
+        else:
+            self._look()
         quiet_s = 0.0 if self._open else self._quiet_s()
         # Nothing can change until the next request comes, or for so long: looks that change nothing are left out.
         self._ticking = quiet_s is not None
@@ -203,15 +209,17 @@ class Pool:
 
     def _look(self) -> None:
         """What the controller does when it looks at this pool."""
-        now_s = self._clock.now_s
-        wanted = [replica for replica in self._replicas.values() if not replica.stopping]
         if self._open:
-            self._stats = ask(self._queue.stats(self._name))
+            self._stats = self._queue.ask(self._queue.stats(self._name))
             self._hear()
         else:
             # Known without asking: nothing waits, nothing runs.
-            self._stats |= {"queued": 0, "load": 0, "idle_ms": (now_s - self._active_s) * 1000}
-        desired = self._scaling.desired(self._stats, len(wanted), now_s)
+            self._stats |= {"queued": 0, "load": 0, "idle_ms": (self._clock.now_s - self._active_s) * 1000}
+        self._decide()
+
+    def _decide(self) -> None:
+        wanted = [replica for replica in self._replicas.values() if not replica.stopping]
+        desired = self._scaling.desired(self._stats, len(wanted), self._clock.now_s)
         # Fewest running requests first; of equals, one that is not ready yet, then the youngest.
         spare = sorted(wanted, key=lambda one: (one.requests, one.state is Observed.READY, -one.launched_s))
         for replica in spare[: max(0, len(wanted) - desired)]:
@@ -252,24 +260,35 @@ class Pool:
             self._beat(replica)
             self._hear()
 
-    def _beat_all(self) -> None:
-        for replica in list(self._replicas.values()):
-            if replica.launched_s <= self._clock.now_s and replica.state is not Observed.STOPPED:
-                self._beat(replica)
+    def _beating(self) -> list[_Replica]:
+        """Those whose supervisors beat now."""
+        there = [replica for replica in self._replicas.values() if replica.launched_s <= self._clock.now_s]
+        return [replica for replica in there if replica.state is not Observed.STOPPED]
 
-    def _beat(self, replica: _Replica) -> dict[str, dict[str, str]]:
-        self._called_s = self._clock.now_s
+    def _beat_all(self) -> None:
+        for replica in self._beating():
+            self._beat(replica)
+
+    def _heartbeat(self, replica: _Replica) -> Coroutine[Any, Any, dict[str, Any]]:
         profile = self._profile
         beat = Beat(replica.id, profile.slots, profile.adapter_slots, replica.state, sorted(replica.resident), start_ms=replica.start_ms)
-        reply = ask(self._queue.heartbeat(self._name, replica.id, beat))
+        return self._queue.heartbeat(self._name, replica.id, beat)
+
+    def _beat(self, replica: _Replica) -> dict[str, Any]:
+        self._called_s = self._clock.now_s
+        reply = self._queue.ask(self._heartbeat(replica))
+        self._load(replica, reply)
+        return reply
+
+    def _load(self, replica: _Replica, reply: dict[str, Any]) -> None:
+        """Load what the scheduler wants loaded."""
         if replica.state is Observed.READY:
             for adapter in sorted(reply["loads"]):
                 if adapter not in replica.loading:
                     replica.loading.add(adapter)
                     # Four at a time; the others wait for their turn.
                     turns = -(-len(replica.loading) // LOADS_AT_ONCE)
-                    self._clock.after(turns * profile.load_s, partial(self._loaded, replica, adapter, reply["used"]))
-        return reply
+                    self._clock.after(turns * self._profile.load_s, partial(self._loaded, replica, adapter, reply["used"]))
 
     def _loaded(self, replica: _Replica, adapter: str, used_ms_ago: dict[str, float]) -> None:
         replica.loading.discard(adapter)
@@ -278,23 +297,23 @@ class Pool:
         for other in sorted(replica.resident, key=lambda name: (-used_ms_ago.get(name, float("inf")), name)):
             if len(replica.resident) < self._profile.adapters_resident:
                 break
-            if ask(self._queue.evict(self._name, replica.id, other)):
+            if self._queue.ask(self._queue.evict(self._name, replica.id, other)):
                 replica.resident.discard(other)
         replica.resident.add(adapter)
-        ask(self._queue.loaded(self._name, replica.id, adapter))
+        self._queue.ask(self._queue.loaded(self._name, replica.id, adapter))
         self._hear()
 
     def _drain(self, replica: _Replica) -> None:
         """No more work; when the last request has ended, the engine stops."""
         replica.state = Observed.DRAINING
-        load = ask(self._queue.drain(self._name, replica.id))
+        load = self._queue.ask(self._queue.drain(self._name, replica.id))
         self._hear()
         if load > 0:
             self._clock.after(0.1, partial(self._drain, replica))
             return
         # Its process is on its way out.
         replica.state = Observed.STOPPED
-        ask(self._queue.deregister(self._name, replica.id))
+        self._queue.ask(self._queue.deregister(self._name, replica.id))
         self._hear()
         self._clock.after(self._profile.stop_s, partial(self._end, replica))
 

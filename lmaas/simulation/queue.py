@@ -1,6 +1,6 @@
 """The scheduler's real functions in a Valkey of the simulation's own, with the time that the simulation says."""
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ CHANGES = (
 )
 #: The server's clock at the beginning of every simulation, in ms: some day in 2026.
 BEGINNING_MS = 1_767_225_600_000
-MESSAGES_AT_ONCE = 1_000_000
+TAKE_SAID: bytes = pack_command(("LPOP", "said", 1_000_000))  # type: ignore[arg-type]
 
 
 class Queue(Scheduler):
@@ -45,18 +45,26 @@ class Queue(Scheduler):
         self._messages: list[Message] = []
 
     async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
-        now_ms = BEGINNING_MS + round(self._now_s() * 1000)
-        commands: tuple[tuple[bytes | str | int, ...], ...] = (
-            ("MSET", "now:s", now_ms // 1000, "now:us", now_ms % 1000 * 1000),
-            ("FCALL", f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args),
-            ("LPOP", "said", MESSAGES_AT_ONCE),
-        )
-        pack: Callable[[Any], bytes] = pack_command  # hiredis describes a tuple of one element
-        self._connection.send_packed_command([b"".join(map(pack, commands))])  # type: ignore[no-untyped-call]
-        _, answer, said = [self._connection.read_response() for _ in commands]
-        if said:
-            self._messages += zip(said[::2], said[1::2], strict=True)
+        return await _Call((f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args))
+
+    def ask(self, calling: Coroutine[Any, Any, Answer]) -> Answer:
+        """What one call of the client answers, now."""
+        answer: Answer = self.ask_all(calling)[0]
         return answer
+
+    def ask_all(self, *callings: Coroutine[Any, Any, Any]) -> list[Any]:
+        """What these calls answer, one after the other at this moment, sent together."""
+        now_ms = BEGINNING_MS + round(self._now_s() * 1000)
+        pack: Callable[[Any], bytes] = pack_command  # hiredis describes a tuple of one element
+        commands = [pack(("MSET", "now:s", now_ms // 1000, "now:us", now_ms % 1000 * 1000))]
+        for calling in callings:
+            commands += [pack(("FCALL", *calling.send(None))), TAKE_SAID]
+        self._connection.send_packed_command([b"".join(commands)])  # type: ignore[no-untyped-call]
+        replies = [self._connection.read_response() for _ in commands]
+        for said in replies[2::2]:
+            if said:
+                self._messages += zip(said[::2], said[1::2], strict=True)
+        return [_answered(calling, reply) for calling, reply in zip(callings, replies[1::2], strict=True)]
 
     def take_messages(self) -> list[Message]:
         """Channel and text of what was published, in order."""
@@ -64,14 +72,22 @@ class Queue(Scheduler):
         return taken
 
 
-def ask(calling: Coroutine[Any, Any, Answer]) -> Answer:
-    """What a call of `Queue` answers: it never waits."""
+class _Call:
+    """A call on its way: gives what is to be sent, and is given the reply."""
+
+    def __init__(self, command: tuple[bytes | str | int, ...]) -> None:
+        self._command = command
+
+    def __await__(self) -> Generator[tuple[bytes | str | int, ...], Any, Any]:
+        return (yield self._command)
+
+
+def _answered(calling: Coroutine[Any, Any, Any], reply: Any) -> Any:
     try:
-        calling.send(None)
+        calling.send(reply)
     except StopIteration as done:
-        answer: Answer = done.value
-        return answer
-    raise InternalError from RuntimeError("a call of the simulation's queue waits")
+        return done.value
+    raise InternalError from RuntimeError("a call of the simulation's queue waits twice")
 
 
 @contextmanager

@@ -116,6 +116,12 @@ def test_who_waits_for_too_long_is_given_up(play: Replay) -> None:
     assert (result.tally.completed, result.tally.expired) == (4, 1)
 
 
+def test_who_waited_and_runs_is_not_given_up(play: Replay) -> None:
+    # The engine is ready at 3; it runs until 13.2, long after the deadline of who waits.
+    result = play(SHARED, ask(0, completion=101), deadline_s=5.0)
+    assert (result.tally.completed, result.tally.expired) == (1, 0)
+
+
 def test_who_finds_a_full_queue_is_refused(play: Replay) -> None:
     result = play(ALWAYS, *(ask(0) for _ in range(7)), max_queued=2)
     assert (result.tally.completed, result.tally.refused) == (6, 1)
