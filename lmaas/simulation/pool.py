@@ -209,7 +209,7 @@ class Pool:
 
     def _look(self) -> None:
         """What the controller does when it looks at this pool."""
-        if self._open:
+        if self._open or not self._stats:
             self._stats = self._queue.ask(self._queue.stats(self._name))
             self._hear()
         else:
