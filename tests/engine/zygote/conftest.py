@@ -11,6 +11,7 @@ import pytest
 from lmaas.engine.launch import VLLM, EngineSpec, shared_environment, zygote_owner
 from lmaas.engine.zygote import owner, wire
 from lmaas.engine.zygote.client import Fork, NoZygote, Order, fork
+from lmaas.engine.zygote.owner import ZygoteOwner
 from tests.conftest import until
 
 IMPORTED_S = 120.0
@@ -21,6 +22,7 @@ class Place:
     """A home folder with a zygote."""
 
     home: Path
+    taker: ZygoteOwner
 
     async def fork(self, module: str, arguments: list[str], log: Path, *, kept: bool, patience_s: float = IMPORTED_S) -> Fork:
         """Have a process forked. Raises NoZygote."""
@@ -34,10 +36,9 @@ class Place:
 
     async def imported(self) -> None:
         """Wait until it answers."""
-        taker = zygote_owner(self.home, 60)
 
         async def answers() -> bool:
-            await taker.ensure()
+            await self.taker.ensure()
             try:
                 (await self.fork("lmaas.testing.nothing", [], Path("/dev/null"), kept=False)).connection.close()
             except NoZygote:
@@ -64,11 +65,13 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMAAS_HOME", str(home))
-        there = Place(home)
+        there = Place(home, zygote_owner(home, 60))
         await there.imported()
         yield there
         await asyncio.to_thread(owner.stop, home)
         await until(lambda: not there.left())
+        if there.taker._child is not None:
+            there.taker._child.wait()
 
 
 @pytest.fixture
