@@ -90,7 +90,9 @@ def templates() -> list[dict[str, Any]]:
     """The pods that are made."""
     cluster = one("RayCluster", "lmaas")["spec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    return [each["spec"]["template"] for each in objects() if each["kind"] in ("Deployment", "Job")] + [group["template"] for group in groups]
+    return [each["spec"]["template"] for each in objects() if each["kind"] in ("Deployment", "Job")] + [
+        group["template"] for group in groups
+    ]
 
 
 def containers() -> list[dict[str, Any]]:

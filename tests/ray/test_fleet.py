@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from lmaas.store.models import change_base_model
 from lmaas.store.replicas import list_replicas
 from tests.chaos.service import SLOTS, Service
 from tests.conftest import until
@@ -24,6 +25,7 @@ async def caller(fleet: Fleet) -> AsyncIterator[Caller]:
     for _ in range(REPLICAS + 1):
         await asyncio.to_thread(fleet.add, 1, fleet=1)
     async with service_on(fleet.address, engine_max_replicas=REPLICAS, ray_resources="fleet=1") as service:
+        await change_base_model(service.db, service.model.name, {"min_replicas": REPLICAS})
         (client,) = await service.clients("acme", 1, adapters=1, max_queued=1000)
         yield Caller(service, client)
         assert service.ended() == {}, "nothing has brought down a gateway or a controller"

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lmaas.control.provisioners.ray_node import KEPT, forget_ended
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.types import Resources
 from tests.conftest import until
-from tests.ray.cluster import Fleet, temporary_ray
+from tests.ray.cluster import Fleet
 
 ONE = Resources(1, 0)
 
@@ -103,14 +104,23 @@ async def test_from_outside_through_rays_client(settings: Settings, client_port:
     await until(gone)
 
 
-async def test_without_ray_nobody_knows_what_runs(tmp_path: Path) -> None:
-    with temporary_ray():
-        ray.shutdown()
-        provisioner = RayProvisioner(Settings(home=tmp_path))
-        with pytest.raises(Unavailable, match="Ray"):
-            await provisioner.list()
-        with pytest.raises(OSError, match="Ray"):
-            await provisioner.start("rep_1", "mod_a", ONE)
+async def test_without_ray_nobody_knows_what_runs() -> None:
+    ray.shutdown()
+    provisioner = RayProvisioner(Settings(ray_address="ray.invalid:port"))
+    with pytest.raises(Unavailable, match="Ray"):
+        await provisioner.list()
+    with pytest.raises(OSError, match="Ray"):
+        await provisioner.start("rep_1", "mod_a", ONE)
+
+
+async def test_a_ray_that_does_not_answer_stops_nobody(settings: Settings) -> None:
+    provisioner = RayProvisioner(settings, call_s=5.0)
+    await provisioner.list()
+    answer = threading.Event()
+    provisioner = RayProvisioner(settings, call_s=0.05)
+    with pytest.raises(Unavailable, match="not answered"):
+        await provisioner._call(answer.wait)
+    answer.set()
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ class RayProvisioner:
     Ray's API blocks, and holds one connection for the whole process: a single thread of our own makes all calls.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, call_s: float = CALL_S) -> None:
+        self._settings, self._call_s = settings, call_s
         self._resources = parse_resources(settings.ray_resources)
         self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
@@ -69,10 +69,10 @@ class RayProvisioner:
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         future = self._thread.submit(self._connected, function, *arguments)
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(self._call_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            raise Unavailable(f"Ray has not answered within {CALL_S:.0f} s.") from None
+            raise Unavailable(f"Ray has not answered within {self._call_s:.0f} s.") from None
 
     def _connected(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
