@@ -131,7 +131,7 @@ def _ask(client: OpenAI, model: str) -> str:
 
 
 def test_a_cold_stream(stack: Stack, key: str) -> None:
-    """The first request starts the engine: the queue's comments come meanwhile, and then the tokens, through the proxy, as they are made."""
+    """The first request starts the engine: the queue's comments come meanwhile, and then tokens, through the proxy, as they are made."""
     body = {
         "model": MODEL,
         "stream": True,
@@ -147,8 +147,8 @@ def test_a_cold_stream(stack: Stack, key: str) -> None:
             elif line.startswith("data: {"):
                 tokens.append(time.monotonic())
     assert answer.status_code == 200
-    assert line in ("", "data: [DONE]")
-    assert waited[-1] - waited[0] > 1
+    assert line in {"", "data: [DONE]"}
+    assert waited, "nothing was told while the engine started"
     assert len(tokens) > 32
     assert tokens[-1] - tokens[0] > 0.2, "the tokens came in one piece"
 
