@@ -87,7 +87,8 @@ class Service:
 async def service(model: Path, folder: Path, tenants: Sequence[str]) -> AsyncIterator[Service]:
     """Run a service over this model for these tenants. No engine runs until the first request."""
     given = Settings(home=folder / "home", model=str(model), idle_timeout_s=IDLE_TIMEOUT_S, drain_timeout_s=5, log_level="WARNING")
-    given = replace(given, engine_args="--no-enable-prefix-caching", port=free_port())
+    # Each tenant may have its engine at the same time, whatever the machine has.
+    given = replace(given, engine_args="--no-enable-prefix-caching", port=free_port(), local_cpus=float(1 + len(tenants)))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
     with embedded_servers(given, console) as settings:
