@@ -122,7 +122,7 @@ async def test_an_engine_ends_with_whoever_ordered_it(place: Place, spec: Engine
             by, pid = (await supervisor.stdout.readline()).split()
             assert by == b"zygote"
             log = tmp_path / "e.log"
-            await until(lambda log=log, stage=stage: stage in log.read_text(), timeout_s=120)
+            await until(lambda log=log, stage=stage: log.exists() and stage in log.read_text(), timeout_s=120)
             processes = family(int(pid))
         finally:
             supervisor.kill()
