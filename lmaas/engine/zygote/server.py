@@ -200,7 +200,7 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / wire.LOCK).open("w") as lock, wire.channel() as listener:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the forked processes would hold too
         except OSError:
             yield None
             return
