@@ -11,15 +11,18 @@ import tempfile
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import ray
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from tests.chaos.service import Service
+from tests.conftest import until
 from tests.e2e.conftest import free_port
 
 #: What Ray and its child processes are to be told by the environment.
@@ -157,9 +160,15 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
         (folder / "autoscaler.json").write_text(json.dumps(config))
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=0", f"--port={port}"]
         command += [f"--autoscaling-config={folder / 'autoscaler.json'}", f"--object-store-memory={STORE_BYTES}"]
-        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats", "--ray-client-server-port=0"]
+        command += [
+            "--node-ip-address=127.0.0.1",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+            f"--ray-client-server-port={free_port()}",
+        ]
         environment = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-        subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+        started = subprocess.run(command, env=environment, check=False, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert started.returncode == 0, started.stdout.decode()
         yield f"127.0.0.1:{port}"
 
 
@@ -174,4 +183,21 @@ async def service_on(address: str, *, fake: str = "", **changes: Any) -> AsyncIt
         await service.bootstrap()
         exits.push_async_callback(service.db.close)
         exits.push_async_callback(service.scheduler.redis.aclose)
+        for gateway in service.gateways:
+            await until(partial(answers, service.url(gateway)))
         yield service
+
+
+def restart_ended(service: Service) -> None:
+    """What an init system does. On one machine Ray attaches a controller to any of the nodes, and if that is the one that died, the
+    controller has died with it."""
+    for name in service.ended():
+        service.start(name)
+
+
+async def answers(url: str) -> bool:
+    """Whether a gateway is ready."""
+    with contextlib.suppress(httpx.TransportError):
+        async with httpx.AsyncClient() as http:
+            return (await http.get(f"{url}/readyz")).status_code == 200
+    return False

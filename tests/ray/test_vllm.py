@@ -1,7 +1,6 @@
 """vLLM itself on a cluster of two nodes: the node of the engine is killed while requests run and wait."""
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.conftest import until
 from tests.e2e.conftest import MODEL, ROOT, START_S
 from tests.faults.conftest import Caller
 from tests.gateway.stack import Stream
-from tests.ray.cluster import Fleet, service_on
+from tests.ray.cluster import Fleet, restart_ended, service_on
 
 ADAPTER = ROOT / "tenants" / "adapters" / "acme-json"
 SLOTS = 2
@@ -56,9 +55,13 @@ async def test_a_node_with_vllm_dies_and_what_waits_is_answered_by_the_next(flee
         (supervisor,) = service.supervisors().values()
         engines = supervisor.children(recursive=True)
         await asyncio.to_thread(fleet.kill, fleet.node_of(supervisor))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_S):
-                await asyncio.gather(*tasks)
+
+        async def all_ended() -> bool:
+            restart_ended(service)
+            return all(task.done() for task in tasks)
+
+        await until(all_ended, START_S)
+        await asyncio.gather(*tasks)
         assert not any(engine.is_running() for engine in engines), "nothing of the node is left"
         cut = [stream for stream in streams if not stream.done]
         assert len(cut) <= SLOTS
