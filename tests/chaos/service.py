@@ -39,6 +39,14 @@ GATEWAYS = 2
 CONTROLLERS = 2
 #: The engines of the test say a token in this time.
 TOKEN_MS = 15
+#: What a test does not set.
+USUAL: dict[str, Any] = {
+    "engine_module": "lmaas.testing.fake_engine",
+    "engine_max_replicas": 2,
+    "queue_deadline_s": 40,
+    "drain_timeout_s": 10,
+    "orphan_timeout_s": 30,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +207,7 @@ class Service:
             self.settings,
             database_url=await self.start_postgres(),
             redis_url=self.start_valkey(),
-            engine_module="lmaas.testing.fake_engine",
-            **{"engine_max_replicas": 2, "queue_deadline_s": 40, "drain_timeout_s": 10, "orphan_timeout_s": 30} | self._changes,
+            **USUAL | self._changes,
         )
         migrate = [sys.executable, "-m", "lmaas", "migrate"]
         environment = os.environ | self.settings.environment()

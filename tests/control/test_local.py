@@ -30,7 +30,7 @@ class Machine:
     """A machine that is said to have two accelerators and three CPUs; every provisioner of it is one that came anew."""
 
     def __init__(self, home: Path) -> None:
-        self.settings = Settings(home=home, local_accelerators=2, local_cpus=3)
+        self.settings = Settings(home=home, local_accelerators=2, local_cpus=3, zygote="off")
         self.provisioners: list[LocalProvisioner] = []
 
     def provisioner(self) -> LocalProvisioner:

@@ -99,7 +99,7 @@ async def test_two_pools_on_one_machine_each_with_its_own_adapters(stack: Stack,
     wait_for(lambda: {row["base_model"] for row in stack.replicas()} == {MODEL}, 60, "the tiny one's engine has stopped")
     stack.cli("model", "delete", TINY, "--yes")
     with stack.openai("acme") as sync:
-        assert {model.id for model in sync.models.list()} == {MODEL, "json-bot"}
+        assert not {TINY, "tiny-bot"} & {model.id for model in sync.models.list()}
     assert next(row["id"] for row in stack.replicas()) == rows[MODEL]["id"]
 
 

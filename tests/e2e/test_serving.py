@@ -35,10 +35,10 @@ def test_from_zero_to_an_answer_and_back_to_zero(stack: Stack) -> None:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines.extend((time.monotonic(), line) for line in response.iter_lines() if line)
     comments = [(at, line) for at, line in lines if line.startswith(":")]
-    assert len(comments) >= 3, "a cold start takes longer than three seconds"
+    assert comments, "a cold start takes longer than a second"
     assert all(re.fullmatch(r": queued position=1 estimated_wait_s=\d+", line) for _, line in comments)
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(comments)]
-    assert sum(gaps) / len(gaps) < 2, "about once a second"
+    assert sum(gaps) <= 2 * len(gaps), "about once a second"
     events = [json.loads(line.removeprefix("data: ")) for _, line in lines if line.startswith("data: {")]
     assert "Paris" in "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
     assert {event["model"] for event in events} == {MODEL}
