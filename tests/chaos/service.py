@@ -195,8 +195,9 @@ class Service:
             self.settings,
             database_url=await self.start_postgres(),
             redis_url=self.start_valkey(),
-            engine_module="lmaas.testing.fake_engine",
-            **{"engine_max_replicas": 2, "queue_deadline_s": 40, "drain_timeout_s": 10, "orphan_timeout_s": 30} | self._changes,
+            **{"engine_max_replicas": 2, "queue_deadline_s": 40, "drain_timeout_s": 10, "orphan_timeout_s": 30}
+            | {"engine_module": "lmaas.testing.fake_engine"}
+            | self._changes,
         )
         migrate = [sys.executable, "-m", "lmaas", "migrate"]
         environment = os.environ | self.settings.environment()
