@@ -55,8 +55,18 @@ class Fleet:
         self.address = str(self._cluster.address)
         self.nodes: list[Node] = []
 
-    def add(self, cpus: float, **resources: float) -> Node:
-        """One more node."""
+    @contextmanager
+    def nodes_with(self, cpus: float, resource: str, count: int) -> Iterator[None]:
+        """So many more nodes, each with one of `resource`; those that are left are gone at the end of the block."""
+        added = [self._add(cpus, {resource: 1}) for _ in range(count)]
+        try:
+            yield
+        finally:
+            for node in added:
+                if node in self.nodes:
+                    self.kill(node)
+
+    def _add(self, cpus: float, resources: dict[str, float]) -> Node:
         with untidy():
             node = self._cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=STORE_BYTES, include_dashboard=False)
         self.nodes.append(node)

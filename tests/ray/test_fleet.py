@@ -22,12 +22,16 @@ TOKENS = 60
 @pytest.fixture(scope="module")
 async def caller(fleet: Fleet) -> AsyncIterator[Caller]:
     """A tenant of a service on a cluster of three nodes, each with room for one replica."""
-    for _ in range(REPLICAS + 1):
-        await asyncio.to_thread(fleet.add, 1, fleet=1)
-    async with service_on(fleet.address, engine_max_replicas=REPLICAS, ray_resources="fleet=1") as service:
-        await change_base_model(service.db, service.model.name, {"min_replicas": REPLICAS})
-        (client,) = await service.clients("acme", 1, adapters=1, max_queued=1000)
-        yield Caller(service, client)
+    with fleet.nodes_with(1, "fleet", REPLICAS + 1):
+        async with service_on(fleet.address, engine_max_replicas=REPLICAS, ray_resources="fleet=1") as service:
+            yield await called(service)
+
+
+async def called(service: Service) -> Caller:
+    """A tenant of a service that keeps its replicas, whatever is asked of it."""
+    await change_base_model(service.db, service.model.name, {"min_replicas": REPLICAS})
+    (client,) = await service.clients("acme", 1, adapters=1, max_queued=1000)
+    return Caller(service, client)
 
 
 class Load:
@@ -84,6 +88,12 @@ async def test_a_node_dies_under_load_and_no_queued_request_is_lost(fleet: Fleet
     assert address == nodes[doomed].node_ip_address, "gateways on other machines reach it, and it listens on no other address"
     async with Load(caller, 6 * SLOTS) as load:
         await until(lambda: sum(1 for stream in load.streams if stream.done) > 2 * SLOTS)
+
+        async def all_busy() -> bool:
+            stats = await service.scheduler.stats(service.model.id)
+            return all(stats["replicas"][replica]["load"] == SLOTS for replica in before)
+
+        await until(all_busy)
         assert sum(1 for stream in load.streams if not stream.raw) > SLOTS, "many wait"
         await asyncio.to_thread(fleet.kill, nodes[doomed])
 

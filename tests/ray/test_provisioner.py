@@ -23,9 +23,8 @@ ONE = Resources(1, 0)
 @pytest.fixture(scope="module")
 def node_with_two(fleet: Fleet) -> Iterator[Fleet]:
     """The cluster with one node of two CPUs."""
-    node = fleet.add(2, plain=2)
-    yield fleet
-    fleet.kill(node)
+    with fleet.nodes_with(2, "plain", 1):
+        yield fleet
 
 
 @pytest.fixture
