@@ -167,6 +167,10 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": 0.05,
         }
+        # Nothing is installed on these nodes, but Ray wants to be told.
+        config |= {"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False}
+        steps = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config |= {f"{step}_commands": [] for step in steps} | {"rsync_exclude": [], "rsync_filter": []}
         (folder / "autoscaler.json").write_text(json.dumps(config))
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=0", f"--port={address.rpartition(':')[2]}"]
         command += [f"--autoscaling-config={folder / 'autoscaler.json'}", f"--object-store-memory={STORE_BYTES}"]
