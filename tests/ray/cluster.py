@@ -151,12 +151,12 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
     `ray.cluster_utils.AutoscalingCluster` is this, but it ends every Ray on the machine, and needs a file that Ray's wheel lacks.
     """
     with temporary_ray() as folder:
-        port = free_port()
+        address = f"{ray.util.get_node_ip_address()}:{free_port()}"
         types = {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": nodes | {"object_store_memory": STORE_BYTES}, "node_config": {}, "min_workers": 0, "max_workers": most},
         }
-        provider: dict[str, Any] = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"}
+        provider: dict[str, Any] = {"type": "fake_multinode", "gcs_address": address}
         provider |= {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
         config = {
             "cluster_name": "fake_multinode",
@@ -167,11 +167,15 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": 0.05,
         }
+        # Nothing is installed on these nodes, but Ray wants to be told.
+        config |= {"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False}
+        steps = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config |= {f"{step}_commands": [] for step in steps} | {"rsync_exclude": [], "rsync_filter": []}
         (folder / "autoscaler.json").write_text(json.dumps(config))
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=0", f"--port={port}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=0", f"--port={address.rpartition(':')[2]}"]
         command += [f"--autoscaling-config={folder / 'autoscaler.json'}", f"--object-store-memory={STORE_BYTES}"]
         command += [
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={address.rpartition(':')[0]}",
             "--include-dashboard=false",
             "--disable-usage-stats",
             f"--ray-client-server-port={free_port()}",
@@ -179,7 +183,7 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
         environment = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
         started = subprocess.run(command, env=environment, check=False, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert started.returncode == 0, started.stdout.decode()
-        yield f"127.0.0.1:{port}"
+        yield address
 
 
 @asynccontextmanager

@@ -11,16 +11,11 @@ from tests.ray.cluster import autoscaled, service_on
 
 def raylets(address: str) -> int:
     """How many nodes the cluster has, its head included."""
-    found, port = 0, address[address.index(":") :]
+    found = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = process.cmdline()
-            # Ray knows the machine by another of its addresses.
-            found += (
-                command[:1] != []
-                and command[0].endswith("/raylet")
-                and any(part.startswith("--gcs-address=") and part.endswith(port) for part in command)
-            )
+            found += command[:1] != [] and command[0].endswith("/raylet") and f"--gcs-address={address}" in command
     return found
 
 
