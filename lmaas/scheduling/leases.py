@@ -189,6 +189,8 @@ class Leases:
         self.scheduler = scheduler
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
+        #: Tickets that Redis has been asked to take. They may be granted before we hear that they are, but nothing keeps or puts them back.
+        self._asked: dict[str, OpenTicket] = {}
         #: Releases that Redis has not taken yet.
         self._unsettled: list[Settlement] = []
         self._settling: set[asyncio.Future[Any]] = set()
@@ -205,21 +207,22 @@ class Leases:
         Raises the terms' refusal if it is over a limit, Unavailable if Redis is away; then nothing was accepted.
         """
         opened = OpenTicket(ticket, usage, terms, deadline_s, self.scheduler)
-        self._open[ticket.id] = opened
+        self._asked[ticket.id] = opened
         try:
             report = await self.scheduler.submit(ticket, terms.bounds)
             if report["state"] == "unseeded":
                 seeds = await terms.seeds(report["scopes"], report["month"])
                 report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
-            del self._open[ticket.id]
             # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
             self._tell_end((ticket, "", None, ""))
             raise
+        finally:
+            del self._asked[ticket.id]
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
-            del self._open[ticket.id]
             raise terms.refusal(report)
+        self._open[ticket.id] = opened
         opened.left = report.get("left") or {}
         opened.apply(report)
         try:
@@ -274,7 +277,7 @@ class Leases:
                 await self.renew()
                 continue
             news = json.loads(message)
-            opened = self._open.get(news["id"])
+            opened = self._open.get(news["id"]) or self._asked.get(news["id"])
             if opened is not None:
                 opened.apply(news | {"state": news["event"]})
 
@@ -353,7 +356,7 @@ class Leases:
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""
-        while self._open or self._settling or any(event for _, event, _, _ in self._unsettled):
+        while self._open or self._asked or self._settling or any(event for _, event, _, _ in self._unsettled):
             await self._settle_rest()
             await asyncio.sleep(0.05)
 
