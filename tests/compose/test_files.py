@@ -209,7 +209,9 @@ def test_the_proxy_is_not_stopped_before_the_gateways() -> None:
 
 
 def test_the_proxys_errors_look_like_the_gateways() -> None:
-    errors = re.findall(r"^ *http-(?:error|request return) status (\d+) content-type application/json (?:lf-)?string '(.*?)'(.*)$", PROXY, re.M)
+    errors = re.findall(
+        r"^ *http-(?:error|request return) status (\d+) content-type application/json (?:lf-)?string '(.*?)'(.*)$", PROXY, re.M
+    )
     assert [int(status) for status, _, _ in errors] == [400, 408, 502, 503, 504, 404]
     for status, body, headers in errors:
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
@@ -224,7 +226,7 @@ def test_valkey_has_room_for_a_rewrite() -> None:
 
 
 def test_a_gpu_image_can_compile_kernels() -> None:
-    """Triton needs a C compiler when an engine starts, and loads what that makes; /tmp is mounted noexec. Never run: nobody here has a GPU."""
+    """Triton needs a C compiler when an engine starts, and loads what that makes; /tmp is noexec. Never run, for want of a GPU."""
     image = (ROOT / "docker/Dockerfile").read_text()
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         [folder] = re.findall(rf"{variable}=(\S+)", image)
