@@ -1,5 +1,5 @@
 #!/bin/sh
-# One step of the images' build: base, engine-cpu, engine-gpu, lmaas or libraries. The same lock files as `make up`.
+# One step of the images' build: base, engine-cpu, engine-gpu, lmaas, or libraries with `cpu` or `gpu`. The same lock files as `make up`.
 # If /wheelhouse holds wheels, everything comes from there and no network is used.
 set -eu
 
@@ -33,8 +33,11 @@ libraries)
     if ls /wheelhouse/*.deb >/dev/null 2>&1; then
         dpkg --install /wheelhouse/*.deb
     else
+        # Triton compiles its launchers when an engine starts.
+        case ${2:-cpu} in gpu) compiler="gcc libc6-dev" ;; *) compiler="" ;; esac
         apt-get update -q
-        apt-get install -y -q --no-install-recommends libnuma1 libgomp1
+        # shellcheck disable=SC2086
+        apt-get install -y -q --no-install-recommends libnuma1 libgomp1 $compiler
         rm -rf /var/lib/apt/lists/*
     fi
     ;;

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError, Unavailable
 
 #: A client that sends a body sends this much in each of its time spans: a slow line is not a client that holds a connection.
 MIN_BODY_BYTES = 4096
+#: So many connections more are taken, for those who ask how we are: they must hear it when we are full, too.
+SURPLUS = 64
+#: And no key is needed for these, nor an engine.
+ASKED_WHEN_FULL = (b"/healthz", b"/readyz", b"/metrics")
 #: Open files that are not clients' connections or those to engines for them.
-OTHER_FILES = 256
+OTHER_FILES = 256 + SURPLUS
 
 
 class RequestTimeout(InvalidRequest):
@@ -48,6 +52,10 @@ class PatientProtocol(HttpToolsProtocol):
     _reading_headers = True
     _late: asyncio.TimerHandle | None = None
     _awaits_body = False
+    #: The exchange during which the timer was started.
+    _late_cycle: RequestResponseCycle | None = None
+    #: Whether there were too many connections already when it was made.
+    _surplus = False
     #: Bytes that have come since the timer was started, and whether we did not read all the while.
     _came = 0
     _paused = False
@@ -63,18 +71,41 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)
-        if len(self.connections) > self._bounds.max_connections:
-            self._refuse(Unavailable("Too many connections are open. Please try again.", code="too_many_connections", retry_after_s=5))
+        self._surplus = len(self.connections) > self._bounds.max_connections
+        if len(self.connections) > self._bounds.max_connections + SURPLUS:
+            self._refuse_surplus()
         else:
             self._wait(0)
 
+    def _refuses(self, url: bytes) -> bool:
+        """Whether this request is on a connection too many, and has been refused."""
+        if not self._surplus or len(self.connections) <= self._bounds.max_connections or url.partition(b"?")[0] in ASKED_WHEN_FULL:
+            return False
+        self._refuse_surplus()
+        return True
+
+    def _refuse_surplus(self) -> None:
+        self._refuse(Unavailable("Too many connections are open. Please try again.", code="too_many_connections", retry_after_s=5))
+
+    def on_message_complete(self) -> None:
+        """The request is whole. Uvicorn takes no notice if it has been answered already."""
+        super().on_message_complete()
+        self.cycle.more_body = False
+
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
+        awaited_body = self.cycle is not None and self.cycle.more_body
         super().data_received(data)
         cycle = self.cycle
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
             self._end_wait()  # the request is whole, and being answered
-        elif not self.transport.is_closing():
+        elif self.transport.is_closing():
+            pass
+        elif cycle is not None and awaited_body and not cycle.more_body and not self._reading_headers:
+            # The rest of a request that was answered before it was whole: now the connection is idle.
+            self._end_wait()
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        else:
             self._wait(len(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -84,8 +115,9 @@ class PatientProtocol(HttpToolsProtocol):
 
     def _wait(self, came: int) -> None:
         body = self.cycle is not None and self.cycle.more_body and not self._reading_headers
-        if self._late is None or body is not self._awaits_body:
+        if self._late is None or body is not self._awaits_body or self._late_cycle is not self.cycle:
             self._end_wait()
+            self._late_cycle = self.cycle
             self._awaits_body, self._came, self._paused = body, 0, False
             self._late = self.loop.call_later(self._bounds.body_s if body else self._bounds.header_s, self._is_late)
         self._came += came
@@ -94,7 +126,7 @@ class PatientProtocol(HttpToolsProtocol):
     def _end_wait(self) -> None:
         if self._late is not None:
             self._late.cancel()
-            self._late = None
+            self._late = self._late_cycle = None
 
     def _is_late(self) -> None:
         self._late = None
@@ -109,5 +141,9 @@ class PatientProtocol(HttpToolsProtocol):
             return
         if self._came >= MIN_BODY_BYTES or self._paused or self.flow.read_paused or cycle.waiting_for_100_continue:
             self._wait(0)
+            return
+        if cycle.response_complete:
+            # It has had its answer: another one would be taken for the next request's.
+            self.transport.close()
             return
         self._refuse(RequestTimeout(f"The request's body did not go on within {bounds.body_s:g} s.", retry_after_s=1))

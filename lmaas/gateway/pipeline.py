@@ -89,20 +89,18 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
                 # Past its deadline a request has expired; everything else that ends here has failed.
                 expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
                 record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
-                gateway.metrics.refused(endpoint.path, error.kind, error.error_code)
-                await _answer_error(call, error)
+                await _answer_error(gateway, call, endpoint, error)
             except asyncio.CancelledError:
                 # The gateway stops and its drain time is over: never a silent end.
                 record.end(UsageStatus.FAILED, "gateway_stopped")
-                await _answer_error(
-                    call, Unavailable("The gateway is stopping. Please try again.", code="gateway_stopped", retry_after_s=1)
-                )
+                stopping = Unavailable("The gateway is stopping. Please try again.", code="gateway_stopped", retry_after_s=1)
+                await _answer_error(gateway, call, endpoint, stopping)
                 raise
             except Exception:
                 # Ours to answer even so: the request was accepted, and has its one event. The log says what a person must look at.
                 log.exception("unexpected error", extra={"request_id": call.request_id, "tenant_id": principal.tenant_id})
                 record.end(UsageStatus.FAILED, "internal_error")
-                await _answer_error(call, InternalError())
+                await _answer_error(gateway, call, endpoint, InternalError())
             finally:
                 _observe(gateway, endpoint, record)
 
@@ -162,8 +160,9 @@ async def _leased(call: Call, opened: OpenTicket, waiting: Waiting, *, streaming
     return None
 
 
-async def _answer_error(call: Call, error: LmaasError) -> None:
+async def _answer_error(gateway: Gateway, call: Call, endpoint: Endpoint, error: LmaasError) -> None:
     """An error response, or an error event if the answer has begun."""
+    gateway.metrics.refused(endpoint.path, error.kind, error.error_code)
     if call.started:
         await call.finish(sse.data(error.body()))
         return

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from lmaas.errors import Forbidden, LmaasError, ModelNotFound, Unavailable
+from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
 from lmaas.gateway.call import Call
 from lmaas.gateway.catalog import ListedModel
 from lmaas.gateway.pipeline import Gateway, complete
@@ -35,6 +35,11 @@ class Completions:
             await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
         except LmaasError as error:
             self._gateway.metrics.refused(self._endpoint.path, error.kind, error.error_code)
+            raise
+        except ClientDisconnect:
+            raise  # nobody is answered
+        except Exception:
+            self._gateway.metrics.refused(self._endpoint.path, InternalError.kind, InternalError.code)
             raise
 
 

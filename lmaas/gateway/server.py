@@ -144,6 +144,8 @@ class BoundedProtocol(PatientProtocol):
         if self._busy or self._header_bytes > MAX_HEADER_BYTES:
             self._refuse_headers()
             return
+        if self._refuses(self.url):
+            return
         super().on_headers_complete()
         if self.cycle is not None and self.scope["method"] != "HEAD":  # there, no body would follow the head
             joined: Any = JoinedTransport(self.transport, self.cycle)

@@ -102,17 +102,18 @@ class Batch:
 
     async def _connected(self, deadline: float) -> AbstractConnection:
         """The connection, by the loop's time. Raises RedisError if there is none to be had, which has been tried more than once then."""
-        if self._connection is None:
-            connection: AbstractConnection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-            # One timeout for the whole batch is ours. The library's own, for each reply, cost more than the reply.
-            connection.socket_timeout = None
-            self._connection = connection
-        if not self._connection.is_connected:
-            try:
-                async with asyncio.timeout_at(_soon(deadline)):
+        try:
+            # The library tries to connect for much longer by itself, the first time as well.
+            async with asyncio.timeout_at(_soon(deadline)):
+                if self._connection is None:
+                    connection: AbstractConnection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+                    # One timeout for the whole batch is ours. The library's own, for each reply, cost more than the reply.
+                    connection.socket_timeout = None
+                    self._connection = connection
+                elif not self._connection.is_connected:
                     await self._connection.connect()  # type: ignore[no-untyped-call]
-            except TimeoutError:
-                raise RedisTimeout("no connection in time") from None
+        except TimeoutError:
+            raise RedisTimeout("no connection in time") from None
         return self._connection
 
 

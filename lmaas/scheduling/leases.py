@@ -22,6 +22,8 @@ RENEW_EVERY_S = 1.0
 REMEMBER_S = 30.0
 #: And no more than this many, whatever the rate.
 REMEMBER_AT_MOST = 50_000
+#: A ticket that nobody renews is given up by Redis after this while (LEASE_MS): then there is nothing left to take back.
+LEASE_S = 6.0
 #: Tickets renewed in one call: the server does nothing else meanwhile.
 RENEW_AT_ONCE = 200
 
@@ -189,8 +191,12 @@ class Leases:
         self.scheduler = scheduler
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
-        #: Releases that Redis has not taken yet.
-        self._unsettled: list[Settlement] = []
+        #: Tickets that Redis has been asked to take. They may be granted before we hear that they are, but nothing keeps or puts them back.
+        self._asked: dict[str, OpenTicket] = {}
+        #: Releases with an event that Redis has not taken yet, by pool.
+        self._unsettled: dict[str, deque[Settlement]] = {}
+        #: And those without one, each with when it was told: Redis may or may not have taken a ticket of which we did not hear.
+        self._unheard: deque[tuple[float, Settlement]] = deque()
         self._settling: set[asyncio.Future[Any]] = set()
         #: Usage events by pool, each with when it was told.
         self._recent: dict[str, deque[tuple[float, str]]] = {}
@@ -205,21 +211,22 @@ class Leases:
         Raises the terms' refusal if it is over a limit, Unavailable if Redis is away; then nothing was accepted.
         """
         opened = OpenTicket(ticket, usage, terms, deadline_s, self.scheduler)
-        self._open[ticket.id] = opened
+        self._asked[ticket.id] = opened
         try:
             report = await self.scheduler.submit(ticket, terms.bounds)
             if report["state"] == "unseeded":
                 seeds = await terms.seeds(report["scopes"], report["month"])
                 report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
-            del self._open[ticket.id]
             # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
             self._tell_end((ticket, "", None, ""))
             raise
+        finally:
+            del self._asked[ticket.id]
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
-            del self._open[ticket.id]
             raise terms.refusal(report)
+        self._open[ticket.id] = opened
         opened.left = report.get("left") or {}
         opened.apply(report)
         try:
@@ -245,10 +252,22 @@ class Leases:
     def _end_told(self, settlement: Settlement, told: "asyncio.Future[Any]") -> None:
         self._settling.discard(told)
         if told.cancelled() or told.exception() is not None:
-            self._unsettled.append(settlement)  # the next renewal tells it
+            self._settle_later(settlement)
         else:
             self.scheduler.released(settlement[0], told.result())
             self._remember(settlement)
+
+    def _settle_later(self, settlement: Settlement) -> None:
+        """Have the next renewal tell it."""
+        ticket, event, _, _ = settlement
+        if event:
+            self._unsettled.setdefault(ticket.pool, deque()).append(settlement)
+            return
+        # While Redis is away there is one for each request that is refused.
+        now = time.monotonic()
+        while self._unheard and self._unheard[0][0] < now - LEASE_S:
+            self._unheard.popleft()
+        self._unheard.append((now, settlement))
 
     def _remember(self, settlement: Settlement) -> None:
         ticket, event, _, _ = settlement
@@ -274,7 +293,7 @@ class Leases:
                 await self.renew()
                 continue
             news = json.loads(message)
-            opened = self._open.get(news["id"])
+            opened = self._open.get(news["id"]) or self._asked.get(news["id"])
             if opened is not None:
                 opened.apply(news | {"state": news["event"]})
 
@@ -331,15 +350,28 @@ class Leases:
                 await self.scheduler.release(opened.ticket, "", None)
 
     async def _settle_rest(self) -> None:
-        while self._unsettled:
-            # Taken off only when it is told; a second teller at the same moment does no harm, since the ledger takes each event once.
-            item = self._unsettled[0]
-            try:
+        # Pool by pool at the same time: one that does not take something holds up no other.
+        pools = {*self._unsettled, *(settlement[0].pool for _, settlement in self._unheard)}
+        await asyncio.gather(*(self._settle_pool(pool) for pool in pools))
+
+    async def _settle_pool(self, pool: str) -> None:
+        # Taken off only when it is told; a second teller at the same moment does no harm, since the ledger takes each event once.
+        events = self._unsettled.get(pool)
+        try:
+            while events:
+                item = events[0]
                 await self._release(item)
-            except Unavailable:
-                return
-            with contextlib.suppress(ValueError):
-                self._unsettled.remove(item)
+                with contextlib.suppress(ValueError):
+                    events.remove(item)
+            if events is not None and self._unsettled.get(pool) is events:
+                del self._unsettled[pool]
+            for unheard in [each for each in self._unheard if each[1][0].pool == pool]:
+                if unheard[0] >= time.monotonic() - LEASE_S:
+                    await self._release(unheard[1])
+                with contextlib.suppress(ValueError):
+                    self._unheard.remove(unheard)
+        except Unavailable:
+            log.warning("ended tickets could not be settled", extra={"action": "settle", "pool_id": pool})
 
     def _see_epoch(self, pool: str, epoch: str | None) -> None:
         """Another epoch means that Redis has lost its memory, and perhaps events that the ledger does not have yet."""
@@ -349,13 +381,14 @@ class Leases:
         if known != epoch:
             log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
             for _, event in self._recent.get(pool, ()):
-                self._unsettled.append((_told_again(pool), event, None, ""))
+                self._settle_later((_told_again(pool), event, None, ""))
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""
-        while self._open or self._settling or any(event for _, event, _, _ in self._unsettled):
+        while self._open or self._asked or self._settling or self._unsettled:
             await self._settle_rest()
             await asyncio.sleep(0.05)
+        await self._settle_rest()
 
 
 def _told_again(pool: str) -> Ticket:

@@ -8,6 +8,7 @@ local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots
 -- And so many times the placements in which all that its tenant has waiting would have had its turn, were the tenants' turns fair ones: with a
 -- fixed bound, everything that waits is passed over too often once the queue is longer than that, and engines run half empty.
 local FAIR_TURNS = 2
+local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
 local MAX_TENANTS = 256   -- tenants looked at in one round
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
@@ -145,7 +146,7 @@ local function place(pool, ticket, replica, caller)
 end
 
 -- Calls `look` with each queued ticket's id, its needs, how many were placed when it was passed over first (nil: never), and how many
--- placements fair turns would take until its tenant has nothing waiting, in the order of service, until `look` answers something: first what
+-- placements fair turns would take until its tenant has nothing waiting (at most MAX_TURNS), in the order of service, until `look` answers something: first what
 -- came back, then tenant by tenant.
 local function each_waiting(pool, look)
   local looks = 0
@@ -166,7 +167,7 @@ local function each_waiting(pool, look)
   local tenants = redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)
   for _, tenant in ipairs(tenants) do
     local ids = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1)
-    found = look_at(ids, #ids * #tenants)
+    found = look_at(ids, math.min(MAX_TURNS, #ids * #tenants))
     if found ~= nil then return found end
     if looks > MAX_LOOKS then return nil end
   end

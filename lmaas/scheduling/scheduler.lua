@@ -1,5 +1,10 @@
 -- The functions. See state.lua for what they work on.
 
+-- Of a function that frees memory, or by which it is freed: a server that has none left takes it even so.
+local function register_always(name, callback)
+  redis.register_function({ function_name = name, callback = callback, flags = { 'allow-oom' } })
+end
+
 -- How long a ticket at this position may have to wait, in ms.
 local function estimate(pool, position)
   local slots, start = 0, nil
@@ -82,7 +87,7 @@ end)
 
 -- release(ticket id, usage event JSON or '', run ms or '', "prompt,cached,completion" or '') → {1, or 0 if the ticket was gone, memory}.
 -- The event is recorded in any case.
-redis.register_function('lmaas_release', function(keys, args)
+register_always('lmaas_release', function(keys, args)
   if args[2] ~= '' then redis.call('XADD', keys[1] .. ':usage', '*', 'event', args[2]) end
   local pool = open(keys[1], true)
   -- The pool is a newer release's now, and does not know the ticket. A gateway that stops must not wait for ever to settle.
@@ -126,7 +131,7 @@ redis.register_function('lmaas_retry', function(keys, args)
 end)
 
 -- renew(memory, ticket id, progress or '', …) → {epoch, memory, tickets: [report, …]} in the order of the arguments.
-redis.register_function('lmaas_renew', function(keys, args)
+register_always('lmaas_renew', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   local reports = {}
   for i = 2, #args, 2 do
@@ -307,7 +312,7 @@ end)
 
 -- stats(memory) is the controller's, and says that there is one. → {memory, queued, load, idle_ms, run_ms, start_ms (what a request and a
 -- start usually take), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
-redis.register_function('lmaas_stats', function(keys, args)
+register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
   dispatch(pool)

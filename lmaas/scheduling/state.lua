@@ -12,7 +12,7 @@
 --   :needs     hash  queued ticket id → "weight|adapter"
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was passed over first
 --   :replicas  hash  replica id → JSON          :progress  hash  ticket id → "prompt,cached,completion"
---   :usage     stream of usage events           :vars      hash  counters, averages, epoch, layout, run, mark, base
+--   :usage     stream of usage events           :vars      hash  counters, averages, epoch, began, layout, run, mark, base
 -- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together; it counts as long as
 -- `lmaas:limits` says nothing else.
 --
@@ -68,9 +68,12 @@ end
 local function begin_epoch(pool, mark)
   pool.mark = math.max(pool.now * 1000, mark + 1)
   pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
+  pool.began = pool.run
   pool.tickets, pool.changed = nil, nil
-  redis.call('HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch)
-  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, base = pool.base }
+  redis.call(
+    'HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'began', pool.run, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch
+  )
+  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
 end
 
 -- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so.
@@ -107,7 +110,7 @@ local function open(prefix, or_nil)
   pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
   local last = seen_last[prefix]
   if not last or last.mark + 1 ~= pool.mark then
-    local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base')
+    local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base', 'began')
     if tonumber(found[1] or 0) ~= LAYOUT then
       if is_of_newer(prefix, now) then
         if or_nil then return nil end
@@ -120,7 +123,7 @@ local function open(prefix, or_nil)
       end
       return pool
     end
-    last = { epoch = found[2], base = tonumber(found[4]) }
+    last = { epoch = found[2], base = tonumber(found[4]), began = found[5] }
     if found[3] ~= process then
       -- Another process has begun with this: who has seen more than that in the one before knows that it is older.
       last.base = pool.mark - 1
@@ -128,7 +131,7 @@ local function open(prefix, or_nil)
     end
     seen_last[prefix] = last
   end
-  last.mark, pool.epoch, pool.base = pool.mark, last.epoch, last.base
+  last.mark, pool.epoch, pool.base, pool.began = pool.mark, last.epoch, last.base, last.began
   local stored = redis.call('HGETALL', prefix .. ':replicas')
   for i = 1, #stored, 2 do pool.replicas[stored[i]] = cjson.decode(stored[i + 1]) end
   return pool
@@ -146,8 +149,8 @@ local function open_as_seen(prefix, seen)
   mark = tonumber(mark)
   if mark and mark > (run == pool.run and pool.mark or pool.base) then
     rebuild(pool, mark)
-  elseif mark and run ~= pool.run and mark < tonumber(pool.epoch) then
-    -- Lost, and begun anew by another process: what that knows of limits may be old.
+  elseif mark and run ~= pool.run and pool.began == pool.run and mark < tonumber(pool.epoch) then
+    -- Lost, and begun anew by this process: what it knows of limits may be old. (An epoch that it has only taken over is older than the loss.)
     doubt_limits(pool)
   end
   return pool

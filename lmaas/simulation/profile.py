@@ -1,4 +1,4 @@
-"""How fast an engine is: what was measured, and is assumed of every engine of a simulation."""
+"""How fast an engine is: what was measured or guessed, and is assumed of every engine of a simulation."""
 
 import json
 import math
@@ -10,10 +10,11 @@ from lmaas.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Measured times of one engine, `_s` in seconds, and its sizes.
+    """Times of one engine, `_s` in seconds, and its sizes.
 
-    The defaults are this project's development machine: 2 cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the
-    zygote (`start_s` is 18 without it). `python -m bench.bill` measures them on another machine.
+    The defaults are meant to be this project's development machine (docs/simulation.md says which were measured and which are guesses):
+    2 cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the zygote (`start_s` is 18 without it).
+    `python -m bench.bill` measures them on another machine.
     """
 
     #: From the controller's decision to the engine's launch: a supervisor process starts. Nobody counts this as engine time.

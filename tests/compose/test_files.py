@@ -27,6 +27,7 @@ TEXT = (ROOT / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
+PROXY = (ROOT / "docker/haproxy.cfg").read_text()
 SECRETS = ("LMAAS_OPERATOR_KEY", "POSTGRES_PASSWORD", "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
 ONE_SHOTS = {"migrate", "init", "init-gpu", "tenants", "cli"}
 PUBLISHED = {"proxy", "prometheus", "grafana"}
@@ -86,7 +87,8 @@ def test_networks(name: str) -> None:
     service = SERVICES[name]
     assert ("ports" in service) == (name in PUBLISHED)
     for port in service.get("ports", ()):
-        assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:${")
+        # Prometheus asks nobody for a password: who publishes the service does not publish that.
+        assert port.startswith(f"${{{'BIND' if name == 'proxy' else 'MONITORING'}_ADDRESS:-127.0.0.1}}:${{")
     if name not in PUBLISHED | {"init", "init-gpu"}:
         assert list(service["networks"]) == ["backend"]
     assert COMPOSE["networks"]["backend"] == {"internal": True}
@@ -192,8 +194,49 @@ def test_prometheus_asks_where_the_services_listen() -> None:
     assert ports == {"gateway": 8080, "controller": int(SERVICES["controller"]["environment"]["LMAAS_CONTROLLER_PORT"])}
 
 
+def test_the_proxy_keeps_gateways_that_lack_a_database() -> None:
+    """/readyz asks Postgres and Redis, which are the same for all: none would be left to serve the keys that they know."""
+    checks = [line.split() for line in PROXY.splitlines() if line.split()[:2] == ["http-check", "send"]]
+    assert [check[check.index("uri") + 1] for check in checks] == ["/healthz"]
+    for needed in ("option redispatch", "retry-on conn-failure"):
+        assert needed in PROXY, "a gateway that stops is not ready either"
+
+
+def test_the_proxy_is_not_stopped_before_the_gateways() -> None:
+    """What depends on something is stopped before it: streams would be cut that the gateways let run, or end with an error."""
+    assert "gateway" not in SERVICES["proxy"]["depends_on"]
+    assert "init-addr none" in PROXY, "then it starts without them"
+
+
+def test_the_proxys_errors_look_like_the_gateways() -> None:
+    errors = re.findall(
+        r"^ *http-(?:error|request return) status (\d+) content-type application/json (?:lf-)?string '(.*?)'(.*)$", PROXY, re.M
+    )
+    assert [int(status) for status, _, _ in errors] == [400, 408, 502, 503, 504, 404]
+    for status, body, headers in errors:
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        assert "hdr x-request-id %[unique-id]" in headers
+        assert f"hdr x-should-retry {'false' if status in ('400', '404') else 'true'}" in headers
+
+
+def test_valkey_has_room_for_a_rewrite() -> None:
+    [most] = re.findall(r"--maxmemory (\d+)mb", SERVICES["valkey"]["command"][-1])
+    assert SERVICES["valkey"]["deploy"]["resources"]["limits"]["memory"] == "1g"
+    assert int(most) <= 512
+
+
+def test_a_gpu_image_can_compile_kernels() -> None:
+    """Triton needs a C compiler when an engine starts, and loads what that makes; /tmp is noexec. Never run, for want of a GPU."""
+    image = (ROOT / "docker/Dockerfile").read_text()
+    for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        [folder] = re.findall(rf"{variable}=(\S+)", image)
+        assert folder.startswith("/var/cache/lmaas/")
+    assert "models:/var/cache/lmaas" in SERVICES["controller-gpu"]["volumes"]
+    assert re.search(r"gpu\).*gcc libc6-dev", (ROOT / "docker/install.sh").read_text())
+
+
 def test_the_public_port_shows_no_metrics() -> None:
-    assert "path,url_dec -m beg /metrics" in (ROOT / "docker/haproxy.cfg").read_text()
+    assert "path,url_dec -m beg /metrics" in PROXY
     gateway = GatewayMetrics()
     labels = {label for family in gateway.registry.collect() for sample in family.samples for label in sample.labels}
     assert not labels & {"tenant", "tenant_id", "adapter", "model", "key"}

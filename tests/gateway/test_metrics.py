@@ -3,12 +3,13 @@
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from lmaas.gateway.routes import CHAT
+from lmaas.gateway.routes import CHAT, completions
 from lmaas.observability import MAX_CODES, GatewayMetrics
 from lmaas.store.tenants import update_tenant
 from tests.gateway.stack import Stack, Tenant, running
@@ -43,6 +44,16 @@ def test_codes_without_end_are_not_kept_apart() -> None:
     counted = {sample.labels["code"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
     assert len(counted) == MAX_CODES + 1
     assert counted["other"] == MAX_CODES
+
+
+async def test_unexpected_errors_are_counted_too() -> None:
+    gateway = Mock(metrics=GatewayMetrics(), authenticate=AsyncMock(side_effect=ZeroDivisionError))
+    scope = {"type": "http", "path": CHAT.path, "method": "POST", "headers": [], "request_id": "req_1"}
+    with pytest.raises(ZeroDivisionError):  # the frame answers it
+        await completions(gateway)[CHAT.path](scope, AsyncMock(), AsyncMock())
+    (family,) = gateway.metrics.refusals.collect()
+    (labels,) = [sample.labels for sample in family.samples if sample.name.endswith("_total")]
+    assert labels == {"endpoint": CHAT.path, "kind": "internal", "code": "internal_error"}
 
 
 @pytest.fixture

@@ -1,17 +1,18 @@
 """Clients that send slowly, or nothing, or are too many: raw sockets against the real server."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmaas.config import Settings
-from lmaas.gateway.patience import MIN_BODY_BYTES, client_bounds
+from lmaas.gateway.patience import MIN_BODY_BYTES, SURPLUS, client_bounds
 from lmaas.gateway.server import server
 from tests.conftest import until
 from tests.gateway.stack import free_port
@@ -40,6 +41,15 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"%06d" % length})
 
 
+async def hasty(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers /early without a look at its body, and everything else as `echo` does."""
+    if scope.get("path") != "/early":
+        await echo(scope, receive, send)
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"early"})
+
+
 @dataclass
 class Answer:
     status: int
@@ -59,10 +69,10 @@ async def answer(reader: asyncio.StreamReader) -> Answer:
 
 
 @asynccontextmanager
-async def serving(**changes: Any) -> AsyncIterator[int]:
+async def serving(app: ASGIApp = echo, **changes: Any) -> AsyncIterator[int]:
     """The port of a server."""
     settings = Settings(port=free_port(), **{"header_timeout_s": FOREVER_S, "body_timeout_s": FOREVER_S, **changes})
-    running = server(echo, settings)
+    running = server(app, settings)
     task = asyncio.create_task(running.serve())
     await until(lambda: running.started, every_s=0.01)
     yield settings.port
@@ -121,10 +131,16 @@ async def test_a_connection_too_many() -> None:
     async with serving(max_connections=2) as port, connected(port) as (reader, writer), connected(port) as (_, other):
         writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await answer(reader)).status == 200
-        async with connected(port) as (late, _):
+        async with connected(port) as (late, asks):
+            for path in ("/healthz", "/readyz", "/metrics?x"):  # who asks how we are hears it
+                asks.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+                assert (await answer(late)).status == 200
+            asks.write(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")
             refused = await answer(late)
             assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "too_many_connections", "5")
             assert await late.read() == b""
+        writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await answer(reader)).status == 200, "those that were here first are not refused"
         other.close()
         await other.wait_closed()
 
@@ -134,6 +150,48 @@ async def test_a_connection_too_many() -> None:
                 return (await answer(again)).status == 200
 
         await until(there_is_room, 10)
+
+
+async def test_far_too_many_connections() -> None:
+    """Even those who ask how we are have a bound."""
+    async with serving(max_connections=1) as port, AsyncExitStack() as stack:
+        for _ in range(1 + SURPLUS):
+            await stack.enter_async_context(connected(port))
+        late, _ = await stack.enter_async_context(connected(port))
+        assert (await answer(late)).code == "too_many_connections"
+        assert await late.read() == b""
+
+
+@pytest.mark.parametrize("rest", [b"bc", b"b"], ids=["whole later", "never whole"])
+async def test_who_was_answered_before_his_request_was_whole_gets_no_second_answer(rest: bytes) -> None:
+    async with serving(hasty, header_timeout_s=SOON_S, body_timeout_s=SOON_S) as port, connected(port) as (reader, writer):
+        writer.write(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\na")
+        assert (await answer(reader)).body == b"early"
+        writer.write(rest)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(4 * SOON_S):
+                assert await reader.read(1) == b"", "at most the connection ends"
+        if rest == b"bc":
+            writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
+            again = await answer(reader)
+            assert (again.status, again.body) == (200, b"000000")
+        else:
+            assert reader.at_eof()
+
+
+async def test_an_early_answers_timer_is_not_the_next_requests() -> None:
+    app = Application()
+    connection = Connection(app)
+    connection.send(head(3))
+    connection.send(b"a")
+    first = connection.protocol._late
+    assert first is not None
+    connection.protocol.cycle.response_complete = True  # answered early
+    connection.send(b"bc" + head(3))
+    assert connection.protocol.cycle.more_body
+    assert first.cancelled()
+    assert connection.protocol._late is not None
+    await ended(connection, app)
 
 
 def test_no_more_connections_than_files() -> None:

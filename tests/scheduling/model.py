@@ -30,6 +30,7 @@ class Rules:
     MAX_PASSES: int = 64
     RESERVE_PASSES: int = 32
     FAIR_TURNS: int = 2
+    MAX_TURNS: int = 128
     MAX_TENANTS: int = 256
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
@@ -292,7 +293,7 @@ class Model:
         turns = 0
         if not held.came_back:
             tenants = self.tenants_waiting()[: self.rules.MAX_TENANTS]
-            turns = len(self.queue(held.ticket.tenant)[: self.rules.MAX_DEPTH]) * len(tenants)
+            turns = min(self.rules.MAX_TURNS, len(self.queue(held.ticket.tenant)[: self.rules.MAX_DEPTH]) * len(tenants))
         self.longest_turns = max(self.longest_turns, self.rules.FAIR_TURNS * turns)
         return self.placed - held.passed_at - self.rules.FAIR_TURNS * turns
 

@@ -16,7 +16,7 @@ from tests.scheduling.model_limits import WINDOW_S, Tokens, month_of
 
 POOL = "p"
 #: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
-UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base")
+UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began")
 #: What a stored scope is, in words that Python reads.
 READ_SCOPE = "local found = redis.call('GET', KEYS[1]); return found and cjson.encode(cmsgpack.unpack(found))"
 

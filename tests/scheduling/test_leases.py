@@ -1,17 +1,19 @@
 """A gateway's open tickets, with a real Valkey."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverLimit, Unavailable
-from lmaas.scheduling.client import Bounds, Scheduler, gateway_channel
-from lmaas.scheduling.leases import Leases
+from lmaas.scheduling import leases as leases_module
+from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, gateway_channel
+from lmaas.scheduling.leases import Leases, OpenTicket
 from tests.conftest import until
-from tests.scheduling.build import Pool, Used, ids, opened, quick, ticket
+from tests.scheduling.build import Pool, Room, Used, ids, opened, quick, ticket
 
 
 @pytest.fixture
@@ -234,6 +236,62 @@ async def test_a_cancelled_submit_leaves_nothing_behind(scheduler: Scheduler, le
     assert await pool.tickets() == {}
     assert await ids(pool) == []
     assert len(leases._open) == 0
+
+
+async def test_a_ticket_that_is_not_accepted_yet_is_not_put_back_past_its_limits(leases: Leases, pool: Pool) -> None:
+    """While the month's figures are read, the scheduler does not know the ticket: a renewal must not take that for lost memory."""
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    class Slow(Room):
+        async def seeds(self, scopes: Sequence[str], month: int) -> dict[str, Seed]:
+            asked.set()
+            await answered.wait()
+            return {scope: Seed(month, 1_000, 0) for scope in scopes}
+
+    await pool.beat()
+    limited = msgspec.structs.replace(ticket(1), limits=(LimitedScope("a", "tenant", tokens_per_month=10),))
+
+    async def request() -> None:
+        async with leases.open(limited, Used(), Slow(Bounds(10, 10_000)), deadline_s=10):
+            pytest.fail("it is over its month's tokens")
+
+    task = asyncio.create_task(request())
+    await asked.wait()
+    await asyncio.sleep(0.01)  # what was accepted has waited for some time when it is put back
+    await leases.renew()
+    assert await pool.tickets() == {}
+    answered.set()
+    with pytest.raises(OverLimit, match="limited"):
+        await task
+    assert await pool.tickets() == {}
+    assert len(leases._open) == 0
+
+
+async def test_a_grant_that_is_told_before_the_ticket_was_heard_to_be_queued_is_not_lost(
+    scheduler: Scheduler, leases: Leases, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases_module, "RENEW_EVERY_S", 1000.0)
+    submit, granted = scheduler.submit, asyncio.Event()
+
+    async def slow(*args: Any, **more: Any) -> dict[str, Any]:
+        report = await submit(*args, **more)
+        assert report["state"] == "queued"
+        await pool.beat()
+        await granted.wait()
+        return report
+
+    scheduler.submit = slow  # type: ignore[method-assign]
+    apply = OpenTicket.apply
+
+    def heard(self: OpenTicket, report: dict[str, Any]) -> bool:
+        granted.set()
+        return apply(self, report)
+
+    monkeypatch.setattr(OpenTicket, "apply", heard)
+    async with running(leases), asyncio.timeout(10), opened(leases) as one:
+        lease = await one.wait(0)
+        assert lease is not None
+        assert lease.replica == "x"
 
 
 async def test_drained_waits_for_open_tickets(leases: Leases, pool: Pool) -> None:

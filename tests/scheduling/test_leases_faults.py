@@ -1,8 +1,10 @@
 """A gateway's open tickets while Valkey is away or loses its memory."""
 
 import asyncio
+import time
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -30,6 +32,17 @@ class Away(Scheduler):
         told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         told.set_exception(RedisError("away"))
         return told
+
+
+class Deaf(Away):
+    """Takes a ticket, and is gone before it says so."""
+
+    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+        answer = await super()._call(function, pool, *args)
+        if function == "submit":
+            self.away = True
+            raise Unavailable("away", code="queue_unavailable")
+        return answer
 
 
 @pytest.fixture
@@ -89,6 +102,50 @@ async def test_what_could_not_be_settled_is_settled_later(redis: Redis, pool: Po
     assert await pool.tickets() == {}
     await leases.renew()
     assert await ids(pool) == ["r1"]
+
+
+async def test_a_pool_that_takes_nothing_holds_up_no_other(redis: Redis) -> None:
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    async with (
+        opened(leases, msgspec.structs.replace(ticket(2), pool="whole")),
+        opened(leases, msgspec.structs.replace(ticket(1), pool="damaged")),
+    ):
+        scheduler.away = True
+    scheduler.away = False
+    await redis.set("lmaas:{damaged}:usage", "no stream")
+    await leases.renew()
+    assert await redis.xlen("lmaas:{whole}:usage") == 1
+    await redis.delete("lmaas:{damaged}:usage")
+    await asyncio.wait_for(leases.drained(), 5)
+    assert await redis.xlen("lmaas:{damaged}:usage") == 1
+
+
+async def test_what_was_refused_while_the_server_is_away_is_kept_for_a_lease_at_most(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEASE_S", 0.05)
+    scheduler = Away(redis)
+    leases = Leases(scheduler, "g")
+    scheduler.away = True
+    until_s = time.monotonic() + 4 * module.LEASE_S
+    while time.monotonic() < until_s:
+        with pytest.raises(Unavailable):
+            async with opened(leases):
+                pytest.fail("it was not accepted")
+        await asyncio.sleep(0)  # it is told, and that fails
+    assert leases._unheard
+    assert leases._unheard[-1][0] - leases._unheard[0][0] <= module.LEASE_S
+
+
+async def test_at_the_end_a_ticket_is_taken_back_whose_acceptance_was_not_heard(redis: Redis, pool: Pool) -> None:
+    scheduler = Deaf(redis)
+    leases = Leases(scheduler, "g")
+    await pool.beat()
+    with pytest.raises(Unavailable):
+        async with opened(leases):
+            pytest.fail("it was not accepted")
+    scheduler.away = False
+    await asyncio.wait_for(leases.drained(), 5)
+    assert await pool.states() == {}, "else it would be told as lost"
 
 
 async def test_what_the_server_forgot_is_put_back(leases: Leases, pool: Pool, redis: Redis) -> None:
@@ -214,16 +271,6 @@ async def test_an_engine_lost_while_the_server_is_away_is_told_when_it_is_back(r
 
 
 async def test_a_ticket_whose_acceptance_was_not_heard_is_taken_back(redis: Redis, pool: Pool) -> None:
-    class Deaf(Away):
-        """Takes the ticket, and is gone before it says so."""
-
-        async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
-            answer = await super()._call(function, pool, *args)
-            if function == "submit":
-                self.away = True
-                raise Unavailable("away", code="queue_unavailable")
-            return answer
-
     scheduler = Deaf(redis)
     leases = Leases(scheduler, "g")
     await pool.beat()

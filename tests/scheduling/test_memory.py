@@ -139,6 +139,41 @@ async def test_a_server_that_was_only_restarted_is_believed(server: Server) -> N
     await client.aclose()
 
 
+async def test_limits_are_not_doubted_after_a_restart_that_lost_nothing(server: Server) -> None:
+    """A gateway that was quiet meanwhile has last seen the process before, and the epoch before: that was told then."""
+    client = await server.start()
+    quiet, busy = Scheduler(client), Scheduler(client)
+    await quiet.renew("p", [])
+    await busy.renew("p", [])
+    await client.flushall()
+    await busy.renew("p", [])
+    told = await client.get("lmaas:limits")
+    await client.save()
+    server.kill()
+    again = await server.start()
+    await Pool(busy).submit(replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=2),)))
+    await quiet.renew("p", [])
+    assert await again.get("lmaas:limits") == told
+    assert await running(again) == 1
+    await again.aclose()
+    await client.aclose()
+
+
+async def test_limits_are_doubted_if_the_pool_was_begun_anew(server: Server) -> None:
+    client = await server.start()
+    quiet = Scheduler(client)
+    await quiet.renew("p", [])
+    await client.set("lmaas:limits", "of before")
+    server.kill()
+    again = await server.start()
+    await Scheduler(again).renew("p", [])
+    assert await again.get("lmaas:limits") is None
+    await quiet.renew("p", [])
+    assert await again.get("lmaas:limits") is not None
+    await again.aclose()
+    await client.aclose()
+
+
 async def test_a_flushed_server_is_rebuilt_once(pool: Pool, redis: Redis) -> None:
     await pool.beat()
     others = [Scheduler(redis) for _ in range(3)]

@@ -311,6 +311,11 @@ async def test_a_server_without_memory_is_unavailable(pool: Pool, redis: Redis) 
     try:
         with pytest.raises(Unavailable):
             await pool.submit(ticket(2))
+        # What runs goes on and ends: that frees memory.
+        await pool.scheduler.renew("p", [("r1", "")])
+        await pool.scheduler.stats("p")
+        assert await pool.scheduler.release(ticket(1), '{"request_id": "r1"}', 5)
+        assert await pool.events() == [{"request_id": "r1"}]
     finally:
         await redis.config_set("maxmemory", 0)
 
