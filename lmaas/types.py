@@ -8,6 +8,10 @@ from enum import StrEnum
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
+#: A dtype that is decided where an engine starts.
+AUTO = "auto"
+
+
 class Role(StrEnum):
     """What a key may do."""
 

@@ -17,7 +17,7 @@ from lmaas.http import JsonResponse
 from lmaas.states import Desired, Observed
 from lmaas.store import models, pools, replicas
 from lmaas.store.tenants import record_action
-from lmaas.types import NAME_PATTERN
+from lmaas.types import AUTO, NAME_PATTERN
 
 #: What an operator may set, with its bounds; None as a value means the setting's.
 BOUNDS: dict[str, tuple[type, float, float]] = {
@@ -139,7 +139,7 @@ async def create_model(api: Api, request: Request) -> Response:
     usual["max_cpu_loras"] = max(usual["max_cpu_loras"], body.get("max_loras", 1))
     _check(body)
     values = usual | body
-    read = await _read(values["source"], values["dtype"])
+    read = await _read(values["source"], values["dtype"], settings)
     longest = read.pop("longest")
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
@@ -160,7 +160,7 @@ async def change_model(api: Api, request: Request) -> Response:
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
     if changes.keys() & {"source", "dtype"}:
-        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype))
+        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), api.settings)
         longest = read.pop("longest")
         changes |= read
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
@@ -180,7 +180,7 @@ async def delete_model(api: Api, request: Request) -> Response:
     return JsonResponse({"object": "base_model.deleted", "id": model_id, "deleted": True})
 
 
-async def _read(source: str, dtype: str) -> dict[str, Any]:
+async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
     """What the model's own files say: `source`, `linears`, `dtype`, and `longest`, its context length or None. Raises InvalidRequest."""
 
     def read() -> dict[str, Any]:
@@ -189,7 +189,12 @@ async def _read(source: str, dtype: str) -> dict[str, Any]:
         linears = {path: list(shape) for path, shape in base_model_shapes(folder).items()}
         # A hub id stays one: engines elsewhere fetch it themselves.
         kept = str(folder) if folder.exists() and source.startswith(("/", ".", "~")) else source
-        return {"source": kept, "linears": linears, "dtype": engine_dtype(dtype, config), "longest": context_length(config)}
+        return {
+            "source": kept,
+            "linears": linears,
+            "dtype": engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config),
+            "longest": context_length(config),
+        }
 
     return await asyncio.to_thread(read)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shlex
@@ -24,6 +25,7 @@ from lmaas.engine.zygote.commands import command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
 from lmaas.store.models import BaseModel
+from lmaas.types import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +65,17 @@ def has_cpu_build() -> bool:
     return False
 
 
+def has_engine() -> bool:
+    """Whether any vLLM is installed here. A gateway's image has none."""
+    return has_cpu_build() or importlib.util.find_spec("vllm") is not None
+
+
 def command_line(spec: EngineSpec, port: int) -> list[str]:
     """The server's command line."""
     command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
-    command += ["--host", spec.host, "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
+    # `auto` of vLLM is the model's own; on a CPU a greedy answer shall be the same alone and in a batch.
+    dtype = "float32" if spec.dtype == AUTO and has_cpu_build() else spec.dtype
+    command += ["--host", spec.host, "--port", str(port), "--dtype", dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
     # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
     command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]

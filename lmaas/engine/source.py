@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmaas.engine.launch import has_cpu_build
+from lmaas.engine.launch import has_cpu_build, has_engine
 from lmaas.errors import InvalidRequest
+from lmaas.types import AUTO
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -49,8 +50,11 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 def engine_dtype(asked: str, config: dict[str, Any]) -> str:
     """The engine's dtype. `auto` is float32 on a CPU, in which a greedy answer is the same alone and in a batch, and else the model's
-    own. Raises InvalidRequest for one that engines do not have."""
-    if asked == "auto":
+    own; where no engine is installed, as in a gateway's image, it stays `auto`, and whoever starts an engine decides (launch.py).
+    Raises InvalidRequest for one that engines do not have."""
+    if asked == AUTO:
+        if not has_engine():
+            return AUTO
         asked = "float32" if has_cpu_build() else str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if asked not in DTYPES:
         raise InvalidRequest(f"'dtype' is one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype")

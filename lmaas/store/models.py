@@ -11,7 +11,10 @@ from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
 from lmaas.store.database import Database, new_id
 from lmaas.store.tables import adapters, base_models, replicas
-from lmaas.types import BaseModelShapes
+from lmaas.types import AUTO, BaseModelShapes
+
+#: Of the dtypes that engines compute in.
+NARROWEST = "float16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,9 @@ class BaseModel:
     @property
     def shapes(self) -> BaseModelShapes:
         """What an adapter must fit."""
-        return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, self.dtype, self.max_lora_rank)
+        # Decided where an engine starts: whatever that will be, what is finite in the narrowest is finite in it.
+        dtype = NARROWEST if self.dtype == AUTO else self.dtype
+        return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, dtype, self.max_lora_rank)
 
 
 _IS_THERE = base_models.c.deleted_at.is_(None)

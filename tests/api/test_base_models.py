@@ -12,6 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from lmaas.engine import source
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import Observed
 from lmaas.store.adapters import delete_adapter
@@ -121,6 +122,20 @@ async def test_what_adapters_were_validated_against_does_not_change(
     stored = await get_base_model(stack.db, "tiny")
     assert (stored.source, stored.linears, stored.max_lora_rank) == (str(other), {"model.layers.0.self_attn.q_proj": [8, 8]}, 64)
     assert (await operator.delete(f"{MODELS}/tiny")).status_code == 200
+
+
+async def test_the_settings_say_what_auto_is(
+    postgres_url: str, valkey_url: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "has_engine", lambda: False)
+    for said, kept in (("auto", "auto"), ("bfloat16", "bfloat16")):
+        async with running(postgres_url, valkey_url, tmp_path / said, engine_dtype=said) as stack:
+            key = new_key()
+            await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
+            async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
+                for name, more in ((f"a-{said}", {}), (f"b-{said}", {"dtype": "auto"})):
+                    answer = await client.post(MODELS, json={"name": name, "source": str(folder)} | more)
+                    assert (answer.status_code, answer.json()["dtype"]) == (201, kept), answer.text
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
