@@ -11,7 +11,6 @@ from redis import Redis
 
 from lmaas.errors import InternalError
 from lmaas.scheduling.client import Scheduler, library
-from lmaas.up.embedded import valkey
 
 Answer = TypeVar("Answer")
 Message = tuple[str, str]
@@ -93,6 +92,8 @@ def _answered(calling: Coroutine[Any, Any, Any], reply: Any) -> Any:
 @contextmanager
 def server() -> Iterator[Redis]:
     """A Valkey in memory, for one simulation after the other."""
+    from lmaas.up.embedded import valkey  # noqa: PLC0415 (a gateway's image has no embedded servers, and the same command)
+
     with TemporaryDirectory(prefix="lmaas-simulation-") as folder, valkey(Path(folder)) as url:
         client = Redis.from_url(url, decode_responses=True)
         try:
