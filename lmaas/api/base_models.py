@@ -1,7 +1,6 @@
 """Base models, and the pools of their replicas, over HTTP."""
 
 import asyncio
-import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from lmaas.adapters.safetensors import base_model_shapes
 from lmaas.api.context import Api, in_range, json_body
 from lmaas.config import Settings
+from lmaas.engine.arguments import refusal
 from lmaas.engine.source import context_length, engine_dtype, model_config, model_folder
 from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
@@ -44,14 +44,6 @@ FIELDS: dict[str, type] = {name: kind for name, (kind, _, _) in NUMBERS.items()}
 #: Null puts the setting's back.
 NULLABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators"})
 MAX_WORDS = 1000
-#: What the service itself says on an engine's command line, or what would have an engine run code, or listen where tenants reach it.
-RESERVED = frozenset(
-    {
-        *("model", "served-model-name", "host", "port", "uds", "dtype", "max-model-len", "max-num-seqs", "kv-cache-memory-bytes"),
-        *("enable-lora", "max-loras", "max-cpu-loras", "max-lora-rank", "lora-modules", "api-key", "config", "trust-remote-code"),
-        *("enable-prompt-tokens-details", "enable-scale-out", "root-path", "middleware", "headless", "allowed-local-media-path"),
-    }
-)
 
 
 def shown_model(settings: Settings, model: models.BaseModel) -> dict[str, Any]:
@@ -189,12 +181,8 @@ async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
         linears = {path: list(shape) for path, shape in base_model_shapes(folder).items()}
         # A hub id stays one: engines elsewhere fetch it themselves.
         kept = str(folder) if folder.exists() and source.startswith(("/", ".", "~")) else source
-        return {
-            "source": kept,
-            "linears": linears,
-            "dtype": engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config),
-            "longest": context_length(config),
-        }
+        decided = engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config)
+        return {"source": kept, "linears": linears, "dtype": decided, "longest": context_length(config)}
 
     return await asyncio.to_thread(read)
 
@@ -210,21 +198,8 @@ def _check(body: dict[str, Any]) -> None:
     source = body.get("source")
     if source is not None and (not source.strip() or source.startswith("-") or source != source.strip()):
         raise InvalidRequest("'source' is a folder or a hub id.", code="out_of_range", param="source")
-    _check_arguments(body.get("engine_args", ""))
-
-
-def _check_arguments(text: str) -> None:
-    try:
-        arguments = shlex.split(text)
-    except ValueError as error:
-        raise InvalidRequest(f"'engine_args' cannot be split into arguments: {error}", code="out_of_range", param="engine_args") from None
-    for argument in arguments:
-        if not argument.startswith("-"):
-            continue
-        name = argument.partition("=")[0].lstrip("-").replace("_", "-").removeprefix("no-")
-        # The engine takes any beginning of a name that is enough to tell it.
-        if name and any(reserved.startswith(name) or name.startswith(reserved + ".") for reserved in RESERVED):
-            raise InvalidRequest(f"'{argument[:100]}' is not yours to set in 'engine_args'.", code="out_of_range", param="engine_args")
+    if why := refusal(body.get("engine_args", "")):
+        raise InvalidRequest(f"'engine_args': {why}.", code="out_of_range", param="engine_args")
 
 
 def _check_together(values: dict[str, Any], settings: Settings) -> None:
