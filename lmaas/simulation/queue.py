@@ -92,7 +92,7 @@ def _answered(calling: Coroutine[Any, Any, Any], reply: Any) -> Any:
 @contextmanager
 def server() -> Iterator[Redis]:
     """A Valkey in memory, for one simulation after the other."""
-    from lmaas.up.embedded import valkey  # noqa: PLC0415 (a gateway's image has no embedded servers, and the same command)
+    from lmaas.up.embedded import valkey  # noqa: PLC0415 (a gateway's image has no server)
 
     with TemporaryDirectory(prefix="lmaas-simulation-") as folder, valkey(Path(folder)) as url:
         client = Redis.from_url(url, decode_responses=True)

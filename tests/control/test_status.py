@@ -24,6 +24,9 @@ class Nowhere:
         """Nothing."""
         return {}
 
+    async def capacity(self) -> None:
+        """No bound."""
+
 
 @pytest.fixture
 def controller(settings: Settings, db: Database, scheduler: Scheduler) -> Controller:
