@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 VLLM = "vllm.entrypoints.launchers.api_server.entry"
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
 
+#: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
+STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")
+STORE_FILES = frozenset({"CLOUDSDK_CONFIG", "BOTO_CONFIG"})
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -97,7 +101,11 @@ def _allowed_rank(rank: int) -> int:
 def shared_environment() -> dict[str, str]:
     """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
     # The engine has no business with our servers and keys.
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS and name != VARIABLE}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SECRETS and name != VARIABLE and not name.upper().startswith(STORES) and name.upper() not in STORE_FILES
+    }
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects
