@@ -11,13 +11,13 @@ from lmaas.adapters.safetensors import base_model_shapes
 from lmaas.api.context import Api, in_range, json_body
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
-from lmaas.engine.source import context_length, engine_dtype, model_config, model_folder
+from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
 from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
 from lmaas.states import Desired, Observed
 from lmaas.store import models, pools, replicas
 from lmaas.store.tenants import record_action
-from lmaas.types import AUTO, NAME_PATTERN
+from lmaas.types import AUTO, is_model_name
 
 #: What an operator may set, with its bounds; None as a value means the setting's.
 BOUNDS: dict[str, tuple[type, float, float]] = {
@@ -121,8 +121,9 @@ async def create_model(api: Api, request: Request) -> Response:
     """A new base model, and an empty pool for it. Its shapes are read from the headers of its weights."""
     principal = await api.operator(request)
     body = await json_body(request, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
-    if NAME_PATTERN.fullmatch(body["name"]) is None:
-        raise InvalidRequest("A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
+    if not is_model_name(body["name"]):
+        words = "A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and does not begin with 'mod_', as ids do."
+        raise InvalidRequest(words, code="invalid_name", param="name")
     settings = api.settings
     usual: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in (*ENGINE, *VALIDATED)}
     # Not those of the settings: they are the default model's.
@@ -151,10 +152,11 @@ async def change_model(api: Api, request: Request) -> Response:
     # What is as it should be is no change.
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
-    if changes.keys() & {"source", "dtype"}:
+    if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
         read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), api.settings)
         longest = read.pop("longest")
-        changes |= read
+        if changes.keys() & {"source", "dtype"}:
+            changes |= read
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
     _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
     if changes:
@@ -180,7 +182,7 @@ async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
         config = model_config(folder)
         linears = {path: list(shape) for path, shape in base_model_shapes(folder).items()}
         # A hub id stays one: engines elsewhere fetch it themselves.
-        kept = str(folder) if folder.exists() and source.startswith(("/", ".", "~")) else source
+        kept = str(folder) if is_folder(source) else source
         decided = engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config)
         return {"source": kept, "linears": linears, "dtype": decided, "longest": context_length(config)}
 

@@ -14,12 +14,20 @@ MAX_CONFIG_BYTES = 1024 * 1024
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
+def is_folder(source: str) -> bool:
+    """Whether it is the name of a folder. Anything else is a hub id, whatever folders there are where somebody happens to work."""
+    return source.startswith(("/", ".", "~"))
+
+
 def model_folder(source: str) -> Path:
     """The local folder of a model given as a folder or a hub id, which is fetched if need be. Raises InvalidRequest
     `invalid_base_model` if it cannot be had."""
     try:
-        if Path(source).is_dir():
-            return Path(source).resolve()
+        if is_folder(source):
+            folder = Path(source).expanduser().resolve()
+            if not folder.is_dir():
+                raise NotADirectoryError(f"there is no folder {folder}")
+            return folder
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
 
         return Path(snapshot_download(source, allow_patterns=PATTERNS))
@@ -27,7 +35,7 @@ def model_folder(source: str) -> Path:
         raise InvalidRequest(
             f"{source[:200]!r} is no folder here, and this process cannot fetch from a hub.", code="invalid_base_model", param="source"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InvalidRequest(
             f"{source[:200]!r} is neither a folder here nor a model that the hub gives: {str(error)[:300]}",
             code="invalid_base_model",

@@ -98,6 +98,8 @@ async def list_pool_ids(db: Database) -> list[str]:
 async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     """By id or by name. Raises NotFound."""
     query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
+    # A name of an older release may be another's id, which counts more.
+    query = query.order_by((base_models.c.id == id_or_name).desc()).limit(1)
     async with db.begin() as connection:
         row = (await connection.execute(query)).first()
     if row is None:
@@ -140,7 +142,8 @@ async def delete_base_model(db: Database, name: str) -> str:
 
 async def _locked(connection: AsyncConnection, name: str) -> Any:
     # The strongest lock: a new adapter or replica of it waits for us, and we for it.
-    query = select(base_models.c.id).where((base_models.c.name == name) | (base_models.c.id == name), _IS_THERE).with_for_update()
+    found = (base_models.c.name == name) | (base_models.c.id == name)
+    query = select(base_models.c.id).where(found, _IS_THERE).order_by((base_models.c.id == name).desc()).limit(1).with_for_update()
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")
