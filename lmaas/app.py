@@ -187,9 +187,11 @@ async def run_controller(settings: Settings) -> None:
             if settings.controller_port is not None:
                 tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
             await told_to_stop.wait()
+            was_active = controller.active
             for task in tasks:
                 task.cancel()
-        if settings.controller_ends_replicas:
+        # Those of one that stands by are another's.
+        if settings.controller_ends_replicas and was_active:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 

@@ -118,6 +118,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):
             raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
+        if self.provisioner == "ray" and self.controller_ends_replicas:
+            raise SettingsError("LMAAS_CONTROLLER_ENDS_REPLICAS is for replicas that die with their controller. Those of Ray outlive it.")
         if self.zygote not in ("on", "off"):
             raise SettingsError(f"LMAAS_ZYGOTE is 'on' or 'off', not {self.zygote!r}.")
         if self.ray_nodes not in ("autoscaled", "fixed"):

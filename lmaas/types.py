@@ -8,6 +8,18 @@ from enum import StrEnum
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
+#: What ids of base models begin with, and names of them do not: either finds one.
+MODEL_ID_PREFIX = "mod_"
+
+#: A dtype that is decided where an engine starts.
+AUTO = "auto"
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a base model may have this name."""
+    return NAME_PATTERN.fullmatch(name) is not None and not name.startswith(MODEL_ID_PREFIX)
+
+
 class Role(StrEnum):
     """What a key may do."""
 

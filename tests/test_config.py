@@ -101,6 +101,11 @@ def test_a_flag(text: str, value: bool) -> None:
     assert load(settings.environment()).controller_ends_replicas is value
 
 
+def test_replicas_of_ray_do_not_end_with_a_controller() -> None:
+    with pytest.raises(SettingsError, match="LMAAS_CONTROLLER_ENDS_REPLICAS"):
+        load({"LMAAS_CONTROLLER_ENDS_REPLICAS": "true", "LMAAS_PROVISIONER": "ray"})
+
+
 def test_no_flag() -> None:
     with pytest.raises(SettingsError, match="LMAAS_CONTROLLER_ENDS_REPLICAS is one of true, 1, false, 0"):
         load({"LMAAS_CONTROLLER_ENDS_REPLICAS": "yes"})

@@ -1,7 +1,6 @@
 """Base models, and the pools of their replicas, over HTTP."""
 
 import asyncio
-import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +10,14 @@ from starlette.responses import Response
 from lmaas.adapters.safetensors import base_model_shapes
 from lmaas.api.context import Api, in_range, json_body
 from lmaas.config import Settings
-from lmaas.engine.source import context_length, engine_dtype, model_config, model_folder
+from lmaas.engine.arguments import refusal
+from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
 from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
 from lmaas.states import Desired, Observed
 from lmaas.store import models, pools, replicas
 from lmaas.store.tenants import record_action
-from lmaas.types import NAME_PATTERN
+from lmaas.types import AUTO, is_model_name
 
 #: What an operator may set, with its bounds; None as a value means the setting's.
 BOUNDS: dict[str, tuple[type, float, float]] = {
@@ -44,14 +44,6 @@ FIELDS: dict[str, type] = {name: kind for name, (kind, _, _) in NUMBERS.items()}
 #: Null puts the setting's back.
 NULLABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators"})
 MAX_WORDS = 1000
-#: What the service itself says on an engine's command line, or what would have an engine run code, or listen where tenants reach it.
-RESERVED = frozenset(
-    {
-        *("model", "served-model-name", "host", "port", "uds", "dtype", "max-model-len", "max-num-seqs", "kv-cache-memory-bytes"),
-        *("enable-lora", "max-loras", "max-cpu-loras", "max-lora-rank", "lora-modules", "api-key", "config", "trust-remote-code"),
-        *("enable-prompt-tokens-details", "enable-scale-out", "root-path", "middleware", "headless", "allowed-local-media-path"),
-    }
-)
 
 
 def shown_model(settings: Settings, model: models.BaseModel) -> dict[str, Any]:
@@ -129,8 +121,9 @@ async def create_model(api: Api, request: Request) -> Response:
     """A new base model, and an empty pool for it. Its shapes are read from the headers of its weights."""
     principal = await api.operator(request)
     body = await json_body(request, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
-    if NAME_PATTERN.fullmatch(body["name"]) is None:
-        raise InvalidRequest("A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
+    if not is_model_name(body["name"]):
+        words = "A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and does not begin with 'mod_', as ids do."
+        raise InvalidRequest(words, code="invalid_name", param="name")
     settings = api.settings
     usual: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in (*ENGINE, *VALIDATED)}
     # Not those of the settings: they are the default model's.
@@ -139,7 +132,7 @@ async def create_model(api: Api, request: Request) -> Response:
     usual["max_cpu_loras"] = max(usual["max_cpu_loras"], body.get("max_loras", 1))
     _check(body)
     values = usual | body
-    read = await _read(values["source"], values["dtype"])
+    read = await _read(values["source"], values["dtype"], settings)
     longest = read.pop("longest")
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
@@ -159,10 +152,11 @@ async def change_model(api: Api, request: Request) -> Response:
     # What is as it should be is no change.
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
-    if changes.keys() & {"source", "dtype"}:
-        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype))
+    if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
+        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), api.settings)
         longest = read.pop("longest")
-        changes |= read
+        if changes.keys() & {"source", "dtype"}:
+            changes |= read
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
     _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
     if changes:
@@ -180,7 +174,7 @@ async def delete_model(api: Api, request: Request) -> Response:
     return JsonResponse({"object": "base_model.deleted", "id": model_id, "deleted": True})
 
 
-async def _read(source: str, dtype: str) -> dict[str, Any]:
+async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
     """What the model's own files say: `source`, `linears`, `dtype`, and `longest`, its context length or None. Raises InvalidRequest."""
 
     def read() -> dict[str, Any]:
@@ -188,8 +182,9 @@ async def _read(source: str, dtype: str) -> dict[str, Any]:
         config = model_config(folder)
         linears = {path: list(shape) for path, shape in base_model_shapes(folder).items()}
         # A hub id stays one: engines elsewhere fetch it themselves.
-        kept = str(folder) if folder.exists() and source.startswith(("/", ".", "~")) else source
-        return {"source": kept, "linears": linears, "dtype": engine_dtype(dtype, config), "longest": context_length(config)}
+        kept = str(folder) if is_folder(source) else source
+        decided = engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config)
+        return {"source": kept, "linears": linears, "dtype": decided, "longest": context_length(config)}
 
     return await asyncio.to_thread(read)
 
@@ -205,21 +200,8 @@ def _check(body: dict[str, Any]) -> None:
     source = body.get("source")
     if source is not None and (not source.strip() or source.startswith("-") or source != source.strip()):
         raise InvalidRequest("'source' is a folder or a hub id.", code="out_of_range", param="source")
-    _check_arguments(body.get("engine_args", ""))
-
-
-def _check_arguments(text: str) -> None:
-    try:
-        arguments = shlex.split(text)
-    except ValueError as error:
-        raise InvalidRequest(f"'engine_args' cannot be split into arguments: {error}", code="out_of_range", param="engine_args") from None
-    for argument in arguments:
-        if not argument.startswith("-"):
-            continue
-        name = argument.partition("=")[0].lstrip("-").replace("_", "-").removeprefix("no-")
-        # The engine takes any beginning of a name that is enough to tell it.
-        if name and any(reserved.startswith(name) or name.startswith(reserved + ".") for reserved in RESERVED):
-            raise InvalidRequest(f"'{argument[:100]}' is not yours to set in 'engine_args'.", code="out_of_range", param="engine_args")
+    if why := refusal(body.get("engine_args", "")):
+        raise InvalidRequest(f"'engine_args': {why}.", code="out_of_range", param="engine_args")
 
 
 def _check_together(values: dict[str, Any], settings: Settings) -> None:

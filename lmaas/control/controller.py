@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 METER_S = 0.2
 SWEEP_S = 60.0
+#: Replicas take it that no controller is there after 10 s without a look (PRESENT_MS in state.lua).
+PRESENT_S = 3.0
 #: A decision whose words alone have changed is shown again after this long.
 SAVE_S = 5.0
 
@@ -69,6 +71,8 @@ class Controller:
 
     def _forget(self) -> None:
         """Begin anew: what was seen before somebody else was active may not be so any more."""
+        #: When all pools were last looked at.
+        self._looked = float("-inf")
         self._memory: dict[str, Memory] = {}
         self._waits = Waits()
         self._saved: dict[str, tuple[float, Decision, History]] = {}
@@ -77,6 +81,7 @@ class Controller:
         self._stopping_since: dict[str, dict[str, float]] = {}
         self._unknown_since: dict[str, dict[str, float]] = {}
         self._silent_since: dict[str, dict[str, float]] = {}
+        self._unheard_since: dict[str, dict[str, float]] = {}
         self.seen.clear()
 
     async def run(self) -> None:
@@ -91,6 +96,7 @@ class Controller:
                     group.create_task(lead.lost(), name="leadership")
                     group.create_task(self._listen(), name="signals")
                     group.create_task(self._reconcile_forever(), name="reconciler")
+                    group.create_task(self._present_forever(), name="presence")
                     group.create_task(self._meter_forever(), name="metering-writer")
                     group.create_task(self._sweep_forever(), name="sweeper")
             except* LostLead as lost:
@@ -116,13 +122,25 @@ class Controller:
                 async with asyncio.timeout(TICK_S):
                     await self._wake.wait()
 
+    async def _present_forever(self) -> None:
+        """Have replicas know that there is a controller, also while the provisioner keeps it waiting or says no: they stop themselves when
+        there is none."""
+        while True:
+            if time.monotonic() - self._looked > PRESENT_S:
+                try:
+                    for model in await list_base_models(self._db):
+                        await self._scheduler.stats(model.id)
+                except (Unavailable, RedisError) as error:
+                    log.warning("cannot say that a controller is here", extra={"action": "reconcile", "detail": str(error)})
+            await asyncio.sleep(TICK_S)
+
     async def tick(self) -> None:
         """Look at every pool, decide for all of them, and do what each one's plan says."""
         processes, capacity = await self._provisioner.list(), await self._provisioner.capacity()
         models = await list_base_models(self._db)
         await self._remember(models)
         looks = [await self._look(model, processes, capacity) for model in models]
-        now = time.monotonic()
+        now = self._looked = time.monotonic()
         scales = {look.model.id: self._scale(look, now) for look in looks}
         pools = [look.pool(scales[look.model.id], self._ages(look, now)) for look in looks]
         shares, self._waits = share(capacity, pools, self._waits, Rules(self._settings.share_quantum_s), now)
@@ -170,6 +188,7 @@ class Controller:
         self.seen[model.id] = Seen(model.name, stats["queued"], stats["load"], desired, observed, _newest_start(rows))
         known = {row.id for row in rows}
         ready = {row.id for row in rows if row.observed == Observed.READY}
+        starting = {row.id for row in rows if row.observed == Observed.STARTING}
         actions = plan(
             desired,
             rows,
@@ -178,6 +197,8 @@ class Controller:
             max_replicas=look.policy.max_replicas,
             may_start=look.may_start,
             stop_after_s=self._settings.drain_timeout_s + STOP_GRACE_S,
+            start_after_s=self._settings.start_timeout_s,
+            unheard_since=_seen(self._unheard_since, model.id, starting - set(stats["replicas"]), now),
             stopping_since=_seen(self._stopping_since, model.id, {row.id for row in rows if row.desired == Desired.STOPPED}, now),
             unknown_since=_seen(self._unknown_since, model.id, look.processes - known, now),
             silent_since=_seen(self._silent_since, model.id, ready - set(stats["replicas"]), now),
@@ -212,6 +233,12 @@ class Controller:
                 log.error("a replica is gone without a word", extra=extra)
                 await observe(self._writes, action.replica, Observed.LOST, reason="its supervisor is gone")
                 await self._scheduler.deregister(model.id, action.replica)
+            case Verb.GIVE_UP:
+                log.error("a replica has not begun to start", extra=extra)
+                waited_s = self._settings.start_timeout_s
+                reason = f"its supervisor has not begun within {waited_s:g} s: no machine had room for it, or could run it"
+                await observe(self._writes, action.replica, Observed.FAILED, reason=reason)
+                await self._kill(action.replica)
             case Verb.KILL:
                 log.error("killing a replica", extra=extra)
                 await self._kill(action.replica)

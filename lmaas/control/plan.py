@@ -24,6 +24,8 @@ class Verb(StrEnum):
     LOSE = "lose"
     #: Nobody desires this process, or it does not end.
     KILL = "kill"
+    #: Its supervisor has not begun for too long: it failed, and is taken from wherever it waits.
+    GIVE_UP = "give up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ def plan(
     max_replicas: int,
     may_start: bool,
     stop_after_s: float,
+    start_after_s: float,
+    unheard_since: dict[str, float],
     stopping_since: dict[str, float],
     unknown_since: dict[str, float],
     silent_since: dict[str, float],
@@ -52,7 +56,8 @@ def plan(
 
     `rows` are its replicas that have not ended, `processes` the ids that the provisioner runs (of this pool), `loads` the slots in
     use by id, `stopping_since` when each was first seen desired to stop, `unknown_since` when a process without a row that is not ended was
-    first seen, `silent_since` when a ready one stopped beating; times are of the clock of `now`, in seconds.
+    first seen, `silent_since` when a ready one stopped beating, `unheard_since` since when one that starts has not beaten (its supervisor
+    does not run, for instance because no node has room for it); times are of the clock of `now`, in seconds.
     """
     actions: list[Action] = []
     alive = [row for row in rows if row.id in processes and row.observed not in TERMINAL]
@@ -65,6 +70,8 @@ def plan(
         late = row.desired == Desired.STOPPED and now - stopping_since.get(row.id, now) > stop_after_s
         if late or now - silent_since.get(row.id, now) > SILENT_S:
             actions.append(Action(Verb.KILL, row.id))
+        elif row.observed == Observed.STARTING and now - unheard_since.get(row.id, now) > start_after_s:
+            actions.append(Action(Verb.GIVE_UP, row.id))
     wanted = [row for row in alive if row.desired == Desired.RUNNING]
     # Fewest running requests first; of equals, one that is not ready yet, then the youngest.
     spare = sorted(wanted, key=lambda row: (loads.get(row.id, 0), row.observed == Observed.READY, -row.created_at.timestamp()))

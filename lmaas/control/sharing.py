@@ -7,7 +7,8 @@ not fit yet is kept free for who is first, so that nobody behind takes that plac
 For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools
 with a request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that
 a pool has besides its first, and a pool's first once somebody has waited for `starvation_s` and it has been served for `quantum_s` (the
-longest-served first). `min_replicas` never give way, and no busy replica does for a pool whose engines fail to start.
+longest-served first). `min_replicas` never give way, and no busy replica does for a pool whose engines fail to start; nor
+is anything kept free for it while busy replicas have the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,8 +202,8 @@ class _Round:
             self._shares[victim.id] -= 1
             self._why[victim.id] = f"gives way to {pool.name}"
             self._coming.add(victim.needs)
-        if turn is _Turn.WAITING or enough:
-            # Nobody behind takes this place.
+        if enough or (turn is _Turn.WAITING and not pool.failing):
+            # Nobody behind takes this place. One whose engines fail to start may not have the others wait for what is in use.
             self._coming.cpus -= missing.cpus
             self._coming.accelerators -= missing.accelerators
             self._free.cpus -= pool.needs.cpus - missing.cpus

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shlex
@@ -24,12 +25,17 @@ from lmaas.engine.zygote.commands import command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
 from lmaas.store.models import BaseModel
+from lmaas.types import AUTO
 
 log = logging.getLogger(__name__)
 
 #: The server that a zygote has in memory; others are started plainly.
 VLLM = "vllm.entrypoints.launchers.api_server.entry"
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
+
+#: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
+STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")
+STORE_FILES = frozenset({"CLOUDSDK_CONFIG", "BOTO_CONFIG"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +69,17 @@ def has_cpu_build() -> bool:
     return False
 
 
+def has_engine() -> bool:
+    """Whether any vLLM is installed here. A gateway's image has none."""
+    return has_cpu_build() or importlib.util.find_spec("vllm") is not None
+
+
 def command_line(spec: EngineSpec, port: int) -> list[str]:
     """The server's command line."""
     command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
-    command += ["--host", spec.host, "--port", str(port), "--dtype", spec.dtype, "--max-model-len", str(spec.max_model_len)]
+    # `auto` of vLLM is the model's own; on a CPU a greedy answer shall be the same alone and in a batch.
+    dtype = "float32" if spec.dtype == AUTO and has_cpu_build() else spec.dtype
+    command += ["--host", spec.host, "--port", str(port), "--dtype", dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
     # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
     command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
@@ -88,7 +101,11 @@ def _allowed_rank(rank: int) -> int:
 def shared_environment() -> dict[str, str]:
     """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
     # The engine has no business with our servers and keys.
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS and name != VARIABLE}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SECRETS and name != VARIABLE and not name.upper().startswith(STORES) and name.upper() not in STORE_FILES
+    }
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmaas.engine.launch import has_cpu_build
+from lmaas.engine.launch import has_cpu_build, has_engine
 from lmaas.errors import InvalidRequest
+from lmaas.types import AUTO
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -13,12 +14,20 @@ MAX_CONFIG_BYTES = 1024 * 1024
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
+def is_folder(source: str) -> bool:
+    """Whether it is the name of a folder. Anything else is a hub id, whatever folders there are where somebody happens to work."""
+    return source.startswith(("/", ".", "~"))
+
+
 def model_folder(source: str) -> Path:
     """The local folder of a model given as a folder or a hub id, which is fetched if need be. Raises InvalidRequest
     `invalid_base_model` if it cannot be had."""
     try:
-        if Path(source).is_dir():
-            return Path(source).resolve()
+        if is_folder(source):
+            folder = Path(source).expanduser().resolve()
+            if not folder.is_dir():
+                raise NotADirectoryError(f"there is no folder {folder}")
+            return folder
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
 
         return Path(snapshot_download(source, allow_patterns=PATTERNS))
@@ -26,7 +35,7 @@ def model_folder(source: str) -> Path:
         raise InvalidRequest(
             f"{source[:200]!r} is no folder here, and this process cannot fetch from a hub.", code="invalid_base_model", param="source"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InvalidRequest(
             f"{source[:200]!r} is neither a folder here nor a model that the hub gives: {str(error)[:300]}",
             code="invalid_base_model",
@@ -49,8 +58,11 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 def engine_dtype(asked: str, config: dict[str, Any]) -> str:
     """The engine's dtype. `auto` is float32 on a CPU, in which a greedy answer is the same alone and in a batch, and else the model's
-    own. Raises InvalidRequest for one that engines do not have."""
-    if asked == "auto":
+    own; where no engine is installed, as in a gateway's image, it stays `auto`, and whoever starts an engine decides (launch.py).
+    Raises InvalidRequest for one that engines do not have."""
+    if asked == AUTO:
+        if not has_engine():
+            return AUTO
         asked = "float32" if has_cpu_build() else str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if asked not in DTYPES:
         raise InvalidRequest(f"'dtype' is one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype")

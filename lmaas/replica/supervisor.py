@@ -84,7 +84,7 @@ class Supervisor:
         self._times = Times(process_began())
         self._started = time.monotonic()
         self._ready = False
-        #: How long such a start usually takes.
+        #: How long such a start usually takes; None once it was told after ours.
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
@@ -247,6 +247,9 @@ class Supervisor:
                 continue
             cleared = False
             self._doubted = self._doubted and not beat.suspect
+            if beat.state is not Observed.STARTING and beat.start_ms == self._start_ms:
+                # Once is enough: replicas that started by other means would say something else each second.
+                self._start_ms = None
             self._load = int(reply["load"])
             # Tickets, not slots: one of several sequences that waits for an adapter passes for one that runs.
             self._saw_load(self._load, sum(reply["running"].get(adapter, 0) for adapter in reply["loads"]))

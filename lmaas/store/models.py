@@ -11,7 +11,10 @@ from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
 from lmaas.store.database import Database, new_id
 from lmaas.store.tables import adapters, base_models, replicas
-from lmaas.types import BaseModelShapes
+from lmaas.types import AUTO, BaseModelShapes
+
+#: Of the dtypes that engines compute in.
+NARROWEST = "float16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,9 @@ class BaseModel:
     @property
     def shapes(self) -> BaseModelShapes:
         """What an adapter must fit."""
-        return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, self.dtype, self.max_lora_rank)
+        # Decided where an engine starts: whatever that will be, what is finite in the narrowest is finite in it.
+        dtype = NARROWEST if self.dtype == AUTO else self.dtype
+        return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, dtype, self.max_lora_rank)
 
 
 _IS_THERE = base_models.c.deleted_at.is_(None)
@@ -93,6 +98,8 @@ async def list_pool_ids(db: Database) -> list[str]:
 async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     """By id or by name. Raises NotFound."""
     query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
+    # A name of an older release may be another's id, which counts more.
+    query = query.order_by((base_models.c.id == id_or_name).desc()).limit(1)
     async with db.begin() as connection:
         row = (await connection.execute(query)).first()
     if row is None:
@@ -135,7 +142,8 @@ async def delete_base_model(db: Database, name: str) -> str:
 
 async def _locked(connection: AsyncConnection, name: str) -> Any:
     # The strongest lock: a new adapter or replica of it waits for us, and we for it.
-    query = select(base_models.c.id).where((base_models.c.name == name) | (base_models.c.id == name), _IS_THERE).with_for_update()
+    found = (base_models.c.name == name) | (base_models.c.id == name)
+    query = select(base_models.c.id).where(found, _IS_THERE).order_by((base_models.c.id == name).desc()).limit(1).with_for_update()
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")

@@ -23,7 +23,7 @@ from lmaas.process import bound_command
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.tenants import create_key, find_principal
-from lmaas.types import NAME_PATTERN, Role
+from lmaas.types import Role, is_model_name
 
 
 def prepare_default_model(settings: Settings, console: Console) -> Path:
@@ -53,11 +53,17 @@ def prepare_default_model(settings: Settings, console: Console) -> Path:
         raise SettingsError(f"The default base model could not be prepared: {errors.read().strip()[-1000:]}")
 
 
+def _given_folder(source: str) -> Path:
+    """Of LMAAS_MODEL: where it was set, any folder counts, however it is written."""
+    here = Path(source).expanduser()
+    return model_folder(str(here.resolve()) if here.is_dir() else source)
+
+
 async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
     """Make the base model of the settings known; what an operator has changed since stays."""
-    folder = model_folder(settings.model) if settings.model else prepare_default_model(settings, console)
+    folder = _given_folder(settings.model) if settings.model else prepare_default_model(settings, console)
     name = settings.model_name or (Path(settings.model).name.lower() if settings.model else default_model.NAME)
-    if NAME_PATTERN.fullmatch(name) is None:
+    if not is_model_name(name):
         raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")
     dtype = engine_dtype(settings.engine_dtype, model_config(folder))
     model = BaseModel(

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from lmaas.engine import source
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import Observed
 from lmaas.store.adapters import delete_adapter
@@ -123,10 +124,51 @@ async def test_what_adapters_were_validated_against_does_not_change(
     assert (await operator.delete(f"{MODELS}/tiny")).status_code == 200
 
 
+async def test_a_change_of_the_context_is_checked_as_well(operator: httpx.AsyncClient, folder: Path) -> None:
+    assert (await operator.post(MODELS, json={"name": "tiny", "source": str(folder), "max_model_len": 100})).status_code == 201
+    answer = await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 513})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_model_len"), answer.text
+    for length in (512, 64):
+        assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": length})).json()["max_model_len"] == length
+    # Less than before needs no look at the model.
+    (folder / "config.json").unlink()
+    assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 32})).status_code == 200
+    assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 33})).status_code == 400
+
+
+async def test_a_folder_is_named_as_one(operator: httpx.AsyncClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a hub id means does not depend on where a gateway was started."""
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    answer = await operator.post(MODELS, json={"name": "a", "source": "tiny"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name, given in (("b", "./tiny"), ("c", "~/tiny"), ("d", str(folder))):
+        answer = await operator.post(MODELS, json={"name": name, "source": given})
+        assert (answer.status_code, answer.json()["source"]) == (201, str(folder)), answer.text
+    answer = await operator.post(MODELS, json={"name": "e", "source": "~nobody-of-this-name/tiny"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model")
+
+
+async def test_the_settings_say_what_auto_is(
+    postgres_url: str, valkey_url: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "has_engine", lambda: False)
+    for said, kept in (("auto", "auto"), ("bfloat16", "bfloat16")):
+        async with running(postgres_url, valkey_url, tmp_path / said, engine_dtype=said) as stack:
+            key = new_key()
+            await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
+            async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
+                for name, more in ((f"a-{said}", {}), (f"b-{said}", {"dtype": "auto"})):
+                    answer = await client.post(MODELS, json={"name": name, "source": str(folder)} | more)
+                    assert (answer.status_code, answer.json()["dtype"]) == (201, kept), answer.text
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"name": "Tiny"}, "invalid_name", "name"),
     ({"name": "../x"}, "invalid_name", "name"),
     ({"name": "a@1"}, "invalid_name", "name"),
+    ({"name": "mod_1"}, "invalid_name", "name"),
     ({"name": 5}, "invalid_type", "name"),
     ({"source": ""}, "out_of_range", "source"),
     ({"source": " "}, "out_of_range", "source"),

@@ -104,6 +104,16 @@ def test_what_is_kept_is_on_volumes() -> None:
         assert (ROOT / entry.split(":")[0]).exists()
 
 
+def test_whoever_registers_base_models_reads_where_they_are_prepared() -> None:
+    """A gateway reads the headers of a base model's weights; `init` and whoever runs in the engine's image has put them there."""
+    (cache,) = re.findall(r"LMAAS_CACHE=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())
+    assert f"models:{cache}:ro" in SERVICES["gateway"]["volumes"]
+    for name in ("init", "init-gpu", "controller", "controller-gpu"):
+        assert f"models:{cache}" in SERVICES[name]["volumes"]
+    # An empty volume takes its owner from the first image that it is mounted in, which may be the gateway's.
+    assert re.search(rf"chown -R lmaas:lmaas \S+ {cache}$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+
+
 def test_secrets_are_asked_for_and_not_given() -> None:
     for secret in SECRETS:
         assert EXAMPLE[secret] == ""

@@ -1,6 +1,8 @@
 """The controller on a real Postgres and Valkey, with replicas that are only names; and the metering writer."""
 
+import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from redis.asyncio import Redis
 from sqlalchemy import text
 
 from lmaas.config import Settings
+from lmaas.control import controller
 from lmaas.control.controller import Controller
 from lmaas.metering.usage import UsageRecord
 from lmaas.metering.writer import BATCH, write_events
@@ -19,6 +22,7 @@ from lmaas.store.replicas import Replica, get_replica, list_replicas, observe, r
 from lmaas.store.tenants import Tenant
 from lmaas.store.usage import list_events
 from lmaas.types import Resources
+from tests.conftest import until
 from tests.store.build import base_model, tenant
 
 
@@ -120,6 +124,49 @@ async def test_a_minimum_is_kept(stack: Stack) -> None:
     await stack.bounds(min_replicas=2, max_replicas=1)
     await stack.controller.tick()
     assert len(stack.names.processes) == 2
+
+
+async def test_replicas_know_of_a_controller_whose_provisioner_is_away(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "PRESENT_S", 0.1)
+    monkeypatch.setattr(controller, "TICK_S", 0.05)
+    beat = Beat("http://e", 2, 2, "ready", [])
+    assert not (await stack.scheduler.heartbeat(stack.model.id, "rep_1", beat))["controller"]
+
+    async def hangs() -> dict[str, str]:
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(stack.names, "list", hangs)
+    running = asyncio.create_task(stack.controller.run())
+
+    async def known() -> bool:
+        return bool((await stack.scheduler.heartbeat(stack.model.id, "rep_1", beat))["controller"])
+
+    await until(known)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_one_that_no_machine_has_room_for_fails_with_a_reason(stack: Stack) -> None:
+    stack.controller = Controller(replace(stack.settings, start_timeout_s=0.2), stack.db, stack.scheduler, stack.names)
+    await stack.submit("r1")
+    await stack.controller.tick()
+    waiting = await stack.row()
+
+    async def failed() -> bool:
+        await stack.controller.tick()
+        row = await get_replica(stack.db, waiting.id)
+        return row is not None and row.observed == Observed.FAILED
+
+    await until(failed)
+    row = await get_replica(stack.db, waiting.id)
+    assert row is not None
+    assert row.reason == "its supervisor has not begun within 0.2 s: no machine had room for it, or could run it"
+    assert stack.names.killed == [waiting.id]
+    # The next try comes after a while, as after any start that failed.
+    await stack.controller.tick()
+    assert await stack.rows() == []
+    assert (await recent_failures(stack.db, stack.model.id))[0] == 1
 
 
 async def test_a_lost_supervisor_is_written_off_and_replaced(stack: Stack) -> None:

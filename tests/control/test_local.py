@@ -76,12 +76,48 @@ async def test_each_replica_gets_accelerators_of_its_own(machine: Machine) -> No
     assert await sees(machine.settings, "rep_d") == "0"
 
 
+async def test_a_controller_that_dies_while_it_starts_one_gives_no_accelerator_twice(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying = machine.provisioner()
+    real = dying._note
+
+    def killed_after_the_first(replica_id: str, facts: local._Facts) -> None:
+        if facts.pid:
+            raise KeyboardInterrupt
+        real(replica_id, facts)
+
+    monkeypatch.setattr(dying, "_note", killed_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        await dying.start("rep_a", "mod_a", Resources(1, 1))
+    assert await sees(machine.settings, "rep_a") == "0", "it runs, and nobody knows its pid"
+    provisioner = machine.provisioner()
+    assert await provisioner.list() == {}
+    await provisioner.start("rep_b", "mod_b", Resources(1, 1))
+    assert await sees(machine.settings, "rep_b") == "1"
+    # Not for ever: it is written off, and ends.
+    monkeypatch.setattr(local, "MAY_BEGIN_S", 0.0)
+    await provisioner.start("rep_c", "mod_c", Resources(1, 1))
+    assert await sees(machine.settings, "rep_c") == "0"
+
+
+async def test_one_that_cannot_be_started_takes_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    provisioner = machine.provisioner()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(FileNotFoundError):
+            await provisioner.start("rep_a", "mod_a", Resources(1, 2))
+    await provisioner.start("rep_b", "mod_b", Resources(1, 2))
+
+
 async def test_what_an_older_release_wrote_is_understood(machine: Machine) -> None:
     provisioner = machine.provisioner()
     await provisioner.start("rep_a", "mod_a", Resources(1, 0))
     path = machine.facts("rep_a")
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({name: facts[name] for name in ("pid", "started", "boot", "pool")}))
+    assert await machine.provisioner().list() == {"rep_a": "mod_a"}
+    path.write_text(json.dumps(facts | {"cpus": 1.0}))
     assert await machine.provisioner().list() == {"rep_a": "mod_a"}
 
 

@@ -68,6 +68,8 @@ def test_plan(desired: int, rows: list[Replica], processes: str, loads: dict[str
         max_replicas=3,
         may_start=True,
         stop_after_s=50,
+        start_after_s=600,
+        unheard_since={},
         stopping_since={"d": NOW},
         unknown_since=dict.fromkeys("xy", NOW - 16),
         silent_since={},
@@ -86,6 +88,8 @@ def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) 
         max_replicas=3,
         may_start=False,
         stop_after_s=50,
+        start_after_s=600,
+        unheard_since={},
         stopping_since={},
         unknown_since={},
         silent_since={},
@@ -112,6 +116,8 @@ def test_what_does_not_stop_is_killed(since: dict[str, float], expected: list[Ac
         max_replicas=3,
         may_start=True,
         stop_after_s=50,
+        start_after_s=600,
+        unheard_since={},
         stopping_since=since,
         unknown_since={},
         silent_since={},
@@ -130,8 +136,39 @@ def test_one_that_has_just_ended_may_be_on_its_way_out(since: dict[str, float], 
         max_replicas=3,
         may_start=True,
         stop_after_s=50,
+        start_after_s=600,
+        unheard_since={},
         stopping_since={},
         unknown_since=since,
+        silent_since={},
+        now=NOW,
+    )
+    assert actions == expected
+
+
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        ({}, []),
+        ({"s": NOW - 600}, []),
+        ({"s": NOW - 601}, [Action(Verb.GIVE_UP, "s")]),
+        ({"a": NOW - 601}, []),  # it was ready
+        ({"d": NOW - 601}, []),  # nobody desires it any more: it is killed with what else does not stop
+    ],
+)
+def test_one_whose_supervisor_never_begins_is_given_up(since: dict[str, float], expected: list[Action]) -> None:
+    actions = plan(
+        2,
+        [A, STARTING, STOPPING],
+        frozenset("asd"),
+        {},
+        max_replicas=3,
+        may_start=True,
+        stop_after_s=50,
+        start_after_s=600,
+        unheard_since=since,
+        stopping_since={},
+        unknown_since={},
         silent_since={},
         now=NOW,
     )

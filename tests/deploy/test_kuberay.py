@@ -168,6 +168,21 @@ def test_settings_are_ours() -> None:
     assert mount["mountPath"] == str(settings.ray_node_home)
 
 
+def test_whoever_registers_base_models_or_serves_them_has_them_at_the_same_path() -> None:
+    readers = {}
+    for pod in templates():
+        claims = {each["name"] for each in pod["spec"].get("volumes", []) if "persistentVolumeClaim" in each}
+        for container in pod["spec"]["containers"]:
+            for mount in container["volumeMounts"]:
+                if mount["name"] in claims:
+                    readers[container["name"]] = (mount["mountPath"], mount.get("readOnly", False))
+    assert readers == {
+        "init": ("/var/cache/lmaas", False),
+        "gateway": ("/var/cache/lmaas", True),
+        "ray-worker": ("/var/cache/lmaas", True),
+    }
+
+
 def test_secrets_come_by_reference() -> None:
     secret = re.compile("URL|KEY|PASSWORD|TOKEN|SECRET")
     for container in containers():

@@ -282,8 +282,8 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(postgres_url: str, valkey_url: str, home: Path) -> AsyncIterator[Stack]:
-    """A stack with an empty database, an empty Valkey and a gateway."""
+async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
+    """A stack with an empty database, an empty Valkey and a gateway; `changes` are other settings."""
     name = f"stack_{secrets.token_hex(6)}"
     admin = create_engine(driver_url(postgres_url), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
@@ -297,6 +297,7 @@ async def running(postgres_url: str, valkey_url: str, home: Path) -> AsyncIterat
         orphan_timeout_s=600,
         drain_timeout_s=1,
     )
+    settings = dataclasses.replace(settings, **changes)
     async with AsyncExitStack() as exits:
         services = await exits.enter_async_context(connected(settings))
         await services.redis.flushall()

@@ -7,10 +7,38 @@ import pytest
 
 from lmaas.errors import Unavailable
 from lmaas.replica import supervisor
+from lmaas.scheduling.client import Beat, Scheduler
 from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.replicas import list_replicas, observe
+from tests.conftest import until
 from tests.gateway.stack import running
+
+
+async def test_the_usual_start_is_told_while_it_matters(
+    postgres_url: str, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int | None]] = []
+    real = Scheduler.heartbeat
+
+    async def heartbeat(scheduler: Scheduler, pool: str, replica: str, beat: Beat) -> Any:
+        told.append((beat.state, beat.start_ms))
+        return await real(scheduler, pool, replica, beat)
+
+    monkeypatch.setattr(Scheduler, "heartbeat", heartbeat)
+    monkeypatch.setattr(supervisor, "BEAT_S", 0.05)
+    async with running(postgres_url, valkey_url, tmp_path) as stack:
+        model = await stack.model("base")
+        await stack.replica(model)
+
+        def several_without() -> bool:
+            ready = [start_ms for state, start_ms in told if state == Observed.READY]
+            return any(ready) and ready[-5:] == [None] * 5
+
+        await until(several_without)
+        await stack.replica(model, "--fake-start-ms 500")
+        starting = [start_ms for state, start_ms in told if state == Observed.STARTING]
+        assert len([start_ms for start_ms in starting if start_ms is not None]) >= 3
 
 
 async def test_ready_is_written_once_postgres_is_back(

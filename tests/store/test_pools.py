@@ -9,7 +9,7 @@ from lmaas.states import Observed
 from lmaas.store.adapters import list_adapters
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database
-from lmaas.store.models import create_base_model, delete_base_model, get_base_model, list_base_models, list_pool_ids
+from lmaas.store.models import change_base_model, create_base_model, delete_base_model, get_base_model, list_base_models, list_pool_ids
 from lmaas.store.pools import pool_states_by_id, save_pool_state
 from lmaas.store.replicas import add_replica, failed_starts, list_replicas, observe
 from tests.store.build import base_model, tenant, upload
@@ -71,3 +71,10 @@ async def test_starts_that_fail_in_a_row(db: Database) -> None:
     await observe(db, "rep_good", Observed.READY, url="http://e")
     await observe(db, "rep_good", Observed.FAILED, reason="later")
     assert await failed_starts(db, model.id) is None
+
+
+async def test_an_id_counts_more_than_a_name_of_an_older_release(db: Database) -> None:
+    first = await base_model(db)
+    await base_model(db, first.id)
+    assert (await get_base_model(db, first.id)).name == "base"
+    assert (await change_base_model(db, first.id, {"max_replicas": 3})).name == "base"

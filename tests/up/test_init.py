@@ -33,6 +33,14 @@ async def test_everything_a_service_needs(settings: Settings, db: Database, mode
     assert key not in said.getvalue()
 
 
+async def test_a_model_may_be_a_folder_where_it_is_started(
+    settings: Settings, db: Database, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    await initialise(replace(settings, operator_key=new_key(), model=model_folder.name), Console(file=io.StringIO()))
+    assert [model.source for model in await list_base_models(db)] == [str(model_folder)]
+
+
 @pytest.mark.parametrize("key", [None, "sk-lmaas-" + "x" * 40])
 async def test_refused_before_anything_is_done(settings: Settings, db: Database, key: str | None) -> None:
     with pytest.raises(SettingsError, match="LMAAS_OPERATOR_KEY"):

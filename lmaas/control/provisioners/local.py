@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from lmaas.types import Resources
 
 #: A process's start, in seconds since the boot, is known with this much error.
 SAME_START_S = 0.5
+#: In the note of one that is about to be started; `started` is then the time of the note.
+NO_PID = 0
+#: How long its accelerators are kept for one whose pid was never noted.
+MAY_BEGIN_S = 120.0
 #: The variable by which an engine sees its accelerators.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/proc/driver/nvidia/gpus")
@@ -55,20 +60,26 @@ class LocalProvisioner:
             forked = await forked_supervisor(self._home, arguments, variables, log_path)
             if forked is not None:
                 with suppress(psutil.NoSuchProcess, NoZygote):
-                    self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, needs.cpus, devices))
+                    self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, devices))
                     go(forked)
                     return
-        with log_path.open("ab") as log:
-            child = subprocess.Popen(  # noqa: ASYNC220 (returns at once)
-                [sys.executable, "-m", "lmaas", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=variables,
-            )
+        # Before there is a process: if we are killed between the two, nobody else may be given its accelerators.
+        self._note(replica_id, _Facts(NO_PID, time.monotonic(), _boot(), pool_id, devices))
+        try:
+            with log_path.open("ab") as log:
+                child = subprocess.Popen(  # noqa: ASYNC220 (returns at once)
+                    [sys.executable, "-m", "lmaas", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env=variables,
+                )
+        except OSError:
+            (folder / "process.json").unlink()
+            raise
         self._children[replica_id] = child
-        self._note(replica_id, _Facts(child.pid, _started(child.pid), _boot(), pool_id, needs.cpus, devices))
+        self._note(replica_id, _Facts(child.pid, _started(child.pid), _boot(), pool_id, devices))
 
     def _note(self, replica_id: str, facts: "_Facts") -> None:
         folder = self._folder / replica_id
@@ -80,7 +91,8 @@ class LocalProvisioner:
         """So many accelerators that no running replica has. Raises OSError if there are fewer."""
         if count == 0:
             return []
-        taken = {device for facts in self._running().values() for device in facts.accelerators}
+        noted = filter(None, (self._facts(path.parent.name) for path in self._folder.glob("*/process.json")))
+        taken = {device for facts in noted if _alive(facts) or _may_begin(facts) for device in facts.accelerators}
         free = [device for device in self._devices if device not in taken]
         if len(free) < count:
             raise OSError(f"it needs {count} accelerators, and {len(free)} of {len(self._devices)} are free")
@@ -94,7 +106,8 @@ class LocalProvisioner:
         """End a replica's processes now, without drain. Killing one that is gone is no error."""
         facts = self._facts(replica_id)
         if facts is not None and _alive(facts):
-            # The engine is in the supervisor's process group.
+            # An engine that was started plainly is in the supervisor's process group; one that the zygote forked is killed by its keeper,
+            # which sees the supervisor's connection close.
             with suppress(ProcessLookupError):
                 os.killpg(facts.pid, signal.SIGKILL)
 
@@ -122,7 +135,9 @@ class LocalProvisioner:
 
     def _facts(self, replica_id: str) -> "_Facts | None":
         try:
-            return _Facts(**json.loads((self._folder / replica_id / "process.json").read_text()))
+            found = json.loads((self._folder / replica_id / "process.json").read_text())
+            # Another release may have noted more.
+            return _Facts(**{name: found[name] for name in _Facts.__slots__ if name in found})
         except (OSError, ValueError, TypeError):
             return None
 
@@ -134,7 +149,6 @@ class _Facts:
     started: float
     boot: str
     pool: str
-    cpus: float = 0.0
     accelerators: list[str] = field(default_factory=list)
 
 
@@ -146,7 +160,14 @@ def _boot() -> str:
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
 
 
+def _may_begin(facts: _Facts) -> bool:
+    """Whether somebody was about to start it, and may have: if its pid was never noted, it is written off, and ends with its drain."""
+    return facts.pid == NO_PID and facts.boot == _boot() and time.monotonic() - facts.started < MAY_BEGIN_S
+
+
 def _alive(facts: _Facts) -> bool:
+    if facts.pid == NO_PID:
+        return False
     try:
         same = facts.boot == _boot() and abs(_started(facts.pid) - facts.started) < SAME_START_S
         return same and psutil.Process(facts.pid).status() != psutil.STATUS_ZOMBIE

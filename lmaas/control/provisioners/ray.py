@@ -6,9 +6,12 @@ is listed as well, for it is on its way.
 """
 
 import asyncio
+import functools
 import logging
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
@@ -27,6 +30,8 @@ T = TypeVar("T")
 CALL_S = 30.0
 #: A node has a home of its own, and an address that its engine listens on; and keys of people are no business of replicas.
 NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
+#: Nobody keeps a zygote on a node: its memory would be nobody's in Ray's books.
+ON_NODES = {"LMAAS_ZYGOTE": "off"}
 #: What Ray raises when it cannot be reached, or when its answer is no.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
@@ -40,8 +45,9 @@ class RayProvisioner:
     def __init__(self, settings: Settings, call_s: float = CALL_S) -> None:
         self._settings, self._call_s = settings, call_s
         self._resources = parse_resources(settings.ray_resources)
-        self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+        self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES} | ON_NODES
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray does not take it."""
@@ -67,12 +73,30 @@ class RayProvisioner:
         return await self._call(self._held) if settings.ray_nodes == "fixed" else None
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        future = self._thread.submit(self._connected, function, *arguments)
+        future: Future[T] = Future()
+        self._calls.put((future, functools.partial(self._connected, function, *arguments)))
+        if self._thread is None:
+            # Nobody waits for it at the end, as for an executor's: a call that hangs would keep the controller from ending.
+            self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
+            self._thread.start()
         try:
             async with asyncio.timeout(self._call_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             raise Unavailable(f"Ray has not answered within {self._call_s:.0f} s.") from None
+
+    def _work(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            # Nobody waits any more for one that was queued behind a call that hung.
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                found = call()
+            except BaseException as error:  # noqa: BLE001 (whoever waits gets it)
+                future.set_exception(error)
+            else:
+                future.set_result(found)
 
     def _connected(self, function: Callable[..., T], *arguments: Any) -> T:
         try:

@@ -1,0 +1,28 @@
+"""What an engine gets to know of us."""
+
+import pytest
+
+from lmaas.engine.launch import EngineSpec, environment, shared_environment
+from lmaas.engine.zygote import wire
+
+SECRET = "not for engines"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"),
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "aws_secret_access_key"),
+        *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_CLIENT_SECRET", "FSSPEC_S3_SECRET"),
+    ],
+)
+def test_no_credentials_of_our_servers_and_stores(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = wire.facts(shared_environment())
+    monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("HF_TOKEN", "for models")
+    found = environment(EngineSpec("m", "/models/x", "x", "float32", 16, 1, 1, 8, 1, 2**20))
+    assert SECRET not in found.values()
+    assert found["HF_TOKEN"] == "for models"
+    monkeypatch.delenv("HF_TOKEN")
+    # Whoever asks the zygote may have them, and the zygote not.
+    assert wire.difference(before, wire.facts(shared_environment())) == ""
