@@ -133,6 +133,17 @@ def test_a_command_that_spoils_a_zygote_spoils_no_second_one(tmp_path: Path) -> 
     assert not second.unfit()
 
 
+def test_a_fork_whose_parent_is_gone_ends_although_a_hook_cannot_raise() -> None:
+    script = (
+        "import os; from lmaas.engine.zygote.server import _die_with\n"
+        "os.register_at_fork(after_in_child=lambda: _die_with(1 << 30))\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "1"
+
+
 def test_a_workers_threads_are_bound_as_libgomp_binds_them() -> None:
     mine = sorted(os.sched_getaffinity(0))
     script = (
