@@ -15,7 +15,8 @@ from lmaas import app, config
 from lmaas.adapters.objects import MODEL_FILE
 from lmaas.admission.tiers import TIERS
 from lmaas.cli.context import Context, pass_context
-from lmaas.cli.models import model, troubles
+from lmaas.cli.models import model
+from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
 from lmaas.errors import LmaasError
 from lmaas.manifests.apply import apply as apply_manifests
@@ -23,13 +24,11 @@ from lmaas.manifests.apply import read_folder
 from lmaas.manifests.client import ApiError
 from lmaas.manifests.models import read_models
 from lmaas.observability import configure_logging
-from lmaas.store.replicas import START_PHASES
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
 VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "created_at")
-REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
 TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
 USAGE = ("day", "tenant", "model", "requests", "failed_requests", *TOKENS, "run_ms", "charge_microusd")
 EVENT = ("created_at", "request_id", "model", "status", "code", "prompt_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms")
@@ -199,43 +198,7 @@ def tenant_delete(context: Context, name: str) -> None:
 
 
 cli.add_command(model)
-
-
-@cli.group()
-def replica() -> None:
-    """Replicas."""
-
-
-@replica.command("list")
-@click.option("--ended", is_flag=True, help="Also the last ones that ended, and why.")
-@pass_context
-def replica_list(context: Context, ended: bool) -> None:
-    """The replicas that exist."""
-    client = context.client()
-    context.show(client.list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
-    if not context.as_json:
-        for line in troubles(client.list("/admin/v1/base-models")):
-            click.echo(line)
-
-
-@replica.command("show")
-@click.argument("replica_id")
-@pass_context
-def replica_show(context: Context, replica_id: str) -> None:
-    """A replica, and where the time of its start went."""
-    row = context.client().call("GET", f"/admin/v1/replicas/{replica_id}")
-    context.show_one(row, REPLICA)
-    if row["start"] and not context.as_json:
-        click.echo()
-        context.show([row["start"]], ("by", *START_PHASES))
-
-
-@replica.command("stop")
-@click.argument("replica_id")
-@pass_context
-def replica_stop(context: Context, replica_id: str) -> None:
-    """Drain a replica and stop it."""
-    context.show_one(context.client().call("DELETE", f"/admin/v1/replicas/{replica_id}"), ("id", "desired"))
+cli.add_command(replica)
 
 
 # Tenants

@@ -20,7 +20,7 @@ from tests.conftest import until
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A supervisor that only says what it sees, and sleeps: there is no database behind these tests."""
     script = tmp_path / "python"
-    script.write_text('#!/bin/sh\necho "sees=$CUDA_VISIBLE_DEVICES"\nexec sleep 600\n')
+    script.write_text('#!/bin/sh\necho "keys=$LMAAS_OPERATOR_KEY$LMAAS_API_KEY."\necho "sees=$CUDA_VISIBLE_DEVICES"\nexec sleep 600\n')
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.delenv(local.VISIBLE, raising=False)
@@ -159,3 +159,11 @@ async def test_without_settings_all_of_the_machine_is_offered(machine: Machine) 
     settings = replace(machine.settings, local_cpus=None, local_accelerators=None)
     capacity = await LocalProvisioner(settings).capacity()
     assert capacity.cpus == len(os.sched_getaffinity(0))
+
+
+async def test_supervisors_get_no_keys(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMAAS_OPERATOR_KEY", "secret")
+    machine.settings = replace(machine.settings, operator_key="secret", api_key="secret")
+    await machine.provisioner().start("rep_a", "mod_a", Resources(1, 0))
+    await sees(machine.settings, "rep_a")
+    assert "keys=.\n" in (machine.settings.home / "replicas" / "rep_a" / "supervisor.log").read_text()

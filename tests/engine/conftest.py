@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lmaas.config import Settings
 from lmaas.engine.launch import EngineProcess, EngineSpec
 from tests.conftest import until
 from tests.engine.running import running
+from tests.engine.zygote.place import zygote_in
 
 ADAPTER = Path(__file__).parents[2] / "tenants" / "adapters" / "acme-json"
 BASE = "base-of-the-contract"
@@ -126,7 +128,7 @@ class Engine:
 
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    """A running engine with 8 slots."""
+    """A running engine with 8 slots. vLLM is forked by a zygote, as in a service; what starts plainly is tested elsewhere (README.md)."""
     fake = request.param == "fake"
     spec = EngineSpec(
         module="lmaas.testing.fake_engine" if fake else Settings().engine_module,
@@ -141,7 +143,9 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         kv_cache_bytes=512 * 1024 * 1024,
         extra_args="--fake-token-ms 10" if fake else "",
     )
-    async with running(spec, tmp_path_factory.mktemp("engine") / "engine.log") as (process, http, _):
+    async with AsyncExitStack() as stack:
+        home = None if fake else (await stack.enter_async_context(zygote_in(tmp_path_factory.mktemp("home")))).home
+        process, http, _ = await stack.enter_async_context(running(spec, tmp_path_factory.mktemp("engine") / "engine.log", home))
         yield Engine(process, http)
 
 

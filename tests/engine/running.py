@@ -13,16 +13,19 @@ from tests.conftest import until
 
 
 @asynccontextmanager
-async def running(spec: EngineSpec, log: Path) -> AsyncIterator[tuple[EngineProcess, httpx.AsyncClient, EngineClient]]:
-    """A server that answers, plain HTTP to it, and our client."""
+async def running(
+    spec: EngineSpec, log: Path, home: Path | None = None
+) -> AsyncIterator[tuple[EngineProcess, httpx.AsyncClient, EngineClient]]:
+    """A server that answers, plain HTTP to it, and our client. With a home folder, that folder's zygote forks it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     async with (
-        launched(spec, port, log) as process,
+        launched(spec, port, log, home) as process,
         httpx.AsyncClient(base_url=process.url, timeout=300, limits=httpx.Limits(max_keepalive_connections=0)) as http,
         EngineClient() as client,
     ):
+        assert process.by == ("plain" if home is None else "zygote")
 
         async def ready() -> bool:
             assert process.running, process.last_words()

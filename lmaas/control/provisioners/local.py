@@ -28,6 +28,8 @@ MAY_BEGIN_S = 120.0
 #: The variable by which an engine sees its accelerators.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/proc/driver/nvidia/gpus")
+#: What supervisors have no use for.
+FOR_PEOPLE = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -40,7 +42,7 @@ class LocalProvisioner:
 
     def __init__(self, settings: Settings) -> None:
         self._home, self._folder = settings.home, settings.home / "replicas"
-        self._environment = os.environ | settings.environment()
+        self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_PEOPLE}
         self._devices = _devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
         with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
@@ -115,7 +117,7 @@ class LocalProvisioner:
         """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago. Called at each look
         of the controller, which is also when the zygote is looked after."""
         if self._zygote is not None:
-            await self._zygote.ensure()
+            self._zygote.tend()  # no start waits for that
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> dict[str, str]:

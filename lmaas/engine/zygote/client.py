@@ -64,19 +64,14 @@ async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: f
             await _connect(connection, home)
             hello = await _receive(loop, connection)
             _check(not (differs := wire.difference(facts, hello.get("facts", {}))), f"it was started with another {differs}")
-            request = {
-                "do": "fork",
-                "module": order.module,
-                "arguments": order.arguments,
-                "environment": dict(order.environment),
-                "folder": str(Path.cwd()),
-                "log": str(order.log.absolute()),
-                "kept": order.kept,
-            }
+            request = {"do": "fork", "module": order.module, "arguments": order.arguments, "kept": order.kept}
             await loop.sock_sendall(connection, json.dumps(request).encode())
             answer = await _receive(loop, connection)
             _check("refused" not in answer, str(answer.get("refused")))
-            return Fork(int(answer["pid"]), connection)
+            # From here on it is the forked process that listens. The environment, which may hold secrets, never reaches the zygote.
+            rest = {"environment": dict(order.environment), "folder": str(Path.cwd()), "log": str(order.log.absolute())}
+            await loop.sock_sendall(connection, json.dumps(rest).encode())
+            return Fork(int((await _receive(loop, connection))["pid"]), connection)
     except (OSError, ValueError, KeyError, TypeError) as error:
         connection.close()
         raise NoZygote(f"the zygote did not answer: {error!r}") from error

@@ -26,6 +26,8 @@ RESTART_S, RESTART_MAX_S = 1.0, 300.0
 #: One that lasted this long was no failure.
 LASTED_S = 60.0
 HELLO_S = 0.5
+#: How old what we know of our own files may be.
+FACTS_S = 60.0
 #: How long a killed process may take to be gone.
 STOP_S = 5.0
 
@@ -42,8 +44,18 @@ class ZygoteOwner:
     ) -> None:
         self._home, self._start, self._facts, self._clock = home, start, facts, clock
         self._child: subprocess.Popen[bytes] | None = None
-        self._looked = self._started = self._answered = float("-inf")
+        self._looked = self._started = self._answered = self._knew = float("-inf")
+        #: Which process was found mute, and when first. Nobody is blamed for the time before we looked.
+        self._mute: tuple[int, float] | None = None
+        self._known: Mapping[str, str] = {}
         self._failures = 0
+        self._looking: asyncio.Task[None] | None = None
+
+    def tend(self) -> None:
+        """Do `ensure` on the side: for whoever must not wait for a zygote that is slow to answer."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self.ensure(), name="zygote")
+            self._looking.add_done_callback(_tell)
 
     async def ensure(self) -> None:
         """See that the zygote runs, or start it; does nothing if it was called a moment ago. It tells the zygote that it is needed."""
@@ -68,15 +80,19 @@ class ZygoteOwner:
             except (FileNotFoundError, ConnectionRefusedError):
                 self._begin()
                 return
+            except BlockingIOError:
+                # So many stand in line already: each of our looks, for one that is mute.
+                self._found_mute(_holder(self._home))
+                return
             try:
                 hello = wire.receive(connection) or {}
             except TimeoutError:
-                self._mute(connection)
+                self._found_mute(peer(connection))
                 return
             except ConnectionError:
                 return  # it is ending; the next look finds out
-            self._answered = self._clock()
-            if differs := wire.difference(self._facts(), hello.get("facts", {})):
+            self._answered, self._mute = self._clock(), None
+            if differs := wire.difference(self._wanted(), hello.get("facts", {})):
                 log.warning("the zygote is replaced", extra={"action": "zygote", "detail": f"it was started with another {differs}"})
                 wire.send(connection, {"do": "stop"})
 
@@ -87,15 +103,30 @@ class ZygoteOwner:
         if self._child is not None or now - self._started < wait:
             return  # it has not come so far, or not for long
         self._failures += 1
+        self._knew = float("-inf")
         self._started = self._answered = now
         self._child = self._start()
 
-    def _mute(self, connection: socket.socket) -> None:
-        pid = peer(connection)
-        if self._clock() - max(self._answered, self._started) > MUTE_S and pid > 0:
+    def _found_mute(self, pid: int) -> None:
+        now = self._clock()
+        if self._mute is None or self._mute[0] != pid:
+            self._mute = (pid, now)
+        if now - self._mute[1] > MUTE_S and _is_zygote(pid, self._home):
             log.error("the zygote is stuck and is killed", extra={"action": "zygote", "detail": f"pid {pid}"})
+            self._mute = None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _wanted(self) -> Mapping[str, str]:
+        """The facts, found again now and then: that looks at every file of ours."""
+        if self._clock() - self._knew > FACTS_S:
+            self._known, self._knew = self._facts(), self._clock()
+        return self._known
+
+
+def _tell(looking: "asyncio.Task[None]") -> None:
+    if not looking.cancelled() and (error := looking.exception()) is not None:
+        log.error("the zygote could not be looked after", exc_info=error, extra={"action": "zygote"})
 
 
 def peer(connection: socket.socket) -> int:
@@ -107,12 +138,12 @@ def peer(connection: socket.socket) -> int:
 
 def stop(home: Path) -> None:
     """End the zygote of a home folder, if there is one. What it forked goes on."""
-    for pid in {_listener(home), _last_started(home)} - {0}:
+    for pid in {_listener(home), _holder(home), _last_started(home)} - {0}:
         # Whatever it does just now, importing or waiting: it holds nothing that a kill could harm.
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                if f"lmaas.engine.zygote {home}".encode() in _command(pid):
+                if _is_zygote(pid, home):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     select.select([pidfd], [], [], STOP_S)
             finally:
@@ -129,14 +160,24 @@ def _listener(home: Path) -> int:
 
 
 def _last_started(home: Path) -> int:
-    """It may not listen yet."""
+    """It may not listen yet, and may never: if there was one already."""
+    return _number(wire.folder(home) / wire.PROCESS)
+
+
+def _holder(home: Path) -> int:
+    """The one that holds the lock, or the last that did; for when it cannot be asked any more."""
+    return _number(wire.folder(home) / wire.LOCK)
+
+
+def _number(path: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
-        return int((wire.folder(home) / wire.PROCESS).read_text())
+        return int(path.read_text())
     return 0
 
 
-def _command(pid: int) -> bytes:
-    """With spaces between the arguments. Empty if the process is gone."""
+def _is_zygote(pid: int, home: Path) -> bool:
+    """Whether that is what the process's command line says; not if it is gone, and its number belongs to another."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-    return b""
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") + b" "
+        return f"lmaas.engine.zygote {home} ".encode() in command
+    return False

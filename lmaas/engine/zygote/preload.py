@@ -42,12 +42,16 @@ MODULES = (
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
 
 
+#: Beside the file with the command lines to prepare for: those that leave a thread or CUDA behind. Their engines are forked all the same.
+AVOIDED = "commands-avoided.json"
+
+
 class Preloaded:
     """Imports everything. `commands` is the file with the command lines of engines to prepare for: those that were forked, and those that
     others expect."""
 
     def __init__(self, commands: Path) -> None:
-        self._commands = commands
+        self._commands, self._avoided = commands, commands.with_name(AVOIDED)
         self._prepared: dict[tuple[str, ...], tuple[object, Any]] = {}
         for module in MODULES:
             self._import(module)
@@ -66,7 +70,8 @@ class Preloaded:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self._reuse_renderers()
         for command in read_commands(commands):
-            self._prepare(command)
+            if not self._try(command):
+                break  # not to be forked any more; the next zygote leaves that one out
 
     def _import(self, module: str) -> None:
         try:
@@ -86,10 +91,24 @@ class Preloaded:
         return ""
 
     def learn(self, arguments: list[str]) -> None:
-        """An engine was forked with these arguments: be prepared for the next, also after a restart."""
+        """An engine was forked with these arguments: be prepared for the next, also after a restart. Raises OSError if that cannot be
+        remembered."""
         key = command_key(arguments)
-        remember(self._commands, key)
-        self._prepare(key)
+        if self._try(key):
+            remember(self._commands, key)
+
+    def _try(self, command: list[str]) -> bool:
+        """Prepare for a command line, unless that is known to spoil a zygote. False if it did; then it is known from now on."""
+        if command in read_commands(self._avoided):
+            return True
+        if self.unfit():
+            return False  # for another reason
+        self._prepare(command)
+        reason = self.unfit()
+        if reason:
+            log.error("no zygote is prepared for %s any more: %s", " ".join(command), reason)
+            remember(self._avoided, command)
+        return not reason
 
     def _prepare(self, command: list[str]) -> None:
         """Load the model's configuration and tokenizer as the server would. What fails here fails there too, and tells."""

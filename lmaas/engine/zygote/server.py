@@ -74,8 +74,13 @@ class Zygote:
         while time.monotonic() - needed < self._idle_s:
             if not poll.poll(1000):
                 if self._seen and time.monotonic() - self._forked > LEARN_AFTER_S:
-                    self._learn(self._seen.pop())
+                    try:
+                        self._learn(self._seen.pop())
+                    except OSError as error:
+                        log.warning("what was learnt is not kept: %r", error)
                     _settle()
+                    if self._ends():
+                        return None
                 continue
             needed = time.monotonic()
             connection, _ = listener.accept()
@@ -88,11 +93,15 @@ class Zygote:
                     continue
                 if job is not None:
                     return job
-            if reason := self._unfit():
-                log.error("the zygote ends: %s", reason)
+            if self._ends():
                 return None
         log.info("nobody has needed the zygote for %.0f s", self._idle_s)
         return None
+
+    def _ends(self) -> bool:
+        if reason := self._unfit():
+            log.error("the zygote ends: %s", reason)
+        return bool(reason)
 
     def _answer(self, connection: socket.socket, listener: socket.socket) -> Job | None:
         connection.settimeout(REQUEST_S)
@@ -110,8 +119,8 @@ class Zygote:
                 return None
 
     def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Job | None:
-        job = Job(str(request["module"]), [str(argument) for argument in request["arguments"]])
-        if request["kept"] and job.arguments not in self._seen:
+        job, kept = Job(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
+        if kept and job.arguments not in self._seen:
             self._seen.append(job.arguments)
         self._forked = time.monotonic()
         if os.fork():
@@ -120,20 +129,29 @@ class Zygote:
             listener.close()
             _reset_signals()
             os.setsid()
-            if request["kept"]:
+            connection.settimeout(GO_S)
+            # Only now: what is in this order, no other fork may find in its memory.
+            wire.send(connection, {"forked": True})
+            order = _hear(connection)
+            if kept:
                 _be_kept(connection)
             else:
                 wire.send(connection, {"pid": os.getpid()})
-                connection.settimeout(GO_S)
-                # Whoever gave up waiting has started it in another way.
-                if (wire.receive(connection) or {}).get("do") != "go":
-                    os._exit(0)
+                _hear(connection)
             connection.close()
-            _become(request, self._added if request["kept"] else {})
+            _become(job, order, self._added if kept else {})
         except BaseException:
             log.exception("a forked process could not begin")
             os._exit(1)  # never back into the loop of the zygote
         return job
+
+
+def _hear(connection: socket.socket) -> dict[str, Any]:
+    """The next message. Whoever gave up waiting has started it in another way; then this process ends."""
+    message = wire.receive(connection)
+    if message is None:
+        os._exit(0)
+    return message
 
 
 def _settle() -> None:
@@ -154,7 +172,7 @@ def _be_kept(connection: socket.socket) -> None:
         keep(engine, connection)
         os._exit(0)
     os.setsid()
-    die_with_parent(keeper)
+    _die_with(keeper)
     _bind_descendants()
 
 
@@ -166,7 +184,14 @@ def _bind_descendants() -> None:
         nonlocal parent
         parent = os.getpid()
 
-    os.register_at_fork(before=before, after_in_child=lambda: die_with_parent(parent))
+    os.register_at_fork(before=before, after_in_child=lambda: _die_with(parent))
+
+
+def _die_with(parent: int) -> None:
+    try:
+        die_with_parent(parent)
+    except SystemExit:
+        os._exit(1)  # Python ignores what is raised in a hook of a fork
 
 
 def _reset_signals() -> None:
@@ -175,22 +200,22 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _become(request: dict[str, Any], added: Mapping[str, str]) -> None:
+def _become(job: Job, order: dict[str, Any], added: Mapping[str, str]) -> None:
     """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
-    environment = {str(name): str(value) for name, value in request["environment"].items()}
+    environment = {str(name): str(value) for name, value in order["environment"].items()}
     os.environ.clear()
     # What vLLM set while it was imported, it would have set here too.
     os.environ.update({**added, **environment})
-    os.chdir(request["folder"])
-    output = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    os.chdir(order["folder"])
+    output = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
     logging.getLogger().handlers.clear()
     importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
     # As if it had been started plainly.
-    module = str(request["module"]).removesuffix(".__main__")
-    setproctitle(" ".join([sys.executable, "-m", module, *request["arguments"]]))
+    module = job.module.removesuffix(".__main__")
+    setproctitle(" ".join([sys.executable, "-m", module, *job.arguments]))
 
 
 @contextmanager
@@ -198,12 +223,15 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
     """The listening socket of the one zygote of `home`; None if there is another one."""
     folder = wire.folder(home)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / wire.LOCK).open("w") as lock, wire.channel() as listener:
+    with (folder / wire.LOCK).open("a") as lock, wire.channel() as listener:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the forked processes would hold too
         except OSError:
             yield None
             return
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         path = folder / wire.SOCKET
         path.unlink(missing_ok=True)
         before = os.umask(0o177)

@@ -1,77 +1,19 @@
 """A zygote for the tests: real vLLM in memory, one for the module."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
-from lmaas.engine.launch import VLLM, EngineSpec, shared_environment, zygote_owner
-from lmaas.engine.zygote import owner, wire
-from lmaas.engine.zygote.client import Fork, NoZygote, Order, fork
-from lmaas.engine.zygote.owner import ZygoteOwner
-from tests.conftest import until
-
-IMPORTED_S = 120.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """A home folder with a zygote."""
-
-    home: Path
-    taker: ZygoteOwner
-
-    async def fork(self, module: str, arguments: list[str], log: Path, *, kept: bool, patience_s: float = IMPORTED_S) -> Fork:
-        """Have a process forked. Raises NoZygote."""
-        order = Order(module, arguments, {"PATH": "/usr/bin:/bin"}, log, kept)
-        return await fork(self.home, order, wire.facts(shared_environment()), patience_s)
-
-    @property
-    def pid(self) -> int:
-        """The zygote's, or 0."""
-        return owner._listener(self.home)
-
-    async def imported(self) -> None:
-        """Wait until it answers."""
-
-        async def answers() -> bool:
-            await self.taker.ensure()
-            try:
-                (await self.fork("lmaas.testing.nothing", [], Path("/dev/null"), kept=False)).connection.close()
-            except NoZygote:
-                return False
-            return True
-
-        await until(answers, timeout_s=IMPORTED_S)
-
-    def left(self) -> list[psutil.Process]:
-        """The zygote and what it forked that still runs."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("LMAAS_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+from lmaas.engine.launch import VLLM, EngineSpec
+from tests.engine.zygote.place import Place, zygote_in
 
 
 @pytest.fixture(scope="module")
 async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     """A home folder whose zygote has imported everything."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LMAAS_HOME", str(home))
-        there = Place(home, zygote_owner(home, 60))
-        await there.imported()
+    async with zygote_in(tmp_path_factory.mktemp("home")) as there:
         yield there
-        await asyncio.to_thread(owner.stop, home)
-        await until(lambda: not there.left())
-        if there.taker._child is not None:
-            there.taker._child.wait()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.commands import REMEMBERED, command_key, read_commands, remember
 from lmaas.engine.zygote.owner import EVERY_S, RESTART_MAX_S, ZygoteOwner
-from lmaas.engine.zygote.preload import Preloaded
+from lmaas.engine.zygote.preload import AVOIDED, Preloaded
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,53 @@ def test_a_process_with_cuda_or_threads_is_not_forked(monkeypatch: pytest.Monkey
     found = preloaded().unfit()
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+class Spoilt(Preloaded):
+    """Preparing for `bad` leaves a thread behind."""
+
+    def __init__(self, commands: Path) -> None:
+        self.tried: list[str] = []
+        self.threads = 1
+        self._commands, self._avoided = commands, commands.with_name(AVOIDED)
+
+    def unfit(self) -> str:
+        """With more than one thread."""
+        return f"{self.threads} threads" if self.threads > 1 else ""
+
+    def _prepare(self, command: list[str]) -> None:
+        self.tried += command
+        if command == ["bad"]:
+            self.threads += 1
+
+
+def test_a_command_that_spoils_a_zygote_spoils_no_second_one(tmp_path: Path) -> None:
+    path = tmp_path / "commands.json"
+    first = Spoilt(path)
+    first.learn(["good", "--port", "1"])
+    assert not first.unfit()
+    first.learn(["bad", "--port", "1"])
+    assert first.unfit()  # so it ends
+    first.learn(["other"])
+    assert first.tried == ["good", "bad"]
+    assert read_commands(path) == [["good"]]
+    remember(path, ["bad"])  # as `lmaas up` expects it
+    second = Spoilt(path)
+    for command in (["bad"], ["other"]):
+        second.learn(command)
+    assert second.tried == ["other"]
+    assert not second.unfit()
+
+
+def test_a_fork_whose_parent_is_gone_ends_although_a_hook_cannot_raise() -> None:
+    script = (
+        "import os; from lmaas.engine.zygote.server import _die_with\n"
+        "os.register_at_fork(after_in_child=lambda: _die_with(1 << 30))\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "1"
 
 
 def test_a_workers_threads_are_bound_as_libgomp_binds_them() -> None:

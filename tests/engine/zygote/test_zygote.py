@@ -17,7 +17,7 @@ from lmaas.engine.client import EngineClient
 from lmaas.engine.launch import EngineProcess, EngineSpec, launched
 from lmaas.engine.zygote.client import ForkedProcess, NoZygote
 from tests.conftest import until
-from tests.engine.zygote.conftest import Place
+from tests.engine.zygote.place import Place
 
 ADAPTER = Path(__file__).parents[3] / "tenants" / "adapters" / "acme-json"
 

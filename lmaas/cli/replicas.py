@@ -1,0 +1,46 @@
+"""Commands about replicas."""
+
+import click
+
+from lmaas.cli.context import Context, pass_context
+from lmaas.cli.models import troubles
+from lmaas.store.replicas import START_PHASES
+
+REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
+
+
+@click.group()
+def replica() -> None:
+    """Replicas."""
+
+
+@replica.command("list")
+@click.option("--ended", is_flag=True, help="Also the last ones that ended, and why.")
+@pass_context
+def replica_list(context: Context, ended: bool) -> None:
+    """The replicas that exist."""
+    client = context.client()
+    context.show(client.list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+    if not context.as_json:
+        for line in troubles(client.list("/admin/v1/base-models")):
+            click.echo(line)
+
+
+@replica.command("show")
+@click.argument("replica_id")
+@pass_context
+def replica_show(context: Context, replica_id: str) -> None:
+    """A replica, and where the time of its start went."""
+    row = context.client().call("GET", f"/admin/v1/replicas/{replica_id}")
+    context.show_one(row, REPLICA)
+    if row["start"] and not context.as_json:
+        click.echo()
+        context.show([row["start"]], ("by", *START_PHASES))
+
+
+@replica.command("stop")
+@click.argument("replica_id")
+@pass_context
+def replica_stop(context: Context, replica_id: str) -> None:
+    """Drain a replica and stop it."""
+    context.show_one(context.client().call("DELETE", f"/admin/v1/replicas/{replica_id}"), ("id", "desired"))
