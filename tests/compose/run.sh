@@ -13,6 +13,13 @@ mkdir -p "$cache"
 
 say() { echo "$(date +%T) $*"; }
 
+# No Docker engine can be had: a failure, unless MAY_SKIP=1 says that the rest counts without it.
+cannot() {
+    say "NOT TESTED: $*" >&2
+    [ "${MAY_SKIP:-}" = 1 ] || exit 1
+    exit 0
+}
+
 finish() {
     status=$?
     trap - EXIT INT TERM
@@ -30,14 +37,13 @@ trap 'exit 130' INT TERM
 
 if ! docker info >/dev/null 2>&1; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        say "No Docker engine answers, and none can be installed here: that takes root and Debian's apt-get. Start one and try again." >&2
-        exit 1
+        cannot "no Docker engine answers, and none can be installed here: that takes root and Debian's apt-get. Start one and try again."
     fi
     if ! command -v dockerd >/dev/null || ! command -v debootstrap >/dev/null; then
         say "Installing Docker's engine ..."
         export DEBIAN_FRONTEND=noninteractive
         apt-get update -q >"$work/apt.log" 2>&1
-        apt-get install -y -q --no-install-recommends docker.io debootstrap iptables >>"$work/apt.log" 2>&1 || { cat "$work/apt.log"; exit 1; }
+        apt-get install -y -q --no-install-recommends docker.io debootstrap iptables >>"$work/apt.log" 2>&1 || { cat "$work/apt.log"; cannot "Docker's engine could not be installed."; }
     fi
     say "Starting Docker's engine ..."
     # Packets must fit the machine's own network.
@@ -46,9 +52,10 @@ if ! docker info >/dev/null 2>&1; then
     engine=$!
     for _ in $(seq 120); do
         docker info >/dev/null 2>&1 && break
-        kill -0 "$engine" 2>/dev/null || { tail -20 "$work/dockerd.log"; engine=; exit 1; }
+        kill -0 "$engine" 2>/dev/null || { tail -20 "$work/dockerd.log"; engine=; cannot "Docker's engine does not run here."; }
         sleep 0.5
     done
+    docker info >/dev/null 2>&1 || { tail -20 "$work/dockerd.log"; cannot "Docker's engine does not answer."; }
 fi
 
 compose=$(command -v "$PWD/.venv/bin/docker-compose" || command -v docker-compose)
