@@ -187,11 +187,10 @@ async def run_controller(settings: Settings) -> None:
             if settings.controller_port is not None:
                 tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
             await told_to_stop.wait()
-            was_active = controller.active
             for task in tasks:
                 task.cancel()
-        # Those of one that stands by are another's.
-        if settings.controller_ends_replicas and was_active:
+        # Active or not: it may have lost the lead a moment ago, and what this machine runs dies with us in any case.
+        if settings.controller_ends_replicas:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
