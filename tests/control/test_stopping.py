@@ -27,7 +27,9 @@ class Nowhere:
 
 
 @pytest.mark.parametrize("stands_by", [False, True])
-async def test_it_ends_its_replicas_also_if_it_has_just_lost_the_lead(settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch, stands_by: bool) -> None:
+async def test_it_ends_its_replicas_also_if_it_does_not_lead(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch, stands_by: bool
+) -> None:
     made: list[Controller] = []
     ended: list[float] = []
 
