@@ -19,7 +19,7 @@ from lmaas.control.provisioners import Provisioner
 from lmaas.control.sharing import Rules, Waits, share
 from lmaas.errors import Unavailable
 from lmaas.metering.writer import BATCH, take_back, write_events
-from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
+from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler, unswallowed
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database, Writes, new_id
 from lmaas.store.idempotency import delete_old, delete_surplus
@@ -265,13 +265,15 @@ class Controller:
         while True:
             moved = 0
             try:
-                for pool_id in await list_pool_ids(self._db):
-                    if pool_id not in looked_aside:
-                        # The controller before us may have been of an older release than the gateways.
-                        await take_back(self._scheduler.redis, pool_id)
-                        looked_aside.add(pool_id)
-                    count = await write_events(self._scheduler.redis, self._db, pool_id)
-                    moved, self.moved = max(moved, count), self.moved + count
+                # A swallowed cancellation would leave us neither active nor standing by.
+                with unswallowed():
+                    for pool_id in await list_pool_ids(self._db):
+                        if pool_id not in looked_aside:
+                            # The controller before us may have been of an older release than the gateways.
+                            await take_back(self._scheduler.redis, pool_id)
+                            looked_aside.add(pool_id)
+                        count = await write_events(self._scheduler.redis, self._db, pool_id)
+                        moved, self.moved = max(moved, count), self.moved + count
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
                 await asyncio.sleep(TICK_S)

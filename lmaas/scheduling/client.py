@@ -174,7 +174,8 @@ class Scheduler:
 
     async def load(self) -> None:
         """Install this version of the library."""
-        await self.redis.function_load(self._library, replace=True)
+        with unswallowed():
+            await self.redis.function_load(self._library, replace=True)
 
     async def submit(
         self, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
@@ -268,7 +269,8 @@ class Scheduler:
         while True:
             try:
                 async with self.redis.pubsub() as subscription:
-                    await subscription.subscribe(channel)
+                    with unswallowed():
+                        await subscription.subscribe(channel)
                     while True:
                         with unswallowed():
                             message = await subscription.get_message(timeout=5)
@@ -287,9 +289,11 @@ def unswallowed() -> Iterator[None]:
     """Cancelled in this block means cancelled after it: redis-py sends with asyncio.wait_for, which on Python 3.11 can swallow that."""
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
-    yield
-    if task is not None and task.cancelling() > before:
-        raise asyncio.CancelledError
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _away(function: str, error: RedisError) -> Unavailable:

@@ -91,7 +91,8 @@ async def test_what_machines_hold(settings: Settings, node_with_two: Fleet) -> N
 async def test_from_outside_through_rays_client(settings: Settings, client_port: int) -> None:
     ray.shutdown()
     outside = RayProvisioner(
-        Settings(ray_address=f"ray://127.0.0.1:{client_port}", ray_namespace=settings.ray_namespace, ray_node_home=settings.ray_node_home)
+        Settings(ray_address=f"ray://127.0.0.1:{client_port}", ray_namespace=settings.ray_namespace, ray_node_home=settings.ray_node_home),
+        call_s=120,  # Ray starts a server for each client, which takes its time on a busy machine
     )
     await outside.start("rep_1", "mod_a", Resources(1000, 0))
     assert await outside.list() == {"rep_1": "mod_a"}
