@@ -1,5 +1,6 @@
 """The provisioner on a real Ray cluster, with supervisors that end soon: they are told of no database."""
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -92,9 +93,17 @@ async def test_from_outside_through_rays_client(settings: Settings, client_port:
     ray.shutdown()
     outside = RayProvisioner(
         Settings(ray_address=f"ray://127.0.0.1:{client_port}", ray_namespace=settings.ray_namespace, ray_node_home=settings.ray_node_home),
-        call_s=120,  # Ray starts a server for each client, which takes its time on a busy machine
+        call_s=120,
     )
-    await outside.start("rep_1", "mod_a", Resources(1000, 0))
+
+    async def started() -> bool:
+        # Ray starts a server for each client, and gives up when that takes 30 s on a busy machine.
+        with contextlib.suppress(OSError):
+            await outside.start("rep_1", "mod_a", Resources(1000, 0))
+            return True
+        return False
+
+    await until(started, 300)
     assert await outside.list() == {"rep_1": "mod_a"}
     await outside.kill("rep_1")
 
