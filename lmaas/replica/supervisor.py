@@ -105,7 +105,8 @@ class Supervisor:
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
         settings = self._settings
         home = settings.home if settings.zygote == "on" else None
-        spec = spec_of(self._model, settings.engine_module, settings.engine_host)
+        # Its address, not its name: where a name server is away, or busy with other names, gateways still find it.
+        spec = spec_of(self._model, settings.engine_module, await _address(settings.engine_host))
         async with self._sheet.kept(), launched(spec, _free_port(spec.host), self._folder / "engine.log", home) as engine:
             self._times.began = engine.began
             log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}, {engine.by}"))
@@ -368,6 +369,11 @@ class Supervisor:
         self._load = await self._scheduler.drain(self._model.id, self._id)
         if self._load >= 0:
             self._saw_load(self._load, 0)
+
+
+async def _address(host: str) -> str:
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(found[0][4][0])
 
 
 def _free_port(host: str) -> int:
