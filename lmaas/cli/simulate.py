@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -66,10 +67,9 @@ def simulate(
         if generated is None:
             raise click.UsageError("Say which TRACE, or --generate one.")
         return
-    # Only for a simulation: what they need takes a while to import.
-    from lmaas.simulation.chart import check_chart, write_chart  # noqa: PLC0415
-    from lmaas.simulation.queue import server  # noqa: PLC0415
-    from lmaas.simulation.replay import Arrangement, Options, replay  # noqa: PLC0415
+    from lmaas.simulation.chart import check_chart, write_chart  # noqa: PLC0415 (only for a simulation: slow to import)
+    from lmaas.simulation.queue import server  # noqa: PLC0415 (the same)
+    from lmaas.simulation.replay import Arrangement, Options, replay  # noqa: PLC0415 (the same)
 
     for chart in charts:
         check_chart(chart)
@@ -133,12 +133,12 @@ def _profile(context: Context, path: Path | None, start_s: float | None, slots: 
             adapter_slots=settings.engine_max_loras,
             adapters_resident=max(settings.engine_max_loras, settings.engine_max_cpu_loras),
         )
-    given: dict[str, float | int] = {}
+    given: dict[str, Any] = {}
     if start_s is not None:
         given["start_s"] = start_s
     if slots is not None:
         given["slots"] = slots
-    return replace(profile, **given)  # type: ignore[arg-type]
+    return replace(profile, **given)
 
 
 def _title(trace: Trace) -> str:

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 #: The histogram's range and resolution: from MIN_GAP_S, each bin's bounds are RATIO times those of the one before.
 MIN_GAP_S = 2.0
@@ -54,10 +55,10 @@ class History:
         return History(tuple(sorted(counts.items())))
 
     @classmethod
-    def of(cls, stored: object) -> "History":
+    def of(cls, stored: Any) -> "History":
         """From what was stored (the pairs, as JSON). What cannot be understood is an empty history: it is only experience."""
         try:
-            bins = tuple(sorted((int(index), float(count)) for index, count in stored))  # type: ignore[attr-defined]
+            bins = tuple(sorted((int(index), float(count)) for index, count in stored))
         except (TypeError, ValueError, OverflowError):
             return cls()
         return cls(bins) if all(0 <= index < BINS and 0 < count <= FULL for index, count in bins) else cls()

@@ -46,7 +46,7 @@ def install() -> None:
         worker.load_model = _marked(worker.load_model, LOADING, LOADED)
         worker.initialize_from_config = _marked(worker.initialize_from_config, None, CACHED)
 
-    init_worker._lmaas_marks = True  # type: ignore[attr-defined]
+    init_worker._lmaas_marks = True  # type: ignore[attr-defined]  # so that it is wrapped once
     WorkerWrapperBase.init_worker = init_worker
 
 
