@@ -48,19 +48,6 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIter
 
 
 @pytest.fixture
-async def operator_key(stack: Stack) -> str:
-    key = new_key()
-    await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
-    return key
-
-
-@pytest.fixture
-async def operator(stack: Stack, operator_key: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {operator_key}"}, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_model(tmp_path / "tiny")
 

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.usage import UsageRecord
 from lmaas.replica import timesheet
 from lmaas.scheduling.client import Beat, Bounds, Ticket
@@ -19,8 +18,6 @@ from lmaas.states import UsageStatus
 from lmaas.store.engine_time import list_engine_time
 from lmaas.store.models import MAX_PRICE, BaseModel, get_base_model
 from lmaas.store.replicas import desire_stop
-from lmaas.store.tenants import create_key
-from lmaas.types import Role
 from tests.conftest import until
 from tests.gateway.stack import CHAT, Stack, Stream, Tenant, running
 
@@ -32,19 +29,6 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(timesheet, "WRITE_EVERY_S", 0.1)
     async with running(postgres_url, valkey_url, tmp_path) as stack:
         yield stack
-
-
-@pytest.fixture
-async def operator_key(stack: Stack) -> str:
-    key = new_key()
-    await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
-    return key
-
-
-@pytest.fixture
-async def operator(stack: Stack, operator_key: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {operator_key}"}) as client:
-        yield client
 
 
 async def priced(stack: Stack, operator: httpx.AsyncClient) -> BaseModel:
