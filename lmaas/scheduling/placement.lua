@@ -12,6 +12,7 @@ local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants
 local MAX_TENANTS = 256   -- tenants looked at in one round
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
+local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next one goes on
 
 local function fresh(pool, replica)
   return replica.state == 'ready' and not replica.suspect and pool.now - replica.beat < STALE_MS
@@ -340,7 +341,7 @@ local function reap(pool)
   if pool.now - last > AWAY_MS then redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS) end
   if pool.now < var(pool, 'spare', 0) then return false end
   local found = false
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, 100)) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, MAX_REAPED)) do
     local ticket = get(pool, id)
     if ticket then
       local used = record_lost(pool, ticket)

@@ -34,6 +34,7 @@ class Rules:
     MAX_TENANTS: int = 256
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
+    MAX_REAPED: int = 100
     MAX_COUNTERS: int = 10_000
 
 
@@ -388,7 +389,7 @@ class Model:
         if now < self.spare_until:
             return False
         lost = [each for each in self.tickets.values() if each.expires <= now]
-        for held in sorted(lost, key=lambda each: (each.expires, each.ticket.id)):
+        for held in sorted(lost, key=lambda each: (each.expires, each.ticket.id))[: self.rules.MAX_REAPED]:
             used = held.progress or (0, 0, 0)
             self.events.append(
                 {
