@@ -13,6 +13,8 @@ from lmaas.errors import Unavailable
 #: How long a question may take, if there is an old answer, and if there is none.
 KNOWN_WAIT_S = 1.0
 UNKNOWN_WAIT_S = 10.0
+#: Those with an old answer do not wait for a database that has answered nobody for KNOWN_WAIT_S, until nobody has asked for this long.
+SILENT_S = 20.0
 #: How often somebody asks whether anything has changed.
 LOOK_EVERY_S = 0.2
 #: An answer is asked for again after this long even so, should a change ever go unnoticed.
@@ -82,6 +84,8 @@ class MomentCache(Generic[Key, Value]):
         self._good_until = changes.good_until if changes is not None else float
         self._known: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
         self._asking: dict[Key, asyncio.Task[Value | None]] = {}
+        #: When a question was asked last; the first one of those since when none was answered.
+        self._asked_last, self._silent_since = -math.inf, math.inf
 
     async def get(self, key: Key) -> Value | None:
         """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
@@ -93,11 +97,18 @@ class MomentCache(Generic[Key, Value]):
             return known[1]
         asking = self._asking.get(key)
         if asking is None:
+            if now - self._asked_last > SILENT_S:
+                self._silent_since = math.inf
+            self._asked_last, self._silent_since = now, min(self._silent_since, now)
             asking = asyncio.create_task(self._refresh(key))
             self._asking[key] = asking
             asking.add_done_callback(functools.partial(self._answered, key))
+        wait_s = UNKNOWN_WAIT_S
+        if known is not None and now - good_until < self._grace_s:
+            # Once in all, not each time, nor for each key.
+            wait_s = max(0.0, min(self._silent_since, now) + KNOWN_WAIT_S - now)
         try:
-            async with asyncio.timeout(UNKNOWN_WAIT_S if known is None else KNOWN_WAIT_S):
+            async with asyncio.timeout(wait_s):
                 return await asyncio.shield(asking)
         except (Unavailable, TimeoutError) as error:
             if known is not None and now - good_until < self._grace_s:
@@ -119,6 +130,7 @@ class MomentCache(Generic[Key, Value]):
                 value = await self._ask(key)
         except TimeoutError:
             raise Unavailable("The database does not answer.", code="database_unavailable", retry_after_s=2) from None
+        self._silent_since = math.inf
         if value is None:
             self._known.pop(key, None)
         else:

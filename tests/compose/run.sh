@@ -58,7 +58,7 @@ if ! docker info >/dev/null 2>&1; then
     docker info >/dev/null 2>&1 || { tail -20 "$work/dockerd.log"; cannot "Docker's engine does not answer."; }
 fi
 
-compose=$(command -v "$PWD/.venv/bin/docker-compose" || command -v docker-compose)
+compose=$(command -v "$PWD/.venv/bin/docker-compose" || command -v docker-compose) || { say "There is no docker-compose: \`make install\` brings it."; exit 1; }
 
 # From an empty folder: what git has, or would have after `git add`.
 mkdir "$work/clone"

@@ -238,6 +238,19 @@ def test_a_gateway_is_killed_while_requests_flow(stack: Stack, client: OpenAI) -
     _until(stack.healthy)
 
 
+def test_known_keys_are_served_without_postgres(stack: Stack, client: OpenAI) -> None:
+    for _ in range(8):  # a gateway knows the keys that it has seen
+        _ask(client, MODEL)
+    stack.compose("stop", "postgres")
+    try:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:  # the proxy would have taken the gateways away
+            assert "Paris" in _ask(client.with_options(max_retries=0), MODEL)
+    finally:
+        stack.compose("start", "postgres")
+    _until(stack.healthy)
+
+
 def test_down_and_up_again(stack: Stack, client: OpenAI, key: str) -> None:
     """Everything that counts is on volumes: keys, adapters, the ledger."""
 

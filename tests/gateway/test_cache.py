@@ -173,6 +173,50 @@ async def test_a_database_that_hangs_is_away_too(monkeypatch: pytest.MonkeyPatch
     await until(lambda: not cache._asking, 5, 0.01)
 
 
+async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(k="v", l="w")
+    cache = source.cache()
+    assert [await cache.get(key) for key in "kl"] == ["v", "w"]
+    source.now += 2
+    gate = source.gate = asyncio.Event()
+    try:
+        monkeypatch.setattr(module, "KNOWN_WAIT_S", 0.02)
+        monkeypatch.setattr(module, "UNKNOWN_WAIT_S", 0.05)
+        assert await cache.get("k") == "v"
+        await until(lambda: not cache._asking, 5, 0.01)
+        monkeypatch.setattr(module, "KNOWN_WAIT_S", 3.0)
+        source.now += 3
+        async with asyncio.timeout(2):  # asked for again, but not waited for
+            assert [await cache.get("k"), await cache.get("l")] == ["v", "w"]
+        assert source.asked == ["k", "l", "k", "k", "l"]
+        source.now += 60  # too old to go without
+        with pytest.raises(Unavailable):
+            await cache.get("k")
+    finally:
+        gate.set()
+
+
+async def test_after_an_outage_the_truth_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(k="v", l="w")
+    cache = source.cache()
+    assert [await cache.get(key) for key in "kl"] == ["v", "w"]
+    source.now += 2
+    source.error = Unavailable("away")
+    assert await cache.get("k") == "v"
+    source.now += 2
+    # One answer says that the database is back; so does the time in which nobody asked.
+    source.error, source.answers = None, {"k": "new", "l": "new"}
+    await cache.get("k")
+    await until(lambda: not cache._asking, 5, 0.01)
+    assert [await cache.get("k"), await cache.get("l")] == ["new", "new"]
+    source.now += 2
+    source.error = Unavailable("away")
+    assert await cache.get("k") == "new"
+    source.now += module.SILENT_S + 1
+    source.error, source.answers = None, {"k": "newer", "l": "newer"}
+    assert await cache.get("k") == "newer"
+
+
 async def test_a_question_that_is_never_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KNOWN_WAIT_S", 0.02)
     monkeypatch.setattr(module, "UNKNOWN_WAIT_S", 0.05)
