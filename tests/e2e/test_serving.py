@@ -48,7 +48,7 @@ def test_from_zero_to_an_answer_and_back_to_zero(stack: Stack) -> None:
     assert engines
     stack.idle_timeout(2)
     wait_for(lambda: not any(_runs(process) for process in engines), 90, "the engine and its memory are gone")
-    assert stack.replicas() == []
+    wait_for(lambda: not stack.replicas(), 60, "it is said to be gone")
     stack.idle_timeout(600)
 
 

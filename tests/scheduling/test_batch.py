@@ -107,6 +107,63 @@ async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_fo
     assert await sent(redis, "incr") == before + 1
 
 
+class Between:
+    """Passes on what a server and its client say, but what the server says at one moment."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.instead = b""
+        self.connections: list[asyncio.StreamWriter] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append(writer)
+        answers, asks = await asyncio.open_unix_connection(self._path)
+
+        async def answer() -> None:
+            while said := await answers.read(2**16):
+                writer.write(self.instead or said)
+                self.instead = b""
+
+        answering = asyncio.create_task(answer())
+        while asked := await reader.read(2**16):
+            asks.write(asked)
+        answering.cancel()
+        asks.close()
+        writer.close()
+
+
+@pytest.mark.parametrize("said", [b"-LOADING the dataset\r\n", b"+A\r\n+one too many\r\n", b"nonsense\r\n", b"$2\r\n\xff\xff\r\n"])
+async def test_a_reply_that_cannot_be_is_asked_for_on_a_new_connection(valkey_url: str, said: bytes) -> None:
+    between = Between(valkey_url.removeprefix("unix://"))
+    server = await asyncio.start_server(between, "127.0.0.1", 0)
+    async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
+        batch = Batch(redis)
+        assert await batch.call("ECHO", "A") == "A"
+        between.instead = said
+        assert await batch.call("ECHO", "A") == "A"
+        assert await at_once(batch, ("ECHO", "B"), ("ECHO", "C")) == ["B", "C"]
+        assert len(between.connections) == 2
+        for connection in between.connections:
+            connection.close()
+
+
+@pytest.mark.parametrize(("said", "connections"), [(b"+one too many\r\n", 2), (b">2\r\n$4\r\nnews\r\n$2\r\nno\r\n", 1)])
+async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: bytes, connections: int) -> None:
+    between = Between(valkey_url.removeprefix("unix://"))
+    server = await asyncio.start_server(between, "127.0.0.1", 0)
+    async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
+        batch = Batch(redis)
+        await batch.call("PING")
+        between.connections[0].write(said)
+        if connections == 2:
+            await until(lambda: batch._line is not None and not batch._line.open, 5, 0.01)
+        answers = [await batch.call("ECHO", number) for number in range(50)]
+        assert answers == [str(number) for number in range(50)]
+        assert len(between.connections) == connections
+        for connection in between.connections:
+            connection.close()
+
+
 async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> None:
     batch = Batch(redis)
     await redis.client_pause(100)
