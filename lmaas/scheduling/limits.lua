@@ -3,7 +3,9 @@
 -- queue and release a ticket, so it is exact however many gateways there are.
 --
 -- A scope (a tenant or a key) is one MessagePack value:
---   seconds  {{second, requests, tokens}, …} of the last minute, oldest first
+--   window   each second of the last minute in which something was counted, oldest first: second, requests, tokens; as bytes, since one
+--            that takes the others apart with each request costs more than the rest of it
+--   requests, minute_tokens  their sums
 --   running  requests accepted and not yet ended
 --   turn_ms  how long they take, from their acceptance, on average of the last few
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
@@ -28,20 +30,52 @@ local function month_of(now_ms)
   return (year + era * 400 + (month <= 2 and 1 or 0)) * 100 + month
 end
 
+local ENTRY = '<ddd'
+local ENTRY_BYTES = 24 -- three doubles; while the library is loaded there is no `struct` yet to say so
+
+local function entries(scope)
+  return #scope.window / ENTRY_BYTES
+end
+
+-- The second, its requests and its tokens; the oldest is number 1.
+local function entry(scope, number)
+  return struct.unpack(ENTRY, scope.window, (number - 1) * ENTRY_BYTES + 1)
+end
+
+-- Count more (or less) for this entry.
+local function add(scope, number, requests, tokens)
+  local second, had_requests, had_tokens = entry(scope, number)
+  local changed = struct.pack(ENTRY, second, had_requests + requests, had_tokens + tokens)
+  scope.window = string.sub(scope.window, 1, (number - 1) * ENTRY_BYTES) .. changed .. string.sub(scope.window, number * ENTRY_BYTES + 1)
+  scope.requests, scope.minute_tokens = scope.requests + requests, scope.minute_tokens + tokens
+end
+
+-- Leave out what lies behind; and seconds of the future, which are from a clock that was set back.
+local function forget_seconds(scope, second)
+  local first, last = 1, entries(scope)
+  while first <= last do
+    local at, requests, tokens = entry(scope, first)
+    if at + WINDOW_S >= second then break end
+    first, scope.requests, scope.minute_tokens = first + 1, scope.requests - requests, scope.minute_tokens - tokens
+  end
+  while first <= last do
+    local at, requests, tokens = entry(scope, last)
+    if at <= second then break end
+    last, scope.requests, scope.minute_tokens = last - 1, scope.requests - requests, scope.minute_tokens - tokens
+  end
+  scope.window = string.sub(scope.window, (first - 1) * ENTRY_BYTES + 1, last * ENTRY_BYTES)
+end
+
 local function load_scope(pool, id)
   local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
   local current, scope = found[1] or tostring(LAYOUT), found[2] and cmsgpack.unpack(found[2])
   if not scope or scope.memory ~= current then
     scope = {
-      id = id, seconds = {}, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0, generation = 0, memory = current,
+      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0,
+      generation = 0, memory = current,
     }
   end
-  local second, kept = math.floor(pool.now / 1000), {}
-  for _, entry in ipairs(scope.seconds) do
-    -- Seconds of the future are from a clock that was set back.
-    if entry[1] + WINDOW_S >= second and entry[1] <= second then kept[#kept + 1] = entry end
-  end
-  scope.seconds = kept
+  forget_seconds(scope, math.floor(pool.now / 1000))
   local month = month_of(pool.now)
   if scope.month ~= month then
     -- A new month begins with nothing, and needs no ledger.
@@ -59,37 +93,32 @@ local function cost_of(prices, prompt, cached, completion)
   return (prompt - cached) * prices[1] + cached * prices[2] + completion * prices[3]
 end
 
-local function used_in_minute(scope)
-  local requests, tokens = 0, 0
-  for _, entry in ipairs(scope.seconds) do requests, tokens = requests + entry[2], tokens + entry[3] end
-  return requests, tokens
-end
-
--- How long until `excess` of requests (index 2) or tokens (index 3) lie behind.
-local function until_freed(pool, scope, index, excess)
+-- How long until `excess` of 'requests' or 'tokens' lie behind.
+local function until_freed(pool, scope, what, excess)
   local freed = 0
-  for _, entry in ipairs(scope.seconds) do
-    freed = freed + entry[index]
-    if freed >= excess then return (entry[1] + WINDOW_S + 1) * 1000 - pool.now end
+  for number = 1, entries(scope) do
+    local second, requests, tokens = entry(scope, number)
+    freed = freed + (what == 'requests' and requests or tokens)
+    if freed >= excess then return (second + WINDOW_S + 1) * 1000 - pool.now end
   end
   return WINDOW_S * 1000
 end
 
 -- How long until everything lies behind.
-local function until_reset(pool, scope, index)
-  for i = #scope.seconds, 1, -1 do
-    if scope.seconds[i][index] > 0 then return (scope.seconds[i][1] + WINDOW_S + 1) * 1000 - pool.now end
+local function until_reset(pool, scope, what)
+  for number = entries(scope), 1, -1 do
+    local second, requests, tokens = entry(scope, number)
+    if (what == 'requests' and requests or tokens) > 0 then return (second + WINDOW_S + 1) * 1000 - pool.now end
   end
   return 0
 end
 
 local function count(pool, scope, requests, tokens)
-  local second, last = math.floor(pool.now / 1000), scope.seconds[#scope.seconds]
-  if not last or last[1] ~= second then
-    last = { second, 0, 0 }
-    scope.seconds[#scope.seconds + 1] = last
+  local second, last = math.floor(pool.now / 1000), entries(scope)
+  if last == 0 or entry(scope, last) ~= second then
+    scope.window, last = scope.window .. struct.pack(ENTRY, second, 0, 0), last + 1
   end
-  last[2], last[3] = last[2] + requests, last[3] + tokens
+  add(scope, last, requests, tokens)
 end
 
 -- When one of those that run or wait ends, by how long they take.
@@ -99,8 +128,7 @@ end
 
 -- Why this scope does not take the ticket: each limit that it is over. Without `retry_ms`, waiting is of no use.
 local function refusals(pool, scope, limit, tokens, cost)
-  local requests_used, tokens_used = used_in_minute(scope)
-  local found = {}
+  local requests_used, tokens_used, found = scope.requests, scope.minute_tokens, {}
   local function refuse(name, allowed, used, asked, retry_ms)
     found[#found + 1] = { limit = name, allowed = allowed, used = used, asked = asked, retry_ms = retry_ms, scope = limit.scope }
   end
@@ -108,13 +136,13 @@ local function refusals(pool, scope, limit, tokens, cost)
     refuse('concurrency', limit.max_concurrent, nil, nil, until_one_ends(scope))
   end
   if limit.requests_per_minute and requests_used + 1 > limit.requests_per_minute then
-    local retry_ms = until_freed(pool, scope, 2, requests_used + 1 - limit.requests_per_minute)
+    local retry_ms = until_freed(pool, scope, 'requests', requests_used + 1 - limit.requests_per_minute)
     refuse('requests', limit.requests_per_minute, requests_used, 1, retry_ms)
   end
   if limit.tokens_per_minute and tokens > limit.tokens_per_minute then
     refuse('request_tokens', limit.tokens_per_minute, nil, tokens, nil)
   elseif limit.tokens_per_minute and tokens_used + tokens > limit.tokens_per_minute then
-    local retry_ms = until_freed(pool, scope, 3, tokens_used + tokens - limit.tokens_per_minute)
+    local retry_ms = until_freed(pool, scope, 'tokens', tokens_used + tokens - limit.tokens_per_minute)
     refuse('tokens', limit.tokens_per_minute, tokens_used, tokens, retry_ms)
   end
   if limit.tokens_per_month and scope.tokens + tokens > limit.tokens_per_month then
@@ -141,17 +169,13 @@ end
 -- What is left of a minute's limits, of the scope that has the least left.
 local function tightest(pool, scopes, limits)
   local left = {}
+  local function see(scope, what, allowed, used)
+    local remaining = math.max(0, allowed - used)
+    if not left[what] or remaining < left[what][2] then left[what] = { allowed, remaining, until_reset(pool, scope, what) } end
+  end
   for i, limit in ipairs(limits) do
-    local requests, tokens = used_in_minute(scopes[i])
-    for name, facts in pairs({
-      requests = { limit.requests_per_minute, requests, 2 }, tokens = { limit.tokens_per_minute, tokens, 3 },
-    }) do
-      local allowed, used, index = facts[1], facts[2], facts[3]
-      if allowed then
-        local remaining = math.max(0, allowed - used)
-        if not left[name] or remaining < left[name][2] then left[name] = { allowed, remaining, until_reset(pool, scopes[i], index) } end
-      end
-    end
+    if limit.requests_per_minute then see(scopes[i], 'requests', limit.requests_per_minute, scopes[i].requests) end
+    if limit.tokens_per_minute then see(scopes[i], 'tokens', limit.tokens_per_minute, scopes[i].minute_tokens) end
   end
   return left
 end
@@ -218,11 +242,13 @@ local function settle(pool, ticket, used)
     local scope = load_scope(pool, limit.id)
     -- Has it been reserved here, or in a memory that is gone?
     local here, found = scope.memory == reserved.memories[i], false
-    for _, entry in ipairs(scope.seconds) do
-      if here and entry[1] == reserved.second then
-        entry[3], found = math.max(0, entry[3] + tokens - reserved.tokens), true
-        if tokens == 0 then entry[2] = math.max(0, entry[2] - 1) end
+    for number = here and entries(scope) or 0, 1, -1 do
+      local second, requests, counted = entry(scope, number)
+      if second == reserved.second then
+        found = true
+        add(scope, number, tokens == 0 and requests > 0 and -1 or 0, math.max(-counted, tokens - reserved.tokens))
       end
+      if second <= reserved.second then break end
     end
     -- It ran for longer than a minute: what it used beyond its reservation counts now.
     if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end

@@ -26,7 +26,7 @@
 
 -- Counts up with every change that a library of another layout would not read rightly. In all layouts, `:vars` is a hash with `layout` and
 -- `reaped`, `:tickets` a hash of JSON with `event`, and `:usage` as it is.
-local LAYOUT = 1
+local LAYOUT = 2
 local LEASE_MS = 6000     -- a gateway renews every second
 local STALE_MS = 5000     -- no heartbeat for this long: no new work
 local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away

@@ -18,7 +18,18 @@ POOL = "p"
 #: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
 UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began")
 #: What a stored scope is, in words that Python reads.
-READ_SCOPE = "local found = redis.call('GET', KEYS[1]); return found and cjson.encode(cmsgpack.unpack(found))"
+READ_SCOPE = """
+local found = redis.call('GET', KEYS[1])
+if not found then return nil end
+local scope = cmsgpack.unpack(found)
+scope.seconds = {}
+for at = 1, #scope.window, 24 do
+  local second, requests, tokens = struct.unpack('<ddd', scope.window, at)
+  scope.seconds[#scope.seconds + 1] = { second, requests, tokens }
+end
+scope.window = nil
+return cjson.encode(scope)
+"""
 
 
 class Direct(Scheduler):
