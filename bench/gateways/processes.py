@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,30 @@ class Running:
     def last_words(self) -> str:
         """The end of its log."""
         return self._log.read_text(errors="replace")[-2000:]
+
+
+@contextmanager
+def core_of_its_own(measured: Sequence[Running]) -> Iterator[bool]:
+    """Leave the machine's last core to these, who must not work at the same time, and the rest to all else that we run. False where
+    that cannot be."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if len(cores) < 2:
+        yield False
+        return
+    theirs = {max(cores)}
+    try:
+        _keep_to(theirs, [each.process.pid for each in measured], cores - theirs)
+        yield True
+    finally:
+        _keep_to(cores, [], cores)
+
+
+def _keep_to(theirs: set[int], measured: Sequence[int], others: set[int]) -> None:
+    myself = psutil.Process()
+    for process in [myself, *myself.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, theirs if process.pid in measured else others)
 
 
 @asynccontextmanager

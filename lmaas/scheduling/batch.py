@@ -42,12 +42,8 @@ class Batch:
         self._connection: AbstractConnection | None = None
         self._line: _Line | None = None
 
-    async def call(self, *command: bytes | str | int) -> Any:
-        """The reply. Raises redis.exceptions.RedisError."""
-        return await self.send(*command)
-
     def send(self, *command: bytes | str | int) -> "asyncio.Future[Any]":
-        """Have a command go out, whether or not somebody waits; the future gets the reply or the error."""
+        """Have a command go out, whether or not somebody waits; the future gets the reply, or a redis.exceptions.RedisError."""
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         # Packed here: what cannot be packed is its caller's own error.

@@ -149,12 +149,12 @@ class Scheduler:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self._batch.call("FCALL", name, 1, key, *args)
+                return await self._batch.send("FCALL", name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self._batch.call("FCALL", name, 1, key, *args)
+                return await self._batch.send("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 
@@ -169,7 +169,8 @@ class Scheduler:
     def saw(self, pool: str, memory: str, told: str | None = None) -> None:
         """Remember the pool's memory. What we know of an earlier process stays until the server has been told."""
         known = self._memories.get(pool, "")
-        if known in ("", told) or known.partition(" ")[0] == memory.partition(" ")[0]:
+        process = memory[: memory.index(" ") + 1]
+        if known.startswith(process) or known in ("", told):
             self._memories[pool] = memory
 
     async def load(self) -> None:

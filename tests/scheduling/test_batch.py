@@ -16,7 +16,7 @@ from tests.conftest import until
 
 async def at_once(batch: Batch, *commands: tuple[str | int, ...]) -> list[Any]:
     """What each command is answered."""
-    return await asyncio.gather(*(batch.call(*command) for command in commands), return_exceptions=True)
+    return await asyncio.gather(*(batch.send(*command) for command in commands), return_exceptions=True)
 
 
 async def sent(redis: Redis, command: str) -> int:
@@ -35,16 +35,16 @@ async def test_each_gets_its_own_reply_or_error(redis: Redis, monkeypatch: pytes
             assert answer == f"é{number}"
         else:
             assert isinstance(answer, ResponseError)
-    assert await batch.call("ECHO", 5) == "5"
+    assert await batch.send("ECHO", 5) == "5"
 
 
 async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
     batch = Batch(redis)
     await redis.client_pause(200)
-    under_way = [asyncio.create_task(batch.call("INCR", "a")) for _ in range(3)]
+    under_way = [asyncio.ensure_future(batch.send("INCR", "a")) for _ in range(3)]
     await asyncio.sleep(0)
     await until(lambda: not batch._waiting, 5, 0)
-    waiting = [asyncio.create_task(batch.call("INCR", "b")) for _ in range(3)]
+    waiting = [asyncio.ensure_future(batch.send("INCR", "b")) for _ in range(3)]
     await until(lambda: len(batch._waiting) == 3, 5, 0)
     under_way[0].cancel()
     waiting[0].cancel()
@@ -57,26 +57,26 @@ async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
 
 async def test_a_lost_connection_is_made_again(redis: Redis) -> None:
     batch = Batch(redis)
-    number = await batch.call("CLIENT", "ID")
+    number = await batch.send("CLIENT", "ID")
     await redis.client_kill_filter(_id=str(number))
     assert await at_once(batch, ("ECHO", "a"), ("ECHO", "b")) == ["a", "b"]
-    assert await batch.call("CLIENT", "ID") != number
+    assert await batch.send("CLIENT", "ID") != number
 
 
 async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.01))
     batch = Batch(redis)
-    await batch.call("PING")
+    await batch.send("PING")
     await redis.client_pause(600)
-    first = asyncio.create_task(batch.call("ECHO", "a"))
+    first = asyncio.ensure_future(batch.send("ECHO", "a"))
     await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
-    answers = await asyncio.gather(first, batch.call("ECHO", "b"), return_exceptions=True)
+    answers = await asyncio.gather(first, batch.send("ECHO", "b"), return_exceptions=True)
     assert [type(answer) for answer in answers] == [RedisTimeout, RedisTimeout]
 
     async def back() -> bool:
         try:
-            return bool(await batch.call("ECHO", "c") == "c")  # never a late reply to somebody else
+            return bool(await batch.send("ECHO", "c") == "c")  # never a late reply to somebody else
         except RedisError:
             return False
 
@@ -88,18 +88,18 @@ async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypat
     monkeypatch.setattr(module, "GIVE_UP_S", 0.1)
     monkeypatch.setattr(module, "PAUSES_S", (0.0,) * 10_000)
     batch = Batch(redis)
-    await batch.call("PING")
+    await batch.send("PING")
     await redis.client_pause(2000)
     async with asyncio.timeout(1.5):
         with pytest.raises(RedisTimeout):
-            await batch.call("ECHO", "a")
+            await batch.send("ECHO", "a")
     await redis.client_unpause()
 
 
 async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_for_again(redis: Redis) -> None:
     batch = Batch(redis)
     before = await sent(redis, "incr")
-    number = await batch.call("CLIENT", "ID")
+    number = await batch.send("CLIENT", "ID")
     # The second command ends the connection on which the third would be answered.
     answers = await at_once(batch, ("INCR", "a"), ("CLIENT", "KILL", "ID", number, "SKIPME", "no"), ("ECHO", "x"))
     assert answers[0] == 1
@@ -138,9 +138,9 @@ async def test_a_reply_that_cannot_be_is_asked_for_on_a_new_connection(valkey_ur
     server = await asyncio.start_server(between, "127.0.0.1", 0)
     async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
         batch = Batch(redis)
-        assert await batch.call("ECHO", "A") == "A"
+        assert await batch.send("ECHO", "A") == "A"
         between.instead = said
-        assert await batch.call("ECHO", "A") == "A"
+        assert await batch.send("ECHO", "A") == "A"
         assert await at_once(batch, ("ECHO", "B"), ("ECHO", "C")) == ["B", "C"]
         assert len(between.connections) == 2
         for connection in between.connections:
@@ -153,11 +153,11 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
     server = await asyncio.start_server(between, "127.0.0.1", 0)
     async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
         batch = Batch(redis)
-        await batch.call("PING")
+        await batch.send("PING")
         between.connections[0].write(said)
         if connections == 2:
             await until(lambda: batch._line is not None and not batch._line.open, 5, 0.01)
-        answers = [await batch.call("ECHO", number) for number in range(50)]
+        answers = [await batch.send("ECHO", number) for number in range(50)]
         assert answers == [str(number) for number in range(50)]
         assert len(between.connections) == connections
         for connection in between.connections:
@@ -167,13 +167,13 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
 async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> None:
     batch = Batch(redis)
     await redis.client_pause(100)
-    waiting = [asyncio.create_task(batch.call("PING")) for _ in range(2)]
+    waiting = [asyncio.ensure_future(batch.send("PING")) for _ in range(2)]
     await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
     assert batch._sending is not None
     batch._sending.cancel()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 2
-    assert await batch.call("PING") in ("PONG", True)
+    assert await batch.send("PING") in ("PONG", True)
 
 
 async def test_a_first_connection_that_says_nothing_ends_in_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ async def test_a_first_connection_that_says_nothing_ends_in_time_too(monkeypatch
         async with asyncio.timeout(3):
             for _ in range(2):
                 with pytest.raises(RedisTimeout):
-                    await batch.call("PING")
+                    await batch.send("PING")
         assert accepted
         for writer in accepted:
             writer.close()
