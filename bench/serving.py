@@ -83,6 +83,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 async def _serving(model: Path, home: Path, say: Say, **settings: object) -> AsyncIterator[tuple[Client, Stack]]:
     say(f"starting lmaas {settings or ''}")
     async with stack(model, home, engine_args=ENGINE_ARGS, **settings) as running, client() as asker:
+        await running.keep_one_engine()
         yield asker, running
 
 

@@ -67,6 +67,10 @@ class Stack:
         """The replicas that have not ended, as the operator API shows them."""
         return await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
 
+    async def keep_one_engine(self) -> None:
+        """Have an engine stay: what is asked straight of it, lmaas does not see, and would take it for idle."""
+        await asyncio.to_thread(self._operator.call, "PATCH", f"/admin/v1/base-models/{self.base_model}", json={"min_replicas": 1})
+
     async def engine_url(self) -> str:
         """Where the one engine that runs listens. Raises RuntimeError if none does: ask for something first."""
         ready = [str(row["url"]) for row in await self.replicas() if row["observed"] == "ready"]

@@ -56,8 +56,8 @@ class Running:
 
 @contextmanager
 def core_of_its_own(measured: Sequence[Running]) -> Iterator[bool]:
-    """Leave the machine's last core to these, who must not work at the same time, and the rest to all else that we run. False where
-    that cannot be."""
+    """Leave the machine's last core to these, who must not work at the same time, and the rest to our other children; Postgres, which is
+    nobody's child, stays where it is. False where that cannot be."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     if len(cores) < 2:
         yield False
@@ -73,9 +73,10 @@ def core_of_its_own(measured: Sequence[Running]) -> Iterator[bool]:
 def _keep_to(theirs: set[int], measured: Sequence[int], others: set[int]) -> None:
     myself = psutil.Process()
     for process in [myself, *myself.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        with contextlib.suppress(psutil.NoSuchProcess):
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, theirs if process.pid in measured else others)
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, theirs if process.pid in measured else others)
 
 
 @asynccontextmanager

@@ -36,12 +36,12 @@ class Changes:
         self._number: int | None = None
         #: Answers asked for earlier may be wrong.
         self._changed = math.inf
-        #: Changes that were made by then are known.
-        self._known = -math.inf
+        #: Changes that were made by then are known: the database was there.
+        self.known = -math.inf
 
     def good_until(self, asked: float) -> float:
         """Up to when an answer that was asked for at `asked` is known to be right."""
-        return max(asked, self._known) if asked >= self._changed else asked
+        return max(asked, self.known) if asked >= self._changed else asked
 
     async def look(self) -> None:
         """Ask once."""
@@ -54,7 +54,7 @@ class Changes:
         if number != self._number:
             # Whoever asked while we did may have asked too early.
             self._number, self._changed = number, self._clock()
-        self._known = since
+        self.known = since
 
     async def run(self) -> None:
         """Ask again and again, until cancelled."""
@@ -81,7 +81,7 @@ class MomentCache(Generic[Key, Value]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask, self._fresh_s, self._grace_s, self._size, self._clock = ask, fresh_s, grace_s, size, clock
-        self._good_until = changes.good_until if changes is not None else float
+        self._changes = changes
         self._known: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
         self._asking: dict[Key, asyncio.Task[Value | None]] = {}
         #: When a question was asked last; the first one of those since when none was answered.
@@ -91,10 +91,12 @@ class MomentCache(Generic[Key, Value]):
         """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
         known = self._known.get(key)
         now = self._clock()
-        good_until = self._good_until(known[0]) if known is not None else -math.inf
+        good_until = -math.inf if known is None else known[0] if self._changes is None else self._changes.good_until(known[0])
         if known is not None and now - good_until < self._fresh_s and now - known[0] < RECHECK_S:
             self._known.move_to_end(key)
             return known[1]
+        if self._changes is not None and self._changes.known > self._silent_since:
+            self._silent_since = math.inf  # it has answered somebody else
         asking = self._asking.get(key)
         if asking is None:
             if now - self._asked_last > SILENT_S:

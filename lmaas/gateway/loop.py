@@ -1,9 +1,10 @@
 """The gateway's event loop: uvloop's, but nobody waits for the name of somebody else."""
 
 import asyncio
-import functools
+import contextlib
 import ipaddress
 import socket
+import threading
 from typing import Any
 
 import uvloop
@@ -16,7 +17,8 @@ class Loop(uvloop.Loop):
     """uvloop looks up names two at a time in all, and before each connection by aiohttp its address too, as if it were a name. A name that
     nobody answers for (a stopped container's: ten seconds and more) would so keep gateways from engines that are well.
 
-    Here an address is not looked up; a name is looked up once for all that wait for it, in a thread of asyncio's.
+    Here an address is not looked up, and a name once for all that wait for it, in a thread of its own, which nobody waits for at the end.
+    (Not so the names of `create_connection`, by which redis-py connects: these stay uvloop's.)
     """
 
     def __init__(self) -> None:
@@ -30,15 +32,29 @@ class Loop(uvloop.Loop):
         question = (host, port, family, type, proto, flags)
         found = self._looking_up.get(question)
         if found is None:
-            found = asyncio.ensure_future(self.run_in_executor(None, socket.getaddrinfo, *question))
-            self._looking_up[question] = found
-            found.add_done_callback(functools.partial(self._looked_up, question))
+            found = self._looking_up[question] = self.create_future()
+            threading.Thread(target=self._look_up, args=question, name="look-up", daemon=True).start()
         return await asyncio.shield(found)
 
-    def _looked_up(self, question: Question, found: asyncio.Future[Found]) -> None:
-        del self._looking_up[question]
-        if not found.cancelled():
-            found.exception()  # whoever waits hears it
+    def _look_up(self, *question: Any) -> None:
+        found: Found | None = None
+        error: Exception | None = None
+        try:
+            found = socket.getaddrinfo(*question)
+        except Exception as raised:  # noqa: BLE001 (whoever waits hears it)
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.call_soon_threadsafe(self._looked_up, question, found, error)
+
+    def _looked_up(self, question: Question, found: Found | None, error: Exception | None) -> None:
+        waiting = self._looking_up.pop(question)
+        if waiting.cancelled():
+            return
+        if error is None:
+            waiting.set_result(found or [])
+        else:
+            waiting.set_exception(error)
+            waiting.exception()  # whoever waits hears it, if anybody still does
 
 
 def _is_address(host: object) -> bool:

@@ -19,6 +19,8 @@ ANSWER_S = 3.0
 GIVE_UP_S = 5.0
 #: How long to wait before each attempt. Each but the first is on a new connection.
 PAUSES_S = (0.0, 0.05, 0.2)
+#: Errors of a server that another connection may not meet.
+NOT_NOW = ("LOADING ", "NOAUTH ", "WRONGPASS ")
 
 Command = tuple[bytes | str | int, ...]
 Waiting = tuple[bytes, "asyncio.Future[Any]"]
@@ -58,9 +60,8 @@ class Batch:
         waiting = self._waiting
         while waiting and len(self._batch) < MAX_BATCH:
             each = waiting.popleft()
-            # Who was cancelled before it was sent wants nothing any more.
             if not each[1].done():
-                self._batch.append(each)
+                self._batch.append(each)  # who was cancelled before it was sent wants nothing any more
         if not self._batch:
             self._sending = None
         elif self._line is not None and self._line.open:
@@ -99,6 +100,9 @@ class Batch:
         for pause_s in PAUSES_S[1:] if lost is not None else PAUSES_S:
             if pause_s:
                 await asyncio.sleep(pause_s)
+            self._leave_out_the_gone()
+            if not self._batch:
+                return
             line = await self._connected(deadline)
             ended: asyncio.Queue[RedisError | None] = asyncio.Queue()
             answered = False
@@ -114,18 +118,27 @@ class Batch:
                     line.close()  # no late reply is taken for another's
             if answered:
                 return
-        raise lost or RedisTimeout("not sent")
+        if self._batch:
+            raise lost or RedisTimeout("not sent")
+
+    def _leave_out_the_gone(self) -> None:
+        """Who was cancelled before it was sent wants nothing any more. (The line has this very batch: it stays the same object.)"""
+        wanted = [each for each in self._batch if not each[1].done()]
+        self._batch.clear()
+        self._batch.extend(wanted)
 
     async def _connected(self, deadline: float) -> "_Line":
         """A new connection, by the loop's time. Raises RedisError if there is none to be had, which has been tried more than once then."""
         try:
             # The library tries to connect for much longer by itself, the first time as well.
             async with asyncio.timeout_at(_soon(deadline)):
+                first = self._connection is None
                 if self._connection is None:
+                    # The pool's, which closes it at the end.
                     self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-                else:
+                if not first or _is_cut_off(self._connection):
                     await self._connection.disconnect(nowait=True)
-                    await self._connection.connect()  # type: ignore[no-untyped-call]
+                    await self._connection.connect()
         except TimeoutError:
             raise RedisTimeout("no connection in time") from None
         self._line = _Line(self._connection)
@@ -175,7 +188,7 @@ class _Line(asyncio.Protocol):
                 if not self._batch:
                     self._break(RedisConnectionError("a reply that nobody asked for"))
                     return
-                if isinstance(answer, ResponseError) and str(answer).startswith("LOADING"):
+                if isinstance(answer, ResponseError) and str(answer).startswith(NOT_NOW):
                     self._break(RedisConnectionError(str(answer)))
                     return
                 _, reply = self._batch.popleft()
@@ -212,6 +225,11 @@ class _Line(asyncio.Protocol):
         self.close()
         if ended is not None:
             ended(error if self._batch else None)
+
+
+def _is_cut_off(connection: AbstractConnection) -> bool:
+    """One that the pool had at hand may be: then it reads no more, and would not tell."""
+    return connection._reader is None or connection._reader.at_eof()
 
 
 #: What a reader gives when no reply is complete.

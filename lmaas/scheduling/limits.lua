@@ -10,7 +10,8 @@
 --   turn_ms  how long they take, from their acceptance, on average of the last few
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
 --   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger (when: `asked`); 2: they are here
---   memory   which memory it is of: what `lmaas:limits` said when it came into being (after a pool's memory was replaced, all begin anew)
+--   memory   which memory it is of: the layout, and what `lmaas:limits` said when it came into being. After a pool's memory was replaced,
+--            all begin anew; and one of another layout, whose release may be at work beside this one, is never read.
 --   generation  grows when the month's figures begin anew: a reservation of before is not in them
 -- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
 
@@ -68,7 +69,7 @@ end
 
 local function load_scope(pool, id)
   local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
-  local current, scope = found[1] or tostring(LAYOUT), found[2] and cmsgpack.unpack(found[2])
+  local current, scope = LAYOUT .. '/' .. (found[1] or ''), found[2] and cmsgpack.unpack(found[2])
   if not scope or scope.memory ~= current then
     scope = {
       id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0,

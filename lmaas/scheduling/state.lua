@@ -76,9 +76,12 @@ local function begin_epoch(pool, mark)
   seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
 end
 
--- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so.
+-- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so. With the time: the
+-- same release may come back to this process after another one has been here.
 local function doubt_limits(pool)
-  redis.call('SET', 'lmaas:limits', LAYOUT .. '-' .. pool.run)
+  local mine = LAYOUT .. '-' .. pool.run .. '-'
+  local said = redis.call('GET', 'lmaas:limits')
+  if not said or string.sub(said, 1, #mine) ~= mine then redis.call('SET', 'lmaas:limits', mine .. string.format('%.0f', pool.now)) end
 end
 
 -- Empty a pool whose memory is not to be trusted. Whatever is charged already, or is told again, the ledger takes once.

@@ -217,6 +217,24 @@ async def test_after_an_outage_the_truth_is_waited_for_again(monkeypatch: pytest
     assert await cache.get("k") == "newer"
 
 
+async def test_what_changed_after_an_outage_is_waited_for() -> None:
+    source = Source(k="v")
+    cache = source.cache(changes=True)
+    await source.changes.look()
+    await cache.get("k")
+    source.now += 2
+    source.error = Unavailable("away")
+    assert await cache.get("k") == "v"
+    source.now += 2
+    source.error = None
+    await source.changes.look()  # it is back, and nothing has changed: nobody has to ask for the key
+    assert await cache.get("k") == "v"
+    source.now += 2
+    source.answers, source.number = {}, 2  # the key is revoked
+    await source.changes.look()
+    assert await cache.get("k") is None
+
+
 async def test_a_question_that_is_never_answered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KNOWN_WAIT_S", 0.02)
     monkeypatch.setattr(module, "UNKNOWN_WAIT_S", 0.05)

@@ -4,10 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from lmaas.gateway.loop import Loop
 from lmaas.scheduling import batch as module
 from lmaas.scheduling.batch import Batch
 from lmaas.scheduling.client import connect
@@ -25,6 +27,31 @@ async def sent(redis: Redis, command: str) -> int:
     return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
+class Between:
+    """Passes on what a server and its client say, but what the server says at one moment."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.instead = b""
+        self.connections: list[asyncio.StreamWriter] = []
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append(writer)
+        answers, asks = await asyncio.open_unix_connection(self._path)
+
+        async def answer() -> None:
+            while said := await answers.read(2**16):
+                writer.write(self.instead or said)
+                self.instead = b""
+
+        answering = asyncio.create_task(answer())
+        while asked := await reader.read(2**16):
+            asks.write(asked)
+        answering.cancel()
+        asks.close()
+        writer.close()
+
+
 @pytest.mark.parametrize("size", [1, 3, 128])
 async def test_each_gets_its_own_reply_or_error(redis: Redis, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(module, "MAX_BATCH", size)
@@ -40,6 +67,7 @@ async def test_each_gets_its_own_reply_or_error(redis: Redis, monkeypatch: pytes
 
 async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
     batch = Batch(redis)
+    await batch.send("PING")
     await redis.client_pause(200)
     under_way = [asyncio.ensure_future(batch.send("INCR", "a")) for _ in range(3)]
     await asyncio.sleep(0)
@@ -96,6 +124,20 @@ async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypat
     await redis.client_unpause()
 
 
+async def test_a_connection_that_was_cut_off_at_hand_is_not_taken(valkey_url: str) -> None:
+    between = Between(valkey_url.removeprefix("unix://"))
+    server = await asyncio.start_server(between, "127.0.0.1", 0)
+    async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
+        await redis.ping()
+        between.connections[0].close()
+        await asyncio.sleep(0.1)  # until its end is here
+        batch = Batch(redis)
+        async with asyncio.timeout(module.ANSWER_S / 2):
+            assert await batch.send("ECHO", "A") == "A"
+        for connection in between.connections:
+            connection.close()
+
+
 async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_for_again(redis: Redis) -> None:
     batch = Batch(redis)
     before = await sent(redis, "incr")
@@ -107,32 +149,16 @@ async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_fo
     assert await sent(redis, "incr") == before + 1
 
 
-class Between:
-    """Passes on what a server and its client say, but what the server says at one moment."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.instead = b""
-        self.connections: list[asyncio.StreamWriter] = []
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections.append(writer)
-        answers, asks = await asyncio.open_unix_connection(self._path)
-
-        async def answer() -> None:
-            while said := await answers.read(2**16):
-                writer.write(self.instead or said)
-                self.instead = b""
-
-        answering = asyncio.create_task(answer())
-        while asked := await reader.read(2**16):
-            asks.write(asked)
-        answering.cancel()
-        asks.close()
-        writer.close()
-
-
-@pytest.mark.parametrize("said", [b"-LOADING the dataset\r\n", b"+A\r\n+one too many\r\n", b"nonsense\r\n", b"$2\r\n\xff\xff\r\n"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"-LOADING the dataset\r\n",
+        b"-NOAUTH Authentication required.\r\n",
+        b"+A\r\n+one too many\r\n",
+        b"nonsense\r\n",
+        b"$2\r\n\xff\xff\r\n",
+    ],
+)
 async def test_a_reply_that_cannot_be_is_asked_for_on_a_new_connection(valkey_url: str, said: bytes) -> None:
     between = Between(valkey_url.removeprefix("unix://"))
     server = await asyncio.start_server(between, "127.0.0.1", 0)
@@ -162,6 +188,38 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
         assert len(between.connections) == connections
         for connection in between.connections:
             connection.close()
+
+
+async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+    batch = Batch(redis)
+    await batch.send("PING")
+    await redis.client_pause(300)
+    gone = batch.send("INCR", "gone")
+    stays = asyncio.ensure_future(batch.send("INCR", "stays"))
+    await until(lambda: not batch._waiting, 5, 0)
+    gone.cancel()
+    await stays
+    # What was on its way may have been done once; it is not sent a second time.
+    assert int(await redis.get("gone") or 0) <= 1
+    assert int(await redis.get("stays") or 0) >= 1
+
+
+def test_on_the_gateways_loop_and_with_a_password(valkey_url: str) -> None:
+    async def run() -> None:
+        async with connect(valkey_url) as redis:
+            await redis.acl_setuser("batch", enabled=True, passwords=["+secret"], categories=["+@all"], keys=["*"])
+        path = valkey_url.removeprefix("unix://")
+        async with connect(f"unix://batch:secret@{path}") as redis:
+            batch = Batch(redis)
+            assert await at_once(batch, *[("ECHO", number) for number in range(300)]) == [str(number) for number in range(300)]
+            number = await batch.send("CLIENT", "ID")
+            await redis.client_kill_filter(_id=str(number), skipme=False)
+            assert await at_once(batch, ("ECHO", "a"), ("ACL", "WHOAMI")) == ["a", "batch"]
+            with pytest.raises(ResponseError):
+                await batch.send("NONSENSE")
+
+    uvloop.run(run(), loop_factory=Loop)
 
 
 async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> None:

@@ -1,5 +1,6 @@
 """A pool's memory is replaced: by an older one (a snapshot, a replica that lagged), or by that of another release."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -215,6 +216,36 @@ async def test_limits_of_another_layout_are_counted_anew(pool: Pool, redis: Redi
     await redis.eval("redis.call('SET', 'lmaas:limits:t', cmsgpack.pack({ running = 'two' }))", 0)
     few = replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=1),))
     assert await pool.submit(few) == ["queued"]
+
+
+async def test_two_releases_at_once_do_not_read_each_others_limits(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
+    """The pools of one are rebuilt already, those of the other not yet; what is counted of a tenant, both would share."""
+    few = replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=1),))
+    newer, older = of_layout(redis, 1000), of_layout(redis, 1)
+    assert await pool.submit(replace(few, id="of-now")) == ["queued"]
+    await newer.stats("p")  # makes everybody doubt what is counted
+    assert (await newer.submit(replace(few, id="a"), Bounds(9, 9)))["state"] == "queued"
+    assert (await older.submit(replace(few, id="b", pool="q"), Bounds(9, 9)))["state"] == "queued"
+    # As a scope of theirs would look: nothing that can be read.
+    told = str(await redis.get("lmaas:limits"))
+    await redis.eval("redis.call('SET', 'lmaas:limits:t', cmsgpack.pack({ running = 'two', memory = ARGV[1] }))", 0, f"1/{told}")
+    assert (await newer.submit(replace(few, id="c"), Bounds(9, 9)))["state"] == "queued"
+    assert (await newer.submit(replace(few, id="d"), Bounds(9, 9)))["state"] == "limited"
+
+
+async def test_a_release_that_comes_back_counts_anew(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
+    few = replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=1),))
+    await redis.set("lmaas:limits", "of-another")
+    newer = of_layout(redis, 1000)
+    await pool.submit(ticket(9))
+    await newer.stats("p")
+    assert (await newer.submit(few, Bounds(9, 9)))["state"] == "queued"
+    # Rolled back: it does not know of that one, which so never ends. And forward again.
+    await redis.delete("lmaas:{p}:vars")
+    await redis.set("lmaas:limits", "of-another")
+    await asyncio.sleep(0.002)  # the time that tells the two apart is in milliseconds
+    await newer.stats("p")
+    assert (await newer.submit(replace(few, id="again"), Bounds(9, 9)))["state"] == "queued"
 
 
 def of_layout(redis: Redis, layout: int) -> Scheduler:
