@@ -184,6 +184,8 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
 async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable[[], float]) -> dict[str, float]:
     """What a tick costs with many pools and replicas, all ready and none in need of anything."""
     await redis.flushall()
+    async with db.begin() as connection:
+        await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
     scheduler, names = Scheduler(redis), Names()
     for pool in range(POOLS):
         bounds = {"min_replicas": REPLICAS_EACH, "max_replicas": REPLICAS_EACH}
@@ -191,10 +193,9 @@ async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable
         model = await put_base_model(db, model)
         for number in range(REPLICAS_EACH):
             replica = f"rep_{pool:03}_{number}"
-            if replica not in names.replicas:
-                await add_replica(db, replica, model.id)
-                await observe(db, replica, Observed.READY, url="http://10.0.0.1:8000")
-                names.replicas[replica] = model.id
+            await add_replica(db, replica, model.id)
+            await observe(db, replica, Observed.READY, url="http://10.0.0.1:8000")
+            names.replicas[replica] = model.id
             await scheduler.heartbeat(model.id, replica, Beat("http://10.0.0.1:8000", 16, 8, "ready", []))
     information: Any = await redis.info("server")
     valkey = psutil.Process(int(information["process_id"]))
