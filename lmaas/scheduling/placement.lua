@@ -7,8 +7,8 @@ local RESERVE_PASSES = 32 -- an adapter slot: it is emptied
 local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots: it is emptied
 -- And so many times the placements in which all that its tenant has waiting would have had its turn, were the tenants' turns fair ones: with a
 -- fixed bound, everything that waits is passed over too often once the queue is longer than that, and engines run half empty.
-local FAIR_TURNS = 4
-local MAX_TURNS = 64      -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
+local FAIR_TURNS = 2
+local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
 local MAX_TENANTS = 256   -- tenants looked at in one round
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round

@@ -29,8 +29,8 @@ class Rules:
     START_MS: int = 20_000
     MAX_PASSES: int = 64
     RESERVE_PASSES: int = 32
-    FAIR_TURNS: int = 4
-    MAX_TURNS: int = 64
+    FAIR_TURNS: int = 2
+    MAX_TURNS: int = 128
     MAX_TENANTS: int = 256
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
