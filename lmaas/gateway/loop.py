@@ -32,8 +32,9 @@ class Loop(uvloop.Loop):
         question = (host, port, family, type, proto, flags)
         found = self._looking_up.get(question)
         if found is None:
-            found = self._looking_up[question] = self.create_future()
+            # If there is no thread to be had, the next one asks anew.
             threading.Thread(target=self._look_up, args=question, name="look-up", daemon=True).start()
+            found = self._looking_up[question] = self.create_future()
         return await asyncio.shield(found)
 
     def _look_up(self, *question: Any) -> None:

@@ -56,7 +56,7 @@ class Preloaded:
         for module in MODULES:
             self._import(module)
         from vllm.platforms import current_platform  # noqa: PLC0415 (imported above)
-        from vllm.plugins import load_general_plugins  # noqa: PLC0415
+        from vllm.plugins import load_general_plugins  # noqa: PLC0415 (the same)
 
         self._cpu = bool(current_platform.is_cpu())
         for module in CPU_MODULES if self._cpu else ():
