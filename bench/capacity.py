@@ -64,6 +64,10 @@ class Names:
         """All."""
         return dict(self.replicas)
 
+    async def last_words(self, replica_id: str) -> str:
+        """None."""
+        return ""
+
     async def capacity(self) -> Resources | None:
         """Unknown."""
         return None

@@ -1,9 +1,10 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes: they do not outlive their parent, and what they said last."""
 
 import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,6 +24,19 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 def bound_command(command: list[str]) -> list[str]:
     """`command`, wrapped so that it dies with this process."""
     return [sys.executable, "-m", __name__, str(os.getpid()), *command]
+
+
+def last_words(log: Path) -> str:
+    """Why a process of ours ended early, as it said itself: the last line of what it wrote, if that is none of its structured log. Empty if
+    it said nothing, as one that was killed."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return "" if last.startswith("{") else last
 
 
 if __name__ == "__main__":

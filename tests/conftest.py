@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
@@ -87,6 +88,14 @@ def model_folder() -> Path:
 def settings(tmp_path: Path, database_url: str, valkey_url: str) -> Settings:
     """Settings of a stack of this test's own."""
     return Settings(home=tmp_path, database_url=database_url, redis_url=valkey_url)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """A process's command line; empty of one that is gone."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 async def until(condition: object, timeout_s: float = 60.0, every_s: float = 0.05) -> None:

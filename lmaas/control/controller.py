@@ -230,8 +230,10 @@ class Controller:
                 log.info("stopping a replica", extra=extra)
                 await desire_stop(self._writes, action.replica)
             case Verb.LOSE:
-                log.error("a replica is gone without a word", extra=extra)
-                await observe(self._writes, action.replica, Observed.LOST, reason="its supervisor is gone")
+                words = await self._provisioner.last_words(action.replica)
+                reason = f"its supervisor is gone: {words}" if words else "its supervisor is gone"
+                log.error("a replica is gone", extra=extra | {"detail": reason})
+                await observe(self._writes, action.replica, Observed.LOST, reason=reason)
                 await self._scheduler.deregister(model.id, action.replica)
             case Verb.GIVE_UP:
                 log.error("a replica has not begun to start", extra=extra)

@@ -32,6 +32,7 @@ from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.types import Role
 from lmaas.up import embedded
+from tests.conftest import command_of
 
 MODEL = "base"
 SLOTS = 5
@@ -171,7 +172,8 @@ class Service:
 
     def supervisors(self) -> dict[str, psutil.Process]:
         """Replica id → its supervisor, of those that run."""
-        return {process.cmdline()[-1]: process for process in self.processes() if "supervise" in process.cmdline()}
+        commands = {process: command_of(process) for process in self.processes()}
+        return {words[-1]: process for process, words in commands.items() if "supervise" in words}
 
     def engines(self) -> dict[str, psutil.Process]:
         """Replica id → its engine, of those that run."""
@@ -179,7 +181,7 @@ class Service:
         for replica, supervisor in self.supervisors().items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in supervisor.children():
-                    if "lmaas.testing.fake_engine" in child.cmdline()[:3]:  # it has become the engine
+                    if "lmaas.testing.fake_engine" in command_of(child)[:3]:  # it has become the engine
                         found[replica] = child
         return found
 

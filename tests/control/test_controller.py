@@ -35,6 +35,7 @@ class Names:
         self.error: OSError | None = None
         self.room: Resources | None = None
         self.needs: list[Resources] = []
+        self.words: dict[str, str] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         if self.error is not None:
@@ -48,6 +49,9 @@ class Names:
 
     async def list(self) -> dict[str, str]:
         return dict(self.processes)
+
+    async def last_words(self, replica_id: str) -> str:
+        return self.words.pop(replica_id, "")
 
     async def capacity(self) -> Resources | None:
         return self.room
@@ -186,6 +190,19 @@ async def test_a_lost_supervisor_is_written_off_and_replaced(stack: Stack) -> No
     assert stack.names.processes == {new.id: stack.model.id}
     # It was ready once: its loss is no failed start.
     assert (await recent_failures(stack.db, stack.model.id, 1800))[0] == 0
+
+
+async def test_a_supervisor_that_could_not_begin_leaves_its_words_as_the_reason(stack: Stack) -> None:
+    await stack.submit("r1")
+    await stack.controller.tick()
+    row = await stack.row()
+    stack.names.processes.clear()
+    stack.names.words[row.id] = "OSError: [Errno 30] Read-only file system: '/data'"
+    await stack.controller.tick()
+    gone = await get_replica(stack.db, row.id)
+    assert gone is not None
+    assert gone.reason == "its supervisor is gone: OSError: [Errno 30] Read-only file system: '/data'"
+    assert (await recent_failures(stack.db, stack.model.id))[0] == 1
 
 
 async def test_after_failed_starts_it_waits_longer_and_longer(stack: Stack) -> None:

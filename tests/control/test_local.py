@@ -167,3 +167,21 @@ async def test_supervisors_get_no_keys(machine: Machine, monkeypatch: pytest.Mon
     await machine.provisioner().start("rep_a", "mod_a", Resources(1, 0))
     await sees(machine.settings, "rep_a")
     assert "keys=.\n" in (machine.settings.home / "replicas" / "rep_a" / "supervisor.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("", ""),
+        ('{"level": "INFO", "message": "engine ready"}\n', ""),
+        ('{"level": "INFO"}\nTraceback (most recent call last):\n  File …\nOSError: no space left\n\n', "OSError: no space left"),
+        ("x" * 10_000 + "\nlmaas: Set LMAAS_DATABASE_URL.", "lmaas: Set LMAAS_DATABASE_URL."),
+    ],
+)
+async def test_why_one_is_gone(tmp_path: Path, said: str, told: str) -> None:
+    provisioner = LocalProvisioner(Settings(home=tmp_path, zygote="off"))
+    assert await provisioner.last_words("rep_1") == ""
+    log = tmp_path / "replicas" / "rep_1" / "supervisor.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(said)
+    assert await provisioner.last_words("rep_1") == told

@@ -17,6 +17,8 @@ import psutil
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.conftest import command_of
+
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
 #: An engine starts in 20 s here; on a busy machine it may take minutes.
@@ -143,7 +145,7 @@ def stop(stack: Stack) -> None:
     stack.process.send_signal(signal.SIGINT)
     assert stack.process.wait(120) == 0
     assert stack.processes() == []
-    assert not [one for one in psutil.process_iter() if str(stack.home) in " ".join(_command(one))]
+    assert not [one for one in psutil.process_iter() if str(stack.home) in " ".join(command_of(one))]
 
 
 @pytest.fixture(scope="session")
@@ -153,10 +155,3 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Itera
     running = start(tmp_path_factory.mktemp("stack") / "home", tmp_path_factory.getbasetemp() / "up.log")
     yield running
     stop(running)
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

@@ -10,7 +10,7 @@ import pytest
 from lmaas.states import Desired, Observed
 from lmaas.store.replicas import Replica, list_replicas
 from tests.chaos.service import CONTROLLERS, Service, running
-from tests.conftest import until
+from tests.conftest import command_of, until
 from tests.faults.conftest import Caller, completed
 from tests.gateway.stack import Stream
 
@@ -96,7 +96,7 @@ async def _stopping(service: Service) -> bool:
 
 def _engines(service: Service) -> list[int]:
     """Every engine and supervisor, also one that nobody looks after."""
-    return [one.pid for one in service.processes() if {"supervise", "lmaas.testing.fake_engine"} & set(one.cmdline())]
+    return [one.pid for one in service.processes() if {"supervise", "lmaas.testing.fake_engine"} & set(command_of(one))]
 
 
 async def _at_zero(service: Service) -> bool:

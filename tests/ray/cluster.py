@@ -32,6 +32,8 @@ QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
     # Of its progress bars and tips.
     "RAY_LOG_TO_DRIVER": "0",
+    # A token that this user has for other clusters is none for these.
+    "RAY_AUTH_MODE": "disabled",
 }
 #: The smallest object store that Ray takes; we put nothing there.
 STORE_BYTES = 80 * 2**20

@@ -26,7 +26,7 @@ async def test_a_node_comes_for_a_request_and_goes_when_it_is_idle() -> None:
             (client,) = await service.clients("acme", 1, adapters=1, max_queued=256)
             caller = Caller(service, client)
             response = await caller.ask(model=client.models[1])
-            assert response.status_code == 200, service.logs()
+            assert response.status_code == 200, response.text + service.logs()
             assert raylets(address) == 2
             await until(lambda: not service.supervisors())
             await until(lambda: raylets(address) == 1, 120)

@@ -5,6 +5,7 @@ import fcntl
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,23 @@ async def test_a_replica_is_listed_until_its_supervisor_ends(settings: Settings)
 
     await until(ended)
     assert "LMAAS_DATABASE_URL" in log.read_text(), "it has run on the node"
+
+
+async def test_why_one_is_gone_is_known(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ill_homed = RayProvisioner(replace(settings, ray_node_home=tmp_path / "file" / "home"))
+    provisioner = RayProvisioner(settings)
+    for each, replica in ((ill_homed, "rep_1"), (provisioner, "rep_2")):
+        await each.start(replica, "mod_a", ONE)
+
+    async def gone() -> bool:
+        return await provisioner.list() == {}
+
+    await until(gone)
+    assert (await ill_homed.last_words("rep_1")).startswith("NotADirectoryError: [Errno 20] Not a directory")
+    assert "LMAAS_DATABASE_URL" in await provisioner.last_words("rep_2")
+    # Of one that somebody else has started nothing is known, nor of one that has told it.
+    assert await provisioner.last_words("rep_1") == await provisioner.last_words("rep_2") == ""
 
 
 async def test_one_that_has_no_node_yet_is_listed_and_can_be_killed(settings: Settings) -> None:

@@ -17,5 +17,8 @@ class Provisioner(Protocol):
     async def list(self) -> dict[str, str]:
         """The replicas whose supervisor runs: replica id → pool id."""
 
+    async def last_words(self, replica_id: str) -> str:
+        """Why a replica is not listed any more that did not say so itself, if that is known; else empty."""
+
     async def capacity(self) -> Resources | None:
         """What all machines together hold, used or not; None where no bound is known, since they can grow."""

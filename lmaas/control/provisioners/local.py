@@ -17,6 +17,7 @@ import psutil
 from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
+from lmaas.process import last_words
 from lmaas.types import Resources
 
 #: A process's start, in seconds since the boot, is known with this much error.
@@ -119,6 +120,10 @@ class LocalProvisioner:
         if self._zygote is not None:
             self._zygote.tend()  # no start waits for that
         return await asyncio.to_thread(self._list)
+
+    async def last_words(self, replica_id: str) -> str:
+        """Why its supervisor has ended, if it said so; else empty."""
+        return last_words(self._folder / replica_id / "supervisor.log")
 
     def _list(self) -> dict[str, str]:
         for replica_id, child in list(self._children.items()):

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError
 
 from lmaas.config import Settings
@@ -32,6 +33,10 @@ CALL_S = 30.0
 NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
 #: Nobody keeps a zygote on a node: its memory would be nobody's in Ray's books.
 ON_NODES = {"LMAAS_ZYGOTE": "off"}
+#: Why an actor is gone is known when it is; this is for the word to come here.
+WORDS_S = 2.0
+#: Of so many that have ended it is remembered, for when somebody asks.
+KEPT = 100
 #: What Ray raises when it cannot be reached, or when its answer is no.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
@@ -48,6 +53,8 @@ class RayProvisioner:
         self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES} | ON_NODES
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        #: How those end that we have started ourselves: what their actors answer then, or Ray says of them. Our thread's own.
+        self._ends: dict[str, ObjectRef[str]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray does not take it."""
@@ -64,6 +71,10 @@ class RayProvisioner:
         """The replicas that have an actor, on a node or waiting for one: replica id → pool id. Raises Unavailable if Ray does not answer:
         nobody knows then what runs."""
         return await self._call(self._list)
+
+    async def last_words(self, replica_id: str) -> str:
+        """Why it is gone: as its supervisor said, or Ray says of its actor. Empty for one that another controller has started."""
+        return await self._call(self._last_words, replica_id)
 
     async def capacity(self) -> Resources | None:
         """By setting; else what the nodes hold now if their number is fixed; else unknown, for Ray's autoscaler may add nodes."""
@@ -106,6 +117,7 @@ class RayProvisioner:
         except FAILURES as error:
             # A connection that has failed once may be one to a cluster that is gone.
             ray.shutdown()
+            self._ends.clear()
             raise Unavailable(f"Ray: {error}") from error
 
     def _start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
@@ -126,6 +138,7 @@ class RayProvisioner:
         handle = actor.remote(replica_id, self._environment, str(settings.ray_node_home))
         # Through Ray's client, the actor is not there before its id is: the next list must have it.
         handle._actor_id.hex()
+        self._ends[replica_id] = handle.watch.remote()
 
     def _kill(self, replica_id: str) -> None:
         for name in self._names():
@@ -136,7 +149,20 @@ class RayProvisioner:
                     log.info("a replica has ended before it was killed", extra={"action": "kill", "replica_id": replica_id})
 
     def _list(self) -> dict[str, str]:
-        return {replica_id: pool_id for pool_id, _, replica_id in (name.rpartition("/") for name in self._names())}
+        found = {replica_id: pool_id for pool_id, _, replica_id in (name.rpartition("/") for name in self._names())}
+        for replica_id in [one for one in self._ends if one not in found][:-KEPT]:
+            del self._ends[replica_id]
+        return found
+
+    def _last_words(self, replica_id: str) -> str:
+        end = self._ends.pop(replica_id, None)
+        if end is None or not ray.wait([end], timeout=WORDS_S)[0]:
+            return ""
+        try:
+            return str(ray.get(end))
+        except RayError as error:
+            # The whole is a traceback; its end is the cause.
+            return str(error).strip().rpartition("\n")[2].strip()
 
     def _names(self) -> set[str]:
         actors = ray.util.list_named_actors(all_namespaces=True)

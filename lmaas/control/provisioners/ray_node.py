@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 
 from lmaas.config import ENGINE_VARIABLES, PREFIX
-from lmaas.process import bound_command
+from lmaas.process import bound_command, last_words
 
 #: The folders of so many replicas that ended stay on a node, for whoever asks why.
 KEPT = 20
@@ -37,7 +37,8 @@ class NodeReplica:
         # The node's own variables stay (credentials of the object store, what Ray says of accelerators), but our settings are the stack's.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in ENGINE_VARIABLES}
         own = {"LMAAS_HOME": str(root), "LMAAS_ENGINE_HOST": ray.util.get_node_ip_address()}
-        with (folder / "supervisor.log").open("ab") as log:
+        self._log = folder / "supervisor.log"
+        with self._log.open("ab") as log:
             # By the main thread, which lasts: a child is bound to the thread that started it.
             self._supervisor = subprocess.Popen(
                 bound_command([sys.executable, "-m", "lmaas", "supervise", replica_id]),
@@ -47,12 +48,21 @@ class NodeReplica:
                 start_new_session=True,
                 env=inherited | environment | own,
             )
+        self._leaving = False
         # Its own caller: who started it may be gone before it has a node.
         ray.get_runtime_context().current_actor.watch.remote()
 
-    def watch(self) -> None:
-        """Wait for the supervisor's end, and end this actor."""
-        self._supervisor.wait()
+    def watch(self) -> str:
+        """Wait for the supervisor's end, and have this actor end. Answers why it ended, for whoever may still ask."""
+        code = self._supervisor.wait()
+        if not self._leaving:
+            # Behind the calls that wait here already, so that they get their answers; and once, for an actor with a call to itself stays.
+            self._leaving = True
+            ray.get_runtime_context().current_actor.leave.remote()
+        return last_words(self._log) or f"it ended with code {code}"
+
+    def leave(self) -> None:
+        """End this actor."""
         ray.actor.exit_actor()
 
 
