@@ -44,7 +44,7 @@ def wrapper_name() -> str:
         logger.warning("%s=1: correcting LoRA on CPU in vLLM %s, which was not checked (known: %s)", OVERRIDE, version, known)
     from vllm.config import get_current_vllm_config_or_none  # noqa: PLC0415 (only inside an engine)
 
-    from lmaas.engine.cpu_lora import hooks  # noqa: PLC0415 (imports vLLM)
+    from lmaas.engine.cpu_lora import hooks, norm  # noqa: PLC0415 (import vLLM)
 
     config = get_current_vllm_config_or_none()
     if config is not None and config.use_v2_model_runner:
@@ -52,4 +52,5 @@ def wrapper_name() -> str:
             "LoRA on CPU is refused with vLLM's V2 model runner, which lmaas does not correct. Set VLLM_USE_V2_MODEL_RUNNER=0."
         )
     hooks.install()
+    norm.install()
     return "lmaas.engine.cpu_lora.wrapper.IsolatedPunicaWrapper"

@@ -1,5 +1,6 @@
 """The class that vLLM uses in place of its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -50,18 +51,19 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
 
     def _tokens(self, n: int) -> Groups | None:
         """The groups of the batch's n rows, or None if none of them has an adapter."""
-        return self._matching("token", n, self.token_lora_indices)
+        return self._matching("token", n, lambda: self.token_lora_indices)
 
     def _samples(self, n: int) -> Groups | None:
         """The same for the n rows whose logits are computed."""
         if self.prompt_rows is not None:
-            return self._matching((self.prompt_rows.start, self.prompt_rows.stop), n, self.token_lora_indices[self.prompt_rows])
-        return self._matching("sampled", n, self.sampler_indices)
+            prompt = self.prompt_rows
+            return self._matching((prompt.start, prompt.stop), n, lambda: self.token_lora_indices[prompt])
+        return self._matching("sampled", n, lambda: self.sampler_indices)
 
-    def _matching(self, key: object, n: int, slots: Any) -> Groups | None:
-        if key not in self._groups:
-            self._groups[key] = Groups(slots.numpy())
-        groups = self._groups[key]
+    def _matching(self, key: object, n: int, slots: Callable[[], Any]) -> Groups | None:
+        groups = self._groups.get(key)
+        if groups is None:
+            groups = self._groups[key] = Groups(slots().numpy())
         if not len(groups.rows):
             return None
         if groups.n != n:  # guessing here could hand a row to the wrong tenant
