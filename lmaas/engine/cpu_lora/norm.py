@@ -14,10 +14,12 @@ _KNOWN = frozenset({torch.float32, torch.bfloat16})
 
 
 def install() -> None:
-    """Have this process's layers normalise with vLLM's compiled functions wherever these know the tensors."""
+    """Have this process's layers normalise with vLLM's compiled functions wherever this build has them and they know the
+    tensors."""
     for operation, function, takes, in_place in ((rms_norm, _norm, _takes, False), (fused_add_rms_norm, _add_norm, _takes_both, True)):
         if PROVIDER not in operation.impls:
-            operation.impls[PROVIDER] = IrOpImpl(operation, PROVIDER, function, supported=True, supports_args=takes, inplace=in_place)
+            built = hasattr(torch.ops._C, operation.name)
+            operation.impls[PROVIDER] = IrOpImpl(operation, PROVIDER, function, supported=built, supports_args=takes, inplace=in_place)
         operation.set_default([PROVIDER, "native"])
 
 
