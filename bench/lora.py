@@ -45,8 +45,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
             continue
         async with AsyncExitStack() as stack:
             engines = {kind: await stack.enter_async_context(_server(model, folder, kind, max_rank, say)) for kind in KINDS}
-            if len(here) > 1 or max_rank == RANK:
-                names = list(await _loaded(engines, adapters.make(model, folder, RANK, 8)))
+            names = list(await _loaded(engines, adapters.make(model, folder, RANK, 8)))
             if "lora_isolation" in here:
                 yield await attempted("lora_isolation", _isolation(engines, names))
             for name, bar, load in (
