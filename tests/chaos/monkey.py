@@ -1,10 +1,12 @@
 """The chaos monkey: one fault after the other, at random moments, until its time is over."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psutil
 from sqlalchemy import text
 
 from tests.chaos.clients import Worker
@@ -139,7 +141,8 @@ class Monkey:
         if replica in engines:
             # An engine dies with its supervisor.
             self._service.faults.append(Fault("engine", str(engines[replica].pid), now(), now()))
-        (supervisors if supervisor else engines)[replica].kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself meanwhile
+            (supervisors if supervisor else engines)[replica].kill()
         return replica if supervisor else ""
 
     async def _valkey(self) -> str:

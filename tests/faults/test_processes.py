@@ -1,10 +1,12 @@
 """Our own processes are told to stop, or killed at any point of a pool's way from no engine to one and back."""
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
+import psutil
 import pytest
 
 from lmaas.states import Desired, Observed
@@ -110,7 +112,8 @@ def _kill_controllers(service: Service) -> None:
 
 def _kill_supervisors(service: Service) -> None:
     for supervisor in service.supervisors().values():
-        supervisor.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself meanwhile
+            supervisor.kill()
 
 
 @pytest.mark.parametrize(
