@@ -35,8 +35,8 @@ NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KE
 ON_NODES = {"LMAAS_ZYGOTE": "off"}
 #: Why an actor is gone is known when it is; this is for the word to come here.
 WORDS_S = 2.0
-#: Of so many that have ended it is remembered, for when somebody asks.
-KEPT = 100
+#: Of so many that have ended it is remembered why, for when somebody asks.
+ENDS_KEPT = 100
 #: What Ray raises when it cannot be reached, or when its answer is no.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
@@ -150,7 +150,7 @@ class RayProvisioner:
 
     def _list(self) -> dict[str, str]:
         found = {replica_id: pool_id for pool_id, _, replica_id in (name.rpartition("/") for name in self._names())}
-        for replica_id in [one for one in self._ends if one not in found][:-KEPT]:
+        for replica_id in [one for one in self._ends if one not in found][:-ENDS_KEPT]:
             del self._ends[replica_id]
         return found
 

@@ -8,8 +8,8 @@ from vllm.ir.op import IrOpImpl
 from vllm.ir.ops.layernorm import fused_add_rms_norm, rms_norm
 
 PROVIDER = "lmaas"
-#: The compiled functions take whole vectors, which are as wide as this at most.
-WIDTHS = 32
+#: Numbers of the widest vector: the compiled functions take whole vectors only.
+WIDTH = 32
 _KNOWN = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -32,7 +32,7 @@ def _takes(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, varianc
         and weight is not None
         and weight.dtype is x.dtype
         and x.dtype in _KNOWN
-        and x.shape[-1] % WIDTHS == 0
+        and x.shape[-1] % WIDTH == 0
         and x.is_contiguous()
         and weight.is_contiguous()
     )

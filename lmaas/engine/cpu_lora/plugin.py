@@ -44,7 +44,7 @@ def wrapper_name() -> str:
         logger.warning("%s=1: correcting LoRA on CPU in vLLM %s, which was not checked (known: %s)", OVERRIDE, version, known)
     from vllm.config import get_current_vllm_config_or_none  # noqa: PLC0415 (only inside an engine)
 
-    from lmaas.engine.cpu_lora import hooks, norm  # noqa: PLC0415 (import vLLM)
+    from lmaas.engine.cpu_lora import hooks, norm  # noqa: PLC0415 (both import vLLM)
 
     config = get_current_vllm_config_or_none()
     if config is not None and config.use_v2_model_runner:
