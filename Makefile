@@ -20,7 +20,7 @@ up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-char
 	@exec $(BIN)/lmaas up
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests
 
 # `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
 # With MAY_SKIP=1, a machine that cannot have one is no failure.

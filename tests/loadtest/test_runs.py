@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, Stack, free_port, start, stop
+from tests.e2e.conftest import ROOT, Stack, free_port, start, stop, wait_for
 
 TOKEN_MS = 20
 #: For a machine that is busy; a run ends by itself long before.
@@ -100,12 +100,16 @@ def test_thirty_seconds_of_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> No
     # Every answer is in the ledger, with the tokens that its client saw.
     speeds = [run.rows[name, "tok/s"] for name in ("steady adapter", "steady base")]
     tokens = round(sum(row["avg_content_length"] * row["num_requests"] for row in speeds))
-    with fake_stack.operator() as client:
-        usage = client.get("/admin/v1/usage").json()["data"]
-    used = [row for row in usage if (row["tenant"] or "").startswith("load-")]
-    assert {row["model"] for row in used} > {"adapter-0", "adapter-1"}
-    assert sum(row["requests"] for row in used) == answered + 1, "and one to see that an engine runs"
-    assert 0 < sum(row["completion_tokens"] for row in used) - tokens <= 96, "those of that one"
+
+    def used() -> list[dict[str, Any]]:
+        with fake_stack.operator() as client:
+            usage = client.get("/admin/v1/usage").json()["data"]
+        return [row for row in usage if (row["tenant"] or "").startswith("load-")]
+
+    # And one to see that an engine runs.
+    wait_for(lambda: sum(row["requests"] for row in used()) == answered + 1, 30, "every answer is in the ledger, once")
+    assert {row["model"] for row in used()} > {"adapter-0", "adapter-1"}
+    assert 0 < sum(row["completion_tokens"] for row in used()) - tokens <= 96, "those of that one"
     # Nothing of it stays.
     assert tenants(fake_stack) == before
 

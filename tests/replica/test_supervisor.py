@@ -1,5 +1,6 @@
 """What a supervisor writes down, also when it could not at once."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tests.gateway.stack import running
 
 
 async def test_the_usual_start_is_told_while_it_matters(
-    postgres_url: str, valkey_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres_url: str, valkey_url: str, tmp_path: Path, may_start: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    may_start.set()
     told: list[tuple[str, int | None]] = []
     real = Scheduler.heartbeat
 
@@ -36,9 +38,11 @@ async def test_the_usual_start_is_told_while_it_matters(
             return any(ready) and ready[-5:] == [None] * 5
 
         await until(several_without)
-        await stack.replica(model, "--fake-start-ms 500")
-        starting = [start_ms for state, start_ms in told if state == Observed.STARTING]
-        assert len([start_ms for start_ms in starting if start_ms is not None]) >= 3
+        may_start.clear()
+        second = asyncio.create_task(stack.replica(model))
+        await until(lambda: len([ms for state, ms in told if state == Observed.STARTING and ms is not None]) >= 3)
+        may_start.set()
+        await second
 
 
 async def test_ready_is_written_once_postgres_is_back(

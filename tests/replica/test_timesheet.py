@@ -84,7 +84,7 @@ def about(seconds: float) -> Any:
     return pytest.approx(seconds * 1000 + 500, abs=500)
 
 
-async def test_a_whole_life(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_whole_life(stack: Stack, may_start: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch, may_load = AdapterFiles.fetch, asyncio.Event()
 
     async def gated(self: AdapterFiles, source: str, folder: Path) -> None:
@@ -95,8 +95,9 @@ async def test_a_whole_life(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> No
     model, clock = await stack.model("base"), Clock()
     acme = await stack.tenant()
     await stack.adapter(acme, "bot", model)
-    coming = asyncio.create_task(stack.replica(model, "--fake-start-ms 500 --fake-token-ms 5", clock))
+    coming = asyncio.create_task(stack.replica(model, "--fake-token-ms 20", clock))
     await spend(stack, clock, STARTING, 20)
+    may_start.set()
     replica = await coming
     await spend(stack, clock, IDLE, 70)
     asking = asyncio.create_task(stack.stream(acme, CHAT, ASK | {"model": "bot"}))

@@ -3,11 +3,23 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from lmaas.replica.residency import Residency
 from tests.conftest import until
 from tests.gateway.stack import CHAT, Stream, running
 
 
-async def test_awaited_adapters_are_loaded_before_the_replica_is_ready(postgres_url: str, valkey_url: str, tmp_path: Path) -> None:
+async def test_awaited_adapters_are_loaded_before_the_replica_is_ready(
+    postgres_url: str, valkey_url: str, tmp_path: Path, may_start: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, prepared = Residency.prepare, set[str]()
+
+    def noted(residency: Residency, awaited: dict[str, str]) -> None:
+        prepared.update(awaited)
+        prepare(residency, awaited)
+
+    monkeypatch.setattr(Residency, "prepare", noted)
     async with running(postgres_url, valkey_url, tmp_path) as stack:
         model = await stack.model("cold", loras=2)
         tenant = await stack.tenant()
@@ -19,7 +31,10 @@ async def test_awaited_adapters_are_loaded_before_the_replica_is_ready(postgres_
         for name, into in got.items():
             waiting.append(asyncio.create_task(stack.stream(tenant, CHAT, asked | {"model": name}, into)))
             await until(lambda into=into: into.comments)
-        await stack.replica(model, "--fake-start-ms 1500")
+        coming = asyncio.create_task(stack.replica(model))
+        await until(lambda: len(prepared) == 2)
+        may_start.set()
+        await coming
         await asyncio.gather(*waiting)
         assert [each.done for each in got.values()] == [False, True, True, True]
         events = {event.model: event for event in await stack.ledger(model, tenant)}
