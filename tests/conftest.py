@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -96,6 +98,27 @@ def command_of(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """What must be done in so many seconds. Of a time in which this process did not get to run, and nothing could happen, 20 ms count."""
+    spent = 0.0
+
+    async def run() -> None:
+        nonlocal spent
+        now = time.monotonic()
+        while True:
+            await asyncio.sleep(0.005)
+            before, now = now, time.monotonic()
+            spent += min(now - before, 0.02)
+
+    task = asyncio.create_task(run(), name="within")
+    try:
+        yield
+    finally:
+        task.cancel()
+    assert spent < seconds
 
 
 async def until(condition: object, timeout_s: float = 60.0, every_s: float = 0.05) -> None:

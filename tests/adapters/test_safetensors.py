@@ -108,9 +108,9 @@ def test_metadata_and_empty_tensors_are_allowed(tmp_path: Path) -> None:
     ],
 )
 def test_not_a_safetensors_file(tmp_path: Path, content: bytes) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert code_of(tmp_path / "f", content) == "invalid_safetensors"
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def zipped() -> bytes:

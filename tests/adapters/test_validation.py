@@ -380,7 +380,7 @@ def test_mutated_configs(file: Path, changes: dict[str, Any]) -> None:
 def test_a_large_adapter_is_quick(file: Path) -> None:
     wide = BaseModelShapes({f"model.layers.{i}.mlp.up_proj": (4096, 4096) for i in range(16)}, "bfloat16", 16)
     content = tensors(wide, rank=16, leaves=["up_proj"], dtype="BF16")
-    started = time.monotonic()
+    started = time.process_time()
     facts = check(file, config(r=16), content, wide)
     assert facts.size_bytes > 4_000_000
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10

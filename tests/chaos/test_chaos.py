@@ -119,7 +119,7 @@ async def _comes_to_rest(service: Service) -> None:
         return not (stats["queued"] or stats["load"] or busy or await _requests_in(redis))
 
     try:
-        await until(rest, timeout_s=40)
+        await until(rest)
     except BaseException:
         print(await service.scheduler.stats(service.model.id), await _requests_in(redis))  # noqa: T201
         raise

@@ -35,7 +35,7 @@ async def test_answers_past_their_day_go_and_others_stay(
             async with db.begin() as connection:
                 old = "UPDATE idempotency SET seen_at = seen_at - interval '24 hours' WHERE key LIKE :keys AND key <> 'k1'"
                 await connection.execute(text(old), {"keys": keys})
-            await until(lambda still=still: _is(left, still), timeout_s=20)
+            await until(lambda still=still: _is(left, still))
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -60,8 +60,8 @@ def test_killed_and_started_again(fake_stack: Stack, tmp_path: Path) -> None:
     assert answer(fake_stack)
     fake_stack.process.send_signal(signal.SIGKILL)
     fake_stack.process.wait()
-    wait_for(lambda: not fake_stack.processes("lmaas gateway"), 10, "the gateway is gone with its parent")
-    wait_for(lambda: not fake_stack.processes("lmaas controller"), 10, "the controller too")
+    wait_for(lambda: not fake_stack.processes("lmaas gateway"), 60, "the gateway is gone with its parent")
+    wait_for(lambda: not fake_stack.processes("lmaas controller"), 60, "the controller too")
     wait_for(lambda: not fake_stack.processes("fake_engine"), 60, "a replica that nobody looks after stops itself")
     again = start(fake_stack.home, tmp_path / "again.log", **FAKE)
     assert again.credentials["tenants"] == fake_stack.credentials["tenants"]

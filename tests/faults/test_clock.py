@@ -97,7 +97,7 @@ async def test_after_a_jump_a_dead_gateways_slots_still_come_back_in_seconds(
         stats = await caller.service.scheduler.stats(caller.service.model.id)
         return bool(stats["load"] == 0)
 
-    await until(lost, timeout_s=20)
+    await until(lost)
     (event,) = (await caller.ledger(got.headers["x-request-id"])).values()
     assert event.status == "lost"
     await until(caller.works)

@@ -149,7 +149,7 @@ async def test_what_was_answered_long_ago_is_as_old_as_its_question() -> None:
     source.gate = asyncio.Event()
     cache = source.cache()
     waiting = asyncio.create_task(cache.get("k"))
-    await until(lambda: source.asked == ["k"], 5, 0)
+    await until(lambda: source.asked == ["k"], every_s=0)
     source.now += 5
     source.gate.set()
     await waiting
@@ -165,12 +165,12 @@ async def test_a_database_that_hangs_is_away_too(monkeypatch: pytest.MonkeyPatch
     await cache.get("k")
     source.now += 2
     source.gate = asyncio.Event()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await cache.get("k") == "v"
         with pytest.raises(Unavailable):
             await cache.get("unknown")
     source.gate.set()
-    await until(lambda: not cache._asking, 5, 0.01)
+    await until(lambda: not cache._asking, every_s=0.01)
 
 
 async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,10 +183,10 @@ async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytes
         monkeypatch.setattr(module, "KNOWN_WAIT_S", 0.02)
         monkeypatch.setattr(module, "UNKNOWN_WAIT_S", 0.05)
         assert await cache.get("k") == "v"
-        await until(lambda: not cache._asking, 5, 0.01)
-        monkeypatch.setattr(module, "KNOWN_WAIT_S", 3.0)
-        source.now += 3
-        async with asyncio.timeout(2):  # asked for again, but not waited for
+        await until(lambda: not cache._asking, every_s=0.01)
+        monkeypatch.setattr(module, "KNOWN_WAIT_S", 15.0)
+        source.now += 15
+        async with asyncio.timeout(10):  # asked for again, but not waited for
             assert [await cache.get("k"), await cache.get("l")] == ["v", "w"]
         assert source.asked == ["k", "l", "k", "k", "l"]
         source.now += 60  # too old to go without
@@ -207,7 +207,7 @@ async def test_after_an_outage_the_truth_is_waited_for_again(monkeypatch: pytest
     # One answer says that the database is back; so does the time in which nobody asked.
     source.error, source.answers = None, {"k": "new", "l": "new"}
     await cache.get("k")
-    await until(lambda: not cache._asking, 5, 0.01)
+    await until(lambda: not cache._asking, every_s=0.01)
     assert [await cache.get("k"), await cache.get("l")] == ["new", "new"]
     source.now += 2
     source.error = Unavailable("away")
@@ -319,7 +319,7 @@ async def test_what_was_asked_while_a_change_was_made_is_asked_again() -> None:
     await source.changes.look()
     source.gate = asyncio.Event()
     waiting = asyncio.create_task(cache.get("k"))
-    await until(lambda: source.asked == ["k"], 5, 0)
+    await until(lambda: source.asked == ["k"], every_s=0)
     source.now += 0.1
     source.number = 2
     await source.changes.look()  # the answer that is on its way may be from before

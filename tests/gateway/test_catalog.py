@@ -91,7 +91,7 @@ async def test_a_rollback_is_seen_after_a_moment(db: Database, acme: Tenant, mon
     async def rolled_back() -> bool:
         return (await catalog.resolve(acme.id, "bot")).version == 1
 
-    await until(rolled_back, 5, 0.01)
+    await until(rolled_back, every_s=0.01)
     await delete_adapter(db, acme.id, "bot")
 
     async def gone() -> bool:
@@ -101,7 +101,7 @@ async def test_a_rollback_is_seen_after_a_moment(db: Database, acme: Tenant, mon
             return True
         return False
 
-    await until(gone, 5, 0.01)
+    await until(gone, every_s=0.01)
 
 
 async def test_a_new_adapter_is_seen_at_once(db: Database, base: BaseModel, acme: Tenant) -> None:

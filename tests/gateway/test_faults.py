@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from lmaas.gateway import server
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
-from tests.conftest import until
+from tests.conftest import until, within
 from tests.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant, running
 
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
@@ -189,7 +188,7 @@ async def test_an_engine_that_stands_still_is_cut_off_when_its_replica_goes(stac
     await until(lambda: got.tokens >= 3)
     replica.freeze()
     await stack.scheduler.deregister(model.id, replica.id)
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, 60)
     replica.kill()
     assert got.error is not None
     assert usage(await stack.told_once(model, 1)) == [("failed", "engine_failed", got.tokens)]
@@ -209,17 +208,16 @@ async def test_a_client_that_goes_stops_its_work(stack: Stack, model: BaseModel,
     )
     await runs(replica, n if path == CHAT else 2 * n)
     await _some_tokens(replica, before[1])
-    task.cancel()
-    gone = time.monotonic()
-    await asyncio.gather(task, return_exceptions=True)
 
     async def quiet() -> bool:
         return await replica.running() == 0
 
-    await until(quiet, every_s=0.02)
-    assert time.monotonic() - gone < 1
-    (event,) = await stack.told_once(model, 1)
-    assert time.monotonic() - gone < 1.5
+    async with within(1.5):
+        async with within(1):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await until(quiet, every_s=0.02)
+        (event,) = await stack.told_once(model, 1)
     after = await replica.counters()
     assert (event["status"], event["completion_tokens"]) == ("aborted", after[1] - before[1])
     assert event["completion_tokens"] > 0
@@ -240,11 +238,10 @@ async def test_a_client_that_goes_before_the_engine_knows_its_request_stops_it_t
     before = await replica.counters()
     task = asyncio.create_task(post(stack, tenant, CHAT, ask(CHAT, tokens=LONG)))
     await granted(stack, model, 1)
-    task.cancel()
-    gone = time.monotonic()
-    await asyncio.gather(task, return_exceptions=True)
-    (event,) = await stack.told_once(model, 1)
-    assert time.monotonic() - gone < 2
+    async with within(2):
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        (event,) = await stack.told_once(model, 1)
     assert await replica.running() == 0
     assert (event["status"], event["completion_tokens"]) == ("aborted", (await replica.counters())[1] - before[1])
     await stack.idle(model)
@@ -295,7 +292,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(
     async def quiet() -> bool:
         return await replica.running() == 0
 
-    await until(quiet, timeout_s=5)
+    await until(quiet)
     await stack.idle(model)
 
 
@@ -332,7 +329,7 @@ async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_er
     async def quiet() -> bool:
         return await replica.running() == 0
 
-    await until(quiet, timeout_s=5)
+    await until(quiet)
     await stack.idle(model)
     assert [record.message for record in caplog.records if record.levelname == "ERROR" and record.name != "uvicorn.error"] == []
 
@@ -414,7 +411,7 @@ async def test_a_redis_that_loses_its_memory_between_two_deliveries(stack: Stack
     await queued(stack, model, 1)
     await stack.redis.flushall()
     await stack.replica(model)
-    response = await asyncio.wait_for(task, 20)
+    response = await asyncio.wait_for(task, 60)
     assert response.status_code == 200
     assert usage(await stack.told_once(model, 1)) == [("completed", None, 6)]
     await stack.idle(model)
@@ -426,5 +423,5 @@ async def test_a_lost_subscription_is_made_again(stack: Stack, model: BaseModel,
     await stack.redis.client_kill_filter(_type="pubsub")
     await stack.replica(model)
     await stack.redis.client_kill_filter(_type="pubsub")
-    assert (await asyncio.wait_for(task, 20)).status_code == 200
+    assert (await asyncio.wait_for(task, 60)).status_code == 200
     await stack.told_once(model, 1)

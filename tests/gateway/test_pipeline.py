@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
 from lmaas.store.tenants import create_key, revoke_key
 from lmaas.types import Role
-from tests.conftest import until
+from tests.conftest import until, within
 from tests.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant, running
 
 HI = [{"role": "user", "content": "Say hi."}]
@@ -185,7 +184,7 @@ async def test_tenants_see_the_name_that_they_asked_for_and_never_the_engines(se
         choice = (await service.post(tenant, path, ask(path, model, tokens=5))).json()["choices"][0]
         return str(choice["message"]["content"] if path == CHAT else choice["text"])
 
-    await until(lambda: _is_new(text, texts["support-bot"]), timeout_s=5)
+    await until(lambda: _is_new(text, texts["support-bot"]))
     assert await text("support-bot@1") == texts["support-bot@1"]
     assert await text("support-bot@2") == await text("support-bot")
     events = await service.stack.ledger(service.base, tenant)
@@ -346,14 +345,13 @@ async def test_what_the_engine_refuses_is_the_clients_error(service: Service, te
 
 async def test_a_key_that_is_not_valid_says_nothing_more(service: Service, tenant: Tenant) -> None:
     assert (await service.post(tenant, CHAT, ask(CHAT))).status_code == 200
-    await revoke_key(service.stack.db, tenant.id, tenant.key_id)
-    since = time.monotonic()
 
     async def refused() -> bool:
         return (await service.post(tenant, CHAT, ask(CHAT))).status_code == 401
 
-    await until(refused, timeout_s=10)
-    assert time.monotonic() - since < 1
+    async with within(1):
+        await revoke_key(service.stack.db, tenant.id, tenant.key_id)
+        await until(refused)
     bodies = {(await service.post(tenant, CHAT, ask(CHAT))).text}
     credentials = ["", "Bearer", "Bearer x", f"Bearer {new_key()}", "Bearer ' OR '1'='1", "Bearer sk-lmaas-" + "a" * 5000]
     for authorization in [*credentials, f"Basic {tenant.key}", f"Bearer sk-lmaas-{'é' * 10}"]:

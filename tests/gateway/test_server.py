@@ -73,9 +73,9 @@ async def watching(app: Application, body: bytes = b"") -> Connection:
     """A connection whose request the application has taken."""
     connection = Connection(app)
     connection.send(head(len(body), "expect: 100-continue\r\n"))
-    await until(lambda: connection.written, 5, 0)  # it waits for the body
+    await until(lambda: connection.written, every_s=0)  # it waits for the body
     connection.send(body)
-    await until(lambda: app.watching, 5, 0)
+    await until(lambda: app.watching, every_s=0)
     return connection
 
 
@@ -95,7 +95,7 @@ async def test_a_client_that_has_gone_already_is_noticed_at_once() -> None:
     connection = Connection(app)
     connection.send(head(0))
     connection.transport.is_closing.return_value = True
-    await until(lambda: app.watching, 5, 0)
+    await until(lambda: app.watching, every_s=0)
     assert app.lost == ["lost"]
     app.answer.set()
 
@@ -104,7 +104,7 @@ async def test_after_the_answer_a_client_may_go() -> None:
     app = Application()
     connection = await watching(app)
     app.answer.set()
-    await until(lambda: connection.written[-1:] == [b"3\r\ntwo\r\n0\r\n\r\n"], 5, 0)
+    await until(lambda: connection.written[-1:] == [b"3\r\ntwo\r\n0\r\n\r\n"], every_s=0)
     connection.protocol.connection_lost(None)
     assert app.lost == []
 
@@ -113,7 +113,7 @@ async def test_an_answers_head_goes_with_its_first_bytes() -> None:
     app = Application()
     connection = await watching(app)
     app.answer.set()
-    await until(lambda: len(connection.written) == 3, 5, 0)
+    await until(lambda: len(connection.written) == 3, every_s=0)
     interim, first, last = connection.written
     assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert first.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -137,7 +137,7 @@ async def test_a_client_that_takes_nothing_for_long_is_cut_off(monkeypatch: pyte
     assert connection.transport.abort.called is (then == "stays")
     connection.protocol.resume_writing()
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
 
 
 async def test_a_slow_client_is_not_cut_off_while_it_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +148,12 @@ async def test_a_slow_client_is_not_cut_off_while_it_takes_something(monkeypatch
     for left in (900, 800, 700):
         connection.buffered = left
         looked = connection.transport.get_write_buffer_size.call_count
-        await until(lambda looked=looked: connection.transport.get_write_buffer_size.call_count > looked + 1, 5, 0)
+        await until(lambda looked=looked: connection.transport.get_write_buffer_size.call_count > looked + 1, every_s=0)
         assert not connection.transport.abort.called
-    await until(lambda: connection.transport.abort.called, 5, 0)
+    await until(lambda: connection.transport.abort.called, every_s=0)
     connection.protocol.connection_lost(None)
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
 
 
 async def test_head_is_answered_although_it_has_no_body() -> None:
@@ -161,7 +161,7 @@ async def test_head_is_answered_although_it_has_no_body() -> None:
     app.answer.set()
     connection = Connection(app)
     connection.send(b"HEAD /x HTTP/1.1\r\nhost: x\r\n\r\n")
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
     assert b"".join(connection.written).startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"one" not in b"".join(connection.written)
 
@@ -180,7 +180,7 @@ async def test_trailers_are_bounded_and_are_no_headers(piece: bytes) -> None:
     assert b"x-first" not in dict(connection.protocol.scope["headers"])
     connection.protocol.connection_lost(None)
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
 
 
 async def test_a_body_in_many_small_chunks_is_not_taken_for_trailers() -> None:
@@ -190,10 +190,10 @@ async def test_a_body_in_many_small_chunks_is_not_taken_for_trailers() -> None:
     for _ in range(40_000):
         connection.send(b"1\r\na\r\n")
     connection.send(b"0\r\n\r\n")
-    await until(lambda: app.watching, 5, 0)
+    await until(lambda: app.watching, every_s=0)
     assert len(app.body) == 40_000
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
 
 
 async def test_what_is_no_http_does_not_break_into_an_answer() -> None:
@@ -208,4 +208,4 @@ async def test_what_is_no_http_does_not_break_into_an_answer() -> None:
     assert b'"code":"invalid_http"' in b"".join(other.written)
     connection.protocol.connection_lost(None)
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)

@@ -149,7 +149,7 @@ async def test_a_connection_too_many() -> None:
                 asks.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
                 return (await answer(again)).status == 200
 
-        await until(there_is_room, 10)
+        await until(there_is_room)
 
 
 async def test_far_too_many_connections() -> None:
@@ -202,7 +202,7 @@ def test_no_more_connections_than_files() -> None:
 async def ended(connection: Connection, app: Application) -> None:
     connection.protocol.connection_lost(None)
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
 
 
 async def test_a_slow_body_is_not_late_while_it_goes_on() -> None:
@@ -226,7 +226,7 @@ async def test_a_body_is_not_late_while_we_do_not_read() -> None:
     connection.send(head(1_000_000, "expect: 100-continue\r\n"))
     connection.protocol._is_late()  # we have not asked for it yet
     assert not connection.transport.close.called
-    await until(lambda: connection.written, 5, 0)
+    await until(lambda: connection.written, every_s=0)
     connection.protocol.flow.pause_reading()
     connection.protocol._is_late()
     assert not connection.transport.close.called
@@ -247,7 +247,7 @@ async def test_nobody_is_late_while_he_is_answered_or_idle() -> None:
     connection.send(b"GET /y HT")  # begins another: that is answered when it is whole
     assert connection.protocol._late is None
     app.answer.set()
-    await until(lambda: not connection.protocol.tasks, 5, 0)
+    await until(lambda: not connection.protocol.tasks, every_s=0)
     assert not connection.transport.close.called
     assert connection.protocol._late is None
     connection.protocol.connection_lost(None)

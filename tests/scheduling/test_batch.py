@@ -71,9 +71,9 @@ async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
     await redis.client_pause(200)
     under_way = [asyncio.ensure_future(batch.send("INCR", "a")) for _ in range(3)]
     await asyncio.sleep(0)
-    await until(lambda: not batch._waiting, 5, 0)
+    await until(lambda: not batch._waiting, every_s=0)
     waiting = [asyncio.ensure_future(batch.send("INCR", "b")) for _ in range(3)]
-    await until(lambda: len(batch._waiting) == 3, 5, 0)
+    await until(lambda: len(batch._waiting) == 3, every_s=0)
     under_way[0].cancel()
     waiting[0].cancel()
     answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
@@ -98,7 +98,7 @@ async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis:
     await batch.send("PING")
     await redis.client_pause(600)
     first = asyncio.ensure_future(batch.send("ECHO", "a"))
-    await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
+    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
     answers = await asyncio.gather(first, batch.send("ECHO", "b"), return_exceptions=True)
     assert [type(answer) for answer in answers] == [RedisTimeout, RedisTimeout]
 
@@ -108,7 +108,7 @@ async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis:
         except RedisError:
             return False
 
-    await until(back, 5, 0.01)
+    await until(back, every_s=0.01)
 
 
 async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +117,15 @@ async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypat
     monkeypatch.setattr(module, "PAUSES_S", (0.0,) * 10_000)
     batch = Batch(redis)
     await batch.send("PING")
-    await redis.client_pause(2000)
-    async with asyncio.timeout(1.5):
+    await redis.client_pause(60_000, all=False)
+    async with asyncio.timeout(30):
         with pytest.raises(RedisTimeout):
-            await batch.send("ECHO", "a")
+            await batch.send("INCR", "a")
     await redis.client_unpause()
 
 
-async def test_a_connection_that_was_cut_off_at_hand_is_not_taken(valkey_url: str) -> None:
+async def test_a_connection_that_was_cut_off_at_hand_is_not_taken(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_S", 60.0)
     between = Between(valkey_url.removeprefix("unix://"))
     server = await asyncio.start_server(between, "127.0.0.1", 0)
     async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
@@ -182,7 +183,7 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
         await batch.send("PING")
         between.connections[0].write(said)
         if connections == 2:
-            await until(lambda: batch._line is not None and not batch._line.open, 5, 0.01)
+            await until(lambda: batch._line is not None and not batch._line.open, every_s=0.01)
         answers = [await batch.send("ECHO", number) for number in range(50)]
         assert answers == [str(number) for number in range(50)]
         assert len(between.connections) == connections
@@ -197,7 +198,7 @@ async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.
     await redis.client_pause(300)
     gone = batch.send("INCR", "gone")
     stays = asyncio.ensure_future(batch.send("INCR", "stays"))
-    await until(lambda: not batch._waiting, 5, 0)
+    await until(lambda: not batch._waiting, every_s=0)
     gone.cancel()
     await stays
     # What was on its way may have been done once; it is not sent a second time.
@@ -226,7 +227,7 @@ async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> 
     batch = Batch(redis)
     await redis.client_pause(100)
     waiting = [asyncio.ensure_future(batch.send("PING")) for _ in range(2)]
-    await until(lambda: batch._sending is not None and not batch._waiting, 5, 0)
+    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
     assert batch._sending is not None
     batch._sending.cancel()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
@@ -242,7 +243,7 @@ async def test_a_first_connection_that_says_nothing_ends_in_time_too(monkeypatch
     silent = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
     async with silent, connect(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}/0") as away:
         batch = Batch(away)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(15):
             for _ in range(2):
                 with pytest.raises(RedisTimeout):
                     await batch.send("PING")

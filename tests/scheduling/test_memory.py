@@ -277,8 +277,8 @@ async def test_an_older_release_takes_over_when_the_newer_one_has_gone(scheduler
             except Unavailable:
                 return False
 
-        await until(works, 5, 0.02)
-    await until(works, 10, 0.05)
+        await until(works, every_s=0.02)
+    await until(works, every_s=0.05)
     assert await pool.states() == {"r2": "queued"}
     await pool.check()
 

@@ -98,7 +98,7 @@ async def test_an_expired_lease_is_charged_once_at_its_last_checkpoint(scheduler
             reply = await scheduler.renew("p", [("r2", "")])  # its own gateway lives
             return bool(reply["tickets"][0]["state"] == "granted")
 
-        await until(others_turn, 5, 0.02)
+        await until(others_turn, every_s=0.02)
     for _ in range(3):
         await scheduler.stats("p")
     [event] = await pool.events()
@@ -125,7 +125,7 @@ async def test_an_expired_ticket_that_waits_or_loads_is_charged_nothing(schedule
             await scheduler.stats("p")
             return await pool.tickets() == {}
 
-        await until(gone, 5, 0.02)
+        await until(gone, every_s=0.02)
     [event] = await pool.events()
     assert (event["status"], event["completion_tokens"], event["run_ms"]) == ("lost", 0, 0)
     assert event["replica_id"] == ("x" if adapter else None)
@@ -140,13 +140,13 @@ async def test_a_quiet_replica_gets_no_new_work_and_then_loses_what_it_has(sched
         async def stale() -> bool:
             return bool((await scheduler.stats("p"))["replicas"]["x"]["beat_ms"] > 300)
 
-        await until(stale, 5, 0.01)
+        await until(stale, every_s=0.01)
         assert await pool.submit(ticket(3, "b")) == ["queued"]
 
         async def gone() -> bool:
             return not (await scheduler.stats("p"))["replicas"]
 
-        [message] = await news(pool, 1, until(gone, 5, 0.02))
+        [message] = await news(pool, 1, until(gone, every_s=0.02))
         assert (message["id"], message["event"], message["attempts"]) == ("r1", "revoked", 0)
         assert (await pool.states())["r2"] == "queued"
         assert (await scheduler.renew("p", [("r1", "")]))["tickets"] == [{"state": "revoked", "attempts": 0}]
@@ -246,11 +246,11 @@ async def test_listening_goes_on_after_the_connection_was_cut(scheduler: Schedul
             heard.append(message)
 
     task = asyncio.create_task(listen())
-    await until(lambda: heard == [""], 5, 0.01)
+    await until(lambda: heard == [""], every_s=0.01)
     await redis.client_kill_filter(_type="pubsub")
-    await until(lambda: heard == ["", ""], 5, 0.01)  # something may have been missed
+    await until(lambda: heard == ["", ""], every_s=0.01)  # something may have been missed
     await redis.publish("c", "hello")
-    await until(lambda: heard == ["", "", "hello"], 5, 0.01)
+    await until(lambda: heard == ["", "", "hello"], every_s=0.01)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -388,4 +388,4 @@ async def test_a_slot_that_a_refused_ticket_finds_free_is_given_out(scheduler: S
             assert await pool.submit(ticket(3), max_queued=0) == ["refused"]
             return await pool.states() == {"r2": "granted"}
 
-        await until(others_turn, 5, 0.02)
+        await until(others_turn, every_s=0.02)
