@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -14,14 +15,23 @@ from tests.e2e.conftest import MODEL, Stack, start, stop, wait_for
 FAKE = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_ORPHAN_TIMEOUT_S": "3"}
 
 
+@contextmanager
+def started(home: Path, log: Path) -> Iterator[Stack]:
+    """A stack with fake engines, which is stopped at the end of the block unless it has ended."""
+    stack = start(home, log, **FAKE)
+    try:
+        yield stack
+    finally:
+        if stack.process.poll() is None:
+            stop(stack)
+
+
 @pytest.fixture
 def fake_stack(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
     """A stack with fake engines, for this test alone."""
     assert model_folder.exists()
-    running = start(tmp_path / "home", tmp_path / "up.log", **FAKE)
-    yield running
-    if running.process.poll() is None:
-        stop(running)
+    with started(tmp_path / "home", tmp_path / "up.log") as stack:
+        yield stack
 
 
 def answer(stack: Stack) -> str:
@@ -32,27 +42,26 @@ def answer(stack: Stack) -> str:
 
 
 def test_two_stacks_side_by_side_know_nothing_of_each_other(fake_stack: Stack, tmp_path: Path) -> None:
-    second = start(tmp_path / "second", tmp_path / "second.log", **FAKE)
-    assert answer(fake_stack) == answer(second)
-    assert second.key("acme") != fake_stack.key("acme")
-    with second.http(fake_stack.key("acme")) as client:
-        assert client.get("/v1/models").status_code == 401
-    # A second one in the same home, or on the same port, says so and does not start.
-    for settings, complaint in (
-        ({"LMAAS_PORT": "1"}, "Another `lmaas up` runs"),
-        ({"LMAAS_HOME": str(tmp_path / "third")}, "cannot be used"),
-    ):
-        refused = subprocess.run(
-            [sys.executable, "-m", "lmaas", "up"],
-            env=second.environment | settings,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert refused.returncode == 1
-        assert complaint in refused.stderr
-    stop(second)
+    with started(tmp_path / "second", tmp_path / "second.log") as second:
+        assert answer(fake_stack) == answer(second)
+        assert second.key("acme") != fake_stack.key("acme")
+        with second.http(fake_stack.key("acme")) as client:
+            assert client.get("/v1/models").status_code == 401
+        # A second one in the same home, or on the same port, says so and does not start.
+        for settings, complaint in (
+            ({"LMAAS_PORT": "1"}, "Another `lmaas up` runs"),
+            ({"LMAAS_HOME": str(tmp_path / "third")}, "cannot be used"),
+        ):
+            refused = subprocess.run(
+                [sys.executable, "-m", "lmaas", "up"],
+                env=second.environment | settings,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert refused.returncode == 1
+            assert complaint in refused.stderr
     assert answer(fake_stack)
 
 
@@ -63,11 +72,10 @@ def test_killed_and_started_again(fake_stack: Stack, tmp_path: Path) -> None:
     wait_for(lambda: not fake_stack.processes("lmaas gateway"), 60, "the gateway is gone with its parent")
     wait_for(lambda: not fake_stack.processes("lmaas controller"), 60, "the controller too")
     wait_for(lambda: not fake_stack.processes("fake_engine"), 60, "a replica that nobody looks after stops itself")
-    again = start(fake_stack.home, tmp_path / "again.log", **FAKE)
-    assert again.credentials["tenants"] == fake_stack.credentials["tenants"]
-    assert answer(again)
-    assert [row["outcome"] for row in again.cli("apply", "tenants/")] == ["unchanged"] * 4
-    stop(again)
+    with started(fake_stack.home, tmp_path / "again.log") as again:
+        assert again.credentials["tenants"] == fake_stack.credentials["tenants"]
+        assert answer(again)
+        assert [row["outcome"] for row in again.cli("apply", "tenants/")] == ["unchanged"] * 4
 
 
 def test_the_gateway_may_be_killed_mid_stream(fake_stack: Stack) -> None:
