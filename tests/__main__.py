@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     """Run pytest, and again with what failed; answers its exit code. An option's value comes after a `=`."""
     failed = Failed()
     code = int(pytest.main(arguments, plugins=[failed]))
-    if code != pytest.ExitCode.TESTS_FAILED or len(failed.tests) > AT_MOST:
+    if code != pytest.ExitCode.TESTS_FAILED or not 0 < len(failed.tests) <= AT_MOST:
         return code
     print(f"\n{len(failed.tests)} failed. Once more, by themselves:\n", flush=True)  # noqa: T201
     options = [argument for argument in arguments if argument.startswith("-")]

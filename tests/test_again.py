@@ -57,5 +57,5 @@ def test_many_failures_are_not_the_machines(tmp_path: Path) -> None:
     assert "Once more" not in said
 
 
-def test_no_test_is_a_failure(tmp_path: Path) -> None:
+def test_what_cannot_be_collected_is_not_run_again(tmp_path: Path) -> None:
     assert run(tmp_path, broken="import nonsense_that_is_not_there")[0] == pytest.ExitCode.INTERRUPTED

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def stop(stack: Stack) -> None:
     assert stack.process.wait(120) == 0
     assert stack.processes() == []
     assert not [one for one in psutil.process_iter() if str(stack.home) in " ".join(command_of(one))]
+
+
+@contextmanager
+def started(home: Path, log: Path, **settings: str) -> Iterator[Stack]:
+    """`lmaas up` in this home for a block; a test may end it itself."""
+    stack = start(home, log, **settings)
+    try:
+        yield stack
+    finally:
+        if stack.process.poll() is None:
+            stop(stack)
 
 
 @pytest.fixture(scope="session")

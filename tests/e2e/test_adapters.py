@@ -84,11 +84,11 @@ def test_versions_rollback_and_pins(stack: Stack, made: dict[str, Made]) -> None
         stack.cli("--tenant", "acme", "adapter", "upload", "bot", str(adapter.folder), "--base-model", MODEL)
     assert [row["version"] for row in stack.cli("--tenant", "acme", "adapter", "versions", "bot")] == [1, 2]
     # A new live version serves within a second.
-    wait_for(lambda: complete(stack, "acme", "bot") == second.expected, 60, "the new version is live")
+    wait_for(lambda: complete(stack, "acme", "bot") == second.expected, 10, "the new version is live")
     assert complete(stack, "acme", "bot@1") == first.expected
     engines = {process.pid for process in stack.engines()}
     stack.cli("--tenant", "acme", "adapter", "activate", "bot", "1")
-    wait_for(lambda: complete(stack, "acme", "bot") == first.expected, 60, "the old version is live again")
+    wait_for(lambda: complete(stack, "acme", "bot") == first.expected, 10, "the old version is live again")
     assert complete(stack, "acme", "bot@2") == second.expected
     assert {process.pid for process in stack.engines()} == engines, "no engine was restarted"
     with stack.openai("acme") as client:

@@ -12,6 +12,9 @@ from openai import AsyncOpenAI
 
 from tests.e2e.conftest import MODEL, Stack, wait_for
 
+#: Tokens of an answer that no client waits for.
+WHOLE = 1900
+
 
 def events(stack: Stack) -> list[dict[str, Any]]:
     """The ledger, newest first."""
@@ -84,7 +87,7 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
     async def streamed(client: AsyncOpenAI, model: str, leave_after: int | None) -> None:
         message = {"role": "user", "content": f"Tell me about the number {next(words)}."}
         # Who leaves does so long before the end, unless this process stands still meanwhile.
-        max_tokens = 1900 if leave_after else 40
+        max_tokens = WHOLE if leave_after else 40
         stream = await client.chat.completions.create(
             model=model, messages=[message], max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
         )
@@ -115,6 +118,8 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
     mine = [event for event in events(stack) if event["replica_id"] == replica]
     assert {event["status"] for event in mine} == {"completed", "aborted", "probe"}
     assert any(event["status"] == "aborted" and event["completion_tokens"] for event in mine)
+    # Everyone who left in the middle, or would have if its answer had not come whole first.
+    assert sum(event["status"] == "aborted" or event["completion_tokens"] == WHOLE for event in mine) >= 15
 
 
 async def test_requests_outlive_an_engine_that_is_killed(stack: Stack) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import MODEL, Stack, start, stop, wait_for
+from tests.e2e.conftest import MODEL, Stack, started, wait_for
 
 PROMPT = "The history of the city of Paris begins with"
 TOKENS = 16
@@ -107,11 +107,9 @@ async def test_two_pools_on_one_machine_each_with_its_own_adapters(stack: Stack,
 def narrow(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
     """A stack with fake engines on a machine that holds one of them, with two base models."""
     settings = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_LOCAL_CPUS": "1", "LMAAS_SHARE_QUANTUM_S": "4"}
-    running = start(tmp_path / "home", tmp_path / "up.log", **settings, LMAAS_DRAIN_TIMEOUT_S="10")
-    running.cli("model", "add", "second", str(model_folder))
-    yield running
-    if running.process.poll() is None:
-        stop(running)
+    with started(tmp_path / "home", tmp_path / "up.log", **settings, LMAAS_DRAIN_TIMEOUT_S="10") as stack:
+        stack.cli("model", "add", "second", str(model_folder))
+        yield stack
 
 
 @contextmanager

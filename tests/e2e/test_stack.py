@@ -4,33 +4,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import MODEL, Stack, start, stop, wait_for
+from tests.e2e.conftest import MODEL, Stack, started, wait_for
 
 FAKE = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_ORPHAN_TIMEOUT_S": "3"}
-
-
-@contextmanager
-def started(home: Path, log: Path) -> Iterator[Stack]:
-    """A stack with fake engines, which is stopped at the end of the block unless it has ended."""
-    stack = start(home, log, **FAKE)
-    try:
-        yield stack
-    finally:
-        if stack.process.poll() is None:
-            stop(stack)
 
 
 @pytest.fixture
 def fake_stack(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
     """A stack with fake engines, for this test alone."""
     assert model_folder.exists()
-    with started(tmp_path / "home", tmp_path / "up.log") as stack:
+    with started(tmp_path / "home", tmp_path / "up.log", **FAKE) as stack:
         yield stack
 
 
@@ -42,7 +30,7 @@ def answer(stack: Stack) -> str:
 
 
 def test_two_stacks_side_by_side_know_nothing_of_each_other(fake_stack: Stack, tmp_path: Path) -> None:
-    with started(tmp_path / "second", tmp_path / "second.log") as second:
+    with started(tmp_path / "second", tmp_path / "second.log", **FAKE) as second:
         assert answer(fake_stack) == answer(second)
         assert second.key("acme") != fake_stack.key("acme")
         with second.http(fake_stack.key("acme")) as client:
@@ -72,7 +60,7 @@ def test_killed_and_started_again(fake_stack: Stack, tmp_path: Path) -> None:
     wait_for(lambda: not fake_stack.processes("lmaas gateway"), 60, "the gateway is gone with its parent")
     wait_for(lambda: not fake_stack.processes("lmaas controller"), 60, "the controller too")
     wait_for(lambda: not fake_stack.processes("fake_engine"), 60, "a replica that nobody looks after stops itself")
-    with started(fake_stack.home, tmp_path / "again.log") as again:
+    with started(fake_stack.home, tmp_path / "again.log", **FAKE) as again:
         assert again.credentials["tenants"] == fake_stack.credentials["tenants"]
         assert answer(again)
         assert [row["outcome"] for row in again.cli("apply", "tenants/")] == ["unchanged"] * 4

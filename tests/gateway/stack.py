@@ -264,7 +264,7 @@ class Stack:
             stats = await self.scheduler.stats(model.id)
             return bool(stats["queued"] == 0 and stats["load"] == 0)
 
-        await until(nothing_left)
+        await until(nothing_left, timeout_s=20)
 
 
 @dataclass

@@ -187,8 +187,9 @@ async def test_an_engine_that_stands_still_is_cut_off_when_its_replica_goes(stac
     task = asyncio.create_task(stack.stream(tenant, CHAT, ask(CHAT, tokens=LONG), got))
     await until(lambda: got.tokens >= 3)
     replica.freeze()
-    await stack.scheduler.deregister(model.id, replica.id)
-    await asyncio.wait_for(task, 60)
+    async with within(10):
+        await stack.scheduler.deregister(model.id, replica.id)
+        await task
     replica.kill()
     assert got.error is not None
     assert usage(await stack.told_once(model, 1)) == [("failed", "engine_failed", got.tokens)]
@@ -292,7 +293,8 @@ async def test_a_client_that_takes_nothing_is_cut_off(
     async def quiet() -> bool:
         return await replica.running() == 0
 
-    await until(quiet)
+    async with within(5):
+        await until(quiet)
     await stack.idle(model)
 
 
@@ -329,7 +331,8 @@ async def test_a_stopping_gateway_lets_requests_end_and_cuts_the_rest_with_an_er
     async def quiet() -> bool:
         return await replica.running() == 0
 
-    await until(quiet)
+    async with within(5):
+        await until(quiet)
     await stack.idle(model)
     assert [record.message for record in caplog.records if record.levelname == "ERROR" and record.name != "uvicorn.error"] == []
 

@@ -184,7 +184,8 @@ async def test_tenants_see_the_name_that_they_asked_for_and_never_the_engines(se
         choice = (await service.post(tenant, path, ask(path, model, tokens=5))).json()["choices"][0]
         return str(choice["message"]["content"] if path == CHAT else choice["text"])
 
-    await until(lambda: _is_new(text, texts["support-bot"]))
+    async with within(5):
+        await until(lambda: _is_new(text, texts["support-bot"]))
     assert await text("support-bot@1") == texts["support-bot@1"]
     assert await text("support-bot@2") == await text("support-bot")
     events = await service.stack.ledger(service.base, tenant)
