@@ -52,7 +52,7 @@ class InvalidRequest(LmaasError):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. `code` says why (trust.md, "Adapter upload")."""
+    """The uploaded adapter cannot be served. `code` says why."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 
@@ -144,6 +144,15 @@ class EngineFailed(LmaasError):
     """The engine died or gave nonsense, after the retry that is allowed."""
 
     kind, status, type, code, retryable = "engine_failed", HTTPStatus.BAD_GATEWAY, "server_error", "engine_failed", True
+
+
+class RequestFailed(LmaasError):
+    """The engine cannot process this one request, and goes on serving others."""
+
+    kind, status, type, code = "request_failed", HTTPStatus.INTERNAL_SERVER_ERROR, "server_error", "request_failed"
+
+    def __init__(self) -> None:
+        super().__init__("The engine failed on the content of this request, so it was not tried again. Please report its x-request-id.")
 
 
 class Quarantined(EngineFailed):

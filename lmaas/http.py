@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -136,19 +136,26 @@ def _too_large(limit_bytes: int) -> TooLarge:
     return TooLarge(f"The request body may have {limit_bytes} bytes at most.")
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: no duplicate keys, no NaN, no depth that breaks a parser. Raises InvalidRequest `invalid_json`."""
+def parse_json(text: bytes, *, texts: Collection[str] = ()) -> dict[str, Any]:
+    """Parse a JSON object strictly: no duplicate keys, no NaN, no depth that breaks a parser.
 
+    Strings must be Unicode text without NUL, which databases and grammars cannot hold. The strings below the top-level fields named in
+    `texts` are for a model: they may have NUL, and half a surrogate pair (a cut emoji) in them becomes U+FFFD. Raises InvalidRequest
+    `invalid_json`, or `invalid_string` with the place of the string.
+    """
     try:
         value = _STRICT.decode(text.decode("utf-8"))
-        if b"\\u" in text:
-            _refuse_odd_characters(value)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         reason = "a number has too many digits" if "integer string conversion" in reason else reason
         raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
+    if _ODD_ESCAPE.search(text):
+        try:
+            return {_checked(name, name): _mended(item) if name in texts else _checked(name, item) for name, item in value.items()}
+        except RecursionError:
+            raise InvalidRequest("The request body is not valid JSON: it is nested too deeply.", code="invalid_json") from None
     return value
 
 
@@ -167,12 +174,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-def _refuse_odd_characters(value: Any) -> None:
-    """Half a surrogate pair (a cut emoji) and NUL are no text for engines and databases. Raises ValueError."""
-    try:
-        plain = json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half a surrogate pair") from None
-    # A backslash that is itself escaped is just a backslash.
-    if b"\\u0000" in plain.replace(b"\\\\", b""):
-        raise ValueError("a string holds the character NUL")
+#: An escape that can be NUL or half a surrogate pair. A whole pair and an escaped backslash match as well, and are looked at closely.
+_ODD_ESCAPE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+def _mended(value: Any) -> Any:
+    """Return the value with U+FFFD for each half of a surrogate pair."""
+    if isinstance(value, str):
+        return _HALF_PAIR.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    return value
+
+
+def _checked(where: str, value: Any) -> Any:
+    """Return the value. Raises InvalidRequest if it has a string that is no text, or that holds NUL."""
+    if isinstance(value, str):
+        half = _HALF_PAIR.search(value)
+        if half or "\0" in value:
+            shown = _HALF_PAIR.sub("\ufffd", where).replace("\0", "\ufffd")[:100]
+            what = "half a surrogate pair, which is no character" if half else "the character NUL"
+            raise InvalidRequest(f"'{shown}' has a string with {what}. Remove it.", code="invalid_string", param=shown)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _checked(f"{where}[{index}]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _checked(f"{where}.{key}", key)
+            _checked(f"{where}.{key}", item)
+    return value

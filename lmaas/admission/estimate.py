@@ -1,28 +1,29 @@
-"""What a request may use at most, before anything has counted its tokens."""
+"""Estimate of the tokens that a request may use at most, made before its tokens are counted."""
 
 import json
 from typing import Any
 
-#: Characters of plain English that make a token, on the careful side; anything beyond ASCII counts as a token each.
+#: Characters of plain English per token, on the careful side. A text with other characters counts one token for each of its characters.
 CHARACTERS_PER_TOKEN = 3
-#: What a chat template puts around a message.
+#: Tokens that a chat template adds to a message.
 MESSAGE_TOKENS = 8
-#: Taken for a request that sets no limit itself. It is settled to the truth.
+#: The completion tokens assumed for a request without a limit. What it really used is settled at its end.
 USUAL_COMPLETION = 512
 
 
 def estimate(parameters: dict[str, Any], prompts: int, max_model_len: int) -> tuple[int, int]:
-    """Prompt tokens (an estimate) and completion tokens (the most that all choices together may have)."""
+    """Return an estimate of the prompt tokens, and the most completion tokens that all choices together may have."""
     if "messages" in parameters:
         size = sum(_message(message) for message in parameters["messages"])
         if tools := parameters.get("tools"):
             size += _text(json.dumps(tools))
     else:
         size = _prompt(parameters["prompt"])
-    size = min(max(1, size), max_model_len * prompts)
-    limit = parameters.get("max_completion_tokens") or parameters.get("max_tokens") or USUAL_COMPLETION
-    # The engine cuts off what does not fit in its context.
-    return size, min(limit, max_model_len) * prompts * parameters.get("n", 1)
+    kept = parameters.get("truncate_prompt_tokens", -1)
+    size = min(max(1, size), (min(kept, max_model_len) if kept > 0 else max_model_len) * prompts)
+    limit = parameters.get("max_completion_tokens", parameters.get("max_tokens", USUAL_COMPLETION))
+    # The engine cuts off what does not fit in its context, and generates one token even for a limit of 0.
+    return size, max(1, min(limit, max_model_len)) * prompts * parameters.get("n", 1)
 
 
 def _text(text: str) -> int:

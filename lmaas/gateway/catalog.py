@@ -1,7 +1,10 @@
 """From a tenant's model name to a pool and an adapter version."""
 
+import hashlib
 import re
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version as installed_version
 
 from lmaas.adapters.objects import source_of
 from lmaas.errors import ModelNotFound
@@ -11,6 +14,8 @@ from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.types import NAME_PATTERN
 
+#: The release, which decides the version of the engines too.
+_RELEASE = installed_version("lmaas")
 #: A new live version is seen after this long at the latest.
 FRESH_S = 0.5
 GRACE_S = 300.0
@@ -26,15 +31,25 @@ class ServedModel:
     adapter: str
     source: str
     version: int | None
+    #: In seconds since 1970.
+    created: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The `system_fingerprint` of this model's answers: it changes when something changes that can change the answers."""
+        base = self.base
+        facts = (_RELEASE, base.id, base.source, base.dtype, base.max_lora_rank, base.max_model_len, base.engine_args, self.engine_name)
+        return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """One line of `/v1/models`. `created` is in seconds since 1970."""
+    """One line of `/v1/models`. `created` is in seconds since 1970, `max_model_len` the context in tokens."""
 
     name: str
     created: int
     parent: str | None
+    max_model_len: int
 
 
 class Catalog:
@@ -51,7 +66,7 @@ class Catalog:
     async def resolve(self, tenant_id: str, name: str) -> ServedModel:
         """What `name` (a base model, an adapter's live version, or `adapter@version`) means. Raises ModelNotFound.
 
-        Somebody else's adapter, an engine's internal name and a made-up name are the same: not found.
+        Another tenant's adapter, an engine's internal name and a name that does not exist raise the same error.
         """
         match = _PINNED.fullmatch(name)
         if match is None:
@@ -60,7 +75,7 @@ class Catalog:
         if version is None:
             for base in await self._bases.get("") or ():
                 if base.name == plain:
-                    return ServedModel(base, base.name, "", "", None)
+                    return ServedModel(base, base.name, "", "", None, _seconds(base.created_at))
         found = await self._served.get((tenant_id, plain, None if version is None else int(version)))
         bases = {base.id: base for base in await self._bases.get("") or ()}
         if found is None or found.base_model_id not in bases:
@@ -68,14 +83,18 @@ class Catalog:
         base = bases[found.base_model_id]
         # A name never stands for different weights: the engine keys its prefix cache by it.
         adapter = f"{tenant_id}-{found.content_hash}"
-        return ServedModel(base, adapter, adapter, source_of(tenant_id, found.content_hash), found.version)
+        source = source_of(tenant_id, found.content_hash)
+        return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at))
 
     async def listed(self, tenant_id: str) -> list[ListedModel]:
         """Every model that the tenant may call by its plain name."""
-        listed = [ListedModel(base.name, 0, None) for base in await self._bases.get("") or ()]
+        bases = await self._bases.get("") or ()
+        listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len) for base in bases]
+        lengths = {base.name: base.max_model_len for base in bases}
         for adapter in await list_adapters(self._db, tenant_id):
-            if adapter.live_version is not None:
-                listed.append(ListedModel(adapter.name, int(adapter.created_at.timestamp()), adapter.base_model))
+            # A base model that was added a moment ago may not be known yet; its adapters are listed as soon as it is.
+            if adapter.live_version is not None and adapter.base_model in lengths:
+                listed.append(ListedModel(adapter.name, _seconds(adapter.created_at), adapter.base_model, lengths[adapter.base_model]))
         return listed
 
     async def _list_bases(self, _: str) -> list[BaseModel] | None:
@@ -84,3 +103,7 @@ class Catalog:
     async def _find(self, key: tuple[str, str, int | None]) -> ServedAdapter | None:
         tenant_id, name, version = key
         return await find_served(self._db, tenant_id, name, version)
+
+
+def _seconds(moment: datetime | None) -> int:
+    return 0 if moment is None else int(moment.timestamp())

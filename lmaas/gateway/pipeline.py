@@ -17,10 +17,11 @@ from lmaas.gateway import sse
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import Catalog, ServedModel
+from lmaas.gateway.engine_errors import EngineLost
 from lmaas.gateway.idempotency import Idempotency
-from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
+from lmaas.gateway.parameters.request import EngineRequest
+from lmaas.gateway.relay import Delivery, Endpoint
 from lmaas.gateway.schemas import NewSchemas
-from lmaas.gateway.shield import Shielded
 from lmaas.gateway.waiting import Waiting
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
@@ -52,13 +53,13 @@ class Gateway:
     waiting: Waiting
 
 
-async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
+async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
     """Answer one chat completion or completion, plain or streaming."""
     principal = await gateway.authenticate(call.authorization)
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
     body = await call.body(gateway.settings.max_body_bytes)
-    request = shield(parse_json(body))
+    request = read(parse_json(body, texts=("messages", "prompt")))
     claim = gateway.idempotency.wanted(call, principal.tenant_id, endpoint.path, body)
     del body  # is not held while the request waits
     if claim is None:
@@ -69,9 +70,10 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
             await _serve(gateway, call, endpoint, principal, request)
 
 
-async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: Shielded) -> None:
+async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: EngineRequest) -> None:
     """Resolve the model, take a lease, and deliver."""
     model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
+    request.check_context(model.base.max_model_len)
     if request.constrained:
         gateway.schemas.admit(principal.tenant_id or "", request.grammar)
     record = _record(call, principal, request, model)
@@ -106,7 +108,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
 
 
 async def _run(
-    gateway: Gateway, call: Call, endpoint: Endpoint, request: Shielded, model: ServedModel, record: UsageRecord, opened: OpenTicket
+    gateway: Gateway, call: Call, endpoint: Endpoint, request: EngineRequest, model: ServedModel, record: UsageRecord, opened: OpenTicket
 ) -> None:
     """Wait for a lease and deliver; once more if an engine is lost before the client has had anything."""
     delivery = Delivery(call, endpoint, request, model, record, gateway.client)
@@ -171,7 +173,7 @@ async def _answer_error(gateway: Gateway, call: Call, endpoint: Endpoint, error:
     await call.finish(text)
 
 
-def _record(call: Call, principal: Principal, request: Shielded, model: ServedModel) -> UsageRecord:
+def _record(call: Call, principal: Principal, request: EngineRequest, model: ServedModel) -> UsageRecord:
     percent = SERVICE_TIERS[request.service_tier].price_percent
     return UsageRecord(
         request_id=call.request_id,
@@ -189,7 +191,7 @@ def _record(call: Call, principal: Principal, request: Shielded, model: ServedMo
     )
 
 
-def _ticket(gateway: Gateway, principal: Principal, request: Shielded, model: ServedModel, record: UsageRecord) -> Ticket:
+def _ticket(gateway: Gateway, principal: Principal, request: EngineRequest, model: ServedModel, record: UsageRecord) -> Ticket:
     service = SERVICE_TIERS[request.service_tier]
     prompt_tokens, completion_tokens = estimate(request.parameters, request.prompts, model.base.max_model_len)
     return Ticket(

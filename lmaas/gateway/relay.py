@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any, ParamSpec, TypeVar
 import aiohttp
 
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
-from lmaas.errors import InvalidRequest
-from lmaas.gateway import sse
+from lmaas.errors import RequestFailed
+from lmaas.gateway import answers, sse
 from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import ServedModel
-from lmaas.gateway.shield import Shielded
+from lmaas.gateway.engine_errors import EngineLost, meaning
+from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.metering.usage import UsageRecord
 from lmaas.scheduling.leases import Lease, OpenTicket
 
@@ -43,15 +43,6 @@ class Endpoint:
         if self.id_prefix == "cmpl":
             return [f"cmpl-{request_id}-{index}" for index in range(prompts)]
         return [f"{self.id_prefix}-{request_id}"]
-
-
-class EngineLost(Exception):
-    """This delivery failed. `reason` is `engine` or `adapter`, for the scheduler; `revoked` says that the replica was taken out of
-    service while its connection stood, as one is that stands still."""
-
-    def __init__(self, reason: str, detail: str, *, revoked: bool = False) -> None:
-        super().__init__(detail)
-        self.reason, self.revoked = reason, revoked
 
 
 class Interrupt:
@@ -81,12 +72,15 @@ class Delivery:
     """Sends one request to one engine after the other until it is answered, and passes the answer on."""
 
     def __init__(
-        self, call: Call, endpoint: Endpoint, request: Shielded, model: ServedModel, record: UsageRecord, client: EngineClient
+        self, call: Call, endpoint: Endpoint, request: EngineRequest, model: ServedModel, record: UsageRecord, client: EngineClient
     ) -> None:
         self._call, self._endpoint, self._request, self._model = call, endpoint, request, model
         self._record, self._client = record, client
         #: Whether the client has had a byte of an answer: from then on it cannot be tried again.
         self.begun = False
+        tier = "default" if request.service_tier == "auto" else request.service_tier
+        #: What the answer says of the service.
+        self._facts = {"service_tier": tier, "system_fingerprint": model.fingerprint}
 
     async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> bytes:
         """Deliver once; answers the rest of the answer, to finish with. Raises EngineLost if the engine or its connection broke,
@@ -104,7 +98,7 @@ class Delivery:
                 headers = {"x-request-id": self._call.request_id}
                 response = await self._client.post(lease.url, self._endpoint.path, body, headers)
                 if response.status != 200:
-                    raise _engine_error(response.status, await response.read(), self._model, self._request)
+                    raise self._meaning(response.status, await response.read())
                 rest = await (self._stream if self._request.stream else self._whole)(response)
                 complete = True
             except CONNECTION_ERRORS as error:
@@ -137,12 +131,13 @@ class Delivery:
             continuous_usage=self._request.continuous_usage,
             n=self._request.parameters.get("n", 1),
             prompts=self._request.prompts,
+            facts=self._facts,
         )
         self._record.follow(lambda: rewrite.usage)
         try:
             # What has arrived together goes on together: a write costs more than a token.
             async for chunk in response.content.iter_any():
-                out = _sense(rewrite.feed, chunk)
+                out = self._in_clients_form(_sense(rewrite.feed, chunk))
                 if rewrite.done and rewrite.complete and not rewrite.aborted:
                     await self._begin()
                     return out + LAST
@@ -150,7 +145,7 @@ class Delivery:
                 if rewrite.done:
                     break
             else:
-                await self._pass_on(rewrite, _sense(rewrite.close))
+                await self._pass_on(rewrite, self._in_clients_form(_sense(rewrite.close)))
         finally:
             self._record.follow(None)
         if not self._call.gone.is_set():
@@ -163,9 +158,21 @@ class Delivery:
             await self._begin()
             await self._call.write(out)
         if rewrite.error is not None:
-            raise _engine_error(500, rewrite.error, self._model, self._request)
+            raise self._meaning(500, rewrite.error)
         if rewrite.aborted and not self._call.gone.is_set():
             raise EngineLost("engine", "the engine ended the request")
+
+    def _in_clients_form(self, events: bytes) -> bytes:
+        """Return the events as the client expects them; nearly all requests take them as they are."""
+        if events and (self._request.legacy_functions or self._request.only_echo):
+            return answers.events_in_clients_form(events, self._request)
+        return events
+
+    def _meaning(self, status: int, text: bytes) -> Exception:
+        error = meaning(status, text, self._model.engine_name, self._request)
+        if isinstance(error, RequestFailed):
+            log.error("an engine failed on one request", extra={"request_id": self._call.request_id, "tenant_id": self._record.tenant_id})
+        return error
 
     async def _begin(self) -> None:
         await self._call.start(200, STREAM_HEADERS)
@@ -173,10 +180,12 @@ class Delivery:
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
         text = await response.read()
-        answer, usage, aborted = _sense(sse.rewrite_whole, text, self._model.engine_name, self._request.model)
+        answer, usage, aborted = _sense(sse.rewrite_whole, text, self._model.engine_name, self._request.model, self._facts)
         self._record.count(usage)
         if aborted and not self._call.gone.is_set():
             raise EngineLost("engine", "the engine ended the request")
+        if self._request.legacy_functions or self._request.only_echo:
+            answer = answers.in_clients_form(answer, self._request)
         self.begun = True
         await self._call.start(200, {"content-type": "application/json", "content-length": str(len(answer))})
         return answer
@@ -188,32 +197,3 @@ def _sense(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwa
         return read(*args, **kwargs)
     except ValueError as error:
         raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
-
-
-def _engine_error(status: int, text: bytes, model: ServedModel, request: Shielded) -> Exception:
-    """What an engine's error means: a mistake of the client's, or a lost engine."""
-    try:
-        error = json.loads(text)["error"]
-        message, code = str(error["message"]), int(error.get("code") or status)
-    except (ValueError, KeyError, TypeError):
-        message, code = text[:200].decode(errors="replace"), status
-    if code == 404:
-        # The engine does not have the adapter after all.
-        return EngineLost("adapter", message)
-    if not 400 <= code < 500:
-        return EngineLost("engine", message)
-    # Tenants know their own names only.
-    message = message.replace(model.engine_name, request.model)
-    lowered = message.lower()
-    if (
-        "maximum context length" in lowered
-        or "context length" in lowered
-        or "max_model_len" in lowered
-        or "must be at least 1, got 0" in lowered
-    ):
-        return InvalidRequest(message, code="context_length_exceeded", param="messages" if "messages" in request.parameters else "prompt")
-    if "schema" in lowered:
-        return InvalidRequest(message, code="invalid_schema", param="response_format")
-    if "grammar" in lowered or "regex" in lowered:
-        return InvalidRequest(message, code="invalid_grammar", param="response_format")
-    return InvalidRequest(message)

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
 from lmaas.gateway.call import Call
 from lmaas.gateway.catalog import ListedModel
+from lmaas.gateway.parameters.request import EngineRequest, read_chat, read_completion
 from lmaas.gateway.pipeline import Gateway, complete
 from lmaas.gateway.relay import Endpoint
-from lmaas.gateway.shield import Shielded, shield_chat, shield_completion
 from lmaas.http import JsonResponse
 
 CHAT = Endpoint("/v1/chat/completions", "chatcmpl")
@@ -26,13 +26,13 @@ COMPLETION = Endpoint("/v1/completions", "cmpl")
 class Completions:
     """An ASGI endpoint that runs the pipeline."""
 
-    def __init__(self, gateway: Gateway, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
-        self._gateway, self._endpoint, self._shield = gateway, endpoint, shield
+    def __init__(self, gateway: Gateway, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
+        self._gateway, self._endpoint, self._read = gateway, endpoint, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
-            await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._shield)
+            await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._read)
         except LmaasError as error:
             self._gateway.metrics.refused(self._endpoint.path, error.kind, error.error_code)
             raise
@@ -46,8 +46,8 @@ class Completions:
 def completions(gateway: Gateway) -> dict[str, Completions]:
     """The endpoints that nearly all requests go to, by path."""
     return {
-        CHAT.path: Completions(gateway, CHAT, shield_chat),
-        COMPLETION.path: Completions(gateway, COMPLETION, shield_completion),
+        CHAT.path: Completions(gateway, CHAT, read_chat),
+        COMPLETION.path: Completions(gateway, COMPLETION, read_completion),
     }
 
 
@@ -72,7 +72,8 @@ async def _tenant(gateway: Gateway, request: Request) -> str:
 
 def _shown(model: ListedModel) -> dict[str, Any]:
     owner = "lmaas" if model.parent is None else "tenant"
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": owner, "parent": model.parent}
+    shown = {"id": model.name, "object": "model", "created": model.created, "owned_by": owner, "parent": model.parent}
+    return shown | {"max_model_len": model.max_model_len}
 
 
 async def _list_models(gateway: Gateway, request: Request) -> Response:
@@ -86,11 +87,12 @@ async def _get_model(gateway: Gateway, request: Request) -> Response:
     plain = name.partition("@")[0]
     for model in await gateway.catalog.listed(tenant_id):
         if model.name == plain:
-            return JsonResponse(_shown(model) | {"id": name})
+            created = model.created if name == plain else served.created
+            return JsonResponse(_shown(model) | {"id": name, "created": created})
     if served.version is None:
         raise ModelNotFound(name)
     # A pinned version of an adapter that has no live one.
-    return JsonResponse(_shown(ListedModel(name, 0, served.base.name)))
+    return JsonResponse(_shown(ListedModel(name, served.created, served.base.name, served.base.max_model_len)))
 
 
 async def _alive(_: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 DONE = b"data: [DONE]"
@@ -15,6 +16,9 @@ _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
+#: How vLLM writes what it says of the service: in a plain answer before the usage, and at the end of a stream's last event.
+_FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"[^"\\]*")\Z')
+_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"[^"\\]*")')
 #: What makes an event more than a piece of the answer. Seen elsewhere too (a model may write `data: [DONE]`) they only cost time.
 _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED)
 
@@ -37,9 +41,21 @@ class Rewriter:
     JSON string every quote is escaped, so `,"usage":`, `"model":` and the like as they stand here occur only as keys of the event itself.
     """
 
-    def __init__(self, engine_name: str, asked: str, *, include_usage: bool, continuous_usage: bool, n: int = 1, prompts: int = 1) -> None:
+    def __init__(
+        self,
+        engine_name: str,
+        asked: str,
+        *,
+        include_usage: bool,
+        continuous_usage: bool,
+        n: int = 1,
+        prompts: int = 1,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         self._internal = b'"model":' + json.dumps(engine_name).encode()
-        self._asked = b'"model":' + _ENCODER.encode(asked).encode()
+        #: The name, and with it the facts about the service (`service_tier`, `system_fingerprint`), which every event has.
+        self._asked = b'"model":' + _ENCODER.encode(asked).encode() + _written(facts)
+        self._has_facts = bool(facts)
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         self._n = n
         #: With one choice an event's usage is the request's, and the client's events need no look at each.
@@ -128,7 +144,7 @@ class Rewriter:
         return b"".join(out)
 
     def __call__(self, event: bytes) -> bytes | None:
-        """One event for the client, or None if it is not for the client. Raises ValueError if the engine talks nonsense."""
+        """One event for the client, or None if it is not for the client. Raises ValueError if the engine's bytes make no sense."""
         start = event.rfind(_USAGE)
         if start >= 0:
             tail = event[start + len(_USAGE) - 1 :].decode()
@@ -139,8 +155,10 @@ class Rewriter:
             self._usage, self._unread = usage if last else self._total(event, usage), b""
             if last and not self._include_usage:
                 return None
-            if not last and not self._continuous_usage:
-                event = event[:start] + tail[end:].encode()
+            rest = tail[end:].encode()
+            before = event[: len(event) - len(rest)] if last or self._continuous_usage else event[:start]
+            # The engine's own fingerprint stands at the end of the last event.
+            event = before + (_FINGERPRINT.sub(b"", rest) if self._has_facts else rest)
         return event.replace(self._internal, self._asked, 1)
 
     def _total(self, event: bytes, usage: dict[str, Any]) -> dict[str, Any]:
@@ -167,18 +185,26 @@ def _check(usage: dict[str, Any]) -> None:
         raise ValueError(f"usage {usage}")
 
 
-def rewrite_whole(text: bytes, engine_name: str, asked: str) -> tuple[bytes, dict[str, Any], bool]:
-    """An answer in one piece, for the client; its usage; and whether the engine ended a choice before its time.
+def _written(facts: Mapping[str, str] | None) -> bytes:
+    return b"".join(b"," + _ENCODER.encode(name).encode() + b":" + _ENCODER.encode(value).encode() for name, value in (facts or {}).items())
 
-    On the bytes as above, where they are as vLLM writes them. Raises ValueError if the engine talks nonsense.
+
+def rewrite_whole(text: bytes, engine_name: str, asked: str, facts: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, Any], bool]:
+    """Return an answer in one piece for the client, its usage, and whether the engine ended a choice before its time.
+
+    `facts` replace what the engine says of the service. Works on the bytes as above, where they are as vLLM writes them. Raises
+    ValueError if the engine's bytes make no sense.
     """
     place = text.rfind(_USAGE)
     internal = b'"model":' + json.dumps(engine_name).encode()
     if place >= 0 and internal in text and text.endswith(b"}"):
-        usage, _ = _DECODER.raw_decode(text[place + len(_USAGE) - 1 :].decode())
-        _check(usage)
-        return text.replace(internal, b'"model":' + _ENCODER.encode(asked).encode(), 1), usage, _ABORTED in text
+        own = _FACTS.search(text, max(0, place - 300), place)
+        if own is not None or not facts:
+            usage, _ = _DECODER.raw_decode(text[place + len(_USAGE) - 1 :].decode())
+            _check(usage)
+            head = text if own is None or not facts else text[: own.start()] + _written(facts) + text[place:]
+            return head.replace(internal, b'"model":' + _ENCODER.encode(asked).encode(), 1), usage, _ABORTED in text
     answer: dict[str, Any] = json.loads(text)
     aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
-    answer["model"] = asked
+    answer |= {"model": asked, **(facts or {})}
     return _ENCODER.encode(answer).encode(), answer.get("usage") or {}, aborted

@@ -46,6 +46,8 @@ class ServedAdapter:
     version: int
     content_hash: str
     base_model_id: str
+    #: When the version was uploaded.
+    created_at: datetime
 
 
 def _not_found() -> NotFound:
@@ -205,7 +207,13 @@ async def find_served(db: Database, tenant_id: str, name: str, version: int | No
     """The pinned version, or the live one; None if there is no such thing for this tenant."""
     wanted = adapters.c.live_version if version is None else version
     query = (
-        select(adapters.c.id, adapter_versions.c.version, adapter_versions.c.content_hash, adapters.c.base_model_id)
+        select(
+            adapters.c.id,
+            adapter_versions.c.version,
+            adapter_versions.c.content_hash,
+            adapters.c.base_model_id,
+            adapter_versions.c.created_at,
+        )
         .join(adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, adapter_versions.c.version == wanted)
     )

@@ -1,6 +1,7 @@
 """Base models: the shared weights, one pool of replicas each."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -50,6 +51,8 @@ class BaseModel:
     completion_price: int = 0
     #: What an engine costs us: micro-dollars per hour.
     engine_price: int = 0
+    #: Set by the database; None for one that is not stored yet.
+    created_at: datetime | None = field(default=None, compare=False)
 
     @property
     def shapes(self) -> BaseModelShapes:
@@ -73,9 +76,14 @@ CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus"
 MAX_PRICE = 4 * 10**9
 
 
+def _stored(model: BaseModel) -> dict[str, Any]:
+    """Return the columns that are written: all but the moment of creation, which the database sets."""
+    return {name: value for name, value in asdict(model).items() if name != "created_at"}
+
+
 async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
     """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
-    values = asdict(model) | {"id": model.id or new_id("mod")}
+    values = _stored(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
     async with db.begin() as connection:
@@ -109,7 +117,7 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
 
 async def create_base_model(db: Database, model: BaseModel) -> BaseModel:
     """Add a base model. Raises Conflict if its name is taken: by another base model, or by somebody's adapter."""
-    values = asdict(model) | {"id": new_id("mod")}
+    values = _stored(model) | {"id": new_id("mod")}
     async with db.begin() as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
             raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")

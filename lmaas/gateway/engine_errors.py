@@ -1,0 +1,112 @@
+"""What an engine's error means: a mistake of the client's, an adapter that is missing, a request that fails by itself, or a lost engine."""
+
+import json
+import re
+
+from lmaas.errors import InvalidRequest, RequestFailed
+from lmaas.gateway.parameters.request import EngineRequest, context_exceeded
+from lmaas.gateway.parameters.table import BY_NAME, Endpoint
+
+#: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
+_ENGINE_FAILED = ("EngineCore encountered an issue", "Internal server error", "Request failed; please retry", "Client disconnected")
+#: What vLLM appends to the message of an error with a parameter.
+_SUFFIX = re.compile(r"\s*\(parameter=.*\)\s*$", re.DOTALL)
+_VALIDATOR = re.compile(r"\d+ validation errors?\b")
+_PROMPT_TOO_LONG = re.compile(r"This model's maximum context length is|Input length \(\d+\) exceeds|max_tokens must be at least 1, got 0")
+#: How messages about a grammar begin or what they name, whichever library of vLLM's writes them.
+_GRAMMAR = re.compile(
+    r"grammar|regex|regular expression|json schema|structured.output|structural.tag|xgrammar|guidance|lark", re.IGNORECASE
+)
+_MAX_MESSAGE = 500
+
+
+class EngineLost(Exception):
+    """A delivery failed. `reason` is `engine` or `adapter`, for the scheduler; `revoked` says that the replica was taken out of service
+    while its connection was open, as happens to an engine that stands still."""
+
+    def __init__(self, reason: str, detail: str, *, revoked: bool = False) -> None:
+        super().__init__(detail)
+        self.reason, self.revoked = reason, revoked
+
+
+def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest) -> Exception:
+    """Return the exception for an engine's error response, or for the error event of a stream."""
+    message, code, param = text[:200].decode(errors="replace"), status, None
+    formed = False
+    try:
+        error = json.loads(text)["error"]
+        message, code = str(error["message"]), int(error.get("code") or status)
+        param = error.get("param")
+        formed = True
+    except (ValueError, KeyError, TypeError):
+        pass
+    if code == 404:
+        # The engine does not have the adapter after all.
+        return EngineLost("adapter", message)
+    if 400 <= code < 500:
+        return _refusal(message, param if isinstance(param, str) else None, engine_name, request)
+    if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
+        # vLLM's API server failed on this request before the engine had it: every engine would.
+        return RequestFailed()
+    return EngineLost("engine", message)
+
+
+def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest) -> InvalidRequest:
+    # Tenants know their own names only.
+    message = _SUFFIX.sub("", message.replace(engine_name, request.model))
+    name = _clients_name(param, request)
+    if param in ("input_tokens", "input_text") or _PROMPT_TOO_LONG.match(message):
+        limit = re.search(r"maximum context length (?:is|\()\s*(\d+)", message)
+        counted = re.search(r"contains (at least )?(\d+) (input tokens|characters)", message)
+        what = f"has {limit[1]} tokens" if limit else "is full"
+        if counted:
+            unit = "tokens" if counted[3] == "input tokens" else "characters"
+            what += f", and the prompt has {counted[1] or ''}{counted[2]} {unit}"
+        elif limit is None:
+            what += " with the prompt alone"
+        return context_exceeded(request.prompt_name, what)
+    if name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
+        return InvalidRequest(_shown(message), code="out_of_range", param=name)
+    if _VALIDATOR.match(message):
+        # The text of a validator inside the engine, with names of its own.
+        blamed = f"The value of '{name}'" if name else "The request"
+        return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
+    if name is None and request.constrained and _GRAMMAR.search(message):
+        code = "invalid_schema" if "schema" in message.lower() else "invalid_grammar"
+        return InvalidRequest(_shown(message), code=code, param=constraint_name(request))
+    if name in ("response_format", "structured_outputs", "tools"):
+        return InvalidRequest(_shown(message), code="invalid_schema", param=name)
+    return InvalidRequest(_shown(message), param=name)
+
+
+def constraint_name(request: EngineRequest) -> str:
+    """Return the parameter from which the engine makes the grammar of a constrained request."""
+    asked = request.parameters
+    if asked.get("tools") and asked.get("tool_choice", "auto") not in ("auto", "none"):
+        return "functions" if request.legacy_functions else "tools"
+    for name in ("structured_outputs", "response_format"):
+        if name in asked:
+            return name
+    return "tools"
+
+
+def _clients_name(param: str | None, request: EngineRequest) -> str | None:
+    """Return the client's parameter for the path that an engine blames, such as `body.stop` or `tool_choice.function`."""
+    if param is None:
+        return None
+    path = param.removeprefix("body.")
+    name = re.split(r"[.\[]", path, maxsplit=1)[0]
+    known = BY_NAME[Endpoint.CHAT if request.prompt_name == "messages" else Endpoint.COMPLETION]
+    if name == "tool_calls":
+        return "messages"
+    if name not in known:
+        return None
+    if request.legacy_functions and name in ("tools", "tool_choice"):
+        return {"tools": "functions", "tool_choice": "function_call"}[name]
+    return name
+
+
+def _shown(message: str) -> str:
+    """Return an engine's words, in one line of bounded length."""
+    line = " ".join(message.split())
+    return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "..."

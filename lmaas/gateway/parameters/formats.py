@@ -1,0 +1,156 @@
+"""What the answer must look like: OpenAI's `response_format`, vLLM's `structured_outputs` and the older `guided_*`."""
+
+import json
+from typing import Any
+
+from lmaas.errors import InvalidRequest
+from lmaas.gateway.parameters.checks import Reader, boolean, unsupported, without_nulls, wrong_type
+from lmaas.gateway.parameters.tools import check_plain
+from lmaas.gateway.schemas import MAX_BYTES, check_schema
+
+MAX_CHOICES = 1000
+#: The constraints of `structured_outputs`, of which a request has one.
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_FLAGS = ("disable_any_whitespace", "disable_additional_properties")
+_KINDS = ("text", "json_object", "json_schema", "structural_tag")
+
+
+def _invalid(name: str, what: str) -> InvalidRequest:
+    return InvalidRequest(f"'{name}' {what}.", code="invalid_schema", param=name)
+
+
+def read_response_format(name: str, value: Any) -> Any:
+    """Return the format for the engine."""
+    check_plain(name, value)
+    given = without_nulls(value) if isinstance(value, dict) else {}
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise wrong_type(name, "an object whose type is 'text', 'json_object', 'json_schema' or 'structural_tag'")
+    if kind == "structural_tag":
+        _check_schemas_inside(name, given)
+        return given
+    if kind == "json_object" and "schema" in given:
+        # A form of other servers; without its schema the answer would be any object.
+        kind, given = "json_schema", {"json_schema": {"schema": given["schema"]}}
+    if kind != "json_schema":
+        return {"type": kind}
+    wrapped = given.get("json_schema")
+    inner = without_nulls(wrapped) if isinstance(wrapped, dict) else {}
+    if not isinstance(inner.get("name", ""), str) or not isinstance(inner.get("description", ""), str) or "schema" not in inner:
+        raise _invalid(name, "must have a 'json_schema' object with a name and a schema")
+    if "strict" in inner:
+        boolean(f"{name}.json_schema.strict", inner["strict"])
+    check_schema(name, inner["schema"])
+    found = {key: inner[key] for key in ("name", "description", "schema", "strict") if key in inner}
+    return {"type": kind, "json_schema": {"name": "answer"} | found}
+
+
+def read_structured_outputs(name: str, value: Any) -> Any:
+    """Return vLLM's constraints: exactly one of CONSTRAINTS, and flags for whitespace and additional properties."""
+    if not isinstance(value, dict):
+        raise wrong_type(name, "an object")
+    check_plain(name, value)
+    given = without_nulls(value)
+    given = {key: item for key, item in given.items() if not (key == "json_object" and item is False)}
+    for key in given:
+        if key not in CONSTRAINTS and key not in _FLAGS:
+            raise unsupported(f"{name}.{key[:50]}")
+    for key in _FLAGS:
+        if key in given:
+            boolean(f"{name}.{key}", given[key])
+    found = [key for key in CONSTRAINTS if key in given]
+    if len(found) > 1:
+        raise InvalidRequest(f"'{name}' has {' and '.join(found)}; only one of them is possible.", param=name)
+    if not found:
+        return None
+    return given | {found[0]: _READERS[found[0]](name, given[found[0]])}
+
+
+def guided(constraint: str) -> Reader:
+    """Return a reader for a constraint by its older name, such as `guided_json`: it is forwarded in `structured_outputs`."""
+
+    def read(name: str, value: Any) -> Any:
+        check_plain(name, value)
+        return {constraint: _READERS[constraint](name, value)}
+
+    return read
+
+
+def _json(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _invalid(name, "holds a JSON schema as a string that is not valid JSON") from None
+        check_plain(name, value)
+    check_schema(name, value)
+    return value
+
+
+def _regex(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        raise wrong_type(name, "an object whose 'regex' is a string")
+    check_schema(name, {"type": "string", "pattern": value})
+    return value
+
+
+def _choice(name: str, value: Any) -> Any:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES or not all(isinstance(item, str) for item in value):
+        raise wrong_type(name, f"an object whose 'choice' is a list of 1 to {MAX_CHOICES} strings")
+    check_schema(name, {"enum": value})
+    return value
+
+
+def _grammar(name: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise wrong_type(name, "an object whose 'grammar' is a grammar in EBNF, as a string")
+    if len(value.encode()) > MAX_BYTES:
+        raise InvalidRequest(f"'{name}' holds a grammar of more than {MAX_BYTES} bytes.", code="invalid_grammar", param=name)
+    return value
+
+
+def _json_object(name: str, value: Any) -> Any:
+    return boolean(f"{name}.json_object", value)
+
+
+def _structural_tag(name: str, value: Any) -> Any:
+    """Read a structural tag, which vLLM takes as a string of JSON."""
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
+    try:
+        tag = json.loads(value) if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        tag = None
+    if not isinstance(tag, dict):
+        raise _invalid(name, "must have a 'structural_tag' that is a JSON object, written as a string")
+    check_plain(name, tag)
+    _check_schemas_inside(name, tag)
+    return value
+
+
+def _check_schemas_inside(name: str, tag: Any) -> None:
+    """Check each JSON schema and each regular expression that a structural tag holds."""
+    waiting = [tag]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        if not isinstance(item, dict):
+            continue
+        for key, inner in item.items():
+            if key in ("schema", "json_schema") and isinstance(inner, dict):
+                check_schema(name, inner)
+            elif key in ("pattern", "regex") and isinstance(inner, str):
+                check_schema(name, {"type": "string", "pattern": inner})
+            else:
+                waiting.append(inner)
+
+
+_READERS: dict[str, Reader] = {
+    "json": _json,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+    "json_object": _json_object,
+    "structural_tag": _structural_tag,
+}
