@@ -17,10 +17,11 @@ _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
 #: How vLLM writes what it says of the service: in a plain answer before the usage, and at the end of a stream's last event.
-_FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"[^"\\]*")\Z')
-_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"[^"\\]*")')
-#: What makes an event more than a piece of the answer. Seen elsewhere too (a model may write `data: [DONE]`) they only cost time.
-_SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED)
+_FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")\Z')
+_MARK = b',"system_fingerprint":'
+_FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
+#: Marks of events that are more than a piece of the answer. A mark elsewhere, such as `data: [DONE]` written by a model, only costs time.
+_SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 
 
 def comment(text: str) -> bytes:
@@ -34,8 +35,8 @@ def data(value: Any) -> bytes:
 
 
 class Rewriter:
-    """Turns an engine's stream into a client's: gives every event the name that the client asked for, takes out what it did not ask
-    for, and keeps the account.
+    """Turns an engine's stream into a client's: puts the name that the client asked for, and facts about the service, into every event,
+    takes out what the client did not ask for, and keeps the usage.
 
     Works on the bytes, and on all events that arrived together at once: nothing is parsed for each token. That is safe because inside a
     JSON string every quote is escaped, so `,"usage":`, `"model":` and the like as they stand here occur only as keys of the event itself.
@@ -155,10 +156,11 @@ class Rewriter:
             self._usage, self._unread = usage if last else self._total(event, usage), b""
             if last and not self._include_usage:
                 return None
-            rest = tail[end:].encode()
-            before = event[: len(event) - len(rest)] if last or self._continuous_usage else event[:start]
-            # The engine's own fingerprint stands at the end of the last event.
-            event = before + (_FINGERPRINT.sub(b"", rest) if self._has_facts else rest)
+            if not last and not self._continuous_usage:
+                event = event[:start] + tail[end:].encode()
+        if self._has_facts and _MARK in event:
+            # The engine's own fingerprint, which stands in its last event.
+            event = _FINGERPRINT.sub(b"", event)
         return event.replace(self._internal, self._asked, 1)
 
     def _total(self, event: bytes, usage: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +200,8 @@ def rewrite_whole(text: bytes, engine_name: str, asked: str, facts: Mapping[str,
     place = text.rfind(_USAGE)
     internal = b'"model":' + json.dumps(engine_name).encode()
     if place >= 0 and internal in text and text.endswith(b"}"):
-        own = _FACTS.search(text, max(0, place - 300), place)
+        start = text.rfind(b',"service_tier":', max(0, place - 300), place)
+        own = _FACTS.match(text, start, place) if start >= 0 else None
         if own is not None or not facts:
             usage, _ = _DECODER.raw_decode(text[place + len(_USAGE) - 1 :].decode())
             _check(usage)

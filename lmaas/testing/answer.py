@@ -53,6 +53,11 @@ class Answer:
                 piece = sequence.pieces[sequence.sent]
                 sequence.sent += 1
                 last = sequence.sent == sequence.made and sequence.finish is not None and sequence.finish != b"abort"
+                if sequence.call is not None:
+                    if last:
+                        sequence.told = True
+                        parts += (self._head, self._call(sequence), self._usage(sequence, sequence.sent, continuous), b"}\n\n")
+                    continue
                 end = self._finish_end % (sequence.finish or b"", sequence.stop_reason) if last else self._plain_end
                 sequence.told = sequence.told or last
                 mark = b',"system_fingerprint":"%b"' % FINGERPRINT.encode() if last and not usage else b""
@@ -63,6 +68,13 @@ class Answer:
                 end = self._finish_end % (b"abort", b"null")
                 parts += (self._head, empty % sequence.index, end, self._usage(sequence, sequence.sent, continuous), b"}\n\n")
         return b"".join(parts)
+
+    def _call(self, sequence: Sequence) -> bytes:
+        """The whole call and the finish in one event, as vLLM writes them when they come together."""
+        function = {"name": sequence.call[0], "arguments": sequence.call[1]} if sequence.call else {}
+        call = {"id": f"chatcmpl-tool-{sequence.index}", "type": "function", "index": 0, "function": function}
+        choice = {"index": sequence.index, "delta": {"tool_calls": [call]}, "logprobs": None, "finish_reason": "tool_calls"}
+        return compact(choice | {"stop_reason": None, "token_ids": None}) + b"]"
 
     def _usage(self, sequence: Sequence, made: int, continuous: bool) -> bytes:
         """The running usage, as vLLM has it: of this choice and its prompt alone."""
@@ -93,8 +105,14 @@ class Answer:
             message = {"role": "assistant", "content": text} | dict.fromkeys(
                 ("refusal", "annotations", "audio", "function_call", "reasoning")
             )
+            finish = (sequence.finish or b"").decode()
+            if sequence.call is not None:
+                name, arguments = sequence.call
+                call = {"id": f"chatcmpl-tool-{sequence.index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                message |= {"content": None, "tool_calls": [call]}
+                finish = "tool_calls"
             said = {"message": message} if self._chat else {"text": text}
-            ended = {"finish_reason": (sequence.finish or b"").decode(), "stop_reason": json.loads(sequence.stop_reason)}
+            ended = {"finish_reason": finish, "stop_reason": json.loads(sequence.stop_reason)}
             choices.append({"index": sequence.index, **said, "logprobs": None, **ended, "token_ids": None})
         prompt, made, cached = self._total()
         details = {"cached_tokens": cached, "created_cache_tokens": 0 if self._chat else None, "multimodal_tokens": None}

@@ -38,6 +38,8 @@ class Sequence:
     told: bool = False
     #: The id that the request came with.
     request: str = ""
+    #: The name and the arguments of the function that is called instead of saying `pieces`.
+    call: tuple[str, str] | None = None
 
 
 @dataclass(slots=True)
@@ -152,8 +154,37 @@ def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
     return blocks
 
 
+def called(body: dict[str, Any]) -> tuple[str, str] | None:
+    """The function that is called, with the least arguments that its schema allows, or None.
+
+    That is a function that must be called, or the first one while the conversation asks to "use the tool" and has no result of one.
+    """
+    tools, choice = body.get("tools"), body.get("tool_choice", "auto")
+    if not tools or choice == "none":
+        return None
+    last = body["messages"][-1]
+    if choice == "auto" and (last["role"] != "user" or "use the tool" not in json.dumps(last["content"]).lower()):
+        return None
+    wanted = choice["function"]["name"] if isinstance(choice, dict) else tools[0]["function"]["name"]
+    function = next(tool["function"] for tool in tools if tool["function"]["name"] == wanted)
+    return wanted, json.dumps(_least(function.get("parameters") or {}))
+
+
+def _least(schema: dict[str, Any]) -> Any:
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type", "object")
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        return {name: _least(properties.get(name, {})) for name in schema.get("required", ())}
+    return {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": []}.get(kind)
+
+
 def write(seed: int, limit: int, body: dict[str, Any], echo: str, chat: bool) -> tuple[tuple[bytes, ...], bytes, bytes]:
     """A sequence's tokens as pieces of a JSON string, why it ends, and the stop string that ended it."""
+    if limit == 0:
+        # vLLM generates a token all the same, and keeps it to itself.
+        return (json.dumps(echo)[1:-1].encode(),), b"length", b"null"
     natural = max(NATURAL_LENGTH + seed % NATURAL_LENGTH, body.get("min_tokens") or 0)
     count, end = (limit, b"length") if body.get("ignore_eos") or limit <= natural else (natural, b"stop")
     start = seed % len(_WORDS)

@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.testing.answer import Answer, compact
-from lmaas.testing.batch import Engine, Sequence, prompt_blocks, write
+from lmaas.testing.batch import Engine, Sequence, called, prompt_blocks, write
 from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")
@@ -44,7 +44,9 @@ class Refused(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-#: What a request hears when its engine is stopped.
+#: Words in a request on which vLLM's API server would raise an error of its own, as it does for some values.
+FAILS_ON = b"fail on this request"
+#: The answer to requests that run when the engine is stopped.
 DIED = Refused(500, "InternalServerError", "EngineCore encountered an issue. See stack trace (above) for the root cause.")
 
 
@@ -66,6 +68,8 @@ class Completions:
         text = await request.body()
         if self._poison and self._poison in text:
             os.abort()
+        if FAILS_ON in text:
+            raise Refused(500, "InternalServerError", "maximum recursion depth exceeded while calling a Python object")
         body = _parse(text)
         await asyncio.sleep(self._accept_s)
         prompts = self._sequences(body, wake)
@@ -126,7 +130,7 @@ class Completions:
         if model != self._engine.name and model not in self._engine.adapters:
             aliases = self._engine.name
             raise Refused(404, "NotFoundError", f"The model `{model}` does not exist. Valid aliases: {aliases}.", "model")
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
         length = self._engine.max_model_len
         if limit is not None and limit > length:
             rule = f"max_tokens={limit} cannot be greater than max_model_len={length}. Please request fewer output tokens."
@@ -151,12 +155,13 @@ class Completions:
                 raise Refused(400, "BadRequestError", "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", "max_tokens")
             blocks = prompt_blocks((model, body.get("cache_salt")), tokens)
             # What does not fit is cut off, without an error.
-            fits = min(limit or length, length - size)
+            fits = min(length if limit is None else limit, length - size)
             choices = []
             for choice in range(count):
                 seed = zlib.crc32(f"{model}\0{prompt}\0{choice}".encode(errors="replace"))
                 pieces, end, stop = write(seed, fits, body, prompt if body.get("echo") and isinstance(prompt, str) else "", self._chat)
-                choices.append(Sequence(choice + len(prompts) * count, model, size, blocks, pieces, end, stop, wake))
+                call = called(body) if self._chat else None
+                choices.append(Sequence(choice + len(prompts) * count, model, size, blocks, pieces, end, stop, wake, call=call))
             prompts.append(choices)
         return prompts
 
@@ -176,6 +181,8 @@ def _chat_prompt(messages: list[dict[str, Any]]) -> str:
     for message in messages:
         content = message.get("content") or ""
         text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        for call in message.get("tool_calls") or ():
+            text += f" <call> {call['function']['name']} {call['function']['arguments']}"
         parts.append(f"<{message['role']}> {text} <end>")
     return " ".join(parts)
 

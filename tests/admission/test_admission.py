@@ -30,6 +30,9 @@ PRINCIPAL = Principal("key_1", Role.INFERENCE, "ten_1", "acme", 10, "standard")
         ({"prompt": "abc", "max_tokens": 5, "n": 4}, 1, (2, 20)),
         ({"prompt": [1, 2, 3], "max_tokens": 5}, 1, (3, 5)),
         ({"prompt": [[1, 2, 3], "abc"], "max_tokens": 5, "n": 2}, 2, (5, 20)),
+        ({"prompt": "abc", "echo": True, "max_tokens": 0}, 1, (2, 1)),  # the engine generates a token all the same
+        ({"prompt": "a" * 9000, "max_tokens": 5, "truncate_prompt_tokens": 10}, 1, (10, 5)),
+        ({"prompt": "a" * 9000, "max_tokens": 5, "truncate_prompt_tokens": -1}, 1, (2048, 5)),
         ({"prompt": "a" * 90_000, "max_tokens": 900_000}, 1, (2048, 2048)),  # the engine takes no more, whatever is asked
     ],
 )

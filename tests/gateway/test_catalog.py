@@ -1,5 +1,7 @@
 """What a model name means, and to whom."""
 
+import re
+
 import pytest
 
 from lmaas.errors import ModelNotFound, Unavailable
@@ -53,7 +55,21 @@ async def test_live_and_pinned(db: Database, base: BaseModel, acme: Tenant, othe
     assert (served.engine_name, served.adapter, served.version) == (engine_name, engine_name, version)
     assert served.source == f"adapters/{acme.id}/{content}"
     assert served.base == base
+    assert served.created > 1_700_000_000
     assert other.id not in served.source
+
+
+async def test_a_fingerprint_is_of_the_weights_and_their_configuration(db: Database, acme: Tenant, other: Tenant) -> None:
+    catalog = Catalog(db)
+    found = [
+        (await catalog.resolve(acme.id, "base-model")).fingerprint,
+        (await catalog.resolve(acme.id, "bot@1")).fingerprint,
+        (await catalog.resolve(acme.id, "bot")).fingerprint,
+    ]
+    assert len(set(found)) == 3
+    assert all(re.fullmatch("fp_[0-9a-f]{12}", one) for one in found)
+    assert (await catalog.resolve(acme.id, "bot@2")).fingerprint == found[2]
+    assert (await catalog.resolve(other.id, "base-model")).fingerprint == found[0]
 
 
 async def test_the_same_name_is_each_tenants_own(db: Database, acme: Tenant, other: Tenant) -> None:
@@ -112,12 +128,12 @@ async def test_a_new_adapter_is_seen_at_once(db: Database, base: BaseModel, acme
     assert (await catalog.resolve(acme.id, "fresh")).version == 1
 
 
-async def test_the_list_is_the_tenants_own(db: Database, acme: Tenant, other: Tenant) -> None:
+async def test_the_list_is_the_tenants_own(db: Database, base: BaseModel, acme: Tenant, other: Tenant) -> None:
     catalog = Catalog(db)
     [listed_base, bot] = await catalog.listed(acme.id)
-    assert listed_base == ListedModel("base-model", 0, None)
-    assert (bot.name, bot.parent) == ("bot", "base-model")
-    assert bot.created > 1_700_000_000
+    assert listed_base == ListedModel("base-model", listed_base.created, None, base.max_model_len)
+    assert (bot.name, bot.parent, bot.max_model_len) == ("bot", "base-model", base.max_model_len)
+    assert min(listed_base.created, bot.created) > 1_700_000_000
     assert [model.name for model in await catalog.listed(other.id)] == ["base-model", "bot", "secret"]
 
 

@@ -25,6 +25,18 @@ def collect(chunks: list[bytes], **more: Any) -> list[bytes]:
     return [event for raw in out.split(b"\n\n") if (event := raw.strip(b"\n"))] + [DONE] * rewrite.done
 
 
+FACTS = {"service_tier": "default", "system_fingerprint": "fp_1"}
+
+
+def with_facts(value: dict[str, Any], asked: str) -> dict[str, Any]:
+    """The value with the client's name and the facts after it, in order, and without the engine's own."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if key not in FACTS:
+            found |= {key: asked} | FACTS if key == "model" else {key: item}
+    return found
+
+
 LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda text: text.strip() == text
 )
@@ -106,6 +118,7 @@ def written(event: dict[str, Any]) -> bytes:
     asked=st.one_of(st.just("support-bot@3"), TEXT),
     include=st.booleans(),
     continuous=st.booleans(),
+    facts=st.booleans(),
 )
 @example(
     choices=[{"index": 0, "delta": {"content": f'"model":"{ENGINE}","usage":{{"a":1}},"choices":[],'}}],
@@ -114,21 +127,28 @@ def written(event: dict[str, Any]) -> bytes:
     asked="m",
     include=True,
     continuous=False,
+    facts=True,
 )
 def test_the_rewriter_does_what_json_would(
-    choices: list[dict[str, Any]], usage: dict[str, Any] | None, after: dict[str, str], asked: str, include: bool, continuous: bool
+    choices: list[dict[str, Any]],
+    usage: dict[str, Any] | None,
+    after: dict[str, str],
+    asked: str,
+    include: bool,
+    continuous: bool,
+    facts: bool,
 ) -> None:
     event = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": ENGINE, "choices": choices}
     if usage is not None:
         event["usage"] = usage
     event |= after
     continuous = continuous and include
-    rewriter = Rewriter(ENGINE, asked, include_usage=include, continuous_usage=continuous)
+    rewriter = Rewriter(ENGINE, asked, include_usage=include, continuous_usage=continuous, facts=FACTS if facts else None)
     out = rewriter(written(event))
     final = usage is not None and not choices
     assert rewriter.usage == usage
     assert rewriter.complete == final
-    expected = event | {"model": asked}
+    expected = with_facts(event, asked) if facts else event | {"model": asked}
     if usage is not None and not (include if final else continuous):
         del expected["usage"]
     if final and not include:
@@ -158,11 +178,12 @@ CHUNK = st.builds(
     include=st.booleans(),
     continuous=st.booleans(),
     simple=st.booleans(),
+    facts=st.booleans(),
 )
 def test_many_at_once_are_what_each_would_be(
-    sent: list[dict[str, Any]], cuts: list[int], include: bool, continuous: bool, simple: bool
+    sent: list[dict[str, Any]], cuts: list[int], include: bool, continuous: bool, simple: bool, facts: bool
 ) -> None:
-    options = {"include_usage": include, "continuous_usage": include and continuous}
+    options: dict[str, Any] = {"include_usage": include, "continuous_usage": include and continuous, "facts": FACTS if facts else None}
     alone = rewriter(**options)
     each = [out for event in sent if (out := alone(written(event))) is not None]
     stream = b"".join(written(event) + b"\n\n" for event in sent) + DONE + b"\n\n"
@@ -232,14 +253,18 @@ def test_a_usage_without_numbers_is_nonsense(field: str) -> None:
 WHOLE = {"id": "1", "object": "chat.completion", "model": ENGINE, "choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
 
 
-@given(TEXT, TEXT, st.one_of(st.none(), USAGE), st.sampled_from(["stop", "abort"]), st.booleans())
+@given(TEXT, TEXT, st.one_of(st.none(), USAGE), st.sampled_from(["stop", "abort"]), st.booleans(), st.booleans(), st.booleans())
 def test_an_answer_in_one_piece_is_rewritten_as_json_would(
-    text: str, asked: str, usage: dict[str, Any] | None, reason: str, spaced: bool
+    text: str, asked: str, usage: dict[str, Any] | None, reason: str, spaced: bool, facts: bool, own: bool
 ) -> None:
-    answer = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}], "usage": usage, "kv_transfer_params": None}
+    answer = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
+    # As vLLM writes them.
+    answer |= {"service_tier": None, "system_fingerprint": "vllm-0.32.0-1a2b"} if own else {}
+    answer |= {"usage": usage, "kv_transfer_params": None}
     sent = json.dumps(answer, ensure_ascii=False, separators=None if spaced else (",", ":")).encode()
-    out, found, aborted = rewrite_whole(sent, ENGINE, asked)
-    assert json.loads(out) == answer | {"model": asked}
+    out, found, aborted = rewrite_whole(sent, ENGINE, asked, FACTS if facts else None)
+    assert json.loads(out) == answer | {"model": asked} | (FACTS if facts else {})
+    assert out.count(b'"system_fingerprint"') == (1 if facts or own else 0)
     assert (found, aborted) == (usage or {}, reason == "abort")
 
 

@@ -1,0 +1,283 @@
+"""Tools, the choice among them, and the form of the answer."""
+
+import json
+from typing import Any
+
+import pytest
+
+from lmaas.gateway.parameters.request import read_chat, read_completion
+from tests.gateway.parameters.build import BOTH, CHAT, FUNCTION, Read, chat, nested, refusal, schema, sent
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+def tool(name: str = "f", **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": n}} for n in names]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"tools": {}}, "invalid_type", "tools"),
+        ({"tools": [FUNCTION] * 129}, "invalid_type", "tools"),
+        ({"tools": [{"type": "code_interpreter"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [FUNCTION, {"type": "custom", "custom": {"name": "x"}}]}, "unsupported_parameter", "tools[1].type"),
+        *(
+            ({"tools": [bad]}, "invalid_type", "tools")
+            for bad in (
+                5,
+                {},
+                {"type": "function"},
+                {"type": "function", "name": "f"},
+                tool(""),
+                tool('a"b'),
+                tool("a\nb"),
+                tool("x" * 257),
+            )
+        ),
+        ({"tools": [tool(description=5)]}, "invalid_type", "tools"),
+        ({"tools": [tool(strict="yes")]}, "invalid_type", "tools"),
+        ({"tools": [tool(parameters=[])]}, "invalid_schema", "tools"),
+        ({"tools": [tool(parameters=nested(40))]}, "invalid_schema", "tools"),
+        ({"tools": [tool(parameters=nested(5000))]}, "invalid_schema", "tools"),
+        ({"tools": [tool(parameters={"const": 1e400})]}, "invalid_schema", "tools"),
+        ({"tools": [tool(description="a\0b")]}, "invalid_schema", "tools"),
+        ({"tools": [tool(parameters={"type": "string"})], "tool_choice": "required"}, "invalid_schema", "tools"),
+        ({"tool_choice": "maybe"}, "out_of_range", "tool_choice"),
+        ({"tool_choice": 5}, "invalid_type", "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "invalid_type", "tool_choice"),
+        ({"tool_choice": {"type": ["function"]}}, "invalid_type", "tool_choice"),
+        pytest.param({"tool_choice": {"type": "function", "function": "f"}}, "invalid_type", "tool_choice"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "unsupported_parameter", "tool_choice.type"),
+        ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "invalid_request", "tool_choice"),
+        ({"tool_choice": NAMED}, "invalid_request", "tool_choice"),
+        ({"tool_choice": NAMED, "tools": [tool("g")]}, "out_of_range", "tool_choice"),
+        ({"tool_choice": allowed("auto", "g"), "tools": [FUNCTION]}, "out_of_range", "tool_choice"),
+        ({"tool_choice": allowed("auto"), "tools": [FUNCTION]}, "invalid_type", "tool_choice"),
+        ({"tool_choice": allowed("none", "f"), "tools": [FUNCTION]}, "invalid_type", "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": []}, "tools": [FUNCTION]}, "invalid_type", "tool_choice"),
+        ({"functions": [{}]}, "invalid_type", "functions"),
+        ({"functions": [{"name": "f", "parameters": []}]}, "invalid_schema", "functions"),
+        ({"functions": [{"name": "f"}], "tools": [FUNCTION]}, "invalid_request", "functions"),
+        ({"function_call": {"name": "f"}}, "invalid_request", "function_call"),
+        ({"function_call": {"name": "g"}, "functions": [{"name": "f"}]}, "out_of_range", "function_call"),
+        ({"function_call": "required", "functions": [{"name": "f"}]}, "invalid_type", "function_call"),
+        ({"function_call": "auto", "tool_choice": "auto"}, "invalid_request", "function_call"),
+    ],
+)
+def test_bad_tools(changes: dict[str, Any], code: str, param: str) -> None:
+    assert refusal(read_chat, CHAT | changes) == (code, param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tools": []}, {}),
+        ({"tools": [], "tool_choice": "auto"}, {}),
+        ({"tool_choice": "none"}, {}),
+        ({"tools": [FUNCTION]}, {"tools": [FUNCTION]}),
+        (
+            {"tools": [FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False},
+            {"tools": [FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False},
+        ),
+        # What is null or not known inside a tool has no effect.
+        (
+            {"tools": [{"type": None, "cache_control": {}, "function": {"name": "f", "description": None, "strict": None, "x": 1}}]},
+            {"tools": [tool()]},
+        ),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "auto"}}, {"tools": [FUNCTION], "tool_choice": "auto"}),
+        # Required calls follow the schema; with `auto` nothing is changed.
+        (
+            {"tools": [tool(parameters={"type": "string"})], "tool_choice": "auto"},
+            {"tools": [tool(parameters={"type": "string"})], "tool_choice": "auto"},
+        ),
+        (
+            {"tools": [tool(parameters=CITY)], "tool_choice": "required"},
+            {"tools": [tool(parameters=CITY, strict=True)], "tool_choice": "required"},
+        ),
+        (
+            {"tools": [tool(parameters=CITY, strict=False), tool("g")], "tool_choice": NAMED},
+            {"tools": [tool(parameters=CITY, strict=True), tool("g")], "tool_choice": NAMED},
+        ),
+        (
+            {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "f"}},
+            {"tools": [tool(parameters={"type": "object"}, strict=True)], "tool_choice": NAMED},
+        ),
+        (
+            {
+                "tools": [tool("f"), tool("g", parameters={"properties": {}}), tool("h", parameters={"type": ["object", "null"]})],
+                "tool_choice": "required",
+            },
+            {
+                "tools": [
+                    tool("f", parameters={"type": "object", "properties": {}}, strict=True),
+                    tool("g", parameters={"properties": {}, "type": "object"}, strict=True),
+                    tool("h", parameters={"type": "object"}, strict=True),
+                ],
+                "tool_choice": "required",
+            },
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": [CITY, {"type": "object"}]})], "tool_choice": "required"},
+            {"tools": [tool(parameters={"anyOf": [CITY, {"type": "object"}]}, strict=True)], "tool_choice": "required"},
+        ),
+        (
+            {"tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed("auto", "h", "f")},
+            {"tools": [tool("f"), tool("h")], "tool_choice": "auto"},
+        ),
+        (
+            {
+                "tools": [tool("f"), tool("g")],
+                "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]},
+            },
+            {"tools": [tool("g", parameters={"type": "object", "properties": {}}, strict=True)], "tool_choice": "required"},
+        ),
+        ({"functions": [{"name": "f", "parameters": CITY}]}, {"tools": [tool(parameters=CITY)]}),
+        ({"functions": [{"name": "f"}], "function_call": "none"}, {"tools": [tool()], "tool_choice": "none"}),
+        (
+            {"functions": [{"name": "f", "parameters": CITY}, {"name": "g"}], "function_call": {"name": "f"}},
+            {"tools": [tool(parameters=CITY, strict=True), tool("g")], "tool_choice": NAMED},
+        ),
+    ],
+)
+def test_tools_for_the_engine(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert chat(**changes) == expected
+    assert read_chat(CHAT | changes).legacy_functions == ("functions" in changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "constrained"),
+    [
+        ({}, False),
+        ({"tools": [FUNCTION]}, False),
+        ({"tools": [FUNCTION], "tool_choice": "none"}, False),
+        ({"tools": [FUNCTION], "parallel_tool_calls": True}, False),
+        ({"tools": [FUNCTION], "parallel_tool_calls": False}, True),
+        ({"tools": [FUNCTION], "tool_choice": "required"}, True),
+        ({"tools": [FUNCTION], "tool_choice": NAMED}, True),
+        ({"tools": [FUNCTION, tool("g", strict=True)]}, True),
+        ({"tools": [tool(strict=True)], "tool_choice": "none"}, False),
+        ({"response_format": {"type": "text"}}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"regex": "a"}}, True),
+        ({"structured_outputs": {"json_object": False}}, False),
+        ({"guided_choice": ["a"]}, True),
+    ],
+)
+def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrained: bool) -> None:
+    request = read_chat(CHAT | changes)
+    assert request.constrained is constrained
+    # Everything that decides the grammar, and nothing else.
+    assert request.grammar == [
+        request.parameters.get(name) for name in ("response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        *(("response_format", value, "invalid_type") for value in ("json", {}, {"type": "grammar"}, [], {"type": {}}, 5)),
+        ("response_format", {"type": "json_schema"}, "invalid_schema"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}, "invalid_schema"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": {}, "description": 5}}, "invalid_schema"),
+        *(("response_format", schema(value), "invalid_schema") for value in (None, "x", [], True)),
+        ("response_format", schema(nested(33)), "invalid_schema"),
+        ("response_format", schema({"description": "x" * 70_000}), "invalid_schema"),
+        pytest.param("response_format", schema(nested(5000)), "invalid_schema"),
+        ("response_format", schema({"maximum": 1e400}), "invalid_schema"),
+        ("response_format", schema({"const": "a\0"}), "invalid_schema"),
+        ("response_format", {"type": "structural_tag", "format": {"json_schema": nested(40)}}, "invalid_schema"),
+        *(("structured_outputs", value, "invalid_type") for value in ("x", [], 5, {"regex": 5}, {"choice": "a"}, {"choice": []})),
+        *(("structured_outputs", value, "invalid_type") for value in ({"choice": [1]}, {"choice": ["a"] * 1001}, {"grammar": ""})),
+        *(("structured_outputs", value, "invalid_schema") for value in ({"json": "{"}, {"json": "[]"}, {"json": True}, {"json": 5})),
+        *(("structured_outputs", value, "invalid_schema") for value in ({"structural_tag": "x"}, {"structural_tag": "[]"})),
+        ("structured_outputs", {"json": {"type": "object"}, "regex": "a"}, "invalid_request"),
+        ("structured_outputs", {"regex": "(a{1,30000}b{1,30000}){1,30000}"}, "invalid_schema"),
+        ("structured_outputs", {"grammar": "x" * 70_000}, "invalid_grammar"),
+        ("guided_json", "{", "invalid_schema"),
+        ("guided_regex", 5, "invalid_type"),
+        ("guided_choice", [], "invalid_type"),
+        ("guided_grammar", " ", "invalid_type"),
+    ],
+)
+@BOTH
+def test_bad_formats(read: Read, body: dict[str, Any], name: str, value: Any, code: str) -> None:
+    assert refusal(read, body | {name: value}) == (code, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"regex": "a"}, "tools": [FUNCTION], "tool_choice": NAMED}, "structured_outputs"),
+    ],
+)
+def test_formats_that_exclude_each_other(changes: dict[str, Any], param: str) -> None:
+    assert refusal(read_chat, CHAT | changes) == ("invalid_request", param)
+
+
+@pytest.mark.parametrize("key", ["_backend", "whitespace_pattern", "x"])
+def test_what_is_not_offered_of_structured_outputs(key: str) -> None:
+    assert refusal(read_chat, CHAT | {"structured_outputs": {"regex": "a", key: "x"}}) == (
+        "unsupported_parameter",
+        f"structured_outputs.{key}",
+    )
+
+
+TAG = {
+    "type": "structural_tag",
+    "format": {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": CITY}, "end": "</a>"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # Nulls and unknown fields have no effect; the name that vLLM needs is added.
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": CITY, "strict": None, "x": 1}, "x": None}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": CITY}}},
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": CITY}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": CITY}}},
+        ),
+        ({"response_format": {"type": "json_object", "schema": None}}, {"response_format": {"type": "json_object"}}),
+        ({"response_format": TAG}, {"response_format": TAG}),
+        ({"structured_outputs": {"json": CITY, "regex": None}}, {"structured_outputs": {"json": CITY}}),
+        ({"structured_outputs": {"json": json.dumps(CITY)}}, {"structured_outputs": {"json": CITY}}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        ({"structured_outputs": {"regex": "[ab]+", "json_object": False}}, {"structured_outputs": {"regex": "[ab]+"}}),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+        ),
+        ({"structured_outputs": {"structural_tag": TAG}}, {"structured_outputs": {"structural_tag": json.dumps(TAG)}}),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+        ),
+        ({"guided_json": CITY}, {"structured_outputs": {"json": CITY}}),
+        ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+        ({"guided_choice": ["a"]}, {"structured_outputs": {"choice": ["a"]}}),
+        ({"guided_grammar": 'root ::= "a"', "guided_decoding_backend": "xgrammar"}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
+    ],
+)
+@BOTH
+def test_formats_for_the_engine(read: Read, body: dict[str, Any], changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert sent(read(body | changes)) == sent(read(body)) | expected
+
+
+def test_a_completion_may_have_a_format() -> None:
+    assert read_completion({"model": "m", "prompt": "x", "structured_outputs": {"regex": "a"}}).constrained
