@@ -192,7 +192,7 @@ async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable
         await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
     scheduler, names = Scheduler(redis), Names()
     for pool in range(POOLS):
-        bounds = {"min_replicas": REPLICAS_EACH, "max_replicas": REPLICAS_EACH}
+        bounds: dict[str, Any] = {"min_replicas": REPLICAS_EACH, "max_replicas": REPLICAS_EACH}
         model = BaseModel("", f"base-{pool:03}", "no-model", "float32", {}, 16, 8, 8, 16, 2048, 2**28, "", **bounds)
         model = await put_base_model(db, model)
         for number in range(REPLICAS_EACH):

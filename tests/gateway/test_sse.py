@@ -257,10 +257,10 @@ WHOLE = {"id": "1", "object": "chat.completion", "model": ENGINE, "choices": [{"
 def test_an_answer_in_one_piece_is_rewritten_as_json_would(
     text: str, asked: str, usage: dict[str, Any] | None, reason: str, spaced: bool, facts: bool, own: bool
 ) -> None:
-    answer = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
+    answer: dict[str, Any] = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
     # As vLLM writes them.
-    answer |= {"service_tier": None, "system_fingerprint": "vllm-0.32.0-1a2b"} if own else {}
-    answer |= {"usage": usage, "kv_transfer_params": None}
+    said: dict[str, Any] = {"service_tier": None, "system_fingerprint": "vllm-0.32.0-1a2b"} if own else {}
+    answer = answer | said | {"usage": usage, "kv_transfer_params": None}
     sent = json.dumps(answer, ensure_ascii=False, separators=None if spaced else (",", ":")).encode()
     out, found, aborted = rewrite_whole(sent, ENGINE, asked, FACTS if facts else None)
     assert json.loads(out) == answer | {"model": asked} | (FACTS if facts else {})

@@ -17,9 +17,14 @@ BOTH = pytest.mark.parametrize(("read", "body"), [(read_chat, CHAT), (read_compl
 Read = Callable[[dict[str, Any]], EngineRequest]
 
 
-def each(name: str, code: str, *values: Any) -> list[tuple[str, Any, str]]:
+def values(*given: Any) -> tuple[Any, ...]:
+    """Values of any types."""
+    return given
+
+
+def each(name: str, code: str, *given: Any) -> list[tuple[str, Any, str]]:
     """Cases of one parameter that end with the same code."""
-    return [(name, value, code) for value in values]
+    return [(name, value, code) for value in given]
 
 
 def nested(depth: int) -> dict[str, Any]:

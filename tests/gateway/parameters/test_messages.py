@@ -7,7 +7,7 @@ import pytest
 
 from lmaas.gateway.parameters.messages import MAX_MESSAGES
 from lmaas.gateway.parameters.request import read_chat
-from tests.gateway.parameters.build import CHAT, FUNCTION, USER, nested, refusal, sent
+from tests.gateway.parameters.build import CHAT, FUNCTION, USER, nested, refusal, sent, values
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -59,7 +59,7 @@ def engines(*messages: Any) -> list[dict[str, Any]]:
         ([{"role": "assistant", "content": "x", "reasoning_content": 5}], "invalid_type", "messages[0].reasoning_content"),
         *(
             ([{"role": "assistant", "content": None, "tool_calls": calls}], "invalid_type", "messages[0].tool_calls")
-            for calls in ("x", {"a": 1}, [{}], [5], [{"type": "function", "function": {"name": 5}}], [nested(900)], [CALL] * 129)
+            for calls in values("x", {"a": 1}, [{}], [5], [{"type": "function", "function": {"name": 5}}], [nested(900)], [CALL] * 129)
         ),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}],

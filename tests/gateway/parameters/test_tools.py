@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lmaas.gateway.parameters.request import read_chat, read_completion
-from tests.gateway.parameters.build import BOTH, CHAT, FUNCTION, Read, chat, nested, refusal, schema, sent
+from tests.gateway.parameters.build import BOTH, CHAT, FUNCTION, Read, chat, nested, refusal, schema, sent, values
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -185,21 +185,21 @@ def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrain
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [
-        *(("response_format", value, "invalid_type") for value in ("json", {}, {"type": "grammar"}, [], {"type": {}}, 5)),
+        *(("response_format", value, "invalid_type") for value in values("json", {}, {"type": "grammar"}, [], {"type": {}}, 5)),
         ("response_format", {"type": "json_schema"}, "invalid_schema"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}, "invalid_schema"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": {}, "description": 5}}, "invalid_schema"),
-        *(("response_format", schema(value), "invalid_schema") for value in (None, "x", [], True)),
+        *(("response_format", schema(value), "invalid_schema") for value in values(None, "x", [], True)),
         ("response_format", schema(nested(33)), "invalid_schema"),
         ("response_format", schema({"description": "x" * 70_000}), "invalid_schema"),
         pytest.param("response_format", schema(nested(5000)), "invalid_schema"),
         ("response_format", schema({"maximum": 1e400}), "invalid_schema"),
         ("response_format", schema({"const": "a\0"}), "invalid_schema"),
         ("response_format", {"type": "structural_tag", "format": {"json_schema": nested(40)}}, "invalid_schema"),
-        *(("structured_outputs", value, "invalid_type") for value in ("x", [], 5, {"regex": 5}, {"choice": "a"}, {"choice": []})),
-        *(("structured_outputs", value, "invalid_type") for value in ({"choice": [1]}, {"choice": ["a"] * 1001}, {"grammar": ""})),
-        *(("structured_outputs", value, "invalid_schema") for value in ({"json": "{"}, {"json": "[]"}, {"json": True}, {"json": 5})),
-        *(("structured_outputs", value, "invalid_schema") for value in ({"structural_tag": "x"}, {"structural_tag": "[]"})),
+        *(("structured_outputs", value, "invalid_type") for value in values("x", [], 5, {"regex": 5}, {"choice": "a"}, {"choice": []})),
+        *(("structured_outputs", value, "invalid_type") for value in values({"choice": [1]}, {"choice": ["a"] * 1001}, {"grammar": ""})),
+        *(("structured_outputs", value, "invalid_schema") for value in values({"json": "{"}, {"json": "[]"}, {"json": True}, {"json": 5})),
+        *(("structured_outputs", value, "invalid_schema") for value in values({"structural_tag": "x"}, {"structural_tag": "[]"})),
         ("structured_outputs", {"json": {"type": "object"}, "regex": "a"}, "invalid_request"),
         ("structured_outputs", {"regex": "(a{1,30000}b{1,30000}){1,30000}"}, "invalid_schema"),
         ("structured_outputs", {"grammar": "x" * 70_000}, "invalid_grammar"),
