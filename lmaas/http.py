@@ -170,7 +170,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-#: Made once: making a decoder costs more than reading a short body.
+#: Made once, because making a decoder costs more than parsing a short body.
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 

@@ -31,6 +31,18 @@ def _optional(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties}
 
 
+def _inference(**prompt: Schema) -> Schema:
+    """The body of a request for tokens. docs/parameters.md has every parameter, from the table by which the gateway checks them."""
+    return {
+        "type": "object",
+        "required": ["model", *prompt],
+        "properties": {"model": TEXT, **prompt, "stream": {"type": ["boolean", "null"]}},
+        "additionalProperties": True,
+        "description": "OpenAI's parameters, and those of vLLM that are safe to forward. Others are refused by name with 400 "
+        "`unsupported_parameter`; null means that a parameter was not given. All parameters are listed in docs/parameters.md.",
+    }
+
+
 _VERSION = {
     "version": {"type": "integer", "minimum": 1},
     "content_hash": TEXT,
@@ -211,13 +223,9 @@ SCHEMAS: dict[str, Schema] = {
         reconciliation=_object(engine_ms=COUNT, allocated_ms=COUNT, unallocated_ms=COUNT),
     ),
     "Deleted": _object(object=TEXT, deleted={"type": "boolean"}),
-    "Model": _object(id=TEXT, object=TEXT, created=COUNT, owned_by=TEXT),
-    "OpenAIRequest": {
-        "type": "object",
-        "required": ["model"],
-        "properties": {"model": TEXT, "stream": {"type": "boolean"}},
-        "description": "As in OpenAI's API. Parameters that are not supported are refused by name.",
-    },
+    "Model": _object(id=TEXT, object=TEXT, created=COUNT, owned_by=TEXT, parent=MAYBE_TEXT, max_model_len=COUNT),
+    "ChatRequest": _inference(messages={"type": "array", "minItems": 1, "items": {"type": "object"}}),
+    "CompletionRequest": _inference(prompt={"type": ["string", "array"]}),
     "OpenAIAnswer": {"type": "object", "description": "As in OpenAI's API; with `stream`, server-sent events."},
 }
 
@@ -326,14 +334,17 @@ def _responses(gives: str, *, is_list: bool, status: str = "200") -> dict[str, A
 
 
 def _openai_paths() -> dict[str, Any]:
-    body = {"required": True, "content": {"application/json": {"schema": _ref("OpenAIRequest")}}}
     answer = _responses("OpenAIAnswer", is_list=False)
     model = {"name": "model", "in": "path", "required": True, "schema": TEXT}
     common = {"tags": ["openai"]}
-    asked = common | {"parameters": [IDEMPOTENCY_KEY], "requestBody": body, "responses": answer | CONFLICT}
+    asked = common | {"parameters": [IDEMPOTENCY_KEY], "responses": answer | CONFLICT}
+
+    def body(name: str) -> dict[str, Any]:
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(name)}}}}
+
     return {
-        "/v1/chat/completions": {"post": asked | {"operationId": "chat", "summary": "A chat completion."}},
-        "/v1/completions": {"post": asked | {"operationId": "completion", "summary": "A completion."}},
+        "/v1/chat/completions": {"post": asked | body("ChatRequest") | {"operationId": "chat", "summary": "A chat completion."}},
+        "/v1/completions": {"post": asked | body("CompletionRequest") | {"operationId": "completion", "summary": "A completion."}},
         "/v1/models": {
             "get": common
             | {"operationId": "models", "summary": "What this tenant may call.", "responses": _responses("Model", is_list=True)}

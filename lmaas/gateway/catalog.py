@@ -16,7 +16,7 @@ from lmaas.types import NAME_PATTERN
 
 #: The release, which decides the version of the engines too.
 _RELEASE = installed_version("lmaas")
-#: A new live version is seen after this long at the latest.
+#: A new live version is served after this time at the latest.
 FRESH_S = 0.5
 GRACE_S = 300.0
 _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
@@ -24,7 +24,7 @@ _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a model name means for one tenant. `engine_name` is what the engine calls it; `adapter` is empty for a base model."""
+    """The model behind a name of a tenant's. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
 
     base: BaseModel
     engine_name: str
@@ -58,13 +58,13 @@ class Catalog:
     def __init__(self, db: Database, changes: Changes | None = None) -> None:
         self._db = db
         self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
-        # Without its base model: an answer that was made of another answer would be as old as that one.
+        # Its base model is not kept with it: an entry made from another entry could be as old as both together.
         self._served = MomentCache[tuple[str, str, int | None], ServedAdapter](
             self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes
         )
 
     async def resolve(self, tenant_id: str, name: str) -> ServedModel:
-        """What `name` (a base model, an adapter's live version, or `adapter@version`) means. Raises ModelNotFound.
+        """Return the model of a name: a base model, an adapter's live version, or `adapter@version`. Raises ModelNotFound.
 
         Another tenant's adapter, an engine's internal name and a name that does not exist raise the same error.
         """
@@ -87,7 +87,7 @@ class Catalog:
         return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at))
 
     async def listed(self, tenant_id: str) -> list[ListedModel]:
-        """Every model that the tenant may call by its plain name."""
+        """Return every model that the tenant may call by its plain name."""
         bases = await self._bases.get("") or ()
         listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len) for base in bases]
         lengths = {base.name: base.max_model_len for base in bases}

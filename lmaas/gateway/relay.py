@@ -1,4 +1,4 @@
-"""From an engine to a client: one delivery of a request, streamed or whole."""
+"""Deliver one request: send it to an engine and pass the answer on to the client, streamed or whole."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
-#: How long an engine may take to wind up a request whose client has gone; then its connection is cut.
+#: How long an engine may take to end a request whose client has gone. After that its connection is cut.
 ABORT_GRACE_S = 3.0
 ABORT_AGAIN_S = 0.2
 LAST = sse.DONE + b"\n\n"
@@ -33,20 +33,20 @@ LAST = sse.DONE + b"\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One of OpenAI's endpoints: its path on the engine, and how the engine names its requests."""
+    """One of OpenAI's endpoints: its path on the engine, and the prefix of the engine's request ids."""
 
     path: str
     id_prefix: str
 
     def engine_ids(self, request_id: str, prompts: int) -> list[str]:
-        """The engine's names of the request, to abort it: one for each prompt of a completion."""
+        """Return the engine's ids of a request, by which it is aborted: one for each prompt of a completion."""
         if self.id_prefix == "cmpl":
             return [f"cmpl-{request_id}-{index}" for index in range(prompts)]
         return [f"{self.id_prefix}-{request_id}"]
 
 
 class Interrupt:
-    """Like asyncio.timeout, but for something that happens: `fire` ends the block, which then raises EngineLost."""
+    """A block that another task can end, like asyncio.timeout without a time: after `fire` the block raises EngineLost."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
@@ -69,22 +69,25 @@ class Interrupt:
 
 
 class Delivery:
-    """Sends one request to one engine after the other until it is answered, and passes the answer on."""
+    """One request on its way: each `attempt` sends it to an engine and passes the answer on."""
 
     def __init__(
         self, call: Call, endpoint: Endpoint, request: EngineRequest, model: ServedModel, record: UsageRecord, client: EngineClient
     ) -> None:
         self._call, self._endpoint, self._request, self._model = call, endpoint, request, model
         self._record, self._client = record, client
-        #: Whether the client has had a byte of an answer: from then on it cannot be tried again.
+        #: Whether the client has received a byte of an answer. From then on the request cannot be tried again.
         self.begun = False
         tier = "default" if request.service_tier == "auto" else request.service_tier
         #: What the answer says of the service.
         self._facts = {"service_tier": tier, "system_fingerprint": model.fingerprint}
 
     async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> bytes:
-        """Deliver once; answers the rest of the answer, to finish with. Raises EngineLost if the engine or its connection broke,
-        InvalidRequest if the engine refused the request."""
+        """Deliver once, and return the last bytes of the answer, which finish it.
+
+        Raises EngineLost if the engine or its connection failed, InvalidRequest if the engine refused the request, RequestFailed if it
+        cannot process it.
+        """
         background: set[asyncio.Task[None]] = set()
         with Interrupt() as interrupt:
             opened.on_revoked(lambda: interrupt.fire("the replica was taken out of service"))
@@ -113,11 +116,11 @@ class Delivery:
                     self._client.let_go(response, complete=complete)
 
     async def _abort(self, lease: Lease, interrupt: Interrupt) -> None:
-        """The client has gone. The engine ends the request, and its answer still comes with the exact usage."""
+        """Have the engine end the request, because the client has gone. Its answer still arrives, with the exact usage."""
         ids = self._endpoint.engine_ids(self._call.request_id, self._request.prompts)
         deadline = asyncio.get_running_loop().time() + ABORT_GRACE_S
         while asyncio.get_running_loop().time() < deadline:
-            # More than once: the request may reach the engine after the first word of its end.
+            # More than once, because the request may reach the engine after the first abort.
             with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
                 await self._client.abort(lease.url, ids)
             await asyncio.sleep(ABORT_AGAIN_S)
@@ -135,7 +138,7 @@ class Delivery:
         )
         self._record.follow(lambda: rewrite.usage)
         try:
-            # What has arrived together goes on together: a write costs more than a token.
+            # Events that arrived together are written together, because a write costs more than an event.
             async for chunk in response.content.iter_any():
                 out = self._in_clients_form(_sense(rewrite.feed, chunk))
                 if rewrite.done and rewrite.complete and not rewrite.aborted:
@@ -153,7 +156,7 @@ class Delivery:
         return b""
 
     async def _pass_on(self, rewrite: sse.Rewriter, out: bytes) -> None:
-        """Send on what is for the client; then see whether the engine has failed."""
+        """Send the client's events. Raises an error if the engine has reported one or has ended the request."""
         if out:
             await self._begin()
             await self._call.write(out)
@@ -192,8 +195,8 @@ class Delivery:
 
 
 def _sense(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
-    """What `read` makes of the engine's bytes. Raises EngineLost if that is nothing."""
+    """Return what `read` makes of the engine's bytes. Raises EngineLost if they make no sense."""
     try:
         return read(*args, **kwargs)
     except ValueError as error:
-        raise EngineLost("engine", f"the engine talks nonsense: {error}") from error
+        raise EngineLost("engine", f"the engine's answer cannot be read: {error}") from error

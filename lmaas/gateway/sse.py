@@ -1,4 +1,4 @@
-"""Server-sent events between an engine and a client: what is changed in them, and nothing else."""
+"""Server-sent events between an engine and a client, and the changes that they need on the way."""
 
 import json
 import re
@@ -10,7 +10,7 @@ _DECODER = json.JSONDecoder()
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _INDEX = re.compile(rb'"choices":\[{"index":(\d+)')
 _COUNT = re.compile(rb'"(prompt_tokens|completion_tokens|cached_tokens)":(\d+)')
-#: No event of an engine is larger; what has no end is none.
+#: The largest event that an engine may send.
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
@@ -25,12 +25,12 @@ _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 
 
 def comment(text: str) -> bytes:
-    """A line that clients skip, to show that the request is alive."""
+    """Return a comment, which clients skip. It shows that the request is alive."""
     return f": {text}\n\n".encode()
 
 
 def data(value: Any) -> bytes:
-    """An event of ours."""
+    """Return an event with a JSON value."""
     return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"
 
 
@@ -38,8 +38,8 @@ class Rewriter:
     """Turns an engine's stream into a client's: puts the name that the client asked for, and facts about the service, into every event,
     takes out what the client did not ask for, and keeps the usage.
 
-    Works on the bytes, and on all events that arrived together at once: nothing is parsed for each token. That is safe because inside a
-    JSON string every quote is escaped, so `,"usage":`, `"model":` and the like as they stand here occur only as keys of the event itself.
+    It works on the bytes of all events that arrived together, and parses nothing for each token. That is safe because every quote inside
+    a JSON string is escaped, so `,"usage":`, `"model":` and the like can only be keys of the event itself.
     """
 
     def __init__(
@@ -59,24 +59,24 @@ class Rewriter:
         self._has_facts = bool(facts)
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         self._n = n
-        #: With one choice an event's usage is the request's, and the client's events need no look at each.
+        #: With one choice an event's usage is that of the request, and most events can be changed together.
         self._simple = n == 1 and prompts == 1 and not continuous_usage
         self._choices: dict[int, dict[str, Any]] = {}
         self._rest = b""
         self._unread = b""
         self._usage: dict[str, Any] | None = None
-        #: Whether the engine has given its account of the whole request: without it, `[DONE]` is no success (a dying engine says it too).
+        #: Whether the usage of the whole request has come. Without it `[DONE]` is no success, because a dying engine sends that too.
         self.complete = False
-        #: The engine has said `[DONE]`.
+        #: Whether `[DONE]` has come.
         self.done = False
-        #: The engine's error event, as JSON.
+        #: The JSON of the engine's error event, if one has come.
         self.error: bytes | None = None
-        #: The engine has ended a choice before its time. Its events still count, and are not for the client any more.
+        #: Whether the engine has aborted a choice. Later events still count for the usage, and are not sent to the client.
         self.aborted = False
 
     @property
     def usage(self) -> dict[str, Any] | None:
-        """What the engine has reported of the request so far, as a usage object."""
+        """The usage that the engine has reported so far."""
         if self._unread:
             found = {name.decode(): int(count) for name, count in _COUNT.findall(self._unread)}
             cached = found.pop("cached_tokens", 0)
@@ -88,7 +88,7 @@ class Rewriter:
         nonsense. What comes after `[DONE]` or an error does not count."""
         received = (self._rest + chunk).lstrip(b"\n")
         if len(self._rest) > MAX_EVENT_BYTES:
-            raise ValueError("an event without an end")
+            raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         end = received.rfind(b"\n\n") + 2
         if end < 2:
             self._rest = received
@@ -99,11 +99,11 @@ class Rewriter:
         return out + self._each(block[plain:]) if plain < end else out
 
     def close(self) -> bytes:
-        """The stream has ended: what stands there without its empty line is an event too."""
+        """Return the client's events that the end of the stream completes: the last one may lack its empty line."""
         return self.feed(b"\n\n") if self._rest.strip() else b""
 
     def _plain_until(self, block: bytes) -> int:
-        """Where the first event begins that needs a look of its own."""
+        """Return the place of the first event that must be read by itself."""
         if not self._simple or self.done or self.aborted or self.error is not None:
             return 0
         place = min((place for mark in _SPECIAL if (place := block.find(mark)) >= 0), default=-1)
@@ -113,7 +113,7 @@ class Rewriter:
         return before + 2 if before >= 0 else 0
 
     def _plain(self, events: bytes) -> bytes:
-        """Pieces of the only choice, many at once."""
+        """Change many events at once, each of which is a piece of the only choice."""
         parts = events.split(_USAGE)
         for number in range(1, len(parts)):
             part = parts[number]
@@ -127,7 +127,7 @@ class Rewriter:
         return b"".join(parts).replace(self._internal, self._asked)
 
     def _each(self, events: bytes) -> bytes:
-        """Events one by one."""
+        """Change events one by one."""
         out: list[bytes] = []
         for raw in events.split(b"\n\n"):
             event = raw.strip(b"\n")
@@ -145,7 +145,7 @@ class Rewriter:
         return b"".join(out)
 
     def __call__(self, event: bytes) -> bytes | None:
-        """One event for the client, or None if it is not for the client. Raises ValueError if the engine's bytes make no sense."""
+        """Return one event for the client, or None if it is not for the client. Raises ValueError if the engine's bytes make no sense."""
         start = event.rfind(_USAGE)
         if start >= 0:
             tail = event[start + len(_USAGE) - 1 :].decode()
@@ -164,7 +164,7 @@ class Rewriter:
         return event.replace(self._internal, self._asked, 1)
 
     def _total(self, event: bytes, usage: dict[str, Any]) -> dict[str, Any]:
-        """The usage of all choices: while a stream runs, vLLM reports that of the chunk's own choice (and prompt) only."""
+        """Return the usage of all choices: while a stream runs, vLLM reports that of the event's own choice and prompt only."""
         found = _INDEX.search(event)
         self._choices[int(found[1]) if found else 0] = usage
         if len(self._choices) == 1:
@@ -180,7 +180,7 @@ class Rewriter:
 
 
 def _check(usage: dict[str, Any]) -> None:
-    """Raises ValueError unless what is counted is a number: it is read where nobody could handle that."""
+    """Raise ValueError unless the counts are numbers: they are used later, where such an error could not be handled."""
     details = usage.get("prompt_tokens_details") or {}
     counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens") if isinstance(details, dict) else "")
     if not all(isinstance(count, int | None) for count in counts):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from lmaas.engine.client import EngineClient, EngineError
-from lmaas.gateway.sse import Rewriter
+from lmaas.gateway.sse import Rewriter, rewrite_whole
 from tests.conftest import until
 from tests.engine.conftest import ADAPTER, BASE, CHAT, COMPLETION, MAX_LEN, PATHS, STREAM, TOKENS, Engine, Events, ask, engine_ids, total
 
@@ -131,6 +132,51 @@ async def test_a_plain_answer(engine: Engine, path: str) -> None:
     assert completion == 8
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert (await engine.idle()).since(before) == (2 * prompt, 8)
+
+
+@PATHS
+async def test_a_plain_answer_says_of_the_service_where_the_relay_changes_it(engine: Engine, path: str) -> None:
+    text = (await engine.post(path, ask(path, tokens=2))).content
+    facts = {"service_tier": "flex", "system_fingerprint": "fp_1"}
+    assert re.search(rb',"service_tier":null,"system_fingerprint":"[^"]+","usage":{', text)
+    out, usage, aborted = rewrite_whole(text, BASE, "asked", facts)
+    assert (total(usage)[1], aborted) == (2, False)
+    assert json.loads(out) == json.loads(text) | {"model": "asked"} | facts
+    assert out.index(b'"service_tier"') > out.index(b'"choices"'), "changed as bytes"
+
+
+async def test_an_echo_without_generation_counts_one_token(engine: Engine) -> None:
+    before = await engine.idle()
+    answer = (await engine.post(COMPLETION, ask(COMPLETION, "One two three", tokens=0, echo=True))).json()
+    assert answer["choices"][0]["text"] == "One two three"
+    assert total(answer["usage"])[1] == 1
+    assert (await engine.idle()).since(before) == total(answer["usage"])
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+    },
+}
+
+
+async def test_a_required_call(engine: Engine) -> None:
+    body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": "required", "max_tokens": 100}
+    body |= {"parallel_tool_calls": False, "temperature": 1}
+    (choice,) = (await engine.post(CHAT, body)).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["type"], call["function"]["name"]) == ("function", "weather")
+    assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+    events = await engine.stream(CHAT, body | STREAM)
+    calls = [part for event in events.of_choices for part in event["choices"][0]["delta"].get("tool_calls", ())]
+    assert {part["index"] for part in calls} == {0}
+    assert "".join(part["function"].get("name") or "" for part in calls) == "weather"
+    assert json.loads("".join(part["function"].get("arguments") or "" for part in calls))["city"] in ("Rome", "Oslo")
+    assert events.finish_reasons() == {0: "tool_calls"}
 
 
 async def test_greedy_answers_are_the_same_again_and_stop_where_told(engine: Engine) -> None:

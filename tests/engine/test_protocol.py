@@ -1,0 +1,129 @@
+"""What the gateway forwards is what vLLM's own request models take, without an engine."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lmaas.engine.launch import has_engine
+from lmaas.gateway.parameters.request import read_chat, read_completion
+from lmaas.gateway.parameters.table import BY_NAME, Endpoint, Treatment
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": CITY}}
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "abc"}}
+
+#: A value for each parameter that is forwarded.
+VALUES: dict[str, list[Any]] = {
+    "messages": [
+        [{"role": "user", "content": "x"}],
+        [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}, {"type": "refusal", "refusal": "x"}]}],
+        [{"role": "system", "content": None}, {"role": "developer", "content": []}, {"role": "tool", "content": None}],
+        [{"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "annotations": [], "audio": None}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"cut'}}]}, {"role": "tool", "content": "5"}],
+        [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}, {"role": "function", "name": "f", "content": "5"}],
+        [{"role": "assistant", "content": "x", "reasoning": "hm", "reasoning_content": "hm", "name": "n", "unknown": {"a": 1}}],
+    ],
+    "prompt": ["x", ["x", "y"], [1, 2], [[1], [2, 3]]],
+    "chat_template_kwargs": [{"enable_thinking": False, "thinking_budget": 5}],
+    "reasoning_effort": ["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    "truncate_prompt_tokens": [-1, 1, 100],
+    "truncation_side": ["left"],
+    "tools": [[TOOL], [{"type": "function", "function": {"name": "f"}}], []],
+    "tool_choice": ["none", "auto"],
+    "functions": [[{"name": "f", "parameters": CITY}]],
+    "function_call": ["auto", "none"],
+    "response_format": [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"schema": CITY}},
+        {"type": "json_object", "schema": CITY},
+        TAG,
+    ],
+    "structured_outputs": [
+        {"json": CITY},
+        {"json": json.dumps(CITY)},
+        {"regex": "a+"},
+        {"choice": ["a"]},
+        {"grammar": 'root ::= "a"'},
+        {"json_object": True, "disable_any_whitespace": True},
+        {"structural_tag": TAG},
+    ],
+    "guided_json": [CITY],
+    "guided_regex": ["a"],
+    "guided_choice": [["a"]],
+    "guided_grammar": ['root ::= "a"'],
+    "temperature": [0, 2],
+    "top_p": [0, 1],
+    "top_k": [-1, 0, 1_000_000],
+    "min_p": [0, 1],
+    "presence_penalty": [-2, 2],
+    "frequency_penalty": [-2, 2],
+    "repetition_penalty": [0.01, 10],
+    "logit_bias": [{"5": 1}, {}],
+    "seed": [-(2**63), 2**63 - 1],
+    "n": [1, 128],
+    "best_of": [1],
+    "max_tokens": [1, 1_000_000],
+    "max_completion_tokens": [1, 1_000_000],
+    "min_tokens": [0, 5],
+    "stop": ["x", ["a", "b", "c", "d"], []],
+    "stop_token_ids": [[], [1, 2]],
+    "logprobs": [True],
+    "top_logprobs": [0],
+    "prompt_logprobs": [0, 20],
+    "stream_options": [{}],
+    "service_tier": ["auto"],
+}
+
+
+def bodies(endpoint: Endpoint) -> list[Any]:
+    """Requests that are accepted, as the engine receives them: one for each value of each parameter."""
+    read, plain = (
+        (read_chat, {"model": "m", "messages": VALUES["messages"][0]})
+        if endpoint is Endpoint.CHAT
+        else (read_completion, {"model": "m", "prompt": "x"})
+    )
+    found = []
+    for name, item in BY_NAME[endpoint].items():
+        if item.treatment is Treatment.FORWARDED:
+            needed = {"truncation_side": {"truncate_prompt_tokens": 5}}.get(name, {})
+            found += [plain | needed | {name: value} for value in VALUES.get(name, [True, False])]
+    if endpoint is Endpoint.CHAT:
+        found.append(plain | {"logprobs": True, "top_logprobs": 20, "stream": True})
+        found.append(plain | {"n": 2, "temperature": 0})
+        found += [
+            plain | {"tools": [TOOL], "tool_choice": choice} for choice in ("required", {"type": "function", "function": {"name": "f"}})
+        ]
+    else:
+        found += [
+            plain | {"echo": True, "logprobs": 1, "max_tokens": limit, "stream": stream} for limit in (0, 1) for stream in (True, False)
+        ]
+    return [json.loads(read(body).body("engine", "salt")) for body in found]
+
+
+@pytest.mark.skipif(not has_engine(), reason="vLLM is not installed")
+def test_vllms_request_models_take_what_is_forwarded() -> None:
+    code = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+for kind, bodies in zip((ChatCompletionRequest, CompletionRequest), json.load(sys.stdin)):
+    for body in bodies:
+        try:
+            request = kind.model_validate(body)
+            request.to_sampling_params(5, {})
+            if unknown := set(body) - set(kind.model_fields):
+                raise ValueError(f"vLLM does not know {unknown}")
+        except Exception as error:
+            print("REFUSED", json.dumps(body), repr(error))
+"""
+    # One that vLLM does not take shows that the others could have failed.
+    sent = json.dumps([[*bodies(Endpoint.CHAT), {"messages": [], "n": "many"}], bodies(Endpoint.COMPLETION)])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=sent, check=True, capture_output=True, text=True)
+    (refused,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert '"n": "many"' in refused
