@@ -29,7 +29,7 @@ class EngineLost(Exception):
         self.reason, self.revoked = reason, revoked
 
 
-def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest) -> Exception:
+def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, max_model_len: int) -> Exception:
     """Return the exception for an engine's error response, or for the error event of a stream."""
     message, code, param = text[:200].decode(errors="replace"), status, None
     formed = False
@@ -44,39 +44,42 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest) 
         # The engine does not have the adapter after all.
         return EngineLost("adapter", message)
     if 400 <= code < 500:
-        return _refusal(message, param if isinstance(param, str) else None, engine_name, request)
+        return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
     if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
         # vLLM's API server failed on this request before the engine had it: every engine would.
         return RequestFailed()
     return EngineLost("engine", message)
 
 
-def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest) -> InvalidRequest:
+def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest, max_model_len: int) -> InvalidRequest:
     # Tenants know their own names only.
     message = _SUFFIX.sub("", message.replace(engine_name, request.model))
-    name = _clients_name(param, request)
     if param in ("input_tokens", "input_text") or _PROMPT_TOO_LONG.match(message):
-        limit = re.search(r"maximum context length (?:is|\()\s*(\d+)", message)
-        counted = re.search(r"contains (at least )?(\d+) (input tokens|characters)", message)
-        what = f"has {limit[1]} tokens" if limit else "is full"
-        if counted:
-            unit = "tokens" if counted[3] == "input tokens" else "characters"
-            what += f", and the prompt has {counted[1] or ''}{counted[2]} {unit}"
-        elif limit is None:
-            what += " with the prompt alone"
-        return context_exceeded(request.prompt_name, what)
-    if name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
-        return InvalidRequest(_shown(message), code="out_of_range", param=name)
+        return context_exceeded(request.prompt_name, max_model_len, _counted(message))
+    name = _clients_name(param, request)
     if _VALIDATOR.match(message):
         # The text of a validator inside the engine, with names of its own.
         blamed = f"The value of '{name}'" if name else "The request"
         return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
-    if name is None and request.constrained and _GRAMMAR.search(message):
+    code, text = None, _shown(message)
+    if message.startswith("Token id "):
+        code, name = "out_of_range", "prompt"
+    elif name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
+        code = "out_of_range"
+    elif name in ("response_format", "structured_outputs", "tools"):
+        code = "invalid_schema"
+    elif name is None and request.constrained and _GRAMMAR.search(message):
         code = "invalid_schema" if "schema" in message.lower() else "invalid_grammar"
-        return InvalidRequest(_shown(message), code=code, param=constraint_name(request))
-    if name in ("response_format", "structured_outputs", "tools"):
-        return InvalidRequest(_shown(message), code="invalid_schema", param=name)
-    return InvalidRequest(_shown(message), param=name)
+        name = constraint_name(request)
+        text = f"The engine cannot compile the grammar of '{name}': {text}"
+    return InvalidRequest(text, code=code, param=name)
+
+
+def _counted(message: str) -> str:
+    """Return how long the engine found the prompt to be, as the end of a sentence."""
+    found = re.search(r"contains (?:at least )?\d+ (?:input tokens|characters)", message)
+    length = re.match(r"Input length \((\d+)\)", message)
+    return found[0] if found else f"contains {length[1]} input tokens" if length else "leaves no room for an answer"
 
 
 def constraint_name(request: EngineRequest) -> str:

@@ -172,7 +172,7 @@ class Delivery:
         return events
 
     def _meaning(self, status: int, text: bytes) -> Exception:
-        error = meaning(status, text, self._model.engine_name, self._request)
+        error = meaning(status, text, self._model.engine_name, self._request, self._model.base.max_model_len)
         if isinstance(error, RequestFailed):
             log.error("an engine failed on one request", extra={"request_id": self._call.request_id, "tenant_id": self._record.tenant_id})
         return error

@@ -28,5 +28,11 @@ def test_nothing_in_it_is_left_over() -> None:
     handlers = {handler.__name__ for _, _, _, handler in OPERATIONS}
     assert set(SHAPES) == handlers
     assert set(QUERIES) <= handlers
-    used = {name for takes, gives, _ in SHAPES.values() for name in (takes, gives)} | {"Error", "Model", "OpenAIRequest", "OpenAIAnswer"}
+    used = {name for takes, gives, _ in SHAPES.values() for name in (takes, gives)} | {
+        "Error",
+        "Model",
+        "ChatRequest",
+        "CompletionRequest",
+        "OpenAIAnswer",
+    }
     assert set(SCHEMAS) == used - {None}

@@ -21,7 +21,7 @@ def chat(**changes: Any) -> EngineRequest:
 
 def told(request: EngineRequest, message: str, param: str | None = None, code: int = 400) -> Exception:
     error = {"message": message, "type": "BadRequestError", "param": param, "code": code}
-    return meaning(code, json.dumps({"error": error}).encode(), INTERNAL, request)
+    return meaning(code, json.dumps({"error": error}).encode(), INTERNAL, request, 2048)
 
 
 def refused(request: EngineRequest, message: str, param: str | None = None) -> tuple[str, str | None, str]:
@@ -48,17 +48,18 @@ NO_ROOM = "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)
 @pytest.mark.parametrize(
     ("message", "param", "words"),
     [
-        (TOO_LONG.format("at least 2049"), "input_tokens", "has 2048 tokens, and the prompt has at least 2049 tokens"),
-        (TOO_LONG.format("5000"), "input_tokens", "has 2048 tokens, and the prompt has 5000 tokens"),
-        (TOO_MANY_CHARACTERS, "input_text", "has 2048 tokens, and the prompt has 90000 characters"),
-        (NO_ROOM, "max_tokens", "is full with the prompt alone"),
-        ("Input length (2049) exceeds model's maximum context length (2048).", None, "has 2048 tokens"),
+        (TOO_LONG.format("at least 2049"), "input_tokens", "contains at least 2049 input tokens"),
+        (TOO_LONG.format("5000"), "input_tokens", "contains 5000 input tokens"),
+        (TOO_MANY_CHARACTERS, "input_text", "contains 90000 characters"),
+        (NO_ROOM, "max_tokens", "leaves no room for an answer"),
+        ("Input length (2049) exceeds model's maximum context length (2048).", None, "contains 2049 input tokens"),
     ],
 )
 @pytest.mark.parametrize(("request_", "name"), [(CHAT, "messages"), (COMPLETION, "prompt")])
 def test_a_prompt_that_is_too_long(request_: EngineRequest, name: str, message: str, param: str | None, words: str) -> None:
     code, blamed, text = refused(request_, message, param)
     assert (code, blamed) == ("context_length_exceeded", name)
+    assert text.startswith("This model's maximum context length is 2048 tokens. However, your prompt ")
     assert words in text
 
 
@@ -89,6 +90,10 @@ def test_a_limit_that_is_too_high(name: str) -> None:
 )
 def test_the_engines_parameter_is_kept(message: str, param: str | None, expected: str | None) -> None:
     assert refused(CHAT, message, param)[:2] == ("invalid_request", expected)
+
+
+def test_a_token_that_does_not_exist() -> None:
+    assert refused(COMPLETION, "Token id 49152 is out of vocabulary")[:2] == ("out_of_range", "prompt")
 
 
 def test_a_validators_text_is_not_shown() -> None:
@@ -155,7 +160,7 @@ def test_a_request_that_fails_by_itself_is_not_tried_on_another_engine(message: 
 @pytest.mark.parametrize("text", [b"", b"<html>", b"{}", b'{"error": "x"}', b'{"error": {"code": "x"}}', b"null", b"[]"])
 @pytest.mark.parametrize("status", [500, 502, 503])
 def test_an_answer_that_is_no_error_of_vllms_is_a_lost_engine(text: bytes, status: int) -> None:
-    assert isinstance(meaning(status, text, INTERNAL, CHAT), EngineLost)
+    assert isinstance(meaning(status, text, INTERNAL, CHAT, 2048), EngineLost)
 
 
 def test_an_adapter_that_is_not_there() -> None:

@@ -57,6 +57,7 @@ _NOTES = """\
 
 - `service_tier` is the tier that was used, in plain answers and in every event of a stream.
 - `system_fingerprint` changes when the base model's configuration, the adapter's weights or the release of the service change.
+- One answer has at most 1,000,000 log probabilities, counting alternatives; a stream of sampled tokens has no such limit.
 - With `n` above 1 and temperature 0, all choices are the same.
 - With `echo` and `max_tokens` 0 the usage shows no completion tokens. The engine still generates one, which is metered.
 - `max_tokens` or `max_completion_tokens` above the model's context is `out_of_range`; a prompt that is too long is

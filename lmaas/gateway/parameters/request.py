@@ -6,12 +6,15 @@ from typing import Any
 
 import msgspec
 
+from lmaas.admission.estimate import estimate
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.parameters.checks import out_of_range, unsupported
 from lmaas.gateway.parameters.prompts import count_prompts
 from lmaas.gateway.parameters.table import BY_NAME, Endpoint, Parameter, Treatment
 from lmaas.gateway.parameters.tools import settle_tools
 
+#: Log probabilities that one answer may have: about 100 MB, which the engine collects in memory.
+MAX_ALTERNATIVES = 1_000_000
 #: Below this temperature vLLM samples greedily.
 GREEDY = 1e-5
 #: Read by the gateway; an engine does not receive them as they came.
@@ -80,7 +83,8 @@ class EngineRequest:
             return json.dumps(self.parameters | extra, ensure_ascii=False, separators=(",", ":")).encode()
 
     def check_context(self, max_model_len: int) -> None:
-        """Raise InvalidRequest for what cannot fit into the model's context, as far as that is known without counting tokens."""
+        """Raise InvalidRequest for what cannot fit into the model's context, as far as that is known without counting tokens, and for
+        more log probabilities than an engine should collect for one answer."""
         for name in ("max_completion_tokens", "max_tokens", "truncate_prompt_tokens"):
             if self.parameters.get(name, 0) > max_model_len:
                 raise InvalidRequest(
@@ -93,12 +97,38 @@ class EngineRequest:
         if isinstance(prompt, list) and "truncate_prompt_tokens" not in self.parameters:
             for one in [prompt] if isinstance(prompt[0], int) else prompt:
                 if isinstance(one, list) and len(one) > max_model_len:
-                    raise context_exceeded("prompt", f"has {max_model_len} tokens, and the prompt has {len(one)}")
+                    raise context_exceeded("prompt", max_model_len, f"has {len(one)} tokens")
+        self._check_logprobs(max_model_len)
+
+    def _check_logprobs(self, max_model_len: int) -> None:
+        asked = self.parameters
+        chat = self.prompt_name == "messages"
+        # In chats the number of alternatives has a name of its own.
+        name = "top_logprobs" if chat and asked.get("top_logprobs") else "logprobs"
+        alternatives = 0
+        if asked.get("logprobs") not in (None, False):
+            alternatives = 1 + asked.get("top_logprobs" if chat else "logprobs", 0)
+        of_prompt = max(asked["prompt_logprobs"] + 1 if "prompt_logprobs" in asked else 0, alternatives if asked.get("echo") else 0)
+        if not alternatives and not of_prompt:
+            return
+        prompt_tokens, completion_tokens = estimate(asked, self.prompts, max_model_len)
+        # Each choice of a completion repeats those of its prompt.
+        copies = 1 if chat else asked.get("n", 1)
+        total = prompt_tokens * of_prompt * copies + (0 if self.stream else completion_tokens * alternatives)
+        if total > MAX_ALTERNATIVES:
+            blamed = name if alternatives else "prompt_logprobs"
+            raise InvalidRequest(
+                f"The request asks for up to {total} log probabilities in one answer, and {MAX_ALTERNATIVES} are allowed. "
+                f"Use a smaller '{blamed}', 'n' or 'max_tokens', or send fewer prompts.",
+                code="out_of_range",
+                param=blamed,
+            )
 
 
-def context_exceeded(param: str, what: str) -> InvalidRequest:
-    """Return the error for a prompt that is too long."""
-    return InvalidRequest(f"The context of this model {what}. Shorten the prompt.", code="context_length_exceeded", param=param)
+def context_exceeded(param: str, max_model_len: int, found: str) -> InvalidRequest:
+    """Return the error for a prompt that is too long. It begins as OpenAI's does, because clients look for these words."""
+    message = f"This model's maximum context length is {max_model_len} tokens. However, your prompt {found}. Please shorten it."
+    return InvalidRequest(message, code="context_length_exceeded", param=param)
 
 
 def read_chat(body: dict[str, Any]) -> EngineRequest:

@@ -347,6 +347,38 @@ def test_what_cannot_fit_into_the_context_is_told_before_it_waits(read: Read, bo
     assert "100 tokens" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("read", "body", "param"),
+    [
+        (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20, "n": 128}, "top_logprobs"),
+        (read_chat, CHAT | {"logprobs": True, "n": 128, "max_tokens": 10_000}, "logprobs"),
+        (read_completion, COMPLETION | {"logprobs": 20, "n": 128, "max_tokens": 512}, "logprobs"),
+        (read_completion, COMPLETION | {"prompt": [[1] * 8000] * 32, "prompt_logprobs": 20, "max_tokens": 1}, "prompt_logprobs"),
+        (read_completion, COMPLETION | {"prompt": [1] * 8000, "echo": True, "logprobs": 5, "n": 128, "max_tokens": 0}, "logprobs"),
+        (read_completion, COMPLETION | {"prompt": [1] * 8000, "prompt_logprobs": 0, "n": 128, "max_tokens": 1}, "prompt_logprobs"),
+    ],
+)
+def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read(body).check_context(10_000)
+    assert (caught.value.error_code, caught.value.param) == ("out_of_range", param)
+
+
+@pytest.mark.parametrize(
+    ("read", "body"),
+    [
+        (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20}),
+        (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20, "n": 128, "max_tokens": 128}),
+        (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20, "n": 128, "stream": True}),
+        (read_chat, CHAT | {"logprobs": False, "n": 128}),
+        # A batch of lm-eval's.
+        (read_completion, COMPLETION | {"prompt": [[1] * 8000] * 32, "echo": True, "logprobs": 1, "max_tokens": 1}),
+    ],
+)
+def test_usual_numbers_of_log_probabilities_are_allowed(read: Read, body: dict[str, Any]) -> None:
+    read(body).check_context(10_000)
+
+
 def test_a_prompt_that_is_cut_may_be_longer_than_the_context() -> None:
     read_completion(COMPLETION | {"prompt": [1] * 101, "truncate_prompt_tokens": -1}).check_context(100)
 
