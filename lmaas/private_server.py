@@ -1,5 +1,6 @@
 """HTTP servers inside a process of ours, for machines in the same private network: no tenant reaches them."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,4 +23,11 @@ async def serve_privately(app: ASGIApp, host: str, port: int, listener: socket.s
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="off"
     )
-    await _Server(config).serve(sockets=None if listener is None else [listener])
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=None if listener is None else [listener]))
+    try:
+        await asyncio.shield(serving)
+    finally:
+        # Cancelled, it would leave its sockets open.
+        server.should_exit = server.force_exit = True
+        await serving

@@ -30,7 +30,7 @@ MAX_BYTES = 256 * 1024
 MAX_LEVELS = MAX_DEPTH + 8
 #: What a tenant may have checked in each minute: new grammars, and seconds of CPU time for them.
 WINDOW_S = 60.0
-MAX_NEW = 60
+MAX_NEW = 300
 MAX_CPU_S = 20.0
 #: Verdicts that are kept, and tenants whose checks are counted.
 KNOWN_VERDICTS = 20_000
@@ -101,7 +101,7 @@ class Grammars:
             except NoCheckerError:
                 return False
         if verdict.code:
-            raise InvalidRequest(verdict.message, code=verdict.code, param=verdict.param or None)
+            raise InvalidRequest(verdict.message, code=verdict.code, param=verdict.param or _source(parameters))
         return True
 
     async def _asked(self, tenant_id: str, key: Key, text: bytes) -> Verdict:
@@ -178,9 +178,14 @@ def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
     """Raises InvalidRequest for a grammar that is too large to be looked at."""
     if len(text) <= MAX_BYTES and depth(parameters) <= MAX_LEVELS:
         return
-    param = next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
+    param = _source(parameters)
     raise InvalidRequest(
         f"'{param}' is too large: the schemas and tools of a request may have {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
         code="invalid_schema",
         param=param,
     )
+
+
+def _source(parameters: dict[str, Any]) -> str | None:
+    """The parameter that a request's grammar comes from, where the checker cannot say."""
+    return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
