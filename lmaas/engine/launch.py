@@ -21,7 +21,7 @@ from lmaas.engine.lifetime import VARIABLE
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order
-from lmaas.engine.zygote.commands import command_key, remember
+from lmaas.engine.zygote.commands import SERVER, command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
 from lmaas.store.models import BaseModel
@@ -30,7 +30,9 @@ from lmaas.types import AUTO
 log = logging.getLogger(__name__)
 
 #: The server that a zygote has in memory; others are started plainly.
-VLLM = "vllm.entrypoints.launchers.api_server.entry"
+VLLM = SERVER
+#: The one grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
+GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
 
 #: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
@@ -90,7 +92,8 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     if has_cpu_build():
         # Compiled starts take three times as long, and LoRA turns compilation off anyway.
         command += ["--enforce-eager"]
-    return command + shlex.split(spec.extra_args)
+    # Last, so that nothing overrules it: with `auto`, the first grammar that an engine sees decides for all that come after it.
+    return command + shlex.split(spec.extra_args) + ["--structured-outputs-config", GRAMMAR_LIBRARY]
 
 
 def _allowed_rank(rank: int) -> int:

@@ -25,6 +25,7 @@ from lmaas.adapters.objects import source_of
 from lmaas.app import Services, build_gateway, connected
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
+from lmaas.engine.grammars.service import serve_checks
 from lmaas.gateway.server import server
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
@@ -301,6 +302,8 @@ async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any
     async with AsyncExitStack() as exits:
         services = await exits.enter_async_context(connected(settings))
         await services.redis.flushall()
+        checks = asyncio.create_task(serve_checks(settings, services.db, services.redis), name="grammar-checker")
+        exits.push_async_callback(_end, checks)
         stack = Stack(settings, services, exits)
         stack.url = (await exits.enter_async_context(stack.gateway())).url
         yield stack

@@ -1,4 +1,7 @@
-"""What the answer must look like: OpenAI's `response_format`, vLLM's `structured_outputs` and the older `guided_*`."""
+"""What the answer must look like: OpenAI's `response_format`, vLLM's `structured_outputs` and the older `guided_*`.
+
+Only their form is checked here. Whether an engine can compile them is checked before a request is forwarded: grammars.py.
+"""
 
 import json
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.parameters.checks import Reader, boolean, unsupported, without_nulls, wrong_type
 from lmaas.gateway.parameters.tools import check_plain
-from lmaas.gateway.schemas import MAX_BYTES, check_schema
+from lmaas.gateway.schemas import check_schema
 
 MAX_CHOICES = 1000
 #: The constraints of `structured_outputs`, of which a request has one.
@@ -27,7 +30,6 @@ def read_response_format(name: str, value: Any) -> Any:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise wrong_type(name, "an object whose type is 'text', 'json_object', 'json_schema' or 'structural_tag'")
     if kind == "structural_tag":
-        _check_schemas_inside(name, given)
         return given
     if kind == "json_object" and "schema" in given:
         # A form of other servers; without its schema the answer would be any object.
@@ -90,22 +92,18 @@ def _json(name: str, value: Any) -> Any:
 def _regex(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise wrong_type(name, "an object whose 'regex' is a string")
-    check_schema(name, {"type": "string", "pattern": value})
     return value
 
 
 def _choice(name: str, value: Any) -> Any:
     if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES or not all(isinstance(item, str) for item in value):
         raise wrong_type(name, f"an object whose 'choice' is a list of 1 to {MAX_CHOICES} strings")
-    check_schema(name, {"enum": value})
     return value
 
 
 def _grammar(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value.strip():
         raise wrong_type(name, "an object whose 'grammar' is a grammar in EBNF, as a string")
-    if len(value.encode()) > MAX_BYTES:
-        raise InvalidRequest(f"'{name}' holds a grammar of more than {MAX_BYTES} bytes.", code="invalid_grammar", param=name)
     return value
 
 
@@ -124,26 +122,7 @@ def _structural_tag(name: str, value: Any) -> Any:
     if not isinstance(tag, dict):
         raise _invalid(name, "must have a 'structural_tag' that is a JSON object, written as a string")
     check_plain(name, tag)
-    _check_schemas_inside(name, tag)
     return value
-
-
-def _check_schemas_inside(name: str, tag: Any) -> None:
-    """Check each JSON schema and each regular expression that a structural tag holds."""
-    waiting = [tag]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, list):
-            waiting += item
-        if not isinstance(item, dict):
-            continue
-        for key, inner in item.items():
-            if key in ("schema", "json_schema") and isinstance(inner, dict):
-                check_schema(name, inner)
-            elif key in ("pattern", "regex") and isinstance(inner, str):
-                check_schema(name, {"type": "string", "pattern": inner})
-            else:
-                waiting.append(inner)
 
 
 _READERS: dict[str, Reader] = {

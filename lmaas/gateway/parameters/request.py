@@ -19,8 +19,8 @@ MAX_ALTERNATIVES = 1_000_000
 GREEDY = 1e-5
 #: Read by the gateway; an engine does not receive them as they came.
 _GATEWAYS_OWN = ("stream", "stream_options", "service_tier", "best_of")
-#: What decides the grammar that an engine compiles.
-_GRAMMAR = ("response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls")
+#: The parameters from which an engine makes its grammar.
+GRAMMAR_PARAMETERS = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class EngineRequest:
         return choice != "auto" or strict or asked.get("parallel_tool_calls") is False
 
     @property
-    def grammar(self) -> list[Any]:
-        """Everything from which the engine compiles a grammar, in the order of _GRAMMAR."""
-        return [self.parameters.get(name) for name in _GRAMMAR]
+    def grammar(self) -> dict[str, Any]:
+        """The parameters from which the engine compiles its grammar, by name."""
+        return {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}
 
     @property
     def prompt_name(self) -> str:

@@ -2,12 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.parameters.checks import boolean, unsupported, without_nulls, wrong_type
-from lmaas.gateway.schemas import MAX_DEPTH, check_schema, depth
+from lmaas.gateway.schemas import MAX_DEPTH, check_schema
 
 MAX_TOOLS = 128
 #: A name stands inside the JSON that a model writes for a call, so it must need no escapes.
@@ -20,26 +19,24 @@ _TYPED_BY = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "if", "not")
 
 def check_plain(name: str, value: Any) -> None:
     """Raise InvalidRequest if a value that is forwarded whole is nested too deeply, or holds a NUL or a number that JSON cannot write."""
-    if depth(value) > MAX_DEPTH + 8:
-        raise InvalidRequest(f"'{name}' is nested too deeply.", code="invalid_schema", param=name)
-    for item in _leaves(value):
-        if isinstance(item, str) and "\0" in item:
-            raise InvalidRequest(f"'{name}' holds a string with the character NUL. Remove it.", code="invalid_schema", param=name)
-        if isinstance(item, float) and not math.isfinite(item):
-            raise InvalidRequest(f"'{name}' holds a number that is too large for a 64-bit float.", code="invalid_schema", param=name)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            waiting += item
-            waiting += item.values()
-        elif isinstance(item, list):
-            waiting += item
-        else:
-            yield item
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH + 8:
+            raise InvalidRequest(f"'{name}' is nested too deeply.", code="invalid_schema", param=name)
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if "\0" in item:
+                    raise InvalidRequest(f"'{name}' holds a string with the character NUL. Remove it.", code="invalid_schema", param=name)
+            elif isinstance(item, dict):
+                below.extend(item)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise InvalidRequest(f"'{name}' holds a number that is too large for a 64-bit float.", code="invalid_schema", param=name)
+        level = below
 
 
 def read_tools(name: str, value: Any) -> Any:

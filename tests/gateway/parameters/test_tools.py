@@ -46,7 +46,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
         ({"tools": [tool(description=5)]}, "invalid_type", "tools"),
         ({"tools": [tool(strict="yes")]}, "invalid_type", "tools"),
         ({"tools": [tool(parameters=[])]}, "invalid_schema", "tools"),
-        ({"tools": [tool(parameters=nested(40))]}, "invalid_schema", "tools"),
+        ({"tools": [tool(parameters=nested(80))]}, "invalid_schema", "tools"),
         ({"tools": [tool(parameters=nested(5000))]}, "invalid_schema", "tools"),
         ({"tools": [tool(parameters={"const": 1e400})]}, "invalid_schema", "tools"),
         ({"tools": [tool(description="a\0b")]}, "invalid_schema", "tools"),
@@ -177,9 +177,8 @@ def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrain
     request = read_chat(CHAT | changes)
     assert request.constrained is constrained
     # Everything that decides the grammar, and nothing else.
-    assert request.grammar == [
-        request.parameters.get(name) for name in ("response_format", "structured_outputs", "tools", "tool_choice", "parallel_tool_calls")
-    ]
+    names = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
+    assert request.grammar == {name: request.parameters[name] for name in names if name in request.parameters}
 
 
 @pytest.mark.parametrize(
@@ -190,19 +189,16 @@ def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrain
         ("response_format", {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}, "invalid_schema"),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": {}, "description": 5}}, "invalid_schema"),
         *(("response_format", schema(value), "invalid_schema") for value in values(None, "x", [], True)),
-        ("response_format", schema(nested(33)), "invalid_schema"),
-        ("response_format", schema({"description": "x" * 70_000}), "invalid_schema"),
+        ("response_format", schema(nested(80)), "invalid_schema"),
         pytest.param("response_format", schema(nested(5000)), "invalid_schema"),
         ("response_format", schema({"maximum": 1e400}), "invalid_schema"),
         ("response_format", schema({"const": "a\0"}), "invalid_schema"),
-        ("response_format", {"type": "structural_tag", "format": {"json_schema": nested(40)}}, "invalid_schema"),
+        ("response_format", {"type": "structural_tag", "format": {"json_schema": nested(80)}}, "invalid_schema"),
         *(("structured_outputs", value, "invalid_type") for value in values("x", [], 5, {"regex": 5}, {"choice": "a"}, {"choice": []})),
         *(("structured_outputs", value, "invalid_type") for value in values({"choice": [1]}, {"choice": ["a"] * 1001}, {"grammar": ""})),
         *(("structured_outputs", value, "invalid_schema") for value in values({"json": "{"}, {"json": "[]"}, {"json": True}, {"json": 5})),
         *(("structured_outputs", value, "invalid_schema") for value in values({"structural_tag": "x"}, {"structural_tag": "[]"})),
         ("structured_outputs", {"json": {"type": "object"}, "regex": "a"}, "invalid_request"),
-        ("structured_outputs", {"regex": "(a{1,30000}b{1,30000}){1,30000}"}, "invalid_schema"),
-        ("structured_outputs", {"grammar": "x" * 70_000}, "invalid_grammar"),
         ("guided_json", "{", "invalid_schema"),
         ("guided_regex", 5, "invalid_type"),
         ("guided_choice", [], "invalid_type"),
