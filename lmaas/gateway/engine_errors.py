@@ -43,7 +43,8 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, 
     if code == 404:
         # The engine does not have the adapter after all.
         return EngineLost("adapter", message)
-    if 400 <= code < 500:
+    if 400 <= code < 500 or code == 501:
+        # 501 is vLLM's answer to a request for something that the model's engine does not have.
         return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
     if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
         # vLLM's API server failed on this request before the engine had it: every engine would.

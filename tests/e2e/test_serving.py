@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -112,24 +113,47 @@ def test_everything_that_clients_use(stack: Stack) -> None:
             max_tokens=30,
         )
         assert json.loads(shaped.choices[0].message.content)["city"] in ("Paris", "Rome")
-        tool = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": schema}}
-        called = create(
-            model=MODEL, messages=ask("The weather in Rome?"), tools=[tool], tool_choice="required", temperature=0, max_tokens=60
-        )
-        assert called.choices[0].message.tool_calls[0].function.name == "weather"
+        # Without `strict` too, the arguments follow the tool's schema.
+        tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            messages: list[Any] = list(ask("The weather in Rome?"))
+            called = create(model=MODEL, messages=messages, tools=[tool], tool_choice=choice, temperature=1, seed=5, max_tokens=60)
+            message = called.choices[0].message
+            assert message.tool_calls[0].function.name == "weather"
+            assert json.loads(message.tool_calls[0].function.arguments)["city"] in ("Paris", "Rome")
+            messages += [message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "Sunny."}]
+            assert create(model=MODEL, messages=messages, tools=[tool], temperature=0, max_tokens=5).choices[0].message.content
         parts = list(
             client.completions.create(model=MODEL, prompt=["One", "Two"], stream=True, max_tokens=3, stream_options={"include_usage": True})
         )
         assert parts[-1].usage.completion_tokens == 6
         assert all(part.usage is None for part in parts[:-1])
         assert {choice.index for part in parts for choice in part.choices} == {0, 1}
+        # What lm-eval's log-likelihood tasks ask for: the log probabilities of the prompt.
+        scored = client.completions.create(
+            model=MODEL, prompt=[[100, 200, 300], [100, 200]], max_tokens=1, logprobs=1, echo=True, seed=1234, temperature=0
+        )
+        for choice, length in zip(scored.choices, (3, 2), strict=True):
+            assert len(choice.logprobs.token_logprobs) == length + 1
+            assert choice.logprobs.token_logprobs[0] is None
+            assert all(value < 0 for value in choice.logprobs.token_logprobs[1:])
+        echoed = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=0, logprobs=1, echo=True)
+        assert echoed.choices[0].text == "The capital of France is"
+        assert echoed.usage.completion_tokens == 0
+        assert len(echoed.choices[0].logprobs.tokens) == echoed.usage.prompt_tokens
+        same = create(model=MODEL, messages=ask("What is the capital of France?"), n=2, temperature=0, max_tokens=8)
+        once = create(model=MODEL, messages=ask("What is the capital of France?"), temperature=0, max_tokens=8)
+        assert [choice.message.content for choice in same.choices] == [once.choices[0].message.content] * 2
+        with pytest.raises(BadRequestError) as too_many:
+            create(model=MODEL, messages=ask("x"), max_tokens=100_000)
+        assert (too_many.value.code, too_many.value.param) == ("out_of_range", "max_tokens")
         with pytest.raises(BadRequestError) as too_long:
             create(model=MODEL, messages=ask("word " * 5000))
         assert too_long.value.code == "context_length_exceeded"
         nonsense = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
         with pytest.raises(BadRequestError) as bad_schema:
             create(model=MODEL, messages=ask("x"), response_format=nonsense)
-        assert bad_schema.value.code == "invalid_grammar"
+        assert (bad_schema.value.code, bad_schema.value.param) == ("invalid_schema", "response_format")
 
 
 def test_the_engines_own_routes_are_not_there(stack: Stack) -> None:

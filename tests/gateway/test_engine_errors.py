@@ -163,6 +163,10 @@ def test_an_answer_that_is_no_error_of_vllms_is_a_lost_engine(text: bytes, statu
     assert isinstance(meaning(status, text, INTERNAL, CHAT, 2048), EngineLost)
 
 
+def test_something_that_the_engine_does_not_have_is_refused() -> None:
+    assert isinstance(told(CHAT, "Beam search is not implemented here", code=501), InvalidRequest)
+
+
 def test_an_adapter_that_is_not_there() -> None:
     error = told(CHAT, f"The model `{INTERNAL}` does not exist.", "model", code=404)
     assert isinstance(error, EngineLost)
