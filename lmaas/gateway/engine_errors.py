@@ -17,6 +17,8 @@ _PROMPT_TOO_LONG = re.compile(r"This model's maximum context length is|Input len
 _GRAMMAR = re.compile(
     r"grammar|regex|regular expression|json schema|structured.output|structural.tag|xgrammar|guidance|lark", re.IGNORECASE
 )
+#: How vLLM's sampling parameters begin their messages, for which it names no parameter.
+_RULE = re.compile(r"`?(\w+)`? (?:must|cannot)\b")
 _MAX_MESSAGE = 500
 
 
@@ -63,7 +65,10 @@ def _refusal(message: str, param: str | None, engine_name: str, request: EngineR
         blamed = f"The value of '{name}'" if name else "The request"
         return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
     code, text = None, _shown(message)
-    if message.startswith("Token id "):
+    rule = _RULE.match(message) if param is None else None
+    if rule and _clients_name(rule[1], request):
+        code, name = "out_of_range", _clients_name(rule[1], request)
+    elif message.startswith("Token id "):
         code, name = "out_of_range", "prompt"
     elif name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
         code = "out_of_range"

@@ -81,7 +81,6 @@ def test_a_limit_that_is_too_high(name: str) -> None:
         ("Stop options", "body.stop", "stop"),
         ("assistant tool_calls entries must be objects.", "tool_calls", "messages"),
         ("Invalid value for `function`", "tool_choice.function.name", "tool_choice"),
-        ("n must be 1 when using greedy sampling, got 2.", None, None),
         # A name of the engine's own is not the client's.
         ("Something about a token", "engine_core.x", None),
         # What the client wrote, told back, decides nothing.
@@ -94,6 +93,19 @@ def test_the_engines_parameter_is_kept(message: str, param: str | None, expected
 
 def test_a_token_that_does_not_exist() -> None:
     assert refused(COMPLETION, "Token id 49152 is out of vocabulary")[:2] == ("out_of_range", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ("min_tokens must be less than or equal to max_tokens=16, got 20.", "min_tokens"),
+        ("n must be 1 when using greedy sampling, got 2.", "n"),
+        ("stop cannot contain an empty string.", "stop"),
+    ],
+)
+def test_a_rule_that_begins_with_its_parameter(message: str, name: str) -> None:
+    assert refused(CHAT, message)[:2] == ("out_of_range", name)
+    assert refused(CHAT, "engine_depth must be small")[:2] == ("invalid_request", None)
 
 
 def test_a_validators_text_is_not_shown() -> None:

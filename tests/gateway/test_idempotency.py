@@ -210,7 +210,7 @@ async def test_after_a_day_the_request_runs_anew(service: Service, tenant: Tenan
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_what_the_engine_refused_is_kept(service: Service, tenant: Tenant, stream: bool) -> None:
-    body = ask(tokens=5000, stream=stream)
+    body = ask(stream=stream, messages=[{"role": "user", "content": "word " * 3000}])
     first = await service.send(tenant, body)
     check_error(first, 400, "context_length_exceeded")
     again = await service.send(tenant, body)
@@ -337,7 +337,7 @@ async def test_keys_that_are_none(service: Service, tenant: Tenant) -> None:
     # What is malformed, or nobody's, claims nothing.
     before = await service.rows(tenant)
     assert len(before) == 3
-    check_error(await service.send(tenant, ask(n=17)), 400, "out_of_range")
+    check_error(await service.send(tenant, ask(n=129)), 400, "out_of_range")
     check_error(await service.send(tenant, {"model": "base"}), 400, "missing_parameter")
     check_error(await service.send(Tenant("", "sk-lmaas-nobody", ""), ask()), 401, "invalid_api_key")
     assert await service.rows(tenant) == before
