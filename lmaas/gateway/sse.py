@@ -18,7 +18,7 @@ _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
 #: How vLLM writes what it says of the service: in a plain answer before the usage, and at the end of a stream's last event.
 _FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")\Z')
-_MARK = b',"system_fingerprint":'
+_TIER, _MARK = b',"service_tier":', b',"system_fingerprint":'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
 #: Marks of events that are more than a piece of the answer. A mark elsewhere, such as `data: [DONE]` written by a model, only costs time.
 _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
@@ -200,13 +200,14 @@ def rewrite_whole(text: bytes, engine_name: str, asked: str, facts: Mapping[str,
     place = text.rfind(_USAGE)
     internal = b'"model":' + json.dumps(engine_name).encode()
     if place >= 0 and internal in text and text.endswith(b"}"):
-        start = text.rfind(b',"service_tier":', max(0, place - 300), place)
+        start = text.rfind(_TIER, max(0, place - 300), place)
         own = _FACTS.match(text, start, place) if start >= 0 else None
-        if own is not None or not facts:
+        if not facts or own is not None or (_TIER not in text and _MARK not in text):
             usage, _ = _DECODER.raw_decode(text[place + len(_USAGE) - 1 :].decode())
             _check(usage)
-            head = text if own is None or not facts else text[: own.start()] + _written(facts) + text[place:]
-            return head.replace(internal, b'"model":' + _ENCODER.encode(asked).encode(), 1), usage, _ABORTED in text
+            if facts:
+                text = text[: place if own is None else own.start()] + _written(facts) + text[place:]
+            return text.replace(internal, b'"model":' + _ENCODER.encode(asked).encode(), 1), usage, _ABORTED in text
     answer: dict[str, Any] = json.loads(text)
     aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices", ()))
     answer |= {"model": asked, **(facts or {})}
