@@ -30,7 +30,6 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
-from lmaas.engine.launch import has_engine
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
@@ -188,7 +187,8 @@ async def run_controller(settings: Settings) -> None:
         controller = Controller(settings, services.db, services.scheduler, where)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
-            if has_engine():
+            if settings.provisioner == "local":
+                # Engines run on this host; elsewhere the replicas' hosts check.
                 tasks.append(group.create_task(serve_checks(settings, services.db, services.redis), name="grammar-checker"))
             if settings.controller_port is not None:
                 tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
@@ -208,7 +208,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
             raise SettingsError(f"Nobody desires a replica {replica_id}.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
-        # Where provisioners are local, the controller's host has the engine, and checks.
+        # With a local provisioner, the controller checks.
         checks = None if settings.provisioner == "local" else asyncio.create_task(serve_checks(settings, services.db, services.redis))
         try:
             ending = await supervisor.run()

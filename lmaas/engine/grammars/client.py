@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
+import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,16 +37,18 @@ class NoVerdict(Exception):
 
 
 class Checkers:
-    """The checkers of one machine. `folder` holds their sockets and logs; with a `home`, that folder's zygote forks them if it can."""
+    """The checkers of one machine for one process. `root` holds a folder for each such process, with sockets and logs; with a `home`, that
+    folder's zygote forks the checkers if it can."""
 
-    def __init__(self, folder: Path, home: Path | None) -> None:
-        self._folder, self._home = folder, home
+    def __init__(self, root: Path, home: Path | None) -> None:
+        self._root, self._folder, self._home = root, root / str(os.getpid()), home
         self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator["Checkers"]:
         """Themselves; their processes are gone at the end of the block, or when this process dies."""
+        await asyncio.to_thread(self._sweep)
         try:
             yield self
         finally:
@@ -53,6 +57,14 @@ class Checkers:
                     with contextlib.suppress(ProcessLookupError):
                         process.kill()
                     await process.wait()
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove the folders of processes that were killed."""
+        if self._root.is_dir():
+            for folder in self._root.iterdir():
+                if not Path("/proc", folder.name).exists() or folder == self._folder:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     async def check(self, spec: EngineSpec, question: Question) -> Verdict:
         """The verdict on a request to an engine like `spec`. Raises NoVerdict."""

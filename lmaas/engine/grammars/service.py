@@ -1,7 +1,7 @@
 """Grammar checks over HTTP, for gateways: they have no engine installed, and may run on other machines.
 
-Hosts that have the engine serve `POST /check?model=ID` on a free port of their private address: controllers, and supervisors where the
-controller's host has no engine. One of them at a time has its address in Redis, under KEY, for a few seconds; gateways ask that one.
+Hosts that run engines serve `POST /check?model=ID` on a free port of their private address: the controller where engines run beside it,
+otherwise the replicas' supervisors. One of them at a time has its address in Redis, under KEY, for a few seconds; gateways ask that one.
 """
 
 import asyncio
