@@ -12,7 +12,7 @@ _INTRODUCTION = """\
 
 `POST /v1/chat/completions` and `POST /v1/completions` take OpenAI's parameters and those of vLLM that are safe to forward. `null` always
 means that a parameter was not given. A parameter that is not on this page is refused with 400 `unsupported_parameter`; unknown fields
-inside messages, tools and options have no effect.
+inside a message, a tool or another parameter have no effect, except in `chat_template_kwargs`.
 """
 _SECTIONS = {
     Treatment.FORWARDED: (

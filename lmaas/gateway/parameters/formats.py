@@ -53,10 +53,11 @@ def read_structured_outputs(name: str, value: Any) -> Any:
         raise wrong_type(name, "an object")
     check_plain(name, value)
     given = without_nulls(value)
-    given = {key: item for key, item in given.items() if not (key == "json_object" and item is False)}
-    for key in given:
-        if key not in CONSTRAINTS and key not in _FLAGS:
-            raise unsupported(f"{name}.{key[:50]}")
+    if "whitespace_pattern" in given:
+        raise unsupported(f"{name}.whitespace_pattern", "the grammar library of this service does not know it")
+    if given.get("json_object") is False:
+        del given["json_object"]
+    given = {key: item for key, item in given.items() if key in CONSTRAINTS or key in _FLAGS}
     for key in _FLAGS:
         if key in given:
             boolean(f"{name}.{key}", given[key])
