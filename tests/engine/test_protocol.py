@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lmaas.engine.launch import has_engine
+from lmaas.gateway.parameters.enforceable import enforceable
 from lmaas.gateway.parameters.request import read_chat, read_completion
 from lmaas.gateway.parameters.table import BY_NAME, Endpoint, Treatment
 
@@ -127,3 +128,38 @@ for kind, bodies in zip((ChatCompletionRequest, CompletionRequest), json.load(sy
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=sent, check=True, capture_output=True, text=True)
     (refused,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert '"n": "many"' in refused
+
+
+#: Parts of schemas, some of which the engine's grammar library refuses.
+PARTS: list[dict[str, Any]] = [
+    *(
+        {"type": "string", "pattern": pattern}
+        for pattern in (r"\p{L}", r"a\b", r"(a)\1", r"(?<n>a)\k<n>", "(?#x)a", "(?>a)", "(?i:a)", "(?<=a)b", r"\\\p{L}")
+    ),
+    *(
+        {"type": "string", "pattern": pattern}
+        for pattern in (r"^\d+$", "(?:a|b)+", "^(?!b)(?=a).+$", "(?<n>a)", "(?P<n>a)", "(?i)a", r"\\p")
+    ),
+    *({"type": "integer", "maximum": bound} for bound in (0.5, 2**63, 2**63 - 1, 1e18, 5)),
+    *({"type": "integer", "minimum": bound} for bound in (-(2**63), -(2**63) - 1)),
+    {"type": "number", "maximum": 0.5},
+]
+
+
+@pytest.mark.skipif(not has_engine(), reason="vLLM is not installed")
+def test_what_is_left_out_of_a_schema_is_what_the_grammar_library_refuses() -> None:
+    code = """
+import json, sys
+import xgrammar
+from xgrammar.structural_tag import JSONSchemaFormat, TagFormat
+for part in json.load(sys.stdin):
+    content = JSONSchemaFormat(json_schema={"type": "object", "properties": {"a": part}})
+    try:
+        xgrammar.Grammar.from_structural_tag(xgrammar.StructuralTag(format=TagFormat(begin="<a>", content=content, end="</a>")))
+        print("TAKEN")
+    except Exception:
+        print("REFUSED")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=json.dumps(PARTS), check=True, capture_output=True, text=True)
+    taken = [line == "TAKEN" for line in done.stdout.splitlines() if line in ("TAKEN", "REFUSED")]
+    assert [(part, enforceable(part) == part) for part in PARTS] == list(zip(PARTS, taken, strict=True))

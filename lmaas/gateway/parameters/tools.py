@@ -6,6 +6,7 @@ from typing import Any
 
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.parameters.checks import boolean, unsupported, without_nulls, wrong_type
+from lmaas.gateway.parameters.enforceable import enforceable
 from lmaas.gateway.schemas import MAX_DEPTH, check_schema
 
 MAX_TOOLS = 128
@@ -163,7 +164,10 @@ def _constrained(name: str, tool: dict[str, Any]) -> dict[str, Any]:
     write a string or a list for them. With `strict`, and a schema for objects, it cannot.
     """
     function = tool["function"]
-    return {"type": "function", "function": function | {"parameters": _object_schema(name, function.get("parameters")), "strict": True}}
+    schema = _object_schema(name, function.get("parameters"))
+    if not function.get("strict"):
+        schema = enforceable(schema)
+    return {"type": "function", "function": function | {"parameters": schema, "strict": True}}
 
 
 def _object_schema(name: str, schema: dict[str, Any] | None) -> dict[str, Any]:

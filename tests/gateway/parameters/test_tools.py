@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lmaas.gateway.parameters.enforceable import enforceable
 from lmaas.gateway.parameters.request import read_chat, read_completion
 from tests.gateway.parameters.build import BOTH, CHAT, FUNCTION, Read, chat, nested, refusal, schema, sent, values
 
@@ -152,6 +153,49 @@ def test_bad_tools(changes: dict[str, Any], code: str, param: str) -> None:
 def test_tools_for_the_engine(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     assert chat(**changes) == expected
     assert read_chat(CHAT | changes).legacy_functions == ("functions" in changes)
+
+
+HARD = {
+    "type": "object",
+    "properties": {
+        "pattern": {"type": "string", "pattern": r"\p{L}+", "default": {"pattern": r"\b"}},
+        "word": {"type": "string", "pattern": r"\\bfoo"},
+        "many": {"anyOf": [{"type": "integer", "minimum": 0.5, "maximum": 2**63}, {"type": "number", "minimum": 0.5}]},
+        "maximum": {"type": ["integer", "null"], "maximum": 2**53 - 1, "exclusiveMinimum": -(2**70)},
+    },
+}
+EASY = {
+    "type": "object",
+    "properties": {
+        "pattern": {"type": "string", "default": {"pattern": r"\b"}},
+        "word": {"type": "string", "pattern": r"\\bfoo"},
+        "many": {"anyOf": [{"type": "integer"}, {"type": "number", "minimum": 0.5}]},
+        "maximum": {"type": ["integer", "null"], "maximum": 2**53 - 1},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        *(
+            (pattern, True)
+            for pattern in (r"^\d{4}-\d\d$", r"(?:a|b)+", r"^(?!\.)(?=a).+$", "(?<n>a)", "(?P<n>a)", "(?i)a", r"\\p", r"\(?#")
+        ),
+        *((pattern, False) for pattern in (r"\P{L}", r"a\b", r"(a)\1", r"(?<n>a)\k<n>", "(?#x)a", "(?>a)", "(?i:a)", "(?<=a)b", "(?<!a)b")),
+        *((pattern, False) for pattern in (r"\\\p{L}",)),
+    ],
+)
+def test_patterns_that_the_grammar_library_cannot_enforce(pattern: str, kept: bool) -> None:
+    schema = enforceable({"type": "string", "pattern": pattern})
+    assert schema == {"type": "string"} | ({"pattern": pattern} if kept else {})
+
+
+def test_what_the_grammar_library_cannot_enforce_is_left_out_unless_a_tool_is_strict() -> None:
+    assert chat(tools=[tool(parameters=HARD)], tool_choice="required")["tools"] == [tool(parameters=EASY, strict=True)]
+    # A strict tool is refused by the check of its grammar, and without a required call nothing is changed.
+    for changes in ({"tools": [tool(parameters=HARD, strict=True)], "tool_choice": "required"}, {"tools": [tool(parameters=HARD)]}):
+        assert chat(**changes)["tools"] == changes["tools"]
 
 
 @pytest.mark.parametrize(
