@@ -120,6 +120,7 @@ class Supervisor:
                     "signals": self._listen(),
                     "desire": self._watch_desire(engine),
                     "liveness": self._watch_liveness(engine),
+                    "grammars": self._watch_grammars(engine),
                     "time-sheet": self._sheet.write_forever(),
                 }.items()
             ]
@@ -171,7 +172,9 @@ class Supervisor:
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
-        # Who waits for an adapter finds it there.
+        if self._residency.awaits:
+            engine.seal_log()  # a tenant's adapter is about to be loaded
+        # Requests that wait for an adapter find it loaded.
         warming = asyncio.create_task(self._residency.warm(engine.url), name="warm")
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
@@ -179,6 +182,7 @@ class Supervisor:
                 self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
                 return
             self._times.generated = time.monotonic()
+            engine.seal_log()
             await warming
         finally:
             warming.cancel()
@@ -351,6 +355,15 @@ class Supervisor:
                 self._doubted = True
                 self._wake.set()
                 tokens, moved, answered = now, time.monotonic(), time.monotonic()
+
+    async def _watch_grammars(self, engine: EngineProcess) -> None:
+        """Find an engine that compiles one grammar for ever. It still makes tokens for requests without a grammar, so its liveness does not
+        show it."""
+        while True:
+            if reason := engine.stuck_grammar():
+                self.end(Observed.FAILED, reason)
+                return
+            await asyncio.sleep(BEAT_S)
 
     async def _drain(self, engine: EngineProcess) -> None:
         """No new work; what runs may end, within the drain timeout."""
