@@ -1,4 +1,4 @@
-"""Starting a vLLM server and stopping it without a trace."""
+"""Start vLLM servers, and stop them with everything that belongs to them."""
 
 import asyncio
 import contextlib
@@ -97,13 +97,13 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
 
 
 def _allowed_rank(rank: int) -> int:
-    """vLLM takes only these; the smallest that holds `rank`."""
+    """The smallest maximum of ranks that vLLM accepts and that holds `rank`."""
     return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
 def shared_environment() -> dict[str, str]:
-    """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
-    # The engine has no business with our servers and keys.
+    """The environment of every engine on this machine, and of the zygote: ours without secrets, with what vLLM needs."""
+    # Engines get no access to our servers and no keys.
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -116,13 +116,13 @@ def shared_environment() -> dict[str, str]:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """One server's environment."""
+    """The environment of one server."""
     return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
 
 
 def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
-    """Whoever calls its `ensure` now and then has a zygote in this home folder, on this machine; any number of processes may.
-    It ends `idle_s` seconds after it was last needed."""
+    """Keeps a zygote running in this home folder, on this machine, for as long as its `ensure` is called from time to time. Several
+    processes can do so at once. The zygote ends `idle_s` seconds after it was last needed."""
     shared = shared_environment()
     return ZygoteOwner(
         home,
@@ -132,13 +132,13 @@ def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
 
 
 def expect(home: Path, spec: EngineSpec) -> None:
-    """Have the next zygote of this home folder prepared for an engine like that: with its tokenizer in memory. Raises OSError."""
+    """Have the next zygote of this home folder load the tokenizer of such an engine beforehand. Raises OSError."""
     if spec.module == VLLM:
         remember(wire.folder(home) / wire.COMMANDS, command_key(command_line(spec, 0)[3:]))
 
 
 async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
-    """Have the zygote fork `lmaas` with these arguments; it runs once `go` is called. None if that is not possible at once."""
+    """Have the zygote fork `lmaas` with these arguments. The process runs once `go` is called. None if that is not possible at once."""
     order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
         return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
@@ -148,7 +148,7 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
 
 
 def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
-    """What an engine of a base model's pool serves, with the server of this Python module, at this address of its machine."""
+    """The specification of an engine in a base model's pool: `module` is its server, `host` its address on its machine."""
     return EngineSpec(
         module=module,
         source=model.source,
@@ -187,12 +187,12 @@ class EngineProcess:
         self.began = time.monotonic()
 
     def marks(self) -> dict[str, float]:
-        """When its start reached what, by time.monotonic(); see marks.py."""
+        """When its start reached each stage, by time.monotonic(); see marks.py."""
         return marks.read(self._marks_path)
 
     @property
     def log_path(self) -> Path:
-        """The file with what it printed. A larger one is continued in a new file, and its predecessor ends in `.1`."""
+        """The file with its output. When it is full, it is renamed to end in `.1`, and a new one is begun."""
         return self._log.path
 
     def seal_log(self) -> None:
@@ -212,12 +212,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """Of the server; its engine process is a child of that."""
+        """The process id of the server. Its engine process is a child of it."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether the server process is still there."""
+        """Whether the server process has not ended."""
         return self._process.returncode is None
 
     async def exited(self) -> int:
@@ -225,7 +225,7 @@ class EngineProcess:
         return await self._process.wait()
 
     def last_words(self, lines: int = 5) -> str:
-        """The end of its log that looks like an error, for the reason of a failure."""
+        """The last lines of its log that look like errors, for the reason of a failure."""
         text = self._log.tail(16384).decode(errors="replace").splitlines()
         errors = [line for line in text if "Error" in line or "error:" in line]
         return " | ".join((errors or text)[-lines:])[-1500:]
@@ -238,7 +238,7 @@ class EngineProcess:
         return not has_cpu_build() or self._log.contains(ACTIVE_MARK)
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Ask the server to stop, then make it. Its memory is free when this returns."""
+        """Ask the server to stop, and kill it after `grace_s` seconds. Its memory is free when this returns."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
