@@ -74,6 +74,27 @@ async def test_an_engine_that_stands_still_is_ejected_while_others_flow(
     await stack.idle(model)
 
 
+async def test_an_engine_that_makes_no_token_is_ejected_although_its_server_responds(
+    stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when the engine core hangs in the mask of a grammar: the server is another process.
+    model = await stack.model("base", slots=4)
+    hung = await stack.replica(model, "--fake-token-ms 8000")
+    monkeypatch.setattr(supervisor, "STALL_S", 1.0)
+    monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_S", 1.0)
+    asked = asyncio.create_task(post(stack, tenant, ask(6)))
+
+    async def runs() -> bool:
+        return await hung.running() == 1
+
+    await until(runs)
+    other = await stack.replica(model, "--fake-token-ms 5")
+    ending = await hung.task
+    assert (ending.state, ending.reason.partition(":")[0]) == (Observed.FAILED, "the engine does not generate")
+    assert (await asked).status_code == 200
+    assert [event["replica_id"] for event in await stack.told_once(model, 1)] == [other.id]
+
+
 async def test_an_engine_whose_grammar_thread_stands_still_is_replaced_and_plain_requests_are_served(
     stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
