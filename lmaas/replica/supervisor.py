@@ -172,10 +172,8 @@ class Supervisor:
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
-        if self._residency.awaits:
-            engine.seal_log()  # a tenant's adapter is about to be loaded
         # Requests that wait for an adapter find it loaded.
-        warming = asyncio.create_task(self._residency.warm(engine.url), name="warm")
+        warming = asyncio.create_task(self._warm(engine), name="warm")
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
             if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
@@ -197,6 +195,11 @@ class Supervisor:
         self._wake.set()
         log.info("engine ready", extra=self._extra("ready", f"after {record['total_ms']} ms"))
         await self._learn_usual_start(engine)
+
+    async def _warm(self, engine: EngineProcess) -> None:
+        if self._residency.awaits:
+            engine.seal_log()  # these are tenants' adapters
+        await self._residency.warm(engine.url)
 
     async def _learn_usual_start(self, engine: EngineProcess) -> None:
         """Find out how long a start usually takes, for clients that wait for one."""

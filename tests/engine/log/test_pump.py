@@ -117,7 +117,7 @@ async def test_a_full_disk_holds_up_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(pump.os, "write", full)
+        patch.setattr(os, "write", full)
         for _ in range(3):
             engine_log._write(b"lost\n")
     assert caplog.text.count("cannot be written") == 1
@@ -128,7 +128,7 @@ async def test_a_full_disk_holds_up_nothing(
 async def test_a_log_whose_engine_cannot_be_told_keeps_tenants_text_out(
     engine_log: EngineLog, engine: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = pump.write_seal
+    real = seal.write_seal
 
     def full(path: Path, mark: str) -> None:
         monkeypatch.setattr(pump, "write_seal", real)
