@@ -116,7 +116,6 @@ async def engine(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -
         max_lora_rank=16,
         max_cpu_loras=4,
         kv_cache_bytes=64 * 1024 * 1024,
-        extra_args="""--structured-outputs-config '{"backend": "xgrammar"}'""",
     )
     folder = tmp_path_factory.mktemp("engine")
     async with running(spec, folder / "engine.log") as (process, http, _):
