@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmaas.engine import marks
+from lmaas.engine import hooks, marks
 from lmaas.engine.zygote.commands import SERVER, command_key, read_commands, remember
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Preloaded:
             self._import(module)
         load_general_plugins()
         marks.install()
+        hooks.install()
         if self._cpu:
             _fork_on_cpu(type(current_platform))
         else:
