@@ -54,7 +54,7 @@ class Gateway:
 
 async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Callable[[dict[str, Any]], Shielded]) -> None:
     """Answer one chat completion or completion, plain or streaming."""
-    principal = await gateway.authenticate(call.authorization)
+    principal = await gateway.authenticate(call.api_key)
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
     body = await call.body(gateway.settings.max_body_bytes)

@@ -216,7 +216,9 @@ class BoundedProtocol(SlowClientProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_headers(self) -> None:
-        self._refuse(HeadersTooLargeError(f"The request's headers exceed {MAX_HEADER_BYTES} bytes, the maximum. Send fewer or shorter headers."))
+        self._refuse(
+            HeadersTooLargeError(f"The request's headers exceed {MAX_HEADER_BYTES} bytes, the maximum. Send fewer or shorter headers.")
+        )
 
     def _refuse(self, error: LmaasError) -> None:
         # While a body is awaited, the response has not begun yet, so this can still be it.
