@@ -290,7 +290,9 @@ async def test_the_frames_lines_go_into_the_head_where_the_server_takes_them() -
     assert headers["x-request-id"].startswith("req_")
     assert int(headers["openai-processing-ms"]) >= 0
     lines: list[bytes] = []
-    _, headers, _ = await answer(Frame(app), http(**{"lmaas.head": lines.append}))
+    scope = http()
+    scope["lmaas.head"] = lines.append
+    _, headers, _ = await answer(Frame(app), scope)
     assert "x-request-id" not in headers
     [line] = lines
     assert [each.partition(b":")[0] for each in line.split(b"\r\n")] == [b"x-request-id", b"openai-processing-ms", b""]
