@@ -62,7 +62,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. `code` says why (trust.md, "Adapter upload")."""
+    """The uploaded adapter cannot be served. `code` says why."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 

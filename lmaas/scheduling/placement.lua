@@ -10,6 +10,7 @@ local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots
 local FAIR_TURNS = 2
 local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
 local MAX_TENANTS = 256   -- tenants looked at in one round
+local MAX_LINE = 64       -- tenants whose queues a position counts in full
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
 local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next one goes on

@@ -46,9 +46,47 @@ local function estimate(pool, position)
   }
 end
 
+-- How many of the other tenants' tickets go before one with `rank` tickets of its own tenant before it, by its tenant's index in the order of
+-- service: turns of the tenants cost the same. Of tenants beyond MAX_LINE, one ticket each.
+local function turns_of(line, rank)
+  local turns, before, after = {}, 0, 0
+  for i = 1, #line.lengths do
+    turns[i], before = before, before + math.min(line.lengths[i], rank + 1)
+  end
+  for i = #line.lengths, 1, -1 do
+    turns[i], after = turns[i] + after + line.more, after + math.min(line.lengths[i], rank)
+  end
+  turns.beyond = before + line.more - 1
+  return turns
+end
+
+-- A queued ticket's position in the order of service, from 1: behind what came back. Lengths of queues are asked for once a call, so it must
+-- not change the queue any more.
+local function position_of(pool, ticket)
+  local front = redis.call('ZRANK', pool.key .. ':front', ticket.id)
+  if front then return front + 1 end
+  front = redis.call('ZCARD', pool.key .. ':front')
+  local rank = redis.call('ZRANK', pool.key .. ':queue:' .. ticket.tenant, ticket.id)
+  if rank == 0 then return front + redis.call('ZRANK', pool.key .. ':waiting', ticket.tenant) + 1 end
+  local line = pool.line
+  if not line then
+    line = { index = {}, lengths = {}, turns = {}, more = math.max(0, redis.call('ZCARD', pool.key .. ':waiting') - MAX_LINE) }
+    for i, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_LINE - 1)) do
+      line.index[tenant], line.lengths[i] = i, redis.call('ZCARD', pool.key .. ':queue:' .. tenant)
+    end
+    pool.line = line
+  end
+  local turns = line.turns[rank]
+  if not turns then
+    turns = turns_of(line, rank)
+    line.turns[rank] = turns
+  end
+  return front + rank + turns[line.index[ticket.tenant] or 'beyond'] + 1
+end
+
 local function report(pool, ticket)
   if ticket.state == 'queued' then
-    local position = (redis.call('ZRANK', pool.key .. ':queue', ticket.id) or 0) + 1
+    local position = position_of(pool, ticket)
     local reply = estimate(pool, position)
     reply.state, reply.attempts, reply.position = 'queued', ticket.attempts, position
     return reply

@@ -32,6 +32,7 @@ class Rules:
     FAIR_TURNS: int = 2
     MAX_TURNS: int = 128
     MAX_TENANTS: int = 256
+    MAX_LINE: int = 64
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
     MAX_REAPED: int = 100
@@ -456,10 +457,25 @@ class Model:
     def left(usual: int, elapsed: int) -> int:
         return max(min(1000, usual), usual - elapsed, elapsed - usual)
 
+    def position(self, held: Held) -> int:
+        """In the order of service: behind what came back, and with turns of the tenants that cost the same. Of the last tenants one each."""
+        front = [each for each in self.queue() if each.came_back]
+        if held in front:
+            return front.index(held) + 1
+        tenant, order = held.ticket.tenant, self.tenants_waiting()
+        own, turn = self.queue(tenant).index(held), order.index(tenant)
+        if own == 0:
+            return len(front) + turn + 1
+        others = 0
+        for at, each in enumerate(order):
+            if each != tenant:
+                others += min(len(self.queue(each)), own + (at < turn)) if at < self.rules.MAX_LINE else 1
+        return len(front) + own + others + 1
+
     def report(self, now: int, held: Held) -> Reply:
         reply: Reply = {"state": held.state, "attempts": held.attempts}
         if held.state == "queued":
-            position = self.queue().index(held) + 1
+            position = self.position(held)
             reply |= {"position": position} | self.estimate(now, position)
         if held.state == "granted":
             reply |= self.lease(held)

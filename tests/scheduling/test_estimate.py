@@ -43,8 +43,8 @@ class Waits:
         if self.both.model.tickets:
             self.both.renew([(name, None) for name in self.both.model.tickets])
 
-    def submit(self, number: int) -> Any:
-        return self.both.submit(ticket(number), BOUNDS)
+    def submit(self, number: int, tenant: str = "a") -> Any:
+        return self.both.submit(ticket(number, tenant), BOUNDS)
 
     def report(self, number: int) -> dict[str, Any]:
         [report] = self.both.renew([(f"r{number}", None)])["tickets"]
@@ -59,7 +59,7 @@ class Waits:
 @pytest.fixture
 def waits(valkey_url: str) -> Iterator[Waits]:
     with Redis.from_url(valkey_url, decode_responses=True) as client:
-        yield Waits(Both(client, Rules(), NOW, Direct(client, library_with(Rules())), ["a"]))
+        yield Waits(Both(client, Rules(), NOW, Direct(client, library_with(Rules())), ["a", "b", "c"]))
 
 
 def test_before_an_engine_starts_it_counts_down_and_then_grows(waits: Waits) -> None:
@@ -161,3 +161,21 @@ def test_a_clock_set_back_leaves_no_estimate_from_the_future(waits: Waits) -> No
     waits.both.at(NOW - 3_600_000)
     waits.beat()
     assert waits.told(3) == ("busy", 2, 0)
+
+
+def test_a_position_is_by_turns_of_the_tenants(waits: Waits) -> None:
+    for number in range(1, 6):
+        waits.submit(number)
+    for number in (6, 7):
+        waits.submit(number, "b")
+    waits.submit(8, "c")
+    positions = {number: waits.report(number)["position"] for number in range(1, 9)}
+    assert positions == {1: 1, 6: 2, 8: 3, 2: 4, 7: 5, 3: 6, 4: 7, 5: 8}, "a neighbour's queue is not before one's own turn"
+
+
+def test_what_came_back_is_first(waits: Waits) -> None:
+    waits.beat("ready")
+    for number in range(1, 5):
+        waits.submit(number)
+    waits.both.retry(ticket(2), "x", "engine", 0)
+    assert {number: waits.report(number)["position"] for number in (2, 3, 4)} == {2: 1, 3: 2, 4: 3}
