@@ -129,7 +129,7 @@ class Door:
     @asynccontextmanager
     async def admitted(self, tenant: int, adapter: int) -> AsyncIterator[None]:
         """A request of this tenant with its key, from the key to the lease; it ends with the block."""
-        principal = await self.authenticate(f"Bearer {_key(tenant)}")
+        principal = await self.authenticate(_key(tenant))
         name = f"bot-{adapter}"
         model = await self._catalog.resolve(principal.tenant_id or "", name)
         record = UsageRecord(
@@ -199,7 +199,7 @@ async def _all_asked(made: Place) -> None:
 
 
 async def _asked(made: Place, door: "Door", tenant: int) -> None:
-    principal = await door.authenticate(f"Bearer {_key(tenant)}")
+    principal = await door.authenticate(_key(tenant))
     record = UsageRecord(new_id("req"), principal.tenant_id, principal.key_id, made.model.name, "bot-0", None, None, stream=True)
     ticket = _ticket(record, principal, made.model.id, "", "bench")
     report = await made.scheduler.submit(ticket, BOUNDS)

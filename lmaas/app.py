@@ -34,6 +34,7 @@ from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
+from lmaas.gateway.cors import Cors
 from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.pipeline import Gateway
@@ -131,7 +132,11 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
-    return Frame(app, completions(gateway)), leases
+    # The frame takes slashes off the end. A redirect would name this server's own address, which is not the client's behind a proxy.
+    app.router.redirect_slashes = False
+    frame = Frame(app, completions(gateway))
+    origins = settings.cors_origin_list
+    return Cors(frame, origins) if origins else frame, leases
 
 
 def _end_process_on_failure(task: "asyncio.Task[None]") -> None:

@@ -1,6 +1,7 @@
 """Every setting, read once from `LMAAS_*` into one frozen object. Nothing else reads the environment."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 from lmaas.errors import SettingsError
 
 PREFIX = "LMAAS_"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -80,6 +82,9 @@ class Settings:
     #: How long a key that was valid stays so while Postgres is away.
     auth_grace_s: float = 300.0
 
+    #: The origins whose pages may call the service from a browser, separated by commas; `*` for all. Without it, CORS is off.
+    cors_origins: str = ""
+
     #: How long a client may take to send a request's headers, and each 4 KiB of its body; then 408.
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
@@ -126,11 +131,21 @@ class Settings:
             raise SettingsError(f"LMAAS_RAY_NODES is 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
         if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
             raise SettingsError("LMAAS_ENGINE_HOST is one address, at which gateways reach the engine; engines never listen on all.")
+        for origin in self.cors_origin_list:
+            if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+                raise SettingsError(
+                    f"LMAAS_CORS_ORIGINS holds {origin!r}, which is not an origin. An origin has no path: https://app.example.com or *."
+                )
         for field in fields(self):
             value = getattr(self, field.name)
             zero = field.name in _MAY_BE_ZERO and value == 0
             if isinstance(value, int | float) and not isinstance(value, bool) and not zero and not 0 < value < float("inf"):
                 raise SettingsError(f"{PREFIX}{field.name.upper()} must be a number greater than 0, not {value}.")
+
+    @property
+    def cors_origin_list(self) -> list[str]:
+        """The origins that may call the service from a browser; empty if CORS is off."""
+        return [origin for each in self.cors_origins.split(",") if (origin := each.strip())]
 
     @property
     def base_url(self) -> str:

@@ -51,6 +51,16 @@ class InvalidRequest(LmaasError):
     kind, status, type, code = "invalid_request", HTTPStatus.BAD_REQUEST, "invalid_request_error", "invalid_request"
 
 
+class UnsupportedMediaType(InvalidRequest):
+    """The request body has an encoding that the service does not read."""
+
+    kind, status, code = "unsupported_media_type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"
+
+    def headers(self) -> dict[str, str]:
+        """Add the content encodings that the service reads (RFC 7694)."""
+        return super().headers() | {"accept-encoding": "gzip, deflate, identity"}
+
+
 class InvalidAdapter(InvalidRequest):
     """The uploaded adapter cannot be served. `code` says why."""
 
@@ -58,12 +68,16 @@ class InvalidAdapter(InvalidRequest):
 
 
 class Unauthenticated(LmaasError):
-    """No key, an unknown one, a revoked one, a deleted tenant's: one answer for all."""
+    """The request has no valid key. A missing, unknown or revoked key and one of a deleted tenant get the same answer."""
 
     kind, status, type, code = "unauthenticated", HTTPStatus.UNAUTHORIZED, "invalid_request_error", "invalid_api_key"
 
-    def __init__(self) -> None:
-        super().__init__("Incorrect API key provided. Send a valid key as 'Authorization: Bearer <key>'.")
+    def __init__(self, message: str = "Incorrect API key provided. Send a valid key as 'Authorization: Bearer <key>'.") -> None:
+        super().__init__(message)
+
+    def headers(self) -> dict[str, str]:
+        """Add the challenge that HTTP asks for."""
+        return super().headers() | {"www-authenticate": "Bearer"}
 
 
 class Forbidden(LmaasError):
@@ -92,6 +106,15 @@ class MethodNotAllowed(LmaasError):
     """The path exists, the method does not."""
 
     kind, status, type, code = "method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed"
+
+    def __init__(self, allowed: str) -> None:
+        """`allowed` are the path's methods, separated by commas."""
+        super().__init__(f"This path does not have this method. Its methods: {allowed}.")
+        self._allowed = allowed
+
+    def headers(self) -> dict[str, str]:
+        """Add the methods that the path has."""
+        return super().headers() | {"allow": self._allowed}
 
 
 class Conflict(LmaasError):

@@ -1,10 +1,12 @@
-"""HTTP as both the gateway and the tenant and operator API speak it: request ids, limits, errors in OpenAI's shape."""
+"""What the gateway and the tenant and operator APIs share of HTTP: request ids, keys, limits, and errors in OpenAI's shape."""
 
+import asyncio
 import json
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Mapping
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -12,20 +14,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, TooLarge
+from lmaas.compression import Unpacker
+from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, TooLarge, Unauthenticated
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
-#: Who holds the key of a request: raises Unauthenticated, or Unavailable if nobody can say.
+#: Returns the principal of an API key. Raises Unauthenticated, or Unavailable while this cannot be found out.
 Authenticate = Callable[[str | None], Awaitable[Principal]]
 
 _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
-NOT_FOUND = "There is nothing at this address. The paths are listed in /openapi.json."
+#: The slashes at the joint of a base URL that ends with one and a path that begins with one.
+_JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
+_KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
+NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
 
 
 def new_request_id() -> str:
-    """Made here, for every answer."""
+    """Make the id of a request."""
     return f"req_{secrets.token_hex(12)}"
 
 
@@ -35,19 +41,39 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """`content` as UTF-8 JSON."""
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+        """Write `content` as UTF-8 JSON. Half a surrogate pair, which is not text, becomes a question mark."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode(errors="replace")
 
 
 def error_response(error: LmaasError) -> JsonResponse:
-    """The one place where an error becomes a response."""
+    """Turn an error into a response. This is the only place that does."""
     return JsonResponse(error.body(), status_code=int(error.status), headers=error.headers())
 
 
-class Frame:
-    """Pure ASGI middleware around everything: gives each request its id, and each failure its answer.
+def api_key(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the API key of a request, from `Authorization: Bearer`, `api-key` (Azure) or `x-api-key` (Anthropic).
 
-    A POST to a path in `direct` goes straight to that endpoint: routing costs as much as reading the request.
+    An empty value and an `Authorization` of another scheme count as absent. Raises Unauthenticated if two headers have different keys.
+    """
+    found = b""
+    for name, value in headers:
+        if name in _KEY_HEADERS:
+            key = value
+            if name == b"authorization":
+                scheme, _, key = value.partition(b" ")
+                if scheme.lower() != b"bearer":
+                    continue
+            key = key.strip()
+            if found and key and key != found:
+                raise Unauthenticated("The request has two different API keys. Send one, as 'Authorization: Bearer <key>'.")
+            found = key or found
+    return found.decode("latin-1") or None
+
+
+class Frame:
+    """Pure ASGI middleware around everything: gives each request its id, and turns each failure into a response.
+
+    A POST to a path in `direct` goes straight to that endpoint, because routing costs as much as reading the request.
     """
 
     def __init__(self, app: ASGIApp, direct: Mapping[str, ASGIApp] | None = None) -> None:
@@ -58,35 +84,50 @@ class Frame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # Made here: a client's own X-Request-Id is never trusted, since the ledger counts by this one.
+        began = time.perf_counter()
+        # A client's own X-Request-Id is never used: the ledger counts by this one.
         request_id = new_request_id()
         scope["request_id"] = request_id
+        add_to_head = scope.get("lmaas.head")
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                took_ms = (time.perf_counter() - began) * 1000
+                if add_to_head is not None:
+                    add_to_head(f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n".encode())
+                else:
+                    more = ((b"x-request-id", request_id.encode()), (b"openai-processing-ms", b"%d" % took_ms))
+                    message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
         try:
             _check_address(scope)
-            app = self._direct.get(scope["path"], self._app) if scope["method"] == "POST" else self._app
-            await app(scope, receive, send_with_id)
+            await self._endpoint(scope)(scope, receive, send_with_id)
         except LmaasError as error:
             await error_response(error)(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass  # it left while it was sending; there is nobody to answer
+            pass  # the client left while it was sending its request
         except Exception:
-            # The answer has been sent (`on_error`); what happened is written down here, once.
+            # The response has been sent (`on_error`). This is the one place where the failure is logged.
             log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
             if not started:
                 await error_response(InternalError())(scope, receive, send_with_id)
 
+    def _endpoint(self, scope: Scope) -> ASGIApp:
+        """Return what serves the request. Slashes at the path's end, and doubled ones after the base URL, do not matter."""
+        is_post = scope["method"] == "POST"
+        app = self._direct.get(scope["path"]) if is_post else None
+        if app is None:
+            path = scope["path"] = _JOINT.sub(lambda joint: "/" + (joint[1] or ""), scope["path"], count=1).rstrip("/") or "/"
+            app = self._direct.get(path, self._app) if is_post else self._app
+        return app
+
 
 def _check_address(scope: Scope) -> None:
-    """Raises InvalidRequest for a Host header that is no host, NotFound for an address that nothing can have."""
+    """Raises InvalidRequest for a Host header that is not a host, NotFound for an address with a NUL."""
     for name, value in scope["headers"]:
         if name == b"host" and _HOST.fullmatch(value) is None:
             raise InvalidRequest("The Host header is not a host name.", code="invalid_host")
@@ -95,27 +136,28 @@ def _check_address(scope: Scope) -> None:
 
 
 async def on_http_exception(_: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such route, no such method, bad form), in OpenAI's shape."""
+    """Return Starlette's own errors (no such route, no such method) in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = error.detail if isinstance(error, HTTPException) else ""
     if status == 404:
         return error_response(NotFound(NOT_FOUND))
     if status == 405:
-        return error_response(MethodNotAllowed("This method is not allowed here."))
+        allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+        return error_response(MethodNotAllowed(", ".join(sorted(filter(None, allowed.split(", "))))))
     return error_response(InvalidRequest(detail) if status < 500 else InternalError())
 
 
 async def on_error(_: Request, error: Exception) -> Response:
-    """Expected errors as they are; anything else, which the frame logs, with a fixed text."""
+    """Return expected errors as they are, and anything else, which the frame logs, with a fixed text."""
     return error_response(error if isinstance(error, LmaasError) else InternalError())
 
 
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
-    """`receive`, raising TooLarge once more than `limit_bytes` of body have come (or were announced)."""
+    """Return a `receive` that unpacks a gzip or deflate body and raises TooLarge once the body exceeds `limit_bytes`, packed or unpacked.
+
+    Raises TooLarge at once if the announced length exceeds the limit, and UnsupportedMediaType for another content encoding.
+    """
     headers = dict(scope["headers"])
-    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-        # A few bytes could become gigabytes.
-        raise TooLarge("Compressed request bodies are not accepted.")
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limit_bytes:
         raise _too_large(limit_bytes)
@@ -129,11 +171,40 @@ def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:
             raise _too_large(limit_bytes)
         return message
 
+    if b"content-encoding" in headers:
+        lines = b",".join(value for name, value in scope["headers"] if name == b"content-encoding")
+        codings = [coding for each in lines.split(b",") if (coding := each.strip().lower()) not in (b"", b"identity")]
+        if codings:
+            return _unpacked(counted, Unpacker(b", ".join(codings)), limit_bytes)
     return counted
 
 
+def _unpacked(receive: Receive, unpacker: Unpacker, limit_bytes: int) -> Receive:
+    pieces: Iterator[bytes] = iter(())
+    seen, ended = 0, False
+
+    async def unpacked() -> Message:
+        nonlocal pieces, seen, ended
+        while (piece := next(pieces, None)) is None and not ended:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return message
+            ended = not message.get("more_body", False)
+            pieces = unpacker.feed(message.get("body", b""), last=ended)
+        if piece is None:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        seen += len(piece)
+        if seen > limit_bytes:
+            raise _too_large(limit_bytes)
+        # Unpacking itself never waits, so this is where other requests get their turn.
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    return unpacked
+
+
 def _too_large(limit_bytes: int) -> TooLarge:
-    return TooLarge(f"The request body may have {limit_bytes} bytes at most.")
+    return TooLarge(f"The request body exceeds {limit_bytes} bytes, the maximum. Send a smaller one.")
 
 
 def parse_json(text: bytes, *, texts: Collection[str] = ()) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""HTTP as all parts speak it: strict JSON, limits, errors in one shape."""
+"""What all parts share of HTTP: strict JSON, keys, limits, compressed bodies, errors in one shape."""
 
 import contextlib
+import gzip
 import json
+import zlib
 from typing import Any
 
 import pytest
@@ -9,8 +11,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from lmaas.errors import InvalidRequest, LmaasError, ModelNotFound, OverLimit, TooLarge, Unavailable
-from lmaas.http import Frame, error_response, limited, on_error, on_http_exception, parse_json
+from lmaas.compression import MAX_MEMBERS, PIECE_BYTES, Unpacker
+from lmaas.errors import (
+    InvalidRequest,
+    LmaasError,
+    ModelNotFound,
+    OverLimit,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    UnsupportedMediaType,
+)
+from lmaas.http import Frame, JsonResponse, api_key, error_response, limited, on_error, on_http_exception, parse_json
 
 
 @pytest.mark.parametrize(
@@ -94,9 +106,9 @@ def test_texts_for_a_model_may_have_any_character() -> None:
     assert parse_json(body, texts=("t",)) == {"t": ["a\0b", {"c": "\ufffd cut, 😀 whole"}], "n": 1, "tt": r"\u0000"}
 
 
-def http(headers: dict[str, str] | None = None) -> Scope:
-    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    return {"type": "http", "method": "POST", "path": "/x", "raw_path": b"/x", "query_string": b"", "headers": raw}
+def http(headers: dict[str, str] | None = None, **changes: Any) -> Scope:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in (headers or {}).items()]
+    return {"type": "http", "method": "POST", "path": "/x", "raw_path": b"/x", "query_string": b"", "headers": raw, **changes}
 
 
 def body(*parts: bytes) -> Receive:
@@ -131,13 +143,194 @@ async def test_a_body_that_grows_over_the_limit() -> None:
         await receive()
 
 
-@pytest.mark.parametrize(
-    "headers", [{"content-length": "11"}, {"content-length": "1000000000"}, {"content-encoding": "gzip"}, {"content-encoding": " BR"}]
-)
+@pytest.mark.parametrize("headers", [{"content-length": "11"}, {"content-length": "1000000000"}])
 async def test_a_body_that_is_refused_before_it_is_read(headers: dict[str, str]) -> None:
     with pytest.raises(TooLarge) as caught:
         limited(body(), http(headers), 10)
     assert caught.value.status == 413
+
+
+@pytest.mark.parametrize("coding", [" BR", "zstd", "compress", "aes128gcm", "gzip, gzip", "deflate,gzip", "utf-8", "ü", "x" * 1000])
+async def test_an_encoding_that_is_not_read(coding: str) -> None:
+    with pytest.raises(UnsupportedMediaType) as caught:
+        limited(body(), http({"content-encoding": coding}), 10)
+    assert caught.value.status == 415
+    assert caught.value.headers()["accept-encoding"] == "gzip, deflate, identity"
+    assert len(caught.value.message) < 300
+
+
+TEXT = b'{"text": "' + bytes(range(32, 127)) * 3000 + b'"}'
+
+
+def deflated(data: bytes) -> bytes:
+    return zlib.compress(data)
+
+
+@pytest.mark.parametrize("step", [1000, 10**9])
+@pytest.mark.parametrize(
+    ("coding", "packed"),
+    [
+        ("gzip", gzip.compress(TEXT)),
+        (" GZip ", gzip.compress(TEXT)),
+        ("x-gzip", gzip.compress(TEXT, 1)),
+        ("identity, gzip", gzip.compress(TEXT)),
+        pytest.param("gzip", gzip.compress(TEXT[:1000]) + gzip.compress(b"") + gzip.compress(TEXT[1000:]), id="members"),
+        pytest.param("gzip", gzip.compress(TEXT) + b"\0" * 700, id="padded"),
+        ("deflate", deflated(TEXT)),
+        ("identity", TEXT),
+        ("", TEXT),
+    ],
+)
+async def test_a_compressed_body_is_unpacked(coding: str, packed: bytes, step: int) -> None:
+    parts = [packed[i : i + step] for i in range(0, len(packed), step)]
+    assert await read(limited(body(*parts), http({"content-encoding": coding}), len(TEXT))) == TEXT
+    with pytest.raises(TooLarge):
+        await read(limited(body(*parts), http({"content-encoding": coding}), len(TEXT) - 1))
+
+
+async def test_bytes_one_by_one() -> None:
+    packed = gzip.compress(b"{}")
+    assert await read(limited(body(*(packed[i : i + 1] for i in range(len(packed)))), http({"content-encoding": "gzip"}), 100)) == b"{}"
+    assert await read(limited(body(b""), http({"content-encoding": "gzip"}), 100)) == b"", "an empty body has nothing to unpack"
+
+
+@pytest.mark.parametrize(
+    ("coding", "packed"),
+    [
+        pytest.param("gzip", TEXT, id="not gzip"),
+        pytest.param("gzip", deflated(TEXT), id="deflate as gzip"),
+        pytest.param("deflate", gzip.compress(TEXT), id="gzip as deflate"),
+        pytest.param("gzip", gzip.compress(TEXT)[:-1], id="cut in the trailer"),
+        pytest.param("gzip", gzip.compress(TEXT)[:5], id="cut in the head"),
+        pytest.param("gzip", gzip.compress(TEXT)[:1000], id="cut in the data"),
+        pytest.param("gzip", gzip.compress(TEXT)[:-8] + b"\0" * 8, id="wrong checksum"),
+        pytest.param("gzip", gzip.compress(TEXT) + b"more", id="more after it"),
+        pytest.param("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:20], id="second member cut"),
+        pytest.param("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1), id="too many members"),
+        pytest.param("deflate", deflated(TEXT) + b"x", id="more after deflate"),
+        pytest.param("deflate", deflated(TEXT) * 2, id="deflate twice"),
+        pytest.param("deflate", deflated(TEXT)[:-1], id="deflate cut"),
+    ],
+)
+async def test_a_damaged_body(coding: str, packed: bytes) -> None:
+    for parts in ([packed], [packed[:50], packed[50:]]):
+        with pytest.raises(InvalidRequest) as caught:
+            await read(limited(body(*parts), http({"content-encoding": coding}), 10**7))
+        assert (caught.value.status, caught.value.error_code) == (400, "invalid_content_encoding")
+
+
+async def test_a_bomb_is_not_unpacked_beyond_the_limit() -> None:
+    bomb = gzip.compress(b"\0" * 100_000_000, 9)
+    assert len(bomb) < 200_000
+    receive = limited(body(bomb), http({"content-encoding": "gzip"}), 1_000_000)
+    for _ in range(1_000_000 // PIECE_BYTES):
+        assert len((await receive())["body"]) == PIECE_BYTES
+    with pytest.raises(TooLarge):
+        await receive()
+    with pytest.raises(TooLarge):
+        await read(limited(body(b"x" * 11), http({"content-encoding": "gzip"}), 10))
+
+
+def test_unpacking_goes_in_small_pieces() -> None:
+    pieces = list(Unpacker(b"gzip").feed(gzip.compress(b"\0" * 10_000_000), last=True))
+    assert max(map(len, pieces)) <= PIECE_BYTES
+    assert sum(map(len, pieces)) == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ([], None),
+        ([("authorization", "Bearer k")], "k"),
+        ([("authorization", "bearer   k  ")], "k"),
+        ([("api-key", "k")], "k"),
+        ([("x-api-key", " k ")], "k"),
+        ([("api-key", "k"), ("x-api-key", "k"), ("authorization", "Bearer k")], "k"),
+        ([("authorization", "Bearer k"), ("authorization", "Bearer k")], "k"),
+        pytest.param([("authorization", "Basic dXNlcg=="), ("api-key", "k")], "k", id="a proxy's own credentials"),
+        pytest.param([("authorization", "Bearer "), ("x-api-key", "k")], "k", id="an SDK without a key"),
+        ([("authorization", "Bearer"), ("x-api-key", "k")], "k"),
+        ([("authorization", "Bearer k"), ("x-api-key", "")], "k"),
+        ([("authorization", "k")], None),
+        ([("authorization", "Basic k")], None),
+        ([("authorization", "")], None),
+        ([("api-key", "")], None),
+        ([("cookie", "api-key=k"), ("x-key", "k")], None),
+    ],
+)
+def test_the_key_of_a_request(headers: list[tuple[str, str]], key: str | None) -> None:
+    assert api_key((name.encode(), value.encode()) for name, value in headers) == key
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("authorization", "Bearer a"), ("api-key", "b")],
+        [("x-api-key", "a"), ("api-key", "b")],
+        [("authorization", "Bearer a"), ("authorization", "Bearer b")],
+        [("x-api-key", "a"), ("x-api-key", "b")],
+        [("x-api-key", "a"), ("api-key", "a"), ("authorization", "Bearer secret")],
+    ],
+)
+def test_two_keys_that_differ_are_refused(headers: list[tuple[str, str]]) -> None:
+    with pytest.raises(Unauthenticated) as caught:
+        api_key((name.encode(), value.encode()) for name, value in headers)
+    assert caught.value.headers()["www-authenticate"] == "Bearer"
+    assert "two different API keys" in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "reached", "seen"),
+    [
+        ("/v1/chat/completions", "direct", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "direct", "/v1/chat/completions"),
+        ("/v1/chat/completions//", "direct", "/v1/chat/completions"),
+        ("/v1//chat/completions", "direct", "/v1/chat/completions"),
+        ("//v1/chat/completions", "direct", "/v1/chat/completions"),
+        ("//v1//chat/completions/", "direct", "/v1/chat/completions"),
+        ("/admin/v1//tenants/", "app", "/admin/v1/tenants"),
+        ("/v1/models/", "app", "/v1/models"),
+        ("/v1/models/a//b", "app", "/v1/models/a//b"),
+        pytest.param("/admin/v1/tenants//keys/x", "app", "/admin/v1/tenants//keys/x", id="an empty name does not become another path"),
+        ("/v1x//y", "app", "/v1x//y"),
+        ("/", "app", "/"),
+        ("///", "app", "/"),
+        ("/v1/", "app", "/v1"),
+        ("/v1", "app", "/v1"),
+        ("*", "app", "*"),
+    ],
+)
+async def test_slashes_at_the_end_and_after_the_base_url_do_not_matter(path: str, reached: str, seen: str) -> None:
+    def endpoint(name: str) -> Any:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await JsonResponse([name, scope["path"]])(scope, receive, send)
+
+        return app
+
+    frame = Frame(endpoint("app"), {"/v1/chat/completions": endpoint("direct")})
+    assert json.loads((await answer(frame, http(path=path)))[2]) == [reached, seen]
+    assert json.loads((await answer(frame, http(path=path, method="GET")))[2]) == ["app", seen]
+
+
+async def test_the_frames_lines_go_into_the_head_where_the_server_takes_them() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JsonResponse({})(scope, receive, send)
+
+    _, headers, _ = await answer(Frame(app))
+    assert headers["x-request-id"].startswith("req_")
+    assert int(headers["openai-processing-ms"]) >= 0
+    lines: list[bytes] = []
+    scope = http()
+    scope["lmaas.head"] = lines.append
+    _, headers, _ = await answer(Frame(app), scope)
+    assert "x-request-id" not in headers
+    [line] = lines
+    assert [each.partition(b":")[0] for each in line.split(b"\r\n")] == [b"x-request-id", b"openai-processing-ms", b""]
+
+
+def test_a_message_that_is_not_text_can_still_be_sent() -> None:
+    assert JsonResponse({"message": "a \ud800 b"}).body == b'{"message":"a ? b"}'
 
 
 async def answer(app: Any, scope: Scope | None = None) -> tuple[int, dict[str, str], bytes]:
@@ -246,7 +439,7 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error(caplog: pytest.Lo
     ("error", "status", "code"),
     [
         (HTTPException(404), 404, "not_found"),
-        (HTTPException(405), 405, "method_not_allowed"),
+        (HTTPException(405, headers={"Allow": "POST, GET"}), 405, "method_not_allowed"),
         (HTTPException(400, "Too many fields."), 400, "invalid_request"),
         (HTTPException(500, "secret"), 500, "internal_error"),
     ],
@@ -256,6 +449,7 @@ async def test_errors_of_starlette(error: Exception, status: int, code: str) -> 
     assert response.status_code == status
     assert json.loads(bytes(response.body))["error"]["code"] == code
     assert b"secret" not in response.body
+    assert response.headers.get("allow") == ("GET, POST" if status == 405 else None)
 
 
 async def test_other_errors_are_as_they_are_or_unknown() -> None:

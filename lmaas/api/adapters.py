@@ -17,8 +17,9 @@ from starlette.responses import Response
 from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
 from lmaas.adapters.validation import MAX_CONFIG_BYTES, check_file_names
 from lmaas.api.context import Api, json_body
+from lmaas.api.forms import multipart_form
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
-from lmaas.http import JsonResponse, limited
+from lmaas.http import JsonResponse
 from lmaas.store import adapters as rows
 from lmaas.store.tenants import record_action
 
@@ -95,9 +96,8 @@ async def upload_adapter(api: Api, request: Request) -> Response:
     """Take an upload, which streams to disk and is validated without executing anything; answers the adapter with its version."""
     tenant_id, principal = await api.tenant(request, manage=True)
     limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
-    limited_request = Request(request.scope, limited(request.receive, request.scope, limit))
     try:
-        async with limited_request.form(max_files=16, max_fields=16) as form, _staged(api) as model:
+        async with multipart_form(request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
             fields = _fields(form)
             config = await _config(form)
             await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))

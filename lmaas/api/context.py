@@ -1,4 +1,4 @@
-"""What the API's handlers need, and who may do what."""
+"""What the API's handlers share: their services, authorization, and checks of bodies and queries."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from starlette.requests import Request
 from lmaas.adapters.service import Adapters
 from lmaas.config import Settings
 from lmaas.errors import Forbidden, InvalidRequest
-from lmaas.http import Authenticate, limited, parse_json
+from lmaas.http import Authenticate, api_key, limited, parse_json
 from lmaas.store.database import Database
 from lmaas.store.tenants import get_tenant
 from lmaas.types import Principal, Role
@@ -20,7 +20,7 @@ MAX_JSON_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """Handed down from the composition root."""
+    """The services of the handlers, handed down from the composition root."""
 
     settings: Settings
     db: Database
@@ -28,21 +28,21 @@ class Api:
     adapters: Adapters
 
     async def operator(self, request: Request) -> Principal:
-        """The operator who asks. Raises Forbidden for a tenant's key."""
-        principal = await self.authenticate(request.headers.get("authorization"))
+        """Authenticate an operator. Raises Forbidden for a tenant's key."""
+        principal = await self.authenticate(api_key(request.scope["headers"]))
         if principal.role is not Role.OPERATOR:
             raise Forbidden("This needs an operator's key.")
         return principal
 
     async def tenant(self, request: Request, *, manage: bool) -> tuple[str, Principal]:
-        """The tenant that is asked about, and who asks: an operator names it in the path, everybody else is it.
+        """Authenticate a request and return the id of the tenant that it is about: the key's own, or for an operator the one in the path.
 
         Raises Forbidden if `manage` and the key is for inference only.
         """
         if "tenant" in request.path_params:
             principal = await self.operator(request)
             return (await get_tenant(self.db, request.path_params["tenant"])).id, principal
-        principal = await self.authenticate(request.headers.get("authorization"))
+        principal = await self.authenticate(api_key(request.scope["headers"]))
         if principal.tenant_id is None:
             raise Forbidden("An operator's key belongs to no tenant. Use /admin/v1/tenants/{tenant}/… instead.")
         if manage and principal.role is not Role.TENANT_ADMIN:
@@ -53,7 +53,7 @@ class Api:
 async def json_body(
     request: Request, fields: dict[str, type], required: tuple[str, ...] = (), nullable: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The body's fields, each of its type, or null if `nullable`. Raises InvalidRequest for others, or for missing ones."""
+    """Read the body's fields, each of its type, or null if `nullable`. Raises InvalidRequest for unknown or missing fields."""
     receive = limited(request.receive, request.scope, MAX_JSON_BYTES)
     text = await Request(request.scope, receive).body()
     body = parse_json(text) if text.strip() else {}
@@ -73,13 +73,13 @@ async def json_body(
 
 
 def in_range(body: dict[str, Any], name: str, low: float, high: float) -> None:
-    """Raises InvalidRequest `out_of_range` if the field is there and not within the bounds."""
+    """Raises InvalidRequest `out_of_range` if the field is present and not within the bounds."""
     if body.get(name) is not None and not low <= body[name] <= high:
         raise InvalidRequest(f"'{name}' must be between {low:g} and {high:g}.", code="out_of_range", param=name)
 
 
 def query_date(request: Request, name: str) -> date | None:
-    """A day of the query string, such as `2026-11-22`. Raises InvalidRequest."""
+    """Read a day of the query string, such as `2026-11-22`. Raises InvalidRequest."""
     text = request.query_params.get(name)
     if text is None:
         return None

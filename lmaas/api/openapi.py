@@ -266,6 +266,13 @@ QUERIES: dict[str, dict[str, Schema]] = {
     "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},
 }
 
+#: A request needs one of them.
+SECURITY_SCHEMES: dict[str, Schema] = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "azure_key": {"type": "apiKey", "in": "header", "name": "api-key"},
+    "anthropic_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+
 IDEMPOTENCY_KEY: dict[str, Any] = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -307,9 +314,9 @@ def document(operations: list[tuple[str, str, Callable[..., Any]]]) -> dict[str,
     return {
         "openapi": "3.1.0",
         "info": {"title": "lmaas", "version": "1", "description": "Serverless, multi-tenant LLM endpoints."},
-        "security": [{"key": []}],
+        "security": [{name: []} for name in SECURITY_SCHEMES],
         "paths": paths | _openai_paths(),
-        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {"schemas": SCHEMAS, "securitySchemes": SECURITY_SCHEMES},
     }
 
 

@@ -1,4 +1,4 @@
-"""Which address leads to which handler."""
+"""The routes of the tenant and operator APIs."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -27,7 +27,7 @@ KEYS: list[tuple[str, str, Handler]] = [
     ("POST", "/keys", tenants.create_key),
     ("DELETE", "/keys/{key}", tenants.revoke_key),
 ]
-#: Operators' keys have no limits.
+#: For tenants' keys only: the keys of operators have no limits.
 KEY_LIMITS: list[tuple[str, str, Handler]] = [("PATCH", "/keys/{key}", tenants.change_key)]
 USAGE: list[tuple[str, str, Handler]] = [
     ("GET", "/usage", operations.usage_report),
@@ -57,7 +57,7 @@ OPERATIONS = [("/v1", *entry) for entry in ADAPTERS + KEYS + KEY_LIMITS + USAGE]
 
 
 def routes(api: Api) -> list[BaseRoute]:
-    """The API's routes, and the document that describes them."""
+    """Return the routes of both APIs, and of the document that describes them."""
     by_path: dict[str, dict[str, Handler]] = {}
     for prefix, method, path, handler in OPERATIONS:
         by_path.setdefault(prefix + path, {})[method] = handler

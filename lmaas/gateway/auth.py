@@ -1,4 +1,4 @@
-"""From a key to a principal."""
+"""Finds the principal of an API key."""
 
 from lmaas.errors import Unauthenticated
 from lmaas.gateway.cache import Changes, MomentCache
@@ -7,26 +7,23 @@ from lmaas.store.database import Database
 from lmaas.store.tenants import find_principal
 from lmaas.types import Principal
 
-#: A revoked key works this much longer at most.
+#: The longest time for which a revoked key still works.
 FRESH_S = 0.5
 MAX_KEY_LENGTH = 200
 
 
 class Authenticator:
-    """Knows who holds a key. Known keys keep working for `grace_s` seconds while Postgres is away."""
+    """Caches the principals of keys. While Postgres is away, known keys keep working for `grace_s` seconds."""
 
     def __init__(self, db: Database, grace_s: float, changes: Changes | None = None) -> None:
         self._principals = MomentCache[str, Principal](
             lambda key_hash: find_principal(db, key_hash), fresh_s=FRESH_S, grace_s=grace_s, changes=changes
         )
 
-    async def __call__(self, authorization: str | None) -> Principal:
-        """The principal of an `Authorization` header. Raises Unauthenticated, or Unavailable if the key is unknown here and
-        Postgres is away."""
-        scheme, _, key = (authorization or "").partition(" ")
-        key = key.strip()
-        # Anything that cannot be a key is not worth a question to the database.
-        if scheme.lower() != "bearer" or not key.startswith(PREFIX) or len(key) > MAX_KEY_LENGTH:
+    async def __call__(self, key: str | None) -> Principal:
+        """Return the principal of an API key. Raises Unauthenticated, or Unavailable if the key is not cached and Postgres is away."""
+        # The database is not asked for something that cannot be a key.
+        if key is None or not key.startswith(PREFIX) or len(key) > MAX_KEY_LENGTH:
             raise Unauthenticated
         principal = await self._principals.get(hash_key(key))
         if principal is None:

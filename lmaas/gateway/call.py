@@ -1,18 +1,18 @@
-"""One HTTP exchange with a client: its body, its answer, and whether the client is still there."""
+"""One HTTP exchange with a client: its body, its response, and whether the client is still connected."""
 
 import asyncio
 from collections.abc import Callable
 
 from starlette.types import Message, Receive, Scope, Send
 
-from lmaas.http import limited
+from lmaas.http import api_key, limited
 
-#: Nginx and its like must not collect a stream before they pass it on.
+#: The last one keeps nginx and other proxies from buffering a stream.
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Call:
-    """A client's request and the answer to it. Writing to a client that has gone is no error: it is dropped."""
+    """A client's request and its response. What is written to a client that has gone is dropped without an error."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -22,25 +22,21 @@ class Call:
         self._on_gone: list[Callable[[], None]] = []
 
     @property
-    def authorization(self) -> str | None:
-        """The `Authorization` header."""
-        for name, value in self._scope["headers"]:
-            if name == b"authorization":
-                text: str = value.decode("latin-1")
-                return text
-        return None
+    def api_key(self) -> str | None:
+        """The API key in the request's headers. Raises Unauthenticated if it has two different ones."""
+        return api_key(self._scope["headers"])
 
     @property
     def idempotency_keys(self) -> list[str]:
-        """Every `Idempotency-Key` header: nearly always none."""
+        """The values of all `Idempotency-Key` headers."""
         return [value.decode("latin-1") for name, value in self._scope["headers"] if name == b"idempotency-key"]
 
     def send_through(self, wrap: Callable[[Send], Send]) -> None:
-        """Have the answer pass what `wrap` makes of the way to the client."""
+        """Replace the function that sends to the client by what `wrap` makes of it."""
         self._send = wrap(self._send)
 
     async def body(self, limit_bytes: int) -> bytes:
-        """The whole request body. Raises TooLarge."""
+        """Read the whole request body, unpacked. Raises TooLarge, or InvalidRequest for an encoding that cannot be read."""
         receive = limited(self._receive, self._scope, limit_bytes)
         parts = []
         while True:
@@ -54,15 +50,15 @@ class Call:
         return b"".join(parts)
 
     def add_to_head(self, lines: bytes) -> None:
-        """Send these header lines too, whatever the answer will be: each whole, and made of nothing that came from outside."""
+        """Send these header lines with the response: each with its CRLF, and with nothing in it that came from outside."""
         self._scope["lmaas.head"](lines)
 
     def watch(self) -> None:
-        """Notice from now on when the client goes away. The body must have been read."""
+        """From now on, notice when the client disconnects. The body must have been read."""
         self._scope["lmaas.watch"](self._leave)
 
     def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Have `callback` called once, when the client goes away before its answer is finished; answers how to undo that."""
+        """Call `callback` once, when the client disconnects before its response is finished. Returns a function that undoes this."""
         if self.gone.is_set():
             callback()
         else:
@@ -82,11 +78,11 @@ class Call:
             await self._put({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:
-        """Send a part of the body; waits while the client cannot take more (the server cuts off one that takes nothing)."""
+        """Send a part of the body. Waits while the client reads too slowly; the server cuts off a client that reads nothing."""
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def finish(self, chunk: bytes = b"") -> None:
-        """Send the rest of the body. That the client goes away after that means nothing any more."""
+        """Send the rest of the body. After that it no longer matters when the client disconnects."""
         self._on_gone.clear()
         await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
 

@@ -1,4 +1,4 @@
-"""The gateway's event loop: uvloop's, but nobody waits for the name of somebody else."""
+"""The gateway's event loop: uvloop's, with host names looked up independently of each other."""
 
 import asyncio
 import contextlib
@@ -14,11 +14,11 @@ Question = tuple[Any, Any, int, int, int, int]
 
 
 class Loop(uvloop.Loop):
-    """uvloop looks up names two at a time in all, and before each connection by aiohttp its address too, as if it were a name. A name that
-    nobody answers for (a stopped container's: ten seconds and more) would so keep gateways from engines that are well.
+    """Looks up each host name in a thread of its own, once for all that wait for it, and does not look up addresses.
 
-    Here an address is not looked up, and a name once for all that wait for it, in a thread of its own, which nobody waits for at the end.
-    (Not so the names of `create_connection`, by which redis-py connects: these stay uvloop's.)
+    uvloop looks up two names at a time, and for each connection of aiohttp its address too. A name without an answer (of a stopped
+    container, for example) takes ten seconds and more, in which the gateway could not reach any other engine. The threads are daemons, so
+    that the process need not wait for them when it ends. `create_connection`, which redis-py uses, still looks up names as uvloop does.
     """
 
     def __init__(self) -> None:
@@ -26,13 +26,13 @@ class Loop(uvloop.Loop):
         self._looking_up: dict[Question, asyncio.Future[Found]] = {}
 
     async def getaddrinfo(self, host: Any, port: Any, *, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0) -> Found:
-        """As socket.getaddrinfo, but of an address without a type only what is right for TCP."""
+        """Do what socket.getaddrinfo does; for an address without a type, return only the entry for TCP."""
         if _is_address(host):
             return await super().getaddrinfo(host, port, family=family, type=type or socket.SOCK_STREAM, proto=proto, flags=flags)
         question = (host, port, family, type, proto, flags)
         found = self._looking_up.get(question)
         if found is None:
-            # If there is no thread to be had, the next one asks anew.
+            # If no thread can be started, the next caller tries again.
             threading.Thread(target=self._look_up, args=question, name="look-up", daemon=True).start()
             found = self._looking_up[question] = self.create_future()
         return await asyncio.shield(found)
@@ -42,9 +42,9 @@ class Loop(uvloop.Loop):
         error: Exception | None = None
         try:
             found = socket.getaddrinfo(*question)
-        except Exception as raised:  # noqa: BLE001 (whoever waits hears it)
+        except Exception as raised:  # noqa: BLE001 (it is raised where the name is awaited)
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.call_soon_threadsafe(self._looked_up, question, found, error)
 
     def _looked_up(self, question: Question, found: Found | None, error: Exception | None) -> None:
@@ -55,7 +55,7 @@ class Loop(uvloop.Loop):
             waiting.set_result(found or [])
         else:
             waiting.set_exception(error)
-            waiting.exception()  # whoever waits hears it, if anybody still does
+            waiting.exception()  # it is not logged as unretrieved if all that waited were cancelled
 
 
 def _is_address(host: object) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.gateway.relay import Delivery, Endpoint
-from lmaas.gateway.waiting import Waiting
+from lmaas.gateway.waiting import Waiting, comments
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
@@ -33,8 +34,10 @@ from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
-#: How often a streaming client hears that it waits.
-COMMENT_EVERY_S = 1.0
+#: When a streaming client gets its first comment while it waits, and how often after that. Proxies close connections that are silent
+#: for a minute.
+FIRST_COMMENT_S = 1.0
+COMMENT_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Gateway:
 
 async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
     """Answer one chat completion or completion, plain or streaming."""
-    principal = await gateway.authenticate(call.authorization)
+    principal = await gateway.authenticate(call.api_key)
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
     body = await call.body(gateway.settings.max_body_bytes)
@@ -171,25 +174,25 @@ async def _run(
 
 
 async def _leased(call: Call, opened: OpenTicket, waiting: Waiting, *, streaming: bool) -> Lease | None:
-    """The lease; None if the client has gone. A streaming client hears about once a second how it stands."""
+    """Wait for a lease and return it; None if the client has gone. Meanwhile a streaming client gets comments about its wait."""
+    pause_s = FIRST_COMMENT_S
     while not call.gone.is_set():
         try:
-            lease = await opened.wait(COMMENT_EVERY_S)
+            lease = await opened.wait(pause_s)
         except Unavailable as late:
             raise await waiting.explained(late, opened.ticket.pool) from None
         if lease is not None:
             return None if call.gone.is_set() else lease
+        pause_s = COMMENT_EVERY_S
         if streaming and not call.gone.is_set():
-            await call.start(200, STREAM_HEADERS)
-            await call.write(sse.comment(f"queued position={opened.position} estimated_wait_s={opened.wait_ms / 1000:.0f}"))
             reason = await waiting.why(opened.ticket.pool)
-            if reason:
-                await call.write(sse.comment(reason))
+            await call.start(200, STREAM_HEADERS)
+            await call.write(b"".join(map(sse.comment, comments(opened.standing, reason, time.monotonic()))))
     return None
 
 
 async def _answer_error(gateway: Gateway, call: Call, endpoint: Endpoint, error: LmaasError) -> None:
-    """An error response, or an error event if the answer has begun."""
+    """Send an error response, or an error event if the response has begun."""
     gateway.metrics.refused(endpoint.path, error.kind, error.error_code)
     if call.started:
         await call.finish(sse.data(error.body()))

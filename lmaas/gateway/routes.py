@@ -1,4 +1,4 @@
-"""OpenAI's endpoints, and those that load balancers and Prometheus ask."""
+"""OpenAI's endpoints, and those for load balancers and Prometheus."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ from lmaas.gateway.catalog import ListedModel
 from lmaas.gateway.parameters.request import EngineRequest, read_chat, read_completion
 from lmaas.gateway.pipeline import Gateway, complete
 from lmaas.gateway.relay import Endpoint
-from lmaas.http import JsonResponse
+from lmaas.http import JsonResponse, api_key
 
 CHAT = Endpoint("/v1/chat/completions", "chatcmpl")
 COMPLETION = Endpoint("/v1/completions", "cmpl")
@@ -30,21 +30,21 @@ class Completions:
         self._gateway, self._endpoint, self._read = gateway, endpoint, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Serve one request."""
         try:
             await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._read)
         except LmaasError as error:
             self._gateway.metrics.refused(self._endpoint.path, error.kind, error.error_code)
             raise
         except ClientDisconnect:
-            raise  # nobody is answered
+            raise  # no response is sent
         except Exception:
             self._gateway.metrics.refused(self._endpoint.path, InternalError.kind, InternalError.code)
             raise
 
 
 def completions(gateway: Gateway) -> dict[str, Completions]:
-    """The endpoints that nearly all requests go to, by path."""
+    """Return the endpoints that nearly all requests go to, by path."""
     return {
         CHAT.path: Completions(gateway, CHAT, read_chat),
         COMPLETION.path: Completions(gateway, COMPLETION, read_completion),
@@ -52,11 +52,12 @@ def completions(gateway: Gateway) -> dict[str, Completions]:
 
 
 def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
-    """The gateway's routes. `ready` is awaited by `/readyz` and raises what is wrong."""
+    """Return the gateway's routes. `/readyz` awaits `ready`, which raises an error if a service is away."""
     return [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in completions(gateway).items()),
         Route("/v1/models", functools.partial(_list_models, gateway)),
         Route("/v1/models/{model:path}", functools.partial(_get_model, gateway)),
+        Route("/health", _alive),
         Route("/healthz", _alive),
         Route("/readyz", functools.partial(_ready, ready)),
         Route("/metrics", functools.partial(_metrics, gateway)),
@@ -64,7 +65,7 @@ def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
 
 
 async def _tenant(gateway: Gateway, request: Request) -> str:
-    principal = await gateway.authenticate(request.headers.get("authorization"))
+    principal = await gateway.authenticate(api_key(request.scope["headers"]))
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
     return principal.tenant_id

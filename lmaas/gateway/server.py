@@ -1,4 +1,4 @@
-"""The HTTP server in front of the gateway: uvicorn with limits that its fast parser does not have."""
+"""The gateway's HTTP server: uvicorn with limits that its fast parser does not have."""
 
 import asyncio
 import functools
@@ -12,25 +12,26 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError
-from lmaas.gateway.patience import PatientProtocol, client_bounds
+from lmaas.gateway.slow_clients import SlowClientProtocol, client_bounds
 from lmaas.http import JsonResponse, new_request_id
 
 MAX_HEADER_BYTES = 64 * 1024
-#: A client that takes nothing for this long has gone: it holds a slot that others wait for.
+CHUNKED = b"transfer-encoding: chunked\r\n"
+#: A client that reads nothing for this long is cut off, because its request holds a slot that others wait for.
 CLIENT_STALL_S = 30.0
 
 
 class HeadersTooLargeError(InvalidRequest):
-    """More header bytes than anybody needs."""
+    """The headers of a request exceed MAX_HEADER_BYTES."""
 
     kind, status, code = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large"
 
 
 class JoinedTransport:
-    """Sends an answer's head together with the first bytes of its body, as ASGI means it: a system call less for each answer.
+    """Sends the head of a response together with the first bytes of its body, which saves a system call for each response.
 
-    `add_to_head` takes header lines as they are sent, each with its end: uvicorn looks at each name and value for longer than it takes to
-    write them. They must be right: made of nothing that came from outside.
+    `add_to_head` adds finished header lines, each with its CRLF. Uvicorn checks every name and value, which takes longer than writing
+    them, so lines added here must not contain anything that came from outside.
     """
 
     __slots__ = ("_cycle", "_head", "_more", "_transport")
@@ -41,11 +42,11 @@ class JoinedTransport:
         self._more = b""
 
     def add_to_head(self, lines: bytes) -> None:
-        """Have these header lines sent with the answer, which has not started."""
-        self._more = lines
+        """Send these header lines too. The response must not have started."""
+        self._more += lines
 
     def write(self, data: bytes) -> None:
-        """Bytes of the answer. The first ones after it has started are its head."""
+        """Send bytes of the response. The first ones after it has started are its head."""
         if self._head is None and self._cycle.response_started:
             self._head = data[:-2] + self._more + b"\r\n" if self._more else data
             return
@@ -54,24 +55,45 @@ class JoinedTransport:
         self._transport.write(data)
 
     def close(self) -> None:
-        """The connection is not to be used again."""
+        """Close the connection, after a head that has not been sent yet."""
         if self._head:
             self.write(b"")
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Whether it is closed or about to be."""
+        """Whether the connection is closed or about to be."""
         return self._transport.is_closing()
 
 
-class BoundedProtocol(PatientProtocol):
-    """Refuses headers of more than MAX_HEADER_BYTES, and requests that come before the last one is answered.
+class CloseDelimitedTransport(JoinedTransport):
+    """Removes chunked encoding, which HTTP/1.0 clients do not know: the end of the connection ends the response.
 
-    The first would fill our memory before anybody has shown a key. The second (pipelining, which no client of today uses) makes
-    uvicorn stop reading, and a client that goes away would not be noticed.
+    Uvicorn writes the header line last, and each chunk with one write.
+    """
 
-    The scope's `lmaas.watch` takes a callback for when the client goes away: a task for each request that waits for uvicorn's word,
-    and a timeout around each write, would cost more than the rest of the exchange. Its `lmaas.head` takes more lines for the answer's head.
+    __slots__ = ()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the response without the framing of a chunk."""
+        if self._cycle.chunked_encoding:
+            data = _without_chunking(data) if self._head is not None else data.removesuffix(CHUNKED + b"\r\n") + b"\r\n"
+        super().write(data)
+
+
+def _without_chunking(chunk: bytes) -> bytes:
+    size, _, rest = chunk.partition(b"\r\n")
+    return rest[: int(size, 16)] if size else b""
+
+
+class BoundedProtocol(SlowClientProtocol):
+    """Refuses headers of more than MAX_HEADER_BYTES, and requests that arrive before the previous one is answered.
+
+    Long headers would fill the memory before a key has been checked. Pipelining, which no current client uses, makes uvicorn stop
+    reading, so that the end of the connection would go unnoticed.
+
+    The scope has two entries for the application. `lmaas.watch` takes a callback for the end of the connection: a task for each request
+    that waits for uvicorn's message, and a timeout around each write, would cost more than the rest of the exchange. `lmaas.head`
+    (not for HEAD requests) takes more header lines for the response.
     """
 
     _header_bytes = 0
@@ -79,28 +101,28 @@ class BoundedProtocol(PatientProtocol):
     _stall: asyncio.TimerHandle | None = None
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Handle the beginning of a request."""
         self._reading_headers, self._header_bytes = True, 0
         super().on_message_begin()
         scope: Any = self.scope
         scope["lmaas.watch"] = self.watch
 
     def watch(self, on_lost: Callable[[], None]) -> None:
-        """Have `on_lost` called when the connection is lost before the answer is complete, or at once if it is lost already."""
+        """Call `on_lost` when the connection ends before the response is complete, at once if it has ended already."""
         if self.transport.is_closing():
             on_lost()
             return
         self._on_lost = on_lost
-        # Uvicorn stops reading after a large body; who does not read does not notice the end.
+        # Uvicorn stops reading after a large body. Without reading, the end of the connection goes unnoticed.
         self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """A request is answered: that its client goes away means nothing any more."""
+        """Handle the end of a response. The end of the connection no longer matters."""
         self._on_lost = None
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone, or we have cut it off."""
+        """Handle the end of the connection, whichever side closed it."""
         super().connection_lost(exc)
         self._end_stall()
         on_lost, self._on_lost = self._on_lost, None
@@ -108,7 +130,7 @@ class BoundedProtocol(PatientProtocol):
             on_lost()
 
     def pause_writing(self) -> None:
-        """The client takes less than we send."""
+        """Handle a full write buffer: the client reads more slowly than the response is made."""
         super().pause_writing()
         self._watch_stall()
 
@@ -116,14 +138,14 @@ class BoundedProtocol(PatientProtocol):
         self._stall = self.loop.call_later(CLIENT_STALL_S, self._stalled, self.transport.get_write_buffer_size())
 
     def _stalled(self, left_bytes: int) -> None:
-        """A slow client is not one that takes nothing."""
+        """Cut the client off if it has read nothing since the last check."""
         if self.transport.get_write_buffer_size() >= left_bytes:
             self.transport.abort()
         else:
             self._watch_stall()
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Handle a write buffer that has emptied."""
         super().resume_writing()
         self._end_stall()
 
@@ -133,13 +155,13 @@ class BoundedProtocol(PatientProtocol):
             self._stall = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, whole. What comes after the body (a trailer) is nobody's."""
+        """Handle one header. A header after the body (a trailer) is ignored."""
         self._header_bytes += len(name) + len(value)
         if self._reading_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """All headers are there."""
+        """Handle the end of the headers."""
         self._reading_headers = False
         if self._busy or self._header_bytes > MAX_HEADER_BYTES:
             self._refuse_headers()
@@ -147,54 +169,59 @@ class BoundedProtocol(PatientProtocol):
         if self._refuses(self.url):
             return
         super().on_headers_complete()
-        if self.cycle is not None and self.scope["method"] != "HEAD":  # there, no body would follow the head
+        if self.cycle is not None and self.scope["method"] != "HEAD":  # a response to HEAD has no body that its head could wait for
             joined: Any = JoinedTransport(self.transport, self.cycle)
+            if self.scope["http_version"] == "1.0":
+                joined = CloseDelimitedTransport(self.transport, self.cycle)
+                self.cycle.waiting_for_100_continue = False  # HTTP/1.0 has no interim responses
             self.cycle.transport = joined
             scope: Any = self.scope
             scope["lmaas.head"] = joined.add_to_head
 
     def on_url(self, url: bytes) -> None:
-        """A part of the address."""
+        """Handle a part of the request target."""
         self._header_bytes += len(url)
         super().on_url(url)
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
+        """Handle a part of the body."""
         self._header_bytes = 0
         if not self.transport.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """Handle the end of a request."""
         if not self.transport.is_closing():
             super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Handle bytes from the client."""
         if self.transport.is_closing():
             return
         before = self._header_bytes
         super().data_received(data)
         if not self.transport.is_closing() and (self._reading_headers or self._header_bytes >= before > 0):
-            # A header or a trailer that never ends is not told of by on_header.
+            # The parser reports a header or a trailer only when it is complete.
             self._header_bytes = max(self._header_bytes, before + len(data))
             if self._header_bytes > MAX_HEADER_BYTES:
                 self._refuse_headers()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP."""
+        """Refuse bytes that are not HTTP."""
         self._refuse(InvalidRequest(msg, code="invalid_http"))
 
     @property
     def _busy(self) -> bool:
-        """Whether an answer is under way: nothing else may be written then."""
+        """Whether a response is under way. Nothing else may be written then."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_headers(self) -> None:
-        self._refuse(HeadersTooLargeError(f"The request's headers may have {MAX_HEADER_BYTES} bytes at most."))
+        self._refuse(
+            HeadersTooLargeError(f"The request's headers exceed {MAX_HEADER_BYTES} bytes, the maximum. Send fewer or shorter headers.")
+        )
 
     def _refuse(self, error: LmaasError) -> None:
-        # While a body is awaited an answer is under way that has not begun: this is it, then.
+        # While a body is awaited, the response has not begun yet, so this can still be it.
         if self.cycle is None or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.response_started):
             body = JsonResponse(error.body()).body
             headers = error.headers() | {"content-type": "application/json", "x-request-id": new_request_id()}
@@ -205,7 +232,7 @@ class BoundedProtocol(PatientProtocol):
 
 
 def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
-    """An HTTP server for the application. On SIGTERM it takes nothing new and lets streams end for `drain_timeout_s`."""
+    """Make an HTTP server for the application. On SIGTERM it accepts nothing new and gives streams `drain_timeout_s` to end."""
     protocol: Any = functools.partial(BoundedProtocol, bounds=client_bounds(settings))
     config = uvicorn.Config(
         app,

@@ -25,8 +25,12 @@ _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 
 
 def comment(text: str) -> bytes:
-    """Return a comment, which clients skip. It shows that the request is alive."""
-    return f": {text}\n\n".encode()
+    """Return a comment line, which clients skip. It keeps a silent connection open.
+
+    No empty line follows: it would end an event without data, which some clients (Go's) take for an answer that is empty. The comment
+    becomes part of the next event, where parsers skip it too.
+    """
+    return f": {text}\n".encode()
 
 
 def data(value: Any) -> bytes:

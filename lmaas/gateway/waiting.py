@@ -1,18 +1,22 @@
-"""Why requests for a pool wait, in words that are for tenants: never a path, a machine or an engine's own words."""
+"""Tells tenants how a waiting request stands and why it waits, without paths, machines or an engine's own messages."""
 
 import asyncio
+import math
 
 from lmaas.errors import Unavailable
 from lmaas.gateway.cache import MomentCache
+from lmaas.scheduling.leases import Standing
 from lmaas.store.database import Database
 from lmaas.store.pools import is_blocked
 from lmaas.store.replicas import failed_starts
 
 FRESH_S = 1.0
 GRACE_S = 10.0
-#: Nobody waits longer for an explanation.
-PATIENCE_S = 0.2
-#: How the reasons of replicas begin, and what tenants are told instead.
+#: How long an explanation may take.
+EXPLAIN_S = 0.2
+#: The scheduler reports every second. After this time without a report, its last estimate is no longer passed on.
+SILENT_S = 5.0
+#: How the reasons of failed replicas begin, and what tenants are told instead.
 CAUSES = {
     "the engine ended": "its process ended early",
     "the engine was not ready within": "it was not ready in time",
@@ -21,25 +25,51 @@ CAUSES = {
     "its supervisor is gone": "its process ended early",
 }
 NO_MACHINE = "every machine is busy with other models"
+SILENT = "queued: the queue does not report at present"
+LOADING = "loading the adapter"
+
+
+def comments(standing: Standing, reason: str, now: float) -> list[str]:
+    """Return the comments of a stream that waits at `now` (monotonic seconds): where it stands, and what keeps its engine from starting.
+
+    The first is `queued position=<n> estimated_wait_s=<s>`, followed by ` late_s=<s>` if the start or the turn takes longer than usual,
+    and by ` start=unknown` if no start of this model has been seen yet.
+    """
+    silent_s = now - standing.heard
+    if silent_s > SILENT_S:
+        return [SILENT, *([reason] if reason else [])]
+    if standing.phase == "loading":
+        return [LOADING]
+    wait_s, late_s = standing.wait_ms / 1000, standing.late_ms / 1000
+    if late_s > 0:
+        wait_s, late_s = wait_s + silent_s, late_s + silent_s
+    else:
+        wait_s -= silent_s
+    text = f"queued position={standing.position} estimated_wait_s={max(1, math.ceil(wait_s))}"
+    if late_s >= 1:
+        text += f" late_s={late_s:.0f}"
+    if standing.assumed:
+        text += " start=unknown"
+    return [text, *([reason] if reason else [])]
 
 
 class Waiting:
-    """Explains waits. One question a second for each pool, and only while somebody waits for it."""
+    """Explains waits. It asks the database once a second for each pool, and only while requests wait for it."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
         self._reasons = MomentCache[str, str](self._ask, fresh_s=FRESH_S, grace_s=GRACE_S)
 
     async def why(self, pool_id: str) -> str:
-        """What keeps this pool's engines from starting; empty if nothing does, or nobody knows."""
+        """Return what keeps this pool's engines from starting; empty if nothing does, or the database does not say in time."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(EXPLAIN_S):
                 return await self._reasons.get(pool_id) or ""
         except (Unavailable, TimeoutError):
             return ""
 
     async def explained(self, late: Unavailable, pool_id: str) -> Unavailable:
-        """The error of a request past its deadline, with what kept its engines from starting."""
+        """Return the error of a request past its deadline, with what kept its engines from starting."""
         reason = await self.why(pool_id)
         if not reason:
             return late

@@ -70,6 +70,23 @@ class Lease:
     load_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a waiting ticket stands by the scheduler's last report, which came at `heard` (monotonic seconds).
+
+    `phase` is `busy` (engines are ready, all slots taken), `starting` (an engine starts), `asked` (no engine starts yet) or `loading` (an
+    engine loads the ticket's adapter; nothing else is known then). `position` counts from 1 in the order of service, if the tenants' turns cost the same.
+    `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not known yet.
+    """
+
+    phase: str
+    heard: float
+    position: int = 0
+    wait_ms: int = 0
+    late_ms: int = 0
+    assumed: bool = False
+
+
 class OpenTicket:
     """A request that was accepted. It waits, runs, perhaps waits once more, and is settled."""
 
@@ -81,9 +98,8 @@ class OpenTicket:
         self.left: Mapping[str, Sequence[int]] = {}
         self.opened = time.monotonic()
         self.deadline = self.opened + deadline_s
-        #: Position in the queue, from 1, and the estimated wait.
-        self.position = 0
-        self.wait_ms = 0
+        #: As long as there is no lease.
+        self.standing = Standing("asked", self.opened)
         self.lease: Lease | None = None
         self.attempts = 0
         self._on_revoked: Callable[[], None] | None = None
@@ -113,7 +129,7 @@ class OpenTicket:
         if self.lease is None and time.monotonic() >= self.deadline:
             raise Unavailable(
                 "There was no capacity for this request before its deadline. Please try again.",
-                retry_after_s=max(1.0, self.wait_ms / 1000),
+                retry_after_s=max(1.0, self.standing.wait_ms / 1000),
             )
         return self.lease
 
@@ -157,7 +173,16 @@ class OpenTicket:
         if state != "failed" and report.get("attempts", self.attempts) != self.attempts:
             return True  # late news of an earlier delivery
         if state == "queued":
-            self.position, self.wait_ms = int(report["position"]), int(report["wait_ms"])
+            self.standing = Standing(
+                report["phase"],
+                time.monotonic(),
+                int(report["position"]),
+                int(report["wait_ms"]),
+                int(report["late_ms"]),
+                report["assumed"],
+            )
+        elif state == "loading":
+            self.standing = Standing("loading", time.monotonic())
         elif state == "revoked":
             if self.lease is None:
                 # Its replica had gone before we heard of the grant: the next renewal asks for another.

@@ -10,6 +10,7 @@ local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots
 local FAIR_TURNS = 2
 local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
 local MAX_TENANTS = 256   -- tenants looked at in one round
+local MAX_LINE = 64       -- tenants whose queues a position counts in full
 local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
 local MAX_LOOKS = 512     -- tickets looked at in one round
 local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next one goes on
@@ -21,7 +22,8 @@ end
 local function hold(pool, ticket, replica)
   -- More than a replica has: all of it. The next replica may have more.
   ticket.held = math.min(ticket.weight, replica.slots)
-  replica.load = replica.load + ticket.held
+  -- When a slot was taken last: what waits learns from it whether turns take longer than usual.
+  replica.load, replica.turn = replica.load + ticket.held, pool.now
   if ticket.adapter ~= '' then
     replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
     replica.used[ticket.adapter] = pool.now
@@ -321,6 +323,7 @@ local function clock_set_back(pool)
   end
   for id, replica in pairs(pool.replicas) do
     replica.beat, replica.since = math.min(replica.beat, pool.now), math.min(replica.since, pool.now)
+    replica.turn = replica.turn and math.min(replica.turn, pool.now)
     for adapter, time in pairs(replica.used) do replica.used[adapter] = math.min(time, pool.now) end
     pool.dirty[id] = true
   end

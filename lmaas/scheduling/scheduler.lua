@@ -5,23 +5,91 @@ local function register_always(name, callback)
   redis.register_function({ function_name = name, callback = callback, flags = { 'allow-oom' } })
 end
 
--- How long a ticket at this position may have to wait, in ms.
+-- What is left of something that usually takes `usual` ms and has taken `elapsed`, and by how much it is late, in ms. Something that is
+-- late is taken to need as long again as it is late, so that an estimate never stands still.
+local function left_of(usual, elapsed)
+  return math.max(math.min(1000, usual), usual - elapsed, elapsed - usual), math.max(0, elapsed - usual)
+end
+
+-- How long a ticket at this position may have to wait: {wait_ms, late_ms, phase, assumed}. In the phase `busy` engines are ready and all
+-- slots taken, in `starting` an engine starts, in `asked` none does yet. `late_ms` is by how much the next turn, or the start, is later
+-- than usual. `assumed`: no start of this pool is known, and START_MS stands for it.
 local function estimate(pool, position)
-  local slots, start = 0, nil
-  local usual = var(pool, 'start_ms', START_MS)
+  local run, slots, turn = var(pool, 'run_ms', TURN_MS), 0, 0
   for _, replica in pairs(pool.replicas) do
-    if replica.state == 'ready' then slots = slots + replica.slots end
-    if replica.state == 'starting' then start = math.max(1000, math.min(start or usual, usual - (pool.now - replica.since))) end
+    if replica.state == 'ready' then
+      slots, turn = slots + replica.slots, math.max(turn, replica.turn or replica.since)
+    end
   end
-  local wait = 0
-  if slots == 0 then wait, slots = start or usual, 16 end
-  return math.floor(wait + math.ceil(position / slots) * var(pool, 'run_ms', TURN_MS))
+  local left, late, phase, known = nil, nil, 'busy', nil
+  if slots > 0 then
+    left, late = left_of(run, pool.now - turn)
+  else
+    slots, known = 16, var(pool, 'start_ms', nil)
+    local usual = known or START_MS
+    for _, replica in pairs(pool.replicas) do
+      if replica.state == 'starting' then
+        local mine, mine_late = left_of(usual, pool.now - replica.since)
+        if not left or mine < left or (mine == left and mine_late < late) then left, late, phase = mine, mine_late, 'starting' end
+      end
+    end
+    if not left then
+      -- No supervisor reports yet. The ticket that came first tells how long ago an engine was asked for.
+      local first = redis.call('ZRANGE', pool.key .. ':queue', 0, 0)[1]
+      left, late = left_of(usual, first and pool.now - get(pool, first).submitted or 0)
+      phase = 'asked'
+    end
+  end
+  return {
+    wait_ms = math.floor(left + (math.ceil(position / slots) - 1) * run), late_ms = late, phase = phase,
+    assumed = phase ~= 'busy' and not known,
+  }
+end
+
+-- How many of the other tenants' tickets go before one with `rank` tickets of its own tenant before it, by its tenant's index in the order of
+-- service: turns of the tenants cost the same. Of tenants beyond MAX_LINE, one ticket each.
+local function turns_of(line, rank)
+  local turns, before, after = {}, 0, 0
+  for i = 1, #line.lengths do
+    turns[i], before = before, before + math.min(line.lengths[i], rank + 1)
+  end
+  for i = #line.lengths, 1, -1 do
+    turns[i], after = turns[i] + after + line.more, after + math.min(line.lengths[i], rank)
+  end
+  turns.beyond = before + line.more - 1
+  return turns
+end
+
+-- A queued ticket's position in the order of service, from 1: behind what came back. Lengths of queues are asked for once a call, so it must
+-- not change the queue any more.
+local function position_of(pool, ticket)
+  local front = redis.call('ZRANK', pool.key .. ':front', ticket.id)
+  if front then return front + 1 end
+  front = redis.call('ZCARD', pool.key .. ':front')
+  local rank = redis.call('ZRANK', pool.key .. ':queue:' .. ticket.tenant, ticket.id)
+  if rank == 0 then return front + redis.call('ZRANK', pool.key .. ':waiting', ticket.tenant) + 1 end
+  local line = pool.line
+  if not line then
+    line = { index = {}, lengths = {}, turns = {}, more = math.max(0, redis.call('ZCARD', pool.key .. ':waiting') - MAX_LINE) }
+    for i, tenant in ipairs(redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_LINE - 1)) do
+      line.index[tenant], line.lengths[i] = i, redis.call('ZCARD', pool.key .. ':queue:' .. tenant)
+    end
+    pool.line = line
+  end
+  local turns = line.turns[rank]
+  if not turns then
+    turns = turns_of(line, rank)
+    line.turns[rank] = turns
+  end
+  return front + rank + turns[line.index[ticket.tenant] or 'beyond'] + 1
 end
 
 local function report(pool, ticket)
   if ticket.state == 'queued' then
-    local position = (redis.call('ZRANK', pool.key .. ':queue', ticket.id) or 0) + 1
-    return { state = 'queued', attempts = ticket.attempts, position = position, wait_ms = estimate(pool, position) }
+    local position = position_of(pool, ticket)
+    local reply = estimate(pool, position)
+    reply.state, reply.attempts, reply.position = 'queued', ticket.attempts, position
+    return reply
   end
   if ticket.state == 'granted' then
     local replica = pool.replicas[ticket.replica]
@@ -47,7 +115,7 @@ end
 local function full(pool, ticket, max_queued, max_queued_pool)
   if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = 'refused' } end
   local queued = redis.call('ZCARD', pool.key .. ':queue')
-  if queued >= max_queued_pool then return { state = 'refused_by_pool', wait_ms = estimate(pool, queued) } end
+  if queued >= max_queued_pool then return { state = 'refused_by_pool', wait_ms = estimate(pool, queued).wait_ms } end
   return nil
 end
 
@@ -194,8 +262,9 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
     pool.replicas[args[1]] = replica
   end
   -- What the pool's starts usually take, by the records that supervisors keep of them.
-  if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', START_MS) then redis.call('HSET', pool.key .. ':vars', 'start_ms', beat.start_ms) end
+  if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', nil) then redis.call('HSET', pool.key .. ':vars', 'start_ms', beat.start_ms) end
   if beat.state == 'ready' and replica.state == 'starting' then
+    replica.turn = pool.now
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
   end
   -- Draining is decided here and does not come undone by a heartbeat that was already on its way.

@@ -37,9 +37,9 @@ def test_from_zero_to_an_answer_and_back_to_zero(stack: Stack) -> None:
         lines.extend((time.monotonic(), line) for line in response.iter_lines() if line)
     comments = [(at, line) for at, line in lines if line.startswith(":")]
     assert comments, "a cold start takes longer than a second"
-    assert all(re.fullmatch(r": queued position=1 estimated_wait_s=\d+", line) for _, line in comments)
+    assert all(re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=unknown)?", line) for _, line in comments)
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(comments)]
-    assert sum(gaps) <= 2 * len(gaps), "about once a second"
+    assert all(gap < 20 for gap in gaps), "about every ten seconds"
     events = [json.loads(line.removeprefix("data: ")) for _, line in lines if line.startswith("data: {")]
     assert "Paris" in "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
     assert {event["model"] for event in events} == {MODEL}

@@ -12,8 +12,8 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmaas.config import Settings
-from lmaas.gateway.patience import MIN_BODY_BYTES, SURPLUS, client_bounds
 from lmaas.gateway.server import server
+from lmaas.gateway.slow_clients import MIN_BODY_BYTES, SURPLUS, client_bounds
 from tests.conftest import until
 from tests.gateway.stack import free_port
 from tests.gateway.test_server import Application, Connection, head
@@ -132,7 +132,7 @@ async def test_a_connection_too_many() -> None:
         writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await answer(reader)).status == 200
         async with connected(port) as (late, asks):
-            for path in ("/healthz", "/readyz", "/metrics?x"):  # who asks how we are hears it
+            for path in ("/health", "/healthz", "/readyz", "/metrics?x"):  # who asks how we are hears it
                 asks.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
                 assert (await answer(late)).status == 200
             asks.write(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")

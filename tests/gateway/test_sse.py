@@ -78,9 +78,9 @@ def test_streams(chunks: list[bytes], expected: list[bytes]) -> None:
 
 
 def test_events_of_ours() -> None:
-    assert comment("position 3") == b": position 3\n\n"
+    assert comment("position 3") == b": position 3\n", "an empty line would end an event"
     assert data({"a": "ü\n\n"}) == 'data: {"a":"ü\\n\\n"}\n\n'.encode()
-    assert collect([comment("x") + data({"a": 1})]) == [b": x", b'data: {"a":1}']
+    assert collect([comment("x") + data({"a": 1})]) == [b': x\ndata: {"a":1}'], "one event, whose first line clients skip"
 
 
 NASTY = (

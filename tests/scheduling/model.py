@@ -32,6 +32,7 @@ class Rules:
     FAIR_TURNS: int = 2
     MAX_TURNS: int = 128
     MAX_TENANTS: int = 256
+    MAX_LINE: int = 64
     MAX_DEPTH: int = 64
     MAX_LOOKS: int = 512
     MAX_REAPED: int = 100
@@ -86,6 +87,8 @@ class Replica:
     adapter_slots: int = 0
     state: str = "starting"
     beat: int = 0
+    #: When a slot of it was taken last, or it became ready.
+    turn: int | None = None
     suspect: bool = False
     resident: set[str] = field(default_factory=set)
     #: Adapter → where its files are.
@@ -129,7 +132,9 @@ class Model:
         self.placed = 0
         #: The most that was not counted as passing over, so far.
         self.longest_turns = 0
-        self.run_ms, self.start_ms = self.rules.TURN_MS, self.rules.START_MS
+        self.run_ms = self.rules.TURN_MS
+        #: None before any supervisor has told it.
+        self.start_ms: int | None = None
         self.reaped: int | None = None
         self.spare_until = 0
         self.active: int | None = None
@@ -322,7 +327,7 @@ class Model:
             self.said.append((f"lmaas:replica:{replica.id}", "load"))
 
     def hold(self, now: int, held: Held, replica: Replica) -> None:
-        held.replica, held.slots = replica.id, min(held.ticket.weight, replica.slots)
+        held.replica, held.slots, replica.turn = replica.id, min(held.ticket.weight, replica.slots), now
         if held.ticket.adapter:
             replica.used[held.ticket.adapter] = now
 
@@ -419,6 +424,7 @@ class Model:
             held.granted = None if held.granted is None else min(held.granted, now)
         for replica in self.replicas.values():
             replica.beat, replica.since = min(replica.beat, now), min(replica.since, now)
+            replica.turn = None if replica.turn is None else min(replica.turn, now)
             replica.used = {adapter: min(at, now) for adapter, at in replica.used.items()}
         self.controller = min(self.controller, now)
         self.active = None if self.active is None else min(self.active, now)
@@ -426,20 +432,51 @@ class Model:
 
     # What is answered.
 
-    def wait_ms(self, now: int, position: int) -> int:
-        """How long a ticket at this position may have to wait."""
-        slots = sum(replica.slots for replica in self.replicas.values() if replica.state == "ready")
-        wait = 0
-        if not slots:
-            starting = [self.start_ms - (now - replica.since) for replica in self.replicas.values() if replica.state == "starting"]
-            wait, slots = max(1000, min(self.start_ms, *starting)) if starting else self.start_ms, 16
-        return wait + -(-position // slots) * self.run_ms
+    def estimate(self, now: int, position: int) -> Reply:
+        """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
+        ready = [replica for replica in self.replicas.values() if replica.state == "ready"]
+        starting = [now - replica.since for replica in self.replicas.values() if replica.state == "starting"]
+        usual = self.rules.START_MS if self.start_ms is None else self.start_ms
+        if slots := sum(replica.slots for replica in ready):
+            phase, usual = "busy", self.run_ms
+            elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
+        elif starting:
+            phase, slots = "starting", 16
+            elapsed = min(starting, key=lambda each: (self.left(usual, each), each))
+        else:
+            phase, slots = "asked", 16
+            elapsed = now - self.queue()[0].submitted if self.queue() else 0
+        return {
+            "wait_ms": self.left(usual, elapsed) + (-(-position // slots) - 1) * self.run_ms,
+            "late_ms": max(0, elapsed - usual),
+            "phase": phase,
+            "assumed": phase != "busy" and self.start_ms is None,
+        }
+
+    @staticmethod
+    def left(usual: int, elapsed: int) -> int:
+        return max(min(1000, usual), usual - elapsed, elapsed - usual)
+
+    def position(self, held: Held) -> int:
+        """In the order of service: behind what came back, and with turns of the tenants that cost the same. Of the last tenants one each."""
+        front = [each for each in self.queue() if each.came_back]
+        if held in front:
+            return front.index(held) + 1
+        tenant, order = held.ticket.tenant, self.tenants_waiting()
+        own, turn = self.queue(tenant).index(held), order.index(tenant)
+        if own == 0:
+            return len(front) + turn + 1
+        others = 0
+        for at, each in enumerate(order):
+            if each != tenant:
+                others += min(len(self.queue(each)), own + (at < turn)) if at < self.rules.MAX_LINE else 1
+        return len(front) + own + others + 1
 
     def report(self, now: int, held: Held) -> Reply:
         reply: Reply = {"state": held.state, "attempts": held.attempts}
         if held.state == "queued":
-            position = self.queue().index(held) + 1
-            reply |= {"position": position, "wait_ms": self.wait_ms(now, position)}
+            position = self.position(held)
+            reply |= {"position": position} | self.estimate(now, position)
         if held.state == "granted":
             reply |= self.lease(held)
         return reply
@@ -462,7 +499,7 @@ class Model:
         if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
             return {"state": "refused"}
         if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
-            return {"state": "refused_by_pool", "wait_ms": self.wait_ms(now, len(self.queue()))}
+            return {"state": "refused_by_pool", "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
         refused, left, made = self.limits.reserve(now, ticket, accepted_before)
         if refused is not None:
             return refused
@@ -534,6 +571,7 @@ class Model:
             self.replicas[replica_id] = Replica(replica_id, now, resident=set(beat.resident))
         replica = self.replicas[replica_id]
         if beat.state == "ready" and replica.state == "starting":
+            replica.turn = now
             replica.resident |= set(beat.resident)
         if beat.start_ms is not None:
             self.start_ms = beat.start_ms
@@ -625,5 +663,5 @@ class Model:
             "replicas": replicas,
             "idle_ms": now - self.active,
             "run_ms": self.run_ms,
-            "start_ms": self.start_ms,
+            "start_ms": self.rules.START_MS if self.start_ms is None else self.start_ms,
         }

@@ -256,6 +256,7 @@ def _replica(facts: Any) -> dict[str, Any]:
     names = ("url", "slots", "adapter_slots", "state", "beat", "since", "load", "running", "used")
     loading = {adapter: (each["source"], sorted(each["tickets"])) for adapter, each in facts["loading"].items()}
     return {each: facts[each] for each in names} | {
+        "turn": facts.get("turn"),
         "suspect": facts.get("suspect", False),
         "resident": sorted(facts["resident"]),
         "loading": loading,
@@ -355,6 +356,7 @@ def _modelled_replica(model: Model, replica: Replica) -> dict[str, Any]:
         "state": replica.state,
         "beat": replica.beat,
         "since": replica.since,
+        "turn": replica.turn,
         "load": model.load(replica),
         "running": model.running(replica),
         "used": replica.used,

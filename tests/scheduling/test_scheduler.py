@@ -133,7 +133,9 @@ async def test_many_submitters_at_once_share_one_slot(scheduler: Scheduler, pool
     await pool.beat(slots=1)
     replies = await asyncio.gather(*(scheduler.submit(ticket(number, f"t{number % 3}"), Bounds(100, 10_000)) for number in range(30)))
     assert sorted(reply["state"] for reply in replies) == ["granted"] + ["queued"] * 29
-    assert sorted(reply.get("position", 0) for reply in replies) == list(range(30))
+    waiting = [(f"r{number}", "") for number, reply in enumerate(replies) if reply["state"] == "queued"]
+    reports = (await scheduler.renew("p", waiting))["tickets"]
+    assert sorted(report["position"] for report in reports) == list(range(1, 30))
     await pool.check()
 
 

@@ -27,7 +27,17 @@ SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 SHORT = Rules(LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2, FAIR_TURNS=0)
 #: And with these, not everything that waits is looked at, nor every counter kept.
 NARROW = replace(
-    SHORT, MAX_PASSES=3, RESERVE_PASSES=1, FAIR_TURNS=1, MAX_TURNS=3, MAX_TENANTS=2, MAX_DEPTH=2, MAX_LOOKS=3, MAX_COUNTERS=3, MAX_REAPED=3
+    SHORT,
+    MAX_PASSES=3,
+    RESERVE_PASSES=1,
+    FAIR_TURNS=1,
+    MAX_TURNS=3,
+    MAX_TENANTS=2,
+    MAX_LINE=2,
+    MAX_DEPTH=2,
+    MAX_LOOKS=3,
+    MAX_COUNTERS=3,
+    MAX_REAPED=3,
 )
 RULES = {"short": SHORT, "narrow": NARROW}
 #: Half a minute before a month ends, and the middle of another.

@@ -1,4 +1,4 @@
-"""How long the server waits for clients that send slowly or not at all, and how many it takes."""
+"""Limits on clients that send slowly or not at all, and on the number of connections."""
 
 import asyncio
 import resource
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError, Unavailable
+from lmaas.gateway.upgrades import UpgradeIgnoringProtocol
 
-#: A client that sends a body sends this much in each of its time spans: a slow line is not a client that holds a connection.
+#: A client must send at least this much of a body in each `body_s`, so that a slow line is not mistaken for an abandoned connection.
 MIN_BODY_BYTES = 4096
-#: So many connections more are taken, for those who ask how we are: they must hear it when we are full, too.
+#: Connections above the limit that are accepted for health checks and metrics, which must work when the gateway is full.
 SURPLUS = 64
-#: And no key is needed for these, nor an engine.
-ASKED_WHEN_FULL = (b"/healthz", b"/readyz", b"/metrics")
-#: Open files that are not clients' connections or those to engines for them.
+#: The paths that are served on those connections. They need no key and no engine.
+SERVED_WHEN_FULL = (b"/health", b"/healthz", b"/readyz", b"/metrics")
+#: Open files that are neither client connections nor the engine connections that serve them.
 OTHER_FILES = 256 + SURPLUS
 
 
@@ -29,7 +30,8 @@ class RequestTimeout(InvalidRequest):
 
 @dataclass(frozen=True, slots=True)
 class ClientBounds:
-    """In seconds: for a whole head, from its first byte or the connection's beginning; and for each MIN_BODY_BYTES of a body."""
+    """Limits of one server. `header_s` is for a whole head, from its first byte or the start of the connection, `body_s` for each
+    MIN_BODY_BYTES of a body."""
 
     header_s: float = 10.0
     body_s: float = 30.0
@@ -37,16 +39,17 @@ class ClientBounds:
 
 
 def client_bounds(settings: Settings) -> ClientBounds:
-    """By setting; but no more connections than this process may have files for, one to the client and one to an engine each."""
+    """Return the limits that the settings ask for. The number of connections is also limited by the files that this process may open:
+    each request needs one connection to its client and one to an engine."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(1, (files - OTHER_FILES) // 2) if files != resource.RLIM_INFINITY else settings.max_connections
     return ClientBounds(settings.header_timeout_s, settings.body_timeout_s, min(settings.max_connections, most))
 
 
-class PatientProtocol(HttpToolsProtocol):
-    """Ends connections whose client is late with a request, and takes no more of them than there may be.
+class SlowClientProtocol(UpgradeIgnoringProtocol):
+    """Closes connections whose client is late with a request, and limits the number of connections.
 
-    A timer runs only while a request has come in part: one that comes whole, as nearly all do, costs nothing.
+    A timer runs only while a request is incomplete, so a request that arrives whole, as nearly all do, costs nothing.
     """
 
     _reading_headers = True
@@ -54,9 +57,9 @@ class PatientProtocol(HttpToolsProtocol):
     _awaits_body = False
     #: The exchange during which the timer was started.
     _late_cycle: RequestResponseCycle | None = None
-    #: Whether there were too many connections already when it was made.
+    #: Whether the number of connections was above the limit when this one was made.
     _surplus = False
-    #: Bytes that have come since the timer was started, and whether we did not read all the while.
+    #: Bytes received since the timer was started, and whether reading was paused in that time.
     _came = 0
     _paused = False
 
@@ -65,11 +68,11 @@ class PatientProtocol(HttpToolsProtocol):
         self._bounds = bounds or ClientBounds()
 
     def _refuse(self, error: LmaasError) -> None:
-        """Answer, if nothing else is under way, and close."""
+        """Send the error unless another response is under way, and close the connection."""
         raise NotImplementedError
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
+        """Handle a new connection."""
         super().connection_made(transport)
         self._surplus = len(self.connections) > self._bounds.max_connections
         if len(self.connections) > self._bounds.max_connections + SURPLUS:
@@ -78,8 +81,8 @@ class PatientProtocol(HttpToolsProtocol):
             self._wait(0)
 
     def _refuses(self, url: bytes) -> bool:
-        """Whether this request is on a connection too many, and has been refused."""
-        if not self._surplus or len(self.connections) <= self._bounds.max_connections or url.partition(b"?")[0] in ASKED_WHEN_FULL:
+        """Refuse a request on a surplus connection, unless there is room by now or its path is always served. Return whether it did."""
+        if not self._surplus or len(self.connections) <= self._bounds.max_connections or url.partition(b"?")[0] in SERVED_WHEN_FULL:
             return False
         self._refuse_surplus()
         return True
@@ -87,29 +90,24 @@ class PatientProtocol(HttpToolsProtocol):
     def _refuse_surplus(self) -> None:
         self._refuse(Unavailable("Too many connections are open. Please try again.", code="too_many_connections", retry_after_s=5))
 
-    def on_message_complete(self) -> None:
-        """The request is whole. Uvicorn takes no notice if it has been answered already."""
-        super().on_message_complete()
-        self.cycle.more_body = False
-
     def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Handle bytes from the client."""
         awaited_body = self.cycle is not None and self.cycle.more_body
         super().data_received(data)
         cycle = self.cycle
         if cycle is not None and not cycle.more_body and not cycle.response_complete:
-            self._end_wait()  # the request is whole, and being answered
+            self._end_wait()  # the request is complete and is being answered
         elif self.transport.is_closing():
             pass
         elif cycle is not None and awaited_body and not cycle.more_body and not self._reading_headers:
-            # The rest of a request that was answered before it was whole: now the connection is idle.
+            # This was the rest of a request that was answered before it was complete. The connection is idle now.
             self._end_wait()
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         else:
             self._wait(len(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone, or we have cut it off."""
+        """Handle the end of the connection, whichever side closed it."""
         self._end_wait()
         super().connection_lost(exc)
 
@@ -135,7 +133,7 @@ class PatientProtocol(HttpToolsProtocol):
             return
         if not self._awaits_body:
             if self._came:
-                self._refuse(RequestTimeout(f"The request's headers did not come within {bounds.header_s:g} s.", retry_after_s=1))
+                self._refuse(RequestTimeout(f"The request's headers did not arrive within {bounds.header_s:g} s.", retry_after_s=1))
             else:
                 self.transport.close()
             return
@@ -143,7 +141,8 @@ class PatientProtocol(HttpToolsProtocol):
             self._wait(0)
             return
         if cycle.response_complete:
-            # It has had its answer: another one would be taken for the next request's.
+            # The request was answered already. The client would take a second response for that of its next request.
             self.transport.close()
             return
-        self._refuse(RequestTimeout(f"The request's body did not go on within {bounds.body_s:g} s.", retry_after_s=1))
+        message = f"Less than {MIN_BODY_BYTES} bytes of the request's body arrived within {bounds.body_s:g} s."
+        self._refuse(RequestTimeout(message, retry_after_s=1))
