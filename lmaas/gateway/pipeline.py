@@ -78,7 +78,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
     model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
     request.check_context(model.base.max_model_len)
     # Where no host that checks grammars is known, as before the first replica of a Ray cluster, the replica brings one.
-    checked = not request.constrained or await _is_checked(gateway, endpoint, principal, request, model)
+    checked = not request.must_be_checked or await _is_checked(gateway, endpoint, principal, request, model)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))

@@ -57,6 +57,11 @@ class EngineRequest:
         return choice != "auto" or strict or asked.get("parallel_tool_calls") is False
 
     @property
+    def must_be_checked(self) -> bool:
+        """Whether an engine may compile a grammar: some tool parsers do so for every request with tools."""
+        return self.constrained or (bool(self.parameters.get("tools")) and self.parameters.get("tool_choice") != "none")
+
+    @property
     def grammar(self) -> dict[str, Any]:
         """The parameters from which the engine compiles its grammar, by name."""
         return {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}

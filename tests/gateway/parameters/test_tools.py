@@ -220,6 +220,8 @@ def test_what_the_grammar_library_cannot_enforce_is_left_out_unless_a_tool_is_st
 def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrained: bool) -> None:
     request = read_chat(CHAT | changes)
     assert request.constrained is constrained
+    # Even where this engine compiles none, another tool parser may.
+    assert request.must_be_checked is (constrained or (bool(changes.get("tools")) and changes.get("tool_choice") != "none"))
     # Everything that decides the grammar, and nothing else.
     names = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
     assert request.grammar == {name: request.parameters[name] for name in names if name in request.parameters}
