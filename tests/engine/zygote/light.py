@@ -31,5 +31,5 @@ if __name__ == "__main__":
     from lmaas.engine.zygote import server
     from lmaas.engine.zygote.__main__ import main
 
-    server.LEARN_AFTER_S = 0.0
+    vars(server).update(LEARN_AFTER_S=0.0, SERVER="tests.engine.zygote.job")  # it learns what that is started with
     main()
