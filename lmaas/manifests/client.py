@@ -84,9 +84,10 @@ class ApiClient:
         return data
 
     def upload(
-        self, name: str, base_model: str, folder: Path, *, activate: bool = True, if_changed: bool = False, progress: Progress | None = None
+        self, name: str, base_model: str, folder: Path, *, activate: bool = True, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Upload an adapter's folder as PEFT saves it; answers the adapter with its version. Raises InvalidRequest if a file is missing."""
+        """Upload an adapter's folder as PEFT saves it; return the adapter with its version, which is an earlier one if it has the same
+        content. Raises InvalidRequest if a file is missing."""
         config, model = folder / CONFIG_FILE, folder / MODEL_FILE
         for path in (config, model):
             if not path.is_file():
@@ -95,7 +96,6 @@ class ApiClient:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             fields = {"name": name, "base_model": base_model, "activate": str(activate).lower(), "sha256": digest}
-            fields["if_changed"] = str(if_changed).lower()
             files = {
                 "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
                 "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),

@@ -103,11 +103,10 @@ async def add_version(
     target_modules: list[str],
     size_bytes: int,
     activate: bool,
-    if_changed: bool = False,
-) -> int:
-    """Add a version (from 1) to the adapter, which is made if it is new; answers its number.
+) -> tuple[int, bool]:
+    """Add a version (from 1) to the adapter, which is made if it is new; return its number, and whether it is new.
 
-    With `if_changed`, nothing is added if the latest version has the same content, and that one's number is the answer.
+    If a version of this adapter has the same content, nothing is added, and the latest such version is returned.
 
     Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
     tenant has been deleted meanwhile.
@@ -140,11 +139,11 @@ async def add_version(
         if count > tenant.max_adapters:
             raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
         columns = adapter_versions.c
-        query = select(columns.version, columns.content_hash).where(columns.adapter_id == row.id).order_by(columns.version.desc()).limit(1)
-        last = (await connection.execute(query)).one_or_none()
-        version = last.version if last else 0
-        if last is None or not if_changed or last.content_hash != content_hash:
-            version += 1
+        latest = select(func.max(columns.version)).where(columns.adapter_id == row.id)
+        version = (await connection.execute(latest.where(columns.content_hash == content_hash))).scalar_one()
+        is_new = version is None
+        if is_new:
+            version = ((await connection.execute(latest)).scalar_one() or 0) + 1
             await connection.execute(
                 insert(adapter_versions).values(
                     adapter_id=row.id,
@@ -157,7 +156,7 @@ async def add_version(
             )
         if activate:
             await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
-    return int(version)
+    return int(version), is_new
 
 
 async def activate(db: Database, tenant_id: str, name: str, version: int) -> None:
