@@ -18,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 #: EVA writes a rank and an alpha for every module of the model.
 MAX_CONFIG_BYTES = 512 * 1024
 #: Ranks and alphas that differ from the usual one. The engine tries a pattern for each of them on every module.
-MAX_DIFFERENT = 128
+MAX_DIFFERENT = 64
 #: PEFT's values for keys that are missing.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 
@@ -67,6 +67,8 @@ UNSUPPORTED_KEYS = {
 }
 #: Initialisations after which a saved adapter is a plain LoRA; the others (PiSSA, OLoRA, CorDA, LoftQ) also change the base weights.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+#: PEFT adds these to modules_to_save for tasks with a head of their own, also where the model has none. A trained one is a tensor.
+TASK_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
 Number = int | float
 
@@ -173,8 +175,8 @@ def read_config(data: bytes, max_rank: int) -> AdapterConfig:
         config = loads_strict(data)
     except ValueError as error:
         _refuse("invalid_json", f"the file cannot be read: {error}. Upload the file that PEFT's save_pretrained wrote.")
-    _check_keys(config)
     _check_kind(config)
+    _check_keys(config)
     rank_pattern = _pattern(config, "rank_pattern", _is_rank, "positive whole numbers")
     alpha_pattern = _pattern(config, "alpha_pattern", _is_finite, "finite numbers")
     rank = config.get("r", DEFAULT_RANK)
@@ -196,6 +198,8 @@ def _check_keys(config: dict[str, Any]) -> None:
     """Refuse keys that change the computation, and unknown ones that are not null, false or empty: those might."""
     for key, value in config.items():
         if key in HARMLESS_KEYS or key in CHECKED_KEYS or is_nothing(value):
+            continue
+        if key == "modules_to_save" and isinstance(value, list) and all(isinstance(name, str) and name in TASK_HEADS for name in value):
             continue
         if key in UNSUPPORTED_KEYS:
             _refuse("unsupported_adapter", f"{key} is set, but {UNSUPPORTED_KEYS[key]}.")

@@ -23,10 +23,10 @@ _WITHOUT_TOKENS = "it is part of a module that was trained as a whole; train wit
 _UNSUPPORTED = (
     (re.compile(r".*lora_magnitude_vector.*"), "it belongs to DoRA; train with use_dora=False"),
     (re.compile(r".*\.(?:modules_to_save|original_module|token_adapter|trainable_tokens_\w+)\..*"), _WITHOUT_TOKENS),
+    (re.compile(r"(?!.*lora_).*\.bias"), "it is a bias; train with bias='none'"),
     (re.compile(r".*\.base_layer\..*"), "it is a copy of base weights; upload the LoRA tensors only"),
     (re.compile(r".*\.lora_[AB]\.bias"), "it is a bias; train with lora_bias=False"),
     (re.compile(r".*\.lora_[AB]\.\w+\.weight"), "it carries an adapter's name; save with PEFT's save_pretrained, which leaves it out"),
-    (re.compile(r"(?!.*lora_).*\.bias"), "it is a bias; train with bias='none'"),
     (re.compile(r"(?!.*lora_).*\.weight"), "it is no LoRA weight, but a base module that was trained as a whole; train without modules_to_save"),
 )  # fmt: skip
 
@@ -68,7 +68,9 @@ def read_tensors(records: Mapping[str, TensorRecord], base: BaseModelShapes) -> 
             _check_form(name, match, record)
             pair = sides.setdefault(match["module"], {})
             if match["side"] in pair:
-                refuse_tensors("invalid_safetensors", f"The file has lora_{match['side']} of {show(match['module'])} twice, as {show(name)}.")
+                refuse_tensors(
+                    "invalid_safetensors", f"The file has lora_{match['side']} of {show(match['module'])} twice, as {show(name)}."
+                )
             pair[match["side"]] = record
     if not sides:
         refuse_tensors("no_target_modules", "The file has no LoRA tensors. Upload the adapter that PEFT's save_pretrained wrote.")
@@ -152,7 +154,9 @@ def _check_shapes(module: str, pair: Pair, linear: tuple[int, int], max_rank: in
             refuse_tensors(
                 "base_model_mismatch",
                 f"lora_{side} of {show(module)} has the shape {list(shape)}, but this base model needs "
-                f"{['rank', wanted] if side == 'A' else [wanted, 'rank']}. Upload it for the base model that it was trained on.".replace("'", ""),
+                f"{['rank', wanted] if side == 'A' else [wanted, 'rank']}. Upload it for the base model that it was trained on.".replace(
+                    "'", ""
+                ),
             )
     if pair.b.shape[1] != rank:
         refuse_tensors(
