@@ -52,7 +52,7 @@ class InvalidRequest(LmaasError):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. `code` says why (trust.md, "Adapter upload")."""
+    """The uploaded adapter cannot be served. `code` says why (docs/adapters.md)."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 

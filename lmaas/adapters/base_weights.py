@@ -41,7 +41,8 @@ def check_base_copy(path: Path, name: str, record: TensorRecord, module: str, ba
     if record.dtype not in STORED_DTYPES or base_record.dtype not in STORED_DTYPES:
         refuse_tensors(
             "unsupported_adapter",
-            f"The tensor {show(name)} is {record.dtype}, a copy of base weights that are {base_record.dtype}: they cannot be compared. {_ADVICE}",
+            f"The tensor {show(name)} is a copy of base weights. As {record.dtype} it cannot be compared with the base model's "
+            f"{base_record.dtype}. {_ADVICE}",
         )
     count = record.size_bytes // (size := _size(record))
     base_size = _size(base_record)
@@ -56,8 +57,8 @@ def check_base_copy(path: Path, name: str, record: TensorRecord, module: str, ba
             if not same(mine, record.dtype, theirs, base_record.dtype):
                 refuse_tensors(
                     "unsupported_adapter",
-                    f"The tensor {show(name)} differs from the base model's weights, which all adapters share. Train without modules_to_save, "
-                    "and on this base model.",
+                    f"The tensor {show(name)} differs from the base model's weights, which all adapters share. Train without "
+                    "modules_to_save, and on this base model.",
                 )
 
 

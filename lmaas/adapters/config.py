@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lmaas.adapters.patterns import PatternError, exactly, first_values
+from lmaas.adapters.patterns import PatternError, exactly, matching_values
 from lmaas.adapters.safetensors import loads_strict, show
 from lmaas.errors import InvalidAdapter, TooLarge
 
@@ -87,14 +87,17 @@ class AdapterConfig:
     tied: bool
 
     def check_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Raise InvalidAdapter `rank_not_supported` if a module's tensors have another rank than the configuration gives it."""
+        """Raise InvalidAdapter `rank_not_supported` if a module's tensors have a rank that the configuration does not give it.
+
+        Any pattern that matches the module may give it: which came first in training is lost, since PEFT sorts them when it saves.
+        """
         try:
-            wanted = first_values(self.rank_pattern, ranks)
+            wanted = matching_values(self.rank_pattern, ranks)
         except PatternError as error:
             _refuse("unsupported_adapter", f"rank_pattern cannot be used: {error}. Name modules exactly, or with simpler patterns.")
         for module, rank in ranks.items():
-            if rank != wanted.get(module, self.rank):
-                source = f"rank_pattern gives {wanted[module]}" if module in wanted else f"r is {self.rank}"
+            if rank not in (wanted[module] or [self.rank]):
+                source = f"rank_pattern gives {wanted[module][0]}" if wanted[module] else f"r is {self.rank}"
                 _refuse(
                     "rank_not_supported",
                     f"the tensors of {show(module)} have rank {rank}, but {source}. Upload the config of the same training run.",
@@ -103,7 +106,7 @@ class AdapterConfig:
     def alphas(self, modules: Collection[str]) -> dict[str, Number]:
         """Return the alpha of each module. Raises InvalidAdapter if `alpha_pattern` cannot be matched."""
         try:
-            return dict.fromkeys(modules, self.alpha) | first_values(self.alpha_pattern, modules)
+            return {module: [*values, self.alpha][0] for module, values in matching_values(self.alpha_pattern, modules).items()}
         except PatternError as error:
             _refuse("unsupported_adapter", f"alpha_pattern cannot be used: {error}. Name modules exactly, or with simpler patterns.")
 

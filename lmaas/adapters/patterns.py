@@ -35,15 +35,16 @@ class PatternError(ValueError):
     """A pattern that cannot be matched here. Its text says which and why, and can be shown."""
 
 
-def first_values(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, Value]:
-    """Return the value of the first pattern that matches, for each module that some pattern matches. Raises PatternError."""
+def matching_values(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, list[Value]]:
+    """Return the values of the patterns that match each module, in their order: PEFT takes the first. Raises PatternError."""
     import re2  # noqa: PLC0415 (memory that a gateway needs only for such an upload)
 
     if len(patterns) > MAX_PATTERNS:
         raise PatternError(f"it has {len(patterns)} patterns, more than the {MAX_PATTERNS} allowed")
     options = re2.Options()
     options.max_mem, options.never_capture, options.log_errors = _MAX_MEMORY_BYTES, True, False
-    undecided, found, program = list(modules), dict[str, Value](), 0
+    found: dict[str, list[Value]] = {module: [] for module in modules}
+    program = 0
     for key, value in patterns.items():
         _check_syntax(key)
         try:
@@ -53,9 +54,9 @@ def first_values(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[
         program += regex.programsize
         if program > MAX_PROGRAM:
             raise PatternError(f"its patterns are too complex together, from {_show(key)} on")
-        matched = {module for module in undecided if regex.match(module)}
-        found |= dict.fromkeys(matched, value)
-        undecided = [module for module in undecided if module not in matched]
+        for module, values in found.items():
+            if regex.match(module):
+                values.append(value)
     return found
 
 

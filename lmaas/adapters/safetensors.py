@@ -141,7 +141,7 @@ def _adapts_embeddings(folder: Path) -> bool:
 
 
 def loads_strict(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no duplicate keys, at most 8 levels deep, every number finite and every integer within 19 digits.
+    """Parse a JSON object strictly: UTF-8, no duplicate keys, at most 8 levels deep, finite numbers and integers of at most 19 digits.
 
     Raises ValueError with a reason that can be shown.
     """

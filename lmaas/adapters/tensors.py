@@ -27,7 +27,7 @@ _UNSUPPORTED = (
     (re.compile(r".*\.base_layer\..*"), "it is a copy of base weights; upload the LoRA tensors only"),
     (re.compile(r".*\.lora_[AB]\.bias"), "it is a bias; train with lora_bias=False"),
     (re.compile(r".*\.lora_[AB]\.\w+\.weight"), "it carries an adapter's name; save with PEFT's save_pretrained, which leaves it out"),
-    (re.compile(r"(?!.*lora_).*\.weight"), "it is no LoRA weight, but a base module that was trained as a whole; train without modules_to_save"),
+    (re.compile(r"(?!.*lora_).*\.weight"), "it is a base module that was trained as a whole; train without modules_to_save"),
 )  # fmt: skip
 
 

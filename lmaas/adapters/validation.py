@@ -127,8 +127,8 @@ def _check_weights(path: Path, pairs: Mapping[str, Pair], dtype: str, config: Ad
     if not acts:
         refuse_tensors(
             "no_effect",
-            f"In every module lora_A or lora_B (after scaling by lora_alpha) is zero in the engine's {dtype}, so the adapter changes nothing. "
-            "Upload it after training.",
+            f"In every module lora_A or lora_B (after scaling by lora_alpha) is zero in the engine's {dtype}, so the adapter changes "
+            "nothing. Upload it after training.",
         )
 
 

@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 from vllm.lora.peft_helper import PEFTHelper
 
 from lmaas.adapters.config import AdapterConfig, canonical_config
-from lmaas.adapters.patterns import MAX_PATTERN_LENGTH, MAX_PATTERNS, PatternError, exactly, first_values
+from lmaas.adapters.patterns import MAX_PATTERN_LENGTH, MAX_PATTERNS, PatternError, exactly, matching_values
 from tests.adapters.build import base
 
 MODULES = [*base(layers=12).linears, "model.layers.1", "q_proj", "q.proj", "x_lm_head", "model.layers.0.self_attn.q_proj.q_proj"]
 #: Short enough for a matcher that backtracks.
 SHORT = ["q_proj", "a", "0.a", "a.0", "a.q_proj", "mlp.1.a", "mlp.a_a", "lm.q-a", "aaa", "aQ.1", "1.10.0", "mlp", "a.mlp"]
+
+
+def first_values(patterns: dict[str, int], modules: list[str]) -> dict[str, int]:
+    """Of the modules that some pattern matches."""
+    return {module: values[0] for module, values in matching_values(patterns, modules).items() if values}
 
 
 def by_peft(key: str, modules: list[str]) -> dict[str, int]:

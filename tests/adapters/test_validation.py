@@ -1,6 +1,6 @@
 """Bad adapters are refused with their code and a message that helps; good ones pass."""
 
-import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from lmaas.adapters.config import CHECKED_KEYS, HARMLESS_KEYS, MAX_CONFIG_BYTES,
 from lmaas.adapters.validation import AdapterFacts, check_file_names
 from lmaas.errors import InvalidAdapter, TooLarge
 from lmaas.types import BaseModelShapes
-from tests.adapters.build import ALL, ATTENTION, HIDDEN, PREFIX, Tensors, base, check, config, config_dict, encode, pack, refused, tensors
+from tests.adapters.build import ALL, ATTENTION, HIDDEN, PREFIX, Tensors, base, check, config, encode, pack, refused, tensors
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
 BASE = base()
@@ -146,6 +146,13 @@ def test_what_no_pattern_changes_is_stored_as_without_patterns(file: Path) -> No
     assert (
         check(file, config(r=8, rank_pattern={"proj": 8, ".*": 4}, lora_alpha=3, alpha_pattern={"[qv]_proj": 8}), tensors()).config == plain
     )
+
+
+def test_the_order_in_which_patterns_gave_ranks_is_lost_when_peft_sorts_them(file: Path) -> None:
+    facts = check(
+        file, config(rank_pattern={".*k_proj": 8, "layers.1.*": 16, "q_proj": 4}), tensors(leaves=["k_proj"], rank=8, ranks={K1: 16})
+    )
+    assert facts.config["rank_pattern"] in ({rf"^(?:{re.escape(K1)})": 16}, {rf"^(?:{re.escape(K1.replace('1', '0'))})": 8})
 
 
 @pytest.mark.parametrize(
