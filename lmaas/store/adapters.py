@@ -1,4 +1,4 @@
-"""Adapters and their immutable versions. Every function is about one tenant's adapters only."""
+"""Adapters and their immutable versions. Every function reads and writes one tenant's adapters only."""
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -16,7 +16,7 @@ from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """LoRA weights for one base model, under a name of the tenant's. `live_version` is None until one is activated."""
+    """LoRA weights for one base model, under a name that the tenant chose. `live_version` is None until one is activated."""
 
     id: str
     name: str
@@ -40,7 +40,7 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """What a request for an adapter needs to know."""
+    """The version of an adapter that a request runs on."""
 
     adapter_id: str
     version: int
@@ -66,13 +66,13 @@ def _adapters(tenant_id: str) -> Select[Any]:
 
 
 async def list_adapters(db: Database, tenant_id: str) -> list[Adapter]:
-    """The tenant's adapters, by name."""
+    """Return the tenant's adapters, by name."""
     async with db.begin() as connection:
         return [Adapter(*row) for row in await connection.execute(_adapters(tenant_id).order_by(adapters.c.name))]
 
 
 async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
-    """Raises NotFound."""
+    """Return one adapter. Raises NotFound."""
     async with db.begin() as connection:
         row = (await connection.execute(_adapters(tenant_id).where(adapters.c.name == name))).one_or_none()
     if row is None:
@@ -81,7 +81,7 @@ async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
 
 
 async def list_versions(db: Database, tenant_id: str, name: str) -> list[AdapterVersion]:
-    """Oldest first. Raises NotFound."""
+    """Return the versions of an adapter, oldest first. Raises NotFound."""
     adapter = await get_adapter(db, tenant_id, name)
     query = (
         select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
@@ -174,7 +174,7 @@ async def activate(db: Database, tenant_id: str, name: str, version: int) -> Non
 
 
 async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
-    """Delete an adapter with its versions; answers their content hashes. Raises NotFound."""
+    """Delete an adapter with its versions; return their content hashes. Raises NotFound."""
     async with db.begin() as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         found = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
@@ -189,7 +189,8 @@ async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
 
 @asynccontextmanager
 async def unused(db: Database, tenant_id: str, hashes: Iterable[str]) -> AsyncIterator[list[str]]:
-    """Those of `hashes` that no version of this tenant has. None comes into use during the block, which deletes their files."""
+    """Provide those of `hashes` that no version of this tenant has. No upload can begin to use one during the block, which deletes their
+    files."""
     async with db.begin() as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         yield sorted(set(hashes) - await _used(connection, tenant_id))
@@ -201,7 +202,7 @@ async def _used(connection: Any, tenant_id: str) -> set[str]:
 
 
 async def find_served(db: Database, tenant_id: str, name: str, version: int | None) -> ServedAdapter | None:
-    """The pinned version, or the live one; None if there is no such thing for this tenant."""
+    """Return the pinned version, or the live one; None if this tenant has no such adapter or version."""
     wanted = adapters.c.live_version if version is None else version
     query = (
         select(adapters.c.id, adapter_versions.c.version, adapter_versions.c.content_hash, adapters.c.base_model_id)

@@ -32,7 +32,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
-    """Adapters of rank 4, 8 and 16, with a visible effect: attention only and all linear layers, with patterns, and on the embeddings, which
+    """Adapters of rank 4, 8 and 16, with a visible effect: attention only, all linear layers, with patterns, and on the embeddings, which
     the base model also uses as its head."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     found = {}
