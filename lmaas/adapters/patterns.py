@@ -37,13 +37,16 @@ class PatternError(ValueError):
 
 def matching_values(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, list[Value]]:
     """Return the values of the patterns that match each module, in their order: PEFT takes the first. Raises PatternError."""
-    import re2  # noqa: PLC0415 (memory that a gateway needs only for such an upload)
-
+    found: dict[str, list[Value]] = {module: [] for module in modules}
+    if not patterns:
+        return found
     if len(patterns) > MAX_PATTERNS:
         raise PatternError(f"it has {len(patterns)} patterns, more than the {MAX_PATTERNS} allowed")
+
+    import re2  # noqa: PLC0415 (memory that a gateway needs only for such an upload)
+
     options = re2.Options()
     options.max_mem, options.never_capture, options.log_errors = _MAX_MEMORY_BYTES, True, False
-    found: dict[str, list[Value]] = {module: [] for module in modules}
     program = 0
     for key, value in patterns.items():
         _check_syntax(key)
