@@ -62,7 +62,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. `code` says why."""
+    """The uploaded adapter cannot be served. `code` says why (docs/adapters.md)."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 

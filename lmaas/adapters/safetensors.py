@@ -35,6 +35,13 @@ _BITS = {
     "F4": 4,
 }
 _BASE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+#: Architectures whose `embed_tokens` and `lm_head` take LoRA in vLLM 0.32 (`embedding_modules` of their classes). vLLM refuses adapters
+#: for these modules of all others.
+EMBEDDING_ARCHITECTURES = frozenset({
+    "ApertusForCausalLM", "Exaone4ForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM", "LlamaForCausalLM", "MixtralForCausalLM",
+    "Phi3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+})  # fmt: skip
+_EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 
 _SNIFF_BYTES = 512
 _UNSAFE = (
@@ -69,7 +76,7 @@ class TensorRecord(TensorSpec):
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
-    """The tensors of an adapter's safetensors file, by name, from its header alone.
+    """Return the tensors of an adapter's safetensors file, by name, from its header alone.
 
     Raises InvalidAdapter: `unsafe_format` for pickles, archives and other formats, `invalid_tensor_name` for names outside
     `[A-Za-z0-9_.]`, `invalid_safetensors` for everything else that is not exactly one header and the bytes that it describes.
@@ -78,35 +85,63 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
 
 
 def base_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """The linear modules of a base model's folder: module path to `(out_features, in_features)`, from its safetensors headers.
+    """Return the modules of a base model's folder that LoRA may target: module path to `(out_features, in_features)`.
 
-    A linear is a two-dimensional floating `*.weight` that is no embedding, norm or `lm_head`: what LoRA may target. Weights that are
-    packed by a quantiser (GPTQ, AWQ, bitsandbytes) do not show their shape and are left out.
+    They are the linear modules, from the safetensors headers: each two-dimensional floating `*.weight` that is no embedding, norm or
+    `lm_head`; and the embeddings and `lm_head`, if vLLM offers LoRA on them for the architecture that `config.json` names. Weights that
+    are packed by a quantiser (GPTQ, AWQ, bitsandbytes) do not show their shape and are left out.
     Raises InvalidRequest `invalid_base_model` if the folder has no readable safetensors or no linear module.
     """
     linears: dict[str, tuple[int, int]] = {}
+    embeddings: dict[str, tuple[int, ...]] = {}
     for path in _model_files(folder):
-        try:
-            records = _read_header(path, MAX_BASE_HEADER_BYTES)
-        except InvalidAdapter as error:
-            raise InvalidRequest(f"The base model's file {path.name} cannot be used: {error.message}", code="invalid_base_model") from None
-        except OSError as error:
-            raise InvalidRequest(f"The base model's file {path} cannot be read: {error.strerror}.", code="invalid_base_model") from None
-        for name, record in records.items():
+        for name, record in _base_header(path).items():
             module, dot, kind = name.rpartition(".")
             leaf = module.rpartition(".")[2]
             if not dot or kind != "weight" or len(record.shape) != 2 or record.dtype not in _BASE_DTYPES:
                 continue
+            if module in (_EMBEDDINGS, _HEAD):
+                embeddings[module] = record.shape
             if leaf == "lm_head" or "embed" in leaf or "norm" in leaf:
                 continue
             linears[module] = (record.shape[0], record.shape[1])
     if not linears:
         raise InvalidRequest(f"The safetensors files in {folder} have no linear module.", code="invalid_base_model")
+    if _EMBEDDINGS in embeddings and _adapts_embeddings(folder):
+        vocabulary, width = embeddings[_EMBEDDINGS]
+        # Without a weight of its own, the head uses the embeddings.
+        head = embeddings.get(_HEAD, (vocabulary, width))
+        linears |= {_EMBEDDINGS: (width, vocabulary), _HEAD: (head[0], head[1])}
     return linears
 
 
+def find_base_tensor(folder: Path, module: str) -> tuple[Path, TensorRecord] | None:
+    """Return the file and the record of a module's weight in a base model's folder, or None. Raises InvalidRequest if it cannot be read."""
+    for path in _model_files(folder):
+        if record := _base_header(path).get(f"{module}.weight"):
+            return path, record
+    return None
+
+
+def _base_header(path: Path) -> dict[str, TensorRecord]:
+    try:
+        return _read_header(path, MAX_BASE_HEADER_BYTES)
+    except InvalidAdapter as error:
+        raise InvalidRequest(f"The base model's file {path.name} cannot be used: {error.message}", code="invalid_base_model") from None
+    except OSError as error:
+        raise InvalidRequest(f"The base model's file {path} cannot be read: {error.strerror}.", code="invalid_base_model") from None
+
+
+def _adapts_embeddings(folder: Path) -> bool:
+    try:
+        architectures = json.loads((folder / "config.json").read_bytes()).get("architectures")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+    return isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in EMBEDDING_ARCHITECTURES
+
+
 def loads_strict(data: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no duplicate keys, at most 8 levels deep, every number finite and every integer within 19 digits.
+    """Parse a JSON object strictly: UTF-8, no duplicate keys, at most 8 levels deep, finite numbers and integers of at most 19 digits.
 
     Raises ValueError with a reason that can be shown.
     """
@@ -137,7 +172,7 @@ def loads_strict(data: bytes) -> dict[str, Any]:
 
 
 def show(text: object) -> str:
-    """A tenant's text made safe for a message: quoted ASCII, at most about 100 characters."""
+    """Return a tenant's text made safe for a message: quoted ASCII, at most about 100 characters."""
     shown = ascii(text)
     return shown if len(shown) <= 100 else f"{shown[:96]}...{shown[-1]}"
 

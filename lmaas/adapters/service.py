@@ -1,10 +1,12 @@
-"""What happens to an adapter: upload, activation, deletion."""
+"""Upload and deletion of adapters."""
 
 import asyncio
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from lmaas.adapters.base_weights import write_without
 from lmaas.adapters.objects import AdapterFiles, source_of
 from lmaas.adapters.validation import validate
 from lmaas.errors import Conflict, InvalidRequest
@@ -30,13 +32,13 @@ class Adapters:
         model: Path,
         *,
         activate: bool,
-        if_changed: bool = False,
-    ) -> int:
-        """Validate the files, store them and add a version; answers its number, from 1.
+        base_folder: Callable[[str], Path | None] = lambda _source: None,
+    ) -> tuple[int, bool]:
+        """Validate the files, store them and add a version; return its number, from 1, and whether it is new.
 
-        `model` is a local file, which is only read. With `if_changed`, the latest version is the answer if it has the same content.
-        If anything fails, nothing stays behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or
-        Unavailable.
+        What was uploaded before under this name is the version that it was. `model` is a local file in a folder of its own, where another
+        may be written beside it. `base_folder` finds a base model's files by its source. If anything fails, nothing stays behind. Raises
+        InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(
@@ -47,13 +49,17 @@ class Adapters:
         if any(name == existing.name for existing in await list_base_models(self._db)):
             raise Conflict(f"'{name}' is the name of a base model. Choose another name.", code="name_taken", param="name")
         base = await get_base_model(self._db, base_model)
-        facts = await asyncio.to_thread(validate, config, model, base.shapes)
+        facts = await asyncio.to_thread(validate, config, model, base.shapes, lambda: base_folder(base.source))
+        if facts.left_out:
+            served = model.with_name(f"served-{model.name}")
+            await asyncio.to_thread(write_without, model, facts.records, facts.left_out, served)
+            model = served
         stored_config = json.dumps(facts.config, sort_keys=True, separators=(",", ":")).encode()
         content_hash = await asyncio.to_thread(_hash, stored_config, model)
         source = source_of(tenant_id, content_hash)
         await self._files.put(source, stored_config, model)
         try:
-            version = await rows.add_version(
+            version, is_new = await rows.add_version(
                 self._db,
                 tenant_id,
                 name,
@@ -61,16 +67,15 @@ class Adapters:
                 content_hash=content_hash,
                 rank=facts.rank,
                 target_modules=list(facts.target_modules),
-                size_bytes=facts.size_bytes,
+                size_bytes=(await asyncio.to_thread(model.stat)).st_size,
                 activate=activate,
-                if_changed=if_changed,
             )
         except BaseException:
             await self._delete_unused(tenant_id, [content_hash])
             raise
-        # Somebody may have deleted the last other adapter with this content between the two steps.
+        # The last other adapter with this content may have been deleted between the two steps.
         await self._files.put(source, stored_config, model)
-        return version
+        return version, is_new
 
     async def delete(self, tenant_id: str, name: str) -> None:
         """Delete an adapter, its versions and their files. Requests that run on it finish. Raises NotFound."""

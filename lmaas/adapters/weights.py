@@ -1,5 +1,5 @@
-"""An adapter's numbers as an engine will have them. Imported where an upload is checked: numpy is memory that a gateway at rest does
-not need."""
+"""An adapter's numbers as the engine computes with them. Imported only where an upload is checked, since numpy takes memory that an idle
+gateway does not need."""
 
 from typing import Any
 
@@ -8,15 +8,22 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def look_at(data: bytes, stored: str, dtype: str, scaling: float) -> tuple[bool, bool]:
-    """Whether all of these weights, stored as `stored`, are finite in the engine's `dtype`, also after scaling; and whether any is not
-    zero."""
+    """Return whether all of these weights, stored as `stored`, are finite in the engine's `dtype`, also after scaling; and whether any is
+    not zero."""
     with np.errstate(all="ignore"):
         weights = as_engine(as_engine(_as_float32(data, stored), dtype) * np.float32(scaling), dtype)
     return bool(np.isfinite(weights).all()), bool(weights.any())
+
+
+def same(data: bytes, stored: str, base: bytes, base_stored: str) -> bool:
+    """Return whether weights are those of a base model, rounded to the dtype in which they are stored."""
+    with np.errstate(all="ignore"):
+        wanted = as_engine(_as_float32(base, base_stored), {"F16": "float16", "BF16": "bfloat16"}.get(stored, "float32"))
+        return bool((_as_float32(data, stored) == wanted).all())
 
 
 def _as_float32(data: bytes, stored: str) -> Floats:
@@ -25,7 +32,7 @@ def _as_float32(data: bytes, stored: str) -> Floats:
 
 
 def as_engine(weights: Floats, dtype: str) -> Floats:
-    """Rounded to the nearest number of the dtype, ties to even, as torch casts; too large becomes infinite, and NaN stays NaN."""
+    """Round to the nearest number of the dtype, ties to even, as torch casts; too large becomes infinite, and NaN stays NaN."""
     if dtype == "float16":
         return weights.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":

@@ -14,17 +14,20 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lmaas.adapters.config import MAX_CONFIG_BYTES
 from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
-from lmaas.adapters.validation import MAX_CONFIG_BYTES, check_file_names
+from lmaas.adapters.validation import check_file_names
 from lmaas.api.context import Api, json_body
 from lmaas.api.forms import multipart_form
+from lmaas.engine.source import local_model_folder
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from lmaas.http import JsonResponse
 from lmaas.store import adapters as rows
 from lmaas.store.tenants import record_action
 
+#: `if_changed` has no effect any more: content that is there already never becomes a new version.
 FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
-FORM_OVERHEAD_BYTES = 256 * 1024
+FORM_OVERHEAD_BYTES = MAX_CONFIG_BYTES + 256 * 1024
 MAX_VERSION = 10**9
 
 
@@ -93,7 +96,8 @@ async def delete_adapter(api: Api, request: Request) -> Response:
 
 
 async def upload_adapter(api: Api, request: Request) -> Response:
-    """Take an upload, which streams to disk and is validated without executing anything; answers the adapter with its version."""
+    """Upload an adapter: 201 with its new version, or 200 with the earlier version that has the same content."""
+    # The files stream to disk, and are validated without executing anything.
     tenant_id, principal = await api.tenant(request, manage=True)
     limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
     try:
@@ -101,14 +105,14 @@ async def upload_adapter(api: Api, request: Request) -> Response:
             fields = _fields(form)
             config = await _config(form)
             await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))
-            version = await api.adapters.upload(
+            version, is_new = await api.adapters.upload(
                 tenant_id,
                 fields["name"],
                 fields["base_model"],
                 config,
                 model,
                 activate=fields.get("activate", "true") == "true",
-                if_changed=fields.get("if_changed", "false") == "true",
+                base_folder=local_model_folder,
             )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -119,11 +123,11 @@ async def upload_adapter(api: Api, request: Request) -> Response:
     adapter = await rows.get_adapter(api.db, tenant_id, name)
     versions = await rows.list_versions(api.db, tenant_id, name)
     mine = next(shown_version(row) for row in versions if row.version == version)
-    return JsonResponse(shown_adapter(adapter) | mine, status_code=201)
+    return JsonResponse(shown_adapter(adapter) | mine, status_code=201 if is_new else 200)
 
 
 def _fields(form: FormData) -> dict[str, str]:
-    """The text fields. Raises InvalidRequest; InvalidAdapter for files that have no business here."""
+    """Return the text fields. Raises InvalidRequest, or InvalidAdapter for files other than the two of an adapter."""
     texts: dict[str, str] = {}
     files: list[str] = []
     for field, value in form.multi_items():
@@ -175,7 +179,7 @@ async def _config(form: FormData) -> bytes:
 
 @asynccontextmanager
 async def _staged(api: Api) -> AsyncIterator[Path]:
-    """A place for the file while it is validated; whatever happens, nothing stays there."""
+    """Provide a path for the file while it is validated. Everything in its folder is removed afterwards."""
     folder = api.settings.home / "uploads"
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder))

@@ -156,8 +156,8 @@ SCHEMAS: dict[str, Schema] = {
             "if_changed": {
                 "type": "string",
                 "enum": ["true", "false"],
-                "default": "false",
-                "description": "Add no version if the latest one has the same content.",
+                "deprecated": True,
+                "description": "Has no effect: content that a version has already never becomes a new one.",
             },
             "sha256": {"type": "string", "description": "Of adapter_model, in hex; checked if given."},
             "adapter_config": {"type": "string", "contentMediaType": "application/json"},
@@ -307,6 +307,9 @@ def document(operations: list[tuple[str, str, Callable[..., Any]]]) -> dict[str,
             "parameters": _parameters(path, name),
             "responses": _responses(gives, is_list=is_list, status="201" if name in CREATED else "200"),
         }
+        if name == "upload_adapter":
+            same = {"description": "A version has this content already: this one."}
+            operation["responses"]["200"] = operation["responses"]["201"] | same
         if takes is not None:
             media = "multipart/form-data" if takes == "AdapterUpload" else "application/json"
             operation["requestBody"] = {"required": True, "content": {media: {"schema": _ref(takes)}}}

@@ -272,7 +272,7 @@ def adapter_list(context: Context) -> None:
 @click.option("--no-activate", is_flag=True, help="Leave the live version as it is.")
 @pass_context
 def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
-    """Upload FOLDER, as PEFT saved it, as a new version of the adapter NAME."""
+    """Upload FOLDER, as PEFT saved it, as a version of the adapter NAME: a new one, unless one has the same content already."""
     client = context.tenant_client()
     total = (folder / MODEL_FILE).stat().st_size if (folder / MODEL_FILE).is_file() else None
     with Progress(console=Console(stderr=True), transient=True, disable=context.as_json) as progress:

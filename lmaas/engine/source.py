@@ -19,8 +19,16 @@ def is_folder(source: str) -> bool:
     return source.startswith(("/", ".", "~"))
 
 
-def model_folder(source: str) -> Path:
-    """The local folder of a model given as a folder or a hub id, which is fetched if need be. Raises InvalidRequest
+def local_model_folder(source: str) -> Path | None:
+    """Return the folder of a model given as a folder or a hub id, or None if it is not on this machine. Nothing is fetched."""
+    try:
+        return model_folder(source, fetch=False)
+    except InvalidRequest:
+        return None
+
+
+def model_folder(source: str, *, fetch: bool = True) -> Path:
+    """Return the local folder of a model given as a folder or a hub id, which is fetched if need be and allowed. Raises InvalidRequest
     `invalid_base_model` if it cannot be had."""
     try:
         if is_folder(source):
@@ -30,7 +38,7 @@ def model_folder(source: str) -> Path:
             return folder
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (only where a hub id is given)
 
-        return Path(snapshot_download(source, allow_patterns=PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=PATTERNS, local_files_only=not fetch))
     except ImportError:
         raise InvalidRequest(
             f"{source[:200]!r} is no folder here, and this process cannot fetch from a hub.", code="invalid_base_model", param="source"

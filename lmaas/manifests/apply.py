@@ -67,7 +67,7 @@ def apply(manifests: list[TenantManifest], client: ApiClient, models: Sequence[M
         for adapter in manifest.adapters:
             path = f"/admin/v1/tenants/{manifest.name}/adapters"
             before = {entry["name"]: entry["live_version"] for entry in client.list(path)}
-            answer = client.for_tenant(manifest.name).upload(adapter.name, adapter.base_model, adapter.folder, if_changed=True)
+            answer = client.for_tenant(manifest.name).upload(adapter.name, adapter.base_model, adapter.folder)
             outcome = "created" if adapter.name not in before else "changed" if before[adapter.name] != answer["version"] else "unchanged"
             changes.append(Change("adapter", f"{manifest.name}/{adapter.name}@{answer['version']}", outcome))
     return changes

@@ -24,7 +24,7 @@ class ApiError(Exception):
 
 
 class ApiClient:
-    """Calls the service at `base_url` (which ends in `/v1`) with one key. `tenant` is for operators: whose things are meant."""
+    """Calls the service at `base_url` (which ends in `/v1`) with one key. An operator names the `tenant` whose resources are meant."""
 
     def __init__(self, base_url: str, key: str, tenant: str | None = None) -> None:
         self._root = base_url.removesuffix("/").removesuffix("/v1")
@@ -32,17 +32,17 @@ class ApiClient:
         self._tenant = tenant
 
     def for_tenant(self, tenant: str) -> "ApiClient":
-        """The same operator, for a tenant's things."""
+        """Return a client of the same operator for a tenant's resources."""
         client = ApiClient(self._root, "", tenant)
         client._http = self._http
         return client
 
     def with_key(self, key: str) -> "ApiClient":
-        """The same service, with another key."""
+        """Return a client of the same service with another key."""
         return ApiClient(self._root, key)
 
     def works(self) -> bool:
-        """Whether the key is valid."""
+        """Return whether the key is valid."""
         try:
             self.call("GET", "/v1/models")
         except ApiError as error:
@@ -56,7 +56,7 @@ class ApiClient:
         self._http.close()
 
     def call(self, method: str, path: str, **options: Any) -> Any:
-        """The answer's JSON. Raises ApiError, or SettingsError if nobody listens there."""
+        """Send a request and return the JSON of its response. Raises ApiError, or SettingsError if the service cannot be reached."""
         try:
             response = self._http.request(method, self._root + path, **options)
         except ValueError as error:
@@ -73,20 +73,21 @@ class ApiClient:
         return answer
 
     def own(self, path: str) -> str:
-        """The address of a tenant's thing: the key's own tenant, or the one that the operator named."""
+        """Return the path of a resource of the key's tenant, or of the tenant that the operator named."""
         return f"/v1{path}" if self._tenant is None else f"/admin/v1/tenants/{quote(self._tenant, safe='')}{path}"
 
     def list(self, path: str, **query: Any) -> list[dict[str, Any]]:
-        """The items of a list."""
+        """Return the items of a list."""
         data: list[dict[str, Any]] = self.call("GET", path, params={name: value for name, value in query.items() if value is not None})[
             "data"
         ]
         return data
 
     def upload(
-        self, name: str, base_model: str, folder: Path, *, activate: bool = True, if_changed: bool = False, progress: Progress | None = None
+        self, name: str, base_model: str, folder: Path, *, activate: bool = True, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Upload an adapter's folder as PEFT saves it; answers the adapter with its version. Raises InvalidRequest if a file is missing."""
+        """Upload an adapter's folder as PEFT saves it; return the adapter with its version, which is an earlier one if it has the same
+        content. Raises InvalidRequest if a file is missing."""
         config, model = folder / CONFIG_FILE, folder / MODEL_FILE
         for path in (config, model):
             if not path.is_file():
@@ -95,7 +96,6 @@ class ApiClient:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             fields = {"name": name, "base_model": base_model, "activate": str(activate).lower(), "sha256": digest}
-            fields["if_changed"] = str(if_changed).lower()
             files = {
                 "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
                 "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),
@@ -105,7 +105,7 @@ class ApiClient:
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how much of it has been read."""
+    """A file that reports how much of it has been read."""
 
     def __init__(self, file: BinaryIO, progress: Progress) -> None:
         self._file, self._progress = file, progress

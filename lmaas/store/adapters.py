@@ -1,4 +1,4 @@
-"""Adapters and their immutable versions. Every function is about one tenant's adapters only."""
+"""Adapters and their immutable versions. Every function reads and writes one tenant's adapters only."""
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -16,7 +16,7 @@ from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """LoRA weights for one base model, under a name of the tenant's. `live_version` is None until one is activated."""
+    """LoRA weights for one base model, under a name that the tenant chose. `live_version` is None until one is activated."""
 
     id: str
     name: str
@@ -40,7 +40,7 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """What a request for an adapter needs to know."""
+    """The version of an adapter that a request runs on."""
 
     adapter_id: str
     version: int
@@ -68,13 +68,13 @@ def _adapters(tenant_id: str) -> Select[Any]:
 
 
 async def list_adapters(db: Database, tenant_id: str) -> list[Adapter]:
-    """The tenant's adapters, by name."""
+    """Return the tenant's adapters, by name."""
     async with db.begin() as connection:
         return [Adapter(*row) for row in await connection.execute(_adapters(tenant_id).order_by(adapters.c.name))]
 
 
 async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
-    """Raises NotFound."""
+    """Return one adapter. Raises NotFound."""
     async with db.begin() as connection:
         row = (await connection.execute(_adapters(tenant_id).where(adapters.c.name == name))).one_or_none()
     if row is None:
@@ -83,7 +83,7 @@ async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
 
 
 async def list_versions(db: Database, tenant_id: str, name: str) -> list[AdapterVersion]:
-    """Oldest first. Raises NotFound."""
+    """Return the versions of an adapter, oldest first. Raises NotFound."""
     adapter = await get_adapter(db, tenant_id, name)
     query = (
         select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
@@ -105,11 +105,10 @@ async def add_version(
     target_modules: list[str],
     size_bytes: int,
     activate: bool,
-    if_changed: bool = False,
-) -> int:
-    """Add a version (from 1) to the adapter, which is made if it is new; answers its number.
+) -> tuple[int, bool]:
+    """Add a version (from 1) to the adapter, which is made if it is new; return its number, and whether it is new.
 
-    With `if_changed`, nothing is added if the latest version has the same content, and that one's number is the answer.
+    If a version of this adapter has the same content, nothing is added, and the latest such version is returned.
 
     Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
     tenant has been deleted meanwhile.
@@ -142,11 +141,11 @@ async def add_version(
         if count > tenant.max_adapters:
             raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
         columns = adapter_versions.c
-        query = select(columns.version, columns.content_hash).where(columns.adapter_id == row.id).order_by(columns.version.desc()).limit(1)
-        last = (await connection.execute(query)).one_or_none()
-        version = last.version if last else 0
-        if last is None or not if_changed or last.content_hash != content_hash:
-            version += 1
+        latest = select(func.max(columns.version)).where(columns.adapter_id == row.id)
+        version = (await connection.execute(latest.where(columns.content_hash == content_hash))).scalar_one()
+        is_new = version is None
+        if is_new:
+            version = ((await connection.execute(latest)).scalar_one() or 0) + 1
             await connection.execute(
                 insert(adapter_versions).values(
                     adapter_id=row.id,
@@ -159,7 +158,7 @@ async def add_version(
             )
         if activate:
             await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
-    return int(version)
+    return int(version), is_new
 
 
 async def activate(db: Database, tenant_id: str, name: str, version: int) -> None:
@@ -177,7 +176,7 @@ async def activate(db: Database, tenant_id: str, name: str, version: int) -> Non
 
 
 async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
-    """Delete an adapter with its versions; answers their content hashes. Raises NotFound."""
+    """Delete an adapter with its versions; return their content hashes. Raises NotFound."""
     async with db.begin() as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         found = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
@@ -192,7 +191,8 @@ async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
 
 @asynccontextmanager
 async def unused(db: Database, tenant_id: str, hashes: Iterable[str]) -> AsyncIterator[list[str]]:
-    """Those of `hashes` that no version of this tenant has. None comes into use during the block, which deletes their files."""
+    """Provide those of `hashes` that no version of this tenant has. No upload can begin to use one during the block, which deletes their
+    files."""
     async with db.begin() as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         yield sorted(set(hashes) - await _used(connection, tenant_id))
@@ -204,7 +204,7 @@ async def _used(connection: Any, tenant_id: str) -> set[str]:
 
 
 async def find_served(db: Database, tenant_id: str, name: str, version: int | None) -> ServedAdapter | None:
-    """The pinned version, or the live one; None if there is no such thing for this tenant."""
+    """Return the pinned version, or the live one; None if this tenant has no such adapter or version."""
     wanted = adapters.c.live_version if version is None else version
     query = (
         select(

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 Tensors = dict[str, tuple[str, Array]]
 
 PREFIX = "base_model.model."
-HIDDEN, KEY_VALUE, INNER = 16, 8, 24
+HIDDEN, KEY_VALUE, INNER, VOCABULARY = 16, 8, 24, 32
 ATTENTION = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (KEY_VALUE, HIDDEN), "v_proj": (KEY_VALUE, HIDDEN), "o_proj": (HIDDEN, HIDDEN)}
 MLP = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 ALL = (*ATTENTION, *MLP)
@@ -30,6 +30,7 @@ def base(dtype: str = "bfloat16", max_lora_rank: int = 16, layers: int = 2) -> B
     for layer in range(layers):
         linears |= {f"model.layers.{layer}.self_attn.{leaf}": shape for leaf, shape in ATTENTION.items()}
         linears |= {f"model.layers.{layer}.mlp.{leaf}": shape for leaf, shape in MLP.items()}
+    linears |= {"model.embed_tokens": (HIDDEN, VOCABULARY), "lm_head": (VOCABULARY, HIDDEN)}
     return BaseModelShapes(linears=linears, dtype=dtype, max_lora_rank=max_lora_rank)
 
 
@@ -46,16 +47,19 @@ def tensors(
     leaves: Iterable[str] = ("q_proj", "v_proj"),
     dtype: str = "F32",
     layers: Iterable[int] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Tensors:
-    """The A and B of a good adapter, random and small."""
+    """The A and B of a good adapter, random and small. `ranks` gives modules another rank, by path."""
     random = np.random.default_rng(7)
     made: Tensors = {}
     wanted = None if layers is None else set(layers)
     for module, (out_features, in_features) in (shapes or base()).linears.items():
         if module.rpartition(".")[2] not in set(leaves) or (wanted is not None and int(module.split(".")[2]) not in wanted):
             continue
-        made[f"{PREFIX}{module}.lora_A.weight"] = (dtype, encode(random.normal(0, 0.1, (rank, in_features)), dtype))
-        made[f"{PREFIX}{module}.lora_B.weight"] = (dtype, encode(random.normal(0, 0.1, (out_features, rank)), dtype))
+        names = ("lora_embedding_A", "lora_embedding_B") if module.endswith("embed_tokens") else ("lora_A.weight", "lora_B.weight")
+        own = (ranks or {}).get(module, rank)
+        for name, shape in zip(names, ((own, in_features), (out_features, own)), strict=True):
+            made[f"{PREFIX}{module}.{name}"] = (dtype, encode(random.normal(0, 0.1, shape), dtype))
     return made
 
 

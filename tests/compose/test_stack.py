@@ -162,7 +162,7 @@ def test_tenants_as_code_and_an_upload(stack: Stack, client: OpenAI) -> None:
     }
     data = {"name": "uploaded", "base_model": MODEL}
     answer = httpx.post(f"{stack.url}/v1/adapters", headers=admin, data=data, files=files, timeout=60)
-    assert answer.status_code == 201, answer.text
+    assert answer.status_code in (200, 201), answer.text
     assert _ask(client, "uploaded").lstrip().startswith("{")
 
 

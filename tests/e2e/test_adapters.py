@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,32 +26,45 @@ TOKENS = 24
 class Made:
     """An adapter made with PEFT, and what PEFT's own forward answers with it."""
 
-    def __init__(self, folder: Path, expected: str) -> None:
-        self.folder, self.expected = folder, expected
+    def __init__(self, folder: Path, expected: str, rank: int) -> None:
+        self.folder, self.expected, self.rank = folder, expected, rank
 
 
 @pytest.fixture(scope="module")
 def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
-    """Adapters of rank 4, 8 and 16, attention only and all linear layers, with a visible effect."""
+    """Adapters of rank 4, 8 and 16, with a visible effect: attention only, all linear layers, with patterns, and on the embeddings, which
+    the base model also uses as its head."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     found = {}
-    for rank, targets in ((4, ATTENTION), (8, ALL_LINEAR), (16, ATTENTION)):
+    patterns: dict[str, Any] = {"rank_pattern": {r"layers\.[0-9]\..*_proj": 2}, "alpha_pattern": {"q_proj": 12, "v_proj": 3}}
+    for name, rank, targets, more in (
+        ("rank4", 4, ATTENTION, {}),
+        ("rank8", 8, ALL_LINEAR, {}),
+        ("rank16", 16, ATTENTION, {}),
+        ("patterns", 8, ATTENTION, patterns),
+        ("embeddings", 8, [*ATTENTION, "embed_tokens", "lm_head"], {}),
+    ):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         torch.manual_seed(rank)
         adapted = get_peft_model(
-            base, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+            base, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **more)
         )
         with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
+            for parameter_name, parameter in adapted.named_parameters():
+                if "lora_B" in parameter_name:
                     parameter.mul_(0.5)
-        folder = tmp_path_factory.mktemp(f"rank{rank}")
-        adapted.save_pretrained(folder)
+                if "lora_embedding_" in parameter_name:
+                    parameter.mul_(0.05)
+        folder = tmp_path_factory.mktemp(name)
+        with warnings.catch_warnings():
+            # PEFT writes the base model's embeddings beside an adapter for them, and says so.
+            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+            adapted.save_pretrained(folder)
         (folder / "README.md").unlink()
         inputs = tokenizer(PROMPT, return_tensors="pt")
         output = adapted.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         text = tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found[f"rank{rank}"] = Made(folder, text)
+        found[name] = Made(folder, text, rank)
     yield found
     for one in found.values():
         shutil.rmtree(one.folder)
@@ -69,7 +83,7 @@ def test_adapters_made_with_peft_answer_as_in_peft(stack: Stack, made: dict[str,
     plain = complete(stack, "acme", MODEL)
     for name, adapter in made.items():
         row = stack.cli("--tenant", "acme", "adapter", "upload", name, str(adapter.folder), "--base-model", MODEL)
-        assert (row["version"], row["live_version"], row["rank"]) == (1, 1, int(name.removeprefix("rank")))
+        assert (row["version"], row["live_version"], row["rank"]) == (1, 1, adapter.rank)
         assert complete(stack, "acme", name) == adapter.expected != plain
     for name in made:
         stack.cli("--tenant", "acme", "adapter", "delete", name, "--yes")
@@ -90,6 +104,9 @@ def test_versions_rollback_and_pins(stack: Stack, made: dict[str, Made]) -> None
     stack.cli("--tenant", "acme", "adapter", "activate", "bot", "1")
     wait_for(lambda: complete(stack, "acme", "bot") == first.expected, 10, "the old version is live again")
     assert complete(stack, "acme", "bot@2") == second.expected
+    # The same files again are the version that they were.
+    row = stack.cli("--tenant", "acme", "adapter", "upload", "bot", str(second.folder), "--base-model", MODEL, "--no-activate")
+    assert (row["version"], row["live_version"], row["latest_version"]) == (2, 1, 2)
     assert {process.pid for process in stack.engines()} == engines, "no engine was restarted"
     with stack.openai("acme") as client:
         for name in ("bot@3", "bot@0", "bot@01", "bot@"):

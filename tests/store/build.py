@@ -1,5 +1,6 @@
 """Rows for tests that need a database with something in it."""
 
+import secrets
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,8 +10,6 @@ from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.tenants import Tenant, create_tenant
 from lmaas.store.usage import UsageEvent
-
-HASH = "a" * 64
 
 
 async def base_model(db: Database, name: str = "base", **changes: Any) -> BaseModel:
@@ -37,22 +36,20 @@ async def tenant(db: Database, name: str, max_adapters: int = 5) -> Tenant:
     return await create_tenant(db, name, "standard", 10, max_adapters)
 
 
-async def upload(
-    db: Database, tenant_id: str, name: str, base: BaseModel, *, content: str = HASH, activate: bool = True, if_changed: bool = False
-) -> int:
-    """A version of an adapter."""
-    return await add_version(
+async def upload(db: Database, tenant_id: str, name: str, base: BaseModel, *, content: str | None = None, activate: bool = True) -> int:
+    """A version of an adapter, whose content is its own if none is given."""
+    version, _ = await add_version(
         db,
         tenant_id,
         name,
         base.id,
-        content_hash=content,
+        content_hash=content or secrets.token_hex(32),
         rank=8,
         target_modules=["q_proj"],
         size_bytes=1000,
         activate=activate,
-        if_changed=if_changed,
     )
+    return version
 
 
 def usage_event(request_id: str, tenant_id: str | None, **changes: Any) -> UsageEvent:

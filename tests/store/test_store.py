@@ -116,8 +116,8 @@ async def test_versions_and_the_live_one(db: Database) -> None:
     assert (served.version, served.content_hash, served.base_model_id) == (1, A, base.id)
     with pytest.raises(NotFound):
         await adapters.activate(db, acme.id, "bot", 4)
-    assert await upload(db, acme.id, "bot", base, content=C, if_changed=True) == 3
-    assert await upload(db, acme.id, "bot", base, content=A, if_changed=True) == 4
+    with pytest.raises(NotFound):
+        await adapters.activate(db, acme.id, "bot", 0)
     other = await base_model(db, "other-base")
     with pytest.raises(Conflict) as caught:
         await upload(db, acme.id, "bot", other)
@@ -127,7 +127,32 @@ async def test_versions_and_the_live_one(db: Database) -> None:
 async def test_uploads_at_once_get_different_versions(db: Database) -> None:
     base, acme = await base_model(db), await tenant(db, "acme")
     assert sorted(await settled(*(upload(db, acme.id, "bot", base) for _ in range(6)))) == [1, 2, 3, 4, 5, 6]
-    assert await settled(*(upload(db, acme.id, "bot", base, if_changed=True) for _ in range(4))) == [6] * 4
+
+
+async def test_content_that_a_version_has_is_that_version(db: Database) -> None:
+    base, acme, other = await base_model(db), await tenant(db, "acme"), await tenant(db, "other")
+    for content in (A, B, C):
+        await upload(db, acme.id, "bot", base, content=content)
+
+    async def live(content: str, *, activate: bool) -> tuple[int, int | None, int]:
+        version = await upload(db, acme.id, "bot", base, content=content, activate=activate)
+        found = await adapters.get_adapter(db, acme.id, "bot")
+        return version, found.live_version, found.latest_version
+
+    assert await live(C, activate=True) == (3, 3, 3)
+    assert await live(A, activate=False) == (1, 3, 3)
+    assert await live(A, activate=True) == (1, 1, 3)
+    assert await live(B, activate=True) == (2, 2, 3)
+    # It is the adapter's own versions that count.
+    assert await upload(db, acme.id, "twin", base, content=B) == 1
+    assert await upload(db, other.id, "bot", base, content=B) == 1
+
+
+async def test_the_same_content_at_once_is_one_version(db: Database) -> None:
+    base, acme = await base_model(db), await tenant(db, "acme")
+    assert await settled(*(upload(db, acme.id, "bot", base, content=A) for _ in range(6))) == [1] * 6
+    assert sorted(await settled(*(upload(db, acme.id, "bot", base, content=content) for content in (A, B, B, C, C)))) == [1, 2, 2, 3, 3]
+    assert len(await adapters.list_versions(db, acme.id, "bot")) == 3
 
 
 async def test_the_quota_holds_also_at_once(db: Database) -> None:

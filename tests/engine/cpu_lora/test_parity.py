@@ -15,7 +15,7 @@ import pytest
 from lmaas.config import Settings
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.launch import EngineProcess, EngineSpec, has_cpu_build
-from tests.engine.cpu_lora.tiny import ADAPTERS, MAX_LEN, VOCAB, Reference, build_adapter, build_model
+from tests.engine.cpu_lora.tiny import ADAPTERS, MAX_LEN, MAX_RANK, VOCAB, Reference, build_adapter, build_model, upload
 from tests.engine.running import running
 
 pytestmark = pytest.mark.skipif(not has_cpu_build(), reason="the plugin does nothing on GPUs")
@@ -117,6 +117,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     build_model(base)
     for name, path in adapters.items():
         build_adapter(base, path, name)
+        upload(base, path, folder / f"stored-{name}", name)
     spec = EngineSpec(
         module=Settings().engine_module,
         source=str(base),
@@ -125,7 +126,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         max_loras=MAX_LORAS,
-        max_lora_rank=64,
+        max_lora_rank=MAX_RANK,
         max_cpu_loras=MAX_CPU_LORAS,
         kv_cache_bytes=64 * 1024 * 1024,
         # Few tokens a step: long prompts are computed in pieces, beside the next tokens of other answers.
@@ -133,8 +134,8 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         f"--logprobs-mode raw_logits --max-logprobs {VOCAB}",
     )
     async with running(spec, folder / "engine.log") as (process, http, client):
-        for name, path in adapters.items():
-            await client.load_adapter(process.url, name, str(path))
+        for name in adapters:
+            await client.load_adapter(process.url, name, str(folder / f"stored-{name}"))
         yield Server(process, http, Reference(base, adapters))
 
 

@@ -1,5 +1,7 @@
-"""A tiny random Llama with adapters of every shape, as PEFT writes them, and their logits as PEFT computes them."""
+"""A tiny random Llama with adapters of every shape, as PEFT writes them and as they are stored after an upload, and their logits as PEFT
+computes them."""
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +11,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lmaas.adapters.base_weights import write_without
+from lmaas.adapters.safetensors import base_model_shapes
+from lmaas.adapters.validation import validate
+from lmaas.types import BaseModelShapes
+
 VOCAB = 160
+MAX_RANK = 64
 MAX_LEN = 128
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -38,6 +47,25 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 1, "v_proj": 33, "layers.1.mlp.gate_proj": 17, "down_proj": 64},
         "alpha_pattern": {"k_proj": 1, "v_proj": 20, "layers.0.mlp.up_proj": 9},
     },
+    "regular-expressions": {
+        "r": 6,
+        "lora_alpha": 7,
+        "target_modules": LINEAR,
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.0\.mlp\..*_proj": 3, r".*\.(q|v)_proj": 20},
+        "alpha_pattern": {r"model\.layers\.[1-9]\.mlp\.\w+": 5, "^.*o_proj": 2.5, "k_proj": -4},
+    },
+    "embedding-patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": [*ATTENTION, HEAD, EMBEDDING],
+        "rank_pattern": {HEAD: 9, EMBEDDING: 40},
+        "alpha_pattern": {HEAD: 3, EMBEDDING: 20},
+    },
+    "negative-alpha": {"r": 4, "lora_alpha": -6, "target_modules": ATTENTION},
+    "other-task": {"r": 4, "lora_alpha": 6, "target_modules": MLP, "task_type": "SEQ_2_SEQ_LM", "bias": "all"},
+    "float64": {"r": 10, "lora_alpha": 10, "target_modules": [*LINEAR, EMBEDDING]},
+    "without-prefix": {"r": 4, "lora_alpha": 6, "target_modules": [*LINEAR, HEAD], "alpha_pattern": {"0.self_attn.v_proj": 30, HEAD: 2}},
     "head": {"r": 5, "lora_alpha": 10, "target_modules": [HEAD]},
     "head-and-linear": {"r": 33, "lora_alpha": 16, "target_modules": [*LINEAR, HEAD]},
     "embedding": {"r": 6, "lora_alpha": 3, "target_modules": [EMBEDDING]},
@@ -78,11 +106,27 @@ def build_adapter(base: Path, folder: Path, name: str) -> None:
                 else:
                     a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
                     a.normal_()
-                b.normal_(std=rank**-0.5 / scaling)
+                b.normal_(std=rank**-0.5 / abs(scaling))
     with warnings.catch_warnings():
         # PEFT writes the embedding's own weights beside an adapter for it, and says so.
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
         model.save_pretrained(folder)
+
+
+def upload(base: Path, folder: Path, stored: Path, name: str) -> None:
+    """Write to `stored` what would be stored of the adapter in `folder` after an upload."""
+    stored.mkdir()
+    weights, config = stored / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(folder / weights.name)
+    if name == "float64":
+        tensors = {key: tensor.double() for key, tensor in tensors.items()}
+    if name == "without-prefix":
+        tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / "uploaded.safetensors")
+    shapes = BaseModelShapes(base_model_shapes(base), "float32", MAX_RANK)
+    facts = validate(config.read_bytes(), folder / "uploaded.safetensors", shapes, lambda: base)
+    write_without(folder / "uploaded.safetensors", facts.records, facts.left_out, weights)
+    (stored / config.name).write_text(json.dumps(facts.config))
 
 
 def load_model(folder: Path) -> Any:
