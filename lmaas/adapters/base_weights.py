@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lmaas.adapters.safetensors import TensorRecord, find_base_tensor, show
 from lmaas.adapters.tensors import EMBEDDING, HEAD, STORED_DTYPES, refuse_tensors
+from lmaas.errors import InvalidRequest
 
 _CHUNK_ELEMENTS = 1024 * 1024
 _ADVICE = "Save the adapter with save_pretrained(..., save_embedding_layers=False), which leaves the copy out."
@@ -22,9 +23,7 @@ def check_base_copy(path: Path, name: str, record: TensorRecord, module: str, ba
     """
     from lmaas.adapters.weights import same  # noqa: PLC0415 (a gateway that takes no upload does without numpy)
 
-    found = None if base_folder is None else find_base_tensor(base_folder, module)
-    if found is None and module == HEAD and base_folder is not None:
-        found = find_base_tensor(base_folder, f"model.{EMBEDDING}")
+    found = None if base_folder is None else _find(base_folder, module)
     if found is None:
         refuse_tensors(
             "unsupported_adapter",
@@ -60,6 +59,13 @@ def check_base_copy(path: Path, name: str, record: TensorRecord, module: str, ba
                     f"The tensor {show(name)} differs from the base model's weights, which all adapters share. Train without "
                     "modules_to_save, and on this base model.",
                 )
+
+
+def _find(folder: Path, module: str) -> tuple[Path, TensorRecord] | None:
+    try:
+        return find_base_tensor(folder, module) or (find_base_tensor(folder, f"model.{EMBEDDING}") if module == HEAD else None)
+    except InvalidRequest:
+        return None  # whose text is about the operator's folders
 
 
 def write_without(path: Path, records: Mapping[str, TensorRecord], left_out: Collection[str], target: Path) -> None:

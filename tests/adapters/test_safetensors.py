@@ -1,12 +1,15 @@
 """The header reader: what is a safetensors file, exactly, and what only pretends to be one."""
 
+import ast
 import gzip
+import importlib.util
 import io
 import json
 import pickle
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmaas.adapters.safetensors import MAX_HEADER_BYTES, TensorRecord, base_model_shapes, loads_strict, read_header
+from lmaas.adapters.safetensors import EMBEDDING_ARCHITECTURES, MAX_HEADER_BYTES, TensorRecord, base_model_shapes, loads_strict, read_header
 from lmaas.errors import InvalidAdapter, InvalidRequest
 from tests.adapters.build import frame, pack, tensors
 
@@ -274,3 +277,36 @@ def test_mutations_of_a_good_file(scratch: Path, edits: list[tuple[int, bytes, i
         return
     with safetensors.safe_open(scratch, framework="np") as theirs:
         assert {name: list(record.shape) for name, record in records.items()} == {n: theirs.get_slice(n).get_shape() for n in theirs.keys()}  # noqa: SIM118
+
+
+def test_the_architectures_whose_embeddings_take_lora_are_those_of_vllm() -> None:
+    """Read from the source of vLLM's classes and their bases: importing them all takes long."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    folder = Path(found.origin).parent / "model_executor" / "models"
+    registry = ast.parse((folder / "registry.py").read_text())
+    [models] = [
+        ast.literal_eval(node.value)
+        for node in registry.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_TEXT_GENERATION_MODELS"
+    ]
+
+    def embedding_modules(file: str, name: str) -> Any:
+        tree = ast.parse((folder / f"{file}.py").read_text())
+        [made] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+        for node in made.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "embedding_modules":
+                return ast.literal_eval(node.value)
+        # Phi3ForCausalLM is a LlamaForCausalLM.
+        sources = {
+            alias.name: str(node.module).rpartition(".")[2]
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        return embedding_modules(sources[ast.unparse(made.bases[0])], ast.unparse(made.bases[0]))
+
+    for name in EMBEDDING_ARCHITECTURES:
+        assert set(embedding_modules(*models[name])) == {"embed_tokens", "lm_head"}
+    assert not embedding_modules(*models["MistralForCausalLM"])

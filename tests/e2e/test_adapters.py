@@ -46,19 +46,18 @@ def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ):
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         torch.manual_seed(rank)
-        adapted = get_peft_model(
-            base, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **more)
-        )
-        with torch.no_grad():
-            for parameter_name, parameter in adapted.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter.mul_(0.5)
-                if "lora_embedding_" in parameter_name:
-                    parameter.mul_(0.05)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **more)
         folder = tmp_path_factory.mktemp(name)
         with warnings.catch_warnings():
-            # PEFT writes the base model's embeddings beside an adapter for them, and says so.
-            warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+            # PEFT warns of embeddings that are also the head, and says that it writes them beside an adapter for them.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`|Setting `save_embedding_layers`")
+            adapted = get_peft_model(base, config)
+            with torch.no_grad():
+                for parameter_name, parameter in adapted.named_parameters():
+                    if "lora_B" in parameter_name:
+                        parameter.mul_(0.5)
+                    if "lora_embedding_" in parameter_name:
+                        parameter.mul_(0.05)
             adapted.save_pretrained(folder)
         (folder / "README.md").unlink()
         inputs = tokenizer(PROMPT, return_tensors="pt")
