@@ -29,16 +29,17 @@ from lmaas.control.provisioners import Provisioner
 from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
+from lmaas.engine.grammars.service import serve_checks
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
 from lmaas.gateway.cors import Cors
+from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
-from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.server import server
 from lmaas.gateway.waiting import Waiting
 from lmaas.http import Frame, on_error, on_http_exception
@@ -96,7 +97,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     catalog = Catalog(db, changes)
-    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, NewSchemas(), EngineClient(), metrics, Waiting(db))
+    client = EngineClient()
+    grammars = Grammars(services.redis, client, metrics)
+    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, Waiting(db))
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -189,6 +192,9 @@ async def run_controller(settings: Settings) -> None:
         controller = Controller(settings, services.db, services.scheduler, where)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
+            if settings.provisioner == "local":
+                # Engines run on this host; elsewhere the replicas' hosts check.
+                tasks.append(group.create_task(serve_checks(settings, services.db, services.redis), name="grammar-checker"))
             if settings.controller_port is not None:
                 tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
             await told_to_stop.wait()
@@ -207,5 +213,12 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
             raise SettingsError(f"Nobody desires a replica {replica_id}.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
-        ending = await supervisor.run()
+        # With a local provisioner, the controller checks.
+        checks = None if settings.provisioner == "local" else asyncio.create_task(serve_checks(settings, services.db, services.redis))
+        try:
+            ending = await supervisor.run()
+        finally:
+            if checks is not None:
+                checks.cancel()
+                await asyncio.gather(checks, return_exceptions=True)
         return ending.state is Observed.STOPPED

@@ -58,6 +58,12 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.replays = Counter("lmaas_replays", "Answers that were sent again for an Idempotency-Key.", registry=self.registry)
+        self.grammars = Counter(
+            "lmaas_grammar_checks",
+            "New schemas, patterns and tools that were checked, by verdict.",
+            ("verdict",),
+            registry=self.registry,
+        )
         self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
         self.queue = Histogram(
             "lmaas_queue_seconds",

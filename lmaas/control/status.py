@@ -1,13 +1,12 @@
-"""How a controller is, over HTTP, for health checks and Prometheus: also of one that stands by. Off unless LMAAS_CONTROLLER_PORT is set.
+"""The controller's health and metrics endpoints, also of one that stands by. Off unless LMAAS_CONTROLLER_PORT is set.
 
-It names pools, never tenants, and belongs into a private network all the same.
+The metrics name pools and no tenants. The endpoints belong in a private network all the same.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -20,6 +19,7 @@ from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.errors import Unavailable
 from lmaas.http import JsonResponse
+from lmaas.private_server import serve_privately
 from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.engine_time import PoolTime, pool_times
@@ -106,26 +106,6 @@ async def _metrics(controller: Controller, db: Database, _: Request) -> Response
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to the controller."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """None."""
-        yield
-
-
 async def serve_status(settings: Settings, controller: Controller, db: Database) -> None:
     """Serve the status on `controller_port` until cancelled."""
-    config = uvicorn.Config(
-        status_app(controller, db),
-        host=settings.host,
-        port=settings.controller_port or 0,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="off",
-    )
-    await _Server(config).serve()
+    await serve_privately(status_app(controller, db), settings.host, settings.controller_port or 0)

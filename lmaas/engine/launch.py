@@ -1,4 +1,4 @@
-"""Starting a vLLM server and stopping it without a trace."""
+"""Start vLLM servers, and stop them with everything that belongs to them."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -15,13 +16,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmaas.engine import marks
+from lmaas.engine import compiling, marks
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.lifetime import VARIABLE
+from lmaas.engine.log import seal
+from lmaas.engine.log.pump import EngineLog
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order
-from lmaas.engine.zygote.commands import command_key, remember
+from lmaas.engine.zygote.commands import SERVER, command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import bound_command
 from lmaas.store.models import BaseModel
@@ -30,7 +33,9 @@ from lmaas.types import AUTO
 log = logging.getLogger(__name__)
 
 #: The server that a zygote has in memory; others are started plainly.
-VLLM = "vllm.entrypoints.launchers.api_server.entry"
+VLLM = SERVER
+#: The one grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
+GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
 SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
 
 #: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
@@ -90,17 +95,18 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     if has_cpu_build():
         # Compiled starts take three times as long, and LoRA turns compilation off anyway.
         command += ["--enforce-eager"]
-    return command + shlex.split(spec.extra_args)
+    # Last, so that nothing overrules it: with `auto`, the first grammar that an engine sees decides for all that come after it.
+    return command + shlex.split(spec.extra_args) + ["--structured-outputs-config", GRAMMAR_LIBRARY]
 
 
 def _allowed_rank(rank: int) -> int:
-    """vLLM takes only these; the smallest that holds `rank`."""
+    """The smallest maximum of ranks that vLLM accepts and that holds `rank`."""
     return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
 def shared_environment() -> dict[str, str]:
-    """What every engine on this machine has in its environment, and the zygote: ours, with what vLLM needs."""
-    # The engine has no business with our servers and keys.
+    """The environment of every engine on this machine, and of the zygote: ours without secrets, with what vLLM needs."""
+    # Engines get no access to our servers and no keys.
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -113,13 +119,13 @@ def shared_environment() -> dict[str, str]:
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """One server's environment."""
+    """The environment of one server."""
     return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
 
 
 def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
-    """Whoever calls its `ensure` now and then has a zygote in this home folder, on this machine; any number of processes may.
-    It ends `idle_s` seconds after it was last needed."""
+    """Keeps a zygote running in this home folder, on this machine, for as long as its `ensure` is called from time to time. Several
+    processes can do so at once. The zygote ends `idle_s` seconds after it was last needed."""
     shared = shared_environment()
     return ZygoteOwner(
         home,
@@ -129,13 +135,13 @@ def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
 
 
 def expect(home: Path, spec: EngineSpec) -> None:
-    """Have the next zygote of this home folder prepared for an engine like that: with its tokenizer in memory. Raises OSError."""
+    """Have the next zygote of this home folder load the tokenizer of such an engine beforehand. Raises OSError."""
     if spec.module == VLLM:
         remember(wire.folder(home) / wire.COMMANDS, command_key(command_line(spec, 0)[3:]))
 
 
 async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
-    """Have the zygote fork `lmaas` with these arguments; it runs once `go` is called. None if that is not possible at once."""
+    """Have the zygote fork `lmaas` with these arguments. The process runs once `go` is called. None if that is not possible at once."""
     order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
         return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
@@ -145,7 +151,7 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
 
 
 def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
-    """What an engine of a base model's pool serves, with the server of this Python module, at this address of its machine."""
+    """The specification of an engine in a base model's pool: `module` is its server, `host` its address on its machine."""
     return EngineSpec(
         module=module,
         source=model.source,
@@ -163,59 +169,79 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
 
 
 class EngineProcess:
-    """A running vLLM server. `log_path` holds what it printed."""
+    """A running vLLM server."""
 
-    def __init__(self, process: asyncio.subprocess.Process | ForkedProcess, host: str, port: int, log_path: Path, marks_path: Path) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process | ForkedProcess,
+        host: str,
+        port: int,
+        engine_log: EngineLog,
+        marks_path: Path,
+        compiling_path: Path,
+    ) -> None:
         self._process = process
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.log_path = log_path
-        self._marks_path = marks_path
+        self._log = engine_log
+        self._marks_path, self._compiling_path = marks_path, compiling_path
         #: Whether the zygote forked it, or it was started plainly.
         self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
         #: When there was a process, by time.monotonic().
         self.began = time.monotonic()
 
     def marks(self) -> dict[str, float]:
-        """When its start reached what, by time.monotonic(); see marks.py."""
+        """When its start reached each stage, by time.monotonic(); see marks.py."""
         return marks.read(self._marks_path)
 
     @property
+    def log_path(self) -> Path:
+        """The file with its output. When it is full, it is renamed to end in `.1`, and a new one is begun."""
+        return self._log.path
+
+    def seal_log(self) -> None:
+        """From now on the engine serves tenants: keep their text out of its log, and bound its growth. It may be called again."""
+        self._log.seal()
+
+    def stuck_grammar(self) -> str:
+        """Why its compilation of grammars counts as standing still; empty if it does not."""
+        found = [each for each in compiling.running(self._compiling_path, time.monotonic()) if each.stands_still]
+        if not found:
+            return ""
+        longest = max(found, key=lambda each: each.wall_s)
+        return (
+            f"the engine has been compiling one grammar for {longest.wall_s:.0f} s ({longest.cpu_s:.0f} s of processor time), "
+            "and requests with other grammars wait for it"
+        )
+
+    @property
     def pid(self) -> int:
-        """Of the server; its engine process is a child of that."""
+        """The process id of the server. Its engine process is a child of it."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether the server process is still there."""
+        """Whether the server process has not ended."""
         return self._process.returncode is None
 
     async def exited(self) -> int:
-        """Wait for the end of the server; answers its exit code, negative for a signal."""
+        """Wait for the end of the server and return its exit code, which is negative for a signal."""
         return await self._process.wait()
 
     def last_words(self, lines: int = 5) -> str:
-        """The end of its log that looks like an error, for the reason of a failure."""
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(max(0, self.log_path.stat().st_size - 16384))
-                text = log.read().decode(errors="replace").splitlines()
-        except OSError:
-            return ""
+        """The last lines of its log that look like errors, for the reason of a failure."""
+        text = self._log.tail(16384).decode(errors="replace").splitlines()
         errors = [line for line in text if "Error" in line or "error:" in line]
         return " | ".join((errors or text)[-lines:])[-1500:]
 
     def keeps_adapters_apart(self) -> bool:
         """Whether our LoRA plugin is active in this engine. Without it, vLLM's CPU build mixes tenants' adapters up.
 
-        A plugin that vLLM cannot import is only logged there, and never runs; so its absence is looked for here.
+        If vLLM cannot import a plugin, it only logs that and goes on, so this looks for the line that an active plugin logs.
         """
-        if not has_cpu_build():
-            return True
-        with self.log_path.open("rb") as log:
-            return any(ACTIVE_MARK.encode() in line for line in log)
+        return not has_cpu_build() or self._log.contains(ACTIVE_MARK)
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Ask the server to stop, then make it. Its memory is free when this returns."""
+        """Ask the server to stop, and kill it after `grace_s` seconds. Its memory is free when this returns."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
@@ -232,33 +258,42 @@ class EngineProcess:
 async def launched(spec: EngineSpec, port: int, log_path: Path, home: Path | None = None) -> AsyncIterator[EngineProcess]:
     """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet.
 
-    The zygote of `home` forks it, if there is one that can; otherwise it is started plainly.
+    The zygote of `home` forks it, if there is one that can; otherwise it is started plainly. `log_path` gets its output, as far as
+    log/sieve.py keeps it; beside that file are the notes of its processes.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    marks_path = log_path.with_suffix(".marks")
+    marks_path, compiling_path = log_path.with_suffix(".marks"), log_path.with_suffix(".compiling")
+    shutil.rmtree(compiling_path, ignore_errors=True)
     command = command_line(spec, port)
-    variables = environment(spec) | {marks.VARIABLE: str(marks_path.absolute())}
-    process = await _forked(home, spec, command, variables, log_path) or await _started(command, variables, log_path)
-    engine = EngineProcess(process, spec.host, port, log_path, marks_path)
+    with EngineLog(log_path).opened() as output:
+        variables = environment(spec) | {
+            marks.VARIABLE: str(marks_path.absolute()),
+            seal.VARIABLE: str(output.seal_path.absolute()),
+            compiling.VARIABLE: str(compiling_path.absolute()),
+        }
+        process = await _forked(home, spec, command, variables, output) or await _started(command, variables, output)
+        engine = EngineProcess(process, spec.host, port, output, marks_path, compiling_path)
+        try:
+            yield engine
+        finally:
+            await engine.stop()
+
+
+async def _started(command: list[str], variables: dict[str, str], output: EngineLog) -> asyncio.subprocess.Process:
+    writer = output.writer()
     try:
-        yield engine
-    finally:
-        await engine.stop()
-
-
-async def _started(command: list[str], variables: dict[str, str], log_path: Path) -> asyncio.subprocess.Process:
-    with log_path.open("ab") as output:
         return await asyncio.create_subprocess_exec(
-            *bound_command(command), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=variables
+            *bound_command(command), stdin=asyncio.subprocess.DEVNULL, stdout=writer, stderr=writer, env=variables
         )
+    finally:
+        os.close(writer)
 
 
 async def _forked(
-    home: Path | None, spec: EngineSpec, command: list[str], variables: dict[str, str], log_path: Path
+    home: Path | None, spec: EngineSpec, command: list[str], variables: dict[str, str], output: EngineLog
 ) -> ForkedProcess | None:
     if home is None or spec.module != VLLM:
         return None
-    order = Order(spec.module, command[3:], variables, log_path, kept=True)
+    order = Order(spec.module, command[3:], variables, output.pipe, kept=True)
     try:
         return ForkedProcess(await zygote.fork(home, order, wire.facts(shared_environment()), zygote.ENGINE_PATIENCE_S))
     except (NoZygote, ProcessLookupError) as error:

@@ -1,4 +1,4 @@
-"""A vLLM plugin: an engine's processes die with the process that started them, and note how far their start has come.
+"""A vLLM plugin for engines that lmaas starts: their processes die with the process that started them, and get the hooks of lmaas.
 
 Without it, `kill -9` of a vLLM server can leave its engine process behind, with all its memory.
 """
@@ -6,18 +6,19 @@ Without it, `kill -9` of a vLLM server can leave its engine process behind, with
 import multiprocessing
 import os
 
-from lmaas.engine import marks
+from lmaas.engine import hooks, marks
 from lmaas.process import die_with_parent
 
-#: Set by our launcher; a plain `vllm serve` keeps its own ways.
+#: Set by our launcher; a plain `vllm serve` is left as it is.
 VARIABLE = "LMAAS_DIE_WITH_PARENT"
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes."""
+    """The entry point that vLLM calls in each of its processes."""
     if os.environ.get(VARIABLE) == "1":
-        # It may be too late to be told: the parent may have died while this process was still importing.
+        # The parent may have died while this process was still importing.
         parent = multiprocessing.parent_process()
         die_with_parent(parent.pid if parent is not None else None)
         if parent is not None:
             marks.install()
+        hooks.install()

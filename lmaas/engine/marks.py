@@ -1,4 +1,4 @@
-"""When an engine's start reached what. Written by the engine's processes, a line each, and read by its supervisor."""
+"""The times at which an engine's start reached its stages. Its processes write them, a line each, and its supervisor reads them."""
 
 import contextlib
 import functools
@@ -10,12 +10,12 @@ from typing import Any
 
 #: Names the file. Unset, nothing is written.
 VARIABLE = "LMAAS_START_MARKS"
-#: The weights are about to be loaded: everything is imported and configured. Then: they are loaded; the KV cache is allocated.
+#: Stages: everything is imported and configured; the weights are loaded; the KV cache is allocated.
 LOADING, LOADED, CACHED = "loading", "loaded", "cached"
 
 
 def mark(name: str) -> None:
-    """Note the time. A start is worth more than its record: what cannot be written is left out."""
+    """Note the time of a stage. A mark that cannot be written is left out: it must not stop a start."""
     path = os.environ.get(VARIABLE)
     if path:
         with contextlib.suppress(OSError), open(path, "a") as file:
@@ -23,7 +23,7 @@ def mark(name: str) -> None:
 
 
 def read(path: Path) -> dict[str, float]:
-    """The marks of a start by name, with the time.monotonic() of each; of several workers, the last one's."""
+    """The marks of a start by name, each with its time.monotonic(). Of several workers, the last mark counts."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, float]:
 
 
 def install() -> None:
-    """Have vLLM's workers write the marks. Called in each of its processes, perhaps more than once."""
+    """Have vLLM's workers write the marks. This may be called more than once in a process."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: PLC0415 (only inside an engine)
 
     original = WorkerWrapperBase.init_worker

@@ -18,9 +18,9 @@ from lmaas.gateway import sse
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import Catalog, ServedModel
+from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.relay import Delivery, Endpoint, EngineLost
-from lmaas.gateway.schemas import NewSchemas
 from lmaas.gateway.shield import Shielded
 from lmaas.gateway.waiting import Waiting, comments
 from lmaas.http import parse_json
@@ -49,7 +49,7 @@ class Gateway:
     catalog: Catalog
     leases: Leases
     idempotency: Idempotency
-    schemas: NewSchemas
+    grammars: Grammars
     client: EngineClient
     metrics: GatewayMetrics
     waiting: Waiting
@@ -75,8 +75,8 @@ async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, shield: Cal
 async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: Shielded) -> None:
     """Resolve the model, take a lease, and deliver."""
     model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
-    if request.constrained:
-        gateway.schemas.admit(principal.tenant_id or "", request.grammar)
+    # Where no host that checks grammars is known, as before the first replica of a Ray cluster, the replica brings one.
+    checked = not request.constrained or await _is_checked(gateway, endpoint, principal, request, model)
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
@@ -87,7 +87,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
             call.add_to_head(rate_limit_lines(opened.left))
         with gateway.metrics.in_flight.track_inprogress():
             try:
-                await _run(gateway, call, endpoint, request, model, record, opened)
+                await _run(gateway, call, endpoint, principal, request, model, record, opened, checked=checked)
             except LmaasError as error:
                 # Past its deadline a request has expired; everything else that ends here has failed.
                 expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
@@ -108,8 +108,22 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
                 _observe(gateway, endpoint, record)
 
 
+async def _is_checked(gateway: Gateway, endpoint: Endpoint, principal: Principal, request: Shielded, model: ServedModel) -> bool:
+    """Whether an engine may compile the request's grammar; False if no host can say so yet. Raises InvalidRequest if it may not."""
+    return await gateway.grammars.admit(principal.tenant_id or "", model.base, endpoint.path, request.grammar)
+
+
 async def _run(
-    gateway: Gateway, call: Call, endpoint: Endpoint, request: Shielded, model: ServedModel, record: UsageRecord, opened: OpenTicket
+    gateway: Gateway,
+    call: Call,
+    endpoint: Endpoint,
+    principal: Principal,
+    request: Shielded,
+    model: ServedModel,
+    record: UsageRecord,
+    opened: OpenTicket,
+    *,
+    checked: bool,
 ) -> None:
     """Wait for a lease and deliver; once more if an engine is lost before the client has had anything."""
     delivery = Delivery(call, endpoint, request, model, record, gateway.client)
@@ -119,6 +133,13 @@ async def _run(
         lease = await _leased(call, opened, gateway.waiting, streaming=request.stream)
         if lease is None:
             return  # the client went away while it waited
+        if not checked and not await _is_checked(gateway, endpoint, principal, request, model):
+            raise Unavailable(
+                "No host of this service can check the schema or the tools of this request now. Please try again.",
+                code="grammar_check_unavailable",
+                retry_after_s=5,
+            )
+        checked = True
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
         try:
             rest = await delivery.attempt(lease, opened, body)

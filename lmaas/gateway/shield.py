@@ -15,6 +15,8 @@ from lmaas.admission.tiers import SERVICE_TIERS
 from lmaas.errors import InvalidRequest
 from lmaas.gateway.schemas import MAX_DEPTH, check_schema, depth
 
+#: An engine makes its grammar from these.
+GRAMMAR_PARAMETERS = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
 MAX_MESSAGES = 2048
@@ -46,9 +48,9 @@ class Shielded:
         return bool(self.parameters.get("tools")) or self.parameters.get("response_format", {}).get("type", "text") != "text"
 
     @property
-    def grammar(self) -> list[Any]:
-        """What the engine compiles for the answer."""
-        return [self.parameters.get(name) for name in ("response_format", "tools", "tool_choice")]
+    def grammar(self) -> dict[str, Any]:
+        """The parameters from which the engine makes its grammar, by name."""
+        return {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}
 
     def body(self, engine_name: str, cache_salt: str) -> bytes:
         """The engine's request body. The salt keeps tenants from timing each other's cached prompts."""

@@ -58,6 +58,11 @@ class Residency:
                 self._fetching[adapter] = task
                 task.add_done_callback(_seen)
 
+    @property
+    def awaits(self) -> bool:
+        """Whether adapters were prepared that `warm` will load."""
+        return bool(self._awaited)
+
     async def warm(self, url: str) -> None:
         """Load what was prepared, as soon as the engine takes it. What fails here fails once more when a request asks for it, and tells."""
         self.want(url, self._awaited, {})

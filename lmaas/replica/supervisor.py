@@ -1,7 +1,7 @@
-"""One replica's life: start the engine, see it generate, keep it in the scheduler's view, drain it, stop it.
+"""One replica's life: start the engine, see it generate, report it to the scheduler, drain it, stop it.
 
-The supervisor restarts nothing. If its engine ends, it says so and ends too; whether there is a next one is the controller's
-decision.
+The supervisor restarts nothing. If its engine ends, it records the reason and ends too. The controller decides whether to start another
+replica.
 """
 
 import asyncio
@@ -33,12 +33,12 @@ from lmaas.store.replicas import get_replica, observe, usual_start_ms
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-#: How often a starting engine is asked whether it answers.
+#: How often a starting engine is asked whether it is healthy.
 LOOK_S = 0.025
-#: Requests run but no token is made for this long: have a look. A long prefill is not a dead engine.
+#: Requests run but no token is made for this long: the engine is probed. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
-#: The engine's server answers nothing at all for this long: no new work, and a look. For as long again: it is gone.
+#: The engine's server does not respond at all for this long: it gets no new work and is probed. After as long again it counts as dead.
 MUTE_S = 10.0
 
 
@@ -51,7 +51,7 @@ class Ending:
 
 
 class Supervisor:
-    """Supervises one engine for the replica `replica_id` of `model`'s pool. `run` is its whole life."""
+    """Supervises one engine for the replica `replica_id` of `model`'s pool. `run` lasts as long as the replica."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Supervisor:
         self._times = Times(process_began())
         self._started = time.monotonic()
         self._ready = False
-        #: How long such a start usually takes; None once it was told after ours.
+        #: How long such a start usually takes; None once it was reported after our own start.
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
@@ -94,18 +94,18 @@ class Supervisor:
         self._busy_seen = time.monotonic()
 
     def end(self, state: Observed, reason: str) -> None:
-        """Have the replica end; the first reason counts."""
+        """End the replica. The first reason counts."""
         if not self._ending.done():
             self._ending.set_result(Ending(state, reason))
 
     async def run(self) -> Ending:
-        """Run the replica until nobody desires it or its engine is gone. Its process and its memory are gone afterwards."""
+        """Run the replica until it is to stop or its engine has ended. Its process has ended and its memory is free afterwards."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
         settings = self._settings
         home = settings.home if settings.zygote == "on" else None
-        # Its address, not its name: where a name server is away, or busy with other names, gateways still find it.
+        # An address instead of a name, so that gateways find the engine also while a name server is down or busy.
         spec = spec_of(self._model, settings.engine_module, await _address(settings.engine_host))
         async with self._sheet.kept(), launched(spec, _free_port(spec.host), self._folder / "engine.log", home) as engine:
             self._times.began = engine.began
@@ -120,6 +120,7 @@ class Supervisor:
                     "signals": self._listen(),
                     "desire": self._watch_desire(engine),
                     "liveness": self._watch_liveness(engine),
+                    "grammars": self._watch_grammars(engine),
                     "time-sheet": self._sheet.write_forever(),
                 }.items()
             ]
@@ -133,7 +134,7 @@ class Supervisor:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                # Before the engine is stopped, which may take a while: what waits on this replica can go elsewhere now.
+                # Stopping the engine may take a while. Requests that wait on this replica can go elsewhere before that.
                 with contextlib.suppress(Unavailable):
                     await self._scheduler.deregister(self._model.id, self._id)
         await self._residency.close()
@@ -144,7 +145,7 @@ class Supervisor:
         return ending
 
     async def _first_ending(self, tasks: list["asyncio.Task[Any]"]) -> Ending:
-        """The ending, or the first unexpected failure of a task, which ends the replica as well."""
+        """Return the ending. The first unexpected failure of a task is raised, which ends the replica as well."""
         waiting: set[asyncio.Future[Any]] = {self._ending, *tasks}
         while not self._ending.done():
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -160,7 +161,7 @@ class Supervisor:
         self.end(Observed.FAILED, f"the engine ended with code {code}: {engine.last_words()}")
 
     async def _get_ready(self, engine: EngineProcess) -> None:
-        """Ready means that a token was generated, not that a port is open."""
+        """Wait until the engine is ready, which means that it has generated a token, and report it."""
         deadline = self._started + self._settings.start_timeout_s
         while not await self._client.healthy(engine.url):
             if time.monotonic() > deadline:
@@ -171,14 +172,15 @@ class Supervisor:
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
-        # Who waits for an adapter finds it there.
-        warming = asyncio.create_task(self._residency.warm(engine.url), name="warm")
+        # Requests that wait for an adapter find it loaded.
+        warming = asyncio.create_task(self._warm(engine), name="warm")
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
             if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
                 self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
                 return
             self._times.generated = time.monotonic()
+            engine.seal_log()
             await warming
         finally:
             warming.cancel()
@@ -187,27 +189,32 @@ class Supervisor:
         self._sheet.observe(EnginePhase.IDLE)
         record = start_record(engine.by, self._times, engine.marks())
         if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
-            self.end(Observed.STOPPED, "nobody desires this replica any more")
+            self.end(Observed.STOPPED, "this replica is not desired any more")
             return
         self._state = Observed.READY
         self._wake.set()
         log.info("engine ready", extra=self._extra("ready", f"after {record['total_ms']} ms"))
         await self._learn_usual_start(engine)
 
+    async def _warm(self, engine: EngineProcess) -> None:
+        if self._residency.awaits:
+            engine.seal_log()  # these are tenants' adapters
+        await self._residency.warm(engine.url)
+
     async def _learn_usual_start(self, engine: EngineProcess) -> None:
-        """For those that wait for a start."""
+        """Find out how long a start usually takes, for clients that wait for one."""
         with contextlib.suppress(Unavailable):
             self._start_ms = await usual_start_ms(self._db, self._model.id, engine.by)
 
     async def _patiently(self, attempt: Awaitable[bool]) -> bool:
-        """The answer of the database; while it is away, take it that nothing has changed."""
+        """The result of the database; while that is down, true: nothing has changed."""
         try:
             return await attempt
         except Unavailable:
             return True
 
     async def _probe(self, engine: EngineProcess, timeout_s: float) -> bool:
-        """Have the engine generate a token. What that used goes to the ledger, as nobody's."""
+        """Have the engine generate a token. The ledger gets its usage, without a tenant."""
         record = UsageRecord(new_id("probe"), None, None, self._model.name, self._model.name, None, None, stream=False)
         record.start(self._id, 0, 0)
         try:
@@ -239,7 +246,7 @@ class Supervisor:
             try:
                 reply = await self._scheduler.heartbeat(self._model.id, self._id, beat)
             except Unavailable:
-                # The engine goes on serving what runs; Redis may come back.
+                # Requests that run go on; Redis may come back.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
                 moves = await self._moves(engine)
                 self._see(controller=False, busy=moves)
@@ -249,7 +256,7 @@ class Supervisor:
             cleared = False
             self._doubted = self._doubted and not beat.suspect
             if beat.state is not Observed.STARTING and beat.start_ms == self._start_ms:
-                # Once is enough: replicas that started by other means would say something else each second.
+                # Once is enough: replicas that started in another way would report another time each second.
                 self._start_ms = None
             self._load = int(reply["load"])
             # Tickets, not slots: one of several sequences that waits for an adapter passes for one that runs.
@@ -274,13 +281,13 @@ class Supervisor:
                     await self._wake.wait()
 
     def _saw_load(self, load: int, waiting: int) -> None:
-        """For the time sheet: so many slots are taken, so many of them by requests that wait for an adapter."""
+        """Note for the time sheet that `load` slots are taken, `waiting` of them by requests that wait for an adapter."""
         if self._ready:
             self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:
-        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one; one whose server does
-        not even give its counters for MUTE_S is."""
+        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one, but an engine whose
+        server does not return its counters for MUTE_S seconds is."""
         before, answered = await self._tokens(engine), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:
@@ -305,12 +312,12 @@ class Supervisor:
             return None
 
     async def _moves(self, engine: EngineProcess) -> bool:
-        """Whether the engine has made tokens since the last look: all that is known while Redis cannot say what runs."""
+        """Whether the engine has made tokens since the last call. Nothing else is known while Redis is down."""
         before, self._counted = self._counted, await self._tokens(engine)
         return before is not None and self._counted is not None and self._counted > before
 
     def _see(self, *, controller: bool, busy: bool) -> None:
-        """A replica that nobody looks after, and nobody uses, stops itself."""
+        """Stop the replica if no controller has been there and no request has run for the orphan timeout."""
         now = time.monotonic()
         if controller:
             self._controller_seen = now
@@ -318,7 +325,7 @@ class Supervisor:
             self._busy_seen = now
         alone = now - self._controller_seen
         if alone > self._settings.orphan_timeout_s and now - self._busy_seen > self._settings.orphan_timeout_s:
-            self.end(Observed.STOPPED, f"no controller for {alone:.0f} s, and nothing to do")
+            self.end(Observed.STOPPED, f"there was no controller for {alone:.0f} s, and no request")
 
     async def _listen(self) -> None:
         async for _ in self._scheduler.listen(replica_channel(self._id)):
@@ -329,7 +336,7 @@ class Supervisor:
             with contextlib.suppress(Unavailable):
                 row = await get_replica(self._db, self._id)
                 if row is None or row.desired == Desired.STOPPED or row.observed == Observed.LOST:
-                    self.end(Observed.STOPPED, "nobody desires this replica any more")
+                    self.end(Observed.STOPPED, "this replica is not desired any more")
                     return
                 if self._state is Observed.READY and row.observed == Observed.STARTING:
                     # Postgres was away when it was to be written.
@@ -337,7 +344,7 @@ class Supervisor:
             await asyncio.sleep(BEAT_S)
 
     async def _watch_liveness(self, engine: EngineProcess) -> None:
-        """Find an engine that stands still although its connections are open: stopped, hung or dead inside."""
+        """Find an engine that makes no progress although its connections are open: it is stopped, or hangs."""
         tokens, moved, answered = None, time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(min(STALL_S / 6, MUTE_S / 4))
@@ -347,20 +354,29 @@ class Supervisor:
             if self._state is Observed.STARTING or self._load == 0 or (now is not None and now != tokens):
                 tokens, moved = now, time.monotonic()
             if time.monotonic() - moved > STALL_S or time.monotonic() - answered > MUTE_S:
-                # The heartbeat has a look: meanwhile nobody new is sent there.
+                # The heartbeat starts a probe. Until it has ended, no new request is sent here.
                 self._doubted = True
                 self._wake.set()
                 tokens, moved, answered = now, time.monotonic(), time.monotonic()
 
+    async def _watch_grammars(self, engine: EngineProcess) -> None:
+        """Find an engine that compiles one grammar for ever. It still makes tokens for requests without a grammar, so its liveness does not
+        show it."""
+        while True:
+            if reason := engine.stuck_grammar():
+                self.end(Observed.FAILED, reason)
+                return
+            await asyncio.sleep(BEAT_S)
+
     async def _drain(self, engine: EngineProcess) -> None:
-        """No new work; what runs may end, within the drain timeout."""
+        """Take no new work, and let running requests end within the drain timeout."""
         self._state = Observed.DRAINING
         deadline = time.monotonic() + self._settings.drain_timeout_s
         with contextlib.suppress(Unavailable):
             await observe(self._db, self._id, Observed.DRAINING)
         with contextlib.suppress(Unavailable):
             await self._drain_queue()
-            # -1 while Redis, having lost its memory, does not know us: gateways will tell it what runs here.
+            # -1 while Redis has lost its memory and does not know this replica: gateways will report what runs here.
             while self._load != 0 and time.monotonic() < deadline and engine.running:
                 await asyncio.sleep(0.1)
                 await self._drain_queue()

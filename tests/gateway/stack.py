@@ -25,6 +25,7 @@ from lmaas.adapters.objects import source_of
 from lmaas.app import Services, build_gateway, connected
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
+from lmaas.engine.grammars.service import serve_checks
 from lmaas.gateway.server import server
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
@@ -139,6 +140,17 @@ class Stack:
         self.settings, self.services, self._exits = settings, services, exits
         self.db, self.redis, self.scheduler = services.db, services.redis, services.scheduler
         self.url = ""
+        self._checks: asyncio.Task[None] | None = None
+
+    def check_grammars(self) -> None:
+        """Have a host that checks grammars."""
+        self._checks = asyncio.create_task(serve_checks(self.settings, self.db, self.redis), name="grammar-checker")
+        self._exits.push_async_callback(_end, self._checks)
+
+    async def check_no_grammars(self) -> None:
+        """Be without the host that checks grammars."""
+        assert self._checks is not None
+        await _end(self._checks)
 
     async def model(self, name: str, slots: int = 16, loras: int = 8) -> BaseModel:
         """A base model without a replica."""
@@ -302,6 +314,7 @@ async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any
         services = await exits.enter_async_context(connected(settings))
         await services.redis.flushall()
         stack = Stack(settings, services, exits)
+        stack.check_grammars()
         stack.url = (await exits.enter_async_context(stack.gateway())).url
         yield stack
     with admin.connect() as connection:

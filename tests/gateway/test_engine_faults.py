@@ -1,4 +1,4 @@
-"""Engines that stand still or die of a request: they are taken out, and everybody else is served."""
+"""Engines that stand still or die of a request: they are taken out of service, and other requests are served."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lmaas.engine import client
+from lmaas.engine import client, compiling
+from lmaas.engine.compiling import Notes
 from lmaas.replica import supervisor
 from lmaas.states import Observed
 from tests.conftest import until
@@ -70,6 +71,57 @@ async def test_an_engine_that_stands_still_is_ejected_while_others_flow(
     assert told[begun.headers["x-request-id"]]["completion_tokens"] == begun.tokens
     assert sorted(event["status"] for event in told.values()) == ["completed"] * 13 + ["failed"]
     assert {event["replica_id"] for event in told.values() if event["status"] == "completed"} == {other.id}
+    await stack.idle(model)
+
+
+async def test_an_engine_that_makes_no_token_is_ejected_although_its_server_responds(
+    stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when the engine core hangs in the mask of a grammar: the server is another process.
+    model = await stack.model("base", slots=4)
+    hung = await stack.replica(model, "--fake-token-ms 8000")
+    monkeypatch.setattr(supervisor, "STALL_S", 1.0)
+    monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_S", 1.0)
+    asked = asyncio.create_task(post(stack, tenant, ask(6)))
+
+    async def runs() -> bool:
+        return await hung.running() == 1
+
+    await until(runs)
+    other = await stack.replica(model, "--fake-token-ms 5")
+    ending = await hung.task
+    assert (ending.state, ending.reason.partition(":")[0]) == (Observed.FAILED, "the engine does not generate")
+    assert (await asked).status_code == 200
+    assert [event["replica_id"] for event in await stack.told_once(model, 1)] == [other.id]
+
+
+async def test_an_engine_whose_grammar_thread_stands_still_is_replaced_and_plain_requests_are_served(
+    stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "WALL_LIMIT_S", 2.0)
+    model = await stack.model("base", slots=4)
+    stuck = await stack.replica(model, "--fake-token-ms 30")
+    schema = {"response_format": {"type": "json_object"}}
+    # It makes tokens all the time, so its liveness does not show it.
+    asked = [asyncio.create_task(post(stack, tenant, body)) for body in (ask(1000), ask(1000) | schema)]
+
+    async def both_run() -> bool:
+        return await stuck.running() == 2
+
+    await until(both_run)
+    other = await stack.replica(model, "--fake-token-ms 5")
+    # This test compiles in place of the engine.
+    with Notes(stack.settings.home / "replicas" / stuck.id / "engine.compiling").compiling():
+        ending = await stuck.task
+    assert ending.state is Observed.FAILED
+    assert "compiling one grammar" in ending.reason
+    plain, constrained = await asyncio.gather(*asked)
+    assert plain.status_code == 200
+    assert constrained.status_code == 502
+    assert "Simplify its schema" in constrained.json()["error"]["message"]
+    assert not other.task.done()
+    told = await stack.told_once(model, 2)
+    assert {event["status"]: event["replica_id"] for event in told} == {"completed": other.id, "failed": stuck.id}
     await stack.idle(model)
 
 

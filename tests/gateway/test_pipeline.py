@@ -426,3 +426,21 @@ async def test_many_tenants_at_once_are_answered_once_each(service: Service) -> 
     events = [event for tenant in tenants for event in await stack.ledger(service.base, tenant)]
     assert {event.request_id: event.completion_tokens for event in events} == answers
     await stack.idle(service.base)
+
+
+async def test_no_engine_gets_a_grammar_that_was_not_checked(service: Service, tenant: Tenant) -> None:
+    body = ask(CHAT, response_format={"type": "json_object"})
+    await service.stack.check_no_grammars()
+    refused = await service.post(tenant, CHAT, body)
+    assert refused.status_code == 503, refused.text
+    assert refused.json()["error"]["code"] == "grammar_check_unavailable"
+    assert (await service.post(tenant, CHAT, ask(CHAT))).status_code == 200
+    service.stack.check_grammars()
+
+    async def checked() -> bool:
+        return (await service.post(tenant, CHAT, body)).status_code == 200
+
+    await until(checked)
+    await service.stack.check_no_grammars()
+    assert await checked()  # it is known by now
+    service.stack.check_grammars()

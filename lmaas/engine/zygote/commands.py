@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+#: The module of vLLM's server. Only its command lines are prepared for.
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 #: How many are remembered, and prepared for.
 REMEMBERED = 8
 _WHERE = ("--port", "--host")

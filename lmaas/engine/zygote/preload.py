@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmaas.engine import marks
-from lmaas.engine.zygote.commands import command_key, read_commands, remember
+from lmaas.engine import hooks, marks
+from lmaas.engine.zygote.commands import SERVER, command_key, read_commands, remember
 
 log = logging.getLogger(__name__)
 
-SERVER = "vllm.entrypoints.launchers.api_server.entry"
-#: What a server, its engine core and its worker import; then what a supervisor does. A missing one is imported later, where it is needed.
+#: What a server, its engine core and its worker import; then what a checker of grammars and a supervisor do. A missing one is imported
+#: later, where it is needed.
 MODULES = (
     SERVER,
     "vllm.entrypoints.launchers.app",
@@ -35,7 +35,11 @@ MODULES = (
     "vllm.model_executor.models.llama",
     "vllm.lora.model_manager",
     "vllm.lora.worker_manager",
+    "vllm.v1.structured_output.backend_xgrammar",
+    "vllm.renderers.online_renderer",
+    "xgrammar",
     "lmaas.engine.cpu_lora.hooks",
+    "lmaas.engine.grammars.checker",
     "lmaas.cli",
 )
 #: On a CPU besides.
@@ -63,6 +67,7 @@ class Preloaded:
             self._import(module)
         load_general_plugins()
         marks.install()
+        hooks.install()
         if self._cpu:
             _fork_on_cpu(type(current_platform))
         else:

@@ -21,6 +21,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.commands import SERVER
 from lmaas.engine.zygote.keeper import keep
 from lmaas.process import die_with_parent
 
@@ -120,7 +121,7 @@ class Zygote:
 
     def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Job | None:
         job, kept = Job(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
-        if kept and job.arguments not in self._seen:
+        if kept and job.module == SERVER and job.arguments not in self._seen:
             self._seen.append(job.arguments)
         self._forked = time.monotonic()
         if os.fork():

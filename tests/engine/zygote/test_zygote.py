@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -73,6 +74,29 @@ async def test_two_engines_of_one_zygote_serve_with_the_plugin_and_leave_nothing
         assert not first.running
         assert not second.running
         await until(gone(families))
+
+
+async def test_a_forked_engine_has_the_hooks(place: Place, spec: EngineSpec, tmp_path: Path) -> None:
+    marker = "MaRkEr5e4c2f"
+    schema = {"type": "string", "pattern": "^" * 400 + marker}
+    log = tmp_path / "engine.log"
+    async with engine_of(place, spec, log) as (engine, _), httpx.AsyncClient(base_url=engine.url, timeout=60) as http:
+        engine.seal_log()
+        before = len(log.read_text())
+        body = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        constrained = {"response_format": {"type": "json_schema", "json_schema": {"name": marker, "schema": schema}}}
+        await http.post("/v1/chat/completions", json=body | constrained)
+        assert (await http.post("/v1/chat/completions", json=body | {"messages": marker})).status_code == 400
+        assert (await http.post("/v1/chat/completions", json=body | {"response_format": {"type": "json_object"}})).status_code == 200
+        # The engine core has compiled a grammar.
+        (core,) = [one for one in family(engine.pid) if "EngineCore" in " ".join(one.cmdline())]
+        assert str(core.pid) in {path.name for path in (tmp_path / "engine.compiling").iterdir()}
+        assert engine.stuck_grammar() == ""
+        core.kill()
+        await until(lambda: not engine.running)
+        assert "EngineCore" in engine.last_words() or "EngineDead" in engine.last_words()
+        assert marker not in log.read_text()
+        assert len(log.read_text()) - before < 16384
 
 
 @pytest.mark.parametrize("which", ["server", "core", "worker", "keeper"])

@@ -1,0 +1,90 @@
+"""The compilations of grammars that run in an engine, as its processes note them in shared memory and its supervisor reads them.
+
+A grammar is compiled in one of a few threads for all tenants. One compilation that never ends holds up every request with a grammar. The
+engine still generates tokens for the others, so nothing else shows it.
+"""
+
+import contextlib
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+#: The environment variable of an engine that names the folder of its notes. Where it is unset, nothing is noted.
+VARIABLE = "LMAAS_COMPILING"
+#: A compilation stands still after this much processor time of its thread, or after this much time. A busy machine runs a thread slowly;
+#: a thread that waits uses no processor.
+CPU_LIMIT_S, WALL_LIMIT_S = 10.0, 60.0
+#: Compilations of one process that can be noted at once; engines have at most half as many threads as processors.
+SLOTS = 256
+#: A native thread id (0 in a free slot); since when, by time.monotonic(); the processor time of the thread at that moment. In seconds.
+_SLOT = struct.Struct("<Qdd")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """A compilation that runs: for how long, and how much processor time its thread has used for it, in seconds."""
+
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it has taken so long that it will hardly end."""
+        return self.cpu_s > CPU_LIMIT_S or self.wall_s > WALL_LIMIT_S
+
+
+class Notes:
+    """The notes of this process, in a file of its own within `folder`. Raises OSError if it cannot be made."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / str(os.getpid())).open("w+b") as file:
+            file.truncate(SLOTS * _SLOT.size)
+            self._memory = mmap.mmap(file.fileno(), 0)
+        self._free = list(range(SLOTS))
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Note that this thread compiles while the block runs."""
+        with self._lock:
+            slot = self._free.pop() if self._free else None
+        if slot is None:
+            yield
+            return
+        _SLOT.pack_into(self._memory, slot * _SLOT.size, threading.get_native_id(), time.monotonic(), time.thread_time())
+        try:
+            yield
+        finally:
+            _SLOT.pack_into(self._memory, slot * _SLOT.size, 0, 0.0, 0.0)
+            with self._lock:
+                self._free.append(slot)
+
+
+def running(folder: Path, now: float) -> list[Compilation]:
+    """The compilations that run in an engine's processes, at `now` by time.monotonic()."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            for thread, since, cpu_before in _SLOT.iter_unpack(path.read_bytes()):
+                if thread and (cpu_s := _thread_cpu_s(int(path.name), thread)) is not None:
+                    found.append(Compilation(now - since, max(0.0, cpu_s - cpu_before)))
+    return found
+
+
+def _thread_cpu_s(process: int, thread: int) -> float | None:
+    """The processor time of a thread. None if it is gone."""
+    try:
+        stat = Path(f"/proc/{process}/task/{thread}/stat").read_text()
+    except OSError:
+        return None
+    # User and system time are the 14th and 15th field; the second, the name in parentheses, can contain spaces.
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S

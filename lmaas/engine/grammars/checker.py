@@ -1,0 +1,182 @@
+"""The checker of one base model: `main` listens on a Unix socket and has each grammar checked in a child process of its own.
+
+A client connects, sends one Question and ends its side of the connection; it gets one Verdict. The child that answers has limits of CPU
+time, memory and files; if it dies of one, or of anything else, the parent answers in its place. The parent has a single thread, so that
+it may fork, and ends itself when it has not been asked for a while.
+
+Started as `python -m lmaas.engine.grammars.checker SOCKET IDLE_S ENGINE_ARGUMENT...`, or forked by the zygote.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from setproctitle import setproctitle
+
+from lmaas.engine.grammars.compile import ADVICE, Compiler
+from lmaas.engine.grammars.verdict import CPU_S, INVALID, MEMORY_BYTES, TOO_COMPLEX, UNKNOWN, WALL_S, Verdict, decode_question, encode
+from lmaas.engine.zygote.wire import short_path
+
+log = logging.getLogger(__name__)
+
+#: How many checks run at once; further clients wait in line.
+AT_ONCE = 2
+BACKLOG = 256
+MAX_QUESTION_BYTES = 8 * 1024 * 1024
+#: How long a client may take to send its question.
+QUESTION_S = 5.0
+#: Engines that serve go first.
+NICENESS = 10
+#: What a child needs besides the grammar's memory: the stack of a thread, and address space that its allocator reserves.
+RESERVED_BYTES = 160 * 1024 * 1024
+LOOK_S = 1.0
+
+
+@dataclass(slots=True)
+class Check:
+    """A running check: its process, its client, and when it began (time.monotonic())."""
+
+    pidfd: int
+    client: socket.socket
+    began: float
+    stopped: bool = False
+
+
+class Checker:
+    """Serves checks on `listener` until it has been idle for `idle_s` seconds."""
+
+    def __init__(self, compiler: Compiler, listener: socket.socket, idle_s: float) -> None:
+        self._compiler, self._listener, self._idle_s = compiler, listener, idle_s
+        self._running: dict[int, Check] = {}
+        self._asked = time.monotonic()
+
+    def serve(self) -> None:
+        """Run until idle."""
+        while self._running or time.monotonic() - self._asked < self._idle_s:
+            poll = select.poll()
+            if len(self._running) < AT_ONCE:
+                poll.register(self._listener, select.POLLIN)
+            for check in self._running.values():
+                poll.register(check.pidfd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(LOOK_S * 1000)}
+            for pid, check in list(self._running.items()):
+                if check.pidfd in ready:
+                    self._finish(pid, check)
+                elif time.monotonic() - check.began > WALL_S and not check.stopped:
+                    check.stopped = True
+                    signal.pidfd_send_signal(check.pidfd, signal.SIGKILL)
+            if self._listener.fileno() in ready:
+                self._begin()
+
+    def _begin(self) -> None:
+        self._asked = time.monotonic()
+        client, _ = self._listener.accept()
+        pid = os.fork()
+        if pid == 0:
+            self._answer(client)  # does not return
+        self._running[pid] = Check(os.pidfd_open(pid), client, self._asked)
+
+    def _finish(self, pid: int, check: Check) -> None:
+        del self._running[pid]
+        os.close(check.pidfd)
+        _, status, usage = os.wait4(pid, 0)
+        with check.client:
+            if status == 0:
+                return  # it has answered
+            verdict = _died(os.waitstatus_to_exitcode(status), check, usage.ru_utime + usage.ru_stime)
+            with contextlib.suppress(OSError):
+                check.client.sendall(encode(verdict))
+
+    def _answer(self, client: socket.socket) -> None:
+        """In the child: read the question, check it within the limits, answer, and end."""
+        try:
+            self._listener.close()
+            client.settimeout(QUESTION_S)
+            question = decode_question(_read(client))
+            _limit()
+            client.sendall(encode(self._compiler.check(question)))
+            os._exit(0)
+        except (OSError, msgspec.DecodeError, RecursionError):
+            os._exit(1)  # no client of ours, or one that has gone
+        except BaseException:  # noqa: BLE001 (a forked process must never return into its parent's loop)
+            os._exit(2)
+
+
+def _died(code: int, check: Check, cpu_s: float) -> Verdict:
+    """The verdict on a grammar whose check ended with this exit code (negative: by this signal)."""
+    if check.stopped:
+        return Verdict(UNKNOWN, "Its check took too long on this machine.", cpu_s=cpu_s)
+    if code == 1:
+        return Verdict(UNKNOWN, "It could not be checked.", cpu_s=cpu_s)
+    if code in (-signal.SIGPROF, -signal.SIGXCPU):
+        return Verdict(TOO_COMPLEX, f"Compiling this request's grammar takes more than {CPU_S:g} s. {ADVICE}", cpu_s=cpu_s)
+    if code < 0:
+        # Out of memory, or of stack.
+        return Verdict(TOO_COMPLEX, f"Compiling this request's grammar takes too much memory. {ADVICE}", cpu_s=cpu_s)
+    return Verdict(INVALID, "This request's grammar cannot be compiled.", cpu_s=cpu_s)
+
+
+def _read(client: socket.socket) -> bytes:
+    parts, size = [], 0
+    while part := client.recv(1 << 16):
+        size += len(part)
+        if size > MAX_QUESTION_BYTES:
+            raise OSError("a question without an end")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _limit() -> None:
+    """Bound what this process may use from now on. It dies of a signal beyond that, or raises MemoryError."""
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(quiet, stream)  # the grammar library writes a tenant's text there, without a bound
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    seconds = int(CPU_S) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    address_space = pages * resource.getpagesize() + MEMORY_BYTES + RESERVED_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+
+
+def main() -> None:
+    """Serve. Prints nothing of what is checked."""
+    path, idle_s, arguments = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    name = arguments[arguments.index("--served-model-name") + 1]
+    sys.argv = [sys.argv[0], *arguments]  # where a prepared tokenizer is looked up
+    os.nice(NICENESS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    compiler = Compiler(arguments)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        sys.exit(f"the checker has {threads} threads, of which its children would keep one")
+    gc.collect()
+    gc.freeze()
+    setproctitle(f"lmaas: checks grammars of {name}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            with short_path(path) as short:
+                listener.bind(short)
+        finally:
+            os.umask(before)
+        listener.listen(BACKLOG)
+        Checker(compiler, listener, idle_s).serve()
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

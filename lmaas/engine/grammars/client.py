@@ -1,0 +1,137 @@
+"""Has grammars checked on this machine: one checker process for each base model, started when it is needed."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from lmaas.engine.grammars.verdict import Question, Verdict, decode_verdict, encode
+from lmaas.engine.launch import VLLM, EngineSpec, command_line, environment, shared_environment
+from lmaas.engine.zygote import client as zygote
+from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.client import ForkedProcess, NoZygote, Order
+from lmaas.process import bound_command
+
+log = logging.getLogger(__name__)
+
+MODULE = "lmaas.engine.grammars.checker"
+#: How long a checker stays when it is not asked.
+IDLE_S = 300.0
+#: How long a zygote that still imports is waited for: a plain start imports the same, beside it.
+ZYGOTE_PATIENCE_S = 30.0
+#: How long a checker may take to answer its socket, and one check to be answered. Several may be in line before it.
+START_S, ANSWER_S = 90.0, 60.0
+LOOK_S = 0.02
+
+
+class NoVerdict(Exception):
+    """The grammar could not be checked, for the reason given."""
+
+
+class Checkers:
+    """The checkers of one machine for one process. `root` holds a folder for each such process, with sockets and logs; with a `home`, that
+    folder's zygote forks the checkers if it can."""
+
+    def __init__(self, root: Path, home: Path | None) -> None:
+        self._root, self._folder, self._home = root, root / str(os.getpid()), home
+        self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
+        self._starting: dict[str, asyncio.Lock] = {}
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator["Checkers"]:
+        """Themselves; their processes are gone at the end of the block, or when this process dies."""
+        await asyncio.to_thread(self._sweep)
+        try:
+            yield self
+        finally:
+            for process in self._processes.values():
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove the folders of processes that were killed."""
+        if self._root.is_dir():
+            for folder in self._root.iterdir():
+                if not Path("/proc", folder.name).exists() or folder == self._folder:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    async def check(self, spec: EngineSpec, question: Question) -> Verdict:
+        """The verdict on a request to an engine like `spec`. Raises NoVerdict."""
+        if spec.module != VLLM:
+            return Verdict()  # an engine without a grammar library
+        arguments = command_line(spec, 0)[3:]
+        key = hashlib.sha256(msgspec.json.encode(arguments)).hexdigest()[:16]
+        try:
+            async with asyncio.timeout(START_S + ANSWER_S):
+                reader, writer = await self._connected(key, arguments, spec)
+                try:
+                    writer.write(encode(question))
+                    writer.write_eof()
+                    async with asyncio.timeout(ANSWER_S):
+                        return decode_verdict(await reader.read())
+                finally:
+                    writer.close()
+        except (OSError, msgspec.DecodeError) as error:
+            raise NoVerdict(repr(error)) from error
+
+    async def _connected(self, key: str, arguments: list[str], spec: EngineSpec) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        with contextlib.suppress(OSError):
+            return await self._connect(key)
+        async with self._starting.setdefault(key, asyncio.Lock()):
+            while True:
+                with contextlib.suppress(OSError):
+                    return await self._connect(key)
+                process = self._processes.get(key)
+                if process is None or process.returncode is not None:
+                    self._processes[key] = await self._start(key, arguments, spec)
+                    await self._listening(key)
+
+    async def _connect(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        with wire.short_path(self._socket(key)) as path:
+            return await asyncio.open_unix_connection(path)
+
+    def _socket(self, key: str) -> Path:
+        return self._folder / f"{key}.sock"
+
+    async def _listening(self, key: str) -> None:
+        """Wait until the checker listens. Raises NoVerdict if it ends before that."""
+        process, path = self._processes[key], self._socket(key)
+        async with asyncio.timeout(START_S):
+            while not path.exists():
+                if process.returncode is not None:
+                    raise NoVerdict(f"the checker ended with code {process.returncode}; see {path.with_suffix('.log')}")
+                await asyncio.sleep(LOOK_S)
+
+    async def _start(self, key: str, arguments: list[str], spec: EngineSpec) -> asyncio.subprocess.Process | ForkedProcess:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._socket(key)
+        path.unlink(missing_ok=True)
+        given = [str(path), str(IDLE_S), *arguments]
+        output = path.with_suffix(".log")
+        output.write_bytes(b"")  # that of the last one: what it prints is about its own start
+        if self._home is not None:
+            order = Order(MODULE, given, environment(spec), output, kept=True)
+            try:
+                fork = await zygote.fork(self._home, order, wire.facts(shared_environment()), ZYGOTE_PATIENCE_S)
+                return ForkedProcess(fork)
+            except (NoZygote, ProcessLookupError) as error:
+                log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
+        with output.open("ab") as stream:
+            return await asyncio.create_subprocess_exec(
+                *bound_command([sys.executable, "-m", MODULE, *given]),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=environment(spec) | zygote.ONE_THREAD,
+            )

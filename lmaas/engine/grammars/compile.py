@@ -1,0 +1,188 @@
+"""Compiles a request's grammar exactly as the engine with the same command line would: with vLLM's own request types, tool parsers,
+validation and grammar library. Names and places are those of vLLM 0.32.0."""
+
+import random
+import re
+import time
+from typing import Any
+
+from lmaas.engine.grammars.features import unsupported_feature
+from lmaas.engine.grammars.verdict import COMPILATION_S, INVALID, MASK_S, TOO_COMPLEX, VALIDATION_S, Question, Verdict
+
+CHAT = "/v1/chat/completions"
+#: How many tokens of an answer are tried.
+STEPS = 64
+MAX_MESSAGE = 500
+#: What the grammar library puts before its reasons: the time, a place in its source, and the condition that failed.
+_SOURCE = re.compile(r"^\[[0-9:]+\] \S+?:\d+: (?:Check failed: \(.*?\) is false: )?", re.DOTALL)
+ADVICE = "Use smaller counts in patterns, lengths and items, or fewer alternatives."
+
+
+class Rejected(Exception):
+    """The grammar cannot be used, for the reason given."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Compiler:
+    """Holds what compiling needs of one base model: its configuration, its tokenizer, its tool parser and the grammar library."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        # Imported here: the control plane reads this module's constants without vLLM.
+        import xgrammar  # noqa: PLC0415
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415
+        from vllm.renderers.online_renderer import OnlineRenderer  # noqa: PLC0415
+        from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
+        from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+        from vllm.v1.engine import async_llm  # noqa: PLC0415
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend  # noqa: PLC0415
+
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+        self._config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        self._model = self._config.model_config
+        # Through its module: in a process that the zygote forked, that gives the tokenizer which is in memory already.
+        renderer = async_llm.renderer_from_config(self._config)
+        self._tokenizer = renderer.get_tokenizer()
+        self._parser = OnlineRenderer(
+            self._model,
+            renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format=parsed.chat_template_content_format,
+            enable_auto_tools=parsed.enable_auto_tool_choice,
+            tool_parser=parsed.tool_call_parser,
+            tool_strict_level=parsed.tool_strict_level,
+            reasoning_parser=parsed.structured_outputs_config.reasoning_parser,
+        ).parser
+        self._end = int(self._tokenizer.eos_token_id)
+        usual = xgrammar.GrammarCompiler
+        # As in the engine (without its cache the library takes other paths, and accepts more), but with one thread.
+        xgrammar.GrammarCompiler = lambda info, **given: usual(info, **(given | {"max_threads": 1}))
+        self._backend = XgrammarBackend(self._config, tokenizer=self._tokenizer, vocab_size=self._model.get_vocab_size())
+        xgrammar.GrammarCompiler = usual
+        self.check(Question(CHAT, {"response_format": {"type": "json_object"}}))  # imports the rest, once for all checks
+
+    def check(self, question: Question) -> Verdict:
+        """The verdict on one request's grammar. A grammar that explodes never returns: call it under limits of time and memory."""
+        began = time.process_time()
+        try:
+            request, param = self._request(question)
+        except Exception as error:  # noqa: BLE001 (whatever a client's parameters make vLLM's own types raise)
+            return Verdict(INVALID, f"The engine does not accept it: {reason_of(error)}", _first(question.parameters))
+        try:
+            self._try(request)
+        except Rejected as rejected:
+            param = self._blamed(question, param)
+            return Verdict(rejected.code, _told(rejected, param), param, time.process_time() - began)
+        return Verdict(cpu_s=time.process_time() - began)
+
+    def _request(self, question: Question) -> tuple[Any, str]:
+        """The request as the engine has it after its tool parser has had a look, and the parameter that its grammar comes from."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415
+
+        if question.path != CHAT:
+            return CompletionRequest.model_validate({"model": "-", "prompt": "-"} | question.parameters), _first(question.parameters)
+        request = ChatCompletionRequest.model_validate({"model": "-", "messages": [{"role": "user", "content": "-"}]} | question.parameters)
+        before = request.extract_structured_outputs()
+        if self._parser is not None and (request.tool_choice != "none" or self._parser.reasoning_parser_cls is not None):
+            parser = self._parser(self._tokenizer, request.tools, model_config=self._model, chat_template_kwargs={})
+            request = parser.adjust_request(request=request)
+        return request, _first(question.parameters) if request.extract_structured_outputs() == before else "tools"
+
+    def _try(self, request: Any) -> None:
+        """Validate, compile, and try the first tokens of an answer. Raises Rejected."""
+        from vllm.v1.serial_utils import MsgpackEncoder  # noqa: PLC0415
+        from vllm.v1.structured_output.request import get_structured_output_key  # noqa: PLC0415
+
+        began = time.process_time()
+        try:
+            params = request.to_sampling_params(STEPS, {})
+            if params.structured_outputs is None:
+                return
+            params.verify(self._model, None, self._config.structured_outputs_config, self._tokenizer)
+            validated = time.process_time()
+            _within(VALIDATION_S, validated - began, "reading it")
+            MsgpackEncoder().encode(params)  # as it travels from the engine's server to its core
+            kind, text = get_structured_output_key(params.structured_outputs)
+            grammar = self._backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids)
+            _within(COMPILATION_S, time.process_time() - validated, "compiling it")
+            self._walk(grammar)
+        except Rejected:
+            raise
+        except MemoryError:
+            raise Rejected(TOO_COMPLEX, "compiling it takes too much memory") from None
+        except Exception as error:
+            if "bad_alloc" in str(error):
+                raise Rejected(TOO_COMPLEX, "compiling it takes too much memory") from None
+            raise Rejected(INVALID, unsupported(request) or reason_of(error)) from error
+
+    def _walk(self, grammar: Any) -> None:
+        """Take some tokens that the grammar allows, each time after its mask was made. Raises Rejected."""
+        mask = self._backend.allocate_token_bitmask(1)
+        choose = random.Random(0)  # noqa: S311 (the same grammar shall always have the same verdict)
+        for step in range(STEPS):
+            if grammar.is_terminated():
+                return
+            began = time.process_time()
+            grammar.fill_bitmask(mask, 0)
+            _within(MASK_S, time.process_time() - began, "following it from token to token")
+            words = [(index, word) for index, word in enumerate(mask[0].tolist()) if word]
+            if not words:
+                raise Rejected(INVALID, "it allows no answer, or leads to a place from which none can be finished")
+            if step == 0 and len(words) == 1 and words[0] == (self._end // 32, 1 << self._end % 32):
+                raise Rejected(INVALID, "the only answer that it allows is an empty one")
+            index, word = choose.choice(words)
+            token = index * 32 + choose.choice([bit for bit in range(32) if word >> bit & 1])
+            if not grammar.accept_tokens("check", [token]):
+                raise Rejected(INVALID, "the grammar library does not follow it")
+
+    def _blamed(self, question: Question, param: str) -> str:
+        """The parameter at fault, where a grammar was made of tools and an answer's format together."""
+        others = {name: value for name, value in question.parameters.items() if name not in ("tools", "tool_choice")}
+        if param != "tools" or not _first(others):
+            return param
+        try:
+            self._try(self._request(Question(question.path, others))[0])
+        except (Rejected, ValueError):
+            return _first(others)
+        return param
+
+
+def _within(limit_s: float, spent_s: float, what: str) -> None:
+    if spent_s > limit_s:
+        raise Rejected(TOO_COMPLEX, f"{what} takes {spent_s:.1f} s, and {limit_s:g} s are allowed")
+
+
+def _first(parameters: dict[str, Any]) -> str:
+    """The parameter that asks for a grammar: the engine lets a response_format overrule structured_outputs."""
+    if (parameters.get("response_format") or {}).get("type", "text") != "text":
+        return "response_format"
+    return next((name for name in ("structured_outputs", "tools") if parameters.get(name)), "")
+
+
+def unsupported(request: Any) -> str:
+    """What of the request's JSON schema the grammar library cannot enforce, in words; empty if nothing."""
+    structured = request.extract_structured_outputs()
+    feature = unsupported_feature(structured.json) if structured is not None and isinstance(structured.json, dict) else ""
+    return f"the grammar library of this service cannot enforce {feature}" if feature else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """The grammar library's own reason, without its source file and without vLLM's sentence around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if callable(found := getattr(error, "errors", None)):  # pydantic's, which shows types and addresses otherwise
+        first = found()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"[:MAX_MESSAGE].removeprefix(": ")
+    text = _SOURCE.sub("", str(error).removeprefix("Failed to transform json schema into a grammar: ")).strip()
+    return text[:MAX_MESSAGE].rstrip(".") or "the grammar library of this service cannot compile it"
+
+
+def _told(rejected: Rejected, param: str) -> str:
+    what = "The tools' parameters cannot be used" if param == "tools" else f"'{param}' cannot be used"
+    return f"{what}: {rejected}." + (f" {ADVICE}" if rejected.code == TOO_COMPLEX else "")

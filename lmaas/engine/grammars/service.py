@@ -1,0 +1,85 @@
+"""Grammar checks over HTTP, for gateways: they have no engine installed, and may run on other machines.
+
+Hosts that run engines serve `POST /check?model=ID` on a free port of their private address: the controller where engines run beside it,
+otherwise the replicas' supervisors. One of them at a time has its address in Redis, under KEY, for a few seconds; gateways ask that one.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import socket
+from typing import Any
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lmaas.config import Settings
+from lmaas.engine.grammars.client import Checkers, NoVerdict
+from lmaas.engine.grammars.verdict import KEY, decode_question, encode
+from lmaas.engine.launch import spec_of
+from lmaas.errors import LmaasError
+from lmaas.private_server import serve_privately
+from lmaas.store.database import Database
+from lmaas.store.models import get_base_model
+
+log = logging.getLogger(__name__)
+
+#: How long an address stays there, and how often its host writes it again.
+ADDRESS_S, RENEW_S = 15, 5.0
+
+
+async def serve_checks(settings: Settings, db: Database, redis: Redis) -> None:
+    """Serve checks, and keep the address known, until cancelled."""
+    home = settings.home if settings.zygote == "on" else None
+    family = socket.AF_INET6 if ":" in settings.engine_host else socket.AF_INET
+    async with Checkers(settings.home / "grammars", home).kept() as checkers:
+        with socket.socket(family) as listener:
+            listener.bind((settings.engine_host, 0))
+            host = f"[{settings.engine_host}]" if ":" in settings.engine_host else settings.engine_host
+            url = f"http://{host}:{listener.getsockname()[1]}"
+            app = Starlette(routes=[Route("/check", functools.partial(_check, settings, db, checkers), methods=["POST"])])
+            async with asyncio.TaskGroup() as group:
+                group.create_task(serve_privately(app, settings.engine_host, 0, listener), name="grammar-checks")
+                group.create_task(_keep_known(redis, url), name="grammar-address")
+
+
+async def _check(settings: Settings, db: Database, checkers: Checkers, request: Request) -> Response:
+    try:
+        question = decode_question(await request.body())
+        model = await get_base_model(db, request.query_params.get("model", ""))
+        verdict = await checkers.check(spec_of(model, settings.engine_module, settings.engine_host), question)
+    except (msgspec.DecodeError, LmaasError, NoVerdict) as error:
+        # What was checked is a tenant's, and is not logged.
+        log.warning("a grammar could not be checked", extra={"action": "grammar", "detail": str(error)[:500]})
+        return _json({"error": "it could not be checked"}, 503)
+    except ClientDisconnect:
+        return Response(status_code=499)
+    return Response(encode(verdict), media_type="application/json")
+
+
+def _json(value: Any, status: int) -> Response:
+    return Response(encode(value), status, media_type="application/json")
+
+
+async def _keep_known(redis: Redis, url: str) -> None:
+    """Have our address in Redis while no other host's is there. Takes it out at the end."""
+    ours = False
+    try:
+        while True:
+            try:
+                # Ours is written again before it expires; another's is left alone as long as its host writes it.
+                ours = bool(await redis.set(KEY, url, ex=ADDRESS_S, nx=not ours))
+            except RedisError as error:
+                ours = False
+                log.warning("the address of the grammar checker is not known", extra={"action": "grammar", "detail": repr(error)})
+            await asyncio.sleep(RENEW_S)
+    finally:
+        if ours:
+            with contextlib.suppress(RedisError):
+                await redis.delete(KEY)

@@ -1,0 +1,21 @@
+"""What lmaas changes inside vLLM's processes, beside LoRA on CPU: log records, the watch over grammars, the memory of valid grammars.
+
+Every hook is installed once, also in a zygote, where it is inactive: it reads its environment variable when it is used. Names and places
+are those of vLLM 0.32.0. Where one is missing, that hook is left out, with a warning.
+"""
+
+import logging
+
+from lmaas.engine.hooks import compilation, records, validation
+
+log = logging.getLogger("vllm.lmaas.hooks")
+
+
+def install() -> None:
+    """Install all hooks in this process. It may be called more than once."""
+    records.install()
+    for hook in (compilation, validation):
+        try:
+            hook.install()
+        except (ImportError, AttributeError) as error:
+            log.warning("This vLLM has no place for %s (%s): it runs without.", hook.__name__, type(error).__name__)

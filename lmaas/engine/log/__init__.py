@@ -1,0 +1,1 @@
+"""An engine's log: what is kept of its output, in files of bounded size."""

@@ -1,0 +1,33 @@
+"""HTTP servers inside a process of ours, for machines in the same private network: no tenant reaches them."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process that it runs in."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Change nothing."""
+        yield
+
+
+async def serve_privately(app: ASGIApp, host: str, port: int, listener: socket.socket | None = None) -> None:
+    """Serve `app` on this address, or on a socket that is bound already, until cancelled."""
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="off"
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=None if listener is None else [listener]))
+    try:
+        await asyncio.shield(serving)
+    finally:
+        # Cancelled, it would leave its sockets open.
+        server.should_exit = server.force_exit = True
+        await serving

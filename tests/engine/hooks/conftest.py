@@ -1,0 +1,8 @@
+"""vLLM is imported here once, before the tests' modules import it: torch warns while it is."""
+
+import importlib
+import warnings
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", r"`torch\.jit", DeprecationWarning)
+    importlib.import_module("vllm.v1.structured_output")
