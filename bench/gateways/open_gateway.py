@@ -20,7 +20,6 @@ from lmaas.scheduling.leases import Lease, Leases
 class OpenDoor:
     """A ticket that has its lease already."""
 
-    position = wait_ms = 0
     settled = False
 
     def __init__(self, ticket: Any, usage: Any, lease: Lease) -> None:

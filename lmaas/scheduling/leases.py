@@ -75,8 +75,9 @@ class Standing:
     """Where a waiting ticket stands by the scheduler's last report, which came at `heard` (monotonic seconds).
 
     `phase` is `busy` (engines are ready, all slots taken), `starting` (an engine starts), `asked` (no engine starts yet) or `loading` (an
-    engine loads the ticket's adapter; nothing else is known then). `position` counts from 1 in the order of service, if the tenants' turns cost the same.
-    `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not known yet.
+    engine loads the ticket's adapter; nothing else is known then). `position` counts from 1 in the order of service, if the tenants' turns
+    cost the same. `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not
+    known yet.
     """
 
     phase: str

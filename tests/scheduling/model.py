@@ -458,7 +458,7 @@ class Model:
         return max(min(1000, usual), usual - elapsed, elapsed - usual)
 
     def position(self, held: Held) -> int:
-        """In the order of service: behind what came back, and with turns of the tenants that cost the same. Of the last tenants one each."""
+        """In the order of service: behind what came back, and with turns of the tenants that cost the same, the last tenants' one each."""
         front = [each for each in self.queue() if each.came_back]
         if held in front:
             return front.index(held) + 1
