@@ -27,6 +27,8 @@ KINDS = {
     "unknown model": 3,
     "unknown key": 2,
 }
+#: The share of requests with a schema, and how many schemas there are. Each new one is checked before an engine gets it.
+SCHEMA_SHARE, SCHEMAS = 0.2, 200
 #: How many are asked for, if not 5 to 80. At 15 ms a token, a long stream outlives several checkpoints.
 TOKENS = {"long stream": (300, 400), "cut mid-stream": (60, 100), "cut while waiting": (60, 100), "cut plain": (60, 100)}
 
@@ -94,6 +96,9 @@ class Worker:
             body["messages"] = [{"role": "user", "content": words}]
         else:
             body["prompt"] = words
+        if self._random.random() < SCHEMA_SHARE:
+            number = self._random.randrange(SCHEMAS)
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"title": f"schema {number}"}}}
         if kind == "invalid":
             body["temperature"] = "hot"
         if kind == "unknown model":

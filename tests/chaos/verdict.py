@@ -143,8 +143,9 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
                 yield "the client was not told"
             if charged < attempt.tokens or (charged != attempt.tokens and not attempt.cut):
                 yield "not what was delivered"
-        case UsageStatus.FAILED | UsageStatus.EXPIRED if event.code in ("queue_unavailable", "no_capacity"):
-            # The queue was away when this was to be delivered once more; or the service was away for longer than the deadline.
+        case UsageStatus.FAILED | UsageStatus.EXPIRED if event.code in ("queue_unavailable", "no_capacity", "grammar_check_unavailable"):
+            # The queue was away when this was to be delivered once more; the service was away for longer than the deadline; or no host
+            # checked grammars.
             if charged or attempt.tokens or not (attempt.cut or attempt.code == event.code):
                 yield "the client saw something else"
         case UsageStatus.LOST:
