@@ -35,11 +35,10 @@ _BITS = {
     "F4": 4,
 }
 _BASE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-#: Architectures whose `embed_tokens` and `lm_head` take LoRA in vLLM 0.32 (`embedding_modules` of their classes). vLLM refuses adapters
-#: for these modules of all others.
+#: Architectures whose `embed_tokens` and `lm_head` take LoRA in vLLM 0.32 (`embedding_modules` of their classes) with the results of PEFT:
+#: each was compared. vLLM offers it for a few more, and refuses adapters for these modules of all others.
 EMBEDDING_ARCHITECTURES = frozenset({
-    "ApertusForCausalLM", "Exaone4ForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM", "LlamaForCausalLM", "MixtralForCausalLM",
-    "Phi3ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+    "Exaone4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM", "Qwen3ForCausalLM",
 })  # fmt: skip
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
 

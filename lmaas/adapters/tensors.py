@@ -124,7 +124,7 @@ def _check_modules(modules: Iterable[str], base: BaseModelShapes) -> None:
     if leaf(first) in (EMBEDDING, HEAD) and leaf(first) not in leaves:
         refuse_tensors(
             "unsupported_adapter",
-            f"The adapter targets {show(first)}, where the engine offers no LoRA for models of this architecture. {served}",
+            f"The adapter targets {show(first)}, which is not supported for base models of this architecture. {served}",
         )
     if f"model.{first}" in base.linears:
         refuse_tensors(

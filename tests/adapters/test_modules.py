@@ -156,7 +156,7 @@ def test_embeddings_where_the_engine_has_no_lora_for_them(file: Path, leaf: str)
     linears = {name: shape for name, shape in BASE.linears.items() if "layers" in name}
     error = refused(file, config(), tensors(leaves=[leaf, "q_proj"]), BaseModelShapes(linears, "float32", 16))
     assert error.error_code == "unsupported_adapter"
-    assert "models of this architecture" in error.message
+    assert "base models of this architecture" in error.message
 
 
 @pytest.mark.parametrize("leaf", ["embed_tokens", "lm_head"])
