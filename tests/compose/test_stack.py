@@ -153,6 +153,19 @@ def test_a_cold_stream(stack: Stack, key: str) -> None:
     assert tokens[-1] - tokens[0] > 0.1, "the tokens came in one piece"
 
 
+def test_a_schema_is_checked_where_the_engine_is(client: OpenAI) -> None:
+    """Gateways have no engine installed: the controller's host checks for them."""
+
+    def ask(schema: dict[str, Any]) -> Any:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        messages: Any = [{"role": "user", "content": QUESTION}]
+        return client.chat.completions.create(model=MODEL, messages=messages, max_tokens=8, temperature=0, response_format=form)
+
+    assert ask({"enum": ["yes", "no"]}).choices[0].message.content in ('"yes"', '"no"')
+    with pytest.raises(BadRequestError, match="'multipleOf'"):
+        ask({"type": "integer", "multipleOf": 2147483648})
+
+
 def test_tenants_as_code_and_an_upload(stack: Stack, client: OpenAI) -> None:
     assert _ask(client, "json-bot").lstrip().startswith("{")
     admin = {"authorization": f"Bearer {stack.key('acme', 'tenant_admin')}"}
