@@ -89,7 +89,7 @@ async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[
 
 
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
-    """The gateway's ASGI application, and its leases, for whoever waits until they are drained."""
+    """The gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
     changes = Changes(functools.partial(change_number, db))
@@ -210,11 +210,12 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
     async with connected(settings, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
-            raise SettingsError(f"Nobody desires a replica {replica_id}.")
+            raise SettingsError(f"There is no replica {replica_id} to run.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
         # With a local provisioner, the controller checks.
-        checks = None if settings.provisioner == "local" else asyncio.create_task(serve_checks(settings, services.db, services.redis))
+        checking = serve_checks(settings, services.db, services.redis, model.id) if settings.provisioner != "local" else None
+        checks = asyncio.create_task(checking, name="grammar-checker") if checking is not None else None
         try:
             ending = await supervisor.run()
         finally:

@@ -164,7 +164,7 @@ class Unavailable(LmaasError):
 
 
 class EngineFailed(LmaasError):
-    """The engine died or gave nonsense, after the retry that is allowed."""
+    """The engine died, or its response could not be read, also after one retry."""
 
     kind, status, type, code, retryable = "engine_failed", HTTPStatus.BAD_GATEWAY, "server_error", "engine_failed", True
 

@@ -33,7 +33,14 @@ TIERS = {
 DEFAULT_TIER = "standard"
 
 _USUAL = ServiceTier(1.0, 0, 100)
-SERVICE_TIERS = {"auto": _USUAL, "default": _USUAL, "priority": ServiceTier(2.0, 64, 200), "flex": ServiceTier(0.5, -64, 50)}
+#: OpenAI's `scale` is for customers who have bought capacity; here it is the usual tier.
+SERVICE_TIERS = {
+    "auto": _USUAL,
+    "default": _USUAL,
+    "scale": _USUAL,
+    "priority": ServiceTier(2.0, 64, 200),
+    "flex": ServiceTier(0.5, -64, 50),
+}
 
 
 def tier(name: str) -> Tier:

@@ -1,12 +1,13 @@
 """Grammars that engines compile for requests: schemas, patterns, tools. Each new one is checked before any engine sees it.
 
 An engine compiles the grammars of all tenants in one thread, and a schema of fifty bytes can keep that thread busy for ever. So a host
-that has the engine installed compiles each new grammar first, in a disposable process under limits (lmaas/engine/grammars). The verdict
-is kept here by the grammar's digest, so that a known grammar costs a look-up.
+that runs engines compiles each new grammar first, in a disposable process under limits (lmaas/engine/grammars). The verdict is kept here
+by the grammar's digest, so that a known grammar costs a look-up.
 """
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient
-from lmaas.engine.grammars.verdict import KEY, UNKNOWN, Question, Verdict, decode_verdict, encode
+from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode, key_of
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.gateway.schemas import MAX_DEPTH, depth
 from lmaas.observability import GatewayMetrics
@@ -32,15 +33,30 @@ MAX_LEVELS = MAX_DEPTH + 8
 WINDOW_S = 60.0
 MAX_NEW = 300
 MAX_CPU_S = 20.0
+#: Grammars that take longer to check count for that time also when they are used, unless the tenant has used them lately: an engine may
+#: have to compile them again.
+EXPENSIVE_S, MAX_LATELY = 0.25, 16
+#: How long it is remembered that a grammar is too complex. That is measured in time, and a busy machine is slower.
+TOO_COMPLEX_S = 600.0
 #: Verdicts that are kept, and tenants whose checks are counted.
 KNOWN_VERDICTS = 20_000
 KNOWN_TENANTS = 10_000
-#: How long a checker's address is good for, and how long a check may take in all.
+#: How long a checker's address is good for, and how long a check may take once it is the tenant's turn.
 ADDRESS_S = 5.0
 CHECK_S = 150.0
 CONNECT_S = 2.0
 
 Key = tuple[str, str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The grammar of a request to an engine of `model_id`: its question to a checker, as JSON, and the verdict if it is known."""
+
+    model_id: str
+    key: Key
+    text: bytes
+    verdict: Verdict | None
 
 
 @dataclass(slots=True)
@@ -49,26 +65,42 @@ class Checks:
 
     began: deque[float] = field(default_factory=deque)
     ended: deque[tuple[float, float]] = field(default_factory=deque)
+    #: Expensive grammars that were used last.
+    lately: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asking: "dict[Key, asyncio.Task[Verdict]]" = field(default_factory=dict)
+    #: Requests that wait for a check.
+    waiting: int = 0
 
-    def refusal(self, now: float) -> OverLimit | None:
-        """The error for one check more at `now`, if it is one too many."""
+    def begin(self, now: float) -> None:
+        """Count a check that begins at `now`. Raises OverLimit if it is one too many."""
         while self.began and self.began[0] <= now - WINDOW_S:
             self.began.popleft()
+        if len(self.began) >= MAX_NEW:
+            raise _over(f"You have used {MAX_NEW} new schemas or sets of tools in a minute, the maximum", self.began[0] + WINDOW_S - now)
+        self.spend(now)
+        self.began.append(now)
+
+    def spend(self, now: float) -> None:
+        """Raises OverLimit if the tenant's checks have used up their time in the minute before `now`."""
         while self.ended and self.ended[0][0] <= now - WINDOW_S:
             self.ended.popleft()
         spent = sum(cpu_s for _, cpu_s in self.ended)
-        if len(self.began) >= MAX_NEW:
-            limit, oldest = f"{MAX_NEW} new schemas or sets of tools", self.began[0]
-        elif spent >= MAX_CPU_S:
-            limit, oldest = f"new schemas that need {MAX_CPU_S:g} s to compile; yours needed {spent:.0f} s", self.ended[0][0]
-        else:
-            return None
-        return OverLimit(
-            f"You may use {limit} in a minute. Schemas that you have used before do not count.",
-            code="too_many_new_schemas",
-            retry_after_s=oldest + WINDOW_S - now,
-        )
+        if spent >= MAX_CPU_S:
+            raise _over(
+                f"Your new schemas have needed {spent:.0f} s of computing time within a minute, and {MAX_CPU_S:g} s are allowed",
+                self.ended[0][0] + WINDOW_S - now,
+            )
+
+    def use(self, key: Key, cpu_s: float, now: float) -> None:
+        """Count the use of an expensive grammar. Raises OverLimit."""
+        if key not in self.lately:
+            self.spend(now)
+            self.ended.append((now, cpu_s))
+        self.lately[key] = None
+        self.lately.move_to_end(key)
+        if len(self.lately) > MAX_LATELY:
+            self.lately.popitem(last=False)
 
 
 class NoCheckerError(Exception):
@@ -76,53 +108,61 @@ class NoCheckerError(Exception):
 
 
 class Grammars:
-    """Knows which grammars an engine may compile. One gateway's view; the checker of a host is asked once for each grammar."""
+    """Knows which grammars an engine may compile. One gateway's view."""
 
-    def __init__(self, redis: Redis, client: EngineClient, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        client: EngineClient,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._redis, self._client, self._metrics, self._clock = redis, client, metrics, clock
-        self._verdicts: OrderedDict[Key, Verdict] = OrderedDict()
+        #: With the time until which each is good.
+        self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
-        self._asking: dict[Key, asyncio.Task[Verdict]] = {}
-        self._address: tuple[float, str] = (float("-inf"), "")
+        self._addresses: dict[str, tuple[float, str]] = {}
 
-    async def admit(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any]) -> bool:
-        """Let the grammar of a request to `path` pass; `parameters` are those that it is made from, by name.
+    def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any]) -> Lookup:
+        """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name.
 
-        Returns False if no checker is known: then no engine may have it yet. Raises InvalidRequest with the checker's reason, OverLimit
-        `too_many_new_schemas`, and Unavailable if the checker fails.
+        Raises InvalidRequest if it is too large, and OverLimit `too_many_new_schemas` if the tenant uses too many expensive ones in turn.
         """
         text = encode(Question(path, parameters))
         key = (model.id, model.engine_args, hashlib.sha256(text).digest())
-        verdict = self._verdicts.get(key)
-        if verdict is None:
+        known = self._verdicts.get(key)
+        if known is None or known[1] <= self._clock():
             _check_size(text, parameters)
-            try:
-                verdict = await self._asked(tenant_id, key, text)
-            except NoCheckerError:
-                return False
-        if verdict.code:
-            raise InvalidRequest(verdict.message, code=verdict.code, param=verdict.param or _source(parameters))
-        return True
+            return Lookup(model.id, key, text, None)
+        verdict = known[0]
+        if verdict.cpu_s > EXPENSIVE_S and not verdict.code:
+            self._checks(tenant_id).use(key, verdict.cpu_s, self._clock())
+        return Lookup(model.id, key, text, verdict)
 
-    async def _asked(self, tenant_id: str, key: Key, text: bytes) -> Verdict:
-        """The checker's verdict; asked for once for all requests that wait for it."""
-        asking = self._asking.get(key)
-        if asking is None:
-            checks = self._checks(tenant_id)
-            refusal = checks.refusal(self._clock())
-            if refusal is not None:
-                raise refusal
-            checks.began.append(self._clock())
-            asking = self._asking[key] = asyncio.create_task(self._check(checks, key, text), name="grammar")
-            asking.add_done_callback(lambda task: self._answered(key, task))
-        return await asyncio.shield(asking)
+    async def check(self, tenant_id: str, lookup: Lookup, max_waiting: int) -> Verdict:
+        """Have a new grammar checked. The tenant's requests for the same grammar share one check, and its checks run one after the other.
 
-    def _answered(self, key: Key, asking: "asyncio.Task[Verdict]") -> None:
-        del self._asking[key]
-        if not asking.cancelled() and asking.exception() is None:
-            self._verdicts[key] = asking.result()
-            if len(self._verdicts) > KNOWN_VERDICTS:
-                self._verdicts.popitem(last=False)
+        Raises OverLimit beyond `max_waiting` requests of the tenant that wait, or beyond what it may have checked in a minute; Unavailable
+        if the checker fails; NoCheckerError if none is known.
+        """
+        checks = self._checks(tenant_id)
+        if checks.waiting >= max_waiting:
+            raise OverLimit(
+                f"You have {max_waiting} waiting requests, the maximum for this tenant. Retry after 5 s, or raise max_queued.",
+                code="queue_full",
+                retry_after_s=5,
+            )
+        url = await self._checker(lookup.model_id)
+        checks.waiting += 1
+        try:
+            asking = checks.asking.get(lookup.key)
+            if asking is None:
+                checks.begin(self._clock())
+                asking = checks.asking[lookup.key] = asyncio.create_task(self._ask(checks, lookup, url), name="grammar")
+                asking.add_done_callback(lambda task: _answered(checks, lookup.key, task))
+            return await asyncio.shield(asking)
+        finally:
+            checks.waiting -= 1
 
     def _checks(self, tenant_id: str) -> Checks:
         checks = self._tenants.setdefault(tenant_id, Checks())
@@ -131,42 +171,64 @@ class Grammars:
             self._tenants.popitem(last=False)
         return checks
 
-    async def _check(self, checks: Checks, key: Key, text: bytes) -> Verdict:
+    async def _ask(self, checks: Checks, lookup: Lookup, url: str) -> Verdict:
         async with checks.turn:
+            # Another tenant may have had it checked meanwhile, and the tenant's earlier checks may have used its time up.
+            known = self._verdicts.get(lookup.key)
+            if known is not None and known[1] > self._clock():
+                return known[0]
+            checks.spend(self._clock())
             try:
-                verdict = await self._exchange(key[0], text)
+                verdict = await self._exchange(url, lookup)
             except (*CONNECTION_ERRORS, msgspec.DecodeError) as error:
-                self._address = (float("-inf"), "")
-                raise _unavailable() from error
-        checks.ended.append((self._clock(), verdict.cpu_s))
+                self._addresses.pop(lookup.model_id, None)
+                raise unavailable() from error
+            checks.ended.append((self._clock(), verdict.cpu_s))
         self._metrics.grammars.labels(verdict.code or "passed").inc()
         if verdict.code == UNKNOWN:
-            raise _unavailable()
+            raise unavailable()
+        self._verdicts[lookup.key] = (verdict, self._clock() + TOO_COMPLEX_S if verdict.code == TOO_COMPLEX else math.inf)
+        if len(self._verdicts) > KNOWN_VERDICTS:
+            self._verdicts.popitem(last=False)
         return verdict
 
-    async def _exchange(self, model_id: str, text: bytes) -> Verdict:
-        url = await self._checker()
+    async def _exchange(self, url: str, lookup: Lookup) -> Verdict:
         timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=CONNECT_S)
-        async with self._client.session.post(f"{url}/check", params={"model": model_id}, data=text, timeout=timeout) as response:
+        query = {"model": lookup.model_id}
+        async with self._client.session.post(f"{url}/check", params=query, data=lookup.text, timeout=timeout) as response:
             answer = await response.read()
             if response.status != 200:
-                raise _unavailable()
+                raise unavailable()
             return decode_verdict(answer)
 
-    async def _checker(self) -> str:
+    async def _checker(self, model_id: str) -> str:
+        """The address of a host that checks for this base model. Raises NoCheckerError, or Unavailable while Redis is away."""
         now = self._clock()
-        if now - self._address[0] > ADDRESS_S:
+        found, url = self._addresses.get(model_id, (-math.inf, ""))
+        if now - found > ADDRESS_S:
             try:
-                self._address = (now, str(await self._redis.get(KEY) or ""))
+                url = str(await self._redis.get(key_of()) or await self._redis.get(key_of(model_id)) or "")
             except RedisError as error:
-                raise _unavailable() from error
-        if not self._address[1]:
-            self._address = (float("-inf"), "")
-            raise NoCheckerError
-        return self._address[1]
+                raise unavailable() from error
+            if not url:
+                raise NoCheckerError
+            self._addresses[model_id] = (now, url)
+        return url
 
 
-def _unavailable() -> Unavailable:
+def _answered(checks: Checks, key: Key, asking: "asyncio.Task[Verdict]") -> None:
+    del checks.asking[key]
+    if not asking.cancelled():
+        asking.exception()  # each request that waits gets it; there may be none any more
+
+
+def _over(what: str, retry_after_s: float) -> OverLimit:
+    message = f"{what}. Schemas that you have used before do not count. Retry after {max(1, math.ceil(retry_after_s))} s."
+    return OverLimit(message, code="too_many_new_schemas", retry_after_s=retry_after_s)
+
+
+def unavailable() -> Unavailable:
+    """The error for a grammar that cannot be checked now."""
     return Unavailable(
         "The schema or the tools of this request cannot be checked at the moment. Please try again.",
         code="grammar_check_unavailable",
@@ -174,18 +236,18 @@ def _unavailable() -> Unavailable:
     )
 
 
+def source_of(parameters: dict[str, Any]) -> str | None:
+    """The parameter that a request's grammar comes from, where the checker cannot say."""
+    return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
+
+
 def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
     """Raises InvalidRequest for a grammar that is too large to be looked at."""
     if len(text) <= MAX_BYTES and depth(parameters) <= MAX_LEVELS:
         return
-    param = _source(parameters)
+    param = source_of(parameters)
     raise InvalidRequest(
         f"'{param}' is too large: the schemas and tools of a request may have {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
         code="invalid_schema",
         param=param,
     )
-
-
-def _source(parameters: dict[str, Any]) -> str | None:
-    """The parameter that a request's grammar comes from, where the checker cannot say."""
-    return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)

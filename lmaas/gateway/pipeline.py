@@ -13,17 +13,18 @@ from lmaas.admission.terms import Terms, limited_scopes, rate_limit_lines
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
-from lmaas.errors import EngineFailed, Forbidden, InternalError, InvalidRequest, LmaasError, Unavailable
+from lmaas.errors import EngineFailed, Forbidden, InternalError, LmaasError, Unavailable
 from lmaas.gateway import sse
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.call import STREAM_HEADERS, Call
 from lmaas.gateway.catalog import Catalog, ServedModel
+from lmaas.gateway.checking import Check, check_grammar
 from lmaas.gateway.engine_errors import EngineLost
-from lmaas.gateway.grammars import Grammars
+from lmaas.gateway.grammars import Grammars, unavailable
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.gateway.relay import Delivery, Endpoint
-from lmaas.gateway.waiting import Waiting, comments
+from lmaas.gateway.waiting import COMMENT_EVERY_S, FIRST_COMMENT_S, Waiting, comments
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
@@ -33,11 +34,6 @@ from lmaas.states import UsageStatus
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
-
-#: When a streaming client gets its first comment while it waits, and how often after that. Proxies close connections that are silent
-#: for a minute.
-FIRST_COMMENT_S = 1.0
-COMMENT_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +73,28 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
     """Resolve the model, take a lease, and deliver."""
     model = await gateway.catalog.resolve(principal.tenant_id or "", request.model)
     request.check_context(model.base.max_model_len)
-    # Where no host that checks grammars is known, as before the first replica of a Ray cluster, the replica brings one.
-    checked = not request.must_be_checked or await _is_checked(gateway, endpoint, principal, request, model)
+    call.watch()
+    check = Check.PASSED
+    if request.must_be_checked:
+        try:
+            check = await _check(gateway, call, endpoint, principal, request, model)
+        except LmaasError as error:
+            if not call.started:
+                raise
+            await _answer_error(gateway, call, endpoint, error)
+            return
+        if check is Check.CLIENT_GONE:
+            return
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
     terms = Terms(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
     deadline_s = gateway.settings.queue_deadline_s
-    call.watch()
     async with gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
         if opened.left:
             call.add_to_head(rate_limit_lines(opened.left))
         with gateway.metrics.in_flight.track_inprogress():
             try:
-                await _run(gateway, call, endpoint, principal, request, model, record, opened, checked=checked)
+                await _run(gateway, call, endpoint, principal, request, model, record, opened, check)
             except LmaasError as error:
                 # Past its deadline a request has expired; everything else that ends here has failed.
                 expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
@@ -110,14 +115,11 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
                 _observe(gateway, endpoint, record)
 
 
-async def _is_checked(gateway: Gateway, endpoint: Endpoint, principal: Principal, request: EngineRequest, model: ServedModel) -> bool:
-    """Whether an engine may compile the request's grammar; False if no host can say so yet. Raises InvalidRequest if it may not."""
-    try:
-        return await gateway.grammars.admit(principal.tenant_id or "", model.base, endpoint.path, request.grammar)
-    except InvalidRequest as error:
-        if request.legacy_functions and error.param == "tools":
-            error.param = "functions"
-        raise
+async def _check(
+    gateway: Gateway, call: Call, endpoint: Endpoint, principal: Principal, request: EngineRequest, model: ServedModel
+) -> Check:
+    deadline_s = gateway.settings.queue_deadline_s
+    return await check_grammar(gateway.grammars, call, principal, model.base, endpoint.path, request, deadline_s)
 
 
 async def _run(
@@ -129,27 +131,25 @@ async def _run(
     model: ServedModel,
     record: UsageRecord,
     opened: OpenTicket,
-    *,
-    checked: bool,
+    check: Check,
 ) -> None:
     """Wait for a lease and deliver; once more if an engine is lost before the client has had anything."""
     delivery = Delivery(call, endpoint, request, model, record, gateway.client)
-    body = request.body(model.engine_name, cache_salt=opened.ticket.tenant)
     call.on_gone(opened.wake)
     while True:
         lease = await _leased(call, opened, gateway.waiting, streaming=request.stream)
         if lease is None:
             return  # the client went away while it waited
-        if not checked and not await _is_checked(gateway, endpoint, principal, request, model):
-            raise Unavailable(
-                "No host of this service can check the schema or the tools of this request now. Please try again.",
-                code="grammar_check_unavailable",
-                retry_after_s=5,
-            )
-        checked = True
+        if check is Check.NO_HOST:
+            # As before the first replica of a Ray cluster: the replica has brought one.
+            check = await _check(gateway, call, endpoint, principal, request, model)
+            if check is Check.CLIENT_GONE:
+                return
+            if check is Check.NO_HOST:
+                raise unavailable()
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
         try:
-            rest = await delivery.attempt(lease, opened, body)
+            rest = await delivery.attempt(lease, opened, request.body(model.engine_name, cache_salt=opened.ticket.tenant))
             break
         except EngineLost as lost:
             if call.gone.is_set():

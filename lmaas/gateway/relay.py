@@ -78,7 +78,7 @@ class Delivery:
         self._record, self._client = record, client
         #: Whether the client has received a byte of an answer. From then on the request cannot be tried again.
         self.begun = False
-        tier = "default" if request.service_tier == "auto" else request.service_tier
+        tier = "default" if request.service_tier in ("auto", "scale") else request.service_tier
         #: What the answer says of the service.
         self._facts = {"service_tier": tier, "system_fingerprint": model.fingerprint}
 

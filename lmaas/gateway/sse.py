@@ -88,8 +88,8 @@ class Rewriter:
         return self._usage
 
     def feed(self, chunk: bytes) -> bytes:
-        """The events for the client, each with its empty line, that these bytes complete. Raises ValueError if the engine talks
-        nonsense. What comes after `[DONE]` or an error does not count."""
+        """The events for the client, each with its empty line, that these bytes complete. Raises ValueError for bytes that
+        are no event of an engine. What comes after `[DONE]` or an error does not count."""
         received = (self._rest + chunk).lstrip(b"\n")
         if len(self._rest) > MAX_EVENT_BYTES:
             raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")

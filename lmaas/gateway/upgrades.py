@@ -41,8 +41,9 @@ class UpgradeIgnoringProtocol(HttpToolsProtocol):
                 data = data[upgrade.args[0] :]
                 if self.transport.is_closing():
                     return  # the request was refused by its head
-                if not self._go_on_after_upgrade():
-                    self.send_400_response("A CONNECT request is not supported.")
+                refusal = self._go_on_after_upgrade()
+                if refusal:
+                    self.send_400_response(refusal)
                     return
             except httptools.HttpParserError:
                 self.send_400_response("Invalid HTTP request received.")
@@ -50,10 +51,10 @@ class UpgradeIgnoringProtocol(HttpToolsProtocol):
             else:
                 return
 
-    def _go_on_after_upgrade(self) -> bool:
-        """Replace the parser by one that reads the rest of the request; False for CONNECT, which has no path and no body."""
+    def _go_on_after_upgrade(self) -> str:
+        """Replace the parser by one that reads the rest of the request. Returns why that is not possible; empty if it is."""
         if self.parser.get_method() == b"CONNECT":
-            return False
+            return "A CONNECT request is not supported."  # it has no path and no body
         resumed = _Resumed(self)
         parser = httptools.HttpRequestParser(resumed)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
@@ -61,8 +62,11 @@ class UpgradeIgnoringProtocol(HttpToolsProtocol):
         framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in FRAMING)
         if not self.cycle.keep_alive:
             framing += b"connection: close\r\n"
-        parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
-        return True
+        try:
+            parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % framing)
+        except httptools.HttpParserError:
+            return "Invalid HTTP request received."  # such as a transfer encoding that does not end in chunks
+        return ""
 
 
 class _Resumed:

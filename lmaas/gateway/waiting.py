@@ -10,6 +10,10 @@ from lmaas.store.database import Database
 from lmaas.store.pools import is_blocked
 from lmaas.store.replicas import failed_starts
 
+#: When a streaming client gets its first comment while it waits, and how often after that. Proxies close connections that are silent
+#: for a minute.
+FIRST_COMMENT_S = 1.0
+COMMENT_EVERY_S = 10.0
 FRESH_S = 1.0
 GRACE_S = 10.0
 #: How long an explanation may take.

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import APIError, OpenAI
+from openai import APIError, BadRequestError, OpenAI
 
 FOLDER = os.environ.get("LMAAS_TEST_COMPOSE_FOLDER")
 MODEL = "smollm2-135m-instruct"

@@ -130,6 +130,7 @@ async def test_an_expectation_is_met_before_the_body_comes() -> None:
         pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="HTTP/2 without an upgrade"),
         pytest.param(posted(JAVA + "transfer-encoding: chunked\r\n"), id="two framings"),
         pytest.param(posted(JAVA + "content-length: 3\r\n"), id="two lengths"),
+        pytest.param(f"POST /x HTTP/1.1\r\n{JAVA}transfer-encoding: gzip\r\n\r\n".encode(), id="not chunked in the end"),
         pytest.param(f"POST /x HTTP/1.1\r\n{JAVA}transfer-encoding: chunked\r\n\r\nno size\r\n".encode(), id="bad chunk"),
     ],
 )

@@ -116,7 +116,8 @@ def _died(code: int, check: Check, cpu_s: float) -> Verdict:
     """The verdict on a grammar whose check ended with this exit code (negative: by this signal)."""
     if check.stopped:
         return Verdict(UNKNOWN, "Its check took too long on this machine.", cpu_s=cpu_s)
-    if code == 1:
+    if code == 1 or -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        # Killed from outside, as by a machine without memory: nothing is known of the grammar.
         return Verdict(UNKNOWN, "It could not be checked.", cpu_s=cpu_s)
     if code in (-signal.SIGPROF, -signal.SIGXCPU):
         return Verdict(TOO_COMPLEX, f"Compiling this request's grammar takes more than {CPU_S:g} s. {ADVICE}", cpu_s=cpu_s)

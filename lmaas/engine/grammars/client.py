@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,6 +33,11 @@ START_S, ANSWER_S = 90.0, 60.0
 LOOK_S = 0.02
 
 
+def key_of_arguments(arguments: list[str]) -> str:
+    """What tells the checkers of engines with these arguments from others."""
+    return hashlib.sha256(msgspec.json.encode(arguments)).hexdigest()[:16]
+
+
 class NoVerdict(Exception):
     """The grammar could not be checked, for the reason given."""
 
@@ -44,6 +50,8 @@ class Checkers:
         self._root, self._folder, self._home = root, root / str(os.getpid()), home
         self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
+        #: When each last answered, by time.monotonic().
+        self._answered: dict[str, float] = {}
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator["Checkers"]:
@@ -71,19 +79,31 @@ class Checkers:
         if spec.module != VLLM:
             return Verdict()  # an engine without a grammar library
         arguments = command_line(spec, 0)[3:]
-        key = hashlib.sha256(msgspec.json.encode(arguments)).hexdigest()[:16]
+        key = key_of_arguments(arguments)
         try:
-            async with asyncio.timeout(START_S + ANSWER_S):
+            async with asyncio.timeout(START_S):
                 reader, writer = await self._connected(key, arguments, spec)
-                try:
-                    writer.write(encode(question))
-                    writer.write_eof()
-                    async with asyncio.timeout(ANSWER_S):
-                        return decode_verdict(await reader.read())
-                finally:
-                    writer.close()
+            try:
+                writer.write(encode(question))
+                writer.write_eof()
+                async with asyncio.timeout(ANSWER_S):
+                    verdict = decode_verdict(await reader.read())
+            finally:
+                writer.close()
         except (OSError, msgspec.DecodeError) as error:
+            if isinstance(error, TimeoutError):
+                self._give_up_on(key)
             raise NoVerdict(repr(error)) from error
+        self._answered[key] = time.monotonic()
+        return verdict
+
+    def _give_up_on(self, key: str) -> None:
+        """Kill a checker that has answered nothing for as long as one answer may take: the next check starts another."""
+        process = self._processes.get(key)
+        if process is not None and process.returncode is None and time.monotonic() - self._answered.get(key, 0.0) > ANSWER_S:
+            log.error("a grammar checker stands still and is killed", extra={"action": "grammar", "detail": f"pid {process.pid}"})
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
 
     async def _connected(self, key: str, arguments: list[str], spec: EngineSpec) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         with contextlib.suppress(OSError):
@@ -96,6 +116,9 @@ class Checkers:
                 if process is None or process.returncode is not None:
                     self._processes[key] = await self._start(key, arguments, spec)
                     await self._listening(key)
+                else:
+                    # It ends, since it was idle. A connection that is refused takes no turn of the loop, so this must.
+                    await asyncio.sleep(LOOK_S)
 
     async def _connect(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         with wire.short_path(self._socket(key)) as path:

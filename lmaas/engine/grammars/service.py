@@ -1,7 +1,8 @@
 """Grammar checks over HTTP, for gateways: they have no engine installed, and may run on other machines.
 
 Hosts that run engines serve `POST /check?model=ID` on a free port of their private address: the controller where engines run beside it,
-otherwise the replicas' supervisors. One of them at a time has its address in Redis, under KEY, for a few seconds; gateways ask that one.
+otherwise the replicas' supervisors, each for its own base model. One of them at a time has its address in Redis for a few seconds, under
+the key of its model or of all models; gateways ask that one.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from starlette.routing import Route
 
 from lmaas.config import Settings
 from lmaas.engine.grammars.client import Checkers, NoVerdict
-from lmaas.engine.grammars.verdict import KEY, decode_question, encode
+from lmaas.engine.grammars.verdict import decode_question, encode, key_of
 from lmaas.engine.launch import spec_of
 from lmaas.errors import LmaasError
 from lmaas.private_server import serve_privately
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 ADDRESS_S, RENEW_S = 15, 5.0
 
 
-async def serve_checks(settings: Settings, db: Database, redis: Redis) -> None:
-    """Serve checks, and keep the address known, until cancelled."""
+async def serve_checks(settings: Settings, db: Database, redis: Redis, model_id: str = "") -> None:
+    """Serve checks, and keep the address known, until cancelled. With `model_id`, for that base model only."""
     home = settings.home if settings.zygote == "on" else None
     family = socket.AF_INET6 if ":" in settings.engine_host else socket.AF_INET
     async with Checkers(settings.home / "grammars", home).kept() as checkers:
@@ -46,7 +47,7 @@ async def serve_checks(settings: Settings, db: Database, redis: Redis) -> None:
             app = Starlette(routes=[Route("/check", functools.partial(_check, settings, db, checkers), methods=["POST"])])
             async with asyncio.TaskGroup() as group:
                 group.create_task(serve_privately(app, settings.engine_host, 0, listener), name="grammar-checks")
-                group.create_task(_keep_known(redis, url), name="grammar-address")
+                group.create_task(_keep_known(redis, key_of(model_id), url), name="grammar-address")
 
 
 async def _check(settings: Settings, db: Database, checkers: Checkers, request: Request) -> Response:
@@ -67,19 +68,17 @@ def _json(value: Any, status: int) -> Response:
     return Response(encode(value), status, media_type="application/json")
 
 
-async def _keep_known(redis: Redis, url: str) -> None:
+async def _keep_known(redis: Redis, key: str, url: str) -> None:
     """Have our address in Redis while no other host's is there. Takes it out at the end."""
-    ours = False
     try:
         while True:
             try:
-                # Ours is written again before it expires; another's is left alone as long as its host writes it.
-                ours = bool(await redis.set(KEY, url, ex=ADDRESS_S, nx=not ours))
+                if await redis.get(key) in (None, url):
+                    await redis.set(key, url, ex=ADDRESS_S)
             except RedisError as error:
-                ours = False
                 log.warning("the address of the grammar checker is not known", extra={"action": "grammar", "detail": repr(error)})
             await asyncio.sleep(RENEW_S)
     finally:
-        if ours:
-            with contextlib.suppress(RedisError):
-                await redis.delete(KEY)
+        with contextlib.suppress(RedisError):
+            if await redis.get(key) == url:
+                await redis.delete(key)

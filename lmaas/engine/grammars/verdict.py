@@ -2,9 +2,6 @@
 
 import msgspec
 
-#: In Redis: the URL of the host that checks.
-KEY = "lmaas:grammar-checker"
-
 #: CPU time of one check: validation, compilation and the first masks, in seconds.
 CPU_S = 2.0
 #: CPU time of the validation alone. The engine's server repeats it in its event loop, where every other stream waits for it.
@@ -43,6 +40,11 @@ class Question(msgspec.Struct, frozen=True):
 
     path: str
     parameters: dict[str, object]
+
+
+def key_of(model_id: str = "") -> str:
+    """The key in Redis of the URL of the host that checks: for every base model, or for one."""
+    return f"lmaas:grammar-checker:{model_id}" if model_id else "lmaas:grammar-checker"
 
 
 decode_verdict = msgspec.json.Decoder(Verdict).decode

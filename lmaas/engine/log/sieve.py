@@ -22,6 +22,11 @@ _PACKAGES = sys.stdlib_module_names | {
     *("anyio", "fastapi", "jinja2", "lmaas", "msgspec", "numpy", "openai", "peft", "pydantic", "pydantic_core", "safetensors"),
     *("starlette", "tokenizers", "torch", "transformers", "triton", "uvicorn", "uvloop", "vllm", "xgrammar", "zmq"),
 }
+#: How names of exceptions end, and those that say why an engine ended. Other names are not kept: they could be anything.
+_EXCEPTION_ENDS = ("Error", "Exception", "Warning", "Exit", "Interrupt")
+_KNOWN = frozenset(
+    {"OutOfMemoryError", "AcceleratorError", "EngineDeadError", "EngineGenerateError", "VLLMValidationError", "ValidationError"}
+)
 #: How crashes begin their lines in Python, in its fault handler, in libstdc++ and in libc.
 _FIXED = "|".join(
     re.escape(text)
@@ -44,7 +49,7 @@ _CRASHES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
         lambda _: "Thread (most recent call first):",
     ),
     (re.compile(r"terminate called( after throwing an instance of '(?:\w{1,40}::)+\w{1,40}')?"), lambda m: m[0]),
-    (re.compile(r"((?:[a-z_]\w{0,60}\.){0,8}\w{1,60})(?::|$)"), lambda m: f"{m[1]} (text left out)" if _is_exception(m[1]) else ""),
+    (re.compile(r"((?:[a-z_]\w{0,60}\.){0,8}\w{1,60})(?::|$)"), lambda m: _exception(m[1])),
     (re.compile(_FIXED), lambda m: m[0].strip()),
 )
 
@@ -149,6 +154,12 @@ def crash_line(line: str) -> str:
     return next((words(match) for match, words in matches if match), "")
 
 
-def _is_exception(name: str) -> bool:
-    package, dot, _ = name.partition(".")
-    return package in _PACKAGES if dot else name in _BUILTIN
+def _exception(name: str) -> str:
+    """What may be kept of a line that begins with this name: Python's own exceptions, and those of the engine's packages that are known."""
+    package, dot, rest = name.partition(".")
+    if not dot:
+        return f"{name} (text left out)" if name in _BUILTIN else ""
+    if package not in _PACKAGES or not rest.endswith(_EXCEPTION_ENDS):
+        return ""
+    last = rest.rpartition(".")[2]
+    return f"{package}.{last if last in _KNOWN else '…'} (text left out)"

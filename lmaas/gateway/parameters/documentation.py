@@ -50,7 +50,8 @@ _NOTES = """\
 
 - With `tool_choice` `required` or a function, the arguments are constrained to the tool's schema, as with `strict`. With `auto` they are
   constrained only for tools that are `strict`. What the engine's grammar library cannot enforce, such as a pattern with `\\b`, is left
-  out of the schema of a tool that is not `strict`, and refused with 400 `invalid_schema` for one that is.
+  out of the schema of a tool that is not `strict`, and refused with 400 `invalid_schema` for one that is. If a schema cannot be enforced
+  all the same, tools that are not `strict` are passed on as they were sent, and their arguments are free.
 - `allowed_tools` leaves only the named tools in the request.
 - With the deprecated `functions`, the answer has `function_call` instead of `tool_calls`, and the finish reason `function_call`.
 

@@ -10,6 +10,7 @@ from lmaas.errors import InvalidRequest
 from lmaas.gateway.parameters.checks import Reader, boolean, unsupported, without_nulls, wrong_type
 from lmaas.gateway.parameters.tools import check_plain
 from lmaas.gateway.schemas import check_schema
+from lmaas.http import parse_json
 
 MAX_CHOICES = 1000
 #: The constraints of `structured_outputs`, of which a request has one.
@@ -81,11 +82,7 @@ def guided(constraint: str) -> Reader:
 
 def _json(name: str, value: Any) -> Any:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise _invalid(name, "holds a JSON schema as a string that is not valid JSON") from None
-        check_plain(name, value)
+        value = _parsed(name, value)
     check_schema(name, value)
     return value
 
@@ -116,13 +113,20 @@ def _structural_tag(name: str, value: Any) -> Any:
     """Read a structural tag, which vLLM takes as a string of JSON."""
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False)
-    try:
-        tag = json.loads(value) if isinstance(value, str) else None
-    except (ValueError, RecursionError):
-        tag = None
+    tag = _parsed(name, value) if isinstance(value, str) else None
     if not isinstance(tag, dict):
         raise _invalid(name, "must have a 'structural_tag' that is a JSON object, written as a string")
-    check_plain(name, tag)
+    return value
+
+
+def _parsed(name: str, text: str) -> Any:
+    """Parse JSON that came as a string, as strictly as a request's body."""
+    try:
+        value = parse_json(text.encode())
+    except InvalidRequest as error:
+        reason = error.message.removeprefix("The request body is not valid JSON: ").rstrip(".")
+        raise _invalid(name, f"holds JSON as a string that cannot be used: {reason}") from None
+    check_plain(name, value)
     return value
 
 

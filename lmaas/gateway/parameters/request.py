@@ -1,7 +1,7 @@
 """A request as its engine receives it: read from the client's body by the table of parameters."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -42,6 +42,8 @@ class EngineRequest:
     parameters: dict[str, Any]
     #: Whether the client used the deprecated `functions`, and so expects `function_call` in the answer.
     legacy_functions: bool = False
+    #: The tools as the client sent them, if they were made strict here for a call that is required. Empty otherwise.
+    tools_as_sent: list[Any] = field(default_factory=list)
 
     @property
     def constrained(self) -> bool:
@@ -63,8 +65,21 @@ class EngineRequest:
 
     @property
     def grammar(self) -> dict[str, Any]:
-        """The parameters from which the engine compiles its grammar, by name."""
-        return {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}
+        """The parameters from which the engine compiles its grammar, by name; without descriptions of tools, which agents change often."""
+        found = {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}
+        if tools := found.get("tools"):
+            found["tools"] = [
+                tool | {"function": {name: value for name, value in tool["function"].items() if name != "description"}} for tool in tools
+            ]
+        return found
+
+    def loosen(self) -> bool:
+        """Give the engine the tools as the client sent them, because it cannot enforce them. Returns whether that changes anything."""
+        if not self.tools_as_sent:
+            return False
+        self.parameters["tools"] = self.tools_as_sent.copy()
+        self.tools_as_sent.clear()
+        return True
 
     @property
     def prompt_name(self) -> str:
@@ -169,7 +184,7 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequ
     if required not in given:
         raise InvalidRequest(f"'{required}' is required.", code="missing_parameter", param=required)
     legacy = _translate_functions(given)
-    settle_tools(given, legacy=legacy)
+    tools_as_sent = settle_tools(given, legacy=legacy)
     _settle_formats(given)
     _settle_prompt(given)
     _settle_limits(given)
@@ -192,6 +207,7 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequ
         service_tier=own["service_tier"] or "default",
         parameters=given,
         legacy_functions=legacy,
+        tools_as_sent=tools_as_sent,
     )
 
 

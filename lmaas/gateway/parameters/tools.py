@@ -126,17 +126,18 @@ def _allowed(name: str, given: dict[str, Any]) -> tuple[str, list[str]]:
     return mode, names
 
 
-def settle_tools(given: dict[str, Any], *, legacy: bool) -> None:
+def settle_tools(given: dict[str, Any], *, legacy: bool) -> list[Any]:
     """Bring a request's tools and its choice among them to the one form that an engine takes, in place.
 
-    With `legacy` they came as `functions` and `function_call`, which errors then name.
+    With `legacy` they came as `functions` and `function_call`, which errors then name. Returns the tools as they came if some were made
+    strict, otherwise an empty list.
     """
     tools, choice = given.pop("tools", None), given.pop("tool_choice", None)
     tools_name, choice_name = ("functions", "function_call") if legacy else ("tools", "tool_choice")
     if not tools:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest(f"'{choice_name}' needs '{tools_name}', which the request does not have.", param=choice_name)
-        return
+        return []
     names = [tool["function"]["name"] for tool in tools]
     wanted = choice[1] if isinstance(choice, tuple) else [choice["function"]["name"]] if isinstance(choice, dict) else []
     for name in wanted:
@@ -148,6 +149,7 @@ def settle_tools(given: dict[str, Any], *, legacy: bool) -> None:
             )
     if isinstance(choice, tuple):
         choice, tools = choice[0], [tool for tool in tools if tool["function"]["name"] in wanted]
+    as_sent = tools
     if choice == "required":
         tools = [_constrained(tools_name, tool) for tool in tools]
     elif isinstance(choice, dict):
@@ -155,6 +157,8 @@ def settle_tools(given: dict[str, Any], *, legacy: bool) -> None:
     given["tools"] = tools
     if choice is not None:
         given["tool_choice"] = choice
+    lenient = any(not before["function"].get("strict") for before, after in zip(as_sent, tools, strict=True) if before is not after)
+    return as_sent if lenient else []
 
 
 def _constrained(name: str, tool: dict[str, Any]) -> dict[str, Any]:

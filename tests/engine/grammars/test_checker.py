@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lmaas.engine.grammars.client import Checkers, key_of_arguments
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
+from lmaas.engine.launch import VLLM, EngineSpec, command_line
 from tests.conftest import until
 
 
@@ -130,3 +132,25 @@ async def test_it_ends_when_nobody_asks(tmp_path: Path) -> None:
         assert (await stub.ask("pass")).code == ""
         assert await asyncio.wait_for(stub.process.wait(), 60) == 0
         assert not stub.path.exists()
+
+
+async def test_one_that_ends_just_now_does_not_stop_its_clients_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of its socket and that of its process, connections are refused at once."""
+    checkers = Checkers(tmp_path, None)
+    ending = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(1)")
+    started: list[str] = []
+
+    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
+        started.append(key)
+        path = checkers._socket(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.engine.grammars.stub", str(path), "60")
+
+    monkeypatch.setattr(checkers, "_start", start)
+    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
+    key = key_of_arguments(command_line(spec, 0)[3:])
+    checkers._processes[key] = ending
+    async with checkers.kept():
+        assert (await checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"}))).code == ""
+        assert started == [key]
+        assert await ending.wait() == 0

@@ -115,6 +115,9 @@ def test_lines_are_bounded_before_the_seal() -> None:
         (f"ValueError: {SECRET}", "ValueError (text left out)"),
         ("KeyboardInterrupt", "KeyboardInterrupt (text left out)"),
         (f"torch.OutOfMemoryError: {SECRET}", "torch.OutOfMemoryError (text left out)"),
+        (f"vllm.{SECRET}Error: x", "vllm.… (text left out)"),
+        ("json.a_secret_project:", ""),
+        ("re.alice_smith_123456789", ""),
         (f"{SECRET}Error: {SECRET}", ""),
         (f"secret.{SECRET}: {SECRET}", ""),
         (
