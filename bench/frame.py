@@ -88,7 +88,7 @@ def table(bars: Sequence[Bar]) -> Table:
 
 
 def write(bars: Sequence[Bar], path: Path) -> None:
-    """Write the results in the format that performance.md gives."""
+    """Write the results as JSON: the machine, the commit, and each bar with its detail."""
     results = {"machine": machine(), "commit": commit(), "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars]}
     path.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -15,7 +15,7 @@ from tests.chaos.service import MODEL, Client, Service, running
 from tests.conftest import until
 from tests.gateway.stack import Stream
 
-#: What trust.md promises of Redis and Postgres.
+#: How soon the service recovers from a loss of Redis or Postgres.
 RECOVERY_S = 5.0
 
 

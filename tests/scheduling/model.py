@@ -1,6 +1,6 @@
 """The scheduler in plain Python, as a specification of the Lua functions: no Redis, and the time is an argument (`now`, ms).
 
-It says the same as the comments in lmaas/scheduling/*.lua and architecture.md, in the plainest way: what the functions keep as running
+It says the same as the comments in lmaas/scheduling/*.lua, in the plainest way: what the functions keep as running
 figures (a replica's load, who waits, what a minute has used) is counted anew here each time. A method takes what the method of Scheduler
 takes and answers what it answers, but for the epoch. The model has one pool.
 """
