@@ -45,6 +45,8 @@ KNOWN_TENANTS = 10_000
 ADDRESS_S = 5.0
 CHECK_S = 150.0
 CONNECT_S = 2.0
+#: How long a checker that cannot be reached is tried again, and how often.
+RETRY_S, AGAIN_S = 15.0, 0.25
 
 Key = tuple[str, str, bytes]
 
@@ -152,13 +154,13 @@ class Grammars:
                 code="queue_full",
                 retry_after_s=5,
             )
-        url = await self._checker(lookup.model_id)
+        await self._checker(lookup.model_id)
         checks.waiting += 1
         try:
             asking = checks.asking.get(lookup.key)
             if asking is None:
                 checks.begin(self._clock())
-                asking = checks.asking[lookup.key] = asyncio.create_task(self._ask(checks, lookup, url), name="grammar")
+                asking = checks.asking[lookup.key] = asyncio.create_task(self._ask(checks, lookup), name="grammar")
                 asking.add_done_callback(lambda task: _answered(checks, lookup.key, task))
             return await asyncio.shield(asking)
         finally:
@@ -171,18 +173,14 @@ class Grammars:
             self._tenants.popitem(last=False)
         return checks
 
-    async def _ask(self, checks: Checks, lookup: Lookup, url: str) -> Verdict:
+    async def _ask(self, checks: Checks, lookup: Lookup) -> Verdict:
         async with checks.turn:
             # Another tenant may have had it checked meanwhile, and the tenant's earlier checks may have used its time up.
             known = self._verdicts.get(lookup.key)
             if known is not None and known[1] > self._clock():
                 return known[0]
             checks.spend(self._clock())
-            try:
-                verdict = await self._exchange(url, lookup)
-            except (*CONNECTION_ERRORS, msgspec.DecodeError) as error:
-                self._addresses.pop(lookup.model_id, None)
-                raise unavailable() from error
+            verdict = await self._verdict(lookup)
             checks.ended.append((self._clock(), verdict.cpu_s))
         self._metrics.grammars.labels(verdict.code or "passed").inc()
         if verdict.code == UNKNOWN:
@@ -191,6 +189,18 @@ class Grammars:
         if len(self._verdicts) > KNOWN_VERDICTS:
             self._verdicts.popitem(last=False)
         return verdict
+
+    async def _verdict(self, lookup: Lookup) -> Verdict:
+        """Ask a checker; for RETRY_S more than once, since another host takes over when one ends. Raises Unavailable."""
+        deadline = time.monotonic() + RETRY_S
+        while True:
+            try:
+                return await self._exchange(await self._checker(lookup.model_id), lookup)
+            except (NoCheckerError, *CONNECTION_ERRORS, msgspec.DecodeError) as error:
+                self._addresses.pop(lookup.model_id, None)
+                if time.monotonic() > deadline:
+                    raise unavailable() from error
+            await asyncio.sleep(AGAIN_S)
 
     async def _exchange(self, url: str, lookup: Lookup) -> Verdict:
         timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=CONNECT_S)

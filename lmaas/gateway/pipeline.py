@@ -35,6 +35,9 @@ from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
+#: A request that has run for less time is not why its engine stands still: that takes longer to be noticed.
+SUSPECT_S = 8.0
+
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
@@ -148,6 +151,7 @@ async def _run(
             if check is Check.NO_HOST:
                 raise unavailable()
         record.start(lease.replica, lease.queue_ms, lease.load_ms)
+        began = time.monotonic()
         try:
             rest = await delivery.attempt(lease, opened, request.body(model.engine_name, cache_salt=opened.ticket.tenant))
             break
@@ -159,8 +163,8 @@ async def _run(
                 raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
             # Nothing of it has reached the client.
             record.count({})
-            if lost.revoked and request.constrained:
-                # Its grammar may be what the engine stands still on: the next one is spared.
+            if lost.revoked and request.constrained and time.monotonic() - began > SUSPECT_S:
+                # Its grammar may be what the engine stands still on: the next engine is spared.
                 raise EngineFailed("The engine stood still while it worked on this request. Simplify its schema or its tools.") from lost
             await opened.retry(lease, lost.reason)
     if call.gone.is_set() and record.completion_tokens == 0:

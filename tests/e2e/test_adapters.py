@@ -222,7 +222,7 @@ def test_a_revoked_key_stops(stack: Stack) -> None:
 
 def test_errors_are_openai_shaped(stack: Stack) -> None:
     with stack.openai("acme") as client, pytest.raises(APIStatusError) as raised:
-        client.completions.create(model=MODEL, prompt="x", extra_body={"prompt_logprobs": 1})
-    assert (raised.value.status_code, raised.value.code, raised.value.param) == (400, "unsupported_parameter", "prompt_logprobs")
+        client.completions.create(model=MODEL, prompt="x", extra_body={"allowed_token_ids": [1]})
+    assert (raised.value.status_code, raised.value.code, raised.value.param) == (400, "unsupported_parameter", "allowed_token_ids")
     assert raised.value.request_id is not None
     assert raised.value.request_id.startswith("req_")

@@ -99,6 +99,7 @@ async def test_an_engine_whose_grammar_thread_stands_still_is_replaced_and_plain
     stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "WALL_LIMIT_S", 2.0)
+    monkeypatch.setattr(pipeline, "SUSPECT_S", 1.0)
     model = await stack.model("base", slots=4)
     stuck = await stack.replica(model, "--fake-token-ms 30")
     schema = {"response_format": {"type": "json_object"}}

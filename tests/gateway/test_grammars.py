@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Verdict, key_of
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
+from lmaas.gateway import grammars as module
 from lmaas.gateway.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars, NoCheckerError
 from lmaas.gateway.schemas import depth
 from lmaas.observability import GatewayMetrics
@@ -116,7 +117,8 @@ async def test_a_checker_that_fails_is_unavailable(checker: Checker, grammars: G
     assert await admit(grammars, "a", MODEL, CHAT, grammar("one"))
 
 
-async def test_a_checker_that_is_gone_is_looked_for_again(redis: Redis, grammars: Grammars) -> None:
+async def test_a_checker_that_is_gone_is_looked_for_again(redis: Redis, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.3)
     assert not await admit(grammars, "a", MODEL, CHAT, grammar("one"))  # none is known
     async with serving() as first:
         await redis.set(key_of(), first.url)
@@ -126,6 +128,16 @@ async def test_a_checker_that_is_gone_is_looked_for_again(redis: Redis, grammars
     async with serving() as second:
         await redis.set(key_of(), second.url)
         assert await admit(grammars, "a", MODEL, CHAT, grammar("two"))
+
+
+async def test_another_host_takes_over_unnoticed(redis: Redis, grammars: Grammars) -> None:
+    async with serving() as first:
+        await redis.set(key_of(), first.url)
+        assert await admit(grammars, "a", MODEL, CHAT, grammar("one"))
+    asking = asyncio.create_task(admit(grammars, "a", MODEL, CHAT, grammar("two")))
+    async with serving() as second:
+        await redis.set(key_of(), second.url)
+        assert await asking
 
 
 async def test_a_flood_of_new_grammars_is_refused(redis: Redis, checker: Checker) -> None:

@@ -277,7 +277,7 @@ async def test_the_estimate_follows_run_times_and_the_start_of_engines(scheduler
     assert 1_000 <= (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["wait_ms"] <= cold
     await pool.beat("x", slots=1)
     busy = (await scheduler.submit(ticket(2), Bounds(10, 10_000)))["wait_ms"]
-    assert busy == 2000
+    assert 1_900 <= busy <= 2_000
     for number in range(10, 60):
         await scheduler.submit(ticket(number, f"t{number}"), Bounds(10, 10_000))
         await scheduler.release(ticket(number), "", 100)

@@ -32,7 +32,7 @@ from lmaas.store.models import get_base_model
 log = logging.getLogger(__name__)
 
 #: How long an address stays there, and how often its host writes it again.
-ADDRESS_S, RENEW_S = 15, 5.0
+ADDRESS_S, RENEW_S = 6, 1.5
 
 
 async def serve_checks(settings: Settings, db: Database, redis: Redis, model_id: str = "") -> None:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -44,17 +45,19 @@ def install() -> None:
 def _noter() -> Callable[[], AbstractContextManager[None]]:
     """A function that opens a block in which this process notes a compilation. A process that was forked has notes of its own."""
     notes: dict[int, Notes | None] = {}
+    making = threading.Lock()
 
     def noted() -> AbstractContextManager[None]:
         folder, process = os.environ.get(VARIABLE), os.getpid()
         if not folder:
             return nullcontext()
-        if process not in notes:
-            try:
-                notes[process] = Notes(Path(folder))
-            except OSError as error:
-                log.warning("Compilations of grammars are not watched in this process: %s.", type(error).__name__)
-                notes[process] = None
+        with making:  # two threads may begin at once
+            if process not in notes:
+                try:
+                    notes[process] = Notes(Path(folder))
+                except OSError as error:
+                    log.warning("Compilations of grammars are not watched in this process: %s.", type(error).__name__)
+                    notes[process] = None
         own = notes[process]
         return own.compiling() if own is not None else nullcontext()
 
