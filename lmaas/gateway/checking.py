@@ -1,19 +1,21 @@
-"""The check of a request's grammar, while its client is kept informed."""
+"""The check of a request's grammar, before the request is accepted.
+
+Nothing is sent to the client meanwhile, so that a refusal has its own HTTP status, also for a stream.
+"""
 
 import asyncio
 from enum import StrEnum
 
 from lmaas.engine.grammars.verdict import Verdict
 from lmaas.errors import InvalidRequest
-from lmaas.gateway import sse
-from lmaas.gateway.call import STREAM_HEADERS, Call
+from lmaas.gateway.call import Call
 from lmaas.gateway.grammars import Grammars, Lookup, NoCheckerError, source_of, unavailable
 from lmaas.gateway.parameters.request import EngineRequest
-from lmaas.gateway.waiting import COMMENT_EVERY_S, FIRST_COMMENT_S
 from lmaas.store.models import BaseModel
 from lmaas.types import Principal
 
-COMMENT = sse.comment("checking the schema")
+#: How long a request waits for its check at most. Proxies close connections that are silent for a minute.
+WAIT_S = 50.0
 
 
 class Check(StrEnum):
@@ -27,7 +29,7 @@ class Check(StrEnum):
 async def check_grammar(
     grammars: Grammars, call: Call, principal: Principal, model: BaseModel, path: str, request: EngineRequest, deadline_s: float
 ) -> Check:
-    """See that an engine may compile the request's grammar. A known one takes no time; a new one is waited for at most `deadline_s`.
+    """See that an engine may compile the request's grammar. A known one takes no time; a new one is waited for, at most `deadline_s`.
 
     Tools that were made strict here, and cannot be enforced, are passed on as the client sent them. Raises InvalidRequest with the
     checker's reason, OverLimit, and Unavailable.
@@ -37,7 +39,7 @@ async def check_grammar(
         verdict = lookup.verdict
         if verdict is None:
             try:
-                verdict = await _verdict(grammars, call, principal, lookup, deadline_s, streaming=request.stream)
+                verdict = await _verdict(grammars, call, principal, lookup, deadline_s)
             except NoCheckerError:
                 return Check.NO_HOST
             if verdict is None:
@@ -48,27 +50,19 @@ async def check_grammar(
             raise _refusal(verdict, request)
 
 
-async def _verdict(
-    grammars: Grammars, call: Call, principal: Principal, lookup: Lookup, deadline_s: float, *, streaming: bool
-) -> Verdict | None:
-    """The verdict on a new grammar; None if the client has gone. A streaming client gets comments meanwhile."""
+async def _verdict(grammars: Grammars, call: Call, principal: Principal, lookup: Lookup, deadline_s: float) -> Verdict | None:
+    """The verdict on a new grammar; None if the client has gone."""
     checking = asyncio.create_task(grammars.check(principal.tenant_id or "", lookup, principal.max_queued), name="grammar-check")
 
     def leave() -> None:
         checking.cancel()
 
     undo = call.on_gone(leave)
-    pause_s = FIRST_COMMENT_S
     try:
-        async with asyncio.timeout(deadline_s):
-            while not (await asyncio.wait({checking}, timeout=pause_s))[0]:
-                pause_s = COMMENT_EVERY_S
-                if streaming:
-                    await call.start(200, STREAM_HEADERS)
-                    await call.write(COMMENT)
+        await asyncio.wait({checking}, timeout=min(deadline_s, WAIT_S))
+        if not checking.done():
+            raise unavailable()
         return None if checking.cancelled() else checking.result()
-    except TimeoutError:
-        raise unavailable() from None
     finally:
         undo()
         checking.cancel()

@@ -79,13 +79,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
     call.watch()
     check = Check.PASSED
     if request.must_be_checked:
-        try:
-            check = await _check(gateway, call, endpoint, principal, request, model)
-        except LmaasError as error:
-            if not call.started:
-                raise
-            await _answer_error(gateway, call, endpoint, error)
-            return
+        check = await _check(gateway, call, endpoint, principal, request, model)
         if check is Check.CLIENT_GONE:
             return
     record = _record(call, principal, request, model)

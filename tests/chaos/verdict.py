@@ -137,7 +137,11 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
             if attempt.tokens > charged or (not lost_engine and charged != last.tokens):
                 yield "not what was made for a client that went"
         case UsageStatus.FAILED if event.code == "engine_failed":
-            if not lost_engine:
+            # Engines write a request down with its first token: two that were killed before that have not.
+            if (
+                not lost_engine
+                and len([fault for fault in faults if fault.kind == "engine" and attempt.began <= fault.began <= attempt.ended]) < 2
+            ):
                 yield "its engines lived"
             if attempt.code != "engine_failed" and not attempt.cut:
                 yield "the client was not told"

@@ -11,11 +11,10 @@ import httpx
 import pytest
 
 from lmaas.engine.grammars.verdict import INVALID, Question, Verdict, key_of
-from lmaas.gateway import checking
 from lmaas.store.models import BaseModel
 from tests.conftest import until
 from tests.gateway.checker import Checker, serving
-from tests.gateway.stack import CHAT, Stack, Stream, Tenant, running
+from tests.gateway.stack import CHAT, Stack, Tenant, running
 
 HI = [{"role": "user", "content": "Say hi."}]
 
@@ -47,44 +46,22 @@ async def tenant(service: Service) -> AsyncIterator[Tenant]:
     service.checker.open.set()
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "FIRST_COMMENT_S", 0.05)
-    monkeypatch.setattr(checking, "COMMENT_EVERY_S", 0.05)
-
-
 def ask(schema: str, **more: Any) -> dict[str, Any]:
     """A request with a schema of this name."""
     form = {"type": "json_schema", "json_schema": {"name": schema, "schema": {"title": schema}}}
     return {"model": "base", "max_tokens": 4, "messages": HI, "response_format": form} | more
 
 
-async def test_a_stream_is_kept_alive_and_then_served(service: Service, tenant: Tenant) -> None:
-    service.checker.open.clear()
-    got = Stream()
-    reading = asyncio.create_task(service.stack.stream(tenant, CHAT, ask("slow"), got))
-    await until(lambda: len(got.comments) >= 2)
-    assert set(got.comments) == {": checking the schema"}
-    assert got.raw == []
-    service.checker.open.set()
-    await reading
-    assert got.done
-    assert got.tokens == 4
-
-
-async def test_a_refusal_ends_a_stream_that_has_begun(service: Service, tenant: Tenant) -> None:
+async def test_a_refusal_has_its_own_status_also_for_a_stream(service: Service, tenant: Tenant) -> None:
     service.checker.verdicts["bad"] = Verdict(INVALID, "It is bad.", "response_format")
-    service.checker.open.clear()
-    got = Stream()
-    reading = asyncio.create_task(service.stack.stream(tenant, CHAT, ask("bad"), got))
-    await until(lambda: got.comments)
-    service.checker.open.set()
-    await reading
-    assert got.error == {"message": "It is bad.", "type": "invalid_request_error", "param": "response_format", "code": INVALID}
-    assert not got.done
-    # It is known by now, and a plain answer again.
     async with service.stack.client(tenant) as http:
-        assert (await http.post(CHAT, json=ask("bad", stream=True))).status_code == 400
+        for _ in range(2):  # new, and known
+            refused = await http.post(CHAT, json=ask("bad", stream=True))
+            assert refused.status_code == 400
+            assert refused.json()["error"] == {
+                "message": "It is bad.", "type": "invalid_request_error", "param": "response_format", "code": INVALID
+            }  # fmt: skip
+    assert service.checker.asked == ["bad"]
     assert await service.stack.ledger(service.model, tenant) == []
 
 

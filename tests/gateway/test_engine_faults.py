@@ -9,6 +9,7 @@ import pytest
 
 from lmaas.engine import client, compiling
 from lmaas.engine.compiling import Notes
+from lmaas.gateway import pipeline
 from lmaas.replica import supervisor
 from lmaas.states import Observed
 from tests.conftest import until
