@@ -26,6 +26,7 @@ from setproctitle import setproctitle
 from lmaas.engine.grammars.compile import ADVICE, Compiler
 from lmaas.engine.grammars.verdict import CPU_S, INVALID, MEMORY_BYTES, TOO_COMPLEX, UNKNOWN, WALL_S, Verdict, decode_question, encode
 from lmaas.engine.zygote.wire import short_path
+from lmaas.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ class Checker:
     def _begin(self) -> None:
         self._asked = time.monotonic()
         client, _ = self._listener.accept()
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._answer(client)  # does not return
+            self._answer(client, parent)  # does not return
         self._running[pid] = Check(os.pidfd_open(pid), client, self._asked)
 
     def _finish(self, pid: int, check: Check) -> None:
@@ -97,9 +99,10 @@ class Checker:
             with contextlib.suppress(OSError):
                 check.client.sendall(encode(verdict))
 
-    def _answer(self, client: socket.socket) -> None:
+    def _answer(self, client: socket.socket, parent: int) -> None:
         """In the child: read the question, check it within the limits, answer, and end."""
         try:
+            die_with_parent(parent)
             self._listener.close()
             client.settimeout(QUESTION_S)
             question = decode_question(_read(client))

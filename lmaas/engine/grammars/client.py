@@ -81,21 +81,28 @@ class Checkers:
         arguments = command_line(spec, 0)[3:]
         key = key_of_arguments(arguments)
         try:
-            async with asyncio.timeout(START_S):
-                reader, writer = await self._connected(key, arguments, spec)
             try:
-                writer.write(encode(question))
-                writer.write_eof()
-                async with asyncio.timeout(ANSWER_S):
-                    verdict = decode_verdict(await reader.read())
-            finally:
-                writer.close()
+                verdict = await self._exchange(key, arguments, spec, question)
+            except (ConnectionError, msgspec.DecodeError):
+                # It ended just now, perhaps with our question in its line. The next one is asked.
+                verdict = await self._exchange(key, arguments, spec, question)
         except (OSError, msgspec.DecodeError) as error:
             if isinstance(error, TimeoutError):
                 self._give_up_on(key)
             raise NoVerdict(repr(error)) from error
         self._answered[key] = time.monotonic()
         return verdict
+
+    async def _exchange(self, key: str, arguments: list[str], spec: EngineSpec, question: Question) -> Verdict:
+        async with asyncio.timeout(START_S):
+            reader, writer = await self._connected(key, arguments, spec)
+        try:
+            writer.write(encode(question))
+            writer.write_eof()
+            async with asyncio.timeout(ANSWER_S):
+                return decode_verdict(await reader.read())
+        finally:
+            writer.close()
 
     def _give_up_on(self, key: str) -> None:
         """Kill a checker that has answered nothing for as long as one answer may take: the next check starts another."""

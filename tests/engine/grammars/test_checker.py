@@ -75,7 +75,6 @@ async def started(folder: Path, idle_s: float) -> AsyncIterator[Stubbed]:
         ("abort", TOO_COMPLEX, "too much memory"),
         ("end", INVALID, "cannot be compiled"),
         ("raise", INVALID, "cannot be compiled"),
-        ("grow", INVALID, "cannot be compiled"),
         ("sleep", UNKNOWN, "took too long"),
     ],
 )
@@ -84,6 +83,12 @@ async def test_whatever_a_grammar_does_it_has_a_verdict(stub: Stubbed, does: str
     assert verdict.code == code
     assert message in verdict.message
     assert not await until_no_children(stub)
+    assert (await stub.ask("pass")).code == ""
+
+
+async def test_a_grammar_that_needs_too_much_memory_has_a_verdict(stub: Stubbed) -> None:
+    # What it meets first, the limit of memory or that of time, depends on the machine.
+    assert (await stub.ask("grow")).code in (INVALID, TOO_COMPLEX)
     assert (await stub.ask("pass")).code == ""
 
 
@@ -154,3 +159,27 @@ async def test_one_that_ends_just_now_does_not_stop_its_clients_loop(tmp_path: P
         assert (await checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"}))).code == ""
         assert started == [key]
         assert await ending.wait() == 0
+
+
+async def test_a_question_that_died_with_its_checker_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkers = Checkers(tmp_path, None)
+    processes: list[asyncio.subprocess.Process] = []
+
+    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
+        path = checkers._socket(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        processes.append(await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.engine.grammars.stub", str(path), "60"))
+        return processes[-1]
+
+    monkeypatch.setattr(checkers, "_start", start)
+    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
+    async with checkers.kept():
+        asked = [asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "sleep"}))) for _ in range(2)]
+        await until(lambda: processes and len(psutil.Process(processes[0].pid).children()) == 2)
+        waiting = asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"})))
+        await asyncio.sleep(0)
+        processes[0].kill()
+        assert (await waiting).code == ""
+        assert {verdict.code for verdict in await asyncio.gather(*asked)} == {UNKNOWN}
+    assert len(processes) == 2
