@@ -1,5 +1,6 @@
 """From a tenant's model name to a pool and an adapter version."""
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ class ServedModel:
     def fingerprint(self) -> str:
         """The `system_fingerprint` of this model's answers: it changes when something changes that can change the answers."""
         base = self.base
-        facts = (_RELEASE, base.id, base.source, base.dtype, base.max_lora_rank, base.max_model_len, base.engine_args, self.engine_name)
-        return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+        return _fingerprint(base.id, base.source, base.dtype, base.max_lora_rank, base.max_model_len, base.engine_args, self.engine_name)
+
+
+@functools.lru_cache(10_000)
+def _fingerprint(*facts: object) -> str:
+    return f"fp_{hashlib.sha256(repr((_RELEASE, *facts)).encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,9 @@ RETRY_S, AGAIN_S = 15.0, 0.25
 Key = tuple[str, str, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """The grammar of a request to an engine of `model_id`: its question to a checker, as JSON, and the verdict if it is known."""
+class Lookup(msgspec.Struct, frozen=True):
+    """The grammar of a request to an engine of `model_id`: its question to a checker, as JSON, and the verdict if it is known. One is made
+    for every request with a grammar, so it is a msgspec.Struct."""
 
     model_id: str
     key: Key
@@ -133,7 +133,7 @@ class Grammars:
         text = encode(Question(path, parameters))
         key = (model.id, model.engine_args, hashlib.sha256(text).digest())
         known = self._verdicts.get(key)
-        if known is None or known[1] <= self._clock():
+        if known is None or (known[1] != math.inf and known[1] <= self._clock()):
             _check_size(text, parameters)
             return Lookup(model.id, key, text, None)
         verdict = known[0]

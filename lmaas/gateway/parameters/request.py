@@ -19,6 +19,7 @@ MAX_ALTERNATIVES = 1_000_000
 GREEDY = 1e-5
 #: Read by the gateway; an engine does not receive them as they came.
 _GATEWAYS_OWN = ("stream", "stream_options", "service_tier", "best_of")
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 #: The parameters from which an engine makes its grammar.
 GRAMMAR_PARAMETERS = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
 
@@ -118,7 +119,8 @@ class EngineRequest:
             for one in [prompt] if isinstance(prompt[0], int) else prompt:
                 if isinstance(one, list) and len(one) > max_model_len:
                     raise context_exceeded("prompt", max_model_len, f"has {len(one)} tokens")
-        self._check_logprobs(max_model_len)
+        if any(name in self.parameters for name in _LOGPROBS):
+            self._check_logprobs(max_model_len)
 
     def _check_logprobs(self, max_model_len: int) -> None:
         asked = self.parameters
