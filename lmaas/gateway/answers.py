@@ -18,9 +18,8 @@ def events_in_clients_form(events: bytes, request: EngineRequest) -> bytes:
     """Return whole events of a stream in the form that the request asks for."""
     out = []
     for event in events.split(b"\n\n"):
-        if event.startswith(_DATA) and event != sse.DONE:
-            event = _DATA + _encoded(_changed(json.loads(event.removeprefix(_DATA)), request))  # noqa: PLW2901
-        out.append(event)
+        is_answer = event.startswith(_DATA) and event != sse.DONE
+        out.append(_DATA + _encoded(_changed(json.loads(event.removeprefix(_DATA)), request)) if is_answer else event)
     return b"\n\n".join(out)
 
 

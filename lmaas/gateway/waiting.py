@@ -1,4 +1,4 @@
-"""Tells tenants how a waiting request stands and why it waits, without paths, machines or an engine's own messages."""
+"""What tenants are told of a waiting request: its position and why it waits, without paths, machines or an engine's own messages."""
 
 import asyncio
 import math

@@ -31,14 +31,14 @@ class Compiler:
 
     def __init__(self, arguments: list[str]) -> None:
         # Imported here: the control plane reads this module's constants without vLLM.
-        import xgrammar  # noqa: PLC0415
-        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415
-        from vllm.renderers.online_renderer import OnlineRenderer  # noqa: PLC0415
-        from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
-        from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
-        from vllm.v1.engine import async_llm  # noqa: PLC0415
-        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend  # noqa: PLC0415
+        import xgrammar  # noqa: PLC0415 (only where the engine is)
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 (only where the engine is)
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415 (only where the engine is)
+        from vllm.renderers.online_renderer import OnlineRenderer  # noqa: PLC0415 (only where the engine is)
+        from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415 (only where the engine is)
+        from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415 (only where the engine is)
+        from vllm.v1.engine import async_llm  # noqa: PLC0415 (only where the engine is)
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend  # noqa: PLC0415 (only where the engine is)
 
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         self._config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -81,8 +81,8 @@ class Compiler:
 
     def _request(self, question: Question) -> tuple[Any, str]:
         """The request as the engine has it after its tool parser has had a look, and the parameter that its grammar comes from."""
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415 (only where the engine is)
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415 (only where the engine is)
 
         if question.path != CHAT:
             return CompletionRequest.model_validate({"model": "-", "prompt": "-"} | question.parameters), _first(question.parameters)
@@ -95,8 +95,8 @@ class Compiler:
 
     def _try(self, request: Any) -> None:
         """Validate, compile, and try the first tokens of an answer. Raises Rejected."""
-        from vllm.v1.serial_utils import MsgpackEncoder  # noqa: PLC0415
-        from vllm.v1.structured_output.request import get_structured_output_key  # noqa: PLC0415
+        from vllm.v1.serial_utils import MsgpackEncoder  # noqa: PLC0415 (only where the engine is)
+        from vllm.v1.structured_output.request import get_structured_output_key  # noqa: PLC0415 (only where the engine is)
 
         began = time.process_time()
         try:

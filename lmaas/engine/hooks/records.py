@@ -49,7 +49,7 @@ def install() -> None:
         return _marked(original(handler, safe_record(record)), marks[path])
 
     format._lmaas_records = True  # type: ignore[attr-defined]  # so that it is wrapped once
-    logging.Handler.format = format  # type: ignore[method-assign, assignment]
+    logging.Handler.format = format  # type: ignore[method-assign, assignment]  # for every handler, also those made later
 
 
 def _marked(text: str, mark: str) -> str:
