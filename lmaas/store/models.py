@@ -115,28 +115,38 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     return BaseModel(*row)
 
 
-async def create_base_model(db: Database, model: BaseModel) -> BaseModel:
-    """Add a base model. Raises Conflict if its name is taken: by another base model, or by somebody's adapter."""
+async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False) -> BaseModel:
+    """Add a base model and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if its name is taken by another base model or by a tenant's adapter.
+    """
     values = _stored(model) | {"id": new_id("mod")}
     async with db.begin() as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
             raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
         row = (await connection.execute(query.returning(*_COLUMNS))).one_or_none()
+        if dry_run:
+            await connection.rollback()
     if row is None:
         raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
     return BaseModel(*row)
 
 
-async def change_base_model(db: Database, name: str, changes: dict[str, Any]) -> BaseModel:
-    """Change some of its values. Raises NotFound, and Conflict for what adapters were validated against while there are any, or what
-    replicas run with while there are some."""
+async def change_base_model(db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False) -> BaseModel:
+    """Change some of its values; with `dry_run`, return what the base model would be and store nothing.
+
+    Raises NotFound, and Conflict for values that adapters were validated against or that replicas run with, while there are any.
+    """
     async with db.begin() as connection:
         found = await _locked(connection, name)
         if changes.keys() & VALIDATED:
             await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
         query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
-        return BaseModel(*(await connection.execute(query)).one())
+        changed = BaseModel(*(await connection.execute(query)).one())
+        if dry_run:
+            await connection.rollback()
+    return changed
 
 
 async def delete_base_model(db: Database, name: str) -> str:

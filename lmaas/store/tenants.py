@@ -68,19 +68,29 @@ def _key(row: Row[Any]) -> ApiKey:
     return ApiKey(*_split(row, len(_KEY)))
 
 
-async def create_tenant(db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS) -> Tenant:
-    """Raises Conflict if a live tenant has that name."""
+async def create_tenant(
+    db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS, *, dry_run: bool = False
+) -> Tenant:
+    """Add a tenant and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if a live tenant has that name.
+    """
     values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters} | asdict(limits)
     try:
         async with db.begin() as connection:
             row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT, *_TENANT_LIMITS))).one()
+            if dry_run:
+                await connection.rollback()
     except IntegrityError as error:
         raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
     return _tenant(row)
 
 
-async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any]) -> Tenant:
-    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it). Raises NotFound."""
+async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any], *, dry_run: bool = False) -> Tenant:
+    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it) and return the tenant.
+
+    With `dry_run`, return what it would be and store nothing. Raises NotFound.
+    """
     query = (
         update(tenants)
         .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
@@ -89,6 +99,8 @@ async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any]) -
     )
     async with db.begin() as connection:
         row = (await connection.execute(query)).one_or_none()
+        if dry_run:
+            await connection.rollback()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
     return _tenant(row)

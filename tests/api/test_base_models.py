@@ -183,7 +183,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"kv_cache_bytes": 10**30}, "out_of_range", "kv_cache_bytes"),
     ({"idle_timeout_s": 0}, "out_of_range", "idle_timeout_s"),
     ({"engine_price": 10**12}, "out_of_range", "engine_price"),
-    ({"engine_price": None}, "invalid_type", "engine_price"),
+    ({"source": None}, "invalid_type", "source"),
     ({"max_loras": True}, "invalid_type", "max_loras"),
     ({"linears": {}}, "unsupported_parameter", "linears"),
     ({"id": "mod_1"}, "unsupported_parameter", "id"),
