@@ -14,8 +14,6 @@ from lmaas.store.tables import base_models, replicas
 
 #: Starts that failed longer ago than this, in seconds, are forgiven.
 FAILURE_WINDOW_S = 1800.0
-#: What a start's record says, in ms, beside `by` ("zygote" or "plain"); `adapter_ms` runs beside `first_token_ms`.
-START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -58,16 +59,26 @@ class Names:
         return self.room
 
 
+class Clock:
+    """The time of a controller: real time, and what a test adds to it."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
 class Stack:
     """One pool, its controller, and the replicas' part played by the test."""
 
     def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, model: BaseModel) -> None:
         self.settings, self.db, self.scheduler, self.model = settings, db, scheduler, model
-        self.names = Names()
+        self.names, self.clock = Names(), Clock()
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        return Controller(self.settings, self.db, self.scheduler, self.names)
+        return Controller(self.settings, self.db, self.scheduler, self.names, self.clock)
 
     async def submit(self, name: str) -> dict[str, Any]:
         return await self.scheduler.submit(self.ticket(name), Bounds(100, 10_000))
@@ -290,7 +301,7 @@ async def test_what_does_not_stop_is_killed_and_written_off(stack: Stack) -> Non
     await stack.controller.tick()
     await stack.controller.tick()
     assert stack.names.killed == []
-    stack.controller._stopping_since[stack.model.id][row.id] -= 51  # drain and grace are over
+    stack.clock.ahead_s += 51  # drain and grace are over
     await stack.controller.tick()
     assert stack.names.killed == [row.id]
     await stack.controller.tick()
@@ -303,7 +314,7 @@ async def test_processes_that_no_row_knows_are_killed(stack: Stack) -> None:
     stack.names.processes = {"rep_orphan": stack.model.id, "rep_stranger": "mod_gone"}
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger"]
-    stack.controller._unknown_since[stack.model.id]["rep_orphan"] -= 16  # it does not end by itself
+    stack.clock.ahead_s += 16  # it does not end by itself
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger", "rep_orphan"]
     assert stack.names.processes == {}
