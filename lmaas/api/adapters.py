@@ -14,8 +14,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lmaas.adapters.config import MAX_CONFIG_BYTES
-from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
+from lmaas.adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES
+from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.adapters.service import inspect
 from lmaas.adapters.validation import check_file_names
 from lmaas.api.base_models import defined_model

@@ -7,9 +7,8 @@ from typing import Any
 
 from lmaas.admission.tiers import TIERS
 from lmaas.metering.cogs import DIMENSIONS
-from lmaas.states import EnginePhase
+from lmaas.states import START_PHASES, EnginePhase
 from lmaas.store.models import MAX_PRICE, PRICES
-from lmaas.store.replicas import START_PHASES
 from lmaas.types import NAME_PATTERN, Limits, Role
 
 Schema = dict[str, Any]

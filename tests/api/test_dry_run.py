@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from lmaas.store.models import get_base_model
+from lmaas.store.scopes import SYSTEM
 from tests.adapters.build import base, config, pack, tensors
 from tests.api.test_base_models import write_model
 from tests.gateway.stack import Stack, running
@@ -29,7 +30,7 @@ def without(shown: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 async def actions(stack: Stack) -> list[str]:
-    async with stack.db.begin() as connection:
+    async with stack.db.begin(SYSTEM) as connection:
         return list((await connection.execute(text("SELECT action FROM audit_log ORDER BY created_at"))).scalars())
 
 
