@@ -163,7 +163,7 @@ async def change_model(api: Api, request: Request) -> Response:
     _check(given)
     model = await models.get_base_model(api.db, request.path_params["model"])
     defaults = _defaults(api.settings)
-    body = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
         body["max_cpu_loras"] = max(body["max_cpu_loras"], max_loras)
