@@ -32,7 +32,9 @@ class Settings:
     """
 
     # The stack
-    home: Path = setting(Path(".lmaas"), "Folder of the stack's state, logs and credentials. A stack with another home and port runs beside it.")
+    home: Path = setting(
+        Path(".lmaas"), "Folder of the stack's state, logs and credentials. A stack with another home and port runs beside it."
+    )
     cache: Path = setting(
         Path("~/.cache/lmaas"), "Folder for what is prepared once for all stacks of a user, such as the converted default model."
     )
@@ -74,9 +76,7 @@ class Settings:
     auth_grace_s: float = setting(300.0, "Time for which a gateway accepts a key that it knows while Postgres is unreachable.")
 
     # Queue and shutdown
-    queue_deadline_s: float = setting(
-        300.0, "Time that a request may wait for a lease, cold start included; then 503 with `Retry-After`."
-    )
+    queue_deadline_s: float = setting(300.0, "Time that a request may wait for a lease, cold start included; then 503 with `Retry-After`.")
     pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")
     drain_timeout_s: float = setting(30.0, "Time that running requests have to finish when a gateway or a replica stops.")
 
@@ -89,7 +89,9 @@ class Settings:
     )
     start_timeout_s: float = setting(600.0, "Time that an engine has from its start to its first token.")
     orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")
-    zygote: str = setting("on", "`on`: engines are forked from a process that has imported vLLM, where possible. `off`: they start plainly.")
+    zygote: str = setting(
+        "on", "`on`: engines are forked from a process that has imported vLLM, where possible. `off`: they start plainly."
+    )
 
     # Controllers and provisioners
     provisioner: str = setting("local", "Where replicas run: `local` (this machine) or `ray` (a Ray cluster).")
@@ -148,13 +150,17 @@ class Settings:
         if self.provisioner not in ("local", "ray"):
             raise SettingsError(f"LMAAS_PROVISIONER must be 'local' or 'ray', not {self.provisioner!r}.")
         if self.provisioner == "ray" and self.controller_ends_replicas:
-            raise SettingsError("LMAAS_CONTROLLER_ENDS_REPLICAS cannot be set with LMAAS_PROVISIONER=ray: replicas on Ray outlive their controller. Unset it.")
+            raise SettingsError(
+                "LMAAS_CONTROLLER_ENDS_REPLICAS cannot be set with LMAAS_PROVISIONER=ray: replicas on Ray outlive their controller. Unset it."
+            )
         if self.zygote not in ("on", "off"):
             raise SettingsError(f"LMAAS_ZYGOTE must be 'on' or 'off', not {self.zygote!r}.")
         if self.ray_nodes not in ("autoscaled", "fixed"):
             raise SettingsError(f"LMAAS_RAY_NODES must be 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
         if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
-            raise SettingsError(f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines, not {self.engine_host!r}, which means all of them.")
+            raise SettingsError(
+                f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines, not {self.engine_host!r}, which means all of them."
+            )
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
