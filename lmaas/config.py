@@ -151,7 +151,7 @@ class Settings:
             raise SettingsError(f"LMAAS_PROVISIONER must be 'local' or 'ray', not {self.provisioner!r}.")
         if self.provisioner == "ray" and self.controller_ends_replicas:
             raise SettingsError(
-                "LMAAS_CONTROLLER_ENDS_REPLICAS cannot be set with LMAAS_PROVISIONER=ray: replicas on Ray outlive their controller. Unset it."
+                "LMAAS_CONTROLLER_ENDS_REPLICAS cannot be set with LMAAS_PROVISIONER=ray, whose replicas outlive controllers. Unset it."
             )
         if self.zygote not in ("on", "off"):
             raise SettingsError(f"LMAAS_ZYGOTE must be 'on' or 'off', not {self.zygote!r}.")
@@ -159,12 +159,12 @@ class Settings:
             raise SettingsError(f"LMAAS_RAY_NODES must be 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
         if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
             raise SettingsError(
-                f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines, not {self.engine_host!r}, which means all of them."
+                f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines. {self.engine_host!r} means all addresses."
             )
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
-                    f"LMAAS_CORS_ORIGINS contains {origin!r}, which is not an origin. Write origins without a path, such as https://app.example.com, or *."
+                    f"LMAAS_CORS_ORIGINS contains {origin!r}, which is not an origin. Write it without a path, such as https://app.example.com."
                 )
         for field in fields(self):
             value = getattr(self, field.name)

@@ -11,8 +11,9 @@ _INTRODUCTION = """\
 
 <!-- Generated from lmaas/config.py by `python -m lmaas.config_documentation`. Do not edit. -->
 
-Every process reads its settings from environment variables at its start: `LMAAS_PORT=9000 make up`. An unknown `LMAAS_…` variable or a value
-that does not parse stops the process with an error. An empty value counts as unset. Names end with their unit: `_S` is seconds, `_BYTES` bytes.
+Every process reads its settings from environment variables at its start: `LMAAS_PORT=9000 make up`. An unknown `LMAAS_…` variable or a
+value that does not parse stops the process with an error. An empty value counts as unset. Names end with their unit: `_S` is seconds,
+`_BYTES` bytes.
 """
 #: The first setting of each section.
 _SECTIONS = {
