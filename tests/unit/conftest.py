@@ -50,11 +50,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
         return (yield)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Run the tests of this folder under guard."""
+def _under_guard(item: pytest.Item) -> Generator[None, None, None]:
     with _guard():
         return (yield)
+
+
+#: The fixtures and the body of every test of this folder.
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_under_guard)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_under_guard)
+pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_under_guard)
 
 
 @pytest.fixture(autouse=True)

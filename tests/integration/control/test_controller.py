@@ -20,6 +20,7 @@ from lmaas.states import Desired, Observed, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import Replica, get_replica, list_replicas, observe, recent_failures
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tenants import Tenant
 from lmaas.store.usage import list_events
 from lmaas.types import Resources
@@ -224,7 +225,7 @@ async def test_after_failed_starts_it_waits_longer_and_longer(stack: Stack) -> N
     stack.names.processes.clear()
 
     async def ended(seconds_ago: float) -> None:
-        async with stack.db.begin() as connection:
+        async with stack.db.begin(SYSTEM) as connection:
             await connection.execute(text("UPDATE replicas SET ended_at = now() - make_interval(secs => :s)"), {"s": seconds_ago})
 
     await stack.controller.tick()
@@ -352,7 +353,7 @@ async def test_failed_starts_before_a_good_one_are_forgiven(stack: Stack) -> Non
     await stack.controller.tick()
     await observe(stack.db, (await stack.row()).id, Observed.FAILED)
     stack.names.processes.clear()
-    async with stack.db.begin() as connection:
+    async with stack.db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE replicas SET ended_at = now() - interval '6 s'"))
     await stack.controller.tick()
     await stack.ready(await stack.row())
@@ -434,7 +435,7 @@ async def test_what_cannot_be_read_is_kept_aside(scheduler: Scheduler, redis: Re
 async def test_probes_belong_to_nobody(scheduler: Scheduler, redis: Redis, db: Database) -> None:
     await scheduler.record_event("p", record("probe_1", None, UsageStatus.PROBE))
     await write_events(redis, db, "p")
-    [event] = await list_events(db, None)
+    [event] = await list_events(db, OPERATOR)
     assert (event.tenant_id, event.status) == (None, "probe")
 
 
