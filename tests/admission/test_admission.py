@@ -117,7 +117,8 @@ def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, 
         ),
         (
             {"limit": "budget", "allowed": 2_500_000, "retry_ms": 0},
-            "This API key has a budget of $2.5 per month, which this request could exceed. Wait for the next month, or raise budget_per_month.",
+            "This API key has a budget of $2.5 per month, which this request could exceed. Wait for the next month, or raise "
+            "budget_per_month.",
         ),
     ],
 )
