@@ -9,7 +9,7 @@ from lmaas.manifests.folder import read_folder
 from lmaas.manifests.models import read_model
 from lmaas.manifests.tenants import read_tenant
 
-TENANTS = Path(__file__).parents[2] / "tenants"
+TENANTS = Path(__file__).parents[3] / "tenants"
 
 
 def write(folder: Path, name: str, text: str) -> Path:
