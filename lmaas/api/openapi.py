@@ -261,6 +261,7 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
 CREATED = frozenset({"upload_adapter", "create_key", "create_tenant", "create_model"})
 QUERIES: dict[str, dict[str, Schema]] = {
     "list_replicas": {"ended": {"type": "boolean"}},
+    "revoke_key": {"force": {"type": "boolean", "description": "Also the last key of the operators."}},
     "usage_report": {"since": DAY, "until": DAY},
     "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},

@@ -7,7 +7,9 @@ from typing import Any
 
 from sqlalchemy import func, insert, literal, select, true, update
 
+from lmaas.audit import Audit
 from lmaas.states import TERMINAL, Desired, Observed, sources
+from lmaas.store.audit import record
 from lmaas.store.database import Database, Writes
 from lmaas.store.tables import base_models, replicas
 
@@ -68,16 +70,15 @@ async def get_replica(db: Database, replica_id: str) -> Replica | None:
     return None if row is None else Replica(*row)
 
 
-async def desire_stop(db: Writes, replica_id: str) -> bool:
-    """Desire that the replica drains and stops. False if it has ended already."""
-    query = (
-        update(replicas)
-        .where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL))
-        .values(desired=Desired.STOPPED)
-        .returning(replicas.c.id)
-    )
+async def desire_stop(db: Writes, replica_id: str, *, audit: Audit | None = None) -> bool:
+    """Desire that the replica drains and stops. Returns False if it has ended already."""
+    present = select(replicas.c.desired).where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL)).with_for_update()
     async with db.begin() as connection:
-        return (await connection.execute(query)).first() is not None
+        desired = (await connection.execute(present)).scalar_one_or_none()
+        if desired is not None and desired != Desired.STOPPED:
+            await connection.execute(update(replicas).where(replicas.c.id == replica_id).values(desired=Desired.STOPPED))
+            await record(connection, audit, None, replica_id)
+    return desired is not None
 
 
 async def observe(
