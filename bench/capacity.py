@@ -27,6 +27,7 @@ from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, observe
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import Tenant, create_tenant
 from lmaas.types import Resources
 from lmaas.up import embedded
@@ -174,7 +175,7 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
     while await write_events(redis, db, POOL):
         pass
     took = time.perf_counter() - began
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         size, rows = (await connection.execute(text("SELECT pg_total_relation_size('usage_events'), count(*) FROM usage_events"))).one()
     return {
         "events a second, one writer (wall clock)": EVENTS / took,
@@ -188,7 +189,7 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
 async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable[[], float]) -> dict[str, float]:
     """What a tick costs with many pools and replicas, all ready and none in need of anything."""
     await redis.flushall()
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
     scheduler, names = Scheduler(redis), Names()
     for pool in range(POOLS):

@@ -32,6 +32,7 @@ from lmaas.states import UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel
+from lmaas.store.scopes import SYSTEM
 from lmaas.types import Principal
 from lmaas.up.bootstrap import register_model
 from lmaas.up.stack import embedded_servers
@@ -182,7 +183,7 @@ async def place(model: Path, folder: Path, tenants: int, adapters: int) -> Async
             exits.push_async_callback(redis.aclose)
             numbers = {"tenants": tenants, "adapters": adapters, "events": EVENTS, "model": base.id, "prefix": PREFIX}
             for statement in POPULATE:
-                async with db.begin() as connection:
+                async with db.begin(SYSTEM) as connection:
                     used = {name: value for name, value in numbers.items() if f":{name}" in statement}
                     await connection.execute(text(statement), used)
             made = Place(db, Scheduler(redis), base, tenants, adapters)

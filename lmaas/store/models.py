@@ -13,6 +13,7 @@ from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import adapters, base_models, replicas
 from lmaas.types import AUTO, BaseModelShapes
 
@@ -89,7 +90,7 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
     present = select(*_COLUMNS).where(base_models.c.name == model.name, _IS_THERE).with_for_update()
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         before = (await connection.execute(present)).one_or_none()
         after = (await connection.execute(put.returning(*_COLUMNS))).one()
         if before != after:
@@ -99,14 +100,14 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
 
 async def list_base_models(db: Database) -> list[BaseModel]:
     """Every base model, by name."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return [BaseModel(*row) for row in await connection.execute(select(*_COLUMNS).where(_IS_THERE).order_by(base_models.c.name))]
 
 
 async def list_pool_ids(db: Database) -> list[str]:
     """Every pool that may still have something to tell: also those that were deleted in the last day."""
     lately = base_models.c.deleted_at > func.now() - func.make_interval(0, 0, 0, 1)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return list((await connection.execute(select(base_models.c.id).where(_IS_THERE | lately))).scalars())
 
 
@@ -115,17 +116,20 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
     # A name of an older release may be another's id, which counts more.
     query = query.order_by((base_models.c.id == id_or_name).desc()).limit(1)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
     return BaseModel(*row)
 
 
-async def create_base_model(db: Database, model: BaseModel, *, audit: Audit | None = None) -> BaseModel:
-    """Add a base model. Raises Conflict if its name is taken: by another base model, or by somebody's adapter."""
+async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False, audit: Audit | None = None) -> BaseModel:
+    """Add a base model and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if its name is taken by another base model or by a tenant's adapter.
+    """
     values = _stored(model) | {"id": new_id("mod")}
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
             raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
@@ -133,25 +137,33 @@ async def create_base_model(db: Database, model: BaseModel, *, audit: Audit | No
         if row is None:
             raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
         await record(connection, audit, None, model.name)
+        if dry_run:
+            await connection.rollback()
     return BaseModel(*row)
 
 
-async def change_base_model(db: Database, name: str, changes: dict[str, Any], *, audit: Audit | None = None) -> BaseModel:
-    """Change some of its values. Raises NotFound, and Conflict for what adapters were validated against while there are any, or what
-    replicas run with while there are some."""
-    async with db.begin() as connection:
+async def change_base_model(
+    db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False, audit: Audit | None = None
+) -> BaseModel:
+    """Change some of its values; with `dry_run`, return what the base model would be and store nothing.
+
+    Raises NotFound, and Conflict for values that adapters were validated against or that replicas run with, while there are any.
+    """
+    async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         if changes.keys() & VALIDATED:
             await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
         query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
         row = (await connection.execute(query)).one()
         await record(connection, audit, None, row.name)
-        return BaseModel(*row)
+        if dry_run:
+            await connection.rollback()
+    return BaseModel(*row)
 
 
 async def delete_base_model(db: Database, name: str, *, audit: Audit | None = None) -> str:
     """End a base model; return its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         await _refuse_if_used(connection, found.id, "deleted")
         await connection.execute(update(base_models).where(base_models.c.id == found.id).values(deleted_at=func.now()))
@@ -162,13 +174,8 @@ async def delete_base_model(db: Database, name: str, *, audit: Audit | None = No
 async def _locked(connection: AsyncConnection, name: str) -> Any:
     # The strongest lock: a new adapter or replica of it waits for us, and we for it.
     found = (base_models.c.name == name) | (base_models.c.id == name)
-    query = (
-        select(base_models.c.id, base_models.c.name)
-        .where(found, _IS_THERE)
-        .order_by((base_models.c.id == name).desc())
-        .limit(1)
-        .with_for_update()
-    )
+    query = select(base_models.c.id, base_models.c.name).where(found, _IS_THERE).with_for_update()
+    query = query.order_by((base_models.c.id == name).desc()).limit(1)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")

@@ -11,6 +11,7 @@ from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
 from lmaas.store.tables import adapters, api_keys, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
@@ -78,35 +79,43 @@ async def create_tenant(
     max_adapters: int,
     limits: Limits = NO_LIMITS,
     *,
+    dry_run: bool = False,
     audit: Audit | None = None,
 ) -> Tenant:
-    """Raises Conflict if a live tenant has that name."""
+    """Add a tenant and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if a live tenant has that name.
+    """
     values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters} | asdict(limits)
     try:
-        async with db.begin() as connection:
+        async with db.begin(OPERATOR) as connection:
             row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT, *_TENANT_LIMITS))).one()
             await record(connection, audit, row.id, name)
+            if dry_run:
+                await connection.rollback()
     except IntegrityError as error:
         raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
     return _tenant(row)
 
 
-async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any], *, audit: Audit | None = None) -> Tenant:
-    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it). Raises NotFound."""
-    present = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update()
-    query = (
-        update(tenants)
-        .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
-        .values(changes)
-        .returning(*_TENANT, *_TENANT_LIMITS)
-    )
-    async with db.begin() as connection:
-        row = (await connection.execute(present)).one_or_none()
+async def update_tenant(
+    db: Database, tenant_id: str, changes: dict[str, Any], *, dry_run: bool = False, audit: Audit | None = None
+) -> Tenant:
+    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it) and return the tenant.
+
+    With `dry_run`, return what it would be and store nothing. Raises NotFound.
+    """
+    one = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update()
+    query = update(tenants).where(tenants.c.id == tenant_id).values(changes).returning(*_TENANT, *_TENANT_LIMITS)
+    async with db.begin(OPERATOR) as connection:
+        row = (await connection.execute(one)).one_or_none()
         if row is None:
             raise NotFound("The tenant does not exist.", code="tenant_not_found")
         if any(getattr(row, name) != value for name, value in changes.items()):
             row = (await connection.execute(query)).one()
             await record(connection, audit, tenant_id, row.name)
+        if dry_run:
+            await connection.rollback()
     return _tenant(row)
 
 
@@ -115,7 +124,7 @@ async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     query = select(*_TENANT, *_TENANT_LIMITS).where(
         (tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None)
     )
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
@@ -130,7 +139,7 @@ async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
         .order_by(tenants.c.deleted_at.desc())
         .limit(1)
     )
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
@@ -140,13 +149,13 @@ async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
 async def list_tenants(db: Database) -> list[Tenant]:
     """Every live tenant, by name."""
     query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         return [_tenant(row) for row in await connection.execute(query)]
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
     """End a tenant: its keys stop at once, its adapters' rows and its kept answers go; its usage stays, for the bill. Raises NotFound."""
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         gone = await connection.execute(
             update(tenants)
             .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
@@ -179,7 +188,7 @@ async def create_key(
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
     values |= asdict(limits)
     try:
-        async with db.begin() as connection:
+        async with db.begin(scope_of(tenant_id)) as connection:
             row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
             await record(connection, audit, tenant_id, row.id)
     except IntegrityError as error:
@@ -190,7 +199,7 @@ async def create_key(
 async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
     """The keys of a tenant (or of the operators), newest first, revoked ones among them."""
     query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         return [_key(row) for row in await connection.execute(query)]
 
 
@@ -204,7 +213,7 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force:
 
     Raises NotFound, and unless `force`, Conflict `last_operator_key` if no operator's key would be left.
     """
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         if tenant_id is None and not force:
             # All of them are locked, in one order. Of two requests that revoke the last two keys, the second waits here for the first,
             # and then reads what the first has left.
@@ -229,7 +238,7 @@ async def change_key(
     db: Database, tenant_id: str | None, key_id: str, limits: dict[str, int | None], *, audit: Audit | None = None
 ) -> ApiKey:
     """Change limits of a key of this tenant (None: no limit of its own). Raises NotFound."""
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         row = (await connection.execute(_one_key(tenant_id, key_id))).one_or_none()
         if row is None:
             raise NotFound("The key does not exist.", code="key_not_found")
@@ -256,7 +265,7 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
         .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
     )
-    async with db.begin() as connection:
+    async with db.begin(KeyScope(key_hash)) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         return None

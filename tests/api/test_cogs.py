@@ -47,7 +47,7 @@ def asked(model: str, tokens: int = 20, **more: Any) -> dict[str, Any]:
 async def test_prices_are_bounded_whole_numbers(stack: Stack, operator: httpx.AsyncClient) -> None:
     await stack.model("base")
     for name in PRICES:
-        for price in (-1, MAX_PRICE + 1, 1.5, True, "1", None):
+        for price in (-1, MAX_PRICE + 1, 1.5, True, "1"):
             answer = await operator.patch("/admin/v1/base-models/base", json={name: price})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
         (model,) = (await operator.get("/admin/v1/base-models")).json()["data"]

@@ -12,6 +12,7 @@ from lmaas.errors import Conflict, LmaasError, NotFound
 from lmaas.states import Observed
 from lmaas.store import adapters, models, replicas, tenants
 from lmaas.store.database import Database
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import audit_log
 from lmaas.types import Role
 from tests.store.build import base_model, tenant, upload
@@ -34,7 +35,7 @@ def by(action: Action) -> Audit:
 
 async def records(db: Database) -> list[Record]:
     """The audit log, oldest first."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return [tuple(row) for row in await connection.execute(select(*COLUMNS).order_by(audit_log.c.id))]
 
 
@@ -102,7 +103,7 @@ async def test_a_change_that_fails_leaves_no_record(db: Database) -> None:
 
 async def test_a_record_that_cannot_be_written_undoes_the_change(db: Database) -> None:
     acme = await tenant(db, "acme")
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("ALTER TABLE audit_log ADD CONSTRAINT refused CHECK (action <> 'tenant.delete')"))
     with pytest.raises(Exception, match="refused"):
         await tenants.delete_tenant(db, acme.id, audit=by(Action.TENANT_DELETE))
