@@ -43,7 +43,9 @@ class AdapterFiles:
                 await obstore.put_async(self._store, f"{source}/{MODEL_FILE}", model)
                 await obstore.put_async(self._store, f"{source}/{CONFIG_FILE}", config)
         except (BaseError, OSError) as error:
-            raise Unavailable("The adapter store cannot take the files now.", code="object_store_unavailable", retry_after_s=10) from error
+            raise Unavailable(
+                "The adapter store did not accept the files. Retry after 10 s.", code="object_store_unavailable", retry_after_s=10
+            ) from error
 
     async def exists(self, source: str) -> bool:
         """Whether the content is there, whole."""
@@ -79,7 +81,9 @@ class AdapterFiles:
                 except FileNotFoundError:
                     continue
                 except (BaseError, OSError) as error:
-                    raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable", retry_after_s=10) from error
+                    raise Unavailable(
+                        "The adapter store did not delete the files. Retry after 10 s.", code="object_store_unavailable", retry_after_s=10
+                    ) from error
             if self._root is not None:
                 # A bucket has no folders; a disk keeps empty ones.
                 with contextlib.suppress(OSError):

@@ -71,7 +71,7 @@ class Adapters:
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(
-                "An adapter's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and starts and ends with a letter or digit.",
+                "An adapter's name must have 1 to 63 lower-case letters, digits, '.', '_' or '-', the first and last a letter or digit.",
                 code="invalid_name",
                 param="name",
             )

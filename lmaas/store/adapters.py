@@ -140,11 +140,13 @@ async def add_version(
         ).one()
         if row.base_model_id != base_model_id:
             raise Conflict(
-                f"The adapter '{name}' is for another base model. Choose another name.", code="base_model_conflict", param="base_model"
+                f"The adapter '{name}' belongs to another base model. Choose another name.", code="base_model_conflict", param="base_model"
             )
         count = (await connection.execute(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id))).scalar_one()
         if count > tenant.max_adapters:
-            raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
+            raise TooLarge(
+                f"This tenant has {tenant.max_adapters} adapters, the maximum. Delete one, or raise max_adapters.", code="too_many_adapters"
+            )
         columns = adapter_versions.c
         latest = select(func.max(columns.version)).where(columns.adapter_id == row.id)
         version = (await connection.execute(latest.where(columns.content_hash == content_hash))).scalar_one()
@@ -180,7 +182,7 @@ async def activate(db: Database, tenant_id: str, name: str, version: int, *, aud
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(query)).one_or_none()
         if row is None:
-            raise NotFound("The adapter or this version of it does not exist.", code="adapter_not_found")
+            raise NotFound("The adapter or this version does not exist.", code="adapter_not_found")
         if row.live_version != version:
             await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
             await record(connection, audit, tenant_id, f"{name}@{version}")

@@ -131,11 +131,11 @@ async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = F
     values = _stored(model) | {"id": new_id("mod")}
     async with db.begin(OPERATOR) as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
-            raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
+            raise Conflict(f"A tenant has an adapter named '{model.name}'. Choose another name.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
         row = (await connection.execute(query.returning(*_COLUMNS))).one_or_none()
         if row is None:
-            raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
+            raise Conflict(f"A base model named '{model.name}' exists already. Choose another name.", code="name_taken", param="name")
         await record(connection, audit, None, model.name)
         if dry_run:
             await connection.rollback()

@@ -94,7 +94,7 @@ async def create_tenant(
             if dry_run:
                 await connection.rollback()
     except IntegrityError as error:
-        raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
+        raise Conflict(f"A tenant named '{name}' exists already. Choose another name.", code="tenant_exists", param="name") from error
     return _tenant(row)
 
 
@@ -192,7 +192,7 @@ async def create_key(
             row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
             await record(connection, audit, tenant_id, row.id)
     except IntegrityError as error:
-        raise Conflict("This key exists already, or was revoked.", code="key_exists") from error
+        raise Conflict("This key exists already or was revoked. Use another key.", code="key_exists") from error
     return _key(row)
 
 

@@ -101,6 +101,32 @@ def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, 
         assert "API key" in error.message
 
 
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({"state": "refused"}, "You have 64 queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued."),
+        ({"state": "refused_by_pool", "wait_ms": 20_400}, "The queue of this model is full: 900 requests wait. Retry after 21 s."),
+        (
+            {"limit": "concurrency", "allowed": 3, "retry_ms": 1200},
+            "This API key has 3 open requests, the maximum. Retry after 2 s, or raise max_concurrent.",
+        ),
+        (
+            {"limit": "tokens", "allowed": 30, "used": 25, "asked": 10, "retry_ms": 900},
+            "This API key may use 30 tokens per minute: 25 are used or reserved, and this request may use 10. Retry after 0.9 s, or raise "
+            "tokens_per_minute.",
+        ),
+        (
+            {"limit": "budget", "allowed": 2_500_000, "retry_ms": 0},
+            "This API key has a budget of $2.5 per month, which this request could exceed. Wait for the next month, or raise "
+            "budget_per_month.",
+        ),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_what_to_do(db: Database, report: dict[str, Any], message: str) -> None:
+    refused = {"state": "limited", "scope": "key"} | report
+    assert Terms(Months(db), PRINCIPAL, Bounds(64, 900)).refusal(refused).message == message
+
+
 def test_a_month_that_nobody_knows_is_unavailable(db: Database) -> None:
     assert isinstance(Terms(Months(db), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
 

@@ -99,7 +99,7 @@ class Stack:
         await self.beat(replica.id)
 
     async def beat(self, replica_id: str) -> None:
-        await self.scheduler.heartbeat(self.model.id, replica_id, Beat("http://e", 2, 2, "ready", []))
+        await self.scheduler.heartbeat(self.model.id, replica_id, Beat("http://e", 2, 2, Observed.READY, []))
 
     async def bounds(self, **changes: Any) -> None:
         self.model = await change_base_model(self.db, self.model.name, changes)
@@ -145,7 +145,7 @@ async def test_a_minimum_is_kept(stack: Stack) -> None:
 async def test_replicas_know_of_a_controller_whose_provisioner_is_away(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "PRESENT_S", 0.1)
     monkeypatch.setattr(controller, "TICK_S", 0.05)
-    beat = Beat("http://e", 2, 2, "ready", [])
+    beat = Beat("http://e", 2, 2, Observed.READY, [])
     assert not (await stack.scheduler.heartbeat(stack.model.id, "rep_1", beat))["controller"]
 
     async def hangs() -> dict[str, str]:

@@ -58,7 +58,7 @@ class World:
         for row in await list_replicas(self.db):
             await observe(self.db, row.id, Observed.READY, url="http://e")
             if row.desired == Desired.RUNNING:
-                await self.scheduler.heartbeat(row.base_model_id, row.id, Beat("http://e", 2, 2, "ready", []))
+                await self.scheduler.heartbeat(row.base_model_id, row.id, Beat("http://e", 2, 2, Observed.READY, []))
 
     async def drained(self) -> None:
         """What is to stop has stopped."""

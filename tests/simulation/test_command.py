@@ -157,9 +157,9 @@ def _looks_right(text: str) -> None:
 
 
 def test_a_chart_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"written as \.png, \.svg, \.html"):
+    with pytest.raises(SettingsError, match=r"end in \.png, \.svg, \.html"):
         check_chart(tmp_path / "chart.gif")
-    with pytest.raises(SettingsError, match="no such folder"):
+    with pytest.raises(SettingsError, match="its folder does not exist"):
         check_chart(tmp_path / "none" / "chart.png")
     monkeypatch.setattr("lmaas.simulation.chart.find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=r"pip install 'lmaas\[chart\]'"):
