@@ -4,6 +4,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Any
 
+from lmaas.audit import Audit
 from lmaas.states import UsageStatus
 from lmaas.store.adapters import add_version
 from lmaas.store.database import Database
@@ -36,7 +37,16 @@ async def tenant(db: Database, name: str, max_adapters: int = 5) -> Tenant:
     return await create_tenant(db, name, "standard", 10, max_adapters)
 
 
-async def upload(db: Database, tenant_id: str, name: str, base: BaseModel, *, content: str | None = None, activate: bool = True) -> int:
+async def upload(
+    db: Database,
+    tenant_id: str,
+    name: str,
+    base: BaseModel,
+    *,
+    content: str | None = None,
+    activate: bool = True,
+    audit: Audit | None = None,
+) -> int:
     """A version of an adapter, whose content is its own if none is given."""
     version, _ = await add_version(
         db,
@@ -48,6 +58,7 @@ async def upload(db: Database, tenant_id: str, name: str, base: BaseModel, *, co
         target_modules=["q_proj"],
         size_bytes=1000,
         activate=activate,
+        audit=audit,
     )
     return version
 

@@ -45,8 +45,6 @@ async def test_every_change_of_what_gateways_know_is_noted(db: Database) -> None
     assert await grown()
     await tenants.delete_tenant(db, acme.id)
     assert await grown()
-    await tenants.record_action(db, acme.id, key.id, "look", "x")
-    assert not await grown()
 
 
 async def test_changes_do_not_wait_for_each_other_and_none_is_lost(db: Database) -> None:

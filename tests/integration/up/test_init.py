@@ -66,7 +66,7 @@ async def test_a_key_that_was_made_otherwise_is_taken_as_it_is(db: Database) -> 
     key = new_key()
     made = await create_key(db, None, Role.OPERATOR, "console", hash_key(key), "sk-lmaas-made")
     assert await put_operator_key(db, key) == "unchanged"
-    await revoke_key(db, None, made.id)
+    await revoke_key(db, None, made.id, force=True)
     with pytest.raises(SettingsError, match="revoked"):
         await put_operator_key(db, key)
 
