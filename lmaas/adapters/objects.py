@@ -90,9 +90,12 @@ class AdapterFiles:
                     (self._root / source).rmdir()
 
     async def list_sources(self, tenant_id: str) -> list[str]:
-        """Every content of a tenant."""
+        """Return every content of a tenant. Raises Unavailable."""
         prefix = f"adapters/{tenant_id}"
         found: set[str] = set()
-        async for batch in obstore.list(self._store, prefix=prefix):
-            found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+        try:
+            async for batch in obstore.list(self._store, prefix=prefix):
+                found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+        except (BaseError, OSError) as error:
+            raise Unavailable("The adapter store cannot be read now.", code="object_store_unavailable", retry_after_s=10) from error
         return sorted(found)
