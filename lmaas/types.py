@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 #: Names of tenants, base models and adapters: lower case, so that look-alikes are few; no `@`, which pins a version.
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -62,6 +63,14 @@ class Resources:
 
     cpus: float
     accelerators: int
+
+
+class TokenCounts(NamedTuple):
+    """The tokens that one request has used so far, by the engine's own figures; `cached` ones are part of the prompt's."""
+
+    prompt: int
+    cached: int
+    completion: int
 
 
 @dataclass(frozen=True, slots=True)

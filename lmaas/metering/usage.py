@@ -12,6 +12,7 @@ from typing import Any
 from lmaas.metering.pricing import Prices, charge_picousd
 from lmaas.states import UsageStatus
 from lmaas.store.usage import UsageEvent
+from lmaas.types import TokenCounts
 
 
 @dataclass(slots=True)
@@ -83,12 +84,12 @@ class UsageRecord:
             return None
         return round(((self._ended or time.monotonic()) - self._started) * 1000)
 
-    def progress(self) -> str:
-        """The checkpoint: `prompt,cached,completion` tokens so far; '' before the engine has said anything."""
+    def progress(self) -> TokenCounts | None:
+        """Return the checkpoint: the tokens so far, or None before the engine has reported any."""
         self._read()
         if not self.prompt_tokens and not self.completion_tokens:
-            return ""
-        return f"{self.prompt_tokens},{self.cached_tokens},{self.completion_tokens}"
+            return None
+        return TokenCounts(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
     def event(self) -> str:
         """Return the usage event as JSON, with the counts so far."""
