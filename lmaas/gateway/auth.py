@@ -1,7 +1,7 @@
 """Finds the principal of an API key."""
 
 from lmaas.errors import Unauthenticated
-from lmaas.gateway.cache import Changes, MomentCache
+from lmaas.gateway.cache import Changes, ReadCache
 from lmaas.keys import PREFIX, hash_key
 from lmaas.store.database import Database
 from lmaas.store.tenants import find_principal
@@ -16,7 +16,7 @@ class Authenticator:
     """Caches the principals of keys. While Postgres is away, known keys keep working for `grace_s` seconds."""
 
     def __init__(self, db: Database, grace_s: float, changes: Changes | None = None) -> None:
-        self._principals = MomentCache[str, Principal](
+        self._principals = ReadCache[str, Principal](
             lambda key_hash: find_principal(db, key_hash), fresh_s=FRESH_S, grace_s=grace_s, changes=changes
         )
 

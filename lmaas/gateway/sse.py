@@ -17,7 +17,7 @@ _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
-#: How vLLM writes what it says of the service: in a plain answer before the usage, and at the end of a stream's last event.
+#: How vLLM writes its fields about the service: in a plain answer before the usage, and at the end of a stream's last event.
 _FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")\Z')
 _TIER, _MARK = b',"service_tier":', b',"system_fingerprint":'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
@@ -150,7 +150,7 @@ class Rewriter:
         return b"".join(out)
 
     def __call__(self, event: bytes) -> bytes | None:
-        """Return one event for the client, or None if it is not for the client. Raises ValueError if the engine's bytes make no sense."""
+        """Return an event as the client gets it, or None to leave it out. Raises ValueError if the engine's bytes cannot be parsed."""
         start = event.rfind(_USAGE)
         if start >= 0:
             tail = event[start + len(_USAGE) - 1 :].decode()
@@ -205,8 +205,8 @@ def _pairs(*items: tuple[str, str]) -> bytes:
 def rewrite_whole(text: bytes, engine_name: str, asked: str, facts: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, Any], bool]:
     """Return an answer in one piece for the client, its usage, and whether the engine ended a choice before its time.
 
-    `facts` replace what the engine says of the service. Works on the bytes as above, where they are as vLLM writes them. Raises
-    ValueError if the engine's bytes make no sense.
+    `facts` replace the engine's own fields about the service. Works on the bytes as above, where they are as vLLM writes them. Raises
+    ValueError if the engine's bytes cannot be parsed.
     """
     place = text.rfind(_USAGE)
     internal = b'"model":' + json.dumps(engine_name).encode()
