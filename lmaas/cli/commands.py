@@ -136,11 +136,11 @@ cli.add_command(replica)
 
 @cli.group()
 def key() -> None:
-    """Manage API keys: a tenant's, or the operators' if neither --tenant nor LMAAS_API_KEY is given."""
+    """Manage API keys: a tenant's, or for an operator without --tenant those of operators."""
 
 
 def _keys(context: Context) -> str:
-    if context.tenant is None and not context.settings.api_key:
+    if context.tenant is None and context.is_operator():
         return "/admin/v1/keys"
     return context.client().own("/keys")
 
@@ -269,7 +269,7 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
     """Show requests, tokens and charges by day, tenant and model."""
-    path = "/v1/usage" if context.settings.api_key and context.tenant is None else "/admin/v1/usage"
+    path = "/admin/v1/usage" if context.is_operator() else "/v1/usage"
     if events:
         context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
     else:
