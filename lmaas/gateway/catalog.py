@@ -25,7 +25,7 @@ _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind a name of a tenant's. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
+    """The model behind a name that a tenant calls. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
 
     base: BaseModel
     engine_name: str
@@ -37,7 +37,7 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The `system_fingerprint` of this model's answers: it changes when something changes that can change the answers."""
+        """The `system_fingerprint` of this model's answers: it changes when anything changes that can affect them."""
         base = self.base
         return _fingerprint(base.id, base.source, base.dtype, base.max_lora_rank, base.max_model_len, base.engine_args, self.engine_name)
 

@@ -1,4 +1,4 @@
-"""Server-sent events between an engine and a client, and the changes that they need on the way."""
+"""Rewrites server-sent events on their way from an engine to a client."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 def comment(text: str) -> bytes:
     """Return a comment line, which clients skip. It keeps a silent connection open.
 
-    No empty line follows: it would end an event without data, which some clients (Go's) take for an answer that is empty. The comment
+    No empty line follows: it would end an event without data, which some clients (Go's) take for an empty response. The comment
     becomes part of the next event, where parsers skip it too.
     """
     return f": {text}\n".encode()
@@ -89,7 +89,7 @@ class Rewriter:
         return self._usage
 
     def feed(self, chunk: bytes) -> bytes:
-        """The events for the client, each with its empty line, that these bytes complete. Raises ValueError for bytes that
+        """Return the client's events, each with its empty line, that these bytes complete. Raises ValueError for bytes that
         are no event of an engine. What comes after `[DONE]` or an error does not count."""
         received = (self._rest + chunk).lstrip(b"\n")
         if len(self._rest) > MAX_EVENT_BYTES:
