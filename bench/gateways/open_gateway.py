@@ -48,7 +48,7 @@ class EventsOnly(Scheduler):
 
     def send_release(self, ticket: Any, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """Write the usage event to the pool's stream."""
-        return self._batch.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
+        return self._pipelined.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
 
     def released(self, ticket: Any, reply: Any) -> bool:
         """The reply says nothing of the pool."""

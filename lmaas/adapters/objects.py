@@ -94,8 +94,8 @@ class AdapterFiles:
         prefix = f"adapters/{tenant_id}"
         found: set[str] = set()
         try:
-            async for batch in obstore.list(self._store, prefix=prefix):
-                found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+            async for page in obstore.list(self._store, prefix=prefix):
+                found |= {item["path"].rsplit("/", 1)[0] for item in page}
         except (BaseError, OSError) as error:
             raise Unavailable("The adapter store cannot be read now.", code="object_store_unavailable", retry_after_s=10) from error
         return sorted(found)

@@ -11,7 +11,8 @@ from lmaas.store.usage import UnrecordableEventError, UsageEvent, record_events
 
 log = logging.getLogger(__name__)
 
-BATCH = 500
+#: Events that are moved together.
+EVENTS_AT_ONCE = 500
 #: The most unreadable events that are kept for a pool.
 MAX_BAD = 10_000
 #: The reason of a kept event that another release may be able to read.
@@ -26,7 +27,7 @@ async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
     not block the others.
     """
     stream = f"lmaas:{{{pool_id}}}:usage"
-    entries: Any = await redis.xrange(stream, count=BATCH)
+    entries: Any = await redis.xrange(stream, count=EVENTS_AT_ONCE)
     if not entries:
         return 0
     events: list[tuple[dict[str, str], UsageEvent]] = []

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.errors import Unavailable
-from lmaas.scheduling.batch import Batch
+from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
@@ -140,7 +140,7 @@ class Scheduler:
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
-        self._batch = Batch(redis)
+        self._pipelined = PipelinedConnection(redis)
         self.redis = redis
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -152,12 +152,12 @@ class Scheduler:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 
@@ -209,7 +209,7 @@ class Scheduler:
     def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """The same, tried once and not waited for: the future gets a reply for `released`, or a RedisError."""
         name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
-        return self._batch.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
+        return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
         """What the reply to a release says: False if the scheduler no longer knew the ticket."""

@@ -344,7 +344,7 @@ class Leases:
         pools: dict[str, list[OpenTicket]] = {pool: [] for pool in self._recent}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
-        for pool, tickets in _batches(pools):
+        for pool, tickets in _in_portions(pools):
             try:
                 for opened in tickets:
                     await opened.tell()
@@ -426,7 +426,7 @@ def _told_again(pool: str) -> Ticket:
     return Ticket(id="-", pool=pool, tenant="", gateway="", adapter="", source="", weight=1, event="")
 
 
-def _batches(pools: Mapping[str, list[OpenTicket]]) -> Iterator[tuple[str, list[OpenTicket]]]:
+def _in_portions(pools: Mapping[str, list[OpenTicket]]) -> Iterator[tuple[str, list[OpenTicket]]]:
     for pool, tickets in pools.items():
         for start in range(0, max(1, len(tickets)), RENEW_AT_ONCE):
             yield pool, tickets[start : start + RENEW_AT_ONCE]
