@@ -87,6 +87,11 @@ class MomentCache(Generic[Key, Value]):
         #: When a question was asked last; the first one of those since when none was answered.
         self._asked_last, self._silent_since = -math.inf, math.inf
 
+    @property
+    def pending(self) -> int:
+        """The number of questions that have no answer yet."""
+        return len(self._asking)
+
     async def get(self, key: Key) -> Value | None:
         """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
         known = self._known.get(key)

@@ -44,6 +44,21 @@ class Batch:
         self._connection: AbstractConnection | None = None
         self._line: _Line | None = None
 
+    @property
+    def unsent(self) -> int:
+        """The number of commands that wait for those under way."""
+        return len(self._waiting)
+
+    @property
+    def under_way(self) -> int:
+        """The number of commands that are being sent and have no reply yet."""
+        return len(self._batch)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection of the last exchange still stands."""
+        return self._line is not None and self._line.open
+
     def send(self, *command: bytes | str | int) -> "asyncio.Future[Any]":
         """Have a command go out, whether or not somebody waits; the future gets the reply, or a redis.exceptions.RedisError."""
         loop = asyncio.get_running_loop()
@@ -64,7 +79,7 @@ class Batch:
                 self._batch.append(each)  # who was cancelled before it was sent wants nothing any more
         if not self._batch:
             self._sending = None
-        elif self._line is not None and self._line.open:
+        elif self._line is not None and self.connected:
             self._line.exchange(self._batch, self._sent)
         else:
             self._try_again(None)

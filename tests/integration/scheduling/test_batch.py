@@ -71,9 +71,9 @@ async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
     await redis.client_pause(200)
     under_way = [asyncio.ensure_future(batch.send("INCR", "a")) for _ in range(3)]
     await asyncio.sleep(0)
-    await until(lambda: not batch._waiting, every_s=0)
+    await until(lambda: not batch.unsent, every_s=0)
     waiting = [asyncio.ensure_future(batch.send("INCR", "b")) for _ in range(3)]
-    await until(lambda: len(batch._waiting) == 3, every_s=0)
+    await until(lambda: batch.unsent == 3, every_s=0)
     under_way[0].cancel()
     waiting[0].cancel()
     answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
@@ -98,7 +98,7 @@ async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis:
     await batch.send("PING")
     await redis.client_pause(600)
     first = asyncio.ensure_future(batch.send("ECHO", "a"))
-    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
+    await until(lambda: batch.under_way and not batch.unsent, every_s=0)
     answers = await asyncio.gather(first, batch.send("ECHO", "b"), return_exceptions=True)
     assert [type(answer) for answer in answers] == [RedisTimeout, RedisTimeout]
 
@@ -183,7 +183,7 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
         await batch.send("PING")
         between.connections[0].write(said)
         if connections == 2:
-            await until(lambda: batch._line is not None and not batch._line.open, every_s=0.01)
+            await until(lambda: not batch.connected, every_s=0.01)
         answers = [await batch.send("ECHO", number) for number in range(50)]
         assert answers == [str(number) for number in range(50)]
         assert len(between.connections) == connections
@@ -198,7 +198,7 @@ async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.
     await redis.client_pause(300)
     gone = batch.send("INCR", "gone")
     stays = asyncio.ensure_future(batch.send("INCR", "stays"))
-    await until(lambda: not batch._waiting, every_s=0)
+    await until(lambda: not batch.unsent, every_s=0)
     gone.cancel()
     await stays
     # What was on its way may have been done once; it is not sent a second time.
@@ -227,9 +227,9 @@ async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> 
     batch = Batch(redis)
     await redis.client_pause(100)
     waiting = [asyncio.ensure_future(batch.send("PING")) for _ in range(2)]
-    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
-    assert batch._sending is not None
-    batch._sending.cancel()
+    await until(lambda: batch.under_way and not batch.unsent, every_s=0)
+    (task,) = (task for task in asyncio.all_tasks() if task.get_name() == "redis-batch")
+    task.cancel()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 2
     assert await batch.send("PING") in ("PONG", True)
