@@ -1,1 +1,1 @@
-"""Who runs next, and where: tickets, leases and replica slots, decided atomically inside Redis (or Valkey)."""
+"""The scheduler: tickets, leases and replica slots. Which request runs next, and where, is decided atomically inside Redis (or Valkey)."""
