@@ -197,8 +197,11 @@ class SettingsError(LmaasError):
 
 
 class ApiError(Exception):
-    """A service that was called as a client refused the request. The message is the service's own; `status` is its HTTP status."""
+    """A service that was called as a client refused the request.
 
-    def __init__(self, status: int, message: str, code: str, request_id: str) -> None:
+    The message is the service's own; `status` is its HTTP status, `param` the field that is wrong.
+    """
+
+    def __init__(self, status: int, message: str, code: str, request_id: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.request_id = status, message, code, request_id
+        self.status, self.message, self.code, self.request_id, self.param = status, message, code, request_id, param

@@ -31,7 +31,7 @@ from lmaas.store.tenants import record_action
 #: `if_changed` has no effect any more: content that is there already never becomes a new version.
 FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
 #: `definition` is the JSON of a base model that does not exist yet, in place of the name of one.
-CHECK_FIELDS = ("base_model", "definition")
+CHECK_FIELDS = ("base_model", "definition", "sha256")
 FORM_OVERHEAD_BYTES = MAX_CONFIG_BYTES + 256 * 1024
 MAX_VERSION = 10**9
 

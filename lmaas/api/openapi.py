@@ -168,6 +168,7 @@ SCHEMAS: dict[str, Schema] = {
         "required": ["adapter_config", "adapter_model"],
         "properties": {
             "base_model": TEXT,
+            "sha256": {"type": "string", "description": "Of adapter_model, in hex; checked if given."},
             "definition": {"type": "string", "description": "In place of base_model: the JSON of a NewBaseModel that does not exist yet."},
             "adapter_config": {"type": "string", "contentMediaType": "application/json"},
             "adapter_model": {"type": "string", "contentMediaType": "application/octet-stream"},
