@@ -60,11 +60,15 @@ def user_name(uid: int) -> str:
 
 def _prepare(home: Path) -> None:
     if not str(home).isprintable():
-        raise SettingsError(f"The path of the home folder has characters that cannot be printed: {str(home)!r}. Set LMAAS_HOME to another one.")
+        raise SettingsError(
+            f"The path of the home folder has characters that cannot be printed: {str(home)!r}. Set LMAAS_HOME to another one."
+        )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     status, user = home.stat(), os.geteuid()
     if user not in (0, status.st_uid):
-        raise SettingsError(f"{home} belongs to {user_name(status.st_uid)}, and you are {user_name(user)}. Set LMAAS_HOME to a folder of your own.")
+        raise SettingsError(
+            f"{home} belongs to {user_name(status.st_uid)}, and you are {user_name(user)}. Set LMAAS_HOME to a folder of your own."
+        )
     # Never take the rights of others away from a folder that serves other purposes, such as /tmp.
     if status.st_mode & OTHERS and not (home / LOCK).exists() and {path.name for path in home.iterdir()} - FOREIGN:
         raise SettingsError(f"{home} holds files of others, and lmaas would make it private. Set LMAAS_HOME to a new or an empty folder.")

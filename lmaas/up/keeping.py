@@ -46,7 +46,7 @@ async def keep_running(kept: Kept, say: Callable[[str], None]) -> NoReturn:
     failures = 0
     while True:
         began = now()
-        while (code := kept.process.poll()) is None:
+        while (code := kept.process.poll()) is None:  # noqa: ASYNC110 (a process has no event)
             await asyncio.sleep(LOOK_EVERY_S)
         failures = 1 if now() - began > LASTED_S else failures + 1
         say(f"{kept.title} {ending(code)}. It is started again {_when(pause_s(failures))}.")
