@@ -63,6 +63,8 @@ def _prepare(home: Path) -> None:
         raise SettingsError(
             f"The path of the home folder has characters that cannot be printed: {str(home)!r}. Set LMAAS_HOME to another one."
         )
+    if home.exists() and not home.is_dir():
+        raise SettingsError(f"{home} is not a folder. Set LMAAS_HOME to one.")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     status, user = home.stat(), os.geteuid()
     if user not in (0, status.st_uid):
