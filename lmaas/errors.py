@@ -42,7 +42,7 @@ class InternalError(LmaasError):
     """Something unexpected. The text is fixed: details go to the log, under the request id."""
 
     def __init__(self) -> None:
-        super().__init__("The server had an error while processing your request. Please quote the x-request-id if you report it.")
+        super().__init__("The server failed to process this request. Report the x-request-id of this response.")
 
 
 class InvalidRequest(LmaasError):
@@ -109,7 +109,7 @@ class MethodNotAllowed(LmaasError):
 
     def __init__(self, allowed: str) -> None:
         """`allowed` are the path's methods, separated by commas."""
-        super().__init__(f"This path does not have this method. Its methods: {allowed}.")
+        super().__init__(f"This path does not support this method. It supports {allowed}.")
         self._allowed = allowed
 
     def headers(self) -> dict[str, str]:
@@ -184,7 +184,9 @@ class RequestFailed(LmaasError):
     kind, status, type, code = "request_failed", HTTPStatus.INTERNAL_SERVER_ERROR, "server_error", "request_failed"
 
     def __init__(self) -> None:
-        super().__init__("The engine failed on the content of this request, so it was not tried again. Please report its x-request-id.")
+        super().__init__(
+            "The engine failed on the content of this request, so it was not retried. Report the x-request-id of this response."
+        )
 
 
 class Quarantined(EngineFailed):

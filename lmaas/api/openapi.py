@@ -275,6 +275,7 @@ DRY_RUN: Schema = {"type": "boolean", "description": "True: check and answer as 
 QUERIES: dict[str, dict[str, Schema]] = {
     **{name: {"dry_run": DRY_RUN} for name in ("create_tenant", "change_tenant", "create_model", "change_model")},
     "list_replicas": {"ended": {"type": "boolean"}},
+    "revoke_key": {"force": {"type": "boolean", "description": "Also the last key of the operators."}},
     "usage_report": {"since": DAY, "until": DAY},
     "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},
