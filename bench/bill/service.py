@@ -1,4 +1,4 @@
-"""Our service with real engines and several pools: one that all tenants share, and one of its own for each tenant."""
+"""A service with real engines and several pools: one that all tenants share, and one of its own for each tenant."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,8 @@ class Places:
 
 @dataclass
 class Service:
-    """A running service. `shared` is the base model of all, `own` has one for each tenant, and `places` say where each asks."""
+    """A running service. `shared` is the base model of all, `own` has one for each tenant, and `places` are where each sends its
+    requests."""
 
     settings: Settings
     db: Database
@@ -79,7 +80,7 @@ class Service:
                 await asyncio.sleep(0.2)
 
     async def replicas(self, models: Sequence[BaseModel]) -> list[Replica]:
-        """All that there ever were of these base models, the newest first."""
+        """Return all replicas of these base models, ended ones too, the newest first."""
         found = [await list_replicas(self.db, base_model_id=model.id, ended=True, limit=None) for model in models]
         return sorted((replica for some in found for replica in some), key=lambda replica: replica.created_at, reverse=True)
 

@@ -1,4 +1,4 @@
-"""Our service as it is run, each part a process of its own: real Postgres and Valkey, a controller, a replica, gateways."""
+"""A service whose parts are processes of their own: real Postgres and Valkey, a controller, a replica, gateways."""
 
 import asyncio
 import sys
@@ -28,7 +28,7 @@ TENANT, ADAPTER = "acme", "json-bot"
 TENANTS = Path(__file__).parents[2] / "tenants"
 #: More than any load has connections, so that a grant never waits.
 SLOTS = 256
-#: Limits that are looked at for every request, and never reached.
+#: Limits that are checked for every request and never reached.
 LIMITS = {
     "requests_per_minute": 100_000_000,
     "tokens_per_minute": 1_000_000_000,
@@ -122,7 +122,7 @@ async def _engine_url(db: Database) -> str:
 
 
 def _prepare(client: ApiClient, gateway: Running) -> tuple[str, list[str]]:
-    """Make the tenants; answers one's key, and the limits that the service takes."""
+    """Create the tenants. Returns the key of one, and the limits that the service accepts."""
     while gateway.process.returncode is None:
         with suppress(SettingsError):
             client.call("GET", "/readyz")
