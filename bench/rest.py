@@ -36,7 +36,7 @@ from lmaas.store.models import BaseModel
 from lmaas.store.scopes import SYSTEM
 from lmaas.types import Principal, TokenCounts
 from lmaas.up.bootstrap import register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 NAME = "tenants_at_rest"
 NAMES = (NAME,)
@@ -174,7 +174,7 @@ async def place(model: Path, folder: Path, tenants: int, adapters: int) -> Async
     given = Settings(home=folder / "home", model=str(model))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         async with AsyncExitStack() as exits:
             db = Database(str(settings.database_url))

@@ -26,7 +26,7 @@ from lmaas.store.replicas import Replica, list_replicas
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import engine_time
 from lmaas.up.bootstrap import ensure_operator_key, register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 ADAPTER = Path(__file__).parents[2] / "tenants" / "adapters" / "acme-json"
 #: A long one would only have a run wait for its end.
@@ -93,7 +93,7 @@ async def service(model: Path, folder: Path, tenants: Sequence[str]) -> AsyncIte
     given = replace(given, engine_args="--no-enable-prefix-caching", port=free_port(), local_cpus=float(1 + len(tenants)))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         db = Database(str(settings.database_url))
         async with AsyncExitStack() as exits:

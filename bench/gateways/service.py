@@ -22,7 +22,7 @@ from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import list_replicas
 from lmaas.up.bootstrap import ensure_operator_key, register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 TENANT, ADAPTER = "acme", "json-bot"
 TENANTS = Path(__file__).parents[2] / "tenants"
@@ -94,7 +94,7 @@ async def service(folder: Path) -> AsyncIterator[Service]:
     )
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         db = Database(str(settings.database_url))
         async with AsyncExitStack() as exits:
