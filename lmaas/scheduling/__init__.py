@@ -1,1 +1,1 @@
-"""The scheduler: tickets, leases and replica slots. Which request runs next, and where, is decided atomically inside Redis (or Valkey)."""
+"""The scheduler: tickets, leases, slots and limits, decided by atomic functions inside Redis (or Valkey), and their client."""
