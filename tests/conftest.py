@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
@@ -17,8 +18,12 @@ from lmaas.store.database import Database, driver_url
 from lmaas.store.migrate import upgrade
 from lmaas.up import embedded
 from lmaas.up.bootstrap import prepare_default_model
+from tests.support.effort import tries
 
 _numbers = itertools.count()
+
+hypothesis.settings.register_profile("lmaas", max_examples=tries(100))
+hypothesis.settings.load_profile("lmaas")
 
 
 @pytest.fixture(scope="session")
