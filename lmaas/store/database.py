@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from lmaas.errors import SettingsError, Unavailable
-from lmaas.store.rights import Role, role_name
+from lmaas.store.rights import DatabaseRole, role_name
 from lmaas.store.scopes import SYSTEM, AnyScope, begin_statement
 
 
@@ -46,7 +46,7 @@ class Database:
     a role, transactions have the login's own rights.
     """
 
-    def __init__(self, url: str, role: Role | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
+    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
         self._role, self._prefix = role, prefix
         self._login = make_url(driver_url(url)).username
         #: What a transaction has to become, unless the login is it already.

@@ -10,9 +10,9 @@ from alembic.config import Config
 from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.exc import OperationalError
 
-from lmaas.errors import Unavailable
+from lmaas.errors import SettingsError, Unavailable
 from lmaas.store.database import driver_url
-from lmaas.store.rights import Role, role_name
+from lmaas.store.rights import LOGINS, DatabaseRole, role_name
 from lmaas.store.roles import adopt, guard, prepare_roles
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 #: Postgres' codes for a lock that did not come, and for two who wait for each other.
 LOCKED = ("55P03", "40P01")
-NO_PASSWORDS: Mapping[Role, str] = {}
+NO_PASSWORDS: Mapping[DatabaseRole, str] = {}
 
 
-def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passwords: Mapping[Role, str] = NO_PASSWORDS) -> None:
+def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passwords: Mapping[DatabaseRole, str] = NO_PASSWORDS) -> None:
     """Run the missing migrations, each of them whole or not at all, and set roles, rights and policies. Two at once wait for each other.
 
     `prefix` begins the roles' names; roles in `passwords` may log in with them. With another `to` than `head`, rights and policies stay
@@ -53,6 +53,18 @@ def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passw
         connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
+
+
+def parse_passwords(text: str) -> dict[DatabaseRole, str]:
+    """Read LMAAS_DATABASE_PASSWORDS: `gateway=…,controller=…`. Raises SettingsError."""
+    found: dict[DatabaseRole, str] = {}
+    for number, part in enumerate(filter(None, text.split(",")), 1):
+        name, separator, password = part.strip().partition("=")
+        if name not in LOGINS or not separator or not password:
+            names = ", ".join(LOGINS)
+            raise SettingsError(f"Entry {number} of LMAAS_DATABASE_PASSWORDS is not `role=password` with one of the roles {names}.")
+        found[DatabaseRole(name)] = password
+    return found
 
 
 def _patiently(connection: Connection, config: Config, to: str, prefix: str) -> None:
@@ -83,7 +95,7 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
     connection.commit()
     adopt(connection, prefix)
     # What is made from here on belongs to the owner.
-    connection.execute(text(f"SET ROLE {role_name(prefix, Role.OWNER)}"))
+    connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
     connection.commit()
     command.upgrade(config, to)
     if to == "head":

@@ -11,7 +11,7 @@ from enum import StrEnum
 from lmaas.types import Limits
 
 
-class Role(StrEnum):
+class DatabaseRole(StrEnum):
     """A role's name after the prefix of the service, `lmaas_` by default."""
 
     #: Owns every table, and never logs in.
@@ -33,12 +33,21 @@ class Role(StrEnum):
     CONSOLE = "console"
 
 
+(OWNER, MIGRATOR, GATEWAY, OPERATOR, AUTHENTICATOR, CLAIMS, CONTROLLER, REPLICA, JOBS, CONSOLE) = DatabaseRole
+
 #: The roles that processes log in as. The others never log in.
-LOGINS = (Role.MIGRATOR, Role.GATEWAY, Role.CONTROLLER, Role.REPLICA, Role.JOBS, Role.CONSOLE)
+LOGINS = (
+    MIGRATOR,
+    GATEWAY,
+    CONTROLLER,
+    REPLICA,
+    JOBS,
+    CONSOLE,
+)
 #: Roles that a role may assume for a transaction. It does not inherit their rights: without `SET LOCAL ROLE` it has none of them.
-ASSUMES: Mapping[Role, tuple[Role, ...]] = {Role.GATEWAY: (Role.OPERATOR, Role.AUTHENTICATOR, Role.CLAIMS)}
+ASSUMES: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {GATEWAY: (OPERATOR, AUTHENTICATOR, CLAIMS)}
 #: Roles whose rights a role inherits.
-INHERITS: Mapping[Role, tuple[Role, ...]] = {Role.MIGRATOR: (Role.OWNER,)}
+INHERITS: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {MIGRATOR: (OWNER,)}
 
 #: Which rows. `current_setting` is stable: the planner evaluates it once, and reads an index with it.
 TENANT = "current_setting('lmaas.tenant', true)"
@@ -70,88 +79,98 @@ _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at",
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
-TENANTS: Mapping[str, Mapping[Role, tuple[Grant, ...]]] = {
+TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "tenants": {
-        Role.GATEWAY: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
-        Role.AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
-        Role.OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        GATEWAY: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
+        AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
     },
     "api_keys": {
-        Role.GATEWAY: (
+        GATEWAY: (
             # No tenant's own request reads a hash, or makes an operator.
             Grant("SELECT", OWN, _KEY),
             Grant("INSERT", check=f"{OWN} AND role <> 'operator'"),
             Grant("UPDATE", OWN, ("revoked_at", *_LIMITS)),
         ),
-        Role.AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
-        Role.OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
+        AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
+        OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
     },
     "adapters": {
-        Role.GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN, ("live_version",)), Grant("DELETE", OWN)),
-        Role.OPERATOR: (Grant("SELECT"), Grant("DELETE")),
+        GATEWAY: (
+            Grant("SELECT", OWN),
+            Grant("INSERT", check=OWN),
+            Grant("UPDATE", OWN, ("live_version",)),
+            Grant("DELETE", OWN),
+        ),
+        OPERATOR: (Grant("SELECT"), Grant("DELETE")),
     },
     "adapter_versions": {
-        Role.GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
-        Role.OPERATOR: (Grant("SELECT"),),
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
+        OPERATOR: (Grant("SELECT"),),
     },
     "usage_events": {
-        Role.GATEWAY: (Grant("SELECT", OWN),),
-        Role.OPERATOR: (Grant("SELECT"),),
+        GATEWAY: (Grant("SELECT", OWN),),
+        OPERATOR: (Grant("SELECT"),),
         # An event changes only if it stands in for one that was lost.
-        Role.CONTROLLER: (Grant("SELECT", ALL, ("request_id", "status")), Grant("INSERT"), Grant("UPDATE", "status = 'lost'", check=ALL)),
+        CONTROLLER: (
+            Grant("SELECT"),
+            Grant("INSERT"),
+            Grant("UPDATE", "status = 'lost'", check=ALL),
+        ),
     },
     "idempotency": {
-        Role.GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
-        Role.CLAIMS: (Grant("SELECT", ALL, ("tenant_id", "key", "request_id", "state")), Grant("UPDATE", ALL, ("seen_at",))),
-        Role.OPERATOR: (Grant("SELECT", ALL, ("tenant_id",)), Grant("DELETE")),
-        Role.CONTROLLER: (Grant("SELECT"), Grant("DELETE"), lock("key")),
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        CLAIMS: (Grant("SELECT", ALL, ("tenant_id", "key", "request_id", "state")), Grant("UPDATE", ALL, ("seen_at",))),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id",)), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"), Grant("DELETE"), lock("key")),
     },
     "audit_log": {
-        Role.GATEWAY: (Grant("INSERT", check=OWN),),
-        Role.OPERATOR: (Grant("SELECT"), Grant("INSERT")),
+        # It can be added to, and never changed.
+        GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT")),
     },
 }
 
 #: Tables without tenants. Those with row-level security have it for their locks.
-SHARED: Mapping[str, Mapping[Role, tuple[Grant, ...]]] = {
+SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "base_models": {
-        Role.GATEWAY: (Grant("SELECT"), lock("id")),
-        Role.OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
-        Role.CONTROLLER: (Grant("SELECT"), lock("id")),
-        Role.REPLICA: (Grant("SELECT"),),
-        Role.JOBS: (Grant("SELECT"),),
-        Role.CONSOLE: (Grant("SELECT"),),
+        GATEWAY: (Grant("SELECT"), lock("id")),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        CONTROLLER: (Grant("SELECT"), lock("id")),
+        REPLICA: (Grant("SELECT"),),
+        JOBS: (Grant("SELECT"),),
+        CONSOLE: (Grant("SELECT"),),
     },
     "pool_states": {
-        Role.GATEWAY: (Grant("SELECT"),),
-        Role.OPERATOR: (Grant("SELECT"),),
-        Role.CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        GATEWAY: (Grant("SELECT"),),
+        OPERATOR: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
     },
     "replicas": {
-        Role.GATEWAY: (Grant("SELECT"),),
-        Role.OPERATOR: (Grant("SELECT"), Grant("UPDATE", ALL, ("desired",))),
-        Role.CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("desired", *_OBSERVED))),
-        Role.REPLICA: (Grant("SELECT"), Grant("UPDATE", ALL, _OBSERVED)),
+        GATEWAY: (Grant("SELECT"),),
+        OPERATOR: (Grant("SELECT"), Grant("UPDATE", ALL, ("desired",))),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("desired", *_OBSERVED))),
+        REPLICA: (Grant("SELECT"), Grant("UPDATE", ALL, _OBSERVED)),
     },
     "engine_time": {
-        Role.OPERATOR: (Grant("SELECT"),),
-        Role.CONTROLLER: (Grant("SELECT"),),
-        Role.REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
+        OPERATOR: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT"),),
+        REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
     },
     # Only triggers write it, as the owner.
-    "changes": {Role.GATEWAY: (Grant("SELECT"),), Role.JOBS: (Grant("SELECT"),)},
+    "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},
     "alembic_version": {},
 }
 #: Tables without tenants that have row-level security, since some roles may lock their rows and not change them.
 LOCKED_ONLY = frozenset({"base_models"})
 #: Sequences behind the columns that these roles insert into.
-SEQUENCES: Mapping[str, tuple[Role, ...]] = {"audit_log_id_seq": (Role.GATEWAY, Role.OPERATOR)}
+SEQUENCES: Mapping[str, tuple[DatabaseRole, ...]] = {"audit_log_id_seq": (GATEWAY, OPERATOR)}
 
-TABLES: Mapping[str, Mapping[Role, tuple[Grant, ...]]] = {**TENANTS, **SHARED}
+TABLES: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {**TENANTS, **SHARED}
 GUARDED = frozenset({*TENANTS, *LOCKED_ONLY})
 
 
-def role_name(prefix: str, role: Role) -> str:
+def role_name(prefix: str, role: DatabaseRole) -> str:
     """Return the name of a role in the database cluster."""
     return f"{prefix}_{role.value}"
 
@@ -173,7 +192,7 @@ def policies(prefix: str, table: str) -> dict[str, str]:
     if table not in GUARDED:
         return {}
     # Data migrations and foreign keys need all rows. No process is the owner.
-    found = {"owner_all": f"FOR ALL TO {role_name(prefix, Role.OWNER)} USING (true) WITH CHECK (true)"}
+    found = {"owner_all": f"FOR ALL TO {role_name(prefix, OWNER)} USING (true) WITH CHECK (true)"}
     for role, grants in TABLES[table].items():
         for grant in grants:
             clauses = f"FOR {grant.command} TO {role_name(prefix, role)}"

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import ProgrammingError
 
 from lmaas.errors import SettingsError
-from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, TABLES, Role, policies, privileges, role_name
+from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, TABLES, DatabaseRole, policies, privileges, role_name
 
 #: Postgres' code for what the login may not do.
 _FORBIDDEN = "42501"
@@ -54,7 +54,7 @@ _POLICIES = text(
 )
 
 
-def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[Role, str]) -> None:
+def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[DatabaseRole, str]) -> None:
     """Create the roles that are missing and give them to each other; set the passwords that are given.
 
     Raises SettingsError with the statements for an administrator if the login may not create roles.
@@ -70,7 +70,7 @@ def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[Role, 
 
 def adopt(connection: Connection, prefix: str) -> None:
     """Give every table to the owner's role."""
-    owner = role_name(prefix, Role.OWNER)
+    owner = role_name(prefix, DatabaseRole.OWNER)
     database = connection.execute(text("SELECT quote_ident(current_database())")).scalar_one()
     needs = [(name, "has_schema_privilege(:role, 'public', 'USAGE')", "USAGE ON SCHEMA public") for name in _names(prefix)]
     needs += [(owner, "has_schema_privilege(:role, 'public', 'CREATE')", "CREATE ON SCHEMA public")]
@@ -112,7 +112,7 @@ def guard(connection: Connection, prefix: str) -> None:
 
 
 def _grant(connection: Connection, prefix: str) -> None:
-    ours, wanted = {role_name(prefix, role) for role in Role if role is not Role.OWNER} | {"public"}, privileges(prefix)
+    ours, wanted = {role_name(prefix, role) for role in DatabaseRole if role is not DatabaseRole.OWNER} | {"public"}, privileges(prefix)
     with connection.begin():
         sequences = {row[0] for row in connection.execute(text("SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"))}
         # A right that is taken from a table is taken from its columns too: what is left is read again.
@@ -125,7 +125,7 @@ def _grant(connection: Connection, prefix: str) -> None:
 
 
 def _names(prefix: str) -> list[str]:
-    return [role_name(prefix, role) for role in Role]
+    return [role_name(prefix, role) for role in DatabaseRole]
 
 
 def _missing(connection: Connection, prefix: str) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _missing(connection: Connection, prefix: str) -> Iterator[str]:
     names = _names(prefix)
     known = {row[0]: row for row in connection.execute(_ROLES, {"names": names})}
     login, is_super = connection.execute(text("SELECT session_user, rolsuper FROM pg_roles WHERE rolname = session_user")).one()
-    for role in Role:
+    for role in DatabaseRole:
         name = role_name(prefix, role)
         inherit = "INHERIT" if role in INHERITS else "NOINHERIT"
         if name not in known:
@@ -147,8 +147,8 @@ def _missing(connection: Connection, prefix: str) -> Iterator[str]:
         return
     # One login for everything: it assumes the roles, and keeps what it could do as the owner, for the release that still runs.
     quoted = connection.execute(text("SELECT quote_ident(session_user)")).scalar_one()
-    for role in Role:
-        if role is not Role.MIGRATOR and not _may_act_as(connection, {*known, login}, login, role_name(prefix, role)):
+    for role in DatabaseRole:
+        if role is not DatabaseRole.MIGRATOR and not _may_act_as(connection, {*known, login}, login, role_name(prefix, role)):
             yield f"GRANT {role_name(prefix, role)} TO {quoted}"
 
 

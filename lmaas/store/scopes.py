@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from psycopg.sql import Literal
 
-from lmaas.store.rights import Role, role_name
+from lmaas.store.rights import DatabaseRole, role_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,15 +12,15 @@ class Scope:
     """A scope that belongs to no tenant. `role` is what the transaction acts as instead of the process's own role."""
 
     name: str
-    role: Role | None = None
+    role: DatabaseRole | None = None
 
 
 #: A process's own work: tables without tenants, and what its database role may do for all tenants.
 SYSTEM = Scope("system")
 #: An operator's work: the rows of all tenants.
-OPERATOR = Scope("operator", Role.OPERATOR)
+OPERATOR = Scope("operator", DatabaseRole.OPERATOR)
 #: Signs of life for the running idempotency claims of all tenants.
-CLAIMS = Scope("claims", Role.CLAIMS)
+CLAIMS = Scope("claims", DatabaseRole.CLAIMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def scope_of(tenant_id: str | None) -> AnyScope:
     return OPERATOR if tenant_id is None else tenant_id
 
 
-def begin_statement(scope: AnyScope, prefix: str, acts_as: Role | None) -> str:
+def begin_statement(scope: AnyScope, prefix: str, acts_as: DatabaseRole | None) -> str:
     """Return the SQL that begins a transaction in `scope`: one message, whose settings end with the transaction.
 
     `acts_as` is the process's role if its login is another one. Raises ValueError for an empty id.
@@ -48,7 +48,7 @@ def begin_statement(scope: AnyScope, prefix: str, acts_as: Role | None) -> str:
     if isinstance(scope, Scope):
         role = scope.role or acts_as
     elif isinstance(scope, KeyScope):
-        role, setting = Role.AUTHENTICATOR, f"; SET LOCAL lmaas.key_hash = {_quoted(scope.key_hash)}"
+        role, setting = DatabaseRole.AUTHENTICATOR, f"; SET LOCAL lmaas.key_hash = {_quoted(scope.key_hash)}"
     elif scope == "":
         raise ValueError("A tenant's id is empty.")
     else:
