@@ -9,6 +9,7 @@ import click
 
 from lmaas import config
 from lmaas.admission.tiers import TIERS
+from lmaas.cli.apply import apply
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
@@ -79,22 +80,7 @@ for process in PROCESSES:
 # Operators
 
 
-@cli.command()
-@click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@pass_context
-def apply(context: Context, folder: Path) -> None:
-    """Make the service match the manifests in FOLDER. Running it again changes nothing."""
-    from lmaas.manifests.apply import apply as apply_manifests
-    from lmaas.manifests.apply import read_folder
-    from lmaas.manifests.models import read_models
-
-    manifests, models = read_folder(folder), read_models(folder)
-    if not manifests and not models:
-        raise click.UsageError(f"There are no manifests (*.yaml) in {folder}.")
-    changes = apply_manifests(manifests, context.client(), models)
-    context.show(
-        [{"thing": change.thing, "name": change.name, "outcome": change.outcome} for change in changes], ("thing", "name", "outcome")
-    )
+cli.add_command(apply)
 
 
 @cli.group()

@@ -1,0 +1,164 @@
+"""Tickets, heartbeats and a look inside the scheduler's keys, for its tests."""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lmaas.errors import LmaasError, OverLimit
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
+from lmaas.scheduling.leases import Leases, OpenTicket
+from lmaas.scheduling.states import RetryReason
+from lmaas.states import Observed
+
+KEY = "lmaas:{p}"
+EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+
+
+def ticket(number: int, tenant: str = "a", adapter: str = "", weight: int = 1, gateway: str = "g") -> Ticket:
+    """A ticket of pool `p`."""
+    event = json.dumps(EVENT | {"request_id": f"r{number}", "tenant_id": tenant})
+    return Ticket(f"r{number}", "p", tenant, gateway, adapter, f"src/{adapter}", weight, event)
+
+
+def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident: tuple[str, ...] = (), cleared: bool = False) -> Beat:
+    """A heartbeat."""
+    return Beat("http://engine", slots, adapter_slots, Observed(state), list(resident), cleared)
+
+
+@asynccontextmanager
+async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
+    """The library with smaller constants, so that leases expire while a test waits."""
+    text = library()
+    for name, value in constants.items():
+        before, after = text.split(f"local {name} = ", 1)
+        text = f"{before}local {name} = {value} --{after}"
+    usual, other = vars(scheduler).copy(), vars(Scheduler(scheduler.redis, text))
+    vars(scheduler).update(other)
+    try:
+        yield
+    finally:
+        vars(scheduler).update(usual)
+
+
+class Pool:
+    """The pool `p` of a scheduler, and what is stored of it."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.redis = scheduler.redis
+
+    async def beat(self, replica: str = "x", **facts: Any) -> dict[str, Any]:
+        """A heartbeat of a replica."""
+        return await self.scheduler.heartbeat("p", replica, beat(**facts))
+
+    async def submit(self, *tickets: Ticket, max_queued: int = 1000) -> list[str]:
+        """The states that the tickets got."""
+        return [(await self.scheduler.submit(each, Bounds(max_queued, 10_000)))["state"] for each in tickets]
+
+    async def release(self, *numbers: int) -> list[bool]:
+        """Release tickets by number, without an event; each has used a token of each kind."""
+        return [await self.scheduler.release(ticket(number), "", None, "1,0,1") for number in numbers]
+
+    async def retry(
+        self, number: int, replica: str = "x", reason: RetryReason = RetryReason.ENGINE, attempt: int | None = None
+    ) -> dict[str, Any]:
+        """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
+        now = (await self.tickets()).get(f"r{number}", {}).get("attempts", 0)
+        return await self.scheduler.retry(ticket(number), replica, reason, now if attempt is None else attempt)
+
+    async def tickets(self) -> dict[str, dict[str, Any]]:
+        """Every ticket, by id."""
+        stored: Any = await self.redis.hgetall(f"{KEY}:tickets")
+        return {name: json.loads(text) for name, text in stored.items()}
+
+    async def replicas(self) -> dict[str, dict[str, Any]]:
+        """Every replica, by id."""
+        stored: Any = await self.redis.hgetall(f"{KEY}:replicas")
+        return {name: json.loads(text) for name, text in stored.items()}
+
+    async def states(self) -> dict[str, str]:
+        """Ticket id → state."""
+        return {name: each["state"] for name, each in (await self.tickets()).items()}
+
+    async def placed(self) -> set[str]:
+        """The tickets that hold a slot."""
+        return {name for name, state in (await self.states()).items() if state in ("granted", "loading")}
+
+    async def events(self) -> list[dict[str, Any]]:
+        """The usage events so far."""
+        entries: Any = await self.redis.xrange(f"{KEY}:usage")
+        return [json.loads(fields["event"]) for _, fields in entries]
+
+    async def check(self) -> None:
+        """Raises AssertionError if what is stored contradicts itself."""
+        tickets, replicas = await self.tickets(), await self.replicas()
+        queued = {name for name, each in tickets.items() if each["state"] == "queued"}
+        for name, replica in replicas.items():
+            here = [each for each in tickets.values() if each.get("replica") == name and each["state"] in ("granted", "loading")]
+            assert replica["load"] == sum(each["held"] for each in here), name
+            assert replica["load"] <= replica["slots"], name
+            running: dict[str, int] = {}
+            for each in here:
+                if each["adapter"]:
+                    running[each["adapter"]] = running.get(each["adapter"], 0) + 1
+            assert replica["running"] == running, name
+            assert len(running) <= replica["adapter_slots"], name
+            loading = {each["id"]: each["adapter"] for each in here if each["state"] == "loading"}
+            assert {one: adapter for adapter, load in replica["loading"].items() for one in load["tickets"]} == loading, name
+        assert set(await self.redis.zrange(f"{KEY}:queue", 0, -1)) == queued
+        front = set(await self.redis.zrange(f"{KEY}:front", 0, -1))
+        assert front <= queued
+        by_tenant: dict[str, set[str]] = {}
+        for name in queued - front:
+            by_tenant.setdefault(tickets[name]["tenant"], set()).add(name)
+        assert set(await self.redis.zrange(f"{KEY}:waiting", 0, -1)) == set(by_tenant)
+        assert set(await self.redis.hkeys(f"{KEY}:sequences")) == set(by_tenant)
+        lists = {key async for key in self.redis.scan_iter(f"{KEY}:queue:*")}
+        assert lists == {f"{KEY}:queue:{tenant}" for tenant in by_tenant}
+        for tenant, names in by_tenant.items():
+            assert set(await self.redis.zrange(f"{KEY}:queue:{tenant}", 0, -1)) == names
+        assert set(await self.redis.hkeys(f"{KEY}:needs")) == queued
+        assert set(await self.redis.hkeys(f"{KEY}:passed")) <= queued
+        assert set(await self.redis.zrange(f"{KEY}:expiry", 0, -1)) == set(tickets)
+        assert set(await self.redis.hkeys(f"{KEY}:progress")) <= set(tickets)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Terms that refuse with what they are told."""
+
+    bounds: Bounds
+
+    async def seeds(self, scopes: Sequence[str], month: int) -> dict[str, Seed]:
+        return {scope: Seed(month, 0, 0) for scope in scopes}
+
+    def refusal(self, report: Mapping[str, Any]) -> LmaasError:
+        return OverLimit(str(report["state"]), code=str(report["state"]))
+
+
+class Used:
+    """A usage record that says what it is told."""
+
+    def __init__(self, name: str = "r1", run_ms: int | None = 100) -> None:
+        self.name, self.run_ms, self.tokens = name, run_ms, 0
+
+    def progress(self) -> str:
+        return f"5,0,{self.tokens}"
+
+    def event(self) -> str:
+        return json.dumps({"request_id": self.name, "completion_tokens": self.tokens})
+
+
+@asynccontextmanager
+async def opened(
+    leases: Leases, one: Ticket | None = None, used: Used | None = None, max_queued: int = 10, deadline_s: float = 10
+) -> AsyncIterator[OpenTicket]:
+    one = one or ticket(1)
+    async with leases.open(one, used or Used(one.id), Room(Bounds(max_queued, 10_000)), deadline_s=deadline_s) as each:
+        yield each
+
+
+async def ids(pool: Pool) -> list[str]:
+    return [event["request_id"] for event in await pool.events()]
