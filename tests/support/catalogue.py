@@ -38,14 +38,14 @@ _MEMBERS = """
 """
 
 
-async def faults(connection: AsyncConnection) -> list[str]:
+async def faults(connection: AsyncConnection, prefix: str = "lmaas") -> list[str]:
     """Return what is not as `lmaas.store.rights` says, in sentences; none if tenancy holds."""
-    return [fault async for fault in _faults(connection)]
+    return [fault async for fault in _faults(connection, prefix)]
 
 
-async def _faults(connection: AsyncConnection):  # type: ignore[no-untyped-def]
-    ours = {role_name("lmaas", role): role for role in DatabaseRole}
-    owner = role_name("lmaas", DatabaseRole.OWNER)
+async def _faults(connection: AsyncConnection, prefix: str):  # type: ignore[no-untyped-def]
+    ours = {role_name(prefix, role): role for role in DatabaseRole}
+    owner = role_name(prefix, DatabaseRole.OWNER)
     rows = (await connection.execute(text(_TABLES))).all()
     for table, table_owner, forced, has_tenant in rows:
         if table not in TABLES:
@@ -71,10 +71,10 @@ async def _faults(connection: AsyncConnection):  # type: ignore[no-untyped-def]
         if command not in name.upper():
             yield f"the policy {name} of {table} is for {command}"
     for table in TABLES:
-        if found.get(table, set()) != set(policies("lmaas", table)):
+        if found.get(table, set()) != set(policies(prefix, table)):
             yield f"the policies of {table} are {sorted(found.get(table, ()))}"
     granted = {tuple(row) for row in (await connection.execute(text(_PRIVILEGES))).all() if row[1] != owner}
-    for verb, rights in (("has gained", granted - privileges("lmaas")), ("lacks", privileges("lmaas") - granted)):
+    for verb, rights in (("has gained", granted - privileges(prefix)), ("lacks", privileges(prefix) - granted)):
         for table, role, command, column in sorted(rights):
             yield f"{role} {verb} {command} on {table} {column}".rstrip()
     for role, powerful in (await connection.execute(text(_ROLES))).all():
@@ -83,15 +83,15 @@ async def _faults(connection: AsyncConnection):  # type: ignore[no-untyped-def]
     for role, thing in (await connection.execute(text(_OWNED))).all():
         if role in ours and role != owner:
             yield f"{role} owns {thing}"
-    for fault in _wrong_members([tuple(row) for row in (await connection.execute(text(_MEMBERS))).all()], ours):
+    for fault in _wrong_members([tuple(row) for row in (await connection.execute(text(_MEMBERS))).all()], ours, prefix):
         yield fault
 
 
-def _wrong_members(members: list[tuple[str, str, bool]], ours: dict[str, DatabaseRole]) -> Iterator[str]:
+def _wrong_members(members: list[tuple[str, str, bool]], ours: dict[str, DatabaseRole], prefix: str) -> Iterator[str]:
     known = {(granted, member): inherits for granted, member, inherits in members if granted in ours and member in ours}
     wanted = {(granted, role): False for role, several in ASSUMES.items() for granted in several}
     wanted |= {(granted, role): True for role, several in INHERITS.items() for granted in several}
-    named = {(role_name("lmaas", granted), role_name("lmaas", role)): inherits for (granted, role), inherits in wanted.items()}
+    named = {(role_name(prefix, granted), role_name(prefix, role)): inherits for (granted, role), inherits in wanted.items()}
     for pair in known.keys() | named.keys():
         if known.get(pair) != named.get(pair):
             yield f"{pair[1]} is a member of {pair[0]}: {known.get(pair)}, not {named.get(pair)}"
