@@ -37,7 +37,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
     for name, bar in ((ALWAYS_ON, 0.02), (DEDICATED, 0.25)):
         if name in wanted:
             detail = summary([day[name] for day in days])
-            on_engines = _on_engines(name, checks)
+            on_engines = on_engines_of(name, checks)
             yield Bar(name, detail["median"], "<=", bar, {**detail, "days": days, "short trace on real engines": on_engines})
 
 
@@ -82,7 +82,7 @@ def _day(seed: int, profile: Profile, redis: Redis, say: Say) -> dict[str, Any]:
     return day
 
 
-def _on_engines(name: str, checks: dict[str, Any]) -> dict[str, Any]:
+def on_engines_of(name: str, checks: dict[str, Any]) -> dict[str, Any]:
     """The same ratio on the short trace: really, and as simulated."""
     shared, own = checks[Arrangement.SHARED], checks[Arrangement.SCALE_TO_ZERO]
     requests = trace()

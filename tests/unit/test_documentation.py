@@ -21,7 +21,7 @@ CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
 QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|requirements)/[\w./*-]+)`")
 #: What commands write, and what users may add.
-WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/*.yaml"})
+WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/", "tenants/models/*.yaml"})
 MODULE = re.compile(r"[\w/]+\.(?:py|lua)\b")
 
 

@@ -210,7 +210,7 @@ async def test_the_command_prints_what_the_api_says(stack: Stack, operator: http
     lines = (await lmaas("cogs")).splitlines()
     assert lines[0].split()[:5] == ["day", "tenant", "base", "model", "adapter"]
     assert len(lines) == 1 + len(found["data"]) + 1
-    assert "(nobody)" in lines[-2]
+    assert "(no tenant)" in lines[-2]
     cost = found["total"]["cost_microusd"]
     assert lines[-1].startswith("total")
     assert f"{cost // 10**6}.{cost % 10**6:06d}" in lines[-1]
