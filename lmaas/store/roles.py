@@ -138,7 +138,7 @@ def _missing(connection: Connection, prefix: str) -> Iterator[str]:
         inherit = "INHERIT" if role in INHERITS else "NOINHERIT"
         if name not in known:
             yield f"CREATE ROLE {name} {'LOGIN' if role in LOGINS else 'NOLOGIN'} {inherit}"
-        elif known[name][2] != (role in INHERITS):
+        elif role in (*ASSUMES, *INHERITS) and known[name][2] != (role in INHERITS):
             yield f"ALTER ROLE {name} {inherit}"
     for role, granted in [(role, one) for table in (ASSUMES, INHERITS) for role, several in table.items() for one in several]:
         if not _may_act_as(connection, known, role_name(prefix, role), role_name(prefix, granted)):

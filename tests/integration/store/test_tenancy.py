@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Delete, Engine, Select, Table, Update, delete, event, insert, select, text, update
+from sqlalchemy import Connection, Engine, Table, delete, event, insert, select, text, true, update
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.sql import operators, visitors
-from sqlalchemy.sql.elements import BooleanClauseList, ColumnElement
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
 
 from lmaas.audit import Action, Audit
 from lmaas.store import adapters, audit, idempotency, tenants, usage
@@ -365,22 +365,18 @@ def _functions(module: ModuleType) -> Iterator[tuple[str, Any]]:
 def forgetting(both: Both, login: str = "lmaas_gateway") -> Iterator[None]:
     """Take every condition on a tenant out of what gateways execute."""
 
-    def keep(criterion: ColumnElement[bool]) -> list[ColumnElement[bool]]:
-        if isinstance(criterion, BooleanClauseList) and criterion.operator is operators.and_:
-            return [each for clause in criterion.clauses for each in keep(clause)]
-        columns = [element for element in visitors.iterate(criterion) if element.__visit_name__ == "column"]
-        if any(column.name == "tenant_id" or str(column) == "tenants.id" for column in columns):  # type: ignore[attr-defined]
-            both.forgotten.append(str(criterion))
-            return []
-        return [criterion]
-
-    def strip(statement: Select[Any] | Update | Delete) -> None:
-        kept = [each for criterion in statement._where_criteria for each in keep(criterion)]
-        statement._where_criteria = tuple(kept)
+    def without(element: Any, **_: Any) -> Any:
+        if not isinstance(element, BinaryExpression) or not isinstance(element.right, BindParameter):
+            return None
+        column = str(element.left)
+        if not column.endswith(".tenant_id") and column != "tenants.id":
+            return None
+        both.forgotten.append(str(element))
+        return true()
 
     def forget(connection: Connection, statement: Any, several: Any, single: Any, options: Any) -> Any:
         if connection.engine.url.username == login:
-            statement = visitors.cloned_traverse(statement, {}, {"select": strip, "update": strip, "delete": strip})
+            statement = visitors.replacement_traverse(statement, {}, without)
         return statement, several, single
 
     event.listen(Engine, "before_execute", forget, retval=True)
