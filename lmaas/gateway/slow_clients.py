@@ -23,7 +23,7 @@ OTHER_FILES = 256 + SURPLUS
 
 
 class RequestTimeout(InvalidRequest):
-    """The request did not come in time."""
+    """The request did not arrive in time."""
 
     kind, status, code, retryable = "request_timeout", HTTPStatus.REQUEST_TIMEOUT, "request_timeout", True
 
