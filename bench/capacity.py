@@ -22,11 +22,13 @@ from lmaas.control.controller import Controller
 from lmaas.metering.usage import UsageRecord
 from lmaas.metering.writer import write_events
 from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Scheduler, Seed, Ticket, connect
+from lmaas.scheduling.states import TicketState
 from lmaas.states import Observed, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, observe
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import Tenant, create_tenant
 from lmaas.types import Resources
 from lmaas.up import embedded
@@ -109,7 +111,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     information: Any = await redis.info("server")
     server = psutil.Process(int(information["process_id"]))
     adapter = ticket(0).adapter
-    beat = Beat("http://10.0.0.1:8000", 10**6, 8, "ready", [adapter])
+    beat = Beat("http://10.0.0.1:8000", 10**6, 8, Observed.READY, [adapter])
     month = time.gmtime().tm_year * 100 + time.gmtime().tm_mon
     seeds = {scope.id: Seed(month, 0, 0) for scope in SCOPES}
     await scheduler.heartbeat(POOL, "rep_0", beat)
@@ -130,7 +132,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
         figures[name] = (cpu_s(server) - before) / calls * 1e6
 
     async def submit(number: int) -> None:
-        if (await scheduler.submit(tickets[number], BOUNDS))["state"] != "granted":
+        if (await scheduler.submit(tickets[number], BOUNDS))["state"] != TicketState.GRANTED:
             raise RuntimeError("a request with a free slot was not granted")
 
     async def release(number: int) -> None:
@@ -147,7 +149,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     await measure("release, with its event", CALLS, release)
     # One slot: all wait.
     await redis.flushall()
-    await scheduler.heartbeat(POOL, "rep_0", Beat("http://10.0.0.1:8000", 1, 8, "ready", [adapter]))
+    await scheduler.heartbeat(POOL, "rep_0", Beat("http://10.0.0.1:8000", 1, 8, Observed.READY, [adapter]))
     await first(tickets[0])
 
     async def memory() -> int:
@@ -174,7 +176,7 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
     while await write_events(redis, db, POOL):
         pass
     took = time.perf_counter() - began
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         size, rows = (await connection.execute(text("SELECT pg_total_relation_size('usage_events'), count(*) FROM usage_events"))).one()
     return {
         "events a second, one writer (wall clock)": EVENTS / took,
@@ -188,7 +190,7 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
 async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable[[], float]) -> dict[str, float]:
     """What a tick costs with many pools and replicas, all ready and none in need of anything."""
     await redis.flushall()
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
     scheduler, names = Scheduler(redis), Names()
     for pool in range(POOLS):
@@ -200,7 +202,7 @@ async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable
             await add_replica(db, replica, model.id)
             await observe(db, replica, Observed.READY, url="http://10.0.0.1:8000")
             names.replicas[replica] = model.id
-            await scheduler.heartbeat(model.id, replica, Beat("http://10.0.0.1:8000", 16, 8, "ready", []))
+            await scheduler.heartbeat(model.id, replica, Beat("http://10.0.0.1:8000", 16, 8, Observed.READY, []))
     information: Any = await redis.info("server")
     valkey = psutil.Process(int(information["process_id"]))
     controller = Controller(settings, db, scheduler, names)

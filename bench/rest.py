@@ -28,10 +28,12 @@ from lmaas.keys import PREFIX
 from lmaas.metering.usage import UsageRecord
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket, connect
 from lmaas.scheduling.leases import Leases
-from lmaas.states import UsageStatus
+from lmaas.scheduling.states import NoTicket
+from lmaas.states import Observed, UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel
+from lmaas.store.scopes import SYSTEM
 from lmaas.types import Principal
 from lmaas.up.bootstrap import register_model
 from lmaas.up.stack import embedded_servers
@@ -107,8 +109,8 @@ class Place:
         if self.replica:
             await self.scheduler.deregister(self.model.id, self.replica)
         self.replica = f"rest-{number}"
-        beat = Beat("http://127.0.0.1:9", 256, 256, "ready", sorted(adapters))
-        await self.scheduler.heartbeat(self.model.id, self.replica, replace(beat, state="starting"))
+        beat = Beat("http://127.0.0.1:9", 256, 256, Observed.READY, sorted(adapters))
+        await self.scheduler.heartbeat(self.model.id, self.replica, replace(beat, state=Observed.STARTING))
         await self.scheduler.heartbeat(self.model.id, self.replica, beat)
 
 
@@ -182,7 +184,7 @@ async def place(model: Path, folder: Path, tenants: int, adapters: int) -> Async
             exits.push_async_callback(redis.aclose)
             numbers = {"tenants": tenants, "adapters": adapters, "events": EVENTS, "model": base.id, "prefix": PREFIX}
             for statement in POPULATE:
-                async with db.begin() as connection:
+                async with db.begin(SYSTEM) as connection:
                     used = {name: value for name, value in numbers.items() if f":{name}" in statement}
                     await connection.execute(text(statement), used)
             made = Place(db, Scheduler(redis), base, tenants, adapters)
@@ -203,7 +205,7 @@ async def _asked(made: Place, door: "Door", tenant: int) -> None:
     record = UsageRecord(new_id("req"), principal.tenant_id, principal.key_id, made.model.name, "bot-0", None, None, stream=True)
     ticket = _ticket(record, principal, made.model.id, "", "bench")
     report = await made.scheduler.submit(ticket, BOUNDS)
-    if report["state"] == "unseeded":
+    if report["state"] == NoTicket.UNSEEDED:
         seeds = await Months(made.db).seeds(ticket.tenant, report["scopes"], report["month"])
         await made.scheduler.submit(ticket, BOUNDS, seeds=seeds)
     await made.scheduler.release(ticket, "", 100, "100,0,50")

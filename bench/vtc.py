@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
+from lmaas.scheduling.states import TicketState
+from lmaas.states import Observed
 
 #: What a prompt token and a completion token count.
 WP, WQ = 1, 2
@@ -65,13 +67,13 @@ class Calls:
             completion_tokens=job.allowed,
         )
         self._tickets[job.id] = ticket
-        return bool((await self._scheduler.submit(ticket, Bounds(10_000, 10_000)))["state"] == "granted")
+        return bool((await self._scheduler.submit(ticket, Bounds(10_000, 10_000)))["state"] == TicketState.GRANTED)
 
     async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
         """Keep jobs alive and say how far they are; the ids of those that run."""
         told = [(job.id, f"{job.prompt},0,{job.made}" if progress and job.made else "") for job in jobs]
         reply = await self._scheduler.renew(self._pool, told)
-        return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == "granted"}
+        return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == TicketState.GRANTED}
 
     async def release(self, job: Job) -> None:
         """A job has ended."""
@@ -80,7 +82,9 @@ class Calls:
 
     async def beat(self, resident: list[str]) -> None:
         """The engine lives."""
-        await self._scheduler.heartbeat(self._pool, REPLICA, Beat("http://engine", self._slots, self._adapter_slots, "ready", resident))
+        await self._scheduler.heartbeat(
+            self._pool, REPLICA, Beat("http://engine", self._slots, self._adapter_slots, Observed.READY, resident)
+        )
 
 
 @dataclass

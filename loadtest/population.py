@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
-from lmaas.adapters.safetensors import base_model_shapes
+from lmaas.adapters.config import CONFIG_FILE
+from lmaas.adapters.safetensors import MODEL_FILE, base_model_shapes
 from lmaas.errors import SettingsError
 from loadtest.service import Service
 

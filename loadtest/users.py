@@ -16,8 +16,7 @@ from locust.env import Environment
 from locust.runners import LocalRunner
 
 from lmaas import config
-from lmaas.errors import LmaasError
-from lmaas.manifests.client import ApiError
+from lmaas.errors import ApiError, LmaasError
 from loadtest import population, report
 from loadtest.population import Population, Target
 from loadtest.service import Service, connect

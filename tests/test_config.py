@@ -107,5 +107,5 @@ def test_replicas_of_ray_do_not_end_with_a_controller() -> None:
 
 
 def test_no_flag() -> None:
-    with pytest.raises(SettingsError, match="LMAAS_CONTROLLER_ENDS_REPLICAS is one of true, 1, false, 0"):
+    with pytest.raises(SettingsError, match="LMAAS_CONTROLLER_ENDS_REPLICAS must be one of true, 1, false, 0"):
         load({"LMAAS_CONTROLLER_ENDS_REPLICAS": "yes"})

@@ -23,6 +23,7 @@ from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import Replica, list_replicas
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import engine_time
 from lmaas.up.bootstrap import ensure_operator_key, register_model
 from lmaas.up.stack import embedded_servers
@@ -65,7 +66,7 @@ class Service:
             .where(engine_time.c.base_model_id.in_([model.id for model in models]))
             .group_by(engine_time.c.phase)
         )
-        async with self.db.begin() as connection:
+        async with self.db.begin(SYSTEM) as connection:
             found = {EnginePhase(phase): int(ms) for phase, ms in await connection.execute(query)}
         return dict.fromkeys(EnginePhase, 0) | found
 

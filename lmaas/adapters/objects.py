@@ -11,10 +11,9 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from lmaas.adapters.config import CONFIG_FILE
+from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.errors import SettingsError, Unavailable
-
-CONFIG_FILE = "adapter_config.json"
-MODEL_FILE = "adapter_model.safetensors"
 
 
 def source_of(tenant_id: str, content_hash: str) -> str:

@@ -4,16 +4,44 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lmaas.adapters.base_weights import write_without
 from lmaas.adapters.objects import AdapterFiles, source_of
-from lmaas.adapters.validation import validate
+from lmaas.adapters.validation import AdapterFacts, validate
 from lmaas.errors import Conflict, InvalidRequest
 from lmaas.store import adapters as rows
 from lmaas.store.database import Database
-from lmaas.store.models import get_base_model, list_base_models
+from lmaas.store.models import BaseModel, get_base_model, list_base_models
 from lmaas.types import NAME_PATTERN
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The content of a valid upload, as it is stored. `model` is the file of weights to store, `content_hash` 64 hex digits."""
+
+    facts: AdapterFacts
+    config: bytes
+    model: Path
+    size_bytes: int
+    content_hash: str
+
+
+async def inspect(base: BaseModel, config: bytes, model: Path, base_folder: Callable[[str], Path | None]) -> Content:
+    """Validate the files of an adapter for this base model and return what would be stored of them.
+
+    `model` is a local file in a folder of its own, where another may be written beside it. `base_folder` finds a base model's files by its
+    source. Raises InvalidAdapter or TooLarge.
+    """
+    facts = await asyncio.to_thread(validate, config, model, base.shapes, lambda: base_folder(base.source))
+    if facts.left_out:
+        served = model.with_name(f"served-{model.name}")
+        await asyncio.to_thread(write_without, model, facts.records, facts.left_out, served)
+        model = served
+    stored = json.dumps(facts.config, sort_keys=True, separators=(",", ":")).encode()
+    size_bytes = (await asyncio.to_thread(model.stat)).st_size
+    return Content(facts, stored, model, size_bytes, await asyncio.to_thread(_hash, stored, model))
 
 
 class Adapters:
@@ -36,9 +64,8 @@ class Adapters:
     ) -> tuple[int, bool]:
         """Validate the files, store them and add a version; return its number, from 1, and whether it is new.
 
-        What was uploaded before under this name is the version that it was. `model` is a local file in a folder of its own, where another
-        may be written beside it. `base_folder` finds a base model's files by its source. If anything fails, nothing stays behind. Raises
-        InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
+        Content that was uploaded before under this name keeps its version. The other arguments are those of `inspect`. If anything fails,
+        nothing stays behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(
@@ -49,32 +76,26 @@ class Adapters:
         if any(name == existing.name for existing in await list_base_models(self._db)):
             raise Conflict(f"'{name}' is the name of a base model. Choose another name.", code="name_taken", param="name")
         base = await get_base_model(self._db, base_model)
-        facts = await asyncio.to_thread(validate, config, model, base.shapes, lambda: base_folder(base.source))
-        if facts.left_out:
-            served = model.with_name(f"served-{model.name}")
-            await asyncio.to_thread(write_without, model, facts.records, facts.left_out, served)
-            model = served
-        stored_config = json.dumps(facts.config, sort_keys=True, separators=(",", ":")).encode()
-        content_hash = await asyncio.to_thread(_hash, stored_config, model)
-        source = source_of(tenant_id, content_hash)
-        await self._files.put(source, stored_config, model)
+        content = await inspect(base, config, model, base_folder)
+        source = source_of(tenant_id, content.content_hash)
+        await self._files.put(source, content.config, content.model)
         try:
             version, is_new = await rows.add_version(
                 self._db,
                 tenant_id,
                 name,
                 base.id,
-                content_hash=content_hash,
-                rank=facts.rank,
-                target_modules=list(facts.target_modules),
-                size_bytes=(await asyncio.to_thread(model.stat)).st_size,
+                content_hash=content.content_hash,
+                rank=content.facts.rank,
+                target_modules=list(content.facts.target_modules),
+                size_bytes=content.size_bytes,
                 activate=activate,
             )
         except BaseException:
-            await self._delete_unused(tenant_id, [content_hash])
+            await self._delete_unused(tenant_id, [content.content_hash])
             raise
         # The last other adapter with this content may have been deleted between the two steps.
-        await self._files.put(source, stored_config, model)
+        await self._files.put(source, content.config, content.model)
         return version, is_new
 
     async def delete(self, tenant_id: str, name: str) -> None:

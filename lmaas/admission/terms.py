@@ -10,6 +10,7 @@ from lmaas.admission.months import Months
 from lmaas.admission.tiers import effective
 from lmaas.errors import LmaasError, OverLimit, OverQuota, Unavailable
 from lmaas.scheduling.client import Bounds, LimitedScope, Seed
+from lmaas.scheduling.states import LimitName, NoTicket
 from lmaas.types import Limits, Principal
 
 NONE = Limits()
@@ -50,13 +51,13 @@ class Terms:
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
         """The error for a ticket that was not taken."""
-        if report["state"] == "refused":
+        if report["state"] == NoTicket.REFUSED:
             return OverLimit("Too many requests of yours are waiting already.", code="queue_full", retry_after_s=5)
-        if report["state"] == "refused_by_pool":
+        if report["state"] == NoTicket.REFUSED_BY_POOL:
             return Unavailable(
                 "Too many requests are waiting for this model.", code="pool_queue_full", retry_after_s=max(1.0, report["wait_ms"] / 1000)
             )
-        if report["state"] == "unseeded":
+        if report["state"] == NoTicket.UNSEEDED:
             return Unavailable("Your usage of this month is being counted. Please try again.", code="usage_unknown", retry_after_s=1)
         return _over(report)
 
@@ -66,22 +67,22 @@ def _over(report: Mapping[str, Any]) -> LmaasError:
     headers = rate_limit_headers(report.get("left") or {})
     wait = report["retry_ms"] / 1000
     match report["limit"]:
-        case "concurrency":
+        case LimitName.CONCURRENCY:
             message = f"{owner} may have {allowed} requests at once."
             return OverLimit(message, code="concurrency_limit_exceeded", retry_after_s=wait, extra_headers=headers)
-        case "requests":
+        case LimitName.REQUESTS:
             message = f"{owner} may make {allowed} requests per minute. Please try again in {wait:.1f} s."
             return OverLimit(message, retry_after_s=wait, extra_headers=headers)
-        case "tokens":
+        case LimitName.TOKENS:
             message = (
                 f"{owner} may use {allowed} tokens per minute: {report['used']} are used or reserved, and this request may use {asked}. "
                 f"Please try again in {wait:.1f} s."
             )
             return OverLimit(message, retry_after_s=wait, extra_headers=headers)
-        case "request_tokens":
+        case LimitName.REQUEST_TOKENS:
             message = f"This request may use {asked} tokens, and {owner[0].lower()}{owner[1:]} {allowed} per minute. Make it smaller."
             return OverQuota(message, code="rate_limit_exceeded", extra_headers=headers)
-        case "month_tokens":
+        case LimitName.MONTH_TOKENS:
             message = f"{owner} may use {allowed} tokens a month, and this request may use {asked}; {report['used']} are used or reserved."
         case _:
             message = f"{owner} has a budget of ${allowed / 1e6:g} a month, which this request could exceed."

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,19 +14,24 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lmaas.adapters.config import MAX_CONFIG_BYTES
-from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
+from lmaas.adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES
+from lmaas.adapters.safetensors import MODEL_FILE
+from lmaas.adapters.service import inspect
 from lmaas.adapters.validation import check_file_names
+from lmaas.api.base_models import defined_model
 from lmaas.api.context import Api, json_body
 from lmaas.api.forms import multipart_form
 from lmaas.engine.source import local_model_folder
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
-from lmaas.http import JsonResponse
+from lmaas.http import JsonResponse, parse_json
 from lmaas.store import adapters as rows
+from lmaas.store.models import get_base_model
 from lmaas.store.tenants import record_action
 
 #: `if_changed` has no effect any more: content that is there already never becomes a new version.
 FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
+#: `definition` is the JSON of a base model that does not exist yet, in place of the name of one.
+CHECK_FIELDS = ("base_model", "definition")
 FORM_OVERHEAD_BYTES = MAX_CONFIG_BYTES + 256 * 1024
 MAX_VERSION = 10**9
 
@@ -97,27 +102,17 @@ async def delete_adapter(api: Api, request: Request) -> Response:
 
 async def upload_adapter(api: Api, request: Request) -> Response:
     """Upload an adapter: 201 with its new version, or 200 with the earlier version that has the same content."""
-    # The files stream to disk, and are validated without executing anything.
     tenant_id, principal = await api.tenant(request, manage=True)
-    limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
-    try:
-        async with multipart_form(request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
-            fields = _fields(form)
-            config = await _config(form)
-            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))
-            version, is_new = await api.adapters.upload(
-                tenant_id,
-                fields["name"],
-                fields["base_model"],
-                config,
-                model,
-                activate=fields.get("activate", "true") == "true",
-                base_folder=local_model_folder,
-            )
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("There is no disk space left for uploads.", code="disk_full", retry_after_s=60) from error
-        raise
+    async with _received(api, request, FIELDS, ("name", "base_model")) as (fields, config, model):
+        version, is_new = await api.adapters.upload(
+            tenant_id,
+            fields["name"],
+            fields["base_model"],
+            config,
+            model,
+            activate=fields.get("activate", "true") == "true",
+            base_folder=local_model_folder,
+        )
     name = fields["name"]
     await record_action(api.db, tenant_id, principal.key_id, "adapter.upload", f"{name}@{version}")
     adapter = await rows.get_adapter(api.db, tenant_id, name)
@@ -126,7 +121,51 @@ async def upload_adapter(api: Api, request: Request) -> Response:
     return JsonResponse(shown_adapter(adapter) | mine, status_code=201 if is_new else 200)
 
 
-def _fields(form: FormData) -> dict[str, str]:
+async def check_adapter(api: Api, request: Request) -> Response:
+    """Check an adapter's files as an upload does, and store nothing. Operators see what `lmaas apply` would do by it."""
+    await api.operator(request)
+    async with _received(api, request, CHECK_FIELDS, ()) as (fields, config, model):
+        if ("base_model" in fields) == ("definition" in fields):
+            raise InvalidRequest("Give either 'base_model' or 'definition'.", code="missing_parameter", param="base_model")
+        if "definition" in fields:
+            base = await defined_model(api.settings, parse_json(fields["definition"].encode()))
+        else:
+            base = await get_base_model(api.db, fields["base_model"])
+        content = await inspect(base, config, model, local_model_folder)
+    return JsonResponse(
+        {
+            "object": "adapter_check",
+            "content_hash": content.content_hash,
+            "rank": content.facts.rank,
+            "target_modules": list(content.facts.target_modules),
+            "size_bytes": content.size_bytes,
+        }
+    )
+
+
+@asynccontextmanager
+async def _received(
+    api: Api, request: Request, known: Collection[str], required: Collection[str]
+) -> AsyncIterator[tuple[dict[str, str], bytes, Path]]:
+    """Provide the text fields, the configuration and the path of the weights of a form; the files are removed after the block.
+
+    Raises InvalidRequest, InvalidAdapter, TooLarge or Unavailable.
+    """
+    # The files stream to disk, and are validated without executing anything.
+    limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
+    try:
+        async with multipart_form(request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
+            fields = _fields(form, known, required)
+            config = await _config(form)
+            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))
+            yield fields, config, model
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable("There is no disk space left for uploads.", code="disk_full", retry_after_s=60) from error
+        raise
+
+
+def _fields(form: FormData, known: Collection[str], required: Collection[str]) -> dict[str, str]:
     """Return the text fields. Raises InvalidRequest, or InvalidAdapter for files other than the two of an adapter."""
     texts: dict[str, str] = {}
     files: list[str] = []
@@ -137,7 +176,7 @@ def _fields(form: FormData) -> dict[str, str]:
             if field in ("adapter_config", "adapter_model") and not _unsafe(name):
                 # What the file is called on the uploader's disk does not matter.
                 files[-1] = CONFIG_FILE if field == "adapter_config" else MODEL_FILE
-        elif field not in FIELDS or field in texts:
+        elif field not in known or field in texts:
             raise InvalidRequest(
                 f"The form field '{field[:100]}' is not known, or given twice.", code="unexpected_field", param=field[:100]
             )
@@ -146,7 +185,7 @@ def _fields(form: FormData) -> dict[str, str]:
         else:
             texts[field] = value
     check_file_names(files)
-    for field in ("name", "base_model"):
+    for field in required:
         if not texts.get(field):
             raise InvalidRequest(f"The form field '{field}' is required.", code="missing_parameter", param=field)
     for field in ("activate", "if_changed"):

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lmaas.adapters.safetensors import base_model_shapes
-from lmaas.api.context import Api, in_range, json_body
+from lmaas.api.context import Api, check_body, in_range, is_dry_run, json_body
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
 from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
@@ -41,8 +41,8 @@ VALIDATED: dict[str, tuple[type, float, float]] = {"max_lora_rank": (int, 1, 512
 NUMBERS = BOUNDS | ENGINE | VALIDATED
 WORDS = {"source": str, "dtype": str, "engine_args": str}
 FIELDS: dict[str, type] = {name: kind for name, (kind, _, _) in NUMBERS.items()} | WORDS
-#: Null puts the setting's back.
-NULLABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators"})
+#: Null puts the default back: the setting's, or 0 for prices.
+NULLABLE = frozenset(FIELDS) - {"source"}
 MAX_WORDS = 1000
 
 
@@ -120,47 +120,68 @@ async def get_model(api: Api, request: Request) -> Response:
 async def create_model(api: Api, request: Request) -> Response:
     """A new base model, and an empty pool for it. Its shapes are read from the headers of its weights."""
     principal = await api.operator(request)
+    dry_run = is_dry_run(request)
     body = await json_body(request, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
+    model = await models.create_base_model(api.db, await defined_model(api.settings, body), dry_run=dry_run)
+    if not dry_run:
+        await record_action(api.db, None, principal.key_id, "base_model.create", model.name)
+    return JsonResponse((await shown_pools(api, [model]))[0], status_code=200 if dry_run else 201)
+
+
+def _defaults(settings: Settings) -> dict[str, Any]:
+    """Return the values of a base model that gives none, but for those that are null in the database."""
+    values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in (*ENGINE, *VALIDATED)}
+    # Engine arguments are not taken from the settings: those are for the default model.
+    return values | {"engine_args": "", "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
+
+
+async def defined_model(settings: Settings, body: dict[str, Any]) -> models.BaseModel:
+    """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
+    check_body(body, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
     if not is_model_name(body["name"]):
         words = "A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and does not begin with 'mod_', as ids do."
         raise InvalidRequest(words, code="invalid_name", param="name")
-    settings = api.settings
-    usual: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in (*ENGINE, *VALIDATED)}
-    # Not those of the settings: they are the default model's.
-    usual |= {"engine_args": "", "dtype": settings.engine_dtype}
-    # More adapters in a batch than in memory cannot be.
-    usual["max_cpu_loras"] = max(usual["max_cpu_loras"], body.get("max_loras", 1))
+    body = {name: value for name, value in body.items() if value is not None}
     _check(body)
-    values = usual | body
+    values = _defaults(settings) | body
+    if "max_cpu_loras" not in body:
+        values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
     read = await _read(values["source"], values["dtype"], settings)
     longest = read.pop("longest")
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
     _check_together(values | {"longest": longest}, settings)
-    model = await models.create_base_model(api.db, models.BaseModel(**{"id": ""} | values | read))
-    await record_action(api.db, None, principal.key_id, "base_model.create", model.name)
-    return JsonResponse((await shown_pools(api, [model]))[0], status_code=201)
+    return models.BaseModel(**{"id": ""} | values | read)
 
 
 async def change_model(api: Api, request: Request) -> Response:
-    """Other values for a base model. Those of its engines hold for replicas that start from now on; what adapters were validated
-    against (source, dtype, max_lora_rank) changes only while there are neither adapters nor replicas."""
+    """Other values for a base model. Null puts a default back. Values of engines hold for replicas that start from now on; what adapters
+    were validated against (source, dtype, max_lora_rank) changes only while there are neither adapters nor replicas."""
     principal = await api.operator(request)
-    body = await json_body(request, FIELDS, nullable=NULLABLE)
-    _check(body)
+    dry_run = is_dry_run(request)
+    given = await json_body(request, FIELDS, nullable=NULLABLE)
+    _check(given)
     model = await models.get_base_model(api.db, request.path_params["model"])
+    defaults = _defaults(api.settings)
+    body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    max_loras = body.get("max_loras", model.max_loras)
+    if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
+        body["max_cpu_loras"] = max(body["max_cpu_loras"], max_loras)
     # What is as it should be is no change.
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
     if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
         read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), api.settings)
         longest = read.pop("longest")
+        if "max_model_len" in changes and given["max_model_len"] is None and longest is not None:
+            changes["max_model_len"] = min(changes["max_model_len"], longest)
         if changes.keys() & {"source", "dtype"}:
             changes |= read
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
     _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
     if changes:
-        model = await models.change_base_model(api.db, model.id, changes)
+        model = await models.change_base_model(api.db, model.id, changes, dry_run=dry_run)
+    if changes and not dry_run:
         await record_action(api.db, None, principal.key_id, "base_model.change", model.name)
     return JsonResponse((await shown_pools(api, [model]))[0])
 
@@ -190,17 +211,17 @@ async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Each value by itself. Raises InvalidRequest."""
+    """Check each value by itself; null is allowed. Raises InvalidRequest."""
     for name, (_, low, high) in NUMBERS.items():
         in_range(body, name, low, high)
     for name in WORDS:
-        text = body.get(name, "")
+        text = body.get(name) or ""
         if len(text) > MAX_WORDS or not text.isprintable():
             raise InvalidRequest(f"'{name}' may have {MAX_WORDS} printable characters at most.", code="out_of_range", param=name)
     source = body.get("source")
     if source is not None and (not source.strip() or source.startswith("-") or source != source.strip()):
         raise InvalidRequest("'source' is a folder or a hub id.", code="out_of_range", param="source")
-    if why := refusal(body.get("engine_args", "")):
+    if why := refusal(body.get("engine_args") or ""):
         raise InvalidRequest(f"'engine_args': {why}.", code="out_of_range", param="engine_args")
 
 

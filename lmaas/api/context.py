@@ -57,6 +57,12 @@ async def json_body(
     receive = limited(request.receive, request.scope, MAX_JSON_BYTES)
     text = await Request(request.scope, receive).body()
     body = parse_json(text) if text.strip() else {}
+    check_body(body, fields, required, nullable)
+    return body
+
+
+def check_body(body: dict[str, Any], fields: dict[str, type], required: tuple[str, ...] = (), nullable: Collection[str] = ()) -> None:
+    """Check that a body has fields of these types only, or null if `nullable`. Raises InvalidRequest for unknown or missing fields."""
     for name, value in body.items():
         if name not in fields:
             raise InvalidRequest(f"The field '{name[:100]}' is not known.", code="unsupported_parameter", param=name[:100])
@@ -69,7 +75,15 @@ async def json_body(
     for name in required:
         if name not in body:
             raise InvalidRequest(f"'{name}' is required.", code="missing_parameter", param=name)
-    return body
+
+
+def is_dry_run(request: Request) -> bool:
+    """Return whether the query string has `dry_run=true`: the request is checked and answered, and nothing is stored. Raises
+    InvalidRequest for a value other than true or false."""
+    value = request.query_params.get("dry_run", "false")
+    if value not in ("true", "false"):
+        raise InvalidRequest("'dry_run' must be 'true' or 'false'.", code="invalid_type", param="dry_run")
+    return value == "true"
 
 
 def in_range(body: dict[str, Any], name: str, low: float, high: float) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 from lmaas.admission.tiers import TIERS
 from lmaas.metering.cogs import DIMENSIONS
-from lmaas.states import EnginePhase
+from lmaas.states import START_PHASES, EnginePhase
 from lmaas.store.models import MAX_PRICE, PRICES
-from lmaas.store.replicas import START_PHASES
 from lmaas.types import NAME_PATTERN, Limits, Role
 
 Schema = dict[str, Any]
@@ -164,6 +163,17 @@ SCHEMAS: dict[str, Schema] = {
             "adapter_model": {"type": "string", "contentMediaType": "application/octet-stream"},
         },
     },
+    "AdapterCheck": {
+        "type": "object",
+        "required": ["adapter_config", "adapter_model"],
+        "properties": {
+            "base_model": TEXT,
+            "definition": {"type": "string", "description": "In place of base_model: the JSON of a NewBaseModel that does not exist yet."},
+            "adapter_config": {"type": "string", "contentMediaType": "application/json"},
+            "adapter_model": {"type": "string", "contentMediaType": "application/octet-stream"},
+        },
+    },
+    "CheckedAdapter": _object(object=TEXT, **{name: _VERSION[name] for name in ("content_hash", "rank", "target_modules", "size_bytes")}),
     "Activation": _object(version={"type": "integer", "minimum": 1}),
     "Tenant": _object(**_TENANT),
     "NewTenant": _optional(name=NAME, **_TENANT_FIELDS) | {"required": ["name"]},
@@ -233,6 +243,7 @@ SCHEMAS: dict[str, Schema] = {
 SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "list_adapters": (None, "Adapter", True),
     "upload_adapter": ("AdapterUpload", "UploadedAdapter", False),
+    "check_adapter": ("AdapterCheck", "CheckedAdapter", False),
     "get_adapter": (None, "Adapter", False),
     "delete_adapter": (None, "Deleted", False),
     "list_versions": (None, "AdapterVersion", True),
@@ -259,7 +270,9 @@ SHAPES: dict[str, tuple[str | None, str, bool]] = {
     "cogs_report": (None, "Cogs", False),
 }
 CREATED = frozenset({"upload_adapter", "create_key", "create_tenant", "create_model"})
+DRY_RUN: Schema = {"type": "boolean", "description": "True: check and answer as without it (with 200), and store nothing."}
 QUERIES: dict[str, dict[str, Schema]] = {
+    **{name: {"dry_run": DRY_RUN} for name in ("create_tenant", "change_tenant", "create_model", "change_model")},
     "list_replicas": {"ended": {"type": "boolean"}},
     "usage_report": {"since": DAY, "until": DAY},
     "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
@@ -311,7 +324,7 @@ def document(operations: list[tuple[str, str, Callable[..., Any]]]) -> dict[str,
             same = {"description": "A version has this content already: this one."}
             operation["responses"]["200"] = operation["responses"]["201"] | same
         if takes is not None:
-            media = "multipart/form-data" if takes == "AdapterUpload" else "application/json"
+            media = "multipart/form-data" if takes in ("AdapterUpload", "AdapterCheck") else "application/json"
             operation["requestBody"] = {"required": True, "content": {media: {"schema": _ref(takes)}}}
         paths.setdefault(path, {})[method.lower()] = operation
     return {

@@ -10,6 +10,7 @@ from lmaas.errors import InvalidRequest, NotFound
 from lmaas.http import JsonResponse
 from lmaas.metering.pricing import microusd
 from lmaas.store import replicas, usage
+from lmaas.store.scopes import OPERATOR, AnyScope
 from lmaas.store.tenants import get_tenant, record_action
 
 MAX_EVENTS = 1000
@@ -53,26 +54,26 @@ async def stop_replica(api: Api, request: Request) -> Response:
     """Drain a replica and stop it. If there is demand, the controller starts another."""
     principal = await api.operator(request)
     replica_id = request.path_params["replica"]
-    if not await replicas.desire_stop(api.db, replica_id):
+    if not await replicas.desire_stop(api.db, replica_id, OPERATOR):
         raise NotFound("The replica does not exist, or has ended.", code="replica_not_found")
     await record_action(api.db, None, principal.key_id, "replica.stop", replica_id)
     return JsonResponse({"object": "replica", "id": replica_id, "desired": "stopped"})
 
 
-async def _asked_tenant(api: Api, request: Request) -> str | None:
-    """Whose usage is asked for: one's own; an operator's `?tenant=`, or everybody's (None)."""
+async def _asked_scope(api: Api, request: Request) -> AnyScope:
+    """Return whose usage a request asks for: the key's own tenant; for an operator the one of `?tenant=`, or all."""
     if request.scope["path"].startswith("/admin/"):
         await api.operator(request)
         name = request.query_params.get("tenant")
-        return (await get_tenant(api.db, name)).id if name else None
+        return (await get_tenant(api.db, name)).id if name else OPERATOR
     tenant_id, _ = await api.tenant(request, manage=False)
     return tenant_id
 
 
 async def usage_report(api: Api, request: Request) -> Response:
     """Requests, tokens and charges by day, tenant and model. What belongs to no tenant is the engines' probes."""
-    tenant_id = await _asked_tenant(api, request)
-    rows = await usage.report(api.db, tenant_id=tenant_id, since=query_date(request, "since"), until=query_date(request, "until"))
+    scope = await _asked_scope(api, request)
+    rows = await usage.report(api.db, scope, since=query_date(request, "since"), until=query_date(request, "until"))
     names = [name for name in usage.UsageRow.__slots__ if name != "charge_picousd"]
     data = [
         {"object": "usage", **{name: getattr(row, name) for name in names}, "charge_microusd": microusd(row.charge_picousd)} for row in rows
@@ -82,11 +83,11 @@ async def usage_report(api: Api, request: Request) -> Response:
 
 async def usage_events(api: Api, request: Request) -> Response:
     """The latest events of the ledger, one for each request."""
-    tenant_id = await _asked_tenant(api, request)
+    scope = await _asked_scope(api, request)
     text = request.query_params.get("limit", "100")
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not 0 < int(text) <= MAX_EVENTS:
         raise InvalidRequest(f"'limit' must be between 1 and {MAX_EVENTS}.", code="out_of_range", param="limit")
-    rows = await usage.list_events(api.db, tenant_id, int(text))
+    rows = await usage.list_events(api.db, scope, int(text))
     # The engine's name of an adapter is nobody's business but the operator's.
     hidden = set() if request.scope["path"].startswith("/admin/") else {"adapter", "replica_id"}
     data = [

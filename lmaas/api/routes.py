@@ -41,6 +41,7 @@ OPERATOR: list[tuple[str, str, Handler]] = [
     ("DELETE", "/tenants/{tenant}", tenants.delete_tenant),
     *((method, "/tenants/{tenant}" + path, handler) for method, path, handler in ADAPTERS + KEYS + KEY_LIMITS),
     *KEYS,
+    ("POST", "/check-adapter", adapters.check_adapter),
     ("GET", "/base-models", base_models.list_models),
     ("POST", "/base-models", base_models.create_model),
     ("GET", "/base-models/{model}", base_models.get_model),

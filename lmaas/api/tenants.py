@@ -7,17 +7,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lmaas.admission.tiers import DEFAULT_TIER, TIERS, effective
-from lmaas.api.context import Api, in_range, json_body
+from lmaas.api.context import Api, in_range, is_dry_run, json_body
 from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store import tenants as rows
 from lmaas.types import NAME_PATTERN, Limits, Role
 
-#: Null: as the tier has it, or for a key, none.
+#: Null: as the tier has it, or for a key, no limit.
 LIMITS: dict[str, type] = {field.name: int for field in fields(Limits)}
 FIELDS: dict[str, type] = {"tier": str, "max_queued": int, "max_adapters": int} | LIMITS
-#: What a new tenant gets unless the operator says otherwise.
+#: What a new tenant gets unless the operator gives other values, and what null puts back.
 DEFAULTS: dict[str, Any] = {"tier": DEFAULT_TIER, "max_queued": 64, "max_adapters": 20}
 MAX_LIMIT = 10**15
 
@@ -64,6 +64,11 @@ def _check_fields(body: dict[str, Any]) -> None:
     _check_limits(body)
 
 
+def _with_defaults(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body with defaults in place of null. A limit that is null stays so: the tier's holds."""
+    return {name: DEFAULTS.get(name) if value is None else value for name, value in body.items()}
+
+
 def _limits(body: dict[str, Any]) -> Limits:
     return Limits(**{name: body[name] for name in LIMITS if name in body})
 
@@ -77,11 +82,16 @@ async def list_tenants(api: Api, request: Request) -> Response:
 async def create_tenant(api: Api, request: Request) -> Response:
     """A new tenant, without keys yet."""
     principal = await api.operator(request)
-    body = DEFAULTS | await json_body(request, {"name": str, **FIELDS}, ("name",), LIMITS)
+    dry_run = is_dry_run(request)
+    body = DEFAULTS | _with_defaults(await json_body(request, {"name": str, **FIELDS}, ("name",), FIELDS))
     if NAME_PATTERN.fullmatch(body["name"]) is None:
         raise InvalidRequest("A tenant's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
     _check_fields(body)
-    tenant = await rows.create_tenant(api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body))
+    tenant = await rows.create_tenant(
+        api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body), dry_run=dry_run
+    )
+    if dry_run:
+        return JsonResponse(shown_tenant(tenant))
     await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.create", tenant.name)
     return JsonResponse(shown_tenant(tenant), status_code=201)
 
@@ -93,13 +103,15 @@ async def get_tenant(api: Api, request: Request) -> Response:
 
 
 async def change_tenant(api: Api, request: Request) -> Response:
-    """Other limits for a tenant."""
+    """Another tier or other limits for a tenant. Null puts a default back."""
     principal = await api.operator(request)
+    dry_run = is_dry_run(request)
     tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
-    body = await json_body(request, FIELDS, nullable=LIMITS)
+    body = _with_defaults(await json_body(request, FIELDS, nullable=FIELDS))
     _check_fields(body)
     if body:
-        tenant = await rows.update_tenant(api.db, tenant.id, body)
+        tenant = await rows.update_tenant(api.db, tenant.id, body, dry_run=dry_run)
+    if body and not dry_run:
         await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.change", tenant.name)
     return JsonResponse(shown_tenant(tenant))
 

@@ -1,30 +1,20 @@
 """Every command of `lmaas`."""
 
-import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import uvloop
-from rich.console import Console
-from rich.progress import Progress
 
-from lmaas import app, config
-from lmaas.adapters.objects import MODEL_FILE
+from lmaas import config
 from lmaas.admission.tiers import TIERS
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import model
+from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
-from lmaas.errors import LmaasError
-from lmaas.gateway.loop import Loop
-from lmaas.manifests.apply import apply as apply_manifests
-from lmaas.manifests.apply import read_folder
-from lmaas.manifests.client import ApiError
-from lmaas.manifests.models import read_models
-from lmaas.observability import configure_logging
+from lmaas.errors import ApiError, LmaasError
 
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
@@ -82,63 +72,8 @@ def main() -> None:
         sys.exit(1)
 
 
-# Processes
-
-
-@cli.command()
-@pass_context
-def up(context: Context) -> None:
-    """Run the whole service on this machine."""
-    configure_logging("WARNING")
-    from lmaas.up.stack import up as run  # noqa: PLC0415 (the other commands do without what it needs)
-
-    run(context.settings)
-
-
-@cli.command()
-@pass_context
-def gateway(context: Context) -> None:
-    """Run one gateway."""
-    configure_logging(context.settings.log_level)
-    uvloop.run(app.run_gateway(context.settings), loop_factory=Loop)  # half the cost of asyncio's own
-
-
-@cli.command()
-@pass_context
-def controller(context: Context) -> None:
-    """Run a controller: one is active, others stand by."""
-    configure_logging(context.settings.log_level)
-    asyncio.run(app.run_controller(context.settings))
-
-
-@cli.command(hidden=True)
-@click.argument("replica_id")
-@pass_context
-def supervise(context: Context, replica_id: str) -> None:
-    """Run the supervisor of a replica. Provisioners call it."""
-    configure_logging(context.settings.log_level)
-    sys.exit(0 if asyncio.run(app.run_replica(context.settings, replica_id)) else 1)
-
-
-@cli.command()
-@pass_context
-def migrate(context: Context) -> None:
-    """Bring the database of LMAAS_DATABASE_URL to the newest schema."""
-    if context.settings.database_url is None:
-        raise click.UsageError("Set LMAAS_DATABASE_URL.")
-    from lmaas.store.migrate import upgrade  # noqa: PLC0415 (Alembic is 7 MB that no other process needs)
-
-    upgrade(context.settings.database_url)
-
-
-@cli.command()
-@pass_context
-def init(context: Context) -> None:
-    """Register the base model and the key of LMAAS_OPERATOR_KEY, for services that run without `lmaas up`."""
-    configure_logging("WARNING")
-    from lmaas.up.init import initialise  # noqa: PLC0415 (the other commands do without what it needs)
-
-    asyncio.run(initialise(context.settings, Console()))
+for process in PROCESSES:
+    cli.add_command(process)
 
 
 # Operators
@@ -149,6 +84,10 @@ def init(context: Context) -> None:
 @pass_context
 def apply(context: Context, folder: Path) -> None:
     """Make the service match the manifests in FOLDER. Running it again changes nothing."""
+    from lmaas.manifests.apply import apply as apply_manifests
+    from lmaas.manifests.apply import read_folder
+    from lmaas.manifests.models import read_models
+
     manifests, models = read_folder(folder), read_models(folder)
     if not manifests and not models:
         raise click.UsageError(f"There are no manifests (*.yaml) in {folder}.")
@@ -273,6 +212,11 @@ def adapter_list(context: Context) -> None:
 @pass_context
 def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
     """Upload FOLDER, as PEFT saved it, as a version of the adapter NAME: a new one, unless one has the same content already."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lmaas.adapters.safetensors import MODEL_FILE
+
     client = context.tenant_client()
     total = (folder / MODEL_FILE).stat().st_size if (folder / MODEL_FILE).is_file() else None
     with Progress(console=Console(stderr=True), transient=True, disable=context.as_json) as progress:

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
-from lmaas.manifests.client import ApiClient
+
+if TYPE_CHECKING:
+    from lmaas.manifests.client import ApiClient
 
 #: Headings for narrow columns of numbers.
 SHORT = {
@@ -35,8 +35,10 @@ class Context:
     as_json: bool
     tenant: str | None
 
-    def client(self) -> ApiClient:
+    def client(self) -> "ApiClient":
         """A client for the service and key of the settings; by default this stack's operator."""
+        from lmaas.manifests.client import ApiClient
+
         if self.settings.url and self.settings.api_key:
             return ApiClient(self.settings.url, self.settings.api_key, self.tenant)
         if self.settings.url or self.settings.api_key:
@@ -49,7 +51,7 @@ class Context:
                 f"There are no credentials in {self.settings.credentials_path}. Run `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
             ) from None
 
-    def tenant_client(self) -> ApiClient:
+    def tenant_client(self) -> "ApiClient":
         """The same, for a tenant's things: an operator must name the tenant."""
         if self.tenant is None and not self.settings.api_key:
             raise click.UsageError("Say whose: --tenant NAME.")
@@ -63,6 +65,9 @@ class Context:
         if not rows:
             click.echo("Nothing to show.")
             return
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
             number = all(isinstance(row.get(column), int | float) for row in rows)

@@ -4,7 +4,7 @@ import click
 
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import troubles
-from lmaas.store.replicas import START_PHASES
+from lmaas.states import START_PHASES
 
 REPLICA = ("id", "base_model", "desired", "observed", "url", "created_at", "ready_at", "reason")
 

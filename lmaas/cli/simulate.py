@@ -1,18 +1,22 @@
 """`lmaas simulate`: what a trace would cost, without an engine."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from lmaas.cli.context import Context
 from lmaas.errors import SettingsError
-from lmaas.simulation.generate import Day, generate
-from lmaas.simulation.profile import Profile, read_profile
-from lmaas.simulation.report import COLUMNS, rows
-from lmaas.simulation.trace import AZURE, Assignment, Columns, Trace, read_trace, write_trace
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lmaas.simulation.generate import Day
+    from lmaas.simulation.profile import Profile
+    from lmaas.simulation.trace import Columns, Trace
 
 COLUMN_NAMES = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -60,6 +64,10 @@ def simulate(
     TRACE is CSV with a header and the columns time (seconds, or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
     completion_tokens; or an Azure LLM inference trace, whose requests are given to tenants by the seed. See docs/simulation.md.
     """
+    from rich.console import Console
+
+    from lmaas.simulation.generate import Day
+
     console = Console(stderr=True, quiet=context.as_json)
     if generated is not None:
         _generate(generated, Day(seed=seed, tenants=tenants, adapters=adapters, bursts=bursts), console)
@@ -67,9 +75,11 @@ def simulate(
         if generated is None:
             raise click.UsageError("Say which TRACE, or --generate one.")
         return
-    from lmaas.simulation.chart import check_chart, write_chart  # noqa: PLC0415 (only for a simulation: slow to import)
-    from lmaas.simulation.queue import server  # noqa: PLC0415 (the same)
-    from lmaas.simulation.replay import Arrangement, Options, replay  # noqa: PLC0415 (the same)
+    from lmaas.simulation.chart import check_chart, write_chart
+    from lmaas.simulation.queue import server
+    from lmaas.simulation.replay import Arrangement, Options, replay
+    from lmaas.simulation.report import COLUMNS, rows
+    from lmaas.simulation.trace import Assignment, read_trace
 
     for chart in charts:
         check_chart(chart)
@@ -100,6 +110,9 @@ def simulate(
 
 
 def _generate(path: Path, day: Day, console: Console) -> None:
+    from lmaas.simulation.generate import generate
+    from lmaas.simulation.trace import write_trace
+
     made = generate(day)
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -110,6 +123,8 @@ def _generate(path: Path, day: Day, console: Console) -> None:
 
 
 def _columns(azure: bool, named: tuple[str, ...]) -> Columns | None:
+    from lmaas.simulation.trace import AZURE, Columns
+
     if not named:
         return AZURE if azure else None
     given: dict[str, str] = {}
@@ -124,6 +139,8 @@ def _columns(azure: bool, named: tuple[str, ...]) -> Columns | None:
 
 
 def _profile(context: Context, path: Path | None, start_s: float | None, slots: int | None) -> Profile:
+    from lmaas.simulation.profile import Profile, read_profile
+
     settings = context.settings
     if path is not None:
         profile = read_profile(path)

@@ -46,7 +46,7 @@ def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Me
     start = GaugeMetricFamily(
         "lmaas_replica_start_seconds", "The newest start of a replica that runs: how long each stage took.", labels=["pool", "stage", "by"]
     )
-    for pool in list(controller.seen.values()):
+    for pool in list(controller.statuses.values()):
         for stage, ms in pool.start.items():
             if stage.endswith("_ms"):
                 start.add_metric([pool.model, stage.removesuffix("_ms"), str(pool.start.get("by", ""))], ms / 1000)

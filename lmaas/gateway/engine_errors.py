@@ -6,6 +6,7 @@ import re
 from lmaas.errors import InvalidRequest, RequestFailed
 from lmaas.gateway.parameters.request import EngineRequest, context_exceeded
 from lmaas.gateway.parameters.table import BY_NAME, Endpoint
+from lmaas.scheduling.states import RetryReason
 
 #: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
 _ENGINE_FAILED = ("EngineCore encountered an issue", "Internal server error", "Request failed; please retry", "Client disconnected")
@@ -23,10 +24,10 @@ _MAX_MESSAGE = 500
 
 
 class EngineLost(Exception):
-    """A delivery failed. `reason` is `engine` or `adapter`, for the scheduler; `revoked` says that the replica was taken out of service
+    """A delivery failed. `reason` is for the scheduler; `revoked` says that the replica was taken out of service
     while its connection was open, as happens to an engine that stands still."""
 
-    def __init__(self, reason: str, detail: str, *, revoked: bool = False) -> None:
+    def __init__(self, reason: RetryReason, detail: str, *, revoked: bool = False) -> None:
         super().__init__(detail)
         self.reason, self.revoked = reason, revoked
 
@@ -44,14 +45,14 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, 
         pass
     if code == 404:
         # The engine does not have the adapter after all.
-        return EngineLost("adapter", message)
+        return EngineLost(RetryReason.ADAPTER, message)
     if 400 <= code < 500 or code == 501:
         # 501 is vLLM's answer to a request for something that the model's engine does not have.
         return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
     if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
         # vLLM's API server failed on this request before the engine had it: every engine would.
         return RequestFailed()
-    return EngineLost("engine", message)
+    return EngineLost(RetryReason.ENGINE, message)
 
 
 def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest, max_model_len: int) -> InvalidRequest:

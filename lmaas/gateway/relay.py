@@ -19,6 +19,7 @@ from lmaas.gateway.engine_errors import EngineLost, meaning
 from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.metering.usage import UsageRecord
 from lmaas.scheduling.leases import Lease, OpenTicket
+from lmaas.scheduling.states import RetryReason
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Interrupt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         task, self._task = self._task, None
         if self._detail is not None and task is not None and task.uncancel() == 0 and kind is not None:
-            raise EngineLost("engine", self._detail, revoked=True) from error
+            raise EngineLost(RetryReason.ENGINE, self._detail, revoked=True) from error
 
 
 class Delivery:
@@ -105,7 +106,7 @@ class Delivery:
                 rest = await (self._stream if self._request.stream else self._whole)(response)
                 complete = True
             except CONNECTION_ERRORS as error:
-                raise EngineLost("engine", repr(error)) from error
+                raise EngineLost(RetryReason.ENGINE, repr(error)) from error
             else:
                 return rest
             finally:
@@ -152,7 +153,7 @@ class Delivery:
         finally:
             self._record.follow(None)
         if not self._call.gone.is_set():
-            raise EngineLost("engine", "the stream ended early")
+            raise EngineLost(RetryReason.ENGINE, "the stream ended early")
         return b""
 
     async def _pass_on(self, rewrite: sse.Rewriter, out: bytes) -> None:
@@ -163,7 +164,7 @@ class Delivery:
         if rewrite.error is not None:
             raise self._meaning(500, rewrite.error)
         if rewrite.aborted and not self._call.gone.is_set():
-            raise EngineLost("engine", "the engine ended the request")
+            raise EngineLost(RetryReason.ENGINE, "the engine ended the request")
 
     def _in_clients_form(self, events: bytes) -> bytes:
         """Return the events as the client expects them; nearly all requests take them as they are."""
@@ -186,7 +187,7 @@ class Delivery:
         answer, usage, aborted = _sense(sse.rewrite_whole, text, self._model.engine_name, self._request.model, self._facts)
         self._record.count(usage)
         if aborted and not self._call.gone.is_set():
-            raise EngineLost("engine", "the engine ended the request")
+            raise EngineLost(RetryReason.ENGINE, "the engine ended the request")
         if self._request.legacy_functions or self._request.only_echo:
             answer = answers.in_clients_form(answer, self._request)
         self.begun = True
@@ -199,4 +200,4 @@ def _sense(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwa
     try:
         return read(*args, **kwargs)
     except ValueError as error:
-        raise EngineLost("engine", f"the engine's answer cannot be read: {error}") from error
+        raise EngineLost(RetryReason.ENGINE, f"the engine's answer cannot be read: {error}") from error

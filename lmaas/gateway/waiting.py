@@ -6,6 +6,7 @@ import math
 from lmaas.errors import Unavailable
 from lmaas.gateway.cache import MomentCache
 from lmaas.scheduling.leases import Standing
+from lmaas.scheduling.states import WaitPhase
 from lmaas.store.database import Database
 from lmaas.store.pools import is_blocked
 from lmaas.store.replicas import failed_starts
@@ -42,7 +43,7 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
     silent_s = now - standing.heard
     if silent_s > SILENT_S:
         return [SILENT, *([reason] if reason else [])]
-    if standing.phase == "loading":
+    if standing.phase is WaitPhase.LOADING:
         return [LOADING]
     wait_s, late_s = standing.wait_ms / 1000, standing.late_ms / 1000
     if late_s > 0:

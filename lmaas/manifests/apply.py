@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lmaas.errors import InvalidRequest
-from lmaas.manifests.client import ApiClient, ApiError
+from lmaas.errors import ApiError, InvalidRequest
+from lmaas.manifests.client import ApiClient
 from lmaas.manifests.files import Change, check, load, yaml_files
 from lmaas.manifests.models import ModelManifest, apply_model
 from lmaas.types import Limits

@@ -9,18 +9,11 @@ from urllib.parse import quote
 
 import httpx
 
-from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE
-from lmaas.errors import InvalidRequest, SettingsError
+from lmaas.adapters.config import CONFIG_FILE
+from lmaas.adapters.safetensors import MODEL_FILE
+from lmaas.errors import ApiError, InvalidRequest, SettingsError
 
 Progress = Callable[[int], None]
-
-
-class ApiError(Exception):
-    """The service refused. The message is the service's own."""
-
-    def __init__(self, status: int, message: str, code: str, request_id: str) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.request_id = status, message, code, request_id
 
 
 class ApiClient:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmaas.manifests.client import ApiClient, ApiError
+from lmaas.errors import ApiError
+from lmaas.manifests.client import ApiClient
 from lmaas.manifests.files import Change, check, load, yaml_files
 
 FOLDER = "models"

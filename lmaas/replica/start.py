@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmaas.engine import marks
-from lmaas.store.replicas import START_PHASES
+from lmaas.states import START_PHASES
 
 
 @dataclass(slots=True)

@@ -19,6 +19,8 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.errors import Unavailable
 from lmaas.scheduling.batch import Batch
+from lmaas.scheduling.states import RetryReason
+from lmaas.states import Observed
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Beat:
     url: str
     slots: int
     adapter_slots: int
-    state: str
+    state: Observed
     resident: list[str]
     #: The engine has just been seen to work.
     cleared: bool = False
@@ -183,8 +185,8 @@ class Scheduler:
     ) -> dict[str, Any]:
         """Queue a ticket and reserve what it may use: the answer is a grant if there is a free slot.
 
-        It was not taken if `state` is `refused` (the tenant's queue is full), `refused_by_pool`, `limited` (over a limit, see limits.lua)
-        or `unseeded`: then submit it again with `seeds` for the `scopes` of the answer, as of its `month`.
+        It was not taken if `state` is one of REFUSALS. After UNSEEDED, submit it again with `seeds` for the `scopes` of the answer, as of
+        its `month`.
         """
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
         sent = ticket.sent(waited_ms, attempts)
@@ -214,9 +216,8 @@ class Scheduler:
             self.saw(ticket.pool, memory)
         return bool(known)
 
-    async def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> dict[str, Any]:
-        """Put a granted ticket back, once. `reason` is `engine` (it broke) or `adapter` (it lacks the adapter); `attempt` is the
-        delivery that failed, from 0."""
+    async def retry(self, ticket: Ticket, replica: str, reason: RetryReason, attempt: int) -> dict[str, Any]:
+        """Put a granted ticket back, once. `attempt` is the delivery that failed, from 0."""
         return _DECODE(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:

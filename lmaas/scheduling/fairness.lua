@@ -79,7 +79,7 @@ local function enqueue(pool, ticket, front)
     if redis.call('EXISTS', queue) == 0 then line_up(pool, ticket.tenant) end
     redis.call('ZADD', queue, redis.call('HINCRBY', pool.key .. ':sequences', ticket.tenant, 1) - ticket.head_start, ticket.id)
   end
-  ticket.state, ticket.placed, ticket.granted, ticket.revoked = 'queued', nil, nil, nil
+  ticket.state, ticket.placed, ticket.granted, ticket.revoked = TICKET.QUEUED, nil, nil, nil
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', ticket.sequence, ticket.id)
   redis.call('HSET', pool.key .. ':needs', ticket.id, ticket.weight .. '|' .. ticket.adapter)

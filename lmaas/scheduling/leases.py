@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lmaas.errors import AdapterUnavailable, LmaasError, Quarantined, Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_channel
+from lmaas.scheduling.states import REFUSALS, NoTicket, RetryReason, TicketState, WaitPhase
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +75,11 @@ class Lease:
 class Standing:
     """Where a waiting ticket stands by the scheduler's last report, which came at `heard` (monotonic seconds).
 
-    `phase` is `busy` (engines are ready, all slots taken), `starting` (an engine starts), `asked` (no engine starts yet) or `loading` (an
-    engine loads the ticket's adapter; nothing else is known then). `position` counts from 1 in the order of service, if the tenants' turns
-    cost the same. `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not
-    known yet.
+    In the phase LOADING nothing else is known. `position` counts from 1 in the order of service, if the tenants' turns cost the same.
+    `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not known yet.
     """
 
-    phase: str
+    phase: WaitPhase
     heard: float
     position: int = 0
     wait_ms: int = 0
@@ -100,12 +99,12 @@ class OpenTicket:
         self.opened = time.monotonic()
         self.deadline = self.opened + deadline_s
         #: As long as there is no lease.
-        self.standing = Standing("asked", self.opened)
+        self.standing = Standing(WaitPhase.ASKED, self.opened)
         self.lease: Lease | None = None
         self.attempts = 0
         self._on_revoked: Callable[[], None] | None = None
         #: The lost lease that Redis has not heard of: replica, reason, attempt.
-        self._owed: tuple[str, str, int] | None = None
+        self._owed: tuple[str, RetryReason, int] | None = None
         self._failure: LmaasError | None = None
         self._changed = asyncio.Event()
         self._scheduler = scheduler
@@ -142,7 +141,7 @@ class OpenTicket:
         """Have `callback` called when the replica is gone although its connection may still stand."""
         self._on_revoked = callback
 
-    async def retry(self, lost: Lease, reason: str) -> None:
+    async def retry(self, lost: Lease, reason: RetryReason) -> None:
         """Give the lease back because its replica failed before the first byte. After the second time, `wait` raises."""
         self._owed = (lost.replica, reason, self.attempts)
         self.attempts += 1
@@ -165,37 +164,37 @@ class OpenTicket:
     def apply(self, report: dict[str, Any]) -> bool:
         """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
         state = report["state"]
-        if state == "granted" and self.lease is None and report["attempts"] == self.attempts:
+        if state == TicketState.GRANTED and self.lease is None and report["attempts"] == self.attempts:
             self.lease = Lease(report["replica"], report["url"], report["queue_ms"], report["load_ms"])
             self._changed.set()
             return True
-        if state == "unknown":
+        if state == NoTicket.UNKNOWN:
             return False
-        if state != "failed" and report.get("attempts", self.attempts) != self.attempts:
+        if state != TicketState.FAILED and report.get("attempts", self.attempts) != self.attempts:
             return True  # late news of an earlier delivery
-        if state == "queued":
+        if state == TicketState.QUEUED:
             self.standing = Standing(
-                report["phase"],
+                WaitPhase(report["phase"]),
                 time.monotonic(),
                 int(report["position"]),
                 int(report["wait_ms"]),
                 int(report["late_ms"]),
                 report["assumed"],
             )
-        elif state == "loading":
-            self.standing = Standing("loading", time.monotonic())
-        elif state == "revoked":
+        elif state == TicketState.LOADING:
+            self.standing = Standing(WaitPhase.LOADING, time.monotonic())
+        elif state == TicketState.REVOKED:
             if self.lease is None:
                 # Its replica had gone before we heard of the grant: the next renewal asks for another.
-                self._owed = ("", "engine", self.attempts)
+                self._owed = ("", RetryReason.ENGINE, self.attempts)
                 self.attempts += 1
             elif self._on_revoked is not None:
                 self._on_revoked()
-        elif state in ("refused", "refused_by_pool", "limited"):
+        elif state in REFUSALS:
             self._fail(self.terms.refusal(report))
-        elif state == "failed":
+        elif state == TicketState.FAILED:
             self.give_up()
-        elif state == "load_failed":
+        elif state == TicketState.LOAD_FAILED:
             self._fail(
                 AdapterUnavailable(f"The adapter could not be loaded: {report.get('reason', 'see the replica log')}", retry_after_s=30)
             )
@@ -240,7 +239,7 @@ class Leases:
         self._asked[ticket.id] = opened
         try:
             report = await self.scheduler.submit(ticket, terms.bounds)
-            if report["state"] == "unseeded":
+            if report["state"] == NoTicket.UNSEEDED:
                 seeds = await terms.seeds(report["scopes"], report["month"])
                 report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
@@ -250,7 +249,7 @@ class Leases:
         finally:
             del self._asked[ticket.id]
         self._see_epoch(ticket.pool, report.get("epoch"))
-        if report["state"] in ("refused", "refused_by_pool", "limited", "unseeded"):
+        if report["state"] in REFUSALS:
             raise terms.refusal(report)
         self._open[ticket.id] = opened
         opened.left = report.get("left") or {}

@@ -9,12 +9,14 @@
 --   running  requests accepted and not yet ended
 --   turn_ms  how long they take, from their acceptance, on average of the last few
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
---   seeded   0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger (when: `asked`); 2: they are here
+--   seeded   whether it has the month's figures of the ledger (see SEEDED), and when a gateway was told to bring them (`asked`)
 --   memory   which memory it is of: the layout, and what `lmaas:limits` said when it came into being. After a pool's memory was replaced,
 --            all begin anew; and one of another layout, whose release may be at work beside this one, is never read.
 --   generation  grows when the month's figures begin anew: a reservation of before is not in them
 -- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
 
+-- The month's figures were not asked for; a gateway was told to bring them; they are here.
+local SEEDED = { NO = 0, ASKED = 1, YES = 2 }
 local WINDOW_S = 60
 local ASK_AGAIN_MS = 15000 -- the ledger has answered by then, or who asked it is gone
 local MAX_RETRY_MS = 60000 -- OpenAI's clients take no notice of more
@@ -72,7 +74,7 @@ local function load_scope(pool, id)
   local current, scope = LAYOUT .. '/' .. (found[1] or ''), found[2] and cmsgpack.unpack(found[2])
   if not scope or scope.memory ~= current then
     scope = {
-      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = 0,
+      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = SEEDED.NO,
       generation = 0, memory = current,
     }
   end
@@ -94,12 +96,12 @@ local function cost_of(prices, prompt, cached, completion)
   return (prompt - cached) * prices[1] + cached * prices[2] + completion * prices[3]
 end
 
--- How long until `excess` of 'requests' or 'tokens' lie behind.
+-- How long until `excess` of LIMIT.REQUESTS or LIMIT.TOKENS lie behind.
 local function until_freed(pool, scope, what, excess)
   local freed = 0
   for number = 1, entries(scope) do
     local second, requests, tokens = entry(scope, number)
-    freed = freed + (what == 'requests' and requests or tokens)
+    freed = freed + (what == LIMIT.REQUESTS and requests or tokens)
     if freed >= excess then return (second + WINDOW_S + 1) * 1000 - pool.now end
   end
   return WINDOW_S * 1000
@@ -109,7 +111,7 @@ end
 local function until_reset(pool, scope, what)
   for number = entries(scope), 1, -1 do
     local second, requests, tokens = entry(scope, number)
-    if (what == 'requests' and requests or tokens) > 0 then return (second + WINDOW_S + 1) * 1000 - pool.now end
+    if (what == LIMIT.REQUESTS and requests or tokens) > 0 then return (second + WINDOW_S + 1) * 1000 - pool.now end
   end
   return 0
 end
@@ -134,23 +136,23 @@ local function refusals(pool, scope, limit, tokens, cost)
     found[#found + 1] = { limit = name, allowed = allowed, used = used, asked = asked, retry_ms = retry_ms, scope = limit.scope }
   end
   if limit.max_concurrent and scope.running + 1 > limit.max_concurrent then
-    refuse('concurrency', limit.max_concurrent, nil, nil, until_one_ends(scope))
+    refuse(LIMIT.CONCURRENCY, limit.max_concurrent, nil, nil, until_one_ends(scope))
   end
   if limit.requests_per_minute and requests_used + 1 > limit.requests_per_minute then
-    local retry_ms = until_freed(pool, scope, 'requests', requests_used + 1 - limit.requests_per_minute)
-    refuse('requests', limit.requests_per_minute, requests_used, 1, retry_ms)
+    local retry_ms = until_freed(pool, scope, LIMIT.REQUESTS, requests_used + 1 - limit.requests_per_minute)
+    refuse(LIMIT.REQUESTS, limit.requests_per_minute, requests_used, 1, retry_ms)
   end
   if limit.tokens_per_minute and tokens > limit.tokens_per_minute then
-    refuse('request_tokens', limit.tokens_per_minute, nil, tokens, nil)
+    refuse(LIMIT.REQUEST_TOKENS, limit.tokens_per_minute, nil, tokens, nil)
   elseif limit.tokens_per_minute and tokens_used + tokens > limit.tokens_per_minute then
-    local retry_ms = until_freed(pool, scope, 'tokens', tokens_used + tokens - limit.tokens_per_minute)
-    refuse('tokens', limit.tokens_per_minute, tokens_used, tokens, retry_ms)
+    local retry_ms = until_freed(pool, scope, LIMIT.TOKENS, tokens_used + tokens - limit.tokens_per_minute)
+    refuse(LIMIT.TOKENS, limit.tokens_per_minute, tokens_used, tokens, retry_ms)
   end
   if limit.tokens_per_month and scope.tokens + tokens > limit.tokens_per_month then
-    refuse('month_tokens', limit.tokens_per_month, scope.tokens, tokens, nil)
+    refuse(LIMIT.MONTH_TOKENS, limit.tokens_per_month, scope.tokens, tokens, nil)
   end
   if limit.budget_per_month and scope.cost + cost > limit.budget_per_month * 1000000 then
-    refuse('budget', limit.budget_per_month, nil, nil, nil)
+    refuse(LIMIT.BUDGET, limit.budget_per_month, nil, nil, nil)
   end
   return found
 end
@@ -175,8 +177,8 @@ local function tightest(pool, scopes, limits)
     if not left[what] or remaining < left[what][2] then left[what] = { allowed, remaining, until_reset(pool, scope, what) } end
   end
   for i, limit in ipairs(limits) do
-    if limit.requests_per_minute then see(scopes[i], 'requests', limit.requests_per_minute, scopes[i].requests) end
-    if limit.tokens_per_minute then see(scopes[i], 'tokens', limit.tokens_per_minute, scopes[i].minute_tokens) end
+    if limit.requests_per_minute then see(scopes[i], LIMIT.REQUESTS, limit.requests_per_minute, scopes[i].requests) end
+    if limit.tokens_per_minute then see(scopes[i], LIMIT.TOKENS, limit.tokens_per_minute, scopes[i].minute_tokens) end
   end
   return left
 end
@@ -185,8 +187,8 @@ end
 local function take_seeds(pool, seeds)
   for id, seed in pairs(seeds) do
     local scope = load_scope(pool, id)
-    if scope.seeded == 1 and seed[1] == scope.month then
-      scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], 2
+    if scope.seeded == SEEDED.ASKED and seed[1] == scope.month then
+      scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], SEEDED.YES
       save_scope(scope)
     end
   end
@@ -201,21 +203,21 @@ local function reserve(pool, ticket, forced)
   local scopes, unseeded = {}, {}
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
-    if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded < 2 then
+    if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded ~= SEEDED.YES then
       unseeded[#unseeded + 1] = limit.id
-      if not forced and (scope.seeded == 0 or math.abs(pool.now - scope.asked) > ASK_AGAIN_MS) then
+      if not forced and (scope.seeded == SEEDED.NO or math.abs(pool.now - scope.asked) > ASK_AGAIN_MS) then
         -- What ends from now on is counted here; what has ended, the ledger knows.
-        scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = 1, pool.now, scope.generation + 1, 0, 0
+        scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = SEEDED.ASKED, pool.now, scope.generation + 1, 0, 0
         save_scope(scope)
       end
     end
     scopes[i] = scope
   end
   if not forced then
-    if #unseeded > 0 then return { state = 'unseeded', scopes = unseeded, month = scopes[1].month } end
+    if #unseeded > 0 then return { state = NO_TICKET.UNSEEDED, scopes = unseeded, month = scopes[1].month } end
     local refused = refusal(pool, scopes, ticket.limits, tokens, cost)
     if refused then
-      refused.state, refused.left = 'limited', tightest(pool, scopes, ticket.limits)
+      refused.state, refused.left = NO_TICKET.LIMITED, tightest(pool, scopes, ticket.limits)
       return refused
     end
   end

@@ -16,7 +16,7 @@ local MAX_LOOKS = 512     -- tickets looked at in one round
 local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next one goes on
 
 local function fresh(pool, replica)
-  return replica.state == 'ready' and not replica.suspect and pool.now - replica.beat < STALE_MS
+  return replica.state == REPLICA.READY and not replica.suspect and pool.now - replica.beat < STALE_MS
 end
 
 local function hold(pool, ticket, replica)
@@ -45,7 +45,7 @@ local function let_go(pool, ticket)
 end
 
 local function grant(pool, ticket)
-  ticket.state, ticket.granted = 'granted', pool.now
+  ticket.state, ticket.granted = TICKET.GRANTED, pool.now
   put(pool, ticket)
   return {
     replica = ticket.replica, url = pool.replicas[ticket.replica].url,
@@ -134,16 +134,16 @@ local function place(pool, ticket, replica, caller)
   hold(pool, ticket, replica)
   if ticket.adapter == '' or replica.resident[ticket.adapter] then
     local fields = grant(pool, ticket)
-    if ticket.id ~= caller then tell(ticket, 'granted', fields) end
+    if ticket.id ~= caller then tell(ticket, TICKET.GRANTED, fields) end
     return
   end
-  ticket.state = 'loading'
+  ticket.state = TICKET.LOADING
   put(pool, ticket)
   local loading = replica.loading[ticket.adapter]
   if not loading then
     loading = { source = ticket.source, tickets = {} }
     replica.loading[ticket.adapter] = loading
-    redis.call('PUBLISH', 'lmaas:replica:' .. replica.id, 'load')
+    redis.call('PUBLISH', 'lmaas:replica:' .. replica.id, SIGNAL.LOAD)
   end
   loading.tickets[ticket.id] = 1
 end
@@ -247,7 +247,7 @@ local function awaited(pool, count)
 end
 
 local function forget(pool, ticket, used)
-  if ticket.state == 'queued' then
+  if ticket.state == TICKET.QUEUED then
     dequeue(pool, ticket)
   else
     if ticket.placed then charge(pool, ticket, (used and units(used) or 0) - charged(pool, ticket)) end
@@ -268,7 +268,7 @@ local function requeue(pool, ticket, delivered)
   if delivered then
     ticket.attempts = ticket.attempts + 1
     if ticket.attempts >= MAX_ATTEMPTS then
-      ticket.state, ticket.placed, ticket.granted = 'failed', nil, nil
+      ticket.state, ticket.placed, ticket.granted = TICKET.FAILED, nil, nil
       put(pool, ticket)
       return false
     end
@@ -294,13 +294,13 @@ local function remove(pool, id)
   for _, ticket_id in ipairs(redis.call('HKEYS', pool.key .. ':tickets')) do
     local ticket = get(pool, ticket_id)
     if ticket and ticket.replica == id then
-      if ticket.state == 'loading' then
+      if ticket.state == TICKET.LOADING then
         loading[#loading + 1] = ticket
       else
         -- It holds nothing any more, should a replica of this id come back.
-        ticket.state, ticket.replica, ticket.held, ticket.revoked = 'revoked', nil, nil, id
+        ticket.state, ticket.replica, ticket.held, ticket.revoked = TICKET.REVOKED, nil, nil, id
         put(pool, ticket)
-        tell(ticket, 'revoked')
+        tell(ticket, TICKET.REVOKED)
       end
     end
   end

@@ -17,32 +17,32 @@ end
 local function estimate(pool, position)
   local run, slots, turn = var(pool, 'run_ms', TURN_MS), 0, 0
   for _, replica in pairs(pool.replicas) do
-    if replica.state == 'ready' then
+    if replica.state == REPLICA.READY then
       slots, turn = slots + replica.slots, math.max(turn, replica.turn or replica.since)
     end
   end
-  local left, late, phase, known = nil, nil, 'busy', nil
+  local left, late, phase, known = nil, nil, PHASE.BUSY, nil
   if slots > 0 then
     left, late = left_of(run, pool.now - turn)
   else
     slots, known = 16, var(pool, 'start_ms', nil)
     local usual = known or START_MS
     for _, replica in pairs(pool.replicas) do
-      if replica.state == 'starting' then
+      if replica.state == REPLICA.STARTING then
         local mine, mine_late = left_of(usual, pool.now - replica.since)
-        if not left or mine < left or (mine == left and mine_late < late) then left, late, phase = mine, mine_late, 'starting' end
+        if not left or mine < left or (mine == left and mine_late < late) then left, late, phase = mine, mine_late, PHASE.STARTING end
       end
     end
     if not left then
       -- No supervisor reports yet. The ticket that came first tells how long ago an engine was asked for.
       local first = redis.call('ZRANGE', pool.key .. ':queue', 0, 0)[1]
       left, late = left_of(usual, first and pool.now - get(pool, first).submitted or 0)
-      phase = 'asked'
+      phase = PHASE.ASKED
     end
   end
   return {
     wait_ms = math.floor(left + (math.ceil(position / slots) - 1) * run), late_ms = late, phase = phase,
-    assumed = phase ~= 'busy' and not known,
+    assumed = phase ~= PHASE.BUSY and not known,
   }
 end
 
@@ -85,17 +85,17 @@ local function position_of(pool, ticket)
 end
 
 local function report(pool, ticket)
-  if ticket.state == 'queued' then
+  if ticket.state == TICKET.QUEUED then
     local position = position_of(pool, ticket)
     local reply = estimate(pool, position)
-    reply.state, reply.attempts, reply.position = 'queued', ticket.attempts, position
+    reply.state, reply.attempts, reply.position = TICKET.QUEUED, ticket.attempts, position
     return reply
   end
-  if ticket.state == 'granted' then
+  if ticket.state == TICKET.GRANTED then
     local replica = pool.replicas[ticket.replica]
-    if not replica then return { state = 'revoked', attempts = ticket.attempts } end
+    if not replica then return { state = TICKET.REVOKED, attempts = ticket.attempts } end
     return {
-      state = 'granted', attempts = ticket.attempts, replica = ticket.replica, url = replica.url,
+      state = TICKET.GRANTED, attempts = ticket.attempts, replica = ticket.replica, url = replica.url,
       queue_ms = ticket.placed - ticket.submitted, load_ms = ticket.granted - ticket.placed,
     }
   end
@@ -106,16 +106,16 @@ end
 local function ask_for_replica(pool)
   if redis.call('ZCARD', pool.key .. ':queue') == 0 then return end
   for _, replica in pairs(pool.replicas) do
-    if replica.state ~= 'draining' and not replica.suspect then return end
+    if replica.state ~= REPLICA.DRAINING and not replica.suspect then return end
   end
-  redis.call('PUBLISH', 'lmaas:control', 'demand')
+  redis.call('PUBLISH', 'lmaas:control', SIGNAL.DEMAND)
 end
 
 -- Why the queues do not take one more ticket of this tenant, or nil.
 local function full(pool, ticket, max_queued, max_queued_pool)
-  if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = 'refused' } end
+  if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = NO_TICKET.REFUSED } end
   local queued = redis.call('ZCARD', pool.key .. ':queue')
-  if queued >= max_queued_pool then return { state = 'refused_by_pool', wait_ms = estimate(pool, queued).wait_ms } end
+  if queued >= max_queued_pool then return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = estimate(pool, queued).wait_ms } end
   return nil
 end
 
@@ -176,15 +176,15 @@ end)
 redis.register_function('lmaas_retry', function(keys, args)
   local pool = open(keys[1])
   local ticket = get(pool, args[1])
-  local reply = { state = 'unknown' }
+  local reply = { state = NO_TICKET.UNKNOWN }
   if ticket then
-    local held = ticket.state == 'granted' or ticket.state == 'revoked'
+    local held = ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED
     if held and ticket.attempts == tonumber(args[4]) then
       local replica = pool.replicas[args[2]]
       if replica then
         -- Nobody else is sent there until its supervisor has looked.
-        if args[3] == 'engine' then replica.suspect = true end
-        if args[3] == 'adapter' then replica.resident[ticket.adapter] = nil end
+        if args[3] == REASON.ENGINE then replica.suspect = true end
+        if args[3] == REASON.ADAPTER then replica.resident[ticket.adapter] = nil end
         pool.dirty[args[2]] = true
         redis.call('PUBLISH', 'lmaas:replica:' .. args[2], args[3])
       end
@@ -207,7 +207,7 @@ register_always('lmaas_renew', function(keys, args)
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
       -- Word of an earlier delivery may come late: what waits or loads has not run.
-      if args[i + 1] ~= '' and (ticket.state == 'granted' or ticket.state == 'revoked') then
+      if args[i + 1] ~= '' and (ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED) then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
         charge(pool, ticket, charged(pool, ticket) - before)
@@ -218,7 +218,7 @@ register_always('lmaas_renew', function(keys, args)
   dispatch(pool)
   for i = 2, #args, 2 do
     local ticket = get(pool, args[i])
-    reports[#reports + 1] = ticket and report(pool, ticket) or { state = 'unknown' }
+    reports[#reports + 1] = ticket and report(pool, ticket) or { state = NO_TICKET.UNKNOWN }
   end
   if #args > 1 then redis.call('HSET', pool.key .. ':vars', 'active', pool.now) end
   close(pool)
@@ -234,7 +234,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   if get(pool, ticket.id) then
     done = 1
   elseif replica then
-    ticket.state, ticket.submitted = 'granted', pool.now - ticket.waited_ms
+    ticket.state, ticket.submitted = TICKET.GRANTED, pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
     reserve(pool, ticket, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
@@ -257,18 +257,18 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   local beat = cjson.decode(args[2])
   local replica = pool.replicas[args[1]]
   if not replica then
-    replica = { id = args[1], load = 0, running = {}, resident = {}, loading = {}, used = {}, since = pool.now, state = 'starting' }
+    replica = { id = args[1], load = 0, running = {}, resident = {}, loading = {}, used = {}, since = pool.now, state = REPLICA.STARTING }
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
     pool.replicas[args[1]] = replica
   end
   -- What the pool's starts usually take, by the records that supervisors keep of them.
   if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', nil) then redis.call('HSET', pool.key .. ':vars', 'start_ms', beat.start_ms) end
-  if beat.state == 'ready' and replica.state == 'starting' then
+  if beat.state == REPLICA.READY and replica.state == REPLICA.STARTING then
     replica.turn = pool.now
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
   end
   -- Draining is decided here and does not come undone by a heartbeat that was already on its way.
-  if replica.state ~= 'draining' then replica.state = beat.state end
+  if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
   replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
   if beat.cleared then replica.suspect = nil end
   if beat.suspect then replica.suspect = true end
@@ -282,7 +282,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   for adapter, time in pairs(replica.used) do used[adapter] = pool.now - time end
   return cjson.encode({
     state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = pool.epoch, memory = memory(pool),
-    loads = loads, warm = replica.state == 'starting' and awaited(pool, replica.adapter_slots) or nil,
+    loads = loads, warm = replica.state == REPLICA.STARTING and awaited(pool, replica.adapter_slots) or nil,
     running = replica.running, used = used,
     controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
   })
@@ -300,8 +300,8 @@ redis.register_function('lmaas_loaded', function(keys, args)
     pool.dirty[replica.id] = true
     for id in pairs(loading and loading.tickets or {}) do
       local ticket = get(pool, id)
-      if ticket and ticket.state == 'loading' then
-        tell(ticket, 'granted', grant(pool, ticket))
+      if ticket and ticket.state == TICKET.LOADING then
+        tell(ticket, TICKET.GRANTED, grant(pool, ticket))
         count = count + 1
       end
     end
@@ -321,12 +321,12 @@ redis.register_function('lmaas_load_failed', function(keys, args)
     pool.dirty[replica.id] = true
     for id in pairs(loading and loading.tickets or {}) do
       local ticket = get(pool, id)
-      if ticket and ticket.state == 'loading' then
+      if ticket and ticket.state == TICKET.LOADING then
         charge(pool, ticket, -charged(pool, ticket))
         let_go(pool, ticket)
-        ticket.state, ticket.placed = 'load_failed', nil
+        ticket.state, ticket.placed = TICKET.LOAD_FAILED, nil
         put(pool, ticket)
-        tell(ticket, 'load_failed', { reason = args[3] })
+        tell(ticket, TICKET.LOAD_FAILED, { reason = args[3] })
         count = count + 1
       end
     end
@@ -355,7 +355,7 @@ redis.register_function('lmaas_drain', function(keys, args)
   local pool = open(keys[1])
   local replica = pool.replicas[args[1]]
   if replica then
-    replica.state = 'draining'
+    replica.state = REPLICA.DRAINING
     pool.dirty[replica.id] = true
     local tickets = {}
     for _, loading in pairs(replica.loading) do

@@ -36,6 +36,25 @@ local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local TURN_MS = 2000      -- first guess of a request's run time
 local START_MS = 20000    -- first guess of an engine's start
 
+-- Words that clients read, or that are stored. lmaas/scheduling/states.py has the same words and their meanings; a test compares the two, and
+-- finds a name that is misspelt here.
+local TICKET = {
+  QUEUED = 'queued', LOADING = 'loading', GRANTED = 'granted', REVOKED = 'revoked', FAILED = 'failed', LOAD_FAILED = 'load_failed',
+}
+local NO_TICKET = {
+  REFUSED = 'refused', REFUSED_BY_POOL = 'refused_by_pool', LIMITED = 'limited', UNSEEDED = 'unseeded', UNKNOWN = 'unknown',
+}
+local PHASE = { BUSY = 'busy', STARTING = 'starting', ASKED = 'asked' }
+local REASON = { ENGINE = 'engine', ADAPTER = 'adapter' }
+local SIGNAL = { LOAD = 'load', DEMAND = 'demand' }
+local LIMIT = {
+  CONCURRENCY = 'concurrency', REQUESTS = 'requests', TOKENS = 'tokens', REQUEST_TOKENS = 'request_tokens', MONTH_TOKENS = 'month_tokens',
+  BUDGET = 'budget',
+}
+-- Of lmaas/states.py: a replica's observed states that matter here, and the end of a request whose gateway is gone.
+local REPLICA = { STARTING = 'starting', READY = 'ready', DRAINING = 'draining' }
+local LOST = { STATUS = 'lost', CODE = 'gateway_lost' }
+
 -- The server process: it has another memory than the one before it, unless that was kept whole. Asked once: it stays.
 local process = nil
 -- What this process has seen last of each pool: {mark, epoch, base}. As long as the mark goes on from there, nobody else was here.
@@ -53,7 +72,7 @@ end
 local function record_lost(pool, ticket)
   local event = cjson.decode(ticket.event)
   local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
-  event.status, event.code = 'lost', 'gateway_lost'
+  event.status, event.code = LOST.STATUS, LOST.CODE
   event.prompt_tokens, event.cached_tokens, event.completion_tokens = used.prompt, used.cached, used.completion
   event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
   event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from lmaas.scheduling.client import CONTROL_CHANNEL, Beat, Bounds, Ticket, gateway_channel, replica_channel
+from lmaas.scheduling.states import REFUSALS, TicketState
 from lmaas.simulation.clock import Clock
 from lmaas.simulation.engine import Engine
 from lmaas.simulation.profile import Profile
@@ -97,11 +98,11 @@ class Pool:
         opened = self._open[name] = _Open(request, ticket)
         self._active_s = self._clock.now_s
         report = self._queue.ask(self._queue.submit(ticket, self._bounds))
-        if report["state"] in ("refused", "refused_by_pool"):
+        if report["state"] in REFUSALS:
             del self._open[name]
             self._tally.refused += 1
             return
-        if report["state"] == "granted":
+        if report["state"] == TicketState.GRANTED:
             self._grant(opened, report["replica"])
         elif self._deadline_s > 0:
             self._clock.after(self._deadline_s, partial(self._expire, name))
@@ -168,7 +169,7 @@ class Pool:
 
     def _hear_gateway(self, news: dict[str, object]) -> None:
         opened = self._open.get(str(news["id"]))
-        if opened is not None and news["event"] == "granted" and opened.replica is None:
+        if opened is not None and news["event"] == TicketState.GRANTED and opened.replica is None:
             self._grant(opened, str(news["replica"]))
 
     # The controller

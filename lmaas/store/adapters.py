@@ -69,13 +69,13 @@ def _adapters(tenant_id: str) -> Select[Any]:
 
 async def list_adapters(db: Database, tenant_id: str) -> list[Adapter]:
     """Return the tenant's adapters, by name."""
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         return [Adapter(*row) for row in await connection.execute(_adapters(tenant_id).order_by(adapters.c.name))]
 
 
 async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
     """Return one adapter. Raises NotFound."""
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         row = (await connection.execute(_adapters(tenant_id).where(adapters.c.name == name))).one_or_none()
     if row is None:
         raise _not_found()
@@ -90,7 +90,7 @@ async def list_versions(db: Database, tenant_id: str, name: str) -> list[Adapter
         .where(adapter_versions.c.adapter_id == adapter.id)
         .order_by(adapter_versions.c.version)
     )
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         return [AdapterVersion(*row) for row in await connection.execute(query)]
 
 
@@ -113,7 +113,7 @@ async def add_version(
     Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
     tenant has been deleted meanwhile.
     """
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         # The tenant's row orders uploads, so that neither the quota nor a version number is given out twice.
         tenant = (
             await connection.execute(
@@ -170,14 +170,14 @@ async def activate(db: Database, tenant_id: str, name: str, version: int) -> Non
         .values(live_version=version)
         .returning(adapters.c.id)
     )
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         if (await connection.execute(query)).one_or_none() is None:
             raise NotFound("The adapter or this version of it does not exist.", code="adapter_not_found")
 
 
 async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
     """Delete an adapter with its versions; return their content hashes. Raises NotFound."""
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         found = select(adapter_versions.c.content_hash).join(adapters).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
         hashes = set((await connection.execute(found)).scalars())
@@ -193,7 +193,7 @@ async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
 async def unused(db: Database, tenant_id: str, hashes: Iterable[str]) -> AsyncIterator[list[str]]:
     """Provide those of `hashes` that no version of this tenant has. No upload can begin to use one during the block, which deletes their
     files."""
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
         yield sorted(set(hashes) - await _used(connection, tenant_id))
 
@@ -217,6 +217,6 @@ async def find_served(db: Database, tenant_id: str, name: str, version: int | No
         .join(adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, adapter_versions.c.version == wanted)
     )
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         row = (await connection.execute(query)).one_or_none()
     return None if row is None else ServedAdapter(*row)

@@ -11,6 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from lmaas.errors import Unavailable
+from lmaas.store.scopes import SYSTEM, AnyScope
 
 
 def driver_url(url: str) -> str:
@@ -28,8 +29,8 @@ def new_id(prefix: str) -> str:
 class Writes(Protocol):
     """Where something may be written: the database, or the connection that proves who may write."""
 
-    def begin(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A connection for the block. Its statements hold, all or each, once the block has ended well."""
+    def begin(self, scope: AnyScope) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Provide a connection for the block. Its statements hold, all or each, once the block has ended without an error."""
 
     async def check(self) -> None:
         """Raises if nothing may be written now."""
@@ -51,8 +52,11 @@ class Database:
         )
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction: committed at the end of the block, rolled back on an error."""
+    async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
+        """Provide a transaction that sees the rows of `scope`: a tenant by its id, SYSTEM, OPERATOR, or a KeyScope.
+
+        It is committed at the end of the block, and rolled back on an error.
+        """
         try:
             async with self._engine.begin() as connection:
                 yield connection
@@ -81,7 +85,7 @@ class Database:
 
     async def check(self) -> None:
         """Raises Unavailable if the database is away."""
-        async with self.begin() as connection:
+        async with self.begin(SYSTEM) as connection:
             await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from lmaas.states import EnginePhase
 from lmaas.store.database import Database
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import base_models, engine_time, replicas, tenants, usage_events
 
 #: No request waits longer than this for its replica.
@@ -74,13 +75,13 @@ async def record_engine_time(db: Database, replica_id: str, base_model_id: str, 
     query = query.on_conflict_do_update(
         index_elements=["replica_id", "day", "phase", "price"], set_={"ms": func.greatest(engine_time.c.ms, query.excluded.ms)}
     )
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(query)
 
 
 async def engine_price(db: Database, base_model_id: str) -> int:
     """What an hour of the base model's engines costs now, in micro-dollars."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return int((await connection.execute(select(base_models.c.engine_price).where(base_models.c.id == base_model_id))).scalar_one())
 
 
@@ -89,7 +90,7 @@ async def list_engine_time(db: Database, *, since: date | None = None, until: da
     columns = engine_time.c
     query = select(columns.replica_id, base_models.c.name, columns.day, columns.phase, columns.price, columns.ms)
     query = _within(query.join_from(engine_time, base_models), columns.day, since, until)
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
     return [EngineTime(row[0], row[1], row[2], EnginePhase(row[3]), row[4], row[5]) for row in rows]
 
@@ -109,7 +110,7 @@ async def pool_times(db: Database) -> list[PoolTime]:
     columns = engine_time.c
     cost = func.sum(columns.ms * columns.price) / MS_PER_HOUR
     query = select(base_models.c.name, columns.phase, func.sum(columns.ms), cost).join_from(engine_time, base_models)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         rows = (await connection.execute(query.group_by(base_models.c.name, columns.phase))).all()
     return [PoolTime(row[0], EnginePhase(row[1]), int(row[2]), float(row[3])) for row in rows]
 
@@ -129,7 +130,7 @@ async def list_work(db: Database, *, since: date | None = None, until: date | No
         .where(columns.replica_id.in_(there), columns.created_at >= first)
         .group_by(columns.replica_id, day, *consumer)
     )
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
     return [Work(row[0], row[1], Consumer(*row[2:6]), int(row[6]), int(row[7])) for row in rows]
 
@@ -141,7 +142,7 @@ async def list_charges(db: Database, *, since: date | None = None, until: date |
     consumer = _consumer()
     query = select(day, *consumer, func.sum(columns.charge_picousd)).join_from(usage_events, tenants)
     query = _within(query, day, since, until).where(columns.charge_picousd != 0).group_by(day, *consumer)
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
     return [Charge(row[0], Consumer(*row[1:5]), int(row[5])) for row in rows]
 

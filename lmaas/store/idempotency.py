@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from lmaas.states import ClaimState
 from lmaas.store.database import Database
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import idempotency as rows
 from lmaas.store.tables import tenants
 
@@ -92,7 +93,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
     looking = select(rows.c.request_id, same, rows.c.state, rows.c.status, rows.c.content_type, case((same, rows.c.answer))).where(
         rows.c.tenant_id == claim.tenant_id, rows.c.key == claim.key
     )
-    async with db.begin() as connection:
+    async with db.begin(claim.tenant_id) as connection:
         if (await connection.execute(claiming)).first() is not None:
             return None
         row = (await connection.execute(looking)).first()
@@ -108,13 +109,13 @@ async def keep(db: Database, claim: Claim, answer: Answer) -> bool:
     """Keep the answer for a day from now; twice is no error. False if the claim is somebody else's by now, or gone with its tenant."""
     values = {"state": ClaimState.DONE.value, "seen_at": func.now(), "status": answer.status, "content_type": answer.content_type}
     query = update(rows).where(_of(claim)).values(values | {"answer": answer.body}).returning(rows.c.key)
-    async with db.begin() as connection:
+    async with db.begin(claim.tenant_id) as connection:
         return (await connection.execute(query)).first() is not None
 
 
 async def give_up(db: Database, claim: Claim) -> None:
     """The request has no answer worth keeping: the next one with its key runs anew."""
-    async with db.begin() as connection:
+    async with db.begin(claim.tenant_id) as connection:
         await connection.execute(delete(rows).where(_of(claim)))
 
 
@@ -123,7 +124,7 @@ async def seen(db: Database, claims: list[Claim]) -> None:
     for start in range(0, len(claims), 1000):
         ids = [(claim.tenant_id, claim.key, claim.request_id) for claim in claims[start : start + 1000]]
         own = tuple_(rows.c.tenant_id, rows.c.key, rows.c.request_id).in_(ids)
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             await connection.execute(update(rows).where(own, rows.c.state == ClaimState.RUNNING).values(seen_at=func.now()))
 
 
@@ -135,7 +136,7 @@ async def delete_old(db: Database) -> int:
     )
     # Whoever takes one over at this moment has it.
     batch = select(rows.c.tenant_id, rows.c.key).where(old).limit(BATCH).with_for_update(skip_locked=True)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(batch)))
     return gone.rowcount
 
@@ -153,7 +154,7 @@ async def delete_surplus(db: Database) -> int:
         func.sum(size).over(**newest_first).label("bytes"),
     )
     deleted = 0
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         for tenant_id in (await connection.execute(over)).scalars().all():
             own = ranked.where(done, rows.c.tenant_id == tenant_id).subquery()
             surplus = select(own.c.tenant_id, own.c.key).where(or_(own.c.place > MAX_ANSWERS, own.c.bytes > MAX_ANSWER_BYTES)).limit(BATCH)

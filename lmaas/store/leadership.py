@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import Unavailable
 from lmaas.store.database import Database
+from lmaas.store.scopes import SYSTEM, AnyScope
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,13 @@ class Lead:
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncConnection]:
-        """The connection that holds the lock. Raises LostLead if it is gone: then nothing has been written."""
+    async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
+        """Provide the connection that holds the lock. Raises LostLead if it is gone: then nothing has been written.
+
+        The only scope is SYSTEM: what the active controller writes belongs to no tenant.
+        """
+        if scope is not SYSTEM:
+            raise ValueError(f"The controller's own connection writes in the scope SYSTEM only, not {scope!r}.")
         async with self._turn:
             if self._connection.invalidated:
                 # SQLAlchemy would connect anew: without the lock.
@@ -62,7 +68,7 @@ class Lead:
 
     async def check(self) -> None:
         """Raises LostLead if the lock is not ours any more."""
-        async with self.begin() as connection:
+        async with self.begin(SYSTEM) as connection:
             await connection.execute(text("SELECT 1"))
 
     async def lost(self) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
 from lmaas.store.database import Database, new_id
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import adapters, base_models, replicas
 from lmaas.types import AUTO, BaseModelShapes
 
@@ -86,20 +87,20 @@ async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
     values = _stored(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         return BaseModel(*(await connection.execute(put.returning(*_COLUMNS))).one())
 
 
 async def list_base_models(db: Database) -> list[BaseModel]:
     """Every base model, by name."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return [BaseModel(*row) for row in await connection.execute(select(*_COLUMNS).where(_IS_THERE).order_by(base_models.c.name))]
 
 
 async def list_pool_ids(db: Database) -> list[str]:
     """Every pool that may still have something to tell: also those that were deleted in the last day."""
     lately = base_models.c.deleted_at > func.now() - func.make_interval(0, 0, 0, 1)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return list((await connection.execute(select(base_models.c.id).where(_IS_THERE | lately))).scalars())
 
 
@@ -108,40 +109,50 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
     # A name of an older release may be another's id, which counts more.
     query = query.order_by((base_models.c.id == id_or_name).desc()).limit(1)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
     return BaseModel(*row)
 
 
-async def create_base_model(db: Database, model: BaseModel) -> BaseModel:
-    """Add a base model. Raises Conflict if its name is taken: by another base model, or by somebody's adapter."""
+async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False) -> BaseModel:
+    """Add a base model and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if its name is taken by another base model or by a tenant's adapter.
+    """
     values = _stored(model) | {"id": new_id("mod")}
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
             raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
         row = (await connection.execute(query.returning(*_COLUMNS))).one_or_none()
+        if dry_run:
+            await connection.rollback()
     if row is None:
         raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
     return BaseModel(*row)
 
 
-async def change_base_model(db: Database, name: str, changes: dict[str, Any]) -> BaseModel:
-    """Change some of its values. Raises NotFound, and Conflict for what adapters were validated against while there are any, or what
-    replicas run with while there are some."""
-    async with db.begin() as connection:
+async def change_base_model(db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False) -> BaseModel:
+    """Change some of its values; with `dry_run`, return what the base model would be and store nothing.
+
+    Raises NotFound, and Conflict for values that adapters were validated against or that replicas run with, while there are any.
+    """
+    async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         if changes.keys() & VALIDATED:
             await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
         query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
-        return BaseModel(*(await connection.execute(query)).one())
+        changed = BaseModel(*(await connection.execute(query)).one())
+        if dry_run:
+            await connection.rollback()
+    return changed
 
 
 async def delete_base_model(db: Database, name: str) -> str:
     """End a base model; answers its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         await _refuse_if_used(connection, found.id, "deleted")
         await connection.execute(update(base_models).where(base_models.c.id == found.id).values(deleted_at=func.now()))

@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from lmaas.store.database import Database, Writes
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import pool_states
 
 
@@ -29,18 +30,18 @@ async def save_pool_state(db: Writes, base_model_id: str, decision: dict[str, An
     """Replace the pool's last decision."""
     values = {"decision": decision, "idle_times": [list(pair) for pair in idle_times], "decided_at": func.now()}
     query = insert(pool_states).values(base_model_id=base_model_id, **values)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(query.on_conflict_do_update(index_elements=["base_model_id"], set_=values))
 
 
 async def pool_states_by_id(db: Database) -> dict[str, PoolState]:
     """Every pool's last decision, by the base model's id. A new pool has none."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return {row.base_model_id: PoolState(*row) for row in await connection.execute(select(*_COLUMNS))}
 
 
 async def is_blocked(db: Database, base_model_id: str) -> bool:
     """Whether the pool waits for a machine, as the controller saw it last."""
     query = select(pool_states.c.decision["blocked"].as_boolean()).where(pool_states.c.base_model_id == base_model_id)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return bool((await connection.execute(query)).scalar_one_or_none())

@@ -9,12 +9,11 @@ from sqlalchemy import func, insert, literal, select, true, update
 
 from lmaas.states import TERMINAL, Desired, Observed, sources
 from lmaas.store.database import Database, Writes
+from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import base_models, replicas
 
 #: Starts that failed longer ago than this, in seconds, are forgiven.
 FAILURE_WINDOW_S = 1800.0
-#: What a start's record says, in ms, beside `by` ("zygote" or "plain"); `adapter_ms` runs beside `first_token_ms`.
-START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ async def add_replica(db: Writes, replica_id: str, base_model_id: str) -> bool:
         .with_for_update(key_share=True, read=True)
     )
     query = insert(replicas).from_select(["id", "base_model_id", "desired", "observed"], known).returning(replicas.c.id)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return (await connection.execute(query)).first() is not None
 
 
@@ -57,26 +56,26 @@ async def list_replicas(db: Database, *, base_model_id: str | None = None, ended
         query = query.where(replicas.c.base_model_id == base_model_id)
     if not ended:
         query = query.where(replicas.c.observed.not_in(TERMINAL))
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return [Replica(*row) for row in await connection.execute(query)]
 
 
 async def get_replica(db: Database, replica_id: str) -> Replica | None:
     """The replica, or None if nobody ever desired it."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         row = (await connection.execute(select(*_COLUMNS).where(replicas.c.id == replica_id))).one_or_none()
     return None if row is None else Replica(*row)
 
 
-async def desire_stop(db: Writes, replica_id: str) -> bool:
-    """Desire that the replica drains and stops. False if it has ended already."""
+async def desire_stop(db: Writes, replica_id: str, scope: AnyScope = SYSTEM) -> bool:
+    """Desire that the replica drains and stops; return False if it has ended already. The scope is OPERATOR for an operator's wish."""
     query = (
         update(replicas)
         .where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL))
         .values(desired=Desired.STOPPED)
         .returning(replicas.c.id)
     )
-    async with db.begin() as connection:
+    async with db.begin(scope) as connection:
         return (await connection.execute(query)).first() is not None
 
 
@@ -104,7 +103,7 @@ async def observe(
     query = (
         update(replicas).where(replicas.c.id == replica_id, replicas.c.observed.in_(sources(state))).values(values).returning(replicas.c.id)
     )
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return (await connection.execute(query)).first() is not None
 
 
@@ -119,7 +118,7 @@ async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 
             .limit(last)
             .subquery()
         )
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             median = (await connection.execute(select(func.percentile_cont(0.5).within_group(newest.c.ms)))).scalar()
         if median is not None:
             return round(float(median))
@@ -137,7 +136,7 @@ async def recent_failures(db: Database, base_model_id: str, within_s: float = FA
         replicas.c.ready_at.is_(None),
         replicas.c.ended_at > func.greatest(since, func.now() - func.make_interval(0, 0, 0, 0, 0, 0, within_s)),
     )
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         count, seconds = (await connection.execute(query)).one()
     return int(count), float(seconds)
 
@@ -166,11 +165,11 @@ async def failed_starts(db: Database, base_model_id: str, within_s: float = FAIL
         .order_by(replicas.c.ended_at.desc())
         .limit(1)
     )
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return FailedStarts(count, (await connection.execute(query)).scalar_one_or_none() or "", ago_s)
 
 
 async def model_names(db: Database) -> dict[str, str]:
     """Base model id → name, for tables that people read."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return {row.id: row.name for row in await connection.execute(select(base_models.c.id, base_models.c.name))}

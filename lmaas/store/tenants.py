@@ -9,6 +9,7 @@ from sqlalchemy.exc import IntegrityError
 
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.database import Database, new_id
+from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
 from lmaas.store.tables import adapters, api_keys, audit_log, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
@@ -68,27 +69,39 @@ def _key(row: Row[Any]) -> ApiKey:
     return ApiKey(*_split(row, len(_KEY)))
 
 
-async def create_tenant(db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS) -> Tenant:
-    """Raises Conflict if a live tenant has that name."""
+async def create_tenant(
+    db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS, *, dry_run: bool = False
+) -> Tenant:
+    """Add a tenant and return it; with `dry_run`, return what it would be and store nothing.
+
+    Raises Conflict if a live tenant has that name.
+    """
     values = {"id": new_id("ten"), "name": name, "tier": tier, "max_queued": max_queued, "max_adapters": max_adapters} | asdict(limits)
     try:
-        async with db.begin() as connection:
+        async with db.begin(OPERATOR) as connection:
             row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT, *_TENANT_LIMITS))).one()
+            if dry_run:
+                await connection.rollback()
     except IntegrityError as error:
         raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
     return _tenant(row)
 
 
-async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any]) -> Tenant:
-    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it). Raises NotFound."""
+async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any], *, dry_run: bool = False) -> Tenant:
+    """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it) and return the tenant.
+
+    With `dry_run`, return what it would be and store nothing. Raises NotFound.
+    """
     query = (
         update(tenants)
         .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
         .values(changes)
         .returning(*_TENANT, *_TENANT_LIMITS)
     )
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(query)).one_or_none()
+        if dry_run:
+            await connection.rollback()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
     return _tenant(row)
@@ -99,7 +112,7 @@ async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     query = select(*_TENANT, *_TENANT_LIMITS).where(
         (tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None)
     )
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
@@ -109,13 +122,13 @@ async def get_tenant(db: Database, id_or_name: str) -> Tenant:
 async def list_tenants(db: Database) -> list[Tenant]:
     """Every live tenant, by name."""
     query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         return [_tenant(row) for row in await connection.execute(query)]
 
 
 async def delete_tenant(db: Database, tenant_id: str) -> None:
     """End a tenant: its keys stop at once, its adapters' rows and its kept answers go; its usage stays, for the bill. Raises NotFound."""
-    async with db.begin() as connection:
+    async with db.begin(OPERATOR) as connection:
         gone = await connection.execute(
             update(tenants)
             .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
@@ -138,7 +151,7 @@ async def create_key(
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
     values |= asdict(limits)
     try:
-        async with db.begin() as connection:
+        async with db.begin(scope_of(tenant_id)) as connection:
             row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
     except IntegrityError as error:
         raise Conflict("This key exists already, or was revoked.", code="key_exists") from error
@@ -148,7 +161,7 @@ async def create_key(
 async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
     """The keys of a tenant (or of the operators), newest first, revoked ones among them."""
     query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         return [_key(row) for row in await connection.execute(query)]
 
 
@@ -160,7 +173,7 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str) -> ApiKey
         .values(revoked_at=func.coalesce(api_keys.c.revoked_at, func.now()))
         .returning(*_KEY, *_KEY_LIMITS)
     )
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The key does not exist.", code="key_not_found")
@@ -175,7 +188,7 @@ async def change_key(db: Database, tenant_id: str | None, key_id: str, limits: d
         .values(limits)
         .returning(*_KEY, *_KEY_LIMITS)
     )
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The key does not exist.", code="key_not_found")
@@ -198,7 +211,7 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
         .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
     )
-    async with db.begin() as connection:
+    async with db.begin(KeyScope(key_hash)) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         return None
@@ -209,5 +222,5 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
 
 async def record_action(db: Database, tenant_id: str | None, key_id: str | None, action: str, target: str) -> None:
     """Write one line of the audit log."""
-    async with db.begin() as connection:
+    async with db.begin(scope_of(tenant_id)) as connection:
         await connection.execute(insert(audit_log).values(tenant_id=tenant_id, key_id=key_id, action=action, target=target))

@@ -9,6 +9,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from lmaas.states import UsageStatus
 from lmaas.store.database import Database
+from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import tenants, usage_events
 
 
@@ -77,14 +78,17 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
     changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
     query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status == UsageStatus.LOST)
     try:
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             await connection.execute(query.values([asdict(event) for event in latest.values()]))
     except (IntegrityError, DataError) as error:
         raise UnrecordableEventError(str(error.orig)) from error
 
 
-async def report(db: Database, *, tenant_id: str | None = None, since: date | None = None, until: date | None = None) -> list[UsageRow]:
-    """Use by day, tenant and model, newest day first; of one tenant, or of all with the probes. Days are UTC, both inclusive."""
+async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:
+    """Return use by day, tenant and model, newest day first: of one tenant by its id, or with OPERATOR of all, probes included.
+
+    Days are UTC, both inclusive.
+    """
     day = cast(func.timezone("UTC", usage_events.c.created_at), Date)
     failed = usage_events.c.status.in_((UsageStatus.FAILED, UsageStatus.EXPIRED))
     columns = usage_events.c
@@ -105,13 +109,13 @@ async def report(db: Database, *, tenant_id: str | None = None, since: date | No
         .group_by(day, tenants.c.id, tenants.c.name, columns.model)
         .order_by(day.desc(), tenants.c.name.asc().nulls_last(), columns.model)
     )
-    if tenant_id is not None:
-        query = query.where(columns.tenant_id == tenant_id)
+    if isinstance(scope, str):
+        query = query.where(columns.tenant_id == scope)
     if since is not None:
         query = query.where(day >= since)
     if until is not None:
         query = query.where(day <= until)
-    async with db.begin() as connection:
+    async with db.begin(scope) as connection:
         rows = [tuple(row) for row in await connection.execute(query)]
     return [UsageRow(row[0], row[1], row[2], *(int(value) for value in row[3:])) for row in rows]
 
@@ -125,15 +129,15 @@ async def month_total(db: Database, tenant_id: str, year: int, month: int, *, ke
     ).where(columns.tenant_id == tenant_id, columns.created_at >= begin, columns.created_at < end)
     if key_id is not None:
         query = query.where(columns.key_id == key_id)
-    async with db.begin() as connection:
+    async with db.begin(tenant_id) as connection:
         tokens, cost = (await connection.execute(query)).one()
     return int(tokens), int(cost)
 
 
-async def list_events(db: Database, tenant_id: str | None, limit: int = 100) -> list[UsageEvent]:
-    """The latest events of a tenant, or of everybody if None, newest first."""
+async def list_events(db: Database, scope: AnyScope, limit: int = 100) -> list[UsageEvent]:
+    """Return the latest events, newest first: of one tenant by its id, or with OPERATOR of all."""
     query = select(*(usage_events.c[name] for name in UsageEvent.__slots__)).order_by(usage_events.c.created_at.desc()).limit(limit)
-    if tenant_id is not None:
-        query = query.where(usage_events.c.tenant_id == tenant_id)
-    async with db.begin() as connection:
+    if isinstance(scope, str):
+        query = query.where(usage_events.c.tenant_id == scope)
+    async with db.begin(scope) as connection:
         return [UsageEvent(*row) for row in await connection.execute(query)]

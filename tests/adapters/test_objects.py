@@ -8,7 +8,9 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from lmaas.adapters.objects import CONFIG_FILE, MODEL_FILE, AdapterFiles, source_of
+from lmaas.adapters.config import CONFIG_FILE
+from lmaas.adapters.objects import AdapterFiles, source_of
+from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.errors import SettingsError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

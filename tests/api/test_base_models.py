@@ -19,6 +19,7 @@ from lmaas.store.adapters import delete_adapter
 from lmaas.store.models import get_base_model
 from lmaas.store.pools import save_pool_state
 from lmaas.store.replicas import add_replica, observe
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_key
 from lmaas.types import Role
 from tests.gateway.stack import Stack, running
@@ -183,7 +184,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"kv_cache_bytes": 10**30}, "out_of_range", "kv_cache_bytes"),
     ({"idle_timeout_s": 0}, "out_of_range", "idle_timeout_s"),
     ({"engine_price": 10**12}, "out_of_range", "engine_price"),
-    ({"engine_price": None}, "invalid_type", "engine_price"),
+    ({"source": None}, "invalid_type", "source"),
     ({"max_loras": True}, "invalid_type", "max_loras"),
     ({"linears": {}}, "unsupported_parameter", "linears"),
     ({"id": "mod_1"}, "unsupported_parameter", "id"),
@@ -319,7 +320,7 @@ async def test_manifests_and_commands(stack: Stack, operator_key: str, folder: P
     assert (await get_base_model(stack.db, "second")).accelerators == 1
     code, out, err = await lmaas(stack, operator_key, "model", "delete", "second", "--yes")
     assert code == 0, err
-    async with stack.db.begin() as connection:
+    async with stack.db.begin(SYSTEM) as connection:
         actions = list((await connection.execute(text("SELECT action FROM audit_log ORDER BY created_at"))).scalars())
     assert "base_model.create" in actions
     assert "base_model.delete" in actions

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 from sqlalchemy import text
 
+from lmaas.store.scopes import SYSTEM
 from tests.chaos.clients import Worker
 from tests.chaos.service import CONTROLLERS, Fault, Service, now
 from tests.conftest import until
@@ -106,13 +107,13 @@ class Monkey:
 
     async def _writing_controllers(self) -> str:
         """All of them, while one has events in its hands that the ledger does not have yet."""
-        async with self._service.db.begin() as connection:
+        async with self._service.db.begin(SYSTEM) as connection:
             await connection.execute(text("LOCK TABLE usage_events IN SHARE ROW EXCLUSIVE MODE"))
 
             async def waits() -> bool:
                 query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO usage_events%'"
                 # Not in the same transaction: what it has seen of the others once, it does not look at again.
-                async with self._service.db.begin() as other:
+                async with self._service.db.begin(SYSTEM) as other:
                     return bool((await other.execute(text(query))).scalar_one())
 
             await until(waits, every_s=0.02)

@@ -92,7 +92,7 @@ class Service:
 
     async def start_postgres(self) -> str:
         """Start Postgres on the data that it had; answers its URL, which stays the same."""
-        # In a thread, so that clients go on; Postgres is a daemon, and does not mind that the thread ends.
+        # In a thread of the loop's executor, so that clients go on. Postgres ends with that thread, which lives as long as the loop.
         return await asyncio.to_thread(self._postgres.enter_context, embedded.postgres(self.settings.home / "postgres"))
 
     async def stop_postgres(self) -> None:

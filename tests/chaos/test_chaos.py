@@ -25,6 +25,7 @@ import pytest
 
 from lmaas.states import TERMINAL, Observed
 from lmaas.store.replicas import Replica, list_replicas
+from lmaas.store.scopes import OPERATOR
 from lmaas.store.usage import list_events
 from lmaas.testing.truth import read_truth
 from tests.chaos.clients import Worker
@@ -68,7 +69,7 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     await _answers_again(service, workers)
     await _comes_to_rest(service)
 
-    ledger = await list_events(service.db, None, 100_000)
+    ledger = await list_events(service.db, OPERATOR, 100_000)
     truth = read_truth(service.truth)
     attempts = [attempt for worker in workers for attempt in worker.attempts]
     verdict = judge(attempts, ledger, truth, service.faults)

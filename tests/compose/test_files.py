@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lmaas import config
-from lmaas.control.controller import Controller, Seen
+from lmaas.control.controller import Controller, PoolStatus
 from lmaas.control.status import metrics
 from lmaas.errors import SettingsError
 from lmaas.keys import check_given_key
@@ -177,7 +177,7 @@ def known_metrics() -> set[str]:
     gateway.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved = True, 1
-    controller.seen = {"mod_1": Seen("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
+    controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
     families = [*gateway.registry.collect(), *metrics(controller, [PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)])]
     return {sample.name for family in families for sample in family.samples}
 

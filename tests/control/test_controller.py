@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lmaas.states import Desired, Observed, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import Replica, get_replica, list_replicas, observe, recent_failures
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tenants import Tenant
 from lmaas.store.usage import list_events
 from lmaas.types import Resources
@@ -57,16 +59,26 @@ class Names:
         return self.room
 
 
+class Clock:
+    """The time of a controller: real time, and what a test adds to it."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
 class Stack:
     """One pool, its controller, and the replicas' part played by the test."""
 
     def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, model: BaseModel) -> None:
         self.settings, self.db, self.scheduler, self.model = settings, db, scheduler, model
-        self.names = Names()
+        self.names, self.clock = Names(), Clock()
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        return Controller(self.settings, self.db, self.scheduler, self.names)
+        return Controller(self.settings, self.db, self.scheduler, self.names, self.clock)
 
     async def submit(self, name: str) -> dict[str, Any]:
         return await self.scheduler.submit(self.ticket(name), Bounds(100, 10_000))
@@ -87,7 +99,7 @@ class Stack:
         await self.beat(replica.id)
 
     async def beat(self, replica_id: str) -> None:
-        await self.scheduler.heartbeat(self.model.id, replica_id, Beat("http://e", 2, 2, "ready", []))
+        await self.scheduler.heartbeat(self.model.id, replica_id, Beat("http://e", 2, 2, Observed.READY, []))
 
     async def bounds(self, **changes: Any) -> None:
         self.model = await change_base_model(self.db, self.model.name, changes)
@@ -133,7 +145,7 @@ async def test_a_minimum_is_kept(stack: Stack) -> None:
 async def test_replicas_know_of_a_controller_whose_provisioner_is_away(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "PRESENT_S", 0.1)
     monkeypatch.setattr(controller, "TICK_S", 0.05)
-    beat = Beat("http://e", 2, 2, "ready", [])
+    beat = Beat("http://e", 2, 2, Observed.READY, [])
     assert not (await stack.scheduler.heartbeat(stack.model.id, "rep_1", beat))["controller"]
 
     async def hangs() -> dict[str, str]:
@@ -213,7 +225,7 @@ async def test_after_failed_starts_it_waits_longer_and_longer(stack: Stack) -> N
     stack.names.processes.clear()
 
     async def ended(seconds_ago: float) -> None:
-        async with stack.db.begin() as connection:
+        async with stack.db.begin(SYSTEM) as connection:
             await connection.execute(text("UPDATE replicas SET ended_at = now() - make_interval(secs => :s)"), {"s": seconds_ago})
 
     await stack.controller.tick()
@@ -289,7 +301,7 @@ async def test_what_does_not_stop_is_killed_and_written_off(stack: Stack) -> Non
     await stack.controller.tick()
     await stack.controller.tick()
     assert stack.names.killed == []
-    stack.controller._stopping_since[stack.model.id][row.id] -= 51  # drain and grace are over
+    stack.clock.ahead_s += 51  # drain and grace are over
     await stack.controller.tick()
     assert stack.names.killed == [row.id]
     await stack.controller.tick()
@@ -302,7 +314,7 @@ async def test_processes_that_no_row_knows_are_killed(stack: Stack) -> None:
     stack.names.processes = {"rep_orphan": stack.model.id, "rep_stranger": "mod_gone"}
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger"]
-    stack.controller._unknown_since[stack.model.id]["rep_orphan"] -= 16  # it does not end by itself
+    stack.clock.ahead_s += 16  # it does not end by itself
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger", "rep_orphan"]
     assert stack.names.processes == {}
@@ -341,7 +353,7 @@ async def test_failed_starts_before_a_good_one_are_forgiven(stack: Stack) -> Non
     await stack.controller.tick()
     await observe(stack.db, (await stack.row()).id, Observed.FAILED)
     stack.names.processes.clear()
-    async with stack.db.begin() as connection:
+    async with stack.db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE replicas SET ended_at = now() - interval '6 s'"))
     await stack.controller.tick()
     await stack.ready(await stack.row())
@@ -423,7 +435,7 @@ async def test_what_cannot_be_read_is_kept_aside(scheduler: Scheduler, redis: Re
 async def test_probes_belong_to_nobody(scheduler: Scheduler, redis: Redis, db: Database) -> None:
     await scheduler.record_event("p", record("probe_1", None, UsageStatus.PROBE))
     await write_events(redis, db, "p")
-    [event] = await list_events(db, None)
+    [event] = await list_events(db, OPERATOR)
     assert (event.tenant_id, event.status) == (None, "probe")
 
 

@@ -1,20 +1,35 @@
 """From desired and observed replicas to steps."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from lmaas.control.plan import Action, Verb, plan
+from lmaas.control.observation import Condition, Replicas, observe_replicas
+from lmaas.control.plan import Action, PlanLimits, Verb, plan
 from lmaas.states import Desired, Observed
 from lmaas.store.replicas import Replica
 
 NOW = 10_000.0
 TODAY = datetime(2026, 1, 1, tzinfo=UTC)
 START = Action(Verb.START)
+LIMITS = PlanLimits(max_replicas=3, may_start=True, stop_after_s=50, start_after_s=600)
 
 
 def row(name: str, observed: Observed = Observed.READY, desired: Desired = Desired.RUNNING, age_s: int = 60) -> Replica:
     return Replica(name, "p", desired, observed, None, None, TODAY - timedelta(seconds=age_s), None, None, None)
+
+
+def observed(
+    rows: list[Replica], processes: str, loads: Mapping[str, int] | None = None, began: Mapping[str, tuple[Condition, float]] | None = None
+) -> Replicas:
+    """The replicas; `began` says of one which condition began when, instead of NOW. All that are ready send heartbeats."""
+    loads = {row.id: 0 for row in rows if row.observed == Observed.READY} | dict(loads or {})
+    found = observe_replicas({}, rows, processes, loads, NOW)
+    for name, (condition, at) in (began or {}).items():
+        found[name] = replace(found[name], since=dict(found[name].since) | {condition: at})
+    return found
 
 
 def stop(name: str) -> Action:
@@ -60,116 +75,40 @@ STOPPING = row("d", Observed.DRAINING, Desired.STOPPED)
     ],
 )
 def test_plan(desired: int, rows: list[Replica], processes: str, loads: dict[str, int], expected: list[Action]) -> None:
-    actions = plan(
-        desired,
-        rows,
-        frozenset(processes),
-        loads,
-        max_replicas=3,
-        may_start=True,
-        stop_after_s=50,
-        start_after_s=600,
-        unheard_since={},
-        stopping_since={"d": NOW},
-        unknown_since=dict.fromkeys("xy", NOW - 16),
-        silent_since={},
-        now=NOW,
-    )
-    assert actions == expected
+    strays = dict.fromkeys(sorted(set(processes) & set("xy")), (Condition.STRAY, NOW - 16))
+    assert plan(desired, observed(rows, processes, loads, strays), LIMITS, NOW) == expected
 
 
 @pytest.mark.parametrize(("rows", "processes"), [([], ""), ([A], "a"), ([A], "")])
 def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) -> None:
-    actions = plan(
-        3,
-        rows,
-        frozenset(processes),
-        {},
-        max_replicas=3,
-        may_start=False,
-        stop_after_s=50,
-        start_after_s=600,
-        unheard_since={},
-        stopping_since={},
-        unknown_since={},
-        silent_since={},
-        now=NOW,
-    )
-    assert START not in actions
+    assert START not in plan(3, observed(rows, processes), replace(LIMITS, may_start=False), NOW)
 
 
 @pytest.mark.parametrize(
-    ("since", "expected"),
+    ("name", "condition", "held_s", "expected"),
     [
-        ({}, []),
-        ({"d": NOW - 50}, []),
-        ({"d": NOW - 51}, [kill("d")]),
-        ({"a": NOW - 51}, []),  # desired
+        pytest.param("d", Condition.STOPPING, 50, [], id="it may take so long to stop"),
+        pytest.param("d", Condition.STOPPING, 51, [kill("d")], id="it does not stop"),
+        pytest.param("a", Condition.SILENT, 90, [], id="its supervisor may be silent for so long"),
+        pytest.param("a", Condition.SILENT, 91, [kill("a")], id="its supervisor is stuck"),
+        pytest.param("s", Condition.UNHEARD, 600, [], id="it may take so long to begin"),
+        pytest.param("s", Condition.UNHEARD, 601, [Action(Verb.GIVE_UP, "s")], id="it never begins"),
+        pytest.param("x", Condition.STRAY, 15, [], id="it may be on its way out"),
+        pytest.param("x", Condition.STRAY, 16, [kill("x")], id="it does not end by itself"),
+        pytest.param("a", Condition.READY, 1e9, [], id="it may be ready for ever"),
+        pytest.param("s", Condition.RECORDED, 1e9, [], id="and exist for ever"),
     ],
 )
-def test_what_does_not_stop_is_killed(since: dict[str, float], expected: list[Action]) -> None:
-    actions = plan(
-        1,
-        [A, STOPPING],
-        frozenset("ad"),
-        {},
-        max_replicas=3,
-        may_start=True,
-        stop_after_s=50,
-        start_after_s=600,
-        unheard_since={},
-        stopping_since=since,
-        unknown_since={},
-        silent_since={},
-        now=NOW,
-    )
-    assert actions == expected
+def test_what_has_lasted_for_too_long(name: str, condition: Condition, held_s: float, expected: list[Action]) -> None:
+    replicas = observed([A, STARTING, STOPPING], "asdx", began={name: (condition, NOW - held_s)})
+    assert plan(2, replicas, LIMITS, NOW) == expected
 
 
-@pytest.mark.parametrize(("since", "expected"), [({}, []), ({"x": NOW - 15}, []), ({"x": NOW - 16}, [kill("x")])])
-def test_one_that_has_just_ended_may_be_on_its_way_out(since: dict[str, float], expected: list[Action]) -> None:
-    actions = plan(
-        0,
-        [],
-        frozenset("x"),
-        {},
-        max_replicas=3,
-        may_start=True,
-        stop_after_s=50,
-        start_after_s=600,
-        unheard_since={},
-        stopping_since={},
-        unknown_since=since,
-        silent_since={},
-        now=NOW,
-    )
-    assert actions == expected
+def test_one_that_only_the_queue_knows_is_taken_out_of_it() -> None:
+    assert plan(1, observed([A], "a", {"a": 1, "ghost": 2}), LIMITS, NOW) == [Action(Verb.DEREGISTER, "ghost")]
 
 
-@pytest.mark.parametrize(
-    ("since", "expected"),
-    [
-        ({}, []),
-        ({"s": NOW - 600}, []),
-        ({"s": NOW - 601}, [Action(Verb.GIVE_UP, "s")]),
-        ({"a": NOW - 601}, []),  # it was ready
-        ({"d": NOW - 601}, []),  # nobody desires it any more: it is killed with what else does not stop
-    ],
-)
-def test_one_whose_supervisor_never_begins_is_given_up(since: dict[str, float], expected: list[Action]) -> None:
-    actions = plan(
-        2,
-        [A, STARTING, STOPPING],
-        frozenset("asd"),
-        {},
-        max_replicas=3,
-        may_start=True,
-        stop_after_s=50,
-        start_after_s=600,
-        unheard_since=since,
-        stopping_since={},
-        unknown_since={},
-        silent_since={},
-        now=NOW,
-    )
-    assert actions == expected
+def test_one_that_never_began_and_is_to_stop_is_killed_and_not_given_up() -> None:
+    both = row("s", Observed.STARTING, Desired.STOPPED)
+    replicas = observe_replicas({}, [both], "s", {}, NOW)
+    assert plan(0, replicas, LIMITS, NOW + 601) == [kill("s")]

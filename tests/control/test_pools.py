@@ -19,7 +19,7 @@ from lmaas.store.models import BaseModel, change_base_model, delete_base_model
 from lmaas.store.pools import is_blocked, pool_states_by_id, save_pool_state
 from lmaas.store.replicas import add_replica, list_replicas, observe
 from lmaas.types import Resources
-from tests.control.test_controller import Names
+from tests.control.test_controller import Clock, Names
 from tests.store.build import base_model
 
 
@@ -29,12 +29,12 @@ class World:
     def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, models: list[BaseModel]) -> None:
         self.settings, self.db, self.scheduler = settings, db, scheduler
         self.models = {model.name: model for model in models}
-        self.names = Names()
+        self.names, self.clock = Names(), Clock()
         self.names.room = Resources(1, 0)
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        return Controller(self.settings, self.db, self.scheduler, self.names)
+        return Controller(self.settings, self.db, self.scheduler, self.names, self.clock)
 
     def ticket(self, name: str, pool: str) -> Ticket:
         return Ticket(name, self.models[pool].id, "t", "g", "", "", 1, json.dumps({"request_id": name}))
@@ -58,7 +58,7 @@ class World:
         for row in await list_replicas(self.db):
             await observe(self.db, row.id, Observed.READY, url="http://e")
             if row.desired == Desired.RUNNING:
-                await self.scheduler.heartbeat(row.base_model_id, row.id, Beat("http://e", 2, 2, "ready", []))
+                await self.scheduler.heartbeat(row.base_model_id, row.id, Beat("http://e", 2, 2, Observed.READY, []))
 
     async def drained(self) -> None:
         """What is to stop has stopped."""
@@ -69,13 +69,9 @@ class World:
                 await self.scheduler.deregister(row.base_model_id, row.id)
                 self.names.processes.pop(row.id)
 
-    def later(self, pool: str, seconds: float) -> None:
-        """Let its replicas have been there, and those that wait have waited, so much longer."""
-        controller, pool_id = self.controller, self.models[pool].id
-        for memory in (controller._there_since, controller._ready_since):
-            memory[pool_id] = {replica: since - seconds for replica, since in memory.get(pool_id, {}).items()}
-        since = {other: at - seconds if other == pool_id else at for other, at in controller._waits.since.items()}
-        controller._waits = type(controller._waits)(since)
+    async def idle_times(self, pool: str) -> History:
+        """The pool's idle times as the active controller has saved them."""
+        return History.of((await pool_states_by_id(self.db))[self.models[pool].id].idle_times)
 
 
 @pytest.fixture
@@ -102,7 +98,7 @@ async def test_an_idle_pool_gives_way_to_one_that_waits(world: World) -> None:
     await world.finish("r1", "a")
     await world.controller.tick()
     assert await world.rows() == {"a": [READY]}, "idle, but it has only just become ready"
-    world.later("a", 15)
+    world.clock.ahead_s += 15
     await world.controller.tick()
     assert await world.rows() == {"a": [STOPPING]}
     assert world.controller.decisions[world.models["a"].id].reason.endswith("gives way to b")
@@ -125,14 +121,11 @@ async def test_two_busy_pools_take_turns(world: World) -> None:
     for number in range(4):
         [(serving, _)] = (await world.rows()).items()
         turns.append(serving)
-        waiting = "b" if serving == "a" else "a"
         await world.controller.tick()
-        world.later(serving, 59)
-        world.later(waiting, 29)
+        world.clock.ahead_s += 59
         await world.controller.tick()
         assert await world.rows() == {serving: [READY]}
-        world.later(serving, 1)
-        world.later(waiting, 1)
+        world.clock.ahead_s += 1
         await world.controller.tick()
         assert await world.rows() == {serving: [STOPPING]}
         # What ran there ends, and somebody else asks.
@@ -176,16 +169,13 @@ async def test_idle_times_outlive_a_controller(world: World) -> None:
     await world.controller.tick()
     await world.submit("r2", "a")
     await world.controller.tick()
-    history = world.controller._memory[pool].idleness.history
-    assert history == History().with_gap(100)
-    second = world.new_controller()
-    await second.tick()
-    assert second._memory[pool].idleness.history == history
+    assert await world.idle_times("a") == History().with_gap(100)
+    await world.new_controller().tick()
+    assert await world.idle_times("a") == History().with_gap(100)
     # What cannot be understood does no harm.
     await save_pool_state(world.db, pool, {"blocked": False}, [(10**9, -1.0)])
-    third = world.new_controller()
-    await third.tick()
-    assert third._memory[pool].idleness.history == History()
+    await world.new_controller().tick()
+    assert (await pool_states_by_id(world.db))[pool].idle_times == []
 
 
 async def test_a_decision_is_written_when_it_changes(world: World) -> None:
@@ -212,21 +202,21 @@ async def test_a_deleted_pool_is_forgotten(world: World) -> None:
 
 
 async def test_a_controller_that_is_deposed_starts_and_kills_nothing_more(world: World, database_url: str) -> None:
-    await world.controller.tick()
-    await world.submit("r1", "a")
-    world.names.processes["rep_stranger"] = "mod_gone"
     other = Database(database_url)
     async with AsyncExitStack() as stack:
-        # As `run` does it; then it stands still, and another takes over.
-        world.controller._writes = await stack.enter_async_context(leading(world.db))
+        # As `run` does it; then its process is suspended, and another takes over.
+        world.controller.lead(await stack.enter_async_context(leading(world.db)))
+        await world.controller.tick()
         await stack.enter_async_context(leading(other, check_s=0.05, silent_s=0.3))
-        for _ in range(2):
-            with pytest.raises(LostLead):
-                await world.controller.tick()
+        # Nothing has changed that would be saved: what fails is the kill.
+        world.names.processes["rep_stranger"] = "mod_gone"
+        with pytest.raises(LostLead):
+            await world.controller.tick()
+        await world.submit("r1", "a")
+        with pytest.raises(LostLead):
+            await world.controller.tick()
         assert await list_replicas(world.db) == []
         assert world.names.processes == {"rep_stranger": "mod_gone"}
-        with pytest.raises(LostLead):
-            await world.controller._kill("rep_stranger")
         assert world.names.killed == []
     await other.close()
 
@@ -245,12 +235,12 @@ async def test_what_a_controller_starts_after_it_stood_still_is_desired_by_nobod
     world.names.start = slow  # type: ignore[method-assign,assignment]
     await world.submit("r1", "a")
     async with AsyncExitStack() as stack:
-        world.controller._writes = await stack.enter_async_context(leading(world.db))
+        world.controller.lead(await stack.enter_async_context(leading(world.db)))
         old = asyncio.create_task(world.controller.tick())
         await stands_still.wait()
         active = await stack.enter_async_context(leading(other, check_s=0.05, silent_s=0.3))
         second = world.new_controller()
-        second._writes = active
+        second.lead(active)
         world.names.start = start  # type: ignore[method-assign]
         await second.tick()
         [lost] = [row for row in await list_replicas(world.db, ended=True) if row.observed == Observed.LOST]
@@ -258,7 +248,8 @@ async def test_what_a_controller_starts_after_it_stood_still_is_desired_by_nobod
         with pytest.raises(LostLead):
             await old
         assert lost.id in world.names.processes, "its supervisor sees that its row has ended (app.run_replica)"
-        second._unknown_since[world.models["a"].id] = {lost.id: -1e9}
+        await second.tick()
+        world.clock.ahead_s += 16
         await second.tick()
         assert lost.id in world.names.killed
     await other.close()

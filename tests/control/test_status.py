@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmaas.config import Settings
-from lmaas.control.controller import Controller, Seen
+from lmaas.control.controller import Controller, PoolStatus
 from lmaas.control.status import status_app
 from lmaas.scheduling.client import Scheduler
 from lmaas.states import EnginePhase
@@ -51,7 +51,7 @@ async def health(controller: Controller, db: Database) -> tuple[int, dict[str, s
 
 async def test_standing_by(controller: Controller, db: Database) -> None:
     """It is well, and tells nothing of the pools: the active one does."""
-    controller.seen = {"mod_1": Seen("tiny", 1, 1, 1, ("ready",))}
+    controller.statuses = {"mod_1": PoolStatus("tiny", 1, 1, 1, ("ready",))}
     assert await health(controller, db) == (200, {"status": "ok", "role": "stand-by"})
     assert await samples(controller, db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
 
@@ -68,7 +68,7 @@ async def test_leading(controller: Controller, db: Database) -> None:
     )
     controller.active, controller.moved = True, 7
     start = {"by": "zygote", "spawn_ms": 20, "total_ms": 1500}
-    controller.seen = {model.id: Seen("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
+    controller.statuses = {model.id: PoolStatus("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
     assert await health(controller, db) == (200, {"status": "ok", "role": "leader"})
     assert await samples(controller, db) == {
         ("lmaas_controller_leader",): 1,
@@ -91,7 +91,7 @@ async def test_without_a_database(controller: Controller, settings: Settings) ->
     """What the ledger would say is absent, not zero; the rest is there."""
     away = Database("postgresql://nobody@127.0.0.1:1/none")
     controller.active = True
-    controller.seen = {"mod_1": Seen("tiny", 1, 1, 1, ("ready",))}
+    controller.statuses = {"mod_1": PoolStatus("tiny", 1, 1, 1, ("ready",))}
     found = await samples(controller, away)
     assert found["lmaas_pool_queued", "tiny"] == 1
     assert not [name for name in found if "engine" in name[0]]
@@ -103,4 +103,4 @@ async def test_the_tick_is_what_is_seen(controller: Controller, db: Database) ->
     values |= {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1, "engine_args": ""}
     model = await put_base_model(db, BaseModel(id="", name="tiny", **values))  # type: ignore[arg-type]
     await controller.tick()
-    assert controller.seen == {model.id: Seen("tiny", 0, 0, 0, ())}
+    assert controller.statuses == {model.id: PoolStatus("tiny", 0, 0, 0, ())}

@@ -10,6 +10,7 @@ from lmaas.control.controller import Controller
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
 from lmaas.store.idempotency import BATCH, Answer, Claim, keep, take
+from lmaas.store.scopes import SYSTEM
 from tests.conftest import until
 from tests.control.test_controller import Names
 from tests.store.build import tenant
@@ -26,13 +27,13 @@ async def test_answers_past_their_day_go_and_others_stay(
         assert await keep(db, claim, Answer(200, "application/json", b"{}"))
 
     async def left() -> int:
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             return int((await connection.execute(text("SELECT count(*) FROM idempotency"))).scalar_one())
 
     running = asyncio.create_task(Controller(settings, db, scheduler, Names()).run())
     try:
         for keys, still in (("k0", BATCH + 1), ("k%", 1)):
-            async with db.begin() as connection:
+            async with db.begin(SYSTEM) as connection:
                 old = "UPDATE idempotency SET seen_at = seen_at - interval '24 hours' WHERE key LIKE :keys AND key <> 'k1'"
                 await connection.execute(text(old), {"keys": keys})
             await until(lambda still=still: _is(left, still))

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from lmaas.keys import new_key
+from lmaas.store.scopes import OPERATOR
 from lmaas.store.usage import UsageEvent, list_events
 from tests.chaos.service import MODEL, Client, Service, running
 from tests.conftest import until
@@ -69,7 +70,9 @@ class Caller:
         found: dict[str, UsageEvent] = {}
 
         async def there() -> bool:
-            found.update({event.request_id: event for event in await list_events(self.service.db, None, 10_000) if event.request_id in ids})
+            found.update(
+                {event.request_id: event for event in await list_events(self.service.db, OPERATOR, 10_000) if event.request_id in ids}
+            )
             return len(found) == len(ids)
 
         await until(there)

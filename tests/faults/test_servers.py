@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
+from lmaas.store.scopes import SYSTEM
 from tests.chaos.service import GATEWAYS, Service
 from tests.conftest import until, within
 from tests.faults.conftest import RECOVERY_S, Caller, completed
@@ -151,7 +152,7 @@ async def test_every_connection_of_postgres_is_taken(caller: Caller) -> None:
 
 async def test_every_connection_of_the_gateways_waits(caller: Caller) -> None:
     """A lock that nobody gives back: every question hangs, until the pools of the gateways have no connection left."""
-    async with caller.service.db.begin() as connection:
+    async with caller.service.db.begin(SYSTEM) as connection:
         await connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
         strangers = [asyncio.create_task(caller.stranger(gateway)) for gateway in caller.service.gateways for _ in range(15)]
         for gateway in caller.service.gateways:

@@ -35,6 +35,7 @@ from lmaas.store.adapters import add_version
 from lmaas.store.database import driver_url, new_id
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, get_replica
+from lmaas.store.scopes import scope_of
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.store.usage import UsageEvent, list_events
 from lmaas.types import Role
@@ -267,7 +268,7 @@ class Stack:
         """The ledger, after the metering writer's work."""
         while await write_events(self.redis, self.db, model.id):
             pass
-        return await list_events(self.db, tenant.id if tenant else None, 1000)
+        return await list_events(self.db, scope_of(tenant.id if tenant else None), 1000)
 
     async def idle(self, model: BaseModel) -> None:
         """Wait until nothing is queued and no slot is taken."""

@@ -10,6 +10,7 @@ from lmaas.gateway.catalog import Catalog, ListedModel
 from lmaas.store.adapters import activate, delete_adapter
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel
+from lmaas.store.scopes import AnyScope
 from lmaas.store.tenants import Tenant
 from tests.conftest import until
 from tests.store.build import base_model, tenant, upload
@@ -142,10 +143,10 @@ async def test_without_a_database_known_models_go_on(acme: Tenant, database_url:
     away = False
 
     class Away(Database):
-        def begin(self) -> object:  # type: ignore[override]
+        def begin(self, scope: AnyScope) -> object:  # type: ignore[override]
             if away:
                 raise Unavailable("away", code="database_unavailable")
-            return super().begin()
+            return super().begin(scope)
 
     database = Away(database_url)
     catalog = Catalog(database)

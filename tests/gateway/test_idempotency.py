@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, func, make_url, text
 from lmaas.store import idempotency
 from lmaas.store.database import driver_url
 from lmaas.store.models import BaseModel
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import delete_tenant
 from tests.conftest import until
 from tests.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant, free_port, running
@@ -54,13 +55,13 @@ class Service:
 
     async def rows(self, tenant: Tenant) -> list[tuple[str, int | None]]:
         """State and size of the tenant's rows."""
-        async with self.stack.db.begin() as connection:
+        async with self.stack.db.begin(SYSTEM) as connection:
             query = text("SELECT state, length(answer) FROM idempotency WHERE tenant_id = :tenant")
             return [(state, size) for state, size in await connection.execute(query, {"tenant": tenant.id})]
 
     async def age(self, tenant: Tenant, interval: str) -> None:
         """Let time pass for the tenant's rows."""
-        async with self.stack.db.begin() as connection:
+        async with self.stack.db.begin(SYSTEM) as connection:
             query = text("UPDATE idempotency SET seen_at = seen_at - CAST(:age AS interval) WHERE tenant_id = :tenant")
             await connection.execute(query, {"age": interval, "tenant": tenant.id})
 
@@ -402,7 +403,7 @@ async def test_a_postgres_that_hangs_holds_up_no_answer(service: Service, tenant
     body = ask(tokens=20, stream=True)
     running = asyncio.create_task(service.send(tenant, body))
     await service.running(tenant)
-    async with service.stack.db.begin() as connection:
+    async with service.stack.db.begin(SYSTEM) as connection:
         await connection.execute(text("LOCK TABLE idempotency"))
         answer = await asyncio.wait_for(running, 60)
         assert answer.text.endswith("data: [DONE]\n\n")
@@ -453,7 +454,7 @@ async def test_a_living_gateways_request_is_not_taken_over(service: Service, ten
     await service.age(tenant, "29 seconds")
 
     async def seen() -> bool:
-        async with service.stack.db.begin() as connection:
+        async with service.stack.db.begin(SYSTEM) as connection:
             query = text("SELECT seen_at > now() - interval '10 seconds' FROM idempotency WHERE tenant_id = :tenant")
             return bool((await connection.execute(query, {"tenant": tenant.id})).scalar_one())
 

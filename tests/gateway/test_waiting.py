@@ -11,6 +11,7 @@ from lmaas.errors import Unavailable
 from lmaas.gateway import pipeline
 from lmaas.gateway.waiting import CAUSES, LOADING, NO_MACHINE, SILENT, Waiting, comments
 from lmaas.scheduling.leases import Standing
+from lmaas.scheduling.states import WaitPhase
 from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.pools import save_pool_state
@@ -18,30 +19,31 @@ from lmaas.store.replicas import add_replica, observe
 from tests.gateway.stack import CHAT, Stack, running
 from tests.store.build import base_model
 
+BUSY, STARTING, ASKED = WaitPhase.BUSY, WaitPhase.STARTING, WaitPhase.ASKED
 SECRET = "/home/operator/models: CUDA error on gpu-7.internal"
 
 
 @pytest.mark.parametrize(
     ("standing", "reason", "age_s", "expected"),
     [
-        (Standing("starting", 0, 1, 12_000), "", 0, ["queued position=1 estimated_wait_s=12"]),
-        (Standing("starting", 0, 3, 12_400), "", 0, ["queued position=3 estimated_wait_s=13"]),
-        pytest.param(Standing("starting", 0, 1, 12_000), "", 2, ["queued position=1 estimated_wait_s=10"], id="since the last report"),
-        pytest.param(Standing("busy", 0, 1, 0), "", 0, ["queued position=1 estimated_wait_s=1"], id="never nothing"),
-        pytest.param(Standing("busy", 0, 1, 500), "", 3, ["queued position=1 estimated_wait_s=1"], id="never less than nothing"),
-        pytest.param(Standing("starting", 0, 1, 70_000, 70_000), "", 0, ["queued position=1 estimated_wait_s=70 late_s=70"], id="late"),
-        pytest.param(Standing("starting", 0, 1, 70_000, 70_000), "", 4, ["queued position=1 estimated_wait_s=74 late_s=74"], id="later"),
-        pytest.param(Standing("busy", 0, 1, 1000, 300), "", 0, ["queued position=1 estimated_wait_s=1"], id="hardly late"),
-        (Standing("asked", 0, 2, 20_000, 0, True), "", 0, ["queued position=2 estimated_wait_s=20 start=unknown"]),
+        (Standing(STARTING, 0, 1, 12_000), "", 0, ["queued position=1 estimated_wait_s=12"]),
+        (Standing(STARTING, 0, 3, 12_400), "", 0, ["queued position=3 estimated_wait_s=13"]),
+        pytest.param(Standing(STARTING, 0, 1, 12_000), "", 2, ["queued position=1 estimated_wait_s=10"], id="since the last report"),
+        pytest.param(Standing(BUSY, 0, 1, 0), "", 0, ["queued position=1 estimated_wait_s=1"], id="never nothing"),
+        pytest.param(Standing(BUSY, 0, 1, 500), "", 3, ["queued position=1 estimated_wait_s=1"], id="never less than nothing"),
+        pytest.param(Standing(STARTING, 0, 1, 70_000, 70_000), "", 0, ["queued position=1 estimated_wait_s=70 late_s=70"], id="late"),
+        pytest.param(Standing(STARTING, 0, 1, 70_000, 70_000), "", 4, ["queued position=1 estimated_wait_s=74 late_s=74"], id="later"),
+        pytest.param(Standing(BUSY, 0, 1, 1000, 300), "", 0, ["queued position=1 estimated_wait_s=1"], id="hardly late"),
+        (Standing(ASKED, 0, 2, 20_000, 0, True), "", 0, ["queued position=2 estimated_wait_s=20 start=unknown"]),
         (
-            Standing("asked", 0, 2, 40_000, 40_000, True),
+            Standing(ASKED, 0, 2, 40_000, 40_000, True),
             NO_MACHINE,
             0,
             ["queued position=2 estimated_wait_s=40 late_s=40 start=unknown", NO_MACHINE],
         ),
-        pytest.param(Standing("starting", 0, 1, 3000), NO_MACHINE, 6, [SILENT, NO_MACHINE], id="the scheduler is silent"),
-        pytest.param(Standing("loading", 0), "", 0, [LOADING], id="loading"),
-        pytest.param(Standing("loading", 0), "", 6, [SILENT], id="loading, and silent"),
+        pytest.param(Standing(STARTING, 0, 1, 3000), NO_MACHINE, 6, [SILENT, NO_MACHINE], id="the scheduler is silent"),
+        pytest.param(Standing(WaitPhase.LOADING, 0), "", 0, [LOADING], id="loading"),
+        pytest.param(Standing(WaitPhase.LOADING, 0), "", 6, [SILENT], id="loading, and silent"),
     ],
 )
 def test_how_a_stream_stands(standing: Standing, reason: str, age_s: float, expected: list[str]) -> None:

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from lmaas.replica.start import Times, process_began, start_record
-from lmaas.states import Observed
+from lmaas.states import START_PHASES, Observed
 from lmaas.store.database import Database
-from lmaas.store.replicas import START_PHASES, add_replica, get_replica, observe, usual_start_ms
+from lmaas.store.replicas import add_replica, get_replica, observe, usual_start_ms
 from tests.store.build import base_model
 
 TIMES = Times(asked=10.0, began=10.2, healthy=12.0, generated=12.1, resident=12.05, ready=12.11)

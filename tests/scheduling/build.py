@@ -9,6 +9,8 @@ from typing import Any
 from lmaas.errors import LmaasError, OverLimit
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
 from lmaas.scheduling.leases import Leases, OpenTicket
+from lmaas.scheduling.states import RetryReason
+from lmaas.states import Observed
 
 KEY = "lmaas:{p}"
 EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
@@ -22,7 +24,7 @@ def ticket(number: int, tenant: str = "a", adapter: str = "", weight: int = 1, g
 
 def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident: tuple[str, ...] = (), cleared: bool = False) -> Beat:
     """A heartbeat."""
-    return Beat("http://engine", slots, adapter_slots, state, list(resident), cleared)
+    return Beat("http://engine", slots, adapter_slots, Observed(state), list(resident), cleared)
 
 
 @asynccontextmanager
@@ -59,7 +61,9 @@ class Pool:
         """Release tickets by number, without an event; each has used a token of each kind."""
         return [await self.scheduler.release(ticket(number), "", None, "1,0,1") for number in numbers]
 
-    async def retry(self, number: int, replica: str = "x", reason: str = "engine", attempt: int | None = None) -> dict[str, Any]:
+    async def retry(
+        self, number: int, replica: str = "x", reason: RetryReason = RetryReason.ENGINE, attempt: int | None = None
+    ) -> dict[str, Any]:
         """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
         now = (await self.tickets()).get(f"r{number}", {}).get("attempts", 0)
         return await self.scheduler.retry(ticket(number), replica, reason, now if attempt is None else attempt)

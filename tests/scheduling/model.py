@@ -5,11 +5,14 @@ figures (a replica's load, who waits, what a minute has used) is counted anew he
 takes and answers what it answers, but for the epoch. The model has one pool.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
+from lmaas.scheduling.states import GATEWAY_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
+from lmaas.states import Observed, UsageStatus
 from tests.scheduling.model_limits import Limits, Reservation, Tokens
 
 Reply = dict[str, Any]
@@ -47,7 +50,7 @@ class Held:
     submitted: int
     attempts: int
     expires: int
-    state: str = "queued"
+    state: TicketState = TicketState.QUEUED
     #: Its place among all tickets, and among those of its tenant; smallest first.
     turn: tuple[int, int] = (0, 0)
     place: tuple[int, str] = (0, "")
@@ -85,7 +88,7 @@ class Replica:
     url: str = ""
     slots: int = 0
     adapter_slots: int = 0
-    state: str = "starting"
+    state: Observed = Observed.STARTING
     beat: int = 0
     #: When a slot of it was taken last, or it became ready.
     turn: int | None = None
@@ -116,6 +119,8 @@ class Model:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
+        #: How often a ticket has gone from one state to another.
+        self.moves: Counter[tuple[TicketState, TicketState]] = Counter()
         self.forget_everything()
 
     def forget_everything(self) -> None:
@@ -144,11 +149,17 @@ class Model:
         self.said: list[tuple[str, Any]] = []
         self.placements: list[tuple[str, list[str]]] = []
 
+    def move(self, held: Held, state: TicketState) -> None:
+        """Change a ticket's state as the transition table allows it."""
+        assert state in TRANSITIONS[held.state], f"{held.ticket.id}: {held.state} → {state}"
+        self.moves[held.state, state] += 1
+        held.state = state
+
     # What is there.
 
     def queue(self, tenant: str | None = None) -> list[Held]:
         """The queued tickets: all in the order in which they came, or a tenant's that did not come back, in their order of service."""
-        waiting = [each for each in self.tickets.values() if each.state == "queued"]
+        waiting = [each for each in self.tickets.values() if each.state == TicketState.QUEUED]
         if tenant is None:
             return sorted(waiting, key=lambda each: each.turn)
         own = [each for each in waiting if each.ticket.tenant == tenant and not each.came_back]
@@ -166,11 +177,11 @@ class Model:
         return {adapter: adapters.count(adapter) for adapter in adapters}
 
     def loading_on(self, replica: Replica, adapter: str) -> list[Held]:
-        return [each for each in self.on(replica) if each.state == "loading" and each.ticket.adapter == adapter]
+        return [each for each in self.on(replica) if each.state == TicketState.LOADING and each.ticket.adapter == adapter]
 
     def fresh(self, now: int, replica: Replica) -> bool:
         """It gets new work."""
-        return replica.state == "ready" and not replica.suspect and now - replica.beat < self.rules.STALE_MS
+        return replica.state == Observed.READY and not replica.suspect and now - replica.beat < self.rules.STALE_MS
 
     # Whose turn it is.
 
@@ -212,7 +223,9 @@ class Model:
         if not front:
             self.sequences[tenant] += 1
             held.place = (self.sequences[tenant] - held.ticket.head_start, held.ticket.id)
-        held.state, held.replica, held.revoked, held.slots, held.placed, held.granted = "queued", None, None, 0, None, None
+        if held.state != TicketState.QUEUED:
+            self.move(held, TicketState.QUEUED)
+        held.replica, held.revoked, held.slots, held.placed, held.granted = None, None, 0, None, None
         held.passed_at = None
         self.tickets[held.ticket.id] = held
 
@@ -314,17 +327,19 @@ class Model:
         self.placements.append((held.ticket.id, held_up))
         adapter = held.ticket.adapter
         self.placed += 1
-        held.passed_at, held.state, held.placed = None, "loading", now
+        resident = not adapter or adapter in replica.resident
+        self.move(held, TicketState.GRANTED if resident else TicketState.LOADING)
+        held.passed_at, held.placed = None, now
         self.left_the_queue(held)
         self.charge(held, held.ticket.prompt_tokens)
         self.hold(now, held, replica)
-        if not adapter or adapter in replica.resident:
+        if resident:
             news = self.grant(now, held)
             if held.ticket.id != caller:
-                self.tell(held, "granted", **news)
+                self.tell(held, TicketState.GRANTED, **news)
         elif adapter not in replica.loading:
             replica.loading[adapter] = held.ticket.source
-            self.said.append((f"lmaas:replica:{replica.id}", "load"))
+            self.said.append((f"lmaas:replica:{replica.id}", Signal.LOAD))
 
     def hold(self, now: int, held: Held, replica: Replica) -> None:
         held.replica, held.slots, replica.turn = replica.id, min(held.ticket.weight, replica.slots), now
@@ -332,7 +347,7 @@ class Model:
             replica.used[held.ticket.adapter] = now
 
     def grant(self, now: int, held: Held) -> Reply:
-        held.state, held.granted = "granted", now
+        held.granted = now
         return self.lease(held)
 
     def lease(self, held: Held) -> Reply:
@@ -342,7 +357,7 @@ class Model:
         url = self.replicas[held.replica].url
         return {"replica": held.replica, "url": url, "queue_ms": held.placed - held.submitted, "load_ms": held.granted - held.placed}
 
-    def tell(self, held: Held, event: str, **news: Any) -> None:
+    def tell(self, held: Held, event: TicketState, **news: Any) -> None:
         self.said.append(
             (f"lmaas:gateway:{held.ticket.gateway}", {"id": held.ticket.id, "event": event, "attempts": held.attempts, **news})
         )
@@ -354,34 +369,37 @@ class Model:
         if held.placed is not None:
             self.charge(held, (units(used) if used else 0) - held.charged())
         del self.tickets[held.ticket.id]
-        if held.state == "queued":
+        if held.state == TicketState.QUEUED:
             self.left_the_queue(held)
         self.limits.settle(now, held.ticket, held.submitted, held.reservations, used)
         self.active = now
 
-    def take_back(self, held: Held, state: str) -> None:
+    def take_back(self, held: Held) -> None:
         """It has had nothing: what it was charged is given back."""
         self.charge(held, -held.charged())
-        held.state, held.replica, held.slots, held.placed, held.granted, held.progress = state, None, 0, None, None, None
+        held.replica, held.slots, held.placed, held.granted, held.progress = None, 0, None, None, None
 
     def requeue(self, held: Held, delivered: bool) -> None:
         """Back to the front of the queue, unless it has been delivered often enough."""
         held.attempts += delivered
-        self.take_back(held, "failed")
-        if held.attempts < self.rules.MAX_ATTEMPTS or not delivered:
+        self.take_back(held)
+        if delivered and held.attempts >= self.rules.MAX_ATTEMPTS:
+            self.move(held, TicketState.FAILED)
+        else:
             self.enqueue(held, front=True)
 
     def requeue_loading(self, replica: Replica) -> None:
         for held in sorted(self.on(replica), key=lambda each: each.turn):
-            if held.state == "loading":
+            if held.state == TicketState.LOADING:
                 self.requeue(held, delivered=False)
 
     def remove(self, replica: Replica) -> None:
         """What was loading waits again; what ran is told, and holds nothing any more."""
         self.requeue_loading(replica)
         for held in self.on(replica):
-            held.state, held.replica, held.slots, held.revoked = "revoked", None, 0, replica.id
-            self.tell(held, "revoked")
+            self.move(held, TicketState.REVOKED)
+            held.replica, held.slots, held.revoked = None, 0, replica.id
+            self.tell(held, TicketState.REVOKED)
         del self.replicas[replica.id]
 
     def reap(self, now: int) -> bool:
@@ -399,8 +417,8 @@ class Model:
             self.events.append(
                 {
                     "request_id": held.ticket.id,
-                    "status": "lost",
-                    "code": "gateway_lost",
+                    "status": UsageStatus.LOST,
+                    "code": GATEWAY_LOST,
                     "prompt_tokens": used[0],
                     "cached_tokens": used[1],
                     "completion_tokens": used[2],
@@ -434,23 +452,23 @@ class Model:
 
     def estimate(self, now: int, position: int) -> Reply:
         """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
-        ready = [replica for replica in self.replicas.values() if replica.state == "ready"]
-        starting = [now - replica.since for replica in self.replicas.values() if replica.state == "starting"]
+        ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
+        starting = [now - replica.since for replica in self.replicas.values() if replica.state == Observed.STARTING]
         usual = self.rules.START_MS if self.start_ms is None else self.start_ms
         if slots := sum(replica.slots for replica in ready):
-            phase, usual = "busy", self.run_ms
+            phase, usual = WaitPhase.BUSY, self.run_ms
             elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
         elif starting:
-            phase, slots = "starting", 16
+            phase, slots = WaitPhase.STARTING, 16
             elapsed = min(starting, key=lambda each: (self.left(usual, each), each))
         else:
-            phase, slots = "asked", 16
+            phase, slots = WaitPhase.ASKED, 16
             elapsed = now - self.queue()[0].submitted if self.queue() else 0
         return {
             "wait_ms": self.left(usual, elapsed) + (-(-position // slots) - 1) * self.run_ms,
             "late_ms": max(0, elapsed - usual),
             "phase": phase,
-            "assumed": phase != "busy" and self.start_ms is None,
+            "assumed": phase != WaitPhase.BUSY and self.start_ms is None,
         }
 
     @staticmethod
@@ -474,16 +492,16 @@ class Model:
 
     def report(self, now: int, held: Held) -> Reply:
         reply: Reply = {"state": held.state, "attempts": held.attempts}
-        if held.state == "queued":
+        if held.state == TicketState.QUEUED:
             position = self.position(held)
             reply |= {"position": position} | self.estimate(now, position)
-        if held.state == "granted":
+        if held.state == TicketState.GRANTED:
             reply |= self.lease(held)
         return reply
 
     def ask_for_replica(self) -> None:
-        if self.queue() and all(replica.state == "draining" or replica.suspect for replica in self.replicas.values()):
-            self.said.append(("lmaas:control", "demand"))
+        if self.queue() and all(replica.state == Observed.DRAINING or replica.suspect for replica in self.replicas.values()):
+            self.said.append(("lmaas:control", Signal.DEMAND))
 
     # The functions.
 
@@ -497,9 +515,9 @@ class Model:
         accepted_before = waited_ms > 0
         self.limits.take_seeds(now, seeds or {})
         if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
-            return {"state": "refused"}
+            return {"state": NoTicket.REFUSED}
         if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
-            return {"state": "refused_by_pool", "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
+            return {"state": NoTicket.REFUSED_BY_POOL, "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
         refused, left, made = self.limits.reserve(now, ticket, accepted_before)
         if refused is not None:
             return refused
@@ -522,13 +540,13 @@ class Model:
         self.dispatch(now)
         return held is not None
 
-    def retry(self, now: int, ticket: Ticket, replica_id: str, reason: str, attempt: int) -> Reply:
+    def retry(self, now: int, ticket: Ticket, replica_id: str, reason: RetryReason, attempt: int) -> Reply:
         held = self.tickets.get(ticket.id)
         if held is None:
-            return {"state": "unknown"}
-        if held.state in ("granted", "revoked") and held.attempts == attempt:
+            return {"state": NoTicket.UNKNOWN}
+        if held.state in (TicketState.GRANTED, TicketState.REVOKED) and held.attempts == attempt:
             if (replica := self.replicas.get(replica_id)) is not None:
-                if reason == "engine":
+                if reason == RetryReason.ENGINE:
                     replica.suspect = True
                 else:
                     replica.resident.discard(ticket.adapter)
@@ -542,14 +560,18 @@ class Model:
         for name, tokens in progress:
             if (held := self.tickets.get(name)) is not None:
                 held.expires = now + self.rules.LEASE_MS
-                if tokens is not None and held.state in ("granted", "revoked"):
+                if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED):
                     before, held.progress = held.charged(), tokens
                     self.charge(held, held.charged() - before)
         self.reap(now)
         self.dispatch(now)
         if progress:
             self.active = now
-        return {"tickets": [self.report(now, self.tickets[name]) if name in self.tickets else {"state": "unknown"} for name, _ in progress]}
+        return {
+            "tickets": [
+                self.report(now, self.tickets[name]) if name in self.tickets else {"state": NoTicket.UNKNOWN} for name, _ in progress
+            ]
+        }
 
     def restore(self, now: int, ticket: Ticket, replica_id: str, *, waited_ms: int, attempts: int) -> bool:
         replica = self.replicas.get(replica_id)
@@ -558,7 +580,7 @@ class Model:
         if replica is None:
             return False
         made = self.limits.reserve(now, ticket, True)[2]
-        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, "granted", reservations=made, restored=True)
+        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, TicketState.GRANTED, reservations=made, restored=True)
         held.placed = held.granted = now
         self.tickets[ticket.id] = held
         self.charge(held, ticket.prompt_tokens)
@@ -570,12 +592,12 @@ class Model:
         if replica_id not in self.replicas:
             self.replicas[replica_id] = Replica(replica_id, now, resident=set(beat.resident))
         replica = self.replicas[replica_id]
-        if beat.state == "ready" and replica.state == "starting":
+        if beat.state == Observed.READY and replica.state == Observed.STARTING:
             replica.turn = now
             replica.resident |= set(beat.resident)
         if beat.start_ms is not None:
             self.start_ms = beat.start_ms
-        if replica.state != "draining":
+        if replica.state != Observed.DRAINING:
             replica.state = beat.state
         replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, now
         replica.suspect = beat.suspect or (replica.suspect and not beat.cleared)
@@ -589,7 +611,7 @@ class Model:
             "running": self.running(replica),
             "used": {adapter: now - at for adapter, at in replica.used.items()},
             "controller": now - self.controller < self.rules.PRESENT_MS,
-        } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == "starting" else {})
+        } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == Observed.STARTING else {})
 
     def awaited(self, count: int) -> dict[str, str]:
         """The adapters that are needed first, as many as run at once."""
@@ -604,7 +626,8 @@ class Model:
         replica.resident.add(adapter)
         replica.loading.pop(adapter, None)
         for held in waiting:
-            self.tell(held, "granted", **self.grant(now, held))
+            self.move(held, TicketState.GRANTED)
+            self.tell(held, TicketState.GRANTED, **self.grant(now, held))
         return len(waiting)
 
     def load_failed(self, now: int, replica_id: str, adapter: str, reason: str) -> int:
@@ -613,8 +636,9 @@ class Model:
         failed = self.loading_on(replica, adapter)
         replica.loading.pop(adapter, None)
         for held in failed:
-            self.take_back(held, "load_failed")
-            self.tell(held, "load_failed", reason=reason)
+            self.take_back(held)
+            self.move(held, TicketState.LOAD_FAILED)
+            self.tell(held, TicketState.LOAD_FAILED, reason=reason)
         self.dispatch(now)
         return len(failed)
 
@@ -629,7 +653,7 @@ class Model:
     def drain(self, now: int, replica_id: str) -> int:
         if (replica := self.replicas.get(replica_id)) is None:
             return -1
-        replica.state = "draining"
+        replica.state = Observed.DRAINING
         self.requeue_loading(replica)
         replica.loading = {}
         self.dispatch(now)

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Any
 
 from lmaas.scheduling.client import LimitedScope, Seed, Ticket
+from lmaas.scheduling.states import LimitName, NoTicket
 
 WINDOW_S = 60
 ASK_AGAIN_MS, MAX_RETRY_MS = 15_000, 60_000
@@ -39,13 +41,20 @@ class Reservation:
     in_figures: bool = True
 
 
+class Seeded(IntEnum):
+    """Whether a scope has the month's figures: not asked for, a gateway was told to bring them from the ledger, they are here."""
+
+    NO = 0
+    ASKED = 1
+    YES = 2
+
+
 @dataclass
 class Scope:
     """A tenant or a key."""
 
     reservations: list[Reservation] = field(default_factory=list)
-    #: 0: nobody asked for the month's figures; 1: a gateway was told to bring them from the ledger; 2: they are here.
-    seeded: int = 0
+    seeded: Seeded = Seeded.NO
     asked: int = 0
     #: How long its requests take from their acceptance to their end, on average of the last few, in ms.
     turn_ms: int = 0
@@ -90,7 +99,7 @@ class Scope:
 
     def begin_anew(self, now: int) -> None:
         """A gateway is sent to the ledger: what has ended, the ledger knows; what ends from now on is counted here."""
-        self.seeded, self.asked, self.seed = 1, now, Seed(0, 0, 0)
+        self.seeded, self.asked, self.seed = Seeded.ASKED, now, Seed(0, 0, 0)
         for each in self.reservations:
             each.in_figures = False
 
@@ -107,8 +116,8 @@ class Limits:
         """What the ledger says of the month."""
         for name, seed in seeds.items():
             scope = self.scopes.get(name)
-            if scope is not None and scope.seeded == 1 and seed.month == month_of(now):
-                scope.seeded, scope.seed = 2, seed
+            if scope is not None and scope.seeded == Seeded.ASKED and seed.month == month_of(now):
+                scope.seeded, scope.seed = Seeded.YES, seed
 
     def reserve(self, now: int, ticket: Ticket, forced: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[Reservation]]:
         """The refusal, or what is left and the reservations. What is `forced` was accepted before the memory was lost."""
@@ -117,17 +126,17 @@ class Limits:
         scopes = {limit.id: self.scopes.setdefault(limit.id, Scope(turn_ms=self.turn_ms)) for limit in ticket.limits}
         if not forced:
             by_month = [limit.id for limit in ticket.limits if limit.tokens_per_month is not None or limit.budget_per_month is not None]
-            unseeded = [name for name in by_month if scopes[name].seeded < 2]
+            unseeded = [name for name in by_month if scopes[name].seeded != Seeded.YES]
             for name in unseeded:
-                if scopes[name].seeded == 0 or abs(now - scopes[name].asked) > ASK_AGAIN_MS:
+                if scopes[name].seeded == Seeded.NO or abs(now - scopes[name].asked) > ASK_AGAIN_MS:
                     scopes[name].begin_anew(now)
             if unseeded:
-                return {"state": "unseeded", "scopes": unseeded, "month": month_of(now)}, None, []
+                return {"state": NoTicket.UNSEEDED, "scopes": unseeded, "month": month_of(now)}, None, []
             refusals = [each for limit in ticket.limits for each in self._refusals(now, limit, ticket)]
             if refusals:
                 # The first that waiting does not help with, else the one that takes longest.
                 worst = max(refusals, key=lambda each: each["retry_ms"] or float("inf"))
-                return {"state": "limited", "left": self._left(now, ticket), **worst}, None, []
+                return {"state": NoTicket.LIMITED, "left": self._left(now, ticket), **worst}, None, []
         tokens, cost = ticket.prompt_tokens + ticket.completion_tokens, cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
         made = []
         for limit in ticket.limits:
@@ -143,19 +152,19 @@ class Limits:
         refusals: list[dict[str, Any]] = []
         if (most := limit.max_concurrent) is not None and scope.running() >= most:
             retry_ms = max(1, min(MAX_RETRY_MS, scope.turn_ms // max(1, scope.running())))
-            refusals.append({"limit": "concurrency", "allowed": most, "retry_ms": retry_ms})
+            refusals.append({"limit": LimitName.CONCURRENCY, "allowed": most, "retry_ms": retry_ms})
         if (most := limit.requests_per_minute) is not None and (excess := requests_used + 1 - most) > 0:
             retry_ms = scope.freed_in_ms(now, 0, excess)
-            refusals.append({"limit": "requests", "allowed": most, "used": requests_used, "asked": 1, "retry_ms": retry_ms})
+            refusals.append({"limit": LimitName.REQUESTS, "allowed": most, "used": requests_used, "asked": 1, "retry_ms": retry_ms})
         if (most := limit.tokens_per_minute) is not None and tokens > most:
-            refusals.append({"limit": "request_tokens", "allowed": most, "asked": tokens, "retry_ms": 0})
+            refusals.append({"limit": LimitName.REQUEST_TOKENS, "allowed": most, "asked": tokens, "retry_ms": 0})
         elif (most := limit.tokens_per_minute) is not None and (excess := tokens_used + tokens - most) > 0:
             retry_ms = scope.freed_in_ms(now, 1, excess)
-            refusals.append({"limit": "tokens", "allowed": most, "used": tokens_used, "asked": tokens, "retry_ms": retry_ms})
+            refusals.append({"limit": LimitName.TOKENS, "allowed": most, "used": tokens_used, "asked": tokens, "retry_ms": retry_ms})
         if (most := limit.tokens_per_month) is not None and month_tokens + tokens > most:
-            refusals.append({"limit": "month_tokens", "allowed": most, "used": month_tokens, "asked": tokens, "retry_ms": 0})
+            refusals.append({"limit": LimitName.MONTH_TOKENS, "allowed": most, "used": month_tokens, "asked": tokens, "retry_ms": 0})
         if (most := limit.budget_per_month) is not None and month_cost + cost > most * 1_000_000:
-            refusals.append({"limit": "budget", "allowed": most, "retry_ms": 0})
+            refusals.append({"limit": LimitName.BUDGET, "allowed": most, "retry_ms": 0})
         return [each | {"scope": limit.scope} for each in refusals]
 
     def _left(self, now: int, ticket: Ticket) -> dict[str, list[int]]:

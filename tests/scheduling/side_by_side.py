@@ -10,6 +10,7 @@ from redis import Redis
 from redis.client import Pipeline
 
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
+from lmaas.scheduling.states import RetryReason
 from tests.scheduling.build import KEY
 from tests.scheduling.model import Held, Model, Replica, Rules
 from tests.scheduling.model_limits import WINDOW_S, Tokens, month_of
@@ -140,7 +141,7 @@ class Both:
                 self.scheduler.release(ticket, "" if event is None else json.dumps(event), run_ms, told(used)),
             )
 
-    def retry(self, ticket: Ticket, replica: str, reason: str, attempt: int) -> Any:
+    def retry(self, ticket: Ticket, replica: str, reason: RetryReason, attempt: int) -> Any:
         with self.compared():
             return self.reply(
                 self.model.retry(self.now, ticket, replica, reason, attempt), self.scheduler.retry(ticket, replica, reason, attempt)

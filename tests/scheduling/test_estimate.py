@@ -8,6 +8,8 @@ import pytest
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds
+from lmaas.scheduling.states import RetryReason
+from lmaas.states import Observed
 from tests.scheduling.build import ticket
 from tests.scheduling.model import Rules
 from tests.scheduling.side_by_side import Both, Direct, library_with
@@ -36,7 +38,7 @@ class Waits:
 
     def beat(self, state: str | None = None, start_ms: int | None = None) -> None:
         self.state = state or self.state
-        self.both.heartbeat("x", Beat("http://engine", 2, 1, self.state, [], start_ms=start_ms))
+        self.both.heartbeat("x", Beat("http://engine", 2, 1, Observed(self.state), [], start_ms=start_ms))
         self.renew()
 
     def renew(self) -> None:
@@ -127,7 +129,7 @@ def test_the_start_that_ends_first_counts(waits: Waits) -> None:
     waits.submit(1)
     waits.beat()
     waits.after(15)
-    waits.both.heartbeat("y", Beat("http://other", 2, 1, "starting", []))
+    waits.both.heartbeat("y", Beat("http://other", 2, 1, Observed.STARTING, []))
     assert waits.told() == ("starting", 5, 0)
 
 
@@ -177,5 +179,5 @@ def test_what_came_back_is_first(waits: Waits) -> None:
     waits.beat("ready")
     for number in range(1, 5):
         waits.submit(number)
-    waits.both.retry(ticket(2), "x", "engine", 0)
+    waits.both.retry(ticket(2), "x", RetryReason.ENGINE, 0)
     assert {number: waits.report(number)["position"] for number in (2, 3, 4)} == {2: 1, 3: 2, 4: 3}

@@ -12,6 +12,7 @@ from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverLimit
 from lmaas.scheduling import leases as leases_module
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, gateway_channel
 from lmaas.scheduling.leases import Leases, OpenTicket
+from lmaas.scheduling.states import RetryReason
 from tests.conftest import until
 from tests.scheduling.build import Pool, Room, Used, ids, opened, quick, ticket
 
@@ -146,14 +147,14 @@ async def test_a_lost_engine_is_replaced_once(leases: Leases, pool: Pool) -> Non
         async with opened(leases) as one:
             lease = await one.wait(0)
             assert lease is not None
-            await one.retry(lease, "engine")
+            await one.retry(lease, RetryReason.ENGINE)
             assert one.lease is None
             await pool.beat("y")
             await leases.renew()
             second = await one.wait(1)
             assert second is not None
             assert second.replica == "y"
-            await one.retry(second, "engine")
+            await one.retry(second, RetryReason.ENGINE)
             await one.wait(1)
     assert await ids(pool) == ["r1"]
     await pool.check()
@@ -164,7 +165,7 @@ async def test_late_news_of_an_earlier_delivery_is_ignored(leases: Leases, pool:
     async with opened(leases) as one:
         lease = await one.wait(0)
         assert lease is not None
-        await one.retry(lease, "engine")
+        await one.retry(lease, RetryReason.ENGINE)
         revoked: list[int] = []
         one.on_revoked(lambda: revoked.append(1))
         late = {"state": "granted", "attempts": 0, "replica": "x", "url": "http://old", "queue_ms": 0, "load_ms": 0}

@@ -13,6 +13,7 @@ from lmaas.errors import Unavailable
 from lmaas.scheduling import leases as module
 from lmaas.scheduling.client import Scheduler
 from lmaas.scheduling.leases import Leases
+from lmaas.scheduling.states import RetryReason
 from tests.scheduling.build import Pool, ids, opened, ticket
 
 
@@ -182,7 +183,7 @@ async def test_a_ticket_that_was_delivered_before_is_granted_after_the_memory_wa
     async with opened(leases) as one:
         lease = await one.wait(0)
         assert lease is not None
-        await one.retry(lease, "engine")
+        await one.retry(lease, RetryReason.ENGINE)
         await redis.flushall()
         await leases.renew()
         await pool.beat("y")
@@ -257,7 +258,7 @@ async def test_an_engine_lost_while_the_server_is_away_is_told_when_it_is_back(r
         lease = await one.wait(0)
         assert lease is not None
         scheduler.away = True
-        await one.retry(lease, "engine")
+        await one.retry(lease, RetryReason.ENGINE)
         await leases.renew()
         assert await one.wait(0) is None
         scheduler.away = False

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds, Ticket
+from lmaas.states import Observed
 from tests.scheduling.build import KEY
 from tests.scheduling.model import Rules, units
 from tests.scheduling.side_by_side import POOL, Direct, answer, library_with, told
@@ -92,7 +93,7 @@ def test_two_tenants_that_wait_get_the_same_service_within_the_bound(
 ) -> None:
     direct.client.flushall()
     direct.client.mset({"now:s": 1_773_144_000, "now:us": 0})
-    answer(direct.heartbeat(POOL, "x", Beat("http://x", slots, 1, "ready", [])))
+    answer(direct.heartbeat(POOL, "x", Beat("http://x", slots, 1, Observed.READY, [])))
     served = Served(direct, dict(zip("pqr", shares, strict=True)), dict(zip("pqr", sizes, strict=True)))
     ahead = []
     for pick, tokens in steps:

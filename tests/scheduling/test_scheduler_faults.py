@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from lmaas.errors import Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, connect, gateway_channel
+from lmaas.scheduling.states import RetryReason
 from tests.conftest import until
 from tests.scheduling.build import KEY, Pool, quick, ticket
 
@@ -81,7 +82,7 @@ async def test_what_comes_back_goes_to_the_front_in_the_order_it_came_back(pool:
 async def test_a_replica_that_lacks_the_adapter_loads_it_again(pool: Pool) -> None:
     await pool.beat(resident=("A",))
     await pool.submit(ticket(1, adapter="A"))
-    assert (await pool.retry(1, reason="adapter"))["state"] == "loading"
+    assert (await pool.retry(1, reason=RetryReason.ADAPTER))["state"] == "loading"
     reply = await pool.beat()
     assert (reply["loads"], reply["suspect"]) == ({"A": "src/A"}, False)
     await pool.check()

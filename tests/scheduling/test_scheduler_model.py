@@ -5,9 +5,10 @@ LMAAS_HISTORIES is how many histories are tried; each has up to 80 steps, and a 
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -16,6 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Seed, Ticket
+from lmaas.scheduling.states import RetryReason, TicketState
+from lmaas.states import Observed
 from tests.scheduling.model import Held, Rules
 from tests.scheduling.model_limits import Tokens, month_of
 from tests.scheduling.side_by_side import POOL, Both, Direct, library_with
@@ -69,6 +72,8 @@ LIMITS: dict[str, Callable[[str], tuple[LimitedScope, ...]]] = {
     ),
 }
 
+#: Its gateway holds, or has just lost, a lease.
+LEASED = (TicketState.GRANTED, TicketState.REVOKED)
 picks = st.integers(0, 999)
 adapters = st.sampled_from(["", "", "A", "B", "C", "D"])
 names = st.sampled_from(list(REPLICAS))
@@ -80,11 +85,13 @@ class Histories(RuleBasedStateMachine):
     client: Redis
     schedulers: dict[str, Direct]
     histories = steps = 0
+    moves: ClassVar[Counter[tuple[TicketState, TicketState]]] = Counter()
 
     @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS), places=st.integers(1, 3))
     def begin(self, rules: str, start: int, places: int) -> None:
         self.both = Both(self.client, RULES[rules], start, self.schedulers[rules], list(SHARES))
         self.model, self.constants = self.both.model, RULES[rules]
+        self.model.moves = Histories.moves
         Histories.histories += 1
         self.month = month_of(start + 3_600_000)
         self.number = 0
@@ -143,7 +150,7 @@ class Histories(RuleBasedStateMachine):
         self.all_is_well(load=True, replaced=True)
         for _ in mix:
             self.ask(mix[0][0], mix[0][1])
-            if held := self.pick(pick, "granted"):
+            if held := self.pick(pick, TicketState.GRANTED):
                 self.end(held.ticket, (1, 0, 1), None)
 
     @rule(
@@ -214,7 +221,7 @@ class Histories(RuleBasedStateMachine):
             assert tokens <= (limit.tokens_per_month or 10**9)
             assert cost <= (limit.budget_per_month or 10**9) * 1_000_000
 
-    def pick(self, pick: int, *states: str) -> Held | None:
+    def pick(self, pick: int, *states: TicketState) -> Held | None:
         """One of the tickets of gateways that live."""
         known = [each for each in self.model.tickets.values() if each.ticket.gateway not in self.dead_gateways]
         known = [each for each in known if not states or each.state in states]
@@ -253,15 +260,15 @@ class Histories(RuleBasedStateMachine):
     @rule(
         pick=picks,
         count=st.sampled_from([1, 1, 3]),
-        reason=st.sampled_from(["engine", "engine", "adapter"]),
+        reason=st.sampled_from([RetryReason.ENGINE, RetryReason.ENGINE, RetryReason.ADAPTER]),
         stale=st.sampled_from([0, 0, 0, 1]),
         elsewhere=names,
     )
-    def retry(self, pick: int, count: int, reason: str, stale: int, elsewhere: str) -> None:
+    def retry(self, pick: int, count: int, reason: RetryReason, stale: int, elsewhere: str) -> None:
         """Perhaps again and again, since the supervisor finds the engine well."""
-        held = self.pick(pick, "granted", "revoked")
+        held = self.pick(pick, *LEASED)
         for _ in range(count):
-            if held is not None and held.state in ("granted", "revoked"):
+            if held is not None and held.state in LEASED:
                 replica = held.replica or held.revoked or self.name(elsewhere)
                 self.both.retry(held.ticket, replica, reason, held.attempts - stale)
                 self.took()
@@ -284,7 +291,7 @@ class Histories(RuleBasedStateMachine):
 
     def beat(self, place: str, state: str = "ready", **facts: Any) -> None:
         name = self.name(place)
-        self.both.heartbeat(name, Beat(f"http://{name}", *REPLICAS[name[0]], state, **({"resident": []} | facts)))
+        self.both.heartbeat(name, Beat(f"http://{name}", *REPLICAS[name[0]], Observed(state), **({"resident": []} | facts)))
         self.took()
 
     @rule(
@@ -407,7 +414,7 @@ class Histories(RuleBasedStateMachine):
             return
         held = self.forgotten.pop(pick % len(self.forgotten))
         waited_ms = max(1, self.both.now - held.submitted)
-        if held.state == "granted" and held.replica is not None:
+        if held.state == TicketState.GRANTED and held.replica is not None:
             if not self.both.restore(held.ticket, held.replica, waited_ms, held.attempts):
                 self.forgotten.append(held)  # until its replica is back
                 return
@@ -477,7 +484,7 @@ class Histories(RuleBasedStateMachine):
                 for adapter in list(self.model.replicas[self.name(place)].loading) if self.name(place) in self.model.replicas else ():
                     self.both.loaded(self.name(place), adapter)
             for held in list(self.model.tickets.values()):
-                if held.state not in ("queued", "loading"):
+                if held.state not in (TicketState.QUEUED, TicketState.LOADING):
                     self.end(held.ticket, (1, 0, 1), None)
             if not self.model.tickets:
                 break
@@ -508,4 +515,4 @@ def test_the_functions_do_what_the_model_says(client: Redis) -> None:
     try:
         run_state_machine_as_test(Here, settings=profile)
     finally:
-        print(f"{Histories.histories} histories, {Histories.steps} calls compared")  # noqa: T201
+        print(f"{Histories.histories} histories, {Histories.steps} calls compared; {dict(Histories.moves)}")  # noqa: T201

@@ -8,6 +8,7 @@ from lmaas.store import tenants
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database
 from lmaas.store.models import change_base_model
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import adapter_versions, adapters, changes
 from lmaas.store.tables import tenants as tenants_table
 from lmaas.types import Role
@@ -32,10 +33,10 @@ async def test_every_change_of_what_gateways_know_is_noted(db: Database) -> None
     assert await grown()
     await upload(db, acme.id, "bot", model)
     assert await grown()
-    async with db.begin() as connection:  # also by hand
+    async with db.begin(SYSTEM) as connection:  # also by hand
         await connection.execute(update(adapters).values(live_version=None))
     assert await grown()
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(delete(adapter_versions))
     assert await grown()
     await tenants.update_tenant(db, acme.id, {"max_queued": 5})
@@ -50,12 +51,12 @@ async def test_every_change_of_what_gateways_know_is_noted(db: Database) -> None
 
 async def test_changes_do_not_wait_for_each_other_and_none_is_lost(db: Database) -> None:
     # Fewer rows to count in than there are transactions at once.
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(delete(changes).where(changes.c.slot > 2))
     before = await change_number(db)
     async with AsyncExitStack() as transactions:
         for number in range(4):
-            connection = await transactions.enter_async_context(db.begin())
+            connection = await transactions.enter_async_context(db.begin(SYSTEM))
             values = {"id": f"t{number}", "name": f"n{number}", "tier": "free", "max_queued": 1, "max_adapters": 1}
             await connection.execute(insert(tenants_table).values(values))
         assert await change_number(db) == before

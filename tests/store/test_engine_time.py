@@ -21,6 +21,7 @@ from lmaas.store.engine_time import (
 )
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import add_replica
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import Tenant, delete_tenant
 from lmaas.store.usage import record_events
 from tests.store.build import base_model, tenant, usage_event
@@ -41,7 +42,7 @@ async def acme(db: Database) -> Tenant:
 
 async def replica(db: Database, base: BaseModel, name: str) -> None:
     await add_replica(db, name, base.id)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE replicas SET created_at = '2026-01-02T01:00:00Z'"))
 
 
@@ -131,7 +132,7 @@ async def test_the_report_reconciles_with_the_rows(db: Database, base: BaseModel
     await record_engine_time(db, "rep_2", base.id, {(FRIDAY, IDLE, 36_000): 1_000})
     await record_events(db, [usage_event(f"r{number}", owner.id) for number, owner in enumerate((acme, other, other))])
     found = report(await list_engine_time(db), await list_work(db), await list_charges(db))
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         in_all = (await connection.execute(text("SELECT sum(ms) FROM engine_time"))).scalar_one()
     assert found.engine_ms == in_all == 21_013
     assert (found.allocated_ms, found.unallocated_ms) == (20_013, 1000)

@@ -10,6 +10,7 @@ from lmaas.states import ClaimState
 from lmaas.store import idempotency, tenants
 from lmaas.store.database import Database
 from lmaas.store.idempotency import BATCH, Answer, Claim, Earlier, delete_old, delete_surplus, give_up, keep, seen, take
+from lmaas.store.scopes import SYSTEM
 from tests.store.build import tenant
 
 ANSWER = Answer(200, "application/json", b'{"a":1}')
@@ -23,12 +24,12 @@ def up_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def age(db: Database, interval: str) -> None:
     """Let time pass."""
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE idempotency SET seen_at = seen_at - CAST(:age AS interval)"), {"age": interval})
 
 
 async def count(db: Database) -> int:
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         return int((await connection.execute(text("SELECT count(*) FROM idempotency"))).scalar_one())
 
 
@@ -110,7 +111,7 @@ async def test_keys_are_each_tenants_own_and_go_with_it(db: Database) -> None:
 
 async def test_a_claim_waits_for_a_deletion_of_its_tenant(db: Database) -> None:
     acme = await tenant(db, "acme")
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE tenants SET deleted_at = now()"))
         taking = asyncio.create_task(take(db, Claim(acme.id, "k", b"a", "r1")))
         await asyncio.sleep(0.1)
@@ -124,7 +125,7 @@ async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
     states = {"answer": ClaimState.DONE, "claim": ClaimState.RUNNING}
     values = ":tenant, :name || n, '', 'r', :state, now() - CAST(:age AS interval)"
     rows = text(f"INSERT INTO idempotency SELECT {values} FROM generate_series(1, :n) n")  # noqa: S608 (nothing of it is from outside)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         for name, old, number in (
             ("answer-new", "23 hours", 1),
             ("claim-new", "59 minutes", 1),
@@ -137,7 +138,7 @@ async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
     while deleted[-1:] != [0]:
         deleted.append(await delete_old(db))
     assert deleted == [BATCH, 7, 0]
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         left = await connection.execute(text("SELECT key FROM idempotency ORDER BY key"))
         assert left.scalars().all() == ["answer-new1", "claim-new1"]
 
@@ -163,7 +164,7 @@ async def test_a_tenants_oldest_answers_go_beyond_what_is_kept(db: Database, mon
         await age(db, "1 second")
 
     async def keys() -> list[str]:
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             return list((await connection.execute(text("SELECT key FROM idempotency ORDER BY key"))).scalars())
 
     assert await delete_surplus(db) == 0

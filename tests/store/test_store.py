@@ -13,6 +13,7 @@ from lmaas.states import TERMINAL, TRANSITIONS, Desired, Observed, UsageStatus
 from lmaas.store import adapters, replicas, tenants, usage
 from lmaas.store.database import Database, driver_url
 from lmaas.store.models import change_base_model, get_base_model, list_base_models
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.types import Principal, Role
 from tests.store.build import base_model, tenant, upload, usage_event
 
@@ -251,7 +252,7 @@ async def test_a_base_model_keeps_its_id_and_the_operators_bounds(db: Database) 
 async def test_only_the_tables_transitions_are_made(db: Database, state: Observed, target: Observed) -> None:
     base = await base_model(db)
     await replicas.add_replica(db, "rep_1", base.id)
-    async with db.begin() as connection:
+    async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE replicas SET observed = :state"), {"state": state.value})
     before = await replicas.get_replica(db, "rep_1")
     allowed = target in TRANSITIONS[state]
@@ -294,7 +295,7 @@ async def test_recent_failures_count_only_failed_starts(db: Database) -> None:
         await replicas.add_replica(db, name, model.id)
         for state in states:
             await replicas.observe(db, name, state)
-        async with db.begin() as connection:
+        async with db.begin(SYSTEM) as connection:
             await connection.execute(
                 text("UPDATE replicas SET ended_at = now() - make_interval(secs => :s) WHERE id = :id"), {"s": ended_s, "id": name}
             )
@@ -327,22 +328,22 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     next_day = usage.UsageRow(date(2026, 1, 3), "acme", "base", 1, 1, 10, 4, 5, 300, 0)
     others = usage.UsageRow(day, "other", "base", 1, 0, 10, 4, 5, 300, 0)
     probes = usage.UsageRow(day, None, "base", 1, 0, 10, 4, 5, 300, 0)
-    assert await usage.report(db) == [next_day, both, bot, others, probes]
-    assert await usage.report(db, tenant_id=acme.id) == [next_day, both, bot]
-    assert await usage.report(db, tenant_id=acme.id, until=day) == [both, bot]
-    assert await usage.report(db, since=date(2026, 1, 3)) == [next_day]
-    assert await usage.report(db, since=day, until=day, tenant_id=other.id) == [others]
+    assert await usage.report(db, OPERATOR) == [next_day, both, bot, others, probes]
+    assert await usage.report(db, acme.id) == [next_day, both, bot]
+    assert await usage.report(db, acme.id, until=day) == [both, bot]
+    assert await usage.report(db, OPERATOR, since=date(2026, 1, 3)) == [next_day]
+    assert await usage.report(db, other.id, since=day, until=day) == [others]
     assert {event.request_id for event in await usage.list_events(db, acme.id)} == {"r1", "r2", "r3", "r4"}
-    assert [event.request_id for event in await usage.list_events(db, None, limit=1)] == ["r4"]
+    assert [event.request_id for event in await usage.list_events(db, OPERATOR, limit=1)] == ["r4"]
     await tenants.delete_tenant(db, acme.id)
-    assert await usage.report(db, tenant_id=acme.id) == [next_day, both, bot]  # for the bill
+    assert await usage.report(db, acme.id) == [next_day, both, bot]  # for the bill
 
 
 async def test_events_written_at_once_count_once(db: Database) -> None:
     acme = await tenant(db, "acme")
     events = [usage_event(f"r{number}", acme.id) for number in range(20)]
     await asyncio.gather(*(usage.record_events(db, sorted(events, key=lambda one: one.request_id)) for _ in range(4)))
-    [row] = await usage.report(db)
+    [row] = await usage.report(db, OPERATOR)
     assert row.requests == 20
 
 
@@ -364,8 +365,8 @@ async def test_lost_connections_are_replaced(db: Database) -> None:
     await tenant(db, "acme")
     kill = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
     with pytest.raises(Unavailable):  # noqa: PT012 (the block is what is tested)
-        async with db.begin() as held:
-            async with db.begin() as killer:
+        async with db.begin(SYSTEM) as held:
+            async with db.begin(SYSTEM) as killer:
                 await killer.execute(kill)
             await held.execute(text("SELECT 1"))
     assert [one.name for one in await tenants.list_tenants(db)] == ["acme"]

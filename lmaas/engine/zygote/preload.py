@@ -41,6 +41,7 @@ MODULES = (
     "lmaas.engine.cpu_lora.hooks",
     "lmaas.engine.grammars.checker",
     "lmaas.cli",
+    "lmaas.app",
 )
 #: On a CPU besides.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")

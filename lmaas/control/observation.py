@@ -1,0 +1,82 @@
+"""The observed replicas of a pool, and since when each condition holds: values that one pure function advances from tick to tick."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lmaas.states import Desired, Observed
+from lmaas.store.replicas import Replica
+
+
+class Condition(StrEnum):
+    """A fact about a replica whose duration matters to a decision."""
+
+    #: It has a row, and has not ended.
+    RECORDED = "recorded"
+    READY = "ready"
+    #: It is desired to stop.
+    STOPPING = "stopping"
+    #: Its process runs, and no row of a replica that has not ended has its id.
+    STRAY = "stray"
+    #: It is ready, and its supervisor sends no heartbeats.
+    SILENT = "silent"
+    #: It is starting, and its supervisor has not sent a heartbeat yet, for instance because no machine has room for it.
+    UNHEARD = "unheard"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaObservation:
+    """A replica as the three witnesses show it: its row in the database, its process at the provisioner, its entry in the queue.
+
+    `row` is None if there is no row of a replica that has not ended, `load` (slots in use) is None if the queue does not know it. `since`
+    has the time at which each condition that holds now began to hold.
+    """
+
+    id: str
+    row: Replica | None = None
+    has_process: bool = False
+    load: int | None = None
+    since: Mapping[Condition, float] = field(default_factory=dict)
+
+    def held_s(self, condition: Condition, now: float) -> float:
+        """Return for how many seconds the condition has held; 0 if it does not hold."""
+        return now - self.since.get(condition, now)
+
+    def age_s(self, now: float) -> float:
+        """Return for how many seconds the replica has been ready or, if it is not ready, has existed."""
+        return self.held_s(Condition.READY if Condition.READY in self.since else Condition.RECORDED, now)
+
+
+Replicas = Mapping[str, ReplicaObservation]
+
+
+def observe_replicas(
+    previous: Replicas, rows: Sequence[Replica], processes: Collection[str], loads: Mapping[str, int], now: float
+) -> dict[str, ReplicaObservation]:
+    """Return every replica of a pool that any witness knows, with the times at which its conditions began.
+
+    `rows` are the replicas that have not ended, `processes` the ids that the provisioner runs, `loads` the slots in use by id as the queue
+    knows them. A condition that already held in `previous` keeps its time; one that does not hold any more is forgotten. The order is that
+    of `rows`, followed by the other ids in alphabetical order.
+    """
+    by_id = {row.id: row for row in rows}
+    found = {}
+    for replica_id in (*by_id, *sorted({*processes, *loads} - by_id.keys())):
+        row, has_process, load = by_id.get(replica_id), replica_id in processes, loads.get(replica_id)
+        before = previous[replica_id].since if replica_id in previous else {}
+        since = {condition: before.get(condition, now) for condition in _conditions(row, has_process, load)}
+        found[replica_id] = ReplicaObservation(replica_id, row, has_process, load, since)
+    return found
+
+
+def _conditions(row: Replica | None, has_process: bool, load: int | None) -> list[Condition]:
+    if row is None:
+        return [Condition.STRAY] if has_process else []
+    facts = {
+        Condition.RECORDED: True,
+        Condition.READY: row.observed == Observed.READY,
+        Condition.STOPPING: row.desired == Desired.STOPPED,
+        Condition.SILENT: row.observed == Observed.READY and load is None,
+        Condition.UNHEARD: row.observed == Observed.STARTING and load is None,
+    }
+    return [condition for condition, holds in facts.items() if holds]

@@ -1,0 +1,103 @@
+"""The states of tickets, and the other words that the functions in Redis share with their clients.
+
+`state.lua` has the same words under the same names; a test compares the two.
+"""
+
+from enum import StrEnum
+
+#: The code of a usage event that the scheduler writes for a ticket whose gateway is gone. Its status is UsageStatus.LOST.
+GATEWAY_LOST = "gateway_lost"
+
+
+class TicketState(StrEnum):
+    """The state of a ticket in Redis. Any ticket may also end, which deletes it."""
+
+    #: It waits for a slot.
+    QUEUED = "queued"
+    #: It holds a slot on a replica that still loads its adapter.
+    LOADING = "loading"
+    #: Its gateway holds a lease.
+    GRANTED = "granted"
+    #: Its replica was removed. Its gateway has yet to notice, and to ask for another.
+    REVOKED = "revoked"
+    #: It was delivered as often as it may be, and each time its replica failed. Its gateway has yet to end it.
+    FAILED = "failed"
+    #: Its adapter could not be loaded. Its gateway has yet to end it.
+    LOAD_FAILED = "load_failed"
+
+
+#: The states that a ticket leaves only by its end.
+TERMINAL = frozenset({TicketState.FAILED, TicketState.LOAD_FAILED})
+
+TRANSITIONS: dict[TicketState, frozenset[TicketState]] = {
+    TicketState.QUEUED: frozenset({TicketState.LOADING, TicketState.GRANTED}),
+    # Queued again if its replica drains or is removed.
+    TicketState.LOADING: frozenset({TicketState.GRANTED, TicketState.QUEUED, TicketState.LOAD_FAILED}),
+    # Queued again by its gateway, if its replica failed before the first byte.
+    TicketState.GRANTED: frozenset({TicketState.QUEUED, TicketState.REVOKED, TicketState.FAILED}),
+    TicketState.REVOKED: frozenset({TicketState.QUEUED, TicketState.FAILED}),
+    TicketState.FAILED: frozenset(),
+    TicketState.LOAD_FAILED: frozenset(),
+}
+
+
+class NoTicket(StrEnum):
+    """The `state` of a report when there is no ticket: the reason why a submitted one was not taken, or that it is not known."""
+
+    #: The tenant's queue is full.
+    REFUSED = "refused"
+    #: The pool's queue is full.
+    REFUSED_BY_POOL = "refused_by_pool"
+    #: The tenant or the key is over a limit.
+    LIMITED = "limited"
+    #: The month's figures are missing: submit it again with them.
+    UNSEEDED = "unseeded"
+    #: It has ended, or the server has lost its memory.
+    UNKNOWN = "unknown"
+
+
+#: Of these, the answers to a ticket that was submitted.
+REFUSALS = frozenset({NoTicket.REFUSED, NoTicket.REFUSED_BY_POOL, NoTicket.LIMITED, NoTicket.UNSEEDED})
+
+
+class WaitPhase(StrEnum):
+    """What a waiting ticket waits for."""
+
+    #: Engines are ready, and all slots are taken.
+    BUSY = "busy"
+    #: An engine starts.
+    STARTING = "starting"
+    #: No engine starts yet.
+    ASKED = "asked"
+    #: An engine loads the ticket's adapter. Only clients use this one: for the functions, it is the state LOADING.
+    LOADING = "loading"
+
+
+class RetryReason(StrEnum):
+    """Why a gateway gives a lease back."""
+
+    #: The engine failed.
+    ENGINE = "engine"
+    #: The engine does not have the adapter.
+    ADAPTER = "adapter"
+
+
+class Signal(StrEnum):
+    """A message without content, besides the retry reasons: its receiver asks for the news itself."""
+
+    #: To a replica: there is an adapter to load.
+    LOAD = "load"
+    #: To the controller: requests wait, and no replica is ready or starting.
+    DEMAND = "demand"
+
+
+class LimitName(StrEnum):
+    """The limit that refused a ticket."""
+
+    CONCURRENCY = "concurrency"
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+    #: This request alone may use more than a minute's tokens.
+    REQUEST_TOKENS = "request_tokens"
+    MONTH_TOKENS = "month_tokens"
+    BUDGET = "budget"

