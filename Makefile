@@ -13,7 +13,7 @@ USERS ?= 16
 DURATION ?= 60s
 OPTIONS ?=
 
-.PHONY: up test test-compose bench loadtest check format lock clean
+.PHONY: up test test-unit test-compose bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
@@ -22,10 +22,14 @@ up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-char
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m tests
 
+# The tests that need no server and no engine: about a minute.
+test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/unit
+
 # `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
 # With MAY_SKIP=1, a machine that cannot have one is no failure.
 test-compose: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
-	MAY_SKIP=$(MAY_SKIP) sh tests/compose/run.sh
+	MAY_SKIP=$(MAY_SKIP) sh tests/system/compose/run.sh
 
 # All bars, or those named: make bench BARS="lora_decode lora_prefill"
 bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev

@@ -77,7 +77,7 @@ class Services:
 async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[Services]:
     """The services of `settings`, closed at the end. Raises SettingsError if an address is missing."""
     if settings.database_url is None or settings.redis_url is None:
-        raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which brings both.")
+        raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
     db = Database(settings.database_url, pool_size=pool_size)
     redis = connect(settings.redis_url)
     try:
@@ -176,7 +176,7 @@ def provisioner(settings: Settings) -> Provisioner:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise SettingsError("LMAAS_PROVISIONER=ray needs Ray: install lmaas[ray].") from None
+        raise SettingsError("LMAAS_PROVISIONER=ray needs Ray. Install it with: pip install 'lmaas[ray]'") from None
     # On the nodes, the home is another folder.
     return RayProvisioner(replace(settings, object_store_url=object_store_url(settings)))
 
@@ -208,7 +208,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
     async with connected(settings, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
-            raise SettingsError(f"There is no replica {replica_id} to run.")
+            raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")
         model = await get_base_model(services.db, row.base_model_id)
         supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
         # With a local provisioner, the controller checks.

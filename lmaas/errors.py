@@ -42,7 +42,7 @@ class InternalError(LmaasError):
     """Something unexpected. The text is fixed: details go to the log, under the request id."""
 
     def __init__(self) -> None:
-        super().__init__("The server had an error while processing your request. Please quote the x-request-id if you report it.")
+        super().__init__("The server failed to process this request. Report the x-request-id of this response.")
 
 
 class InvalidRequest(LmaasError):
@@ -109,7 +109,7 @@ class MethodNotAllowed(LmaasError):
 
     def __init__(self, allowed: str) -> None:
         """`allowed` are the path's methods, separated by commas."""
-        super().__init__(f"This path does not have this method. Its methods: {allowed}.")
+        super().__init__(f"This path does not support this method. It supports {allowed}.")
         self._allowed = allowed
 
     def headers(self) -> dict[str, str]:
@@ -175,7 +175,9 @@ class RequestFailed(LmaasError):
     kind, status, type, code = "request_failed", HTTPStatus.INTERNAL_SERVER_ERROR, "server_error", "request_failed"
 
     def __init__(self) -> None:
-        super().__init__("The engine failed on the content of this request, so it was not tried again. Please report its x-request-id.")
+        super().__init__(
+            "The engine failed on the content of this request, so it was not retried. Report the x-request-id of this response."
+        )
 
 
 class Quarantined(EngineFailed):
@@ -197,8 +199,11 @@ class SettingsError(LmaasError):
 
 
 class ApiError(Exception):
-    """A service that was called as a client refused the request. The message is the service's own; `status` is its HTTP status."""
+    """A service that was called as a client refused the request.
 
-    def __init__(self, status: int, message: str, code: str, request_id: str) -> None:
+    The message is the service's own; `status` is its HTTP status, `param` the field that is wrong.
+    """
+
+    def __init__(self, status: int, message: str, code: str, request_id: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.request_id = status, message, code, request_id
+        self.status, self.message, self.code, self.request_id, self.param = status, message, code, request_id, param

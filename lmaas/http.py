@@ -130,7 +130,7 @@ def _check_address(scope: Scope) -> None:
     """Raises InvalidRequest for a Host header that is not a host, NotFound for an address with a NUL."""
     for name, value in scope["headers"]:
         if name == b"host" and _HOST.fullmatch(value) is None:
-            raise InvalidRequest("The Host header is not a host name.", code="invalid_host")
+            raise InvalidRequest("The Host header is not a valid host name.", code="invalid_host")
     if "\0" in scope["path"] or b"%00" in scope["query_string"]:
         raise NotFound(NOT_FOUND)
 
@@ -267,8 +267,8 @@ def _checked(where: str, value: Any) -> Any:
         half = _HALF_PAIR.search(value)
         if half or "\0" in value:
             shown = _HALF_PAIR.sub("\ufffd", where).replace("\0", "\ufffd")[:100]
-            what = "half a surrogate pair, which is no character" if half else "the character NUL"
-            raise InvalidRequest(f"'{shown}' has a string with {what}. Remove it.", code="invalid_string", param=shown)
+            what = "half a surrogate pair, which is not a character" if half else "the character NUL"
+            raise InvalidRequest(f"'{shown}' contains {what}. Remove it.", code="invalid_string", param=shown)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _checked(f"{where}[{index}]", item)

@@ -1,14 +1,10 @@
 """Real servers for the tests: one Postgres and one Valkey a session, a new database and an empty keyspace a test."""
 
-import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
@@ -90,48 +86,3 @@ def model_folder() -> Path:
 def settings(tmp_path: Path, database_url: str, valkey_url: str) -> Settings:
     """Settings of a stack of this test's own."""
     return Settings(home=tmp_path, database_url=database_url, redis_url=valkey_url)
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    """A process's command line; empty of one that is gone."""
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-@asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """What must be done in so many seconds. Of a time in which this process did not get to run, 20 ms count; one that works has run."""
-    spent = 0.0
-
-    async def run() -> None:
-        nonlocal spent
-        now, worked = time.monotonic(), time.process_time()
-        while True:
-            await asyncio.sleep(0.005)
-            before, now = now, time.monotonic()
-            worked_before, worked = worked, time.process_time()
-            spent += min(now - before, 0.02 + worked - worked_before)
-
-    task = asyncio.create_task(run(), name="within")
-    try:
-        yield
-    finally:
-        task.cancel()
-    assert spent < seconds
-
-
-async def until(condition: object, timeout_s: float = 60.0, every_s: float = 0.05) -> None:
-    """Wait until `condition()` (plain or async) is true; fails the test after `timeout_s` seconds."""
-    assert callable(condition)
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while True:
-        value = condition()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return
-        if asyncio.get_running_loop().time() > deadline:
-            pytest.fail(f"not so after {timeout_s:.0f} s: {getattr(condition, '__name__', condition)}")
-        await asyncio.sleep(every_s)

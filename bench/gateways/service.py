@@ -13,8 +13,9 @@ from rich.console import Console
 from bench.gateways.processes import START_S, Proxy, Running, free_port, running
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
-from lmaas.manifests.apply import apply, read_folder, working_keys
+from lmaas.manifests.apply import apply, working_keys
 from lmaas.manifests.client import ApiClient
+from lmaas.manifests.folder import read_folder
 from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade

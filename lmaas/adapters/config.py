@@ -220,7 +220,7 @@ def _check_kind(config: dict[str, Any]) -> None:
         _refuse(unsupported, f"peft_type is {show(kind)}. Only LORA adapters can be served.")
     task = config.get("task_type")
     if not (task is None or isinstance(task, str)):
-        _refuse(unsupported, f"task_type is {show(task)}. It must be a text or null. Upload the file that PEFT wrote.")
+        _refuse(unsupported, f"task_type is {show(task)}. It must be a string or null. Upload the file that PEFT wrote.")
     # Biases would be tensors of their own, which are refused. Base models such as Llama have none to train.
     if config.get("bias") not in ("none", "all", "lora_only", None):
         _refuse(unsupported, f"bias is {show(config['bias'])}. Train the adapter with bias='none'.")
@@ -233,7 +233,7 @@ def _check_kind(config: dict[str, Any]) -> None:
         )
     targets = config.get("target_modules")
     if not (targets is None or isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
-        _refuse(unsupported, "target_modules must be a list of names, or a text. Upload the file that PEFT wrote.")
+        _refuse(unsupported, "target_modules must be a list of names or a string. Upload the file that PEFT wrote.")
     if not isinstance(config.get("ensure_weight_tying"), bool | None):
         _refuse(unsupported, f"ensure_weight_tying is {show(config['ensure_weight_tying'])}. It must be true or false.")
     mapping = config.get("auto_mapping")

@@ -43,7 +43,9 @@ class AdapterFiles:
                 await obstore.put_async(self._store, f"{source}/{MODEL_FILE}", model)
                 await obstore.put_async(self._store, f"{source}/{CONFIG_FILE}", config)
         except (BaseError, OSError) as error:
-            raise Unavailable("The adapter store cannot take the files now.", code="object_store_unavailable", retry_after_s=10) from error
+            raise Unavailable(
+                "The adapter store did not accept the files. Retry after 10 s.", code="object_store_unavailable", retry_after_s=10
+            ) from error
 
     async def exists(self, source: str) -> bool:
         """Whether the content is there, whole."""
@@ -79,16 +81,21 @@ class AdapterFiles:
                 except FileNotFoundError:
                     continue
                 except (BaseError, OSError) as error:
-                    raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable", retry_after_s=10) from error
+                    raise Unavailable(
+                        "The adapter store did not delete the files. Retry after 10 s.", code="object_store_unavailable", retry_after_s=10
+                    ) from error
             if self._root is not None:
                 # A bucket has no folders; a disk keeps empty ones.
                 with contextlib.suppress(OSError):
                     (self._root / source).rmdir()
 
     async def list_sources(self, tenant_id: str) -> list[str]:
-        """Every content of a tenant."""
+        """Return every content of a tenant. Raises Unavailable."""
         prefix = f"adapters/{tenant_id}"
         found: set[str] = set()
-        async for batch in obstore.list(self._store, prefix=prefix):
-            found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+        try:
+            async for batch in obstore.list(self._store, prefix=prefix):
+                found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+        except (BaseError, OSError) as error:
+            raise Unavailable("The adapter store cannot be read now.", code="object_store_unavailable", retry_after_s=10) from error
         return sorted(found)

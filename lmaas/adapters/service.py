@@ -10,6 +10,7 @@ from pathlib import Path
 from lmaas.adapters.base_weights import write_without
 from lmaas.adapters.objects import AdapterFiles, source_of
 from lmaas.adapters.validation import AdapterFacts, validate
+from lmaas.audit import Audit
 from lmaas.errors import Conflict, InvalidRequest
 from lmaas.store import adapters as rows
 from lmaas.store.database import Database
@@ -61,6 +62,7 @@ class Adapters:
         *,
         activate: bool,
         base_folder: Callable[[str], Path | None] = lambda _source: None,
+        audit: Audit | None = None,
     ) -> tuple[int, bool]:
         """Validate the files, store them and add a version; return its number, from 1, and whether it is new.
 
@@ -69,7 +71,7 @@ class Adapters:
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(
-                "An adapter's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and starts and ends with a letter or digit.",
+                "An adapter's name must have 1 to 63 lower-case letters, digits, '.', '_' or '-', the first and last a letter or digit.",
                 code="invalid_name",
                 param="name",
             )
@@ -90,6 +92,7 @@ class Adapters:
                 target_modules=list(content.facts.target_modules),
                 size_bytes=content.size_bytes,
                 activate=activate,
+                audit=audit,
             )
         except BaseException:
             await self._delete_unused(tenant_id, [content.content_hash])
@@ -98,17 +101,19 @@ class Adapters:
         await self._files.put(source, content.config, content.model)
         return version, is_new
 
-    async def delete(self, tenant_id: str, name: str) -> None:
+    async def delete(self, tenant_id: str, name: str, *, audit: Audit | None = None) -> None:
         """Delete an adapter, its versions and their files. Requests that run on it finish. Raises NotFound."""
-        await self._delete_unused(tenant_id, await rows.delete_adapter(self._db, tenant_id, name))
+        await self._delete_unused(tenant_id, await rows.delete_adapter(self._db, tenant_id, name, audit=audit))
 
     async def _delete_unused(self, tenant_id: str, hashes: list[str]) -> None:
         async with rows.unused(self._db, tenant_id, hashes) as unused:
             await self._files.delete(source_of(tenant_id, content_hash) for content_hash in unused)
 
-    async def delete_all(self, tenant_id: str) -> None:
-        """Delete every file of a tenant that has ended."""
-        await self._files.delete(await self._files.list_sources(tenant_id))
+    async def delete_all(self, tenant_id: str) -> bool:
+        """Delete every file of a deleted tenant. Returns whether there were any. Raises Unavailable."""
+        sources = await self._files.list_sources(tenant_id)
+        await self._files.delete(sources)
+        return bool(sources)
 
 
 def _hash(config: bytes, model: Path) -> str:

@@ -1,6 +1,7 @@
 """The terms of one request: the limits that hold for it, and what is told when one of them refuses it."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,13 +53,16 @@ class Terms:
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
         """The error for a ticket that was not taken."""
         if report["state"] == NoTicket.REFUSED:
-            return OverLimit("Too many requests of yours are waiting already.", code="queue_full", retry_after_s=5)
-        if report["state"] == NoTicket.REFUSED_BY_POOL:
-            return Unavailable(
-                "Too many requests are waiting for this model.", code="pool_queue_full", retry_after_s=max(1.0, report["wait_ms"] / 1000)
+            message = (
+                f"You have {self.bounds.max_queued} queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued."
             )
+            return OverLimit(message, code="queue_full", retry_after_s=5)
+        if report["state"] == NoTicket.REFUSED_BY_POOL:
+            wait = max(1.0, report["wait_ms"] / 1000)
+            message = f"The queue of this model is full: {self.bounds.max_queued_pool} requests wait. Retry after {math.ceil(wait)} s."
+            return Unavailable(message, code="pool_queue_full", retry_after_s=wait)
         if report["state"] == NoTicket.UNSEEDED:
-            return Unavailable("Your usage of this month is being counted. Please try again.", code="usage_unknown", retry_after_s=1)
+            return Unavailable("Your usage of this month is being counted. Retry after 1 s.", code="usage_unknown", retry_after_s=1)
         return _over(report)
 
 
@@ -68,24 +72,33 @@ def _over(report: Mapping[str, Any]) -> LmaasError:
     wait = report["retry_ms"] / 1000
     match report["limit"]:
         case LimitName.CONCURRENCY:
-            message = f"{owner} may have {allowed} requests at once."
+            message = f"{owner} has {allowed} open requests, the maximum. Retry after {max(1, math.ceil(wait))} s, or raise max_concurrent."
             return OverLimit(message, code="concurrency_limit_exceeded", retry_after_s=wait, extra_headers=headers)
         case LimitName.REQUESTS:
-            message = f"{owner} may make {allowed} requests per minute. Please try again in {wait:.1f} s."
+            message = f"{owner} may make {allowed} requests per minute. Retry after {wait:.1f} s, or raise requests_per_minute."
             return OverLimit(message, retry_after_s=wait, extra_headers=headers)
         case LimitName.TOKENS:
             message = (
                 f"{owner} may use {allowed} tokens per minute: {report['used']} are used or reserved, and this request may use {asked}. "
-                f"Please try again in {wait:.1f} s."
+                f"Retry after {wait:.1f} s, or raise tokens_per_minute."
             )
             return OverLimit(message, retry_after_s=wait, extra_headers=headers)
         case LimitName.REQUEST_TOKENS:
-            message = f"This request may use {asked} tokens, and {owner[0].lower()}{owner[1:]} {allowed} per minute. Make it smaller."
+            message = (
+                f"This request may use {asked} tokens, but {owner[0].lower()}{owner[1:]} may use {allowed} per minute. Shorten the prompt, "
+                "lower max_tokens, or raise tokens_per_minute."
+            )
             return OverQuota(message, code="rate_limit_exceeded", extra_headers=headers)
         case LimitName.MONTH_TOKENS:
-            message = f"{owner} may use {allowed} tokens a month, and this request may use {asked}; {report['used']} are used or reserved."
+            message = (
+                f"{owner} may use {allowed} tokens per month: {report['used']} are used or reserved, and this request may use {asked}. "
+                "Wait for the next month, or raise tokens_per_month."
+            )
         case _:
-            message = f"{owner} has a budget of ${allowed / 1e6:g} a month, which this request could exceed."
+            message = (
+                f"{owner} has a budget of ${allowed / 1e6:g} per month, which this request could exceed. Wait for the next month, or raise "
+                "budget_per_month."
+            )
     return OverQuota(message, extra_headers=headers | {"retry-after": str(_seconds_to_next_month())})
 
 

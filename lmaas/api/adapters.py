@@ -19,19 +19,19 @@ from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.adapters.service import inspect
 from lmaas.adapters.validation import check_file_names
 from lmaas.api.base_models import defined_model
-from lmaas.api.context import Api, json_body
+from lmaas.api.context import Api, audited, json_body
 from lmaas.api.forms import multipart_form
+from lmaas.audit import Action
 from lmaas.engine.source import local_model_folder
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from lmaas.http import JsonResponse, parse_json
 from lmaas.store import adapters as rows
 from lmaas.store.models import get_base_model
-from lmaas.store.tenants import record_action
 
 #: `if_changed` has no effect any more: content that is there already never becomes a new version.
 FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
 #: `definition` is the JSON of a base model that does not exist yet, in place of the name of one.
-CHECK_FIELDS = ("base_model", "definition")
+CHECK_FIELDS = ("base_model", "definition", "sha256")
 FORM_OVERHEAD_BYTES = MAX_CONFIG_BYTES + 256 * 1024
 MAX_VERSION = 10**9
 
@@ -86,8 +86,8 @@ async def activate_version(api: Api, request: Request) -> Response:
     tenant_id, principal = await api.tenant(request, manage=True)
     name = request.path_params["name"]
     version = (await json_body(request, {"version": int}, ("version",)))["version"]
-    await rows.activate(api.db, tenant_id, name, version if 0 < version < MAX_VERSION else 0)
-    await record_action(api.db, tenant_id, principal.key_id, "adapter.activate", f"{name}@{version}")
+    audit = audited(request, principal, Action.ADAPTER_ACTIVATE)
+    await rows.activate(api.db, tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=audit)
     return JsonResponse(shown_adapter(await rows.get_adapter(api.db, tenant_id, name)))
 
 
@@ -95,8 +95,7 @@ async def delete_adapter(api: Api, request: Request) -> Response:
     """Delete an adapter with all its versions and files."""
     tenant_id, principal = await api.tenant(request, manage=True)
     name = request.path_params["name"]
-    await api.adapters.delete(tenant_id, name)
-    await record_action(api.db, tenant_id, principal.key_id, "adapter.delete", name)
+    await api.adapters.delete(tenant_id, name, audit=audited(request, principal, Action.ADAPTER_DELETE))
     return JsonResponse({"object": "adapter.deleted", "name": name, "deleted": True})
 
 
@@ -112,9 +111,9 @@ async def upload_adapter(api: Api, request: Request) -> Response:
             model,
             activate=fields.get("activate", "true") == "true",
             base_folder=local_model_folder,
+            audit=audited(request, principal, Action.ADAPTER_UPLOAD),
         )
     name = fields["name"]
-    await record_action(api.db, tenant_id, principal.key_id, "adapter.upload", f"{name}@{version}")
     adapter = await rows.get_adapter(api.db, tenant_id, name)
     versions = await rows.list_versions(api.db, tenant_id, name)
     mine = next(shown_version(row) for row in versions if row.version == version)

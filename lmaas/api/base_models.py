@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lmaas.adapters.safetensors import base_model_shapes
-from lmaas.api.context import Api, check_body, in_range, is_dry_run, json_body
+from lmaas.api.context import Api, audited, check_body, in_range, is_dry_run, json_body
+from lmaas.audit import Action
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
 from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
@@ -16,7 +17,6 @@ from lmaas.errors import InvalidRequest
 from lmaas.http import JsonResponse
 from lmaas.states import Desired, Observed
 from lmaas.store import models, pools, replicas
-from lmaas.store.tenants import record_action
 from lmaas.types import AUTO, is_model_name
 
 #: What an operator may set, with its bounds; None as a value means the setting's.
@@ -122,9 +122,8 @@ async def create_model(api: Api, request: Request) -> Response:
     principal = await api.operator(request)
     dry_run = is_dry_run(request)
     body = await json_body(request, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
-    model = await models.create_base_model(api.db, await defined_model(api.settings, body), dry_run=dry_run)
-    if not dry_run:
-        await record_action(api.db, None, principal.key_id, "base_model.create", model.name)
+    audit = audited(request, principal, Action.BASE_MODEL_CREATE)
+    model = await models.create_base_model(api.db, await defined_model(api.settings, body), dry_run=dry_run, audit=audit)
     return JsonResponse((await shown_pools(api, [model]))[0], status_code=200 if dry_run else 201)
 
 
@@ -180,18 +179,16 @@ async def change_model(api: Api, request: Request) -> Response:
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
     _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
     if changes:
-        model = await models.change_base_model(api.db, model.id, changes, dry_run=dry_run)
-    if changes and not dry_run:
-        await record_action(api.db, None, principal.key_id, "base_model.change", model.name)
+        audit = audited(request, principal, Action.BASE_MODEL_CHANGE)
+        model = await models.change_base_model(api.db, model.id, changes, dry_run=dry_run, audit=audit)
     return JsonResponse((await shown_pools(api, [model]))[0])
 
 
 async def delete_model(api: Api, request: Request) -> Response:
     """End a base model that has neither adapters nor replicas. What it has cost stays for the bill."""
     principal = await api.operator(request)
-    name = request.path_params["model"]
-    model_id = await models.delete_base_model(api.db, name)
-    await record_action(api.db, None, principal.key_id, "base_model.delete", name)
+    audit = audited(request, principal, Action.BASE_MODEL_DELETE)
+    model_id = await models.delete_base_model(api.db, request.path_params["model"], audit=audit)
     return JsonResponse({"object": "base_model.deleted", "id": model_id, "deleted": True})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 
 from lmaas.adapters.service import Adapters
+from lmaas.audit import Action, Audit
 from lmaas.config import Settings
 from lmaas.errors import Forbidden, InvalidRequest
 from lmaas.http import Authenticate, api_key, limited, parse_json
@@ -48,6 +49,11 @@ class Api:
         if manage and principal.role is not Role.TENANT_ADMIN:
             raise Forbidden("This needs a key of the role tenant_admin.")
         return principal.tenant_id, principal
+
+
+def audited(request: Request, principal: Principal, action: Action) -> Audit:
+    """Return what the audit log records of a request."""
+    return Audit(action, principal.role.value, principal.key_id, request.scope["request_id"])
 
 
 async def json_body(

@@ -168,6 +168,7 @@ SCHEMAS: dict[str, Schema] = {
         "required": ["adapter_config", "adapter_model"],
         "properties": {
             "base_model": TEXT,
+            "sha256": {"type": "string", "description": "Of adapter_model, in hex; checked if given."},
             "definition": {"type": "string", "description": "In place of base_model: the JSON of a NewBaseModel that does not exist yet."},
             "adapter_config": {"type": "string", "contentMediaType": "application/json"},
             "adapter_model": {"type": "string", "contentMediaType": "application/octet-stream"},
@@ -274,6 +275,7 @@ DRY_RUN: Schema = {"type": "boolean", "description": "True: check and answer as 
 QUERIES: dict[str, dict[str, Schema]] = {
     **{name: {"dry_run": DRY_RUN} for name in ("create_tenant", "change_tenant", "create_model", "change_model")},
     "list_replicas": {"ended": {"type": "boolean"}},
+    "revoke_key": {"force": {"type": "boolean", "description": "Also the last key of the operators."}},
     "usage_report": {"since": DAY, "until": DAY},
     "usage_events": {"limit": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "cogs_report": {"since": DAY, "until": DAY, "by": {"type": "string", "examples": ["day,tenant", "adapter"]}},

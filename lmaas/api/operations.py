@@ -5,13 +5,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lmaas.api.context import Api, query_date
+from lmaas.api.context import Api, audited, query_date
+from lmaas.audit import Action
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.http import JsonResponse
 from lmaas.metering.pricing import microusd
 from lmaas.store import replicas, usage
 from lmaas.store.scopes import OPERATOR, AnyScope
-from lmaas.store.tenants import get_tenant, record_action
+from lmaas.store.tenants import get_tenant
 
 MAX_EVENTS = 1000
 
@@ -54,9 +55,9 @@ async def stop_replica(api: Api, request: Request) -> Response:
     """Drain a replica and stop it. If there is demand, the controller starts another."""
     principal = await api.operator(request)
     replica_id = request.path_params["replica"]
-    if not await replicas.desire_stop(api.db, replica_id, OPERATOR):
+    audit = audited(request, principal, Action.REPLICA_STOP)
+    if not await replicas.desire_stop(api.db, replica_id, OPERATOR, audit=audit):
         raise NotFound("The replica does not exist, or has ended.", code="replica_not_found")
-    await record_action(api.db, None, principal.key_id, "replica.stop", replica_id)
     return JsonResponse({"object": "replica", "id": replica_id, "desired": "stopped"})
 
 

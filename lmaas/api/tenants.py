@@ -7,12 +7,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lmaas.admission.tiers import DEFAULT_TIER, TIERS, effective
-from lmaas.api.context import Api, in_range, is_dry_run, json_body
-from lmaas.errors import InvalidRequest
+from lmaas.api.context import Api, audited, in_range, is_dry_run, json_body
+from lmaas.audit import Action
+from lmaas.errors import InvalidRequest, NotFound
 from lmaas.http import JsonResponse
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store import tenants as rows
-from lmaas.types import NAME_PATTERN, Limits, Role
+from lmaas.types import NAME_PATTERN, Limits, Principal, Role
 
 #: Null: as the tier has it, or for a key, no limit.
 LIMITS: dict[str, type] = {field.name: int for field in fields(Limits)}
@@ -87,13 +88,10 @@ async def create_tenant(api: Api, request: Request) -> Response:
     if NAME_PATTERN.fullmatch(body["name"]) is None:
         raise InvalidRequest("A tenant's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
     _check_fields(body)
-    tenant = await rows.create_tenant(
-        api.db, body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body), dry_run=dry_run
-    )
-    if dry_run:
-        return JsonResponse(shown_tenant(tenant))
-    await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.create", tenant.name)
-    return JsonResponse(shown_tenant(tenant), status_code=201)
+    audit = audited(request, principal, Action.TENANT_CREATE)
+    given = (body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body))
+    tenant = await rows.create_tenant(api.db, *given, dry_run=dry_run, audit=audit)
+    return JsonResponse(shown_tenant(tenant), status_code=200 if dry_run else 201)
 
 
 async def get_tenant(api: Api, request: Request) -> Response:
@@ -110,30 +108,34 @@ async def change_tenant(api: Api, request: Request) -> Response:
     body = _with_defaults(await json_body(request, FIELDS, nullable=FIELDS))
     _check_fields(body)
     if body:
-        tenant = await rows.update_tenant(api.db, tenant.id, body, dry_run=dry_run)
-    if body and not dry_run:
-        await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.change", tenant.name)
+        audit = audited(request, principal, Action.TENANT_CHANGE)
+        tenant = await rows.update_tenant(api.db, tenant.id, body, dry_run=dry_run, audit=audit)
     return JsonResponse(shown_tenant(tenant))
 
 
 async def delete_tenant(api: Api, request: Request) -> Response:
     """End a tenant: keys stop at once, adapters and their files go, usage stays for the bill."""
     principal = await api.operator(request)
-    tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
-    # The files first: if the store is away, the tenant is still there to be deleted again. And once more for what came meanwhile.
-    await api.adapters.delete_all(tenant.id)
-    await rows.delete_tenant(api.db, tenant.id)
-    await api.adapters.delete_all(tenant.id)
-    await rows.record_action(api.db, tenant.id, principal.key_id, "tenant.delete", tenant.name)
+    asked = request.path_params["tenant"]
+    # The rows first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and the same
+    # request deletes them later: a tenant that has been deleted is found as long as it has files.
+    try:
+        tenant = await rows.get_tenant(api.db, asked)
+    except NotFound:
+        tenant = await rows.get_deleted_tenant(api.db, asked)
+        if not await api.adapters.delete_all(tenant.id):
+            raise
+    else:
+        await rows.delete_tenant(api.db, tenant.id, audit=audited(request, principal, Action.TENANT_DELETE))
+        await api.adapters.delete_all(tenant.id)
     return JsonResponse({"object": "tenant.deleted", "id": tenant.id, "deleted": True})
 
 
-async def _owner(api: Api, request: Request) -> tuple[str | None, str]:
-    """Whose keys are meant, and the id of the key that asks: a tenant's, or under `/admin/v1/keys` the operators'."""
+async def _owner(api: Api, request: Request) -> tuple[str | None, Principal]:
+    """Return whose keys are meant, a tenant's or under `/admin/v1/keys` the operators' (None), and who asks."""
     if request.scope["path"].startswith("/admin/v1/keys"):
-        return None, (await api.operator(request)).key_id
-    tenant_id, principal = await api.tenant(request, manage=True)
-    return tenant_id, principal.key_id
+        return None, await api.operator(request)
+    return await api.tenant(request, manage=True)
 
 
 async def list_keys(api: Api, request: Request) -> Response:
@@ -154,8 +156,8 @@ async def create_key(api: Api, request: Request) -> Response:
     if len(body.get("name", "")) > 100:
         raise InvalidRequest("'name' may have 100 characters at most.", code="out_of_range", param="name")
     secret = new_key()
-    key = await rows.create_key(api.db, owner, Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret), _limits(body))
-    await rows.record_action(api.db, owner, asker, "key.create", key.id)
+    given = (Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret), _limits(body))
+    key = await rows.create_key(api.db, owner, *given, audit=audited(request, asker, Action.KEY_CREATE))
     return JsonResponse(shown_key(key) | {"key": secret}, status_code=201)
 
 
@@ -166,14 +168,15 @@ async def change_key(api: Api, request: Request) -> Response:
     _check_limits(body)
     if not body:
         raise InvalidRequest("Name at least one limit.", code="missing_parameter")
-    key = await rows.change_key(api.db, tenant_id, request.path_params["key"], body)
-    await rows.record_action(api.db, tenant_id, principal.key_id, "key.change", key.id)
+    audit = audited(request, principal, Action.KEY_CHANGE)
+    key = await rows.change_key(api.db, tenant_id, request.path_params["key"], body, audit=audit)
     return JsonResponse(shown_key(key))
 
 
 async def revoke_key(api: Api, request: Request) -> Response:
-    """Revoke a key: within a second it works nowhere."""
+    """Revoke a key: within a second it works nowhere. The last key of the operators is refused without `?force=true`."""
     owner, asker = await _owner(api, request)
-    key = await rows.revoke_key(api.db, owner, request.path_params["key"])
-    await rows.record_action(api.db, owner, asker, "key.revoke", key.id)
+    audit = audited(request, asker, Action.KEY_REVOKE)
+    force = request.query_params.get("force") == "true"
+    key = await rows.revoke_key(api.db, owner, request.path_params["key"], force=force, audit=audit)
     return JsonResponse(shown_key(key))

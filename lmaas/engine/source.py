@@ -41,11 +41,13 @@ def model_folder(source: str, *, fetch: bool = True) -> Path:
         return Path(snapshot_download(source, allow_patterns=PATTERNS, local_files_only=not fetch))
     except ImportError:
         raise InvalidRequest(
-            f"{source[:200]!r} is no folder here, and this process cannot fetch from a hub.", code="invalid_base_model", param="source"
+            f"{source[:200]!r} is not a folder on this machine, and this process cannot fetch models from a hub. Give a folder.",
+            code="invalid_base_model",
+            param="source",
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidRequest(
-            f"{source[:200]!r} is neither a folder here nor a model that the hub gives: {str(error)[:300]}",
+            f"{source[:200]!r} is neither a folder on this machine nor a model of the hub: {str(error)[:300]}",
             code="invalid_base_model",
             param="source",
         ) from error
@@ -60,7 +62,7 @@ def model_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{path} cannot be used: {error}", code="invalid_base_model", param="source") from error
     if not isinstance(config, dict):
-        raise InvalidRequest(f"{path} cannot be used: it is no object.", code="invalid_base_model", param="source")
+        raise InvalidRequest(f"{path} cannot be used: it does not contain a JSON object.", code="invalid_base_model", param="source")
     return config
 
 
@@ -73,7 +75,9 @@ def engine_dtype(asked: str, config: dict[str, Any]) -> str:
             return AUTO
         asked = "float32" if has_cpu_build() else str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if asked not in DTYPES:
-        raise InvalidRequest(f"'dtype' is one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype")
+        raise InvalidRequest(
+            f"'dtype' must be one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype"
+        )
     return asked
 
 

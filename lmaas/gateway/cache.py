@@ -115,9 +115,7 @@ class MomentCache(Generic[Key, Value]):
         except (Unavailable, TimeoutError) as error:
             if known is not None and now - good_until < self._grace_s:
                 return known[1]
-            raise Unavailable(
-                "The database does not answer. Please try again shortly.", code="database_unavailable", retry_after_s=2
-            ) from error
+            raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
 
     def _answered(self, key: Key, asking: "asyncio.Task[Value | None]") -> None:
         del self._asking[key]
@@ -131,7 +129,7 @@ class MomentCache(Generic[Key, Value]):
             async with asyncio.timeout(UNKNOWN_WAIT_S):
                 value = await self._ask(key)
         except TimeoutError:
-            raise Unavailable("The database does not answer.", code="database_unavailable", retry_after_s=2) from None
+            raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
         self._silent_since = math.inf
         if value is None:
             self._known.pop(key, None)

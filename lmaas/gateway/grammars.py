@@ -150,7 +150,7 @@ class Grammars:
         checks = self._checks(tenant_id)
         if checks.waiting >= max_waiting:
             raise OverLimit(
-                f"You have {max_waiting} waiting requests, the maximum for this tenant. Retry after 5 s, or raise max_queued.",
+                f"You have {max_waiting} queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued.",
                 code="queue_full",
                 retry_after_s=5,
             )
@@ -240,7 +240,7 @@ def _over(what: str, retry_after_s: float) -> OverLimit:
 def unavailable() -> Unavailable:
     """The error for a grammar that cannot be checked now."""
     return Unavailable(
-        "The schema or the tools of this request cannot be checked at the moment. Please try again.",
+        "The schema or the tools of this request cannot be checked now, because no grammar checker responds. Retry after 5 s.",
         code="grammar_check_unavailable",
         retry_after_s=5,
     )
@@ -257,7 +257,7 @@ def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
         return
     param = source_of(parameters)
     raise InvalidRequest(
-        f"'{param}' is too large: the schemas and tools of a request may have {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
+        f"'{param}' is too large: the schemas and tools of a request may have at most {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
         code="invalid_schema",
         param=param,
     )

@@ -125,7 +125,7 @@ class Idempotency:
         key = keys[0]
         if len(keys) > 1 or not 0 < len(key) <= MAX_KEY_LENGTH or not (key.isascii() and key.isprintable()):
             raise InvalidRequest(
-                f"An Idempotency-Key has 1 to {MAX_KEY_LENGTH} printable ASCII characters, and a request has one of them.",
+                f"The Idempotency-Key must be one header with 1 to {MAX_KEY_LENGTH} printable ASCII characters.",
                 code="invalid_idempotency_key",
                 param="Idempotency-Key",
             )
@@ -147,9 +147,7 @@ class Idempotency:
             self._untold.append((claim, None))
             if not isinstance(error, TimeoutError):
                 raise
-            raise Unavailable(
-                "The database does not answer. Please try again shortly.", code="database_unavailable", retry_after_s=2
-            ) from None
+            raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
         if earlier is not None:
             await self._replay(call, claim, earlier)
             yield False
@@ -167,13 +165,16 @@ class Idempotency:
 
     async def _replay(self, call: Call, claim: Claim, earlier: Earlier) -> None:
         if not earlier.same:
-            raise Conflict("This Idempotency-Key was used for another request. Use a new one.", code="idempotency_mismatch")
+            raise Conflict("This Idempotency-Key was used for a different request. Use a new key.", code="idempotency_mismatch")
         answer = earlier.answer
         if answer is None:
-            raise InProgress("The request with this Idempotency-Key is still running.", retry_after_s=IN_PROGRESS_RETRY_S)
+            raise InProgress(
+                f"The request with this Idempotency-Key is still running. Retry after {IN_PROGRESS_RETRY_S:.0f} s.",
+                retry_after_s=IN_PROGRESS_RETRY_S,
+            )
         if answer.body is None:
             raise Conflict(
-                "The answer to the request with this Idempotency-Key was too large to be kept. To run it again, use a new key.",
+                "The response to the request with this Idempotency-Key was too large to be kept. Use a new key to run the request again.",
                 code="idempotency_answer_too_large",
             )
         detail = f"the answer of {earlier.request_id}"

@@ -100,7 +100,7 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
             except asyncio.CancelledError:
                 # The gateway stops and its drain time is over: never a silent end.
                 record.end(UsageStatus.FAILED, "gateway_stopped")
-                stopping = Unavailable("The gateway is stopping. Please try again.", code="gateway_stopped", retry_after_s=1)
+                stopping = Unavailable("The gateway is stopping. Retry after 1 s.", code="gateway_stopped", retry_after_s=1)
                 await _answer_error(gateway, call, endpoint, stopping)
                 raise
             except Exception:
@@ -154,12 +154,14 @@ async def _run(
                 return
             log.warning("a delivery failed", extra={"request_id": call.request_id, "replica_id": lease.replica, "detail": str(lost)})
             if delivery.begun:
-                raise EngineFailed("The engine failed while it was answering. What came so far has been charged.") from lost
+                raise EngineFailed(
+                    "The engine failed after it had sent a part of the answer, which is charged. Send the request again for a whole answer."
+                ) from lost
             # Nothing of it has reached the client.
             record.count({})
             if lost.revoked and request.constrained and time.monotonic() - began > SUSPECT_S:
                 # Its grammar may be what the engine stands still on: the next engine is spared.
-                raise EngineFailed("The engine stood still while it worked on this request. Simplify its schema or its tools.") from lost
+                raise EngineFailed("The engine stalled on this request. Simplify its schema or its tools before you retry.") from lost
             await opened.retry(lease, lost.reason)
     if call.gone.is_set() and record.completion_tokens == 0:
         # Cut before its first token: the engine names the prompt, but has not finished it, and does not count it.

@@ -105,7 +105,7 @@ async def _ready(ready: Callable[[], Any], _: Request) -> Response:
         async with asyncio.timeout(5):
             await ready()
     except TimeoutError:
-        raise Unavailable("The database or the queue does not answer.", retry_after_s=5) from None
+        raise Unavailable("The database or the queue does not respond. Retry after 5 s.", retry_after_s=5) from None
     return JsonResponse({"status": "ready"})
 
 

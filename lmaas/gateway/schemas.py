@@ -24,4 +24,4 @@ def _children(value: Any) -> list[Any]:
 def check_schema(name: str, schema: Any) -> None:
     """Raises InvalidRequest `invalid_schema`, with `name` as the parameter to blame, unless `schema` is an object."""
     if not isinstance(schema, dict):
-        raise InvalidRequest(f"'{name}' must hold a JSON schema, which is an object.", code="invalid_schema", param=name)
+        raise InvalidRequest(f"'{name}' must be a JSON schema, which is an object.", code="invalid_schema", param=name)

@@ -88,7 +88,9 @@ class SlowClientProtocol(UpgradeIgnoringProtocol):
         return True
 
     def _refuse_surplus(self) -> None:
-        self._refuse(Unavailable("Too many connections are open. Please try again.", code="too_many_connections", retry_after_s=5))
+        self._refuse(
+            Unavailable("The gateway has too many open connections. Retry after 5 s.", code="too_many_connections", retry_after_s=5)
+        )
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes from the client."""

@@ -1,1 +1,1 @@
-"""Tenants and base models as code: manifests, and the API client that makes the service match them."""
+"""Tenants and base models as code: reading manifests, planning the changes that they ask for, and applying them through the API."""

@@ -1,100 +1,78 @@
-"""Makes the service match the manifests of a folder, through its API; may be run again at any time."""
+"""Makes the service match manifests, through its API. It may be run again at any time."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from lmaas.errors import ApiError, InvalidRequest
+from lmaas.errors import ApiError, Conflict, LmaasError
 from lmaas.manifests.client import ApiClient
-from lmaas.manifests.files import Change, check, load, yaml_files
-from lmaas.manifests.models import ModelManifest, apply_model
-from lmaas.types import Limits
+from lmaas.manifests.folder import Manifests
+from lmaas.manifests.observe import observe
+from lmaas.manifests.plan import Change, Outcome, Send, Upload, plan
 
-LIMITS = ("max_queued", "max_adapters", *(field.name for field in fields(Limits)))
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterManifest:
-    """An adapter of a tenant: `folder` is as PEFT saves it."""
-
-    name: str
-    base_model: str
-    folder: Path
+_OLD_WORDS = {Outcome.CREATED: "would be created", Outcome.CHANGED: "would be changed"}
 
 
-@dataclass(frozen=True, slots=True)
-class TenantManifest:
-    """One tenant as code. Limits that are not given are the service's."""
+class PartlyApplied(LmaasError):
+    """A change failed after others were made. The message has the file, the reason and what was done before."""
 
-    name: str
-    settings: dict[str, Any]
-    adapters: list[AdapterManifest]
+    kind, code = "partly_applied", "partly_applied"
 
 
-def read(path: Path) -> TenantManifest:
-    """Raises InvalidRequest, naming the file and what is wrong in it."""
-    content = load(path)
-    check(path, content, {"name": str, "tier": str, "limits": dict, "adapters": list}, required=("name",))
-    limits = content.get("limits", {})
-    check(path, limits, dict.fromkeys(LIMITS, int), where="limits.")
-    adapters = []
-    for index, entry in enumerate(content.get("adapters", [])):
-        fields = {"name": str, "base_model": str, "path": str}
-        check(path, entry, fields, required=tuple(fields), where=f"adapters[{index}].")
-        adapters.append(AdapterManifest(entry["name"], entry["base_model"], path.parent / entry["path"]))
-    settings = dict(limits) | ({"tier": content["tier"]} if "tier" in content else {})
-    return TenantManifest(content["name"], settings, adapters)
+def apply(manifests: Manifests, client: ApiClient, *, dry_run: bool = False) -> list[Change]:
+    """Make the service match and return what changed; with `dry_run`, change nothing. `client` has an operator's key.
 
-
-def read_folder(folder: Path) -> list[TenantManifest]:
-    """Every manifest of a folder (or the one file), by file name. Raises InvalidRequest."""
-    if folder.is_file():
-        return [read(folder)]
-    if not folder.is_dir():
-        raise InvalidRequest(f"There is no folder {folder}.")
-    return [read(path) for path in yaml_files(folder)]
-
-
-def apply(manifests: list[TenantManifest], client: ApiClient, models: Sequence[ModelManifest] = ()) -> list[Change]:
-    """Make the service match, base models first; `client` has an operator's key. What a manifest does not name stays as it is.
-
-    Raises ApiError.
+    Everything is checked first: InvalidRequest and ApiError mean that nothing was changed. Raises PartlyApplied if a change then fails.
     """
-    changes = [apply_model(model, client) for model in models]
-    for manifest in manifests:
-        changes.append(_apply_tenant(manifest, client))
-        for adapter in manifest.adapters:
-            path = f"/admin/v1/tenants/{manifest.name}/adapters"
-            before = {entry["name"]: entry["live_version"] for entry in client.list(path)}
-            answer = client.for_tenant(manifest.name).upload(adapter.name, adapter.base_model, adapter.folder)
-            outcome = "created" if adapter.name not in before else "changed" if before[adapter.name] != answer["version"] else "unchanged"
-            changes.append(Change("adapter", f"{manifest.name}/{adapter.name}@{answer['version']}", outcome))
+    changes = plan(manifests, observe(manifests, client))
+    if not dry_run:
+        _execute(changes, client)
     return changes
 
 
-def _apply_tenant(manifest: TenantManifest, client: ApiClient) -> Change:
-    address = f"/admin/v1/tenants/{manifest.name}"
-    try:
-        known = client.call("GET", address)
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        client.call("POST", "/admin/v1/tenants", json={"name": manifest.name, **manifest.settings})
-        return Change("tenant", manifest.name, "created")
-    if all(known[name] == value for name, value in manifest.settings.items()):
-        return Change("tenant", manifest.name, "unchanged")
-    client.call("PATCH", address, json=manifest.settings)
-    return Change("tenant", manifest.name, "changed")
+def _execute(changes: list[Change], client: ApiClient) -> None:
+    done: list[str] = []
+    for change in changes:
+        try:
+            for request in change.requests:
+                _send(request, client)
+        except (ApiError, LmaasError) as error:
+            before = f"Done before: {', '.join(done)}." if done else "Nothing was changed before."
+            reference = f" ({error.code}, {error.request_id})" if isinstance(error, ApiError) and error.request_id else ""
+            raise PartlyApplied(
+                f"{change.path}: {change.thing} {change.name}: {error.message}{reference}\n"
+                f"{before} Once the cause is removed, run it again: it continues from here."
+            ) from error
+        if change.requests:
+            done.append(f"{change.thing} {change.name} {change.outcome}")
+
+
+def _send(request: Send | Upload, client: ApiClient) -> None:
+    if isinstance(request, Send):
+        client.call(request.method, request.path, json=request.body)
+        return
+    tenant = client.for_tenant(request.tenant)
+    answer = tenant.upload(request.adapter, request.base_model, request.folder, activate=request.activate)
+    if answer["version"] != request.version and not request.activate:
+        raise Conflict(f"The upload became version {answer['version']}, not {request.version}: there was another upload at the same time.")
+
+
+def described(change: Change, *, dry_run: bool = False) -> list[str]:
+    """Return a change as lines for people: what happens to which thing, its fields with old and new values, and notes."""
+    outcome = _OLD_WORDS.get(change.outcome, change.outcome) if dry_run else change.outcome
+    fields = [f"  {item.field}: {_word(item.old)} → {_word(item.new)}" for item in change.fields]
+    return [f"{change.thing} {change.name}: {outcome}", *fields, *(f"  {note}" for note in change.notes)]
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None or value == "" else str(value)
 
 
 def working_keys(tenant: str, known: dict[str, str], client: ApiClient) -> dict[str, str]:
-    """A tenant's `api_key` and `admin_key`: the known ones if they work, otherwise new ones."""
+    """Return a tenant's `api_key` and `admin_key`: the known ones if they work, otherwise new ones."""
     keys = {}
-    for field, role in (("api_key", "inference"), ("admin_key", "tenant_admin")):
-        key = known.get(field)
+    for name, role in (("api_key", "inference"), ("admin_key", "tenant_admin")):
+        key = known.get(name)
         if not key or not client.with_key(key).works():
             path = f"/admin/v1/tenants/{tenant}/keys"
             key = str(client.call("POST", path, json={"role": role, "name": "lmaas up"})["key"])
-        keys[field] = key
+        keys[name] = key
     return keys

@@ -62,7 +62,8 @@ class ApiClient:
             raise ApiError(response.status_code, response.text[:200], "", "") from None
         if response.status_code >= 400:
             said = answer.get("error", {})
-            raise ApiError(response.status_code, said.get("message", ""), said.get("code", ""), response.headers.get("x-request-id", ""))
+            request_id = response.headers.get("x-request-id", "")
+            raise ApiError(response.status_code, said.get("message", ""), said.get("code", ""), request_id, said.get("param"))
         return answer
 
     def own(self, path: str) -> str:
@@ -81,19 +82,27 @@ class ApiClient:
     ) -> dict[str, Any]:
         """Upload an adapter's folder as PEFT saves it; return the adapter with its version, which is an earlier one if it has the same
         content. Raises InvalidRequest if a file is missing."""
+        fields = {"name": name, "base_model": base_model, "activate": str(activate).lower()}
+        return self._send_adapter(self.own("/adapters"), folder, fields, progress)
+
+    def check_adapter(self, folder: Path, base: dict[str, str]) -> dict[str, Any]:
+        """Have the service check an adapter's folder without storing it; return what it would store. `base` has the name of the base model
+        (`base_model`) or the JSON of one that does not exist yet (`definition`). Raises InvalidRequest if a file is missing."""
+        return self._send_adapter("/admin/v1/check-adapter", folder, base)
+
+    def _send_adapter(self, path: str, folder: Path, fields: dict[str, str], progress: Progress | None = None) -> dict[str, Any]:
         config, model = folder / CONFIG_FILE, folder / MODEL_FILE
-        for path in (config, model):
-            if not path.is_file():
-                raise InvalidRequest(f"There is no {path}. Save the adapter with PEFT's save_pretrained(..., safe_serialization=True).")
+        for needed in (config, model):
+            if not needed.is_file():
+                raise InvalidRequest(f"There is no {needed}. Save the adapter with PEFT's save_pretrained(..., safe_serialization=True).")
         with model.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            fields = {"name": name, "base_model": base_model, "activate": str(activate).lower(), "sha256": digest}
             files = {
                 "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
                 "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),
             }
-            answer: dict[str, Any] = self.call("POST", self.own("/adapters"), data=fields, files=files)
+            answer: dict[str, Any] = self.call("POST", path, data=fields | {"sha256": digest}, files=files)
         return answer
 
 

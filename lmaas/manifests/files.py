@@ -1,7 +1,7 @@
-"""Reading manifests: YAML whose every field is known and of its type."""
+"""Reading YAML files whose every field is known and has the right type."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +9,79 @@ import yaml
 
 from lmaas.errors import InvalidRequest
 
+#: What a field's type is called in messages.
+WORDS = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What was done to one thing: `created`, `changed` or `unchanged`."""
 
-    thing: str
-    name: str
-    outcome: str
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a mapping with the same key twice; YAML itself would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping. Raises ConstructorError for a key that appears twice."""
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' appears twice. Keep one of the two.", key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def load(path: Path) -> Any:
-    """The file's content. Raises InvalidRequest, naming the file."""
+    """Return the file's content. Raises InvalidRequest, naming the file and the line."""
     try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"{path}: {error}") from error
+        # The loader is a SafeLoader.
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        raise InvalidRequest(f"{path}: {where}{error.problem or error.context}") from error
+    except OSError as error:
+        raise InvalidRequest(f"{path}: The file cannot be read: {error.strerror}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"{path}: The file is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise InvalidRequest(f"{path}: The file is nested too deeply.") from error
 
 
-def check(path: Path, value: Any, fields: Mapping[str, type], required: tuple[str, ...] = (), where: str = "") -> None:
-    """Raises InvalidRequest unless `value` is a mapping of `fields`, each of its type (a whole number is a float too)."""
+def checked(path: Path, value: Any, fields: Mapping[str, type], required: Sequence[str] = (), where: str = "") -> dict[str, Any]:
+    """Return a mapping of `fields`, each of its type, without those that are null: null means that the field is not given.
+
+    A whole number counts as a number. Raises InvalidRequest, naming the file and the field.
+    """
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{path}: {where.rstrip('.') or 'the file'} must be a mapping.")
+        raise InvalidRequest(f"{path}: {_quoted(where.rstrip('.')) or 'The file'} must be a mapping.")
     for name, item in value.items():
         if name not in fields:
-            raise InvalidRequest(f"{path}: '{where}{name}' is not known. Known are: {', '.join(fields)}.")
-        if not isinstance(item, (int, float) if fields[name] is float else fields[name]) or isinstance(item, bool):
-            raise InvalidRequest(f"{path}: '{where}{name}' must be of the type {fields[name].__name__}.")
+            raise InvalidRequest(f"{path}: '{where}{name}' is not known. The known fields are: {', '.join(fields)}.")
+        if item is not None and not _is(item, fields[name]):
+            hint = " Put it in quotes." if fields[name] is str and isinstance(item, int | float) else ""
+            raise InvalidRequest(f"{path}: '{where}{name}' must be {WORDS[fields[name]]}, not {_shown(item)}.{hint}")
     for name in required:
-        if name not in value:
+        if value.get(name) is None:
             raise InvalidRequest(f"{path}: '{where}{name}' is missing.")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if text else ""
+
+
+def _shown(value: object) -> str:
+    kind = type(value)
+    if kind is dict or kind is list:
+        return WORDS[kind]
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 50 else text[:47] + "..."
 
 
 def yaml_files(folder: Path) -> list[Path]:
-    """The YAML files of a folder, by name; none if there is no folder."""
-    return sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))
+    """Return the YAML files of a folder by name, without hidden ones; none if there is no folder."""
+    return sorted(path for path in (*folder.glob("*.yaml"), *folder.glob("*.yml")) if not path.name.startswith("."))

@@ -302,4 +302,4 @@ def _away(function: str, error: RedisError) -> Unavailable:
     if not isinstance(error, RedisConnectionError | RedisTimeout):
         # It is there, but it refuses: somebody should know why.
         log.error("the queue refused", extra={"action": function, "detail": str(error)})
-    return Unavailable("The request queue is not available. Please try again shortly.", code="queue_unavailable", retry_after_s=2)
+    return Unavailable("The request queue is not available. Retry after 2 s.", code="queue_unavailable", retry_after_s=2)

@@ -128,7 +128,7 @@ class OpenTicket:
             raise self._failure
         if self.lease is None and time.monotonic() >= self.deadline:
             raise Unavailable(
-                "There was no capacity for this request before its deadline. Please try again.",
+                "No engine had room for this request before its deadline. Retry later.",
                 retry_after_s=max(1.0, self.standing.wait_ms / 1000),
             )
         return self.lease
@@ -202,7 +202,7 @@ class OpenTicket:
 
     def give_up(self) -> None:
         """Two engines failed: no third."""
-        self._fail(Quarantined("Two engines failed while they worked on this request. It is not tried a third time."))
+        self._fail(Quarantined("Two engines failed while they processed this request, so it is not tried a third time."))
 
     def _fail(self, error: LmaasError) -> None:
         self._failure = self._failure or error

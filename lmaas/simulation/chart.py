@@ -32,9 +32,9 @@ INK, FAINT = "#222222", "#dddddd"
 def check_chart(path: Path) -> None:
     """Whether a chart can be written there, before anything is simulated. Raises SettingsError if not."""
     if path.suffix not in FORMATS:
-        raise SettingsError(f"A chart is written as {', '.join(FORMATS)}, not as {path.name!r}.")
+        raise SettingsError(f"The chart's file must end in {', '.join(FORMATS)}, not {path.name!r}.")
     if not path.absolute().parent.is_dir():
-        raise SettingsError(f"The chart {path} cannot be written: there is no such folder.")
+        raise SettingsError(f"The chart {path} cannot be written: its folder does not exist.")
     if find_spec("matplotlib") is None:
         raise SettingsError("Charts need matplotlib: pip install 'lmaas[chart]'.")
 

@@ -9,7 +9,9 @@ from typing import Any
 from sqlalchemy import Select, delete, func, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound, TooLarge
+from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
 from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
 
@@ -105,6 +107,7 @@ async def add_version(
     target_modules: list[str],
     size_bytes: int,
     activate: bool,
+    audit: Audit | None = None,
 ) -> tuple[int, bool]:
     """Add a version (from 1) to the adapter, which is made if it is new; return its number, and whether it is new.
 
@@ -130,16 +133,20 @@ async def add_version(
         await connection.execute(upsert(adapters).values(values).on_conflict_do_nothing())
         row = (
             await connection.execute(
-                select(adapters.c.id, adapters.c.base_model_id).where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
+                select(adapters.c.id, adapters.c.base_model_id, adapters.c.live_version).where(
+                    adapters.c.tenant_id == tenant_id, adapters.c.name == name
+                )
             )
         ).one()
         if row.base_model_id != base_model_id:
             raise Conflict(
-                f"The adapter '{name}' is for another base model. Choose another name.", code="base_model_conflict", param="base_model"
+                f"The adapter '{name}' belongs to another base model. Choose another name.", code="base_model_conflict", param="base_model"
             )
         count = (await connection.execute(select(func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id))).scalar_one()
         if count > tenant.max_adapters:
-            raise TooLarge(f"This tenant may have {tenant.max_adapters} adapters. Delete one first.", code="too_many_adapters")
+            raise TooLarge(
+                f"This tenant has {tenant.max_adapters} adapters, the maximum. Delete one, or raise max_adapters.", code="too_many_adapters"
+            )
         columns = adapter_versions.c
         latest = select(func.max(columns.version)).where(columns.adapter_id == row.id)
         version = (await connection.execute(latest.where(columns.content_hash == content_hash))).scalar_one()
@@ -156,26 +163,32 @@ async def add_version(
                     size_bytes=size_bytes,
                 )
             )
-        if activate:
+        goes_live = activate and row.live_version != version
+        if goes_live:
             await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+        if is_new or goes_live:
+            await record(connection, audit, tenant_id, f"{name}@{version}")
     return int(version), is_new
 
 
-async def activate(db: Database, tenant_id: str, name: str, version: int) -> None:
+async def activate(db: Database, tenant_id: str, name: str, version: int, *, audit: Audit | None = None) -> None:
     """Make `version` the live one; an older one is a rollback. Raises NotFound."""
     exists = select(adapter_versions.c.version).where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.version == version)
     query = (
-        update(adapters)
+        select(adapters.c.id, adapters.c.live_version)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, exists.exists())
-        .values(live_version=version)
-        .returning(adapters.c.id)
+        .with_for_update()
     )
     async with db.begin(tenant_id) as connection:
-        if (await connection.execute(query)).one_or_none() is None:
-            raise NotFound("The adapter or this version of it does not exist.", code="adapter_not_found")
+        row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise NotFound("The adapter or this version does not exist.", code="adapter_not_found")
+        if row.live_version != version:
+            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+            await record(connection, audit, tenant_id, f"{name}@{version}")
 
 
-async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
+async def delete_adapter(db: Database, tenant_id: str, name: str, *, audit: Audit | None = None) -> list[str]:
     """Delete an adapter with its versions; return their content hashes. Raises NotFound."""
     async with db.begin(tenant_id) as connection:
         await connection.execute(select(tenants.c.id).where(tenants.c.id == tenant_id).with_for_update())
@@ -186,6 +199,7 @@ async def delete_adapter(db: Database, tenant_id: str, name: str) -> list[str]:
         )
         if gone.first() is None:
             raise _not_found()
+        await record(connection, audit, tenant_id, name)
     return sorted(hashes)
 
 

@@ -61,13 +61,11 @@ class Database:
             async with self._engine.begin() as connection:
                 yield connection
         except (OperationalError, InterfaceError, PoolTimeout) as error:
-            raise Unavailable(
-                "The database is not available. Please try again shortly.", code="database_unavailable", retry_after_s=2
-            ) from error
+            raise Unavailable("The database is not available. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise Unavailable(
-                    "The database connection was lost. Please try again.", code="database_unavailable", retry_after_s=2
+                    "The database connection was lost. Retry after 2 s.", code="database_unavailable", retry_after_s=2
                 ) from error
             raise
 
@@ -77,7 +75,7 @@ class Database:
         try:
             connection = await self._engine.connect()
         except (OperationalError, InterfaceError, PoolTimeout) as error:
-            raise Unavailable("The database is not available.", code="database_unavailable", retry_after_s=2) from error
+            raise Unavailable("The database is not available. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
         try:
             yield await connection.execution_options(isolation_level="AUTOCOMMIT")
         finally:

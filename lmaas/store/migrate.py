@@ -59,8 +59,8 @@ def _upgrade_patiently(connection: Connection, config: Config, to: str) -> None:
             connection.rollback()
             if time.monotonic() + pause_s > deadline:
                 raise Unavailable(
-                    f"A table stayed locked for {RETRY_FOR_S:.0f} s, so the database could not be migrated. What was done is whole. "
-                    "End the transactions that pg_stat_activity shows as long, and try again.",
+                    f"A table stayed locked for {RETRY_FOR_S:.0f} s, so the migration stopped. The migrations before it are complete. "
+                    "End the long transactions in pg_stat_activity and run it again.",
                     code="database_busy",
                     retry_after_s=60,
                 ) from error

@@ -8,8 +8,10 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
+from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import adapters, base_models, replicas
@@ -82,13 +84,18 @@ def _stored(model: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in asdict(model).items() if name != "created_at"}
 
 
-async def put_base_model(db: Database, model: BaseModel) -> BaseModel:
+async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None = None) -> BaseModel:
     """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
     values = _stored(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
+    present = select(*_COLUMNS).where(base_models.c.name == model.name, _IS_THERE).with_for_update()
     async with db.begin(OPERATOR) as connection:
-        return BaseModel(*(await connection.execute(put.returning(*_COLUMNS))).one())
+        before = (await connection.execute(present)).one_or_none()
+        after = (await connection.execute(put.returning(*_COLUMNS))).one()
+        if before != after:
+            await record(connection, audit, None, model.name)
+        return BaseModel(*after)
 
 
 async def list_base_models(db: Database) -> list[BaseModel]:
@@ -116,7 +123,7 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
     return BaseModel(*row)
 
 
-async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False) -> BaseModel:
+async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False, audit: Audit | None = None) -> BaseModel:
     """Add a base model and return it; with `dry_run`, return what it would be and store nothing.
 
     Raises Conflict if its name is taken by another base model or by a tenant's adapter.
@@ -124,17 +131,20 @@ async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = F
     values = _stored(model) | {"id": new_id("mod")}
     async with db.begin(OPERATOR) as connection:
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
-            raise Conflict(f"A tenant has an adapter of the name '{model.name}'. Choose another.", code="name_taken", param="name")
+            raise Conflict(f"A tenant has an adapter named '{model.name}'. Choose another name.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
         row = (await connection.execute(query.returning(*_COLUMNS))).one_or_none()
+        if row is None:
+            raise Conflict(f"A base model named '{model.name}' exists already. Choose another name.", code="name_taken", param="name")
+        await record(connection, audit, None, model.name)
         if dry_run:
             await connection.rollback()
-    if row is None:
-        raise Conflict(f"There is a base model '{model.name}' already.", code="name_taken", param="name")
     return BaseModel(*row)
 
 
-async def change_base_model(db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False) -> BaseModel:
+async def change_base_model(
+    db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False, audit: Audit | None = None
+) -> BaseModel:
     """Change some of its values; with `dry_run`, return what the base model would be and store nothing.
 
     Raises NotFound, and Conflict for values that adapters were validated against or that replicas run with, while there are any.
@@ -144,25 +154,28 @@ async def change_base_model(db: Database, name: str, changes: dict[str, Any], *,
         if changes.keys() & VALIDATED:
             await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
         query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
-        changed = BaseModel(*(await connection.execute(query)).one())
+        row = (await connection.execute(query)).one()
+        await record(connection, audit, None, row.name)
         if dry_run:
             await connection.rollback()
-    return changed
+    return BaseModel(*row)
 
 
-async def delete_base_model(db: Database, name: str) -> str:
-    """End a base model; answers its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
+async def delete_base_model(db: Database, name: str, *, audit: Audit | None = None) -> str:
+    """End a base model; return its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
     async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         await _refuse_if_used(connection, found.id, "deleted")
         await connection.execute(update(base_models).where(base_models.c.id == found.id).values(deleted_at=func.now()))
+        await record(connection, audit, None, found.name)
     return str(found.id)
 
 
 async def _locked(connection: AsyncConnection, name: str) -> Any:
     # The strongest lock: a new adapter or replica of it waits for us, and we for it.
     found = (base_models.c.name == name) | (base_models.c.id == name)
-    query = select(base_models.c.id).where(found, _IS_THERE).order_by((base_models.c.id == name).desc()).limit(1).with_for_update()
+    query = select(base_models.c.id, base_models.c.name).where(found, _IS_THERE).with_for_update()
+    query = query.order_by((base_models.c.id == name).desc()).limit(1)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")

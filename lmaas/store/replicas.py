@@ -7,7 +7,9 @@ from typing import Any
 
 from sqlalchemy import func, insert, literal, select, true, update
 
+from lmaas.audit import Audit
 from lmaas.states import TERMINAL, Desired, Observed, sources
+from lmaas.store.audit import record
 from lmaas.store.database import Database, Writes
 from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import base_models, replicas
@@ -67,16 +69,15 @@ async def get_replica(db: Database, replica_id: str) -> Replica | None:
     return None if row is None else Replica(*row)
 
 
-async def desire_stop(db: Writes, replica_id: str, scope: AnyScope = SYSTEM) -> bool:
+async def desire_stop(db: Writes, replica_id: str, scope: AnyScope = SYSTEM, *, audit: Audit | None = None) -> bool:
     """Desire that the replica drains and stops; return False if it has ended already. The scope is OPERATOR for an operator's wish."""
-    query = (
-        update(replicas)
-        .where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL))
-        .values(desired=Desired.STOPPED)
-        .returning(replicas.c.id)
-    )
+    present = select(replicas.c.desired).where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL)).with_for_update()
     async with db.begin(scope) as connection:
-        return (await connection.execute(query)).first() is not None
+        desired = (await connection.execute(present)).scalar_one_or_none()
+        if desired is not None and desired != Desired.STOPPED:
+            await connection.execute(update(replicas).where(replicas.c.id == replica_id).values(desired=Desired.STOPPED))
+            await record(connection, audit, None, replica_id)
+    return desired is not None
 
 
 async def observe(

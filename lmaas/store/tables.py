@@ -247,7 +247,10 @@ audit_log = Table(
     metadata,
     Column("id", BigInteger, primary_key=True, autoincrement=True),
     Column("tenant_id", Text),
+    # The role of the key, or `system`. Null in records of releases that did not write it, as `request_id`.
+    Column("actor", Text),
     Column("key_id", Text),
+    Column("request_id", Text),
     Column("action", Text, nullable=False),
     Column("target", Text, nullable=False),
     _created(),

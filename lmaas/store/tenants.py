@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
+from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
 from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
-from lmaas.store.tables import adapters, api_keys, audit_log, idempotency, tenants
+from lmaas.store.tables import adapters, api_keys, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
 NO_LIMITS = Limits()
@@ -70,7 +72,15 @@ def _key(row: Row[Any]) -> ApiKey:
 
 
 async def create_tenant(
-    db: Database, name: str, tier: str, max_queued: int, max_adapters: int, limits: Limits = NO_LIMITS, *, dry_run: bool = False
+    db: Database,
+    name: str,
+    tier: str,
+    max_queued: int,
+    max_adapters: int,
+    limits: Limits = NO_LIMITS,
+    *,
+    dry_run: bool = False,
+    audit: Audit | None = None,
 ) -> Tenant:
     """Add a tenant and return it; with `dry_run`, return what it would be and store nothing.
 
@@ -80,30 +90,32 @@ async def create_tenant(
     try:
         async with db.begin(OPERATOR) as connection:
             row = (await connection.execute(insert(tenants).values(values).returning(*_TENANT, *_TENANT_LIMITS))).one()
+            await record(connection, audit, row.id, name)
             if dry_run:
                 await connection.rollback()
     except IntegrityError as error:
-        raise Conflict(f"A tenant named '{name}' exists already.", code="tenant_exists", param="name") from error
+        raise Conflict(f"A tenant named '{name}' exists already. Choose another name.", code="tenant_exists", param="name") from error
     return _tenant(row)
 
 
-async def update_tenant(db: Database, tenant_id: str, changes: dict[str, Any], *, dry_run: bool = False) -> Tenant:
+async def update_tenant(
+    db: Database, tenant_id: str, changes: dict[str, Any], *, dry_run: bool = False, audit: Audit | None = None
+) -> Tenant:
     """Change `tier`, `max_queued`, `max_adapters` or a limit (None: as the tier has it) and return the tenant.
 
     With `dry_run`, return what it would be and store nothing. Raises NotFound.
     """
-    query = (
-        update(tenants)
-        .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
-        .values(changes)
-        .returning(*_TENANT, *_TENANT_LIMITS)
-    )
+    one = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update()
+    query = update(tenants).where(tenants.c.id == tenant_id).values(changes).returning(*_TENANT, *_TENANT_LIMITS)
     async with db.begin(OPERATOR) as connection:
-        row = (await connection.execute(query)).one_or_none()
+        row = (await connection.execute(one)).one_or_none()
+        if row is None:
+            raise NotFound("The tenant does not exist.", code="tenant_not_found")
+        if any(getattr(row, name) != value for name, value in changes.items()):
+            row = (await connection.execute(query)).one()
+            await record(connection, audit, tenant_id, row.name)
         if dry_run:
             await connection.rollback()
-    if row is None:
-        raise NotFound("The tenant does not exist.", code="tenant_not_found")
     return _tenant(row)
 
 
@@ -119,6 +131,21 @@ async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     return _tenant(row)
 
 
+async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
+    """Return a deleted tenant by its id, or the last deleted one of this name. Raises NotFound."""
+    query = (
+        select(*_TENANT, *_TENANT_LIMITS)
+        .where((tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_not(None))
+        .order_by(tenants.c.deleted_at.desc())
+        .limit(1)
+    )
+    async with db.begin(OPERATOR) as connection:
+        row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFound("The tenant does not exist.", code="tenant_not_found")
+    return _tenant(row)
+
+
 async def list_tenants(db: Database) -> list[Tenant]:
     """Every live tenant, by name."""
     query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
@@ -126,26 +153,36 @@ async def list_tenants(db: Database) -> list[Tenant]:
         return [_tenant(row) for row in await connection.execute(query)]
 
 
-async def delete_tenant(db: Database, tenant_id: str) -> None:
+async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
     """End a tenant: its keys stop at once, its adapters' rows and its kept answers go; its usage stays, for the bill. Raises NotFound."""
     async with db.begin(OPERATOR) as connection:
         gone = await connection.execute(
             update(tenants)
             .where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None))
             .values(deleted_at=func.now())
-            .returning(tenants.c.id)
+            .returning(tenants.c.name)
         )
-        if gone.first() is None:
+        row = gone.first()
+        if row is None:
             raise NotFound("The tenant does not exist.", code="tenant_not_found")
         await connection.execute(
             update(api_keys).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None)).values(revoked_at=func.now())
         )
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         await connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant_id))
+        await record(connection, audit, tenant_id, row.name)
 
 
 async def create_key(
-    db: Database, tenant_id: str | None, role: Role, name: str, key_hash: str, prefix: str, limits: Limits = NO_LIMITS
+    db: Database,
+    tenant_id: str | None,
+    role: Role,
+    name: str,
+    key_hash: str,
+    prefix: str,
+    limits: Limits = NO_LIMITS,
+    *,
+    audit: Audit | None = None,
 ) -> ApiKey:
     """Store a new key's hash. `tenant_id` is None for operators only. Raises Conflict for a hash that is or was somebody's."""
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
@@ -153,8 +190,9 @@ async def create_key(
     try:
         async with db.begin(scope_of(tenant_id)) as connection:
             row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
+            await record(connection, audit, tenant_id, row.id)
     except IntegrityError as error:
-        raise Conflict("This key exists already, or was revoked.", code="key_exists") from error
+        raise Conflict("This key exists already or was revoked. Use another key.", code="key_exists") from error
     return _key(row)
 
 
@@ -165,33 +203,49 @@ async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
         return [_key(row) for row in await connection.execute(query)]
 
 
-async def revoke_key(db: Database, tenant_id: str | None, key_id: str) -> ApiKey:
-    """Revoke a key of this tenant. Revoking twice is no error. Raises NotFound."""
-    query = (
-        update(api_keys)
-        .where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
-        .values(revoked_at=func.coalesce(api_keys.c.revoked_at, func.now()))
-        .returning(*_KEY, *_KEY_LIMITS)
-    )
+def _one_key(tenant_id: str | None, key_id: str) -> Select[Any]:
+    query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
+    return query.with_for_update()
+
+
+async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force: bool = False, audit: Audit | None = None) -> ApiKey:
+    """Revoke a key of this tenant, or of the operators. A key that has been revoked stays as it is.
+
+    Raises NotFound, and unless `force`, Conflict `last_operator_key` if no operator's key would be left.
+    """
     async with db.begin(scope_of(tenant_id)) as connection:
-        row = (await connection.execute(query)).one_or_none()
-    if row is None:
-        raise NotFound("The key does not exist.", code="key_not_found")
+        if tenant_id is None and not force:
+            # All of them are locked, in one order. Of two requests that revoke the last two keys, the second waits here for the first,
+            # and then reads what the first has left.
+            working = select(api_keys.c.id).where(api_keys.c.tenant_id.is_(None), api_keys.c.revoked_at.is_(None)).order_by(api_keys.c.id)
+            if list((await connection.execute(working.with_for_update())).scalars()) == [key_id]:
+                raise Conflict(
+                    "This is the last key of an operator: without it nobody can administer the service. Make another key first, or set "
+                    "force=true to revoke it all the same.",
+                    code="last_operator_key",
+                )
+        row = (await connection.execute(_one_key(tenant_id, key_id))).one_or_none()
+        if row is None:
+            raise NotFound("The key does not exist.", code="key_not_found")
+        if row.revoked_at is None:
+            query = update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=func.now()).returning(*_KEY, *_KEY_LIMITS)
+            row = (await connection.execute(query)).one()
+            await record(connection, audit, tenant_id, key_id)
     return _key(row)
 
 
-async def change_key(db: Database, tenant_id: str | None, key_id: str, limits: dict[str, int | None]) -> ApiKey:
+async def change_key(
+    db: Database, tenant_id: str | None, key_id: str, limits: dict[str, int | None], *, audit: Audit | None = None
+) -> ApiKey:
     """Change limits of a key of this tenant (None: no limit of its own). Raises NotFound."""
-    query = (
-        update(api_keys)
-        .where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
-        .values(limits)
-        .returning(*_KEY, *_KEY_LIMITS)
-    )
     async with db.begin(scope_of(tenant_id)) as connection:
-        row = (await connection.execute(query)).one_or_none()
-    if row is None:
-        raise NotFound("The key does not exist.", code="key_not_found")
+        row = (await connection.execute(_one_key(tenant_id, key_id))).one_or_none()
+        if row is None:
+            raise NotFound("The key does not exist.", code="key_not_found")
+        if any(getattr(row, name) != value for name, value in limits.items()):
+            query = update(api_keys).where(api_keys.c.id == key_id).values(limits).returning(*_KEY, *_KEY_LIMITS)
+            row = (await connection.execute(query)).one()
+            await record(connection, audit, tenant_id, key_id)
     return _key(row)
 
 
@@ -218,9 +272,3 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
     count = len(_KEY_LIMITS)
     limits, key_limits = Limits(*row[-2 * count : -count]), Limits(*row[-count:])
     return Principal(row.id, Role(row.role), row.tenant_id, row.name, row.max_queued or 0, row.tier or "", limits, key_limits)
-
-
-async def record_action(db: Database, tenant_id: str | None, key_id: str | None, action: str, target: str) -> None:
-    """Write one line of the audit log."""
-    async with db.begin(scope_of(tenant_id)) as connection:
-        await connection.execute(insert(audit_log).values(tenant_id=tenant_id, key_id=key_id, action=action, target=target))

@@ -1,6 +1,6 @@
 """A stand-in for vLLM: the part of vLLM 0.32's HTTP that lmaas uses, without a model. For tests, and for benchmarks of the gateway.
 
-`tests/engine/test_contract.py` makes the same assertions here and against vLLM. It takes vLLM's command line and some `--fake-*`
+`tests/system/engine/test_contract.py` makes the same assertions here and against vLLM. It takes vLLM's command line and some `--fake-*`
 arguments. Every `--fake-token-ms` each running sequence makes one token, a word; the words depend on the model's name and the prompt
 only, so two adapters visibly differ. Up to `--max-num-seqs` sequences run at once, with at most `--max-loras` adapters; others wait.
 """

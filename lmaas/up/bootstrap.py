@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lmaas.adapters.safetensors import base_model_shapes
+from lmaas.audit import Action, Audit
 from lmaas.config import Settings
 from lmaas.engine import default_model
 from lmaas.engine.source import engine_dtype, model_config, model_folder
@@ -80,7 +81,7 @@ async def register_model(settings: Settings, db: Database, console: Console) -> 
         kv_cache_bytes=settings.engine_kv_cache_bytes,
         engine_args=settings.engine_args,
     )
-    return await put_base_model(db, model)
+    return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
 
 
 def read_credentials(settings: Settings) -> dict[str, Any]:
@@ -111,6 +112,7 @@ async def ensure_operator_key(settings: Settings, db: Database) -> str:
     key = credentials.get("operator_key")
     if not isinstance(key, str) or (await find_principal(db, hash_key(key))) is None:
         key = new_key()
-        await create_key(db, None, Role.OPERATOR, f"lmaas up, {time.strftime('%Y-%m-%d')}", hash_key(key), shown_prefix(key))
+        name = f"lmaas up, {time.strftime('%Y-%m-%d')}"
+        await create_key(db, None, Role.OPERATOR, name, hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))
     write_credentials(settings, {"base_url": settings.base_url, "operator_key": key, "tenants": credentials.get("tenants", {})})
     return key

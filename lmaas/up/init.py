@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from lmaas.audit import Action, Audit
 from lmaas.config import Settings
 from lmaas.errors import Conflict, SettingsError
 from lmaas.keys import check_given_key, hash_key, shown_prefix
@@ -42,10 +43,10 @@ async def put_operator_key(db: Database, key: str) -> str:
     mine = [entry for entry in await list_keys(db, None) if entry.name == KEY_NAME and entry.revoked_at is None]
     if known is None:
         try:
-            await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(key), shown_prefix(key))
+            await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))
         except Conflict:
             raise SettingsError("LMAAS_OPERATOR_KEY was revoked, and stays so. Set another one.") from None
     for entry in mine:
         if known is None or entry.id != known.key_id:
-            await revoke_key(db, None, entry.id)
+            await revoke_key(db, None, entry.id, audit=Audit(Action.KEY_REVOKE))
     return "created" if known is None else "unchanged"

@@ -24,9 +24,9 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.engine.launch import expect, spec_of
 from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError
-from lmaas.manifests.apply import apply, read_folder, working_keys
+from lmaas.manifests.apply import apply, described, working_keys
 from lmaas.manifests.client import ApiClient
-from lmaas.manifests.models import read_models
+from lmaas.manifests.folder import read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import bound_command
 from lmaas.scheduling.client import connect
@@ -137,11 +137,11 @@ class Stack:
         manifests = read_folder(settings.tenants)
         client = ApiClient(settings.base_url, operator_key)
         try:
-            for change in apply(manifests, client, read_models(settings.tenants)):
+            for change in apply(manifests, client):
                 if change.outcome != "unchanged":
-                    self._console.print(f"  {change.thing} {change.name}: {change.outcome}")
+                    self._console.print(*(f"  {line}" for line in described(change)), sep="\n", markup=False, highlight=False)
             credentials = read_credentials(settings)
-            for manifest in manifests:
+            for manifest in manifests.tenants:
                 known = credentials["tenants"].get(manifest.name, {})
                 credentials["tenants"][manifest.name] = working_keys(manifest.name, known, client)
             write_credentials(settings, credentials)

@@ -64,7 +64,7 @@ def read_structured_outputs(name: str, value: Any) -> Any:
             boolean(f"{name}.{key}", given[key])
     found = [key for key in CONSTRAINTS if key in given]
     if len(found) > 1:
-        raise InvalidRequest(f"'{name}' has {' and '.join(found)}; only one of them is possible.", param=name)
+        raise InvalidRequest(f"'{name}' contains {' and '.join(found)}, which cannot be used together. Send one of them.", param=name)
     if not found:
         return None
     return given | {found[0]: _READERS[found[0]](name, given[found[0]])}

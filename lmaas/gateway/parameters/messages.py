@@ -82,7 +82,7 @@ def _assistant_content(where: str, message: dict[str, Any], content: Any, *, has
     if not isinstance(transcript, str):
         # Its words are elsewhere: without them this would be another conversation.
         raise InvalidRequest(
-            f"'{where}.audio' is not supported: the models here read text only. Send its transcript as the content.",
+            f"'{where}.audio' is not supported, because the models read text only. Send its transcript as the content.",
             code="unsupported_content",
             param=f"{where}.audio",
         )
@@ -114,7 +114,7 @@ def _part(where: str, part: Any) -> str | None:
         # Nothing is ever fetched for a tenant.
         shown = str(media or kind)[:50]
         raise InvalidRequest(
-            f"Only text is supported in '{where}', which has a part of the kind '{shown}'.", code="unsupported_content", param=where
+            f"'{where}' has a part of the kind '{shown}'. Only text is supported.", code="unsupported_content", param=where
         )
     text = part.get(TEXT_FIELDS[kind])
     if not isinstance(text, str | None):
@@ -160,7 +160,9 @@ def arguments_text(where: str, arguments: Any) -> str:
     if isinstance(arguments, dict | list):
         text = json.dumps(arguments, ensure_ascii=False) if depth(arguments) <= MAX_DEPTH else None
         if text is None:
-            raise InvalidRequest(f"The arguments in '{where}' are nested too deeply.", code="invalid_json", param=where)
+            raise InvalidRequest(
+                f"The arguments in '{where}' are nested more than {MAX_DEPTH} levels deep.", code="invalid_json", param=where
+            )
         return text if isinstance(arguments, dict) else _wrapped(text)
     if not isinstance(arguments, str):
         raise wrong_type(where, "a list of calls of functions, each with its arguments as a JSON string")

@@ -140,7 +140,7 @@ class EngineRequest:
         if total > MAX_ALTERNATIVES:
             blamed = name if alternatives else "prompt_logprobs"
             raise InvalidRequest(
-                f"The request asks for up to {total} log probabilities in one answer, and {MAX_ALTERNATIVES} are allowed. "
+                f"The request asks for up to {total} log probabilities in one answer, and at most {MAX_ALTERNATIVES} are allowed. "
                 f"Use a smaller '{blamed}', 'n' or 'max_tokens', or send fewer prompts.",
                 code="out_of_range",
                 param=blamed,
@@ -166,7 +166,9 @@ def read_completion(body: dict[str, Any]) -> EngineRequest:
 def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise InvalidRequest("'model' must be the name of a model.", code="missing_parameter", param="model")
+        raise InvalidRequest(
+            "'model' must be the name of a model. GET /v1/models lists the names.", code="missing_parameter", param="model"
+        )
     table = BY_NAME[endpoint]
     given: dict[str, Any] = {}
     for name, value in body.items():
@@ -184,7 +186,7 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequ
         if parameter.treatment is Treatment.FORWARDED and read is not None:
             given[name] = read
     if required not in given:
-        raise InvalidRequest(f"'{required}' is required.", code="missing_parameter", param=required)
+        raise InvalidRequest(f"'{required}' is required. Add it to the request.", code="missing_parameter", param=required)
     legacy = _translate_functions(given)
     tools_as_sent = settle_tools(given, legacy=legacy)
     _settle_formats(given)
@@ -240,9 +242,9 @@ def _settle_formats(given: dict[str, Any]) -> None:
     if given.get("response_format", {}).get("type", "text") != "text":
         names.insert(0, "response_format")
     if len(names) > 1:
-        raise InvalidRequest(f"{' and '.join(repr(name) for name in names)} exclude each other: use one of them.", param=names[-1])
+        raise InvalidRequest(f"{' and '.join(repr(name) for name in names)} cannot be used together. Send one of them.", param=names[-1])
     if isinstance(given.get("tool_choice"), dict):
-        raise InvalidRequest(f"'{names[0]}' and a 'tool_choice' of one function exclude each other: use one of them.", param=names[0])
+        raise InvalidRequest(f"'{names[0]}' and a 'tool_choice' of one function cannot be used together. Send one of them.", param=names[0])
     given["structured_outputs"] = given.pop(names[0])
 
 
@@ -250,10 +252,11 @@ def _settle_prompt(given: dict[str, Any]) -> None:
     if given.get("continue_final_message"):
         last = given["messages"][-1]
         if not last["content"] or last.get("tool_calls"):
-            raise InvalidRequest("'continue_final_message' needs a last message with text.", param="continue_final_message")
+            raise InvalidRequest("'continue_final_message' needs text in the last message.", param="continue_final_message")
         if given.get("add_generation_prompt"):
             raise InvalidRequest(
-                "'continue_final_message' and 'add_generation_prompt' exclude each other: set one to false.", param="continue_final_message"
+                "'continue_final_message' and 'add_generation_prompt' cannot both be true. Set one to false.",
+                param="continue_final_message",
             )
         given["add_generation_prompt"] = False
     if given.get("truncate_prompt_tokens") == 0:

@@ -29,14 +29,16 @@ def check_plain(name: str, value: Any) -> None:
         for item in level:
             if isinstance(item, str):
                 if "\0" in item:
-                    raise InvalidRequest(f"'{name}' holds a string with the character NUL. Remove it.", code="invalid_schema", param=name)
+                    raise InvalidRequest(
+                        f"'{name}' contains a string with the character NUL. Remove it.", code="invalid_schema", param=name
+                    )
             elif isinstance(item, dict):
                 below.extend(item)
                 below.extend(item.values())
             elif isinstance(item, list):
                 below.extend(item)
             elif isinstance(item, float) and not math.isfinite(item):
-                raise InvalidRequest(f"'{name}' holds a number that is too large for a 64-bit float.", code="invalid_schema", param=name)
+                raise InvalidRequest(f"'{name}' contains a number that is too large for a 64-bit float.", code="invalid_schema", param=name)
         level = below
 
 
@@ -185,7 +187,7 @@ def _object_schema(name: str, schema: dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(kind, list) and "object" in kind:
         return schema | {"type": "object"}
     raise InvalidRequest(
-        f"'{name}' has a function whose parameters are no objects: the 'type' of their schema must be 'object'.",
+        f"'{name}' contains a function whose parameters are not an object. Set the 'type' of their schema to 'object'.",
         code="invalid_schema",
         param=name,
     )

@@ -1,0 +1,64 @@
+"""Reading every manifest of a folder, before anything is changed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from lmaas.errors import InvalidRequest
+from lmaas.manifests.files import yaml_files
+from lmaas.manifests.models import FOLDER, ModelManifest, read_model
+from lmaas.manifests.tenants import TenantManifest, read_tenant
+
+Manifest = TypeVar("Manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The base models and tenants that are to exist, by file name."""
+
+    models: tuple[ModelManifest, ...] = ()
+    tenants: tuple[TenantManifest, ...] = ()
+
+
+def read_folder(folder: Path) -> Manifests:
+    """Read the tenants' manifests of a folder and the base models' of its `models/`; or one file.
+
+    Raises InvalidRequest with a line for each file that is wrong, and for each name that two manifests have.
+    """
+    problems: list[str] = []
+    if folder.is_dir():
+        in_models = folder.resolve().name == FOLDER
+        models = _read_all(yaml_files(folder if in_models else folder / FOLDER), read_model, problems)
+        tenants = [] if in_models else _read_all(yaml_files(folder), read_tenant, problems)
+    elif not folder.is_file():
+        raise InvalidRequest(f"There is no folder or file {folder}.")
+    elif folder.resolve().parent.name == FOLDER:
+        models, tenants = _read_all([folder], read_model, problems), []
+    else:
+        models, tenants = [], _read_all([folder], read_tenant, problems)
+    problems += _twice("base model", models) + _twice("tenant", tenants)
+    if problems:
+        raise InvalidRequest("\n".join(problems))
+    return Manifests(tuple(models), tuple(tenants))
+
+
+def _read_all(paths: Sequence[Path], read: Callable[[Path], Manifest], problems: list[str]) -> list[Manifest]:
+    found = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except InvalidRequest as error:
+            problems.append(error.message)
+    return found
+
+
+def _twice(what: str, manifests: Sequence[ModelManifest] | Sequence[TenantManifest]) -> list[str]:
+    first: dict[str, Path] = {}
+    problems = []
+    for manifest in manifests:
+        if manifest.name in first:
+            files = f"{first[manifest.name]} and {manifest.path}"
+            problems.append(f"{files} are both for the {what} '{manifest.name}'. Join them in one file, or rename one.")
+        first.setdefault(manifest.name, manifest.path)
+    return problems

@@ -1,0 +1,24 @@
+"""An operator of the stack that a test brings."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.store.tenants import create_key
+from lmaas.types import Role
+from tests.integration.gateway.stack import Stack
+
+
+@pytest.fixture
+async def operator_key(stack: Stack) -> str:
+    key = new_key()
+    await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
+    return key
+
+
+@pytest.fixture
+async def operator(stack: Stack, operator_key: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {operator_key}"}, timeout=60) as client:
+        yield client

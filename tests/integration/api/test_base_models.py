@@ -1,0 +1,326 @@
+"""Base models over HTTP, in manifests and in the CLI: registered, changed, shown with what their pools do, deleted."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from lmaas.engine import source
+from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.states import Observed
+from lmaas.store.adapters import delete_adapter
+from lmaas.store.models import get_base_model
+from lmaas.store.pools import save_pool_state
+from lmaas.store.replicas import add_replica, observe
+from lmaas.store.scopes import SYSTEM
+from lmaas.store.tenants import create_key
+from lmaas.types import Role
+from tests.integration.gateway.stack import Stack, running
+
+MODELS = "/admin/v1/base-models"
+LINEARS = {"model.layers.0.self_attn.q_proj": [64, 32], "model.layers.0.mlp.up_proj": [128, 32]}
+
+
+def write_model(folder: Path, linears: dict[str, list[int]] = LINEARS, **config: Any) -> Path:
+    """A base model's folder, as far as its headers go."""
+    folder.mkdir()
+    header, offset = {}, 0
+    for name, shape in {**linears, "model.embed_tokens": [100, 32]}.items():
+        size = 2 * shape[0] * shape[1]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    told = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(told).to_bytes(8, "little") + told + b"\0" * offset)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512} | config))
+    return folder
+
+
+@pytest.fixture
+async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with running(postgres_url, valkey_url, tmp_path) as stack:
+        yield stack
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tiny")
+
+
+async def test_a_base_model_lives_from_its_registration_to_its_end(stack: Stack, operator: httpx.AsyncClient, folder: Path) -> None:
+    asked = {
+        "name": "tiny", "source": str(folder), "dtype": "bfloat16", "min_replicas": 0, "max_replicas": 3, "cpus": 0.5, "accelerators": 1,
+        "max_loras": 4, "max_lora_rank": 32, "max_cpu_loras": 9, "max_num_seqs": 5, "kv_cache_bytes": 2**21, "idle_timeout_s": 7.5,
+        "prompt_price": 11, "engine_price": 7200, "engine_args": "--enforce-eager",
+    }  # fmt: skip
+    answer = await operator.post(MODELS, json=asked)
+    assert answer.status_code == 201, answer.text
+    made = answer.json()
+    assert {name: made[name] for name in asked} == asked
+    assert made["max_model_len"] == 512, "no longer than the model's own"
+    assert made["id"].startswith("mod_")
+    stored = await get_base_model(stack.db, "tiny")
+    assert stored.linears == LINEARS
+    assert (await operator.get(f"{MODELS}/tiny")).json() == made
+    assert (await operator.get(MODELS)).json()["data"] == [made]
+    acme = await stack.tenant()
+    async with stack.client(acme) as tenant:
+        assert [model["id"] for model in (await tenant.get("/v1/models")).json()["data"]] == ["tiny"]
+
+    changed = (await operator.patch(f"{MODELS}/tiny", json={"cpus": None, "max_num_seqs": 6, "source": str(folder)})).json()
+    assert (changed["cpus"], changed["max_num_seqs"]) == (1.0, 6)
+    assert (await operator.delete(f"{MODELS}/tiny")).json() == {"object": "base_model.deleted", "id": made["id"], "deleted": True}
+    for call in (operator.get, operator.delete):
+        assert (await call(f"{MODELS}/tiny")).json()["error"]["code"] == "base_model_not_found"
+    # Its name is free again, for another.
+    again = await operator.post(MODELS, json=asked)
+    assert again.status_code == 201
+    assert again.json()["id"] != made["id"]
+
+
+async def test_what_adapters_were_validated_against_does_not_change(
+    stack: Stack, operator: httpx.AsyncClient, folder: Path, tmp_path: Path
+) -> None:
+    assert (await operator.post(MODELS, json={"name": "tiny", "source": str(folder)})).status_code == 201
+    other = write_model(tmp_path / "other", {"model.layers.0.self_attn.q_proj": [8, 8]})
+    model = await get_base_model(stack.db, "tiny")
+    acme = await stack.tenant()
+    await stack.adapter(acme, "bot", model)
+    for change in ({"source": str(other)}, {"dtype": "float16"}, {"max_lora_rank": 64}):
+        answer = await operator.patch(f"{MODELS}/tiny", json=change)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "base_model_in_use")
+        assert "1 adapters" in answer.json()["error"]["message"]
+    assert (await operator.delete(f"{MODELS}/tiny")).status_code == 409
+    assert await get_base_model(stack.db, "tiny") == model
+    # The same values are no change, and others do not matter to adapters.
+    assert (await operator.patch(f"{MODELS}/tiny", json={"source": str(folder), "dtype": model.dtype, "max_loras": 3})).status_code == 200
+    await delete_adapter(stack.db, acme.id, "bot")
+    await add_replica(stack.db, "rep_1", model.id)
+    assert "1 replicas" in (await operator.patch(f"{MODELS}/tiny", json={"source": str(other)})).json()["error"]["message"]
+    assert (await operator.delete(f"{MODELS}/tiny")).status_code == 409
+    await observe(stack.db, "rep_1", Observed.STOPPED)
+    answer = await operator.patch(f"{MODELS}/tiny", json={"source": str(other), "max_lora_rank": 64})
+    assert answer.status_code == 200
+    stored = await get_base_model(stack.db, "tiny")
+    assert (stored.source, stored.linears, stored.max_lora_rank) == (str(other), {"model.layers.0.self_attn.q_proj": [8, 8]}, 64)
+    assert (await operator.delete(f"{MODELS}/tiny")).status_code == 200
+
+
+async def test_a_change_of_the_context_is_checked_as_well(operator: httpx.AsyncClient, folder: Path) -> None:
+    assert (await operator.post(MODELS, json={"name": "tiny", "source": str(folder), "max_model_len": 100})).status_code == 201
+    answer = await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 513})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_model_len"), answer.text
+    for length in (512, 64):
+        assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": length})).json()["max_model_len"] == length
+    # Less than before needs no look at the model.
+    (folder / "config.json").unlink()
+    assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 32})).status_code == 200
+    assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 33})).status_code == 400
+
+
+async def test_a_folder_is_named_as_one(operator: httpx.AsyncClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a hub id means does not depend on where a gateway was started."""
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    answer = await operator.post(MODELS, json={"name": "a", "source": "tiny"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name, given in (("b", "./tiny"), ("c", "~/tiny"), ("d", str(folder))):
+        answer = await operator.post(MODELS, json={"name": name, "source": given})
+        assert (answer.status_code, answer.json()["source"]) == (201, str(folder)), answer.text
+    answer = await operator.post(MODELS, json={"name": "e", "source": "~nobody-of-this-name/tiny"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model")
+
+
+async def test_the_settings_say_what_auto_is(
+    postgres_url: str, valkey_url: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "has_engine", lambda: False)
+    for said, kept in (("auto", "auto"), ("bfloat16", "bfloat16")):
+        async with running(postgres_url, valkey_url, tmp_path / said, engine_dtype=said) as stack:
+            key = new_key()
+            await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
+            async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
+                for name, more in ((f"a-{said}", {}), (f"b-{said}", {"dtype": "auto"})):
+                    answer = await client.post(MODELS, json={"name": name, "source": str(folder)} | more)
+                    assert (answer.status_code, answer.json()["dtype"]) == (201, kept), answer.text
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"name": "Tiny"}, "invalid_name", "name"),
+    ({"name": "../x"}, "invalid_name", "name"),
+    ({"name": "a@1"}, "invalid_name", "name"),
+    ({"name": "mod_1"}, "invalid_name", "name"),
+    ({"name": 5}, "invalid_type", "name"),
+    ({"source": ""}, "out_of_range", "source"),
+    ({"source": " "}, "out_of_range", "source"),
+    ({"source": "--trust-remote-code"}, "out_of_range", "source"),
+    ({"source": "/\u0001"}, "out_of_range", "source"),
+    ({"source": "x" * 1001}, "out_of_range", "source"),
+    ({"source": "/no/such/folder"}, "invalid_base_model", "source"),
+    ({"source": "/"}, "invalid_base_model", "source"),
+    ({"source": "../../../../etc"}, "invalid_base_model", "source"),
+    ({"dtype": "int8"}, "out_of_range", "dtype"),
+    ({"dtype": "float64; rm"}, "out_of_range", "dtype"),
+    ({"max_replicas": 0}, "out_of_range", "max_replicas"),
+    ({"max_replicas": 1.5}, "invalid_type", "max_replicas"),
+    ({"min_replicas": 3, "max_replicas": 2}, "out_of_range", "min_replicas"),
+    ({"cpus": 0}, "out_of_range", "cpus"),
+    ({"cpus": -1}, "out_of_range", "cpus"),
+    ({"cpus": "all"}, "invalid_type", "cpus"),
+    ({"accelerators": -1}, "out_of_range", "accelerators"),
+    ({"accelerators": 0.5}, "invalid_type", "accelerators"),
+    ({"max_loras": 0}, "out_of_range", "max_loras"),
+    ({"max_loras": 9, "max_cpu_loras": 8}, "out_of_range", "max_loras"),
+    ({"max_lora_rank": 513}, "out_of_range", "max_lora_rank"),
+    ({"max_num_seqs": 10**9}, "out_of_range", "max_num_seqs"),
+    ({"max_model_len": 513}, "out_of_range", "max_model_len"),
+    ({"kv_cache_bytes": 10**30}, "out_of_range", "kv_cache_bytes"),
+    ({"idle_timeout_s": 0}, "out_of_range", "idle_timeout_s"),
+    ({"engine_price": 10**12}, "out_of_range", "engine_price"),
+    ({"source": None}, "invalid_type", "source"),
+    ({"max_loras": True}, "invalid_type", "max_loras"),
+    ({"linears": {}}, "unsupported_parameter", "linears"),
+    ({"id": "mod_1"}, "unsupported_parameter", "id"),
+    ({"engine_args": "--port 1"}, "out_of_range", "engine_args"),
+    ({"engine_args": "--trust_remote_code"}, "out_of_range", "engine_args"),
+    ({"engine_args": "--trust-rem"}, "out_of_range", "engine_args"),
+    ({"engine_args": "--no-enable-lora"}, "out_of_range", "engine_args"),
+    ({"engine_args": "--host=0.0.0.0"}, "out_of_range", "engine_args"),
+    ({"engine_args": "'"}, "out_of_range", "engine_args"),
+    ({"engine_args": "a\nb"}, "out_of_range", "engine_args"),
+]
+
+
+async def test_bad_values_are_refused_by_name(operator: httpx.AsyncClient, folder: Path) -> None:
+    for change, code, param in BAD:
+        answer = await operator.post(MODELS, content=json.dumps({"name": "tiny", "source": str(folder)} | change))
+        assert (answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["param"]) == (400, code, param), answer.text
+    assert (await operator.get(MODELS)).json()["data"] == []
+
+
+async def test_nan_and_infinity_are_no_numbers(operator: httpx.AsyncClient, folder: Path) -> None:
+    for value in ("NaN", "Infinity", "1e999"):
+        body = f'{{"name": "tiny", "source": "{folder}", "cpus": {value}}}'
+        assert (await operator.post(MODELS, content=body)).status_code == 400
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+async def test_a_folder_that_is_no_model_is_refused(operator: httpx.AsyncClient, folder: Path, broken: str) -> None:
+    for content in (None, b"", b"[]", b"{" * 10**5, b"\xff" * 1000):
+        (folder / broken).unlink(missing_ok=True)
+        if content is not None:
+            (folder / broken).write_bytes(content)
+        answer = await operator.post(MODELS, json={"name": "tiny", "source": str(folder)})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model"), answer.text
+
+
+async def test_names_are_taken_once(stack: Stack, operator: httpx.AsyncClient, folder: Path) -> None:
+    body = {"name": "tiny", "source": str(folder)}
+    answers = await asyncio.gather(*(operator.post(MODELS, json=body) for _ in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409, 409]
+    await stack.adapter(await stack.tenant(), "bot", await get_base_model(stack.db, "tiny"))
+    taken = await operator.post(MODELS, json=body | {"name": "bot"})
+    assert (taken.status_code, taken.json()["error"]["code"]) == (409, "name_taken")
+
+
+async def test_only_operators(stack: Stack, folder: Path) -> None:
+    async with stack.client(await stack.tenant()) as tenant:
+        for method in ("GET", "POST"):
+            assert (await tenant.request(method, MODELS, json={})).status_code == 403
+        for method in ("GET", "PATCH", "DELETE"):
+            assert (await tenant.request(method, f"{MODELS}/x", json={})).status_code == 403
+
+
+async def test_it_is_shown_what_a_pool_does_and_why(stack: Stack, operator: httpx.AsyncClient, folder: Path) -> None:
+    await operator.post(MODELS, json={"name": "tiny", "source": str(folder), "engine_price": 3_600_000})
+    model = await get_base_model(stack.db, "tiny")
+    pool = (await operator.get(f"{MODELS}/tiny")).json()["pool"]
+    assert (pool["desired"], pool["reason"], pool["failed_starts"]) == (0, None, None)
+    idle = {"keep_s": 300.0, "ready_s": None, "until_s": None, "idle_engine_s": 42.0, "cold_share": 0.25, "gaps": 20.0}
+    decision = {"wanted": 1, "replicas": 0, "reason": "because", "blocked": True, "idle": idle, "start_s": 2.0, "backoff_s": 10.0}
+    await save_pool_state(stack.db, model.id, decision, [])
+    for number in range(2):
+        await add_replica(stack.db, f"rep_{number}", model.id)
+        await observe(stack.db, f"rep_{number}", Observed.FAILED, reason=f"the engine ended with code {number}: /secret/path")
+    pool = (await operator.get(f"{MODELS}/tiny")).json()["pool"]
+    assert (pool["wanted"], pool["reason"], pool["waits_for_machine"]) == (1, "because", True)
+    assert pool["keep_warm"]["cost_per_hour_microusd"] == 3_600_000
+    assert pool["keep_warm"]["cost_per_idle_time_microusd"] == 42_000
+    assert pool["failed_starts"]["count"] == 2
+    assert pool["failed_starts"]["reason"] == "the engine ended with code 1: /secret/path"
+    assert 0 < pool["failed_starts"]["next_try_s"] <= 10
+    # A start that succeeds forgives them.
+    await add_replica(stack.db, "rep_good", model.id)
+    await observe(stack.db, "rep_good", Observed.READY, url="http://e")
+    pool = (await operator.get(f"{MODELS}/tiny")).json()["pool"]
+    assert (pool["desired"], pool["ready"], pool["failed_starts"]) == (1, 1, None)
+
+
+async def lmaas(stack: Stack, key: str, *arguments: str) -> tuple[int, str, str]:
+    """Run the CLI against the stack."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "lmaas", *arguments),
+        env=environment | {"LMAAS_URL": stack.url + "/v1", "LMAAS_API_KEY": key, "COLUMNS": "250"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_manifests_and_commands(stack: Stack, operator_key: str, folder: Path, tmp_path: Path) -> None:
+    manifests = tmp_path / "manifests"
+    (manifests / "models").mkdir(parents=True)
+    (manifests / "models" / "tiny.yaml").write_text(
+        "name: tiny\nsource: ../../tiny\nreplicas: {min: 0, max: 2}\nengine: {max_loras: 3, max_num_seqs: 4}\n"
+        "needs: {cpus: 0.5}\nidle_timeout_s: 60\nprices: {engine: 3600000, prompt: 5}\n"
+    )
+    (manifests / "acme.yaml").write_text("name: acme\n")
+    for outcome in ("created", "unchanged"):
+        code, out, err = await lmaas(stack, operator_key, "--json", "apply", str(manifests))
+        assert code == 0, err
+        assert [(row["thing"], row["name"], row["outcome"]) for row in json.loads(out)] == [
+            ("base model", "tiny", outcome),
+            ("tenant", "acme", outcome),
+        ]
+    model = await get_base_model(stack.db, "tiny")
+    assert (model.max_loras, model.max_num_seqs, model.cpus, model.max_replicas, model.engine_price) == (3, 4, 0.5, 2, 3_600_000)
+    path = manifests / "models" / "tiny.yaml"
+    path.write_text(path.read_text().replace("max: 2", "max: 3"))
+    code, out, err = await lmaas(stack, operator_key, "--json", "apply", str(manifests))
+    assert [row["outcome"] for row in json.loads(out)] == ["changed", "unchanged"], err
+
+    other = write_model(tmp_path / "second")
+    code, out, err = await lmaas(stack, operator_key, "model", "add", "second", str(other), "--max-loras", "2", "--cpus", "2")
+    assert code == 0, err
+    assert "second" in out
+    await add_replica(stack.db, "rep_1", model.id)
+    await observe(stack.db, "rep_1", Observed.FAILED, reason="the engine ended with code 1: no memory")
+    idle = {"keep_s": 60.0, "ready_s": None, "until_s": None, "idle_engine_s": 42.0, "cold_share": 0.25, "gaps": 20.0}
+    await save_pool_state(stack.db, model.id, {"wanted": 1, "reason": "because", "blocked": False, "idle": idle}, [])
+    code, out, err = await lmaas(stack, operator_key, "model", "show", "tiny")
+    assert code == 0, err
+    assert "the engine ended with code 1: no memory" in out
+    assert "no replica; wanted 1: because" in out
+    assert "warm until 60 s after the last request, at 3.600000 $ an hour; by its last 20 idle times" in out
+    code, out, err = await lmaas(stack, operator_key, "model", "list")
+    assert {"tiny", "second"} <= set(out.split())
+    code, out, err = await lmaas(stack, operator_key, "replica", "list")
+    assert "the engine ended with code 1: no memory" in out
+    code, out, err = await lmaas(stack, operator_key, "model", "change", "second", "--accelerators", "1")
+    assert code == 0, err
+    assert (await get_base_model(stack.db, "second")).accelerators == 1
+    code, out, err = await lmaas(stack, operator_key, "model", "delete", "second", "--yes")
+    assert code == 0, err
+    async with stack.db.begin(SYSTEM) as connection:
+        actions = list((await connection.execute(text("SELECT action FROM audit_log ORDER BY created_at"))).scalars())
+    assert "base_model.create" in actions
+    assert "base_model.delete" in actions

@@ -1,0 +1,54 @@
+"""A checker whose grammars do what their names say, without vLLM: `python -m tests.integration.engine.grammars.stub SOCKET IDLE_S`."""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lmaas.engine.grammars import checker
+from lmaas.engine.grammars.verdict import INVALID, Question, Verdict
+
+
+class Stub:
+    """Stands in for the compiler."""
+
+    def check(self, question: Question) -> Verdict:
+        """Do what is asked for."""
+        match question.parameters.get("do"):
+            case "explode":
+                while True:
+                    pass
+            case "grow":
+                hoard = []
+                while True:
+                    hoard.append(bytearray(1 << 24))
+            case "abort":
+                os.abort()
+            case "end":
+                os._exit(3)
+            case "raise":
+                raise RuntimeError("a fault of ours")
+            case "sleep":
+                time.sleep(3600)
+            case "print":
+                os.write(2, b"a tenant's text\n" * 1000)
+            case "refuse":
+                return Verdict(INVALID, "It is bad.", "tools")
+        return Verdict(cpu_s=time.process_time())
+
+
+def main() -> None:
+    """Serve."""
+    compiler: Any = Stub()
+    vars(checker).update(WALL_S=3.0, CPU_S=0.5, LOOK_S=0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(sys.argv[1])
+        listener.listen(64)
+        checker.Checker(compiler, listener, float(sys.argv[2])).serve()
+    Path(sys.argv[1]).unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The checker's processes: whatever a grammar does to the one that compiles it, its client gets a verdict and others are served."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lmaas.engine.grammars.client import Checkers, key_of_arguments
+from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
+from lmaas.engine.launch import VLLM, EngineSpec, command_line
+from tests.support.conditions import until
+
+STUB = "tests.integration.engine.grammars.stub"
+
+
+@dataclass
+class Stubbed:
+    """A checker's process, and its socket."""
+
+    process: asyncio.subprocess.Process
+    path: Path
+    log: Path
+
+    async def send(self, data: bytes) -> bytes:
+        """What the checker answers to these bytes."""
+        reader, writer = await asyncio.open_unix_connection(str(self.path))
+        writer.write(data)
+        writer.write_eof()
+        try:
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def ask(self, do: str) -> Verdict:
+        """The verdict on a grammar that does this."""
+        return decode_verdict(await self.send(encode(Question("/v1/chat/completions", {"do": do}))))
+
+    @property
+    def children(self) -> list[psutil.Process]:
+        """The checks that run."""
+        return psutil.Process(self.process.pid).children()
+
+
+@pytest.fixture
+async def stub(tmp_path: Path) -> AsyncIterator[Stubbed]:
+    """A checker that listens."""
+    async for found in started(tmp_path, 60):
+        yield found
+
+
+async def started(folder: Path, idle_s: float) -> AsyncIterator[Stubbed]:
+    """A checker that ends after so many idle seconds, or with the test."""
+    path, log = folder / "socket", folder / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", STUB, str(path), str(idle_s), stdout=output, stderr=output)
+    try:
+        await until(path.exists, every_s=0.01)
+        yield Stubbed(process, path, log)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "message"),
+    [
+        ("pass", "", ""),
+        ("refuse", INVALID, "It is bad."),
+        ("explode", TOO_COMPLEX, "takes more than"),
+        ("abort", TOO_COMPLEX, "too much memory"),
+        ("end", INVALID, "cannot be compiled"),
+        ("raise", INVALID, "cannot be compiled"),
+        ("sleep", UNKNOWN, "took too long"),
+    ],
+)
+async def test_whatever_a_grammar_does_it_has_a_verdict(stub: Stubbed, does: str, code: str, message: str) -> None:
+    verdict = await stub.ask(does)
+    assert verdict.code == code
+    assert message in verdict.message
+    assert not await until_no_children(stub)
+    assert (await stub.ask("pass")).code == ""
+
+
+async def test_a_grammar_that_needs_too_much_memory_has_a_verdict(stub: Stubbed) -> None:
+    # What it meets first, the limit of memory or that of time, depends on the machine.
+    assert (await stub.ask("grow")).code in (INVALID, TOO_COMPLEX)
+    assert (await stub.ask("pass")).code == ""
+
+
+async def until_no_children(stub: Stubbed) -> list[psutil.Process]:
+    """Wait until no check runs."""
+    await until(lambda: not stub.children)
+    return stub.children
+
+
+async def test_one_that_explodes_does_not_stop_another(stub: Stubbed) -> None:
+    exploding = asyncio.create_task(stub.ask("sleep"))
+    await until(lambda: stub.children)
+    for _ in range(5):
+        assert (await stub.ask("pass")).code == ""
+    assert not exploding.done()
+    assert (await exploding).code == UNKNOWN
+
+
+async def test_many_at_once_are_all_answered(stub: Stubbed) -> None:
+    assert {verdict.code for verdict in await asyncio.gather(*(stub.ask("pass") for _ in range(40)))} == {""}
+
+
+async def test_what_a_grammar_prints_is_nowhere(stub: Stubbed) -> None:
+    assert (await stub.ask("print")).code == ""
+    assert "tenant" not in stub.log.read_text()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[" * 100_000, b'{"path": 5}', b"\xff\xfe"])
+async def test_what_is_no_question_has_no_verdict(stub: Stubbed, data: bytes) -> None:
+    assert decode_verdict(await stub.send(data)).code == UNKNOWN
+
+
+async def test_clients_that_leave_do_no_harm(stub: Stubbed) -> None:
+    for _ in range(3):
+        _, writer = await asyncio.open_unix_connection(str(stub.path))
+        writer.close()
+    _, writer = await asyncio.open_unix_connection(str(stub.path))
+    writer.write(encode(Question("/v1/chat/completions", {"do": "explode"})))
+    writer.write_eof()
+    writer.close()
+    assert (await stub.ask("pass")).code == ""
+
+
+async def test_it_ends_when_nobody_asks(tmp_path: Path) -> None:
+    async for stub in started(tmp_path, 1):
+        assert (await stub.ask("pass")).code == ""
+        assert await asyncio.wait_for(stub.process.wait(), 60) == 0
+        assert not stub.path.exists()
+
+
+async def test_one_that_ends_just_now_does_not_stop_its_clients_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of its socket and that of its process, connections are refused at once."""
+    checkers = Checkers(tmp_path, None)
+    ending = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(1)")
+    started: list[str] = []
+
+    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
+        started.append(key)
+        path = checkers._socket(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return await asyncio.create_subprocess_exec(sys.executable, "-m", STUB, str(path), "60")
+
+    monkeypatch.setattr(checkers, "_start", start)
+    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
+    key = key_of_arguments(command_line(spec, 0)[3:])
+    checkers._processes[key] = ending
+    async with checkers.kept():
+        assert (await checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"}))).code == ""
+        assert started == [key]
+        assert await ending.wait() == 0
+
+
+async def test_a_question_that_died_with_its_checker_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkers = Checkers(tmp_path, None)
+    processes: list[asyncio.subprocess.Process] = []
+
+    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
+        path = checkers._socket(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        processes.append(await asyncio.create_subprocess_exec(sys.executable, "-m", STUB, str(path), "60"))
+        return processes[-1]
+
+    monkeypatch.setattr(checkers, "_start", start)
+    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
+    async with checkers.kept():
+        asked = [asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "sleep"}))) for _ in range(2)]
+        await until(lambda: processes and len(psutil.Process(processes[0].pid).children()) == 2)
+        waiting = asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"})))
+        await asyncio.sleep(0)
+        processes[0].kill()
+        assert (await waiting).code == ""
+        assert {verdict.code for verdict in await asyncio.gather(*asked)} == {UNKNOWN}
+    assert len(processes) == 2

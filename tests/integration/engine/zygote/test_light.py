@@ -1,0 +1,268 @@
+"""The zygote's loop, its owner and its clients, with a zygote that has nothing in memory."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lmaas.engine.launch import VLLM, EngineSpec, launched
+from lmaas.engine.zygote import client, owner, wire
+from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order, fork, go
+from lmaas.engine.zygote.owner import MUTE_S, ZygoteOwner, stop
+from tests.support.conditions import until
+from tests.unit.engine.zygote.test_parts import Clock
+
+JOB = "tests.integration.engine.zygote.job"
+IDLE_S = 60.0
+
+
+def light(home: Path, idle_s: float = IDLE_S) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.integration.engine.zygote.light", str(home), str(idle_s), client.ROOM_FOR_NAMES]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def answers(home: Path) -> bool:
+    with wire.channel() as connection:
+        connection.settimeout(5)
+        try:
+            with wire.short_path(wire.folder(home) / wire.SOCKET) as path:
+                connection.connect(path)
+            return wire.receive(connection) is not None
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Light:
+    """A zygote that answers."""
+
+    home: Path
+    process: "subprocess.Popen[bytes]"
+
+    async def fork(self, *arguments: str, kept: bool, secret: str = "", patience_s: float = 30.0) -> Fork:
+        """Have it fork a job. Raises NoZygote."""
+        order = Order(JOB, list(arguments), os.environ | {"SECRET": secret}, self.home / "job.log", kept)
+        return await fork(self.home, order, {}, patience_s)
+
+    def said(self) -> str:
+        """What the jobs printed."""
+        path = self.home / "job.log"
+        return path.read_text() if path.exists() else ""
+
+    def children(self) -> list[psutil.Process]:
+        """What it forked, keepers too."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture
+async def zygote(tmp_path: Path) -> AsyncIterator[Light]:
+    process = light(tmp_path)
+    try:
+        await until(lambda: answers(tmp_path), timeout_s=60)
+        yield Light(tmp_path, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_what_an_order_holds_never_reaches_the_zygote(zygote: Light) -> None:
+    secret, plain = os.urandom(16).hex(), os.urandom(16).hex()
+    engine = await zygote.fork("stay", plain, kept=True, secret=secret)
+    supervisor = await zygote.fork("stay", plain, kept=False, secret=secret)
+    go(supervisor)
+    await until(lambda: zygote.said().count(secret) == 2, timeout_s=60)
+    memory = memory_of(zygote.process.pid)
+    assert plain.encode() in memory  # it would be found
+    assert secret.encode() not in memory
+    engine.connection.close()
+    os.kill(supervisor.pid, signal.SIGTERM)
+    await until(lambda: not zygote.children())
+
+
+def memory_of(pid: int) -> bytes:
+    """What a process, a child of ours, may write to."""
+    found = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem:
+        for line in maps:
+            if part := re.match(r"(\w+)-(\w+) rw", line):
+                begin, end = (int(text, 16) for text in part.groups())
+                mem.seek(begin)
+                found.append(mem.read(end - begin))
+    return b"".join(found)
+
+
+async def test_who_gives_up_after_the_fork_leaves_nothing(zygote: Light) -> None:
+    for kept in (True, False):
+        with wire.channel() as connection:
+            connection.settimeout(30)
+            with wire.short_path(wire.folder(zygote.home) / wire.SOCKET) as path:
+                connection.connect(path)
+            wire.receive(connection)
+            wire.send(connection, {"do": "fork", "module": JOB, "arguments": [], "kept": kept})
+            assert wire.receive(connection) == {"forked": True}
+            assert zygote.children()
+        await until(lambda: not zygote.children())
+    assert zygote.said() == ""
+
+
+async def test_a_full_disk_does_not_end_a_zygote_that_learns(zygote: Light) -> None:
+    process = ForkedProcess(await zygote.fork("one", kept=True))
+    assert await process.wait() == 0
+    await until((wire.folder(zygote.home) / "learnt").exists, timeout_s=60)
+    process = ForkedProcess(await zygote.fork("two", kept=True))
+    assert await process.wait() == 0
+    assert zygote.process.poll() is None
+
+
+async def test_an_engine_starts_plainly_while_the_zygote_stands_still(
+    zygote: Light, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "ENGINE_PATIENCE_S", 1.0)
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    spec = EngineSpec(VLLM, "no-model", "base", "float32", 512, 4, 2, 16, 4, 1 << 20)
+    began = time.monotonic()
+    async with launched(spec, 1, tmp_path / "engine.log", zygote.home) as engine:
+        assert engine.by == "plain"
+        assert time.monotonic() - began < 7.0  # less than the patience would be by itself
+    with pytest.raises(NoZygote):
+        await zygote.fork(kept=False, patience_s=0.2)
+    os.kill(zygote.process.pid, signal.SIGCONT)
+    # Those that went away while it stood still are no trouble.
+    process = ForkedProcess(await zygote.fork("afterwards", kept=True))
+    assert await process.wait() == 0
+    assert "afterwards" in zygote.said()
+
+
+async def fill(home: Path) -> None:
+    """Leave no room in the line before a zygote that stands still."""
+    for _ in range(1000):
+        with wire.channel() as connection, wire.short_path(wire.folder(home) / wire.SOCKET) as path:
+            connection.setblocking(False)
+            try:
+                connection.connect(path)
+            except BlockingIOError:
+                return
+    raise AssertionError("the line is endless")
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+async def test_a_mute_zygote_is_killed_after_a_while_and_not_at_first_sight(
+    zygote: Light, crowded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def never() -> "subprocess.Popen[bytes]":
+        raise AssertionError("there is one")
+
+    monkeypatch.setattr(owner, "HELLO_S", 0.1)
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    if crowded:
+        await fill(zygote.home)
+    clock = Clock()
+    taker = ZygoteOwner(zygote.home, never, dict, clock)
+    for passes in (0.0, MUTE_S / 2, MUTE_S / 2 - 1):
+        clock.now += passes
+        await taker.ensure()
+        assert "killed" not in caplog.text  # a kill would take its time
+    clock.now += 2
+    await taker.ensure()
+    assert await asyncio.to_thread(zygote.process.wait, 30) == -signal.SIGKILL
+
+
+async def test_one_that_answered_in_between_was_not_mute(zygote: Light, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "HELLO_S", 0.1)
+    clock = Clock()
+    taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), dict, clock)
+    for step in range(4):
+        os.kill(zygote.process.pid, signal.SIGSTOP)
+        await taker.ensure()
+        os.kill(zygote.process.pid, signal.SIGCONT)
+        await until(lambda: answers(zygote.home))
+        clock.now += MUTE_S - 1
+        monkeypatch.setattr(owner, "HELLO_S", 10.0)
+        await taker.ensure()
+        clock.now += MUTE_S - 1
+        monkeypatch.setattr(owner, "HELLO_S", 0.1)
+        assert zygote.process.poll() is None, step
+
+
+async def test_its_owner_looks_at_our_files_once_a_minute(zygote: Light) -> None:
+    clock, looks = Clock(), []
+
+    def found() -> dict[str, str]:
+        looks.append(clock.now)
+        return {"lmaas": "another"} if len(looks) > 2 else {}
+
+    taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), found, clock)
+    for _ in range(40):
+        await taker.ensure()
+        clock.now += owner.EVERY_S
+    assert looks == [1000.0, 1000.0 + owner.FACTS_S + owner.EVERY_S]
+    assert zygote.process.poll() is None
+    clock.now += owner.FACTS_S
+    await taker.ensure()  # our code is another now
+    assert await asyncio.to_thread(zygote.process.wait, 30) == 0
+
+
+async def test_one_that_stands_still_before_a_full_line_is_stopped(zygote: Light) -> None:
+    # As after a second start, which found that there was one.
+    (wire.folder(zygote.home) / wire.PROCESS).write_text("0")
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    await fill(zygote.home)
+    await asyncio.to_thread(stop, zygote.home)
+    assert zygote.process.wait(30) == -signal.SIGKILL
+
+
+async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest.LogCaptureFixture) -> None:
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), dict)
+    taker.tend()
+    looking = taker._looking
+    assert looking is not None
+    taker.tend()
+    assert taker._looking is looking  # one at a time
+    await looking
+
+    def broken() -> dict[str, str]:
+        raise ValueError("no facts")
+
+    os.kill(zygote.process.pid, signal.SIGCONT)
+    await until(lambda: answers(zygote.home))
+    ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
+    await until(lambda: "could not be looked after" in caplog.text)
+
+
+async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
+    idle_s = 3.0
+    script = (
+        "import asyncio, sys, time; from pathlib import Path; from lmaas.engine.zygote import owner\n"
+        "from tests.integration.engine.zygote.test_light import light\n"
+        "owner.EVERY_S = 0.2\n"
+        "async def main():\n"
+        f"    home = Path({str(tmp_path)!r})\n"
+        f"    taker = owner.ZygoteOwner(home, lambda: light(home, {idle_s}), dict)\n"
+        "    while True:\n"
+        "        await taker.ensure(); print(owner._holder(home), flush=True); await asyncio.sleep(0.1)\n"
+        "asyncio.run(main())\n"
+    )
+    wire.folder(tmp_path).mkdir()
+    controller = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert controller.stdout is not None
+        while not (pid := int(await controller.stdout.readline())):
+            pass
+        until_s = time.monotonic() + 2 * idle_s
+        while time.monotonic() < until_s:  # it is needed, so it stays
+            assert int(await controller.stdout.readline()) == pid
+    finally:
+        controller.kill()
+        await controller.wait()
+    zygote = psutil.Process(pid)
+    await until(lambda: not zygote.is_running() or zygote.status() == psutil.STATUS_ZOMBIE, timeout_s=60)

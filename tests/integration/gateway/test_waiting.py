@@ -1,0 +1,135 @@
+"""What waiting requests are told: how they stand, and why their engine does not start, in words for tenants."""
+
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from lmaas.errors import Unavailable
+from lmaas.gateway import pipeline
+from lmaas.gateway.waiting import CAUSES, LOADING, NO_MACHINE, SILENT, Waiting, comments
+from lmaas.scheduling.leases import Standing
+from lmaas.scheduling.states import WaitPhase
+from lmaas.states import Observed
+from lmaas.store.database import Database
+from lmaas.store.pools import save_pool_state
+from lmaas.store.replicas import add_replica, observe
+from tests.integration.gateway.stack import CHAT, Stack, running
+from tests.integration.store.build import base_model
+
+BUSY, STARTING, ASKED = WaitPhase.BUSY, WaitPhase.STARTING, WaitPhase.ASKED
+SECRET = "/home/operator/models: CUDA error on gpu-7.internal"
+
+
+@pytest.mark.parametrize(
+    ("standing", "reason", "age_s", "expected"),
+    [
+        (Standing(STARTING, 0, 1, 12_000), "", 0, ["queued position=1 estimated_wait_s=12"]),
+        (Standing(STARTING, 0, 3, 12_400), "", 0, ["queued position=3 estimated_wait_s=13"]),
+        pytest.param(Standing(STARTING, 0, 1, 12_000), "", 2, ["queued position=1 estimated_wait_s=10"], id="since the last report"),
+        pytest.param(Standing(BUSY, 0, 1, 0), "", 0, ["queued position=1 estimated_wait_s=1"], id="never nothing"),
+        pytest.param(Standing(BUSY, 0, 1, 500), "", 3, ["queued position=1 estimated_wait_s=1"], id="never less than nothing"),
+        pytest.param(Standing(STARTING, 0, 1, 70_000, 70_000), "", 0, ["queued position=1 estimated_wait_s=70 late_s=70"], id="late"),
+        pytest.param(Standing(STARTING, 0, 1, 70_000, 70_000), "", 4, ["queued position=1 estimated_wait_s=74 late_s=74"], id="later"),
+        pytest.param(Standing(BUSY, 0, 1, 1000, 300), "", 0, ["queued position=1 estimated_wait_s=1"], id="hardly late"),
+        (Standing(ASKED, 0, 2, 20_000, 0, True), "", 0, ["queued position=2 estimated_wait_s=20 start=unknown"]),
+        (
+            Standing(ASKED, 0, 2, 40_000, 40_000, True),
+            NO_MACHINE,
+            0,
+            ["queued position=2 estimated_wait_s=40 late_s=40 start=unknown", NO_MACHINE],
+        ),
+        pytest.param(Standing(STARTING, 0, 1, 3000), NO_MACHINE, 6, [SILENT, NO_MACHINE], id="the scheduler is silent"),
+        pytest.param(Standing(WaitPhase.LOADING, 0), "", 0, [LOADING], id="loading"),
+        pytest.param(Standing(WaitPhase.LOADING, 0), "", 6, [SILENT], id="loading, and silent"),
+    ],
+)
+def test_how_a_stream_stands(standing: Standing, reason: str, age_s: float, expected: list[str]) -> None:
+    assert comments(standing, reason, age_s) == expected
+    assert not any("\n" in line for line in comments(standing, reason, age_s))
+
+
+@pytest.fixture
+async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with running(postgres_url, valkey_url, tmp_path) as stack:
+        yield stack
+
+
+async def fail(db: Database, model_id: str, number: int, reason: str) -> None:
+    await add_replica(db, f"rep_{number}", model_id)
+    await observe(db, f"rep_{number}", Observed.FAILED, reason=reason)
+
+
+async def test_a_deadline_while_starts_fail_says_so(stack: Stack) -> None:
+    model, acme = await stack.model("base"), await stack.tenant()
+    for number in range(3):
+        await fail(stack.db, model.id, number, f"the engine ended with code 1: {SECRET}")
+    words = "the model's engine fails to start (3 times in a row): its process ended early"
+    async with stack.gateway(queue_deadline_s=2.5) as gateway:
+        body = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+        async with stack.client(acme, gateway.url) as http:
+            answer = await http.post(CHAT, json=body)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 30
+        error = answer.json()["error"]
+        assert error["code"] == "no_capacity"
+        assert words in error["message"]
+        got = await stack.stream(acme, CHAT, body, url=gateway.url)
+    assert f": {words}" in got.comments
+    assert any(comment.startswith(": queued position=1") for comment in got.comments)
+    assert got.error is not None
+    assert words in got.error["message"]
+    assert not any("operator" in text or "gpu" in text for text in (answer.text, *got.raw, *got.comments))
+
+
+async def test_the_first_comment_comes_after_a_second_and_the_next_ones_later(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the head, and without an empty line: nothing that a client takes for an event."""
+    monkeypatch.setattr(pipeline, "COMMENT_EVERY_S", 0.5)
+    await stack.model("base")
+    acme = await stack.tenant()
+    body = {"model": "base", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+    async with stack.gateway(queue_deadline_s=3) as gateway, stack.client(acme, gateway.url) as http:
+        sent = time.monotonic()
+        async with http.stream("POST", CHAT, json=body) as response:
+            after_s = time.monotonic() - sent
+            text = b"".join([chunk async for chunk in response.aiter_raw()])
+    assert after_s >= 1.0
+    assert 900 <= int(response.headers["openai-processing-ms"]) <= after_s * 1000
+    before, _, event = text.partition(b"data: ")
+    lines = before.splitlines(keepends=True)
+    assert 2 <= len(lines) <= 5
+    found = [re.fullmatch(rb": queued position=1 estimated_wait_s=(\d+) start=unknown\n", line) for line in lines]
+    waits = [int(each[1]) for each in found if each is not None]
+    assert len(waits) == len(lines), "no empty line"
+    assert waits == sorted(waits, reverse=True)
+    assert waits[0] > waits[-1], "it counts down"
+    assert event.startswith(b'{"error"')
+    assert event.count(b"\n\n") == 1
+
+
+async def test_every_cause_has_words_and_nothing_of_the_reason(db: Database) -> None:
+    model = await base_model(db)
+    for number, begins in enumerate([*CAUSES, "something else entirely"]):
+        await fail(db, model.id, number, f"{begins} 7: {SECRET}")
+        why = await Waiting(db).why(model.id)
+        assert CAUSES.get(begins, "an error on our side") in why
+        assert "operator" not in why
+
+
+async def test_full_machines_are_a_reason_too(db: Database) -> None:
+    model = await base_model(db)
+    late = Unavailable("late", retry_after_s=5)
+    assert await Waiting(db).explained(late, model.id) is late
+    await save_pool_state(db, model.id, {"blocked": True}, [])
+    assert await Waiting(db).why(model.id) == NO_MACHINE
+    assert NO_MACHINE in (await Waiting(db).explained(late, model.id)).message
+    await save_pool_state(db, model.id, {"blocked": False}, [])
+    assert await Waiting(db).why(model.id) == ""
+
+
+async def test_without_a_database_there_is_no_explanation_and_no_wait() -> None:
+    away = Database("postgresql://nobody@127.0.0.1:1/none")
+    assert await Waiting(away).why("mod_1") == ""
+    await away.close()

@@ -1,0 +1,691 @@
+"""The scheduler in plain Python, as a specification of the Lua functions: no Redis, and the time is an argument (`now`, ms).
+
+It says the same as the comments in lmaas/scheduling/*.lua, in the plainest way: what the functions keep as running
+figures (a replica's load, who waits, what a minute has used) is counted anew here each time. A method takes what the method of Scheduler
+takes and answers what it answers, but for the epoch. The model has one pool.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
+from lmaas.scheduling.states import GATEWAY_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
+from lmaas.states import Observed, UsageStatus
+from tests.integration.scheduling.model_limits import Limits, Reservation, Tokens
+
+Reply = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The scheduler's constants, by their names in Lua."""
+
+    LEASE_MS: int = 6000
+    STALE_MS: int = 5000
+    GONE_MS: int = 30_000
+    AWAY_MS: int = 3000
+    PRESENT_MS: int = 10_000
+    MAX_ATTEMPTS: int = 2
+    TURN_MS: int = 2000
+    START_MS: int = 20_000
+    MAX_PASSES: int = 64
+    RESERVE_PASSES: int = 32
+    FAIR_TURNS: int = 2
+    MAX_TURNS: int = 128
+    MAX_TENANTS: int = 256
+    MAX_LINE: int = 64
+    MAX_DEPTH: int = 64
+    MAX_LOOKS: int = 512
+    MAX_REAPED: int = 100
+    MAX_COUNTERS: int = 10_000
+
+
+@dataclass
+class Held:
+    """A ticket that the scheduler knows: queued → (loading →) granted, or one of the ends that its gateway has yet to settle."""
+
+    ticket: Ticket
+    submitted: int
+    attempts: int
+    expires: int
+    state: TicketState = TicketState.QUEUED
+    #: Its place among all tickets, and among those of its tenant; smallest first.
+    turn: tuple[int, int] = (0, 0)
+    place: tuple[int, str] = (0, "")
+    #: How many tickets had been placed in all when one behind it went first for the first time.
+    passed_at: int | None = None
+    replica: str | None = None
+    #: The replica that was taken from it.
+    revoked: str | None = None
+    #: The slots it takes on its replica.
+    slots: int = 0
+    placed: int | None = None
+    granted: int | None = None
+    progress: Tokens | None = None
+    reservations: list[Reservation] = field(default_factory=list)
+    #: It was put back: it runs, whether or not there was room.
+    restored: bool = False
+
+    @property
+    def came_back(self) -> bool:
+        return self.turn[0] == 0
+
+    def charged(self) -> int:
+        """What its tenant's counter has been charged for it, before the division by the share."""
+        if self.placed is None:
+            return 0
+        return units(self.progress) if self.progress else self.ticket.prompt_tokens
+
+
+@dataclass
+class Replica:
+    """One engine."""
+
+    id: str
+    since: int
+    url: str = ""
+    slots: int = 0
+    adapter_slots: int = 0
+    state: Observed = Observed.STARTING
+    beat: int = 0
+    #: When a slot of it was taken last, or it became ready.
+    turn: int | None = None
+    suspect: bool = False
+    resident: set[str] = field(default_factory=set)
+    #: Adapter → where its files are.
+    loading: dict[str, str] = field(default_factory=dict)
+    #: Adapter → when a ticket was placed with it.
+    used: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Kept:
+    """What is kept on a replica for those who have waited for too long: all of it, or adapter slots, emptied of `victims` for `holders`."""
+
+    whole: bool = False
+    victims: set[str] = field(default_factory=set)
+    holders: set[str] = field(default_factory=set)
+
+
+def units(tokens: Tokens) -> int:
+    """A completion token costs twice a prompt token."""
+    return tokens[0] + 2 * tokens[2]
+
+
+class Model:
+    """The scheduler of one pool."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        #: How often a ticket has gone from one state to another.
+        self.moves: Counter[tuple[TicketState, TicketState]] = Counter()
+        self.forget_everything()
+
+    def forget_everything(self) -> None:
+        """FLUSHALL."""
+        self.tickets: dict[str, Held] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.limits = Limits(self.rules.TURN_MS)
+        self.counters: dict[str, float] = {}
+        self.last_to_leave: str | None = None
+        self.least_counter = 0.0  # of those that were dropped
+        self.enqueued = 0
+        #: Of each tenant that waits, how many it has queued since it began to.
+        self.sequences: dict[str, int] = {}
+        self.placed = 0
+        #: The most that was not counted as passing over, so far.
+        self.longest_turns = 0
+        self.run_ms = self.rules.TURN_MS
+        #: None before any supervisor has told it.
+        self.start_ms: int | None = None
+        self.reaped: int | None = None
+        self.spare_until = 0
+        self.active: int | None = None
+        self.controller = 0
+        #: Usage events; what was published (channel, message); who was placed (for whoever watches).
+        self.events: list[dict[str, Any]] = []
+        self.said: list[tuple[str, Any]] = []
+        self.placements: list[tuple[str, list[str]]] = []
+
+    def move(self, held: Held, state: TicketState) -> None:
+        """Change a ticket's state as the transition table allows it."""
+        assert state in TRANSITIONS[held.state], f"{held.ticket.id}: {held.state} → {state}"
+        self.moves[held.state, state] += 1
+        held.state = state
+
+    # What is there.
+
+    def queue(self, tenant: str | None = None) -> list[Held]:
+        """The queued tickets: all in the order in which they came, or a tenant's that did not come back, in their order of service."""
+        waiting = [each for each in self.tickets.values() if each.state == TicketState.QUEUED]
+        if tenant is None:
+            return sorted(waiting, key=lambda each: each.turn)
+        own = [each for each in waiting if each.ticket.tenant == tenant and not each.came_back]
+        return sorted(own, key=lambda each: each.place)
+
+    def on(self, replica: Replica) -> list[Held]:
+        return [each for each in self.tickets.values() if each.replica == replica.id]
+
+    def load(self, replica: Replica) -> int:
+        return sum(each.slots for each in self.on(replica))
+
+    def running(self, replica: Replica) -> dict[str, int]:
+        """Adapter → how many tickets hold a slot with it."""
+        adapters = [each.ticket.adapter for each in self.on(replica) if each.ticket.adapter]
+        return {adapter: adapters.count(adapter) for adapter in adapters}
+
+    def loading_on(self, replica: Replica, adapter: str) -> list[Held]:
+        return [each for each in self.on(replica) if each.state == TicketState.LOADING and each.ticket.adapter == adapter]
+
+    def fresh(self, now: int, replica: Replica) -> bool:
+        """It gets new work."""
+        return replica.state == Observed.READY and not replica.suspect and now - replica.beat < self.rules.STALE_MS
+
+    # Whose turn it is.
+
+    def tenants_waiting(self) -> list[str]:
+        """By counter. One that has nothing in the queue but what came back does not wait."""
+        tenants = {each.ticket.tenant for each in self.queue() if not each.came_back}
+        return sorted(tenants, key=lambda tenant: (self.counters.get(tenant, 0), tenant))
+
+    def in_order(self) -> Iterator[Held]:
+        """The tickets looked at in one round, in the order of service: first what came back."""
+        order = [each for each in self.queue() if each.came_back]
+        for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
+            order += self.queue(tenant)[: self.rules.MAX_DEPTH]
+        yield from order[: self.rules.MAX_LOOKS]
+
+    def floor(self) -> float:
+        """The counter that a tenant has at least when it begins to wait."""
+        waiting = self.tenants_waiting()
+        if waiting:
+            return self.counters.get(waiting[0], 0)
+        return max(self.least_counter, self.counters.get(self.last_to_leave or "", 0))
+
+    def charge(self, held: Held, amount: int) -> None:
+        if amount:
+            tenant = held.ticket.tenant
+            self.counters[tenant] = max(0.0, self.counters.get(tenant, 0) + amount / held.ticket.share)
+
+    def enqueue(self, held: Held, front: bool) -> None:
+        self.enqueued += 1
+        tenant, floor = held.ticket.tenant, self.floor()
+        if not front and not self.queue(tenant):
+            self.sequences[tenant] = 0
+            # Behind whoever waits already.
+            self.counters[tenant] = max(self.counters.get(tenant, 0), floor + (0.001 if self.tenants_waiting() else 0))
+            if len(self.counters) > self.rules.MAX_COUNTERS:
+                self.least_counter = self.floor()
+                self.counters = {name: value for name, value in self.counters.items() if value >= self.least_counter}
+        held.turn = (0 if front else 1, self.enqueued)
+        if not front:
+            self.sequences[tenant] += 1
+            held.place = (self.sequences[tenant] - held.ticket.head_start, held.ticket.id)
+        if held.state != TicketState.QUEUED:
+            self.move(held, TicketState.QUEUED)
+        held.replica, held.revoked, held.slots, held.placed, held.granted = None, None, 0, None, None
+        held.passed_at = None
+        self.tickets[held.ticket.id] = held
+
+    def left_the_queue(self, held: Held) -> None:
+        if not held.came_back and not self.queue(held.ticket.tenant):
+            self.last_to_leave = held.ticket.tenant
+
+    # Where it runs.
+
+    def choose(self, now: int, held: Held, kept: dict[str, Kept]) -> Replica | None:
+        """Where its adapter runs already, then where it is resident, then a free adapter slot; then the least loaded."""
+        adapter, found = held.ticket.adapter, []
+        for replica in self.replicas.values():
+            load, running, here = self.load(replica), self.running(replica), kept.get(replica.id, Kept())
+            if not self.fresh(now, replica) or load + min(held.ticket.weight, replica.slots) > replica.slots or here.whole:
+                continue
+            rank = 0
+            if adapter and adapter not in running:
+                if len(running) >= replica.adapter_slots or (here.holders and adapter not in here.holders):
+                    continue
+                rank = 1 if adapter in replica.resident else 2
+            if adapter in here.victims:
+                continue
+            found.append((rank, load / replica.slots, replica.id))
+        return self.replicas[min(found)[2]] if found else None
+
+    def keep_adapter_slot(self, now: int, adapter: str, kept: dict[str, Kept]) -> None:
+        """The one with the fewest tickets is emptied, unless one is being emptied for this adapter already."""
+        if any(adapter in here.holders for here in kept.values()):
+            return
+        found = [
+            (count, replica.id + victim, replica.id, victim)
+            for replica in self.replicas.values()
+            if self.fresh(now, replica) and len(running := self.running(replica)) >= replica.adapter_slots and adapter not in running
+            for victim, count in running.items()
+            if not kept.get(replica.id, Kept()).whole and victim not in kept.get(replica.id, Kept()).victims
+        ]
+        if found:
+            _, _, replica_id, victim = min(found)
+            here = kept.setdefault(replica_id, Kept())
+            here.victims.add(victim)
+            here.holders.add(adapter)
+
+    def keep_replica(self, now: int, kept: dict[str, Kept]) -> None:
+        """The one with the most room is emptied."""
+        found = [
+            (self.load(replica) - replica.slots, replica.id)
+            for replica in self.replicas.values()
+            if self.fresh(now, replica) and not kept.get(replica.id, Kept()).whole
+        ]
+        if found:
+            kept.setdefault(min(found)[1], Kept()).whole = True
+
+    def dispatch(self, now: int, caller: str = "") -> None:
+        """Give out every slot that can be given out."""
+        while (found := self.next_placement(now)) is not None:
+            held, replica, passed = found
+            for each in passed:
+                each.passed_at = self.placed
+            self.place(now, held, replica, caller)
+
+    def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
+        """The first ticket that fits, where, and who is passed over for the first time."""
+        passed: list[Held] = []
+        kept: dict[str, Kept] = {}
+        for held in self.in_order():
+            replica = self.choose(now, held, kept)
+            if replica is not None:
+                return held, replica, passed
+            if held.passed_at is None:
+                passed.append(held)
+                continue
+            passes = self.passes(held)
+            if passes >= self.rules.RESERVE_PASSES and held.ticket.adapter:
+                self.keep_adapter_slot(now, held.ticket.adapter, kept)
+            if passes >= self.rules.MAX_PASSES and held.ticket.weight > 1:
+                self.keep_replica(now, kept)
+        return None
+
+    def passes(self, held: Held) -> int:
+        """How often it was passed over, not counted what fair turns of all tenants would take until its own has nothing waiting."""
+        if held.passed_at is None:
+            return 0
+        turns = 0
+        if not held.came_back:
+            tenants = self.tenants_waiting()[: self.rules.MAX_TENANTS]
+            turns = min(self.rules.MAX_TURNS, len(self.queue(held.ticket.tenant)[: self.rules.MAX_DEPTH]) * len(tenants))
+        self.longest_turns = max(self.longest_turns, self.rules.FAIR_TURNS * turns)
+        return self.placed - held.passed_at - self.rules.FAIR_TURNS * turns
+
+    def is_kept_something(self, held: Held) -> bool:
+        """It was passed over so often that what it needs is kept for it, or will be as soon as there is something to keep."""
+        passes = self.passes(held)
+        return passes >= self.rules.RESERVE_PASSES if held.ticket.adapter else passes >= self.rules.MAX_PASSES and held.ticket.weight > 1
+
+    def place(self, now: int, held: Held, replica: Replica, caller: str) -> None:
+        ahead = list(self.in_order())
+        held_up = [each.ticket.id for each in ahead[: ahead.index(held)] if not self.is_kept_something(each)]
+        self.placements.append((held.ticket.id, held_up))
+        adapter = held.ticket.adapter
+        self.placed += 1
+        resident = not adapter or adapter in replica.resident
+        self.move(held, TicketState.GRANTED if resident else TicketState.LOADING)
+        held.passed_at, held.placed = None, now
+        self.left_the_queue(held)
+        self.charge(held, held.ticket.prompt_tokens)
+        self.hold(now, held, replica)
+        if resident:
+            news = self.grant(now, held)
+            if held.ticket.id != caller:
+                self.tell(held, TicketState.GRANTED, **news)
+        elif adapter not in replica.loading:
+            replica.loading[adapter] = held.ticket.source
+            self.said.append((f"lmaas:replica:{replica.id}", Signal.LOAD))
+
+    def hold(self, now: int, held: Held, replica: Replica) -> None:
+        held.replica, held.slots, replica.turn = replica.id, min(held.ticket.weight, replica.slots), now
+        if held.ticket.adapter:
+            replica.used[held.ticket.adapter] = now
+
+    def grant(self, now: int, held: Held) -> Reply:
+        held.granted = now
+        return self.lease(held)
+
+    def lease(self, held: Held) -> Reply:
+        assert held.replica is not None
+        assert held.placed is not None
+        assert held.granted is not None
+        url = self.replicas[held.replica].url
+        return {"replica": held.replica, "url": url, "queue_ms": held.placed - held.submitted, "load_ms": held.granted - held.placed}
+
+    def tell(self, held: Held, event: TicketState, **news: Any) -> None:
+        self.said.append(
+            (f"lmaas:gateway:{held.ticket.gateway}", {"id": held.ticket.id, "event": event, "attempts": held.attempts, **news})
+        )
+
+    # How it ends.
+
+    def forget(self, now: int, held: Held, used: Tokens | None) -> None:
+        """It is settled to what it used, and everything that it held is free."""
+        if held.placed is not None:
+            self.charge(held, (units(used) if used else 0) - held.charged())
+        del self.tickets[held.ticket.id]
+        if held.state == TicketState.QUEUED:
+            self.left_the_queue(held)
+        self.limits.settle(now, held.ticket, held.submitted, held.reservations, used)
+        self.active = now
+
+    def take_back(self, held: Held) -> None:
+        """It has had nothing: what it was charged is given back."""
+        self.charge(held, -held.charged())
+        held.replica, held.slots, held.placed, held.granted, held.progress = None, 0, None, None, None
+
+    def requeue(self, held: Held, delivered: bool) -> None:
+        """Back to the front of the queue, unless it has been delivered often enough."""
+        held.attempts += delivered
+        self.take_back(held)
+        if delivered and held.attempts >= self.rules.MAX_ATTEMPTS:
+            self.move(held, TicketState.FAILED)
+        else:
+            self.enqueue(held, front=True)
+
+    def requeue_loading(self, replica: Replica) -> None:
+        for held in sorted(self.on(replica), key=lambda each: each.turn):
+            if held.state == TicketState.LOADING:
+                self.requeue(held, delivered=False)
+
+    def remove(self, replica: Replica) -> None:
+        """What was loading waits again; what ran is told, and holds nothing any more."""
+        self.requeue_loading(replica)
+        for held in self.on(replica):
+            self.move(held, TicketState.REVOKED)
+            held.replica, held.slots, held.revoked = None, 0, replica.id
+            self.tell(held, TicketState.REVOKED)
+        del self.replicas[replica.id]
+
+    def reap(self, now: int) -> bool:
+        """Whether anything was taken from anybody who is gone. After the server itself was away, everybody has the time of a lease."""
+        if self.reaped is not None and now < self.reaped:
+            self.clock_set_back(now)
+        if self.reaped is not None and now - self.reaped > self.rules.AWAY_MS:
+            self.spare_until = now + self.rules.LEASE_MS
+        self.reaped = now
+        if now < self.spare_until:
+            return False
+        lost = [each for each in self.tickets.values() if each.expires <= now]
+        for held in sorted(lost, key=lambda each: (each.expires, each.ticket.id))[: self.rules.MAX_REAPED]:
+            used = held.progress or (0, 0, 0)
+            self.events.append(
+                {
+                    "request_id": held.ticket.id,
+                    "status": UsageStatus.LOST,
+                    "code": GATEWAY_LOST,
+                    "prompt_tokens": used[0],
+                    "cached_tokens": used[1],
+                    "completion_tokens": used[2],
+                    "queue_ms": (now if held.placed is None else held.placed) - held.submitted,
+                    "load_ms": 0 if held.placed is None else (now if held.granted is None else held.granted) - held.placed,
+                    "run_ms": 0 if held.granted is None else now - held.granted,
+                    "replica_id": held.replica or held.revoked,
+                }
+            )
+            self.forget(now, held, used)
+        gone = [replica for _, replica in sorted(self.replicas.items()) if now - replica.beat > self.rules.GONE_MS]
+        for replica in gone:
+            self.remove(replica)
+        return bool(lost or gone)
+
+    def clock_set_back(self, now: int) -> None:
+        """Nothing lies in the future, and everybody has the time of a lease."""
+        for held in self.tickets.values():
+            held.expires, held.submitted = min(held.expires, now + self.rules.LEASE_MS), min(held.submitted, now)
+            held.placed = None if held.placed is None else min(held.placed, now)
+            held.granted = None if held.granted is None else min(held.granted, now)
+        for replica in self.replicas.values():
+            replica.beat, replica.since = min(replica.beat, now), min(replica.since, now)
+            replica.turn = None if replica.turn is None else min(replica.turn, now)
+            replica.used = {adapter: min(at, now) for adapter, at in replica.used.items()}
+        self.controller = min(self.controller, now)
+        self.active = None if self.active is None else min(self.active, now)
+        self.spare_until = now + self.rules.LEASE_MS
+
+    # What is answered.
+
+    def estimate(self, now: int, position: int) -> Reply:
+        """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
+        ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
+        starting = [now - replica.since for replica in self.replicas.values() if replica.state == Observed.STARTING]
+        usual = self.rules.START_MS if self.start_ms is None else self.start_ms
+        if slots := sum(replica.slots for replica in ready):
+            phase, usual = WaitPhase.BUSY, self.run_ms
+            elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
+        elif starting:
+            phase, slots = WaitPhase.STARTING, 16
+            elapsed = min(starting, key=lambda each: (self.left(usual, each), each))
+        else:
+            phase, slots = WaitPhase.ASKED, 16
+            elapsed = now - self.queue()[0].submitted if self.queue() else 0
+        return {
+            "wait_ms": self.left(usual, elapsed) + (-(-position // slots) - 1) * self.run_ms,
+            "late_ms": max(0, elapsed - usual),
+            "phase": phase,
+            "assumed": phase != WaitPhase.BUSY and self.start_ms is None,
+        }
+
+    @staticmethod
+    def left(usual: int, elapsed: int) -> int:
+        return max(min(1000, usual), usual - elapsed, elapsed - usual)
+
+    def position(self, held: Held) -> int:
+        """In the order of service: behind what came back, and with turns of the tenants that cost the same, the last tenants' one each."""
+        front = [each for each in self.queue() if each.came_back]
+        if held in front:
+            return front.index(held) + 1
+        tenant, order = held.ticket.tenant, self.tenants_waiting()
+        own, turn = self.queue(tenant).index(held), order.index(tenant)
+        if own == 0:
+            return len(front) + turn + 1
+        others = 0
+        for at, each in enumerate(order):
+            if each != tenant:
+                others += min(len(self.queue(each)), own + (at < turn)) if at < self.rules.MAX_LINE else 1
+        return len(front) + own + others + 1
+
+    def report(self, now: int, held: Held) -> Reply:
+        reply: Reply = {"state": held.state, "attempts": held.attempts}
+        if held.state == TicketState.QUEUED:
+            position = self.position(held)
+            reply |= {"position": position} | self.estimate(now, position)
+        if held.state == TicketState.GRANTED:
+            reply |= self.lease(held)
+        return reply
+
+    def ask_for_replica(self) -> None:
+        if self.queue() and all(replica.state == Observed.DRAINING or replica.suspect for replica in self.replicas.values()):
+            self.said.append(("lmaas:control", Signal.DEMAND))
+
+    # The functions.
+
+    def submit(
+        self, now: int, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
+    ) -> Reply:
+        if self.reap(now):
+            self.dispatch(now)
+        if ticket.id in self.tickets:
+            return self.report(now, self.tickets[ticket.id])
+        accepted_before = waited_ms > 0
+        self.limits.take_seeds(now, seeds or {})
+        if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
+            return {"state": NoTicket.REFUSED}
+        if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
+            return {"state": NoTicket.REFUSED_BY_POOL, "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
+        refused, left, made = self.limits.reserve(now, ticket, accepted_before)
+        if refused is not None:
+            return refused
+        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, reservations=made)
+        self.enqueue(held, front=False)
+        self.active = now
+        self.dispatch(now, ticket.id)
+        self.ask_for_replica()
+        return self.report(now, held) | ({} if left is None else {"left": left})
+
+    def release(self, now: int, ticket: Ticket, event: Reply | None, run_ms: int | None, used: Tokens | None) -> bool:
+        if event is not None:
+            self.events.append(event)
+        held = self.tickets.get(ticket.id)
+        if held is not None:
+            if run_ms is not None:
+                self.run_ms += (run_ms - self.run_ms) // 8
+            self.forget(now, held, used)
+        self.reap(now)
+        self.dispatch(now)
+        return held is not None
+
+    def retry(self, now: int, ticket: Ticket, replica_id: str, reason: RetryReason, attempt: int) -> Reply:
+        held = self.tickets.get(ticket.id)
+        if held is None:
+            return {"state": NoTicket.UNKNOWN}
+        if held.state in (TicketState.GRANTED, TicketState.REVOKED) and held.attempts == attempt:
+            if (replica := self.replicas.get(replica_id)) is not None:
+                if reason == RetryReason.ENGINE:
+                    replica.suspect = True
+                else:
+                    replica.resident.discard(ticket.adapter)
+                self.said.append((f"lmaas:replica:{replica_id}", reason))
+            self.requeue(held, delivered=True)
+        self.dispatch(now, ticket.id)
+        self.ask_for_replica()
+        return self.report(now, held)
+
+    def renew(self, now: int, progress: Sequence[tuple[str, Tokens | None]]) -> Reply:
+        for name, tokens in progress:
+            if (held := self.tickets.get(name)) is not None:
+                held.expires = now + self.rules.LEASE_MS
+                if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED):
+                    before, held.progress = held.charged(), tokens
+                    self.charge(held, held.charged() - before)
+        self.reap(now)
+        self.dispatch(now)
+        if progress:
+            self.active = now
+        return {
+            "tickets": [
+                self.report(now, self.tickets[name]) if name in self.tickets else {"state": NoTicket.UNKNOWN} for name, _ in progress
+            ]
+        }
+
+    def restore(self, now: int, ticket: Ticket, replica_id: str, *, waited_ms: int, attempts: int) -> bool:
+        replica = self.replicas.get(replica_id)
+        if ticket.id in self.tickets:
+            return True
+        if replica is None:
+            return False
+        made = self.limits.reserve(now, ticket, True)[2]
+        held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, TicketState.GRANTED, reservations=made, restored=True)
+        held.placed = held.granted = now
+        self.tickets[ticket.id] = held
+        self.charge(held, ticket.prompt_tokens)
+        self.hold(now, held, replica)
+        self.dispatch(now)
+        return True
+
+    def heartbeat(self, now: int, replica_id: str, beat: Beat) -> Reply:
+        if replica_id not in self.replicas:
+            self.replicas[replica_id] = Replica(replica_id, now, resident=set(beat.resident))
+        replica = self.replicas[replica_id]
+        if beat.state == Observed.READY and replica.state == Observed.STARTING:
+            replica.turn = now
+            replica.resident |= set(beat.resident)
+        if beat.start_ms is not None:
+            self.start_ms = beat.start_ms
+        if replica.state != Observed.DRAINING:
+            replica.state = beat.state
+        replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, now
+        replica.suspect = beat.suspect or (replica.suspect and not beat.cleared)
+        self.reap(now)
+        self.dispatch(now)
+        return {
+            "state": replica.state,
+            "load": self.load(replica),
+            "suspect": replica.suspect,
+            "loads": replica.loading,
+            "running": self.running(replica),
+            "used": {adapter: now - at for adapter, at in replica.used.items()},
+            "controller": now - self.controller < self.rules.PRESENT_MS,
+        } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == Observed.STARTING else {})
+
+    def awaited(self, count: int) -> dict[str, str]:
+        """The adapters that are needed first, as many as run at once."""
+        wanted = {held.ticket.adapter: held.ticket.source for held in reversed(list(self.in_order())) if held.ticket.adapter}
+        first = list(dict.fromkeys(held.ticket.adapter for held in self.in_order() if held.ticket.adapter))[:count]
+        return {adapter: wanted[adapter] for adapter in first}
+
+    def loaded(self, now: int, replica_id: str, adapter: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return 0
+        waiting = self.loading_on(replica, adapter)
+        replica.resident.add(adapter)
+        replica.loading.pop(adapter, None)
+        for held in waiting:
+            self.move(held, TicketState.GRANTED)
+            self.tell(held, TicketState.GRANTED, **self.grant(now, held))
+        return len(waiting)
+
+    def load_failed(self, now: int, replica_id: str, adapter: str, reason: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return 0
+        failed = self.loading_on(replica, adapter)
+        replica.loading.pop(adapter, None)
+        for held in failed:
+            self.take_back(held)
+            self.move(held, TicketState.LOAD_FAILED)
+            self.tell(held, TicketState.LOAD_FAILED, reason=reason)
+        self.dispatch(now)
+        return len(failed)
+
+    def evict(self, now: int, replica_id: str, adapter: str) -> bool:
+        replica = self.replicas.get(replica_id)
+        if replica is None or adapter in self.running(replica):
+            return False
+        replica.resident.discard(adapter)
+        replica.used.pop(adapter, None)
+        return True
+
+    def drain(self, now: int, replica_id: str) -> int:
+        if (replica := self.replicas.get(replica_id)) is None:
+            return -1
+        replica.state = Observed.DRAINING
+        self.requeue_loading(replica)
+        replica.loading = {}
+        self.dispatch(now)
+        return self.load(replica)
+
+    def deregister(self, now: int, replica_id: str) -> None:
+        if (replica := self.replicas.get(replica_id)) is not None:
+            self.remove(replica)
+        self.dispatch(now)
+        self.ask_for_replica()
+
+    def stats(self, now: int) -> Reply:
+        self.reap(now)
+        self.dispatch(now)
+        self.controller = now
+        self.active = now if self.active is None else self.active
+        replicas = {
+            name: {
+                "state": replica.state,
+                "load": self.load(replica),
+                "slots": replica.slots,
+                "beat_ms": now - replica.beat,
+                "resident": len(replica.resident),
+                "running": len(self.running(replica)),
+            }
+            for name, replica in self.replicas.items()
+        }
+        return {
+            "queued": len(self.queue()),
+            "load": sum(map(self.load, self.replicas.values())),
+            "replicas": replicas,
+            "idle_ms": now - self.active,
+            "run_ms": self.run_ms,
+            "start_ms": self.rules.START_MS if self.start_ms is None else self.start_ms,
+        }

@@ -1,0 +1,367 @@
+"""The scheduler's functions in a real Valkey beside the model: one call goes to both, then everything that is stored is compared."""
+
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from redis import Redis
+from redis.client import Pipeline
+
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
+from lmaas.scheduling.states import RetryReason
+from tests.integration.scheduling.build import KEY
+from tests.integration.scheduling.model import Held, Model, Replica, Rules
+from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
+
+POOL = "p"
+#: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
+UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began")
+#: What a stored scope is, in words that Python reads.
+READ_SCOPE = """
+local found = redis.call('GET', KEYS[1])
+if not found then return nil end
+local scope = cmsgpack.unpack(found)
+scope.seconds = {}
+for at = 1, #scope.window, 24 do
+  local second, requests, tokens = struct.unpack('<ddd', scope.window, at)
+  scope.seconds[#scope.seconds + 1] = { second, requests, tokens }
+end
+scope.window = nil
+return cjson.encode(scope)
+"""
+
+
+class Direct(Scheduler):
+    """The scheduler's client, except that a call is answered before it returns: its coroutines never wait.
+
+    With each call goes what `reads` adds to the pipeline, and `found` has what it read after the call.
+    """
+
+    def __init__(self, client: Redis, text: str) -> None:
+        super().__init__(client, text)  # type: ignore[arg-type]
+        self.client = client
+        self.client.function_load(self._library, replace=True)
+        self.reads: Callable[[Pipeline], None] = lambda _: None
+        self.found: list[Any] = []
+
+    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+        ask = self.client.pipeline(transaction=False)
+        ask.fcall(f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args)
+        self.reads(ask)
+        reply, *self.found = ask.execute()
+        return reply
+
+
+def answer(calling: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine that never waits returns."""
+    try:
+        calling.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits")
+
+
+def library_with(rules: Rules, text: str | None = None) -> str:
+    """The library with other constants, with its time from two keys, and with what it publishes in a list."""
+    text = text or library()
+    for name, value in asdict(rules).items():
+        assert f"local {name} = " in text, name
+        before, after = text.split(f"local {name} = ", 1)
+        text = f"{before}local {name} = {value} --{after}"
+    for before, after in (("redis.call('TIME')", "redis.call('MGET', 'now:s', 'now:us')"), ("call('PUBLISH', ", "call('RPUSH', 'said', ")):
+        assert before in text, before
+        text = text.replace(before, after)
+    return text
+
+
+def told(tokens: Tokens | None) -> str:
+    return "" if tokens is None else ",".join(map(str, tokens))
+
+
+class Both:
+    """A scheduler and its model. Each method is a call to both: it gives the answer, and raises AssertionError where they differ."""
+
+    def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct, tenants: list[str]) -> None:
+        self.client, self.scheduler, self.model = client, scheduler, Model(rules)
+        self.tenants = tenants
+        self.scopes: list[str] = []
+        scheduler.reads = lambda ask: look(ask, tenants, self.scopes)
+        self.now = now
+        self.epoch: str | None = None
+        #: False while a call is under way, and after one that found a difference.
+        self.agreed = True
+        self.flush()
+
+    def at(self, now: int) -> None:
+        """Time is this now."""
+        self.now = now
+        self.client.mset({"now:s": now // 1000, "now:us": now % 1000 * 1000})
+
+    def flush(self) -> None:
+        """The server loses its memory."""
+        self.client.flushall()
+        self.scheduler._memories.clear()  # the time, which the test sets, may say that this is an older memory
+        self.model.forget_everything()
+        self.epoch = None
+        self.at(self.now)
+
+    @contextmanager
+    def compared(self) -> Iterator[None]:
+        self.agreed = False
+        self.model.said.clear()
+        self.model.placements.clear()
+        yield
+        difference = differences(stored(self.scheduler.found, self.tenants, self.scopes, self.now), modelled(self.model, self.now))
+        assert not difference, "\n".join(difference)
+        self.agreed = True
+
+    def reply(self, expected: Any, calling: Coroutine[Any, Any, Any]) -> Any:
+        self.scopes = list(self.model.limits.scopes)
+        got = answer(calling)
+        if isinstance(got, dict) and (epoch := got.pop("epoch", None)) is not None:
+            self.epoch = self.epoch or epoch
+            assert epoch == self.epoch
+        difference = differences(got, expected)
+        assert not difference, "\n".join(difference)
+        return got
+
+    def submit(self, ticket: Ticket, bounds: Bounds, waited_ms: int = 0, attempts: int = 0, seeds: dict[str, Seed] | None = None) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.submit(self.now, ticket, bounds, waited_ms=waited_ms, attempts=attempts, seeds=seeds),
+                self.scheduler.submit(ticket, bounds, waited_ms=waited_ms, attempts=attempts, seeds=seeds),
+            )
+
+    def release(self, ticket: Ticket, event: dict[str, Any] | None, run_ms: int | None, used: Tokens | None) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.release(self.now, ticket, event, run_ms, used),
+                self.scheduler.release(ticket, "" if event is None else json.dumps(event), run_ms, told(used)),
+            )
+
+    def retry(self, ticket: Ticket, replica: str, reason: RetryReason, attempt: int) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.retry(self.now, ticket, replica, reason, attempt), self.scheduler.retry(ticket, replica, reason, attempt)
+            )
+
+    def renew(self, progress: list[tuple[str, Tokens | None]]) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.renew(self.now, progress), self.scheduler.renew(POOL, [(name, told(tokens)) for name, tokens in progress])
+            )
+
+    def restore(self, ticket: Ticket, replica: str, waited_ms: int, attempts: int) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.restore(self.now, ticket, replica, waited_ms=waited_ms, attempts=attempts),
+                self.scheduler.restore(ticket, replica, waited_ms=waited_ms, attempts=attempts),
+            )
+
+    def heartbeat(self, replica: str, beat: Beat) -> Any:
+        with self.compared():
+            return self.reply(self.model.heartbeat(self.now, replica, beat), self.scheduler.heartbeat(POOL, replica, beat))
+
+    def loaded(self, replica: str, adapter: str) -> Any:
+        with self.compared():
+            return self.reply(self.model.loaded(self.now, replica, adapter), self.scheduler.loaded(POOL, replica, adapter))
+
+    def load_failed(self, replica: str, adapter: str) -> Any:
+        with self.compared():
+            return self.reply(
+                self.model.load_failed(self.now, replica, adapter, "broken"), self.scheduler.load_failed(POOL, replica, adapter, "broken")
+            )
+
+    def evict(self, replica: str, adapter: str) -> Any:
+        with self.compared():
+            return self.reply(self.model.evict(self.now, replica, adapter), self.scheduler.evict(POOL, replica, adapter))
+
+    def drain(self, replica: str) -> Any:
+        with self.compared():
+            return self.reply(self.model.drain(self.now, replica), self.scheduler.drain(POOL, replica))
+
+    def deregister(self, replica: str) -> None:
+        with self.compared():
+            self.model.deregister(self.now, replica)
+            self.reply(None, self.scheduler.deregister(POOL, replica))
+
+    def stats(self) -> Any:
+        with self.compared():
+            return self.reply(self.model.stats(self.now), self.scheduler.stats(POOL))
+
+
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Where two nested values differ, in words."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = sorted({*left, *right}, key=str)
+        return [line for key in keys for line in differences(left.get(key, "nothing"), right.get(key, "nothing"), f"{where} {key}")]
+    return [] if left == right else [f"{where}: {left!r}, by the model {right!r}"]
+
+
+# What is stored, by both, in the same words.
+
+
+def look(ask: Pipeline, tenants: list[str], scopes: list[str]) -> None:
+    """Read everything in Valkey; take away what was published."""
+    for name in ("tickets", "replicas", "needs", "passed", "progress", "vars"):
+        ask.hgetall(f"{KEY}:{name}")
+    ask.zrange(f"{KEY}:queue", 0, -1)
+    ask.zrange(f"{KEY}:waiting", 0, -1)
+    for name in ("counters", "expiry"):
+        ask.zrange(f"{KEY}:{name}", 0, -1, withscores=True)
+    ask.xrange(f"{KEY}:usage")
+    ask.lrange("said", 0, -1)
+    ask.delete("said")
+    for name in tenants:
+        ask.zrange(f"{KEY}:queue:{name}", 0, -1)
+    for name in scopes:
+        ask.eval(READ_SCOPE, 1, f"lmaas:limits:{name}")
+
+
+def stored(found: list[Any], tenants: list[str], scopes: list[str], now: int) -> dict[str, Any]:
+    """What was read."""
+    tickets, replicas, needs, passed, progress, numbers, queue, waiting, counters, expiry, usage, said, _, *others = found
+    queues, limits = others[: len(tenants)], others[len(tenants) :]
+    expires, published = dict(expiry), iter(said)
+    return {
+        "tickets": {name: _ticket(name, json.loads(text), expires, passed, progress, needs) for name, text in tickets.items()},
+        "expiry": sorted(expires),
+        "replicas": {name: _replica(json.loads(text)) for name, text in replicas.items()},
+        "queue": queue,
+        "queues": {tenant: ids for tenant, ids in zip(tenants, queues, strict=True) if ids},
+        "waiting": waiting,
+        "needs": sorted(needs),
+        "passed": sorted(passed),
+        "progress": sorted(progress),
+        "counters": dict(counters),
+        "numbers": _numbers({name: value for name, value in numbers.items() if name not in UNTOLD}),
+        "events": [json.loads(fields["event"]) for _, fields in usage],
+        "said": sorted(_message(channel, message) for channel, message in zip(published, published, strict=True)),
+        "limits": {name: _scope(text and json.loads(text), now) for name, text in zip(scopes, limits, strict=True)},
+    }
+
+
+def _ticket(name: str, facts: Any, expires: Any, passed: Any, progress: Any, needs: Any) -> dict[str, Any]:
+    names = ("state", "attempts", "submitted", "placed", "granted", "replica", "revoked", "held")
+    return {each: facts.get(each) for each in names} | {
+        "expires": expires.get(name),
+        "passed": int(passed[name]) if name in passed else None,
+        "progress": progress.get(name),
+        "needs": needs.get(name),
+    }
+
+
+def _replica(facts: Any) -> dict[str, Any]:
+    names = ("url", "slots", "adapter_slots", "state", "beat", "since", "load", "running", "used")
+    loading = {adapter: (each["source"], sorted(each["tickets"])) for adapter, each in facts["loading"].items()}
+    return {each: facts[each] for each in names} | {
+        "turn": facts.get("turn"),
+        "suspect": facts.get("suspect", False),
+        "resident": sorted(facts["resident"]),
+        "loading": loading,
+    }
+
+
+def _message(channel: str, message: str) -> str:
+    news = json.loads(message) if channel.startswith("lmaas:gateway:") else message
+    return f"{channel} {json.dumps(news, sort_keys=True)}"
+
+
+def _scope(facts: Any, now: int) -> dict[str, Any]:
+    if not facts:
+        return {"running": 0, "seeded": 0, "month": (0, 0), "seconds": {}}
+    recent = [each for each in facts["seconds"] if each[0] + WINDOW_S >= now // 1000 >= each[0]]
+    return {
+        "running": facts["running"],
+        "seeded": facts["seeded"],
+        "month": (facts["tokens"], facts["cost"]) if facts["month"] == month_of(now) else (0, 0),
+        "seconds": {at: (requests, tokens) for at, requests, tokens in recent if requests or tokens},
+    }
+
+
+def modelled(model: Model, now: int) -> dict[str, Any]:
+    """The same of the model."""
+    queued = model.queue()
+    numbers = {
+        "placed": model.placed,
+        "run_ms": model.run_ms,
+        "start_ms": model.start_ms,
+        "reaped": model.reaped,
+        "spare": model.spare_until,
+        "active": model.active,
+        "controller": model.controller,
+        "last": model.last_to_leave,
+        "floor": model.least_counter,
+    }
+    return {
+        "tickets": {name: _held(held) for name, held in model.tickets.items()},
+        "expiry": sorted(model.tickets),
+        "replicas": {name: _modelled_replica(model, replica) for name, replica in model.replicas.items()},
+        "queue": [each.ticket.id for each in queued],
+        "queues": {tenant: [one.ticket.id for one in model.queue(tenant)] for tenant in model.tenants_waiting()},
+        "waiting": model.tenants_waiting(),
+        "needs": sorted(each.ticket.id for each in queued),
+        "passed": sorted(each.ticket.id for each in queued if each.passed_at is not None),
+        "progress": sorted(name for name, each in model.tickets.items() if each.progress is not None),
+        "counters": model.counters,
+        "numbers": _numbers(numbers),
+        "events": model.events,
+        "said": sorted(f"{channel} {json.dumps(news, sort_keys=True)}" for channel, news in model.said),
+        "limits": {
+            name: {
+                "running": scope.running(),
+                "seeded": scope.seeded,
+                "month": scope.month_figures(now),
+                "seconds": {second: used for second, used in scope.seconds(now).items() if any(used)},
+            }
+            for name, scope in model.limits.scopes.items()
+        },
+    }
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that say something: not the defaults."""
+    usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS}
+    found = {name: value if value is None or name == "last" else float(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value not in (None, usual.get(name, 0))}
+
+
+def _held(held: Held) -> dict[str, Any]:
+    return {
+        "state": held.state,
+        "attempts": held.attempts,
+        "submitted": held.submitted,
+        "placed": held.placed,
+        "granted": held.granted,
+        "replica": held.replica,
+        "revoked": held.revoked,
+        "held": held.slots or None,
+        "expires": held.expires,
+        "passed": held.passed_at,
+        "progress": told(held.progress) or None,
+        "needs": f"{held.ticket.weight}|{held.ticket.adapter}" if held.state == "queued" else None,
+    }
+
+
+def _modelled_replica(model: Model, replica: Replica) -> dict[str, Any]:
+    loading = {
+        adapter: (source, sorted(each.ticket.id for each in model.loading_on(replica, adapter)))
+        for adapter, source in replica.loading.items()
+    }
+    return {
+        "url": replica.url,
+        "slots": replica.slots,
+        "adapter_slots": replica.adapter_slots,
+        "state": replica.state,
+        "beat": replica.beat,
+        "since": replica.since,
+        "turn": replica.turn,
+        "load": model.load(replica),
+        "running": model.running(replica),
+        "used": replica.used,
+        "suspect": replica.suspect,
+        "resident": sorted(replica.resident),
+        "loading": loading,
+    }

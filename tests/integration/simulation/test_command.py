@@ -1,0 +1,196 @@
+"""`lmaas simulate` as a user runs it, and its charts."""
+
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lmaas.cli.commands import cli
+from lmaas.errors import SettingsError
+from lmaas.simulation.chart import check_chart
+from lmaas.simulation.profile import Profile, read_profile, write_profile
+from lmaas.simulation.trace import TraceError
+
+SMALL = "time,tenant,adapter,prompt_tokens,completion_tokens\n0,acme,bot,100,20\n1,globex,,50,10\n900,acme,bot,100,20\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text(SMALL)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_a_table_for_people_has_all_three_arrangements(trace: Path) -> None:
+    done = run("simulate", trace)
+    assert done.exit_code == 0, done.output
+    for words in ("always-on per tenant", "scale-to-zero per tenant", "shared", "ttft p99", "cold requests", "cost $"):
+        assert words in done.stdout
+    assert "3 requests of 2 tenants and 1 adapters in 900 s, 250 + 50 tokens." in done.stderr
+
+
+def test_json_for_programs_has_all_figures(trace: Path) -> None:
+    done = run("--json", "simulate", trace, "--idle-timeout-s", "60", "--engine-price", "3600000")
+    always, zero, shared = json.loads(done.stdout)
+    assert always["engine_s"] == pytest.approx(2 * 900, rel=0.01)
+    assert always["cost_microusd"] == pytest.approx(2 * 900 * 1000, rel=0.01)
+    # Starts, runs and idle timeouts: three for tenants of their own, two together.
+    assert zero["engine_s"] == pytest.approx(3 * 65, rel=0.03)
+    assert shared["engine_s"] == pytest.approx(2 * 65, rel=0.03)
+    assert (always["starts"], zero["starts"], shared["starts"]) == (0, 3, 2)
+    assert always["ttft_p50_s"] < 0.2 < shared["ttft_p50_s"]
+    assert shared["of_always_on"] == pytest.approx(shared["engine_s"] / always["engine_s"], abs=1e-4)
+    assert {line["completed"] for line in (always, zero, shared)} == {3}
+
+
+def test_some_arrangements_only(trace: Path) -> None:
+    [shared] = json.loads(run("--json", "simulate", trace, "--only", "shared").stdout)
+    assert (shared["arrangement"], shared["of_always_on"]) == ("shared", None)
+
+
+def test_options_change_the_engine(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    write_profile(Profile(start_s=30.0, step_s=0.5), profile)
+    [slow] = json.loads(run("--json", "simulate", trace, "--only", "shared", "--profile", profile).stdout)
+    assert slow["ttft_p50_s"] > 30
+    [fast] = json.loads(run("--json", "simulate", trace, "--only", "shared", "--profile", profile, "--start-s", "0.5").stdout)
+    assert 0.5 < fast["ttft_p50_s"] < 4
+
+
+def test_a_day_is_written_and_simulated(tmp_path: Path) -> None:
+    day = tmp_path / "day.csv"
+    options = ("--seed", "3", "--bursts", "5", "--tenants", "4")
+    assert run("simulate", "--generate", day, *options).exit_code == 0
+    first = day.read_text()
+    assert first.startswith("time,tenant,adapter,prompt_tokens,completion_tokens\n0.000,tenant-")
+    assert run("simulate", "--generate", day, *options).exit_code == 0
+    assert day.read_text() == first
+    [shared] = json.loads(run("--json", "simulate", day, "--only", "shared").stdout)
+    assert shared["completed"] == len(first.splitlines()) - 1
+
+
+def test_an_azure_trace_needs_no_options(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n")
+    [shared] = json.loads(run("--json", "simulate", path, "--only", "shared", "--tenants", "3").stdout)
+    assert (shared["prompt_tokens"], shared["completion_tokens"]) == (770, 153)
+
+
+def test_columns_are_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("at,in,out\n1,10,5\n")
+    named = [
+        part for name in ("time=at", "prompt_tokens=in", "completion_tokens=out", "tenant=", "adapter=") for part in ("--column", name)
+    ]
+    [shared] = json.loads(run("--json", "simulate", path, "--only", "shared", *named).stdout)
+    assert shared["completed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "Say which TRACE"),
+        (("--column", "when=at"), "is not NAME=HEADING"),
+        (("--slots", "0"), "--slots"),
+        (("--only", "none"), "--only"),
+    ],
+)
+def test_wrong_options_are_explained(trace: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = run("simulate", *([trace] if arguments else []), *arguments)
+    assert done.exit_code == 2
+    assert says in done.output
+
+
+def test_a_wrong_trace_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.csv"
+    path.write_text(SMALL + "901,acme,bot,-1,5\n")
+    assert isinstance(run("simulate", path).exception, TraceError)
+
+
+def test_charts_are_written(trace: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    png, svg, page = (tmp_path / f"chart.{kind}" for kind in ("png", "svg", "html"))
+    done = run("simulate", trace, *(part for path in (png, svg, page) for part in ("--chart", path)))
+    assert done.exit_code == 0, done.output
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png.read_bytes()[16:24])
+    assert (width, height) == (1650, 1080)
+    assert svg.read_text().rstrip().endswith("</svg>")
+    _looks_right(page.read_text())
+
+
+def _looks_right(text: str) -> None:
+    """A page that is whole, names what it shows, and asks nobody for anything."""
+
+    class Page(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.seen: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.seen.add(tag)
+            if tag != "meta":
+                self.open.append(tag)
+            for name, value in attrs:
+                assert name not in ("src", "onload"), (tag, name, value)
+                assert not name.endswith("href") or str(value).startswith("#"), (tag, name, value)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert {"svg", "table", "h1", "li"} <= page.seen
+    assert not re.search(r"<script|@import|url\((?!#)", text)
+    for words in ("3 requests of 2 tenants", "scale-to-zero per tenant", "TTFT p99, s", "idle timeout 300 s"):
+        assert words in text
+
+
+def test_a_chart_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"end in \.png, \.svg, \.html"):
+        check_chart(tmp_path / "chart.gif")
+    with pytest.raises(SettingsError, match="its folder does not exist"):
+        check_chart(tmp_path / "none" / "chart.png")
+    monkeypatch.setattr("lmaas.simulation.chart.find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r"pip install 'lmaas\[chart\]'"):
+        check_chart(tmp_path / "chart.png")
+
+
+def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile = Profile(start_s=18.0, slots=32)
+    write_profile(profile, path)
+    assert read_profile(path) == profile
+    path.write_text('{"start_s": 3}')
+    assert read_profile(path) == Profile(start_s=3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"unknown": 1}',
+        '{"start_s": -1}',
+        '{"start_s": "fast"}',
+        '{"step_s": 0}',
+        '{"slots": 1.5}',
+        '{"slots": true}',
+        '{"step_s": NaN}',
+    ],
+)
+def test_a_profile_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match="profile"):
+        read_profile(path)

@@ -1,0 +1,88 @@
+"""Rows for tests that need a database with something in it."""
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from lmaas.audit import Audit
+from lmaas.states import UsageStatus
+from lmaas.store.adapters import add_version
+from lmaas.store.database import Database
+from lmaas.store.models import BaseModel, put_base_model
+from lmaas.store.tenants import Tenant, create_tenant
+from lmaas.store.usage import UsageEvent
+
+
+async def base_model(db: Database, name: str = "base", **changes: Any) -> BaseModel:
+    """A base model with two slots a replica."""
+    values: dict[str, Any] = {
+        "id": "",
+        "name": name,
+        "source": "/models/base",
+        "dtype": "float32",
+        "linears": {"model.layers.0.self_attn.q_proj": [64, 32]},
+        "max_lora_rank": 16,
+        "max_loras": 2,
+        "max_cpu_loras": 4,
+        "max_num_seqs": 2,
+        "max_model_len": 2048,
+        "kv_cache_bytes": 2**30,
+        "engine_args": "",
+    }
+    return await put_base_model(db, BaseModel(**values | changes))
+
+
+async def tenant(db: Database, name: str, max_adapters: int = 5) -> Tenant:
+    """A tenant."""
+    return await create_tenant(db, name, "standard", 10, max_adapters)
+
+
+async def upload(
+    db: Database,
+    tenant_id: str,
+    name: str,
+    base: BaseModel,
+    *,
+    content: str | None = None,
+    activate: bool = True,
+    audit: Audit | None = None,
+) -> int:
+    """A version of an adapter, whose content is its own if none is given."""
+    version, _ = await add_version(
+        db,
+        tenant_id,
+        name,
+        base.id,
+        content_hash=content or secrets.token_hex(32),
+        rank=8,
+        target_modules=["q_proj"],
+        size_bytes=1000,
+        activate=activate,
+        audit=audit,
+    )
+    return version
+
+
+def usage_event(request_id: str, tenant_id: str | None, **changes: Any) -> UsageEvent:
+    """How a request ended."""
+    values: dict[str, Any] = {
+        "request_id": request_id,
+        "tenant_id": tenant_id,
+        "key_id": None,
+        "base_model": "base",
+        "model": "base",
+        "adapter": None,
+        "adapter_version": None,
+        "status": UsageStatus.COMPLETED,
+        "code": None,
+        "stream": False,
+        "prompt_tokens": 10,
+        "cached_tokens": 4,
+        "completion_tokens": 5,
+        "queue_ms": 1,
+        "load_ms": 2,
+        "run_ms": 300,
+        "replica_id": "rep_1",
+        "created_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    }
+    return UsageEvent(**values | changes)

@@ -1,0 +1,90 @@
+"""One active controller: the lock, what is written under it, and a holder that stands still."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from lmaas.store.database import Database
+from lmaas.store.leadership import LostLead, leading
+from lmaas.store.replicas import add_replica, list_replicas
+from tests.integration.store.build import base_model
+from tests.support.conditions import until
+
+
+async def test_one_at_a_time(db: Database, database_url: str) -> None:
+    other = Database(database_url)
+    seen: list[str] = []
+
+    async def second() -> None:
+        async with leading(other, check_s=0.05):
+            seen.append("second")
+
+    async with leading(db) as lead:
+        task = asyncio.create_task(second())
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            await lead.check()
+        assert seen == []
+    await until(lambda: seen == ["second"])
+    await task
+    await other.close()
+
+
+async def test_a_holder_that_is_silent_is_deposed_and_can_write_nothing_more(db: Database, database_url: str) -> None:
+    other = Database(database_url)
+    model = await base_model(db)
+    async with leading(db) as stuck:
+        assert await add_replica(stuck, "rep_before", model.id)
+        # It says nothing, as a process that is stopped does.
+        async with leading(other, check_s=0.05, silent_s=0.5) as active:
+            assert await add_replica(active, "rep_new", model.id)
+            with pytest.raises(LostLead):
+                await add_replica(stuck, "rep_late", model.id)
+            with pytest.raises(LostLead):
+                await stuck.check()
+            await active.check()
+    assert {row.id for row in await list_replicas(db)} == {"rep_before", "rep_new"}
+    await other.close()
+
+
+async def test_a_holder_that_speaks_is_not_deposed(db: Database, database_url: str) -> None:
+    other = Database(database_url)
+    taken = asyncio.Event()
+
+    async def second() -> None:
+        async with leading(other, check_s=0.05, silent_s=2.0):
+            taken.set()
+
+    async with leading(db) as lead:
+        task = asyncio.create_task(second())
+        for _ in range(30):
+            await lead.check()
+            await asyncio.sleep(0.1)
+        assert not taken.is_set()
+    await until(taken.is_set)
+    await task
+    await other.close()
+
+
+async def test_a_lock_in_another_database_is_another(db: Database, postgres_url: str) -> None:
+    elsewhere = Database(postgres_url)
+    async with leading(elsewhere) as theirs, leading(db, check_s=0.05, silent_s=0.0) as ours:
+        await theirs.check()
+        await ours.check()
+    await elsewhere.close()
+
+
+async def test_the_first_word_of_a_lost_lead_is_an_error(db: Database, database_url: str) -> None:
+    other = Database(database_url)
+    lost = False
+    async with leading(db) as stuck:
+        async with leading(other, check_s=0.05, silent_s=0.2):
+            pass
+        with suppress(LostLead):
+            async with asyncio.timeout(30):
+                await stuck.lost()
+                pytest.fail("it goes on")
+        lost = True
+    assert lost
+    await other.close()

@@ -1,0 +1,61 @@
+"""`make test` runs a few failed tests a second time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.__main__ import AT_MOST
+
+ONCE = """
+import pathlib, pytest
+@pytest.mark.parametrize("number", range({count}))
+def test_once(number, request):
+    seen = pathlib.Path(request.fspath).with_name(f"seen-{{number}}")
+    if not seen.exists():
+        seen.touch()
+        pytest.fail("the machine stood still")
+def test_fine():
+    pass
+"""
+ALWAYS = "def test_always():\n    assert 1 == 2\n"
+
+
+def run(folder: Path, **files: str) -> tuple[int, str]:
+    """Return the exit code and the output of `make test` for these tests."""
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    for name, text in files.items():
+        (folder / f"test_{name}.py").write_text(text)
+    command = [sys.executable, "-m", "tests", "--basetemp=base"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+def test_what_fails_once_is_told_and_counts_as_passed(tmp_path: Path) -> None:
+    code, said = run(tmp_path, once=ONCE.format(count=2))
+    assert code == 0, said
+    assert "2 failed, 1 passed" in said
+    assert "2 passed" in said
+    assert said.index("the machine stood still") < said.index("Failed the first time (see above)")
+    assert said.rstrip().endswith("test_once.py::test_once[1]")
+
+
+@pytest.mark.parametrize("once", [0, 2])
+def test_what_fails_twice_fails(tmp_path: Path, once: int) -> None:
+    code, said = run(tmp_path, once=ONCE.format(count=once), always=ALWAYS)
+    assert code == 1
+    assert said.count("assert 1 == 2") >= 2
+    assert "passed the second time" not in said
+
+
+def test_many_failures_are_not_the_machines(tmp_path: Path) -> None:
+    code, said = run(tmp_path, once=ONCE.format(count=AT_MOST + 1))
+    assert code == 1
+    assert "a second time" not in said
+
+
+def test_what_cannot_be_collected_is_not_run_again(tmp_path: Path) -> None:
+    assert run(tmp_path, broken="import nonsense_that_is_not_there")[0] == pytest.ExitCode.INTERRUPTED

@@ -1,0 +1,149 @@
+"""Ledger equals truth when any one process dies at any moment.
+
+Real processes: Postgres, Valkey, two gateways, two controllers, and the supervisors and (fake) engines that the controllers start.
+Workers of three tenants send requests of all kinds, while a monkey kills (`kill -9`) gateways, controllers, engines, supervisors and
+Valkey, which comes back with its memory or without, flushes and stalls Valkey, and stops and starts Postgres. The test starts again what it
+has killed, as an init system does, and nothing else: whatever ends by itself fails the test.
+
+The fake engines write down every token when they make it (`lmaas.testing.truth`). What equality means for each way in which a request can
+end is said in `tests/support/verdict.py`.
+
+A known limit, and no promise: a request of which only its gateway and Valkey know is gone if both lose it within the same
+seconds. The monkey keeps these two faults apart by more than a lease (`APART_S`); every other pair of faults may overlap.
+
+`CHAOS_SEED` repeats the choices of a run (not its timing), `CHAOS_SECONDS` makes it longer.
+"""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from lmaas.states import TERMINAL, Observed
+from lmaas.store.replicas import Replica, list_replicas
+from lmaas.store.scopes import OPERATOR
+from lmaas.store.usage import list_events
+from lmaas.testing.truth import read_truth
+from tests.support.conditions import until
+from tests.support.verdict import Fault, judge
+from tests.system.chaos.clients import Worker
+from tests.system.chaos.monkey import Monkey
+from tests.system.chaos.service import GATEWAYS, Service, running
+
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "40"))
+#: Name, workers, adapters, and how many requests may wait.
+TENANTS = (("acme", 8, 2, 256), ("globex", 8, 2, 256), ("bounded", 6, 1, 1))
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with running() as service:
+        yield service
+
+
+@pytest.mark.timeout(SECONDS + 300)
+async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> None:
+    seed = os.environ.get("CHAOS_SEED") or secrets.token_hex(4)
+    print(f"CHAOS_SEED={seed}")  # noqa: T201 (pytest shows it if the test fails)
+    clients = [
+        client
+        for name, count, adapters, bound in TENANTS
+        for client in await service.clients(name, count, adapters=adapters, max_queued=bound)
+    ]
+    workers = [Worker(service, client, f"{seed} {number}") for number, client in enumerate(clients)]
+    stop = asyncio.Event()
+    started = time.monotonic()
+    jobs = [
+        asyncio.create_task(worker.run(stop), name=worker_name) for worker_name, worker in zip(map(str, range(99)), workers, strict=False)
+    ]
+    try:
+        await Monkey(service, workers, seed).run(SECONDS)
+    finally:
+        stop.set()
+        await asyncio.gather(*jobs)
+    print(f"{time.monotonic() - started:.0f} s: {[(round(one.began, 1), one.kind, one.target) for one in service.faults]}")  # noqa: T201
+    await _answers_again(service, workers)
+    await _comes_to_rest(service)
+
+    ledger = await list_events(service.db, OPERATOR, 100_000)
+    truth = read_truth(service.truth)
+    attempts = [attempt for worker in workers for attempt in worker.attempts]
+    verdict = judge(attempts, ledger, truth, service.faults)
+    print(dict(verdict.statuses), dict(verdict.answers), f"oldest checkpoint {verdict.oldest_checkpoint_s:.2f} s")  # noqa: T201
+    print(service.logs())  # noqa: T201
+    assert not verdict.complaints, "\n".join([f"{len(verdict.complaints)} complaints", *verdict.complaints[:20]])
+    assert service.ended() == {}, "ended by itself"
+    rows = await list_replicas(service.db, ended=True, limit=None)
+    failed = [row for row in rows if row.observed in TERMINAL - {Observed.STOPPED} and row.id not in service.killed_replicas]
+    assert [row for row in failed if not _cut_short(row, service.faults)] == [], "replicas that nobody killed"
+    # That all this was put to the test at all.
+    assert len(attempts) >= 200
+    assert {"completed", "aborted", "failed", "lost"} <= set(verdict.statuses), verdict.statuses
+
+
+def _cut_short(row: Replica, faults: list[Fault]) -> bool:
+    """Whether a replica was written off at its start because its controller was killed in the middle of that: then there is a row and
+    nothing else. Or because two controllers were active for a moment, as after the loss of the connection that holds the lead."""
+    made = row.created_at.timestamp()
+    disturbed = any(fault.kind.startswith(("controller", "postgres")) and fault.began - 3 < made < fault.ended + 3 for fault in faults)
+    return disturbed and row.observed == Observed.LOST and row.ready_at is None
+
+
+async def _answers_again(service: Service, workers: list[Worker]) -> None:
+    """Every gateway answers every tenant: nothing needs a restart."""
+    stop = asyncio.Event()
+    before = [len(worker.attempts) for worker in workers]
+    jobs = [asyncio.create_task(worker.run(stop)) for worker in workers]
+
+    def answered() -> bool:
+        later = [attempt for worker, count in zip(workers, before, strict=True) for attempt in worker.attempts[count:] if attempt.done]
+        return len({(attempt.gateway, attempt.model) for attempt in later}) >= GATEWAYS * 3
+
+    try:
+        await until(answered)
+    finally:
+        stop.set()
+        await asyncio.gather(*jobs)
+
+
+async def _comes_to_rest(service: Service) -> None:
+    """No slot is taken, nobody waits, and Valkey knows of no request any more: everything is in the ledger."""
+    redis = service.scheduler.redis
+
+    async def rest() -> bool:
+        stats = await service.scheduler.stats(service.model.id)
+        busy = [replica for replica in stats["replicas"].values() if replica["load"] or replica["running"]]
+        return not (stats["queued"] or stats["load"] or busy or await _requests_in(redis))
+
+    try:
+        await until(rest)
+    except BaseException:
+        print(await service.scheduler.stats(service.model.id), await _requests_in(redis))  # noqa: T201
+        raise
+
+
+async def _requests_in(redis: Any) -> list[str]:
+    """Everything in Valkey that names a request: tickets, leases, queues, checkpoints, usage events."""
+    found = []
+    async for key in redis.scan_iter("*"):
+        kind = await redis.type(key)
+        match kind:
+            case "hash":
+                text = str(await redis.hgetall(key))
+            case "zset":
+                text = str(await redis.zrange(key, 0, -1))
+            case "stream":
+                text = str(await redis.xrange(key))
+            case "set":
+                text = str(await redis.smembers(key))
+            case "list":
+                text = str(await redis.lrange(key, 0, -1))
+            case _:
+                text = str(await redis.get(key))
+        if "req_" in text or "req_" in key:
+            found.append(f"{key}: {text[:500]}")
+    return found

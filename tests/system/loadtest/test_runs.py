@@ -1,0 +1,170 @@
+"""Locust as `make loadtest` runs it, against a stack with the fake engine. A process of its own: Locust patches what it runs in."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.processes import free_port
+from tests.system.e2e.conftest import ROOT, Stack, start, stop, wait_for
+
+TOKEN_MS = 20
+#: For a machine that is busy; a run ends by itself long before.
+PATIENCE_S = 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left: its exit code, what it said, and the HTML report: Locust's data by (name, type), and our section."""
+
+    code: int
+    said: str
+    rows: dict[tuple[str, str], dict[str, Any]]
+    ours: str
+
+    def count(self, name: str, kind: str) -> int:
+        """How many requests, or figures, a row is of."""
+        return int(self.rows[name, kind]["num_requests"])
+
+    def median(self, name: str, kind: str) -> float:
+        """A row's median: ms, or tokens per second."""
+        return float(self.rows[name, kind]["median_response_time"])
+
+    def total(self) -> dict[str, Any]:
+        """Locust's row for all requests."""
+        return self.rows["Aggregated", ""]
+
+
+@pytest.fixture(scope="module")
+def fake_stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stack]:
+    """A stack whose engine makes a token for each of its requests every 20 ms."""
+    assert model_folder.exists()
+    folder = tmp_path_factory.mktemp("loadtest")
+    settings = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_ENGINE_ARGS": f"--fake-token-ms {TOKEN_MS}"}
+    running = start(folder / "home", folder / "up.log", **settings)
+    yield running
+    stop(running)
+
+
+def loadtest(environment: dict[str, str], folder: Path, scenario: str, seconds: int, users: int, *options: str) -> Run:
+    """Run a scenario."""
+    report = folder / "report.html"
+    command = [sys.executable, "-m", "locust", "-f", f"loadtest/{scenario}.py", "--headless", "--only-summary", "--html", str(report)]
+    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds}s", "--stop-timeout", "60", *options]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds + PATIENCE_S)
+    said = done.stdout + done.stderr
+    if not report.exists():
+        return Run(done.returncode, said, {}, "")
+    page, _, ours = report.read_text().partition('<section id="lmaas">')
+    # Locust's page draws its tables from this.
+    data, _ = json.JSONDecoder().raw_decode(page.partition("window.templateArgs = ")[2])
+    rows = {(row["name"], row["method"] or ""): row for row in data["requests_statistics"]}
+    return Run(done.returncode, said, rows, ours)
+
+
+def tenants(stack: Stack) -> set[str]:
+    """The tenants that there are."""
+    return {row["name"] for row in stack.cli("tenant", "list")}
+
+
+def test_thirty_seconds_of_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
+    before = tenants(fake_stack)
+    run = loadtest(fake_stack.environment, tmp_path, "steady", 30, 16, "--tenants", "6", "--adapters", "2")
+    assert run.code == 0, run.said
+    assert run.total()["num_failures"] == 0
+    answered = 0
+    for name in ("steady adapter", "steady base"):
+        requests = run.count(name, "E2E")
+        answered += requests
+        assert requests > 10
+        assert run.count(name, "TTFT") == run.count(name, "tok/s") == requests
+        assert run.count(name, "ITL") > 10 * requests
+        # The fake engine's own pace, as far as a busy machine lets it be seen: early by no means, late perhaps.
+        assert TOKEN_MS - 2 <= run.median(name, "ITL") < 5 * TOKEN_MS
+        assert 1000 / (5 * TOKEN_MS) < run.median(name, "tok/s") <= 1000 / TOKEN_MS + 2
+        assert run.median(name, "TTFT") < run.median(name, "E2E")
+        # 8 tokens are the least that is asked for.
+        assert run.rows[name, "E2E"]["min_response_time"] > 5 * TOKEN_MS
+    assert run.total()["num_requests"] == answered, "figures are no requests"
+
+    # Our own table.
+    assert f"<td>steady adapter</td><td>{run.count('steady adapter', 'E2E')}</td><td>0</td>" in run.ours
+    assert "TTFT p50" in run.ours
+    assert "tok/s all" in run.said
+
+    # Every answer is in the ledger, with the tokens that its client saw.
+    speeds = [run.rows[name, "tok/s"] for name in ("steady adapter", "steady base")]
+    tokens = round(sum(row["avg_content_length"] * row["num_requests"] for row in speeds))
+
+    def used() -> list[dict[str, Any]]:
+        with fake_stack.operator() as client:
+            usage = client.get("/admin/v1/usage").json()["data"]
+        return [row for row in usage if (row["tenant"] or "").startswith("load-")]
+
+    # And one to see that an engine runs.
+    wait_for(lambda: sum(row["requests"] for row in used()) == answered + 1, 60, "every answer is in the ledger, once")
+    assert {row["model"] for row in used()} > {"adapter-0", "adapter-1"}
+    assert 0 < sum(row["completion_tokens"] for row in used()) - tokens <= 96, "those of that one"
+    # Nothing of it stays.
+    assert tenants(fake_stack) == before
+
+
+def test_a_burst_finds_no_engine_and_waits_for_one(fake_stack: Stack, tmp_path: Path) -> None:
+    run = loadtest(fake_stack.environment, tmp_path, "burst", 6, 10, "--tenants", "2", "--adapters", "1")
+    assert run.code == 0, run.said
+    assert run.count("burst cold", "E2E") >= 10
+    assert run.count("burst cold", "E2E") % 10 == 0, "all users, in every burst"
+    # An engine starts in none of these: each of them was there before it.
+    with fake_stack.operator() as client:
+        ended = client.get("/admin/v1/replicas?ended=true").json()["data"]
+    assert len(ended) >= run.count("burst cold", "E2E") / 10
+    assert run.rows["burst cold", "TTFT"]["min_response_time"] > 300
+
+
+def test_a_noisy_neighbour_is_refused_and_the_polite_ones_are_not(fake_stack: Stack, tmp_path: Path) -> None:
+    run = loadtest(fake_stack.environment, tmp_path, "noisy", 12, 32, "--tenants", "4", "--adapters", "1")
+    assert run.code == 0, run.said
+    assert run.count("noisy flood", "429") > 50
+    assert ("noisy polite, flooded", "429") not in run.rows
+    for name in ("noisy flood", "noisy polite, alone", "noisy polite, flooded"):
+        assert run.count(name, "TTFT") == run.count(name, "E2E") > 3
+    assert run.total()["num_requests"] == sum(run.count(name, kind) for name, kind in run.rows if kind == "E2E")
+
+
+def test_a_soak_leaves_nothing_behind(fake_stack: Stack, tmp_path: Path) -> None:
+    run = loadtest(fake_stack.environment, tmp_path, "soak", 8, 24, "--tenants", "2", "--adapters", "1")
+    assert run.code == 0, run.said
+    assert run.count("soak adapter", "cut") > 10
+    assert run.count("soak adapter", "E2E") > 10
+    assert run.count("nothing left in flight", "check") == 1
+    assert run.rows["in flight", "count"]["max_response_time"] > 5
+
+
+def test_failures_are_told(fake_stack: Stack, tmp_path: Path) -> None:
+    """With the tenants of the credentials file, of which one has no valid key."""
+    credentials = fake_stack.credentials | {"tenants": json.loads(json.dumps(fake_stack.credentials["tenants"]))}
+    credentials["tenants"]["acme"]["api_key"] = "wrong"
+    (tmp_path / "credentials.json").write_text(json.dumps(credentials))
+    run = loadtest(fake_stack.environment | {"LMAAS_HOME": str(tmp_path)}, tmp_path, "steady", 4, 8, "--tenants", "0")
+    assert run.code == 1, run.said
+    failed = run.rows["steady adapter", "E2E"]["num_failures"]
+    assert failed > 0
+    assert "HTTP 401 invalid_api_key" in run.said
+    assert run.count("steady adapter", "TTFT") == run.count("steady adapter", "E2E") - failed
+    assert f"<td>{run.count('steady adapter', 'TTFT')}</td><td>{failed}</td>" in run.ours
+
+
+def test_no_service_no_run(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    run = loadtest({"LMAAS_URL": url, "LMAAS_API_KEY": "key"}, tmp_path, "steady", 4, 2)
+    assert run.code == 1
+    assert f"The service at {url} does not answer" in run.said
+    assert "Traceback" not in run.said
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url)

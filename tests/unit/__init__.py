@@ -1,0 +1,1 @@
+"""Tests without a server, an engine or a library of the engine. All of them together take about a minute (README.md)."""

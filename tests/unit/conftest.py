@@ -1,0 +1,88 @@
+"""Keep servers and engines out of the unit tier: a test that asks for one, or starts one, fails."""
+
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Any
+
+import pytest
+
+#: What a command line contains that starts a server or an engine.
+PROGRAMS = {"initdb", "pg_ctl", "postgres", "redis-server", "valkey-server", "vllm"}
+MODULES = {"lmaas.testing.fake_engine", "lmaas.engine.zygote.server", "vllm.entrypoints.openai.api_server"}
+#: Importing any of these takes seconds.
+LIBRARIES = {"peft", "ray", "torch", "transformers", "vllm"}
+
+_guarded = False
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _guarded:
+        return
+    if event == "import":
+        if arguments[0] in LIBRARIES:
+            pytest.fail(f"A unit test imports {arguments[0]}, which takes seconds. Move the test to tests/system.")
+    elif event == "subprocess.Popen":
+        words = [str(word) for word in (arguments[0], *arguments[1])]
+        for word in words:
+            if word in MODULES or PurePath(word).name in PROGRAMS:
+                pytest.fail(f"A unit test starts {word}. Move the test to tests/integration or tests/system.")
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def _guard() -> Iterator[None]:
+    global _guarded  # noqa: PLW0603 - an audit hook cannot be removed, so it is switched on and off
+    _guarded = True
+    try:
+        yield
+    finally:
+        _guarded = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Collect the tests of this folder under guard."""
+    with _guard():
+        return (yield)
+
+
+def _under_guard(item: pytest.Item) -> Generator[None, None, None]:
+    with _guard():
+        return (yield)
+
+
+#: The fixtures and the body of every test of this folder.
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_under_guard)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_under_guard)
+pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_under_guard)
+
+
+@pytest.fixture(autouse=True)
+def _no_library() -> Iterator[None]:
+    """Notice an import that is no `import` statement, which the hook does not see."""
+    before = LIBRARIES & sys.modules.keys()
+    yield
+    if new := LIBRARIES & sys.modules.keys() - before:
+        pytest.fail(f"A unit test imports {', '.join(sorted(new))}, which takes seconds. Move the test to tests/system.")
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> str:
+    """Fail the test that asks for a database."""
+    pytest.fail("A unit test asks for Postgres. Move the test to tests/integration.")
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> str:
+    """Fail the test that asks for a Valkey."""
+    pytest.fail("A unit test asks for Valkey. Move the test to tests/integration.")
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> str:
+    """Fail the test that asks for the default base model, whose preparation takes half a minute."""
+    pytest.fail("A unit test asks for the default base model. Move the test to tests/integration.")

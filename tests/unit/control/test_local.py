@@ -1,0 +1,187 @@
+"""Replicas as processes of this machine: which accelerators they get, and what a controller that comes anew knows of them."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lmaas.config import Settings
+from lmaas.control.provisioners import local
+from lmaas.control.provisioners.local import LocalProvisioner, _devices
+from lmaas.types import Resources
+from tests.support.conditions import until
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor that only says what it sees, and sleeps: there is no database behind these tests."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "keys=$LMAAS_OPERATOR_KEY$LMAAS_API_KEY."\necho "sees=$CUDA_VISIBLE_DEVICES"\nexec sleep 600\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.delenv(local.VISIBLE, raising=False)
+
+
+class Machine:
+    """A machine that is said to have two accelerators and three CPUs; every provisioner of it is one that came anew."""
+
+    def __init__(self, home: Path) -> None:
+        self.settings = Settings(home=home, local_accelerators=2, local_cpus=3, zygote="off")
+        self.provisioners: list[LocalProvisioner] = []
+
+    def provisioner(self) -> LocalProvisioner:
+        self.provisioners.append(LocalProvisioner(self.settings))
+        return self.provisioners[-1]
+
+    def facts(self, replica_id: str) -> Path:
+        return self.settings.home / "replicas" / replica_id / "process.json"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, stand_in: None) -> Iterator[Machine]:
+    """The machine; nothing runs on it afterwards."""
+    found = Machine(tmp_path)
+    yield found
+    for provisioner in found.provisioners:
+        for child in provisioner._children.values():
+            child.kill()
+            child.wait()
+
+
+async def sees(settings: Settings, replica_id: str) -> str:
+    path = settings.home / "replicas" / replica_id / "supervisor.log"
+    await until(lambda: "sees=" in path.read_text())
+    return path.read_text().split("sees=")[1].splitlines()[0]
+
+
+async def test_each_replica_gets_accelerators_of_its_own(machine: Machine) -> None:
+    provisioner = machine.provisioner()
+    assert await provisioner.capacity() == Resources(3, 2)
+    await provisioner.start("rep_a", "mod_a", Resources(1, 1))
+    # A controller that comes anew knows what is taken.
+    provisioner = machine.provisioner()
+    await provisioner.start("rep_b", "mod_b", Resources(1, 1))
+    await provisioner.start("rep_c", "mod_c", Resources(1, 0))
+    assert [await sees(machine.settings, name) for name in ("rep_a", "rep_b", "rep_c")] == ["0", "1", ""]
+    with pytest.raises(OSError, match="needs 1 accelerators, and 0 of 2 are free"):
+        await provisioner.start("rep_d", "mod_d", Resources(1, 1))
+    assert await provisioner.list() == {"rep_a": "mod_a", "rep_b": "mod_b", "rep_c": "mod_c"}
+    await provisioner.kill("rep_a")
+    await until(lambda: not local._alive(provisioner._facts("rep_a") or pytest.fail("forgotten")))
+    await provisioner.start("rep_d", "mod_d", Resources(1, 1))
+    assert await sees(machine.settings, "rep_d") == "0"
+
+
+async def test_a_controller_that_dies_while_it_starts_one_gives_no_accelerator_twice(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying = machine.provisioner()
+    real = dying._note
+
+    def killed_after_the_first(replica_id: str, facts: local._Facts) -> None:
+        if facts.pid:
+            raise KeyboardInterrupt
+        real(replica_id, facts)
+
+    monkeypatch.setattr(dying, "_note", killed_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        await dying.start("rep_a", "mod_a", Resources(1, 1))
+    assert await sees(machine.settings, "rep_a") == "0", "it runs, and nobody knows its pid"
+    provisioner = machine.provisioner()
+    assert await provisioner.list() == {}
+    await provisioner.start("rep_b", "mod_b", Resources(1, 1))
+    assert await sees(machine.settings, "rep_b") == "1"
+    # Not for ever: it is written off, and ends.
+    monkeypatch.setattr(local, "MAY_BEGIN_S", 0.0)
+    await provisioner.start("rep_c", "mod_c", Resources(1, 1))
+    assert await sees(machine.settings, "rep_c") == "0"
+
+
+async def test_one_that_cannot_be_started_takes_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    provisioner = machine.provisioner()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(FileNotFoundError):
+            await provisioner.start("rep_a", "mod_a", Resources(1, 2))
+    await provisioner.start("rep_b", "mod_b", Resources(1, 2))
+
+
+async def test_what_an_older_release_wrote_is_understood(machine: Machine) -> None:
+    provisioner = machine.provisioner()
+    await provisioner.start("rep_a", "mod_a", Resources(1, 0))
+    path = machine.facts("rep_a")
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({name: facts[name] for name in ("pid", "started", "boot", "pool")}))
+    assert await machine.provisioner().list() == {"rep_a": "mod_a"}
+    path.write_text(json.dumps(facts | {"cpus": 1.0}))
+    assert await machine.provisioner().list() == {"rep_a": "mod_a"}
+
+
+async def test_a_pid_of_somebody_else_is_not_a_replica(machine: Machine) -> None:
+    provisioner = machine.provisioner()
+    await provisioner.start("rep_a", "mod_a", Resources(1, 1))
+    path = machine.facts("rep_a")
+    facts = json.loads(path.read_text())
+    for changes in ({"started": facts["started"] - 100}, {"boot": "another"}, {"pid": 2**22 + 1}):
+        path.write_text(json.dumps(facts | changes))
+        assert await machine.provisioner().list() == {}
+    path.write_text("{")
+    assert await machine.provisioner().list() == {}
+
+
+@pytest.mark.parametrize(
+    ("offered", "visible", "present", "expected"),
+    [
+        (None, None, 0, []),
+        (0, None, 4, []),
+        (None, None, 2, ["0", "1"]),
+        (1, None, 2, ["0"]),
+        (8, None, 2, ["0", "1"]),
+        (2, None, 0, ["0", "1"]),  # not NVIDIA's: the operator says what is there
+        (None, "", 2, []),
+        (None, "-1", 2, []),
+        (None, "3, GPU-1f", 8, ["3", "GPU-1f"]),
+        (1, "3,5", 8, ["3"]),
+    ],
+)
+def test_which_accelerators_there_are(tmp_path: Path, offered: int | None, visible: str | None, present: int, expected: list[str]) -> None:
+    folder = tmp_path / "gpus"
+    for number in range(present):
+        (folder / f"0000:{number}").mkdir(parents=True)
+    assert _devices(offered, visible, folder) == expected
+
+
+async def test_without_settings_all_of_the_machine_is_offered(machine: Machine) -> None:
+    settings = replace(machine.settings, local_cpus=None, local_accelerators=None)
+    capacity = await LocalProvisioner(settings).capacity()
+    assert capacity.cpus == len(os.sched_getaffinity(0))
+
+
+async def test_supervisors_get_no_keys(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMAAS_OPERATOR_KEY", "secret")
+    machine.settings = replace(machine.settings, operator_key="secret", api_key="secret")
+    await machine.provisioner().start("rep_a", "mod_a", Resources(1, 0))
+    await sees(machine.settings, "rep_a")
+    assert "keys=.\n" in (machine.settings.home / "replicas" / "rep_a" / "supervisor.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("", ""),
+        ('{"level": "INFO", "message": "engine ready"}\n', ""),
+        ('{"level": "INFO"}\nTraceback (most recent call last):\n  File …\nOSError: no space left\n\n', "OSError: no space left"),
+        ("x" * 10_000 + "\nlmaas: Set LMAAS_DATABASE_URL.", "lmaas: Set LMAAS_DATABASE_URL."),
+    ],
+)
+async def test_why_one_is_gone(tmp_path: Path, said: str, told: str) -> None:
+    provisioner = LocalProvisioner(Settings(home=tmp_path, zygote="off"))
+    assert await provisioner.last_words("rep_1") == ""
+    log = tmp_path / "replicas" / "rep_1" / "supervisor.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(said)
+    assert await provisioner.last_words("rep_1") == told
