@@ -20,9 +20,8 @@ from rich.console import Console
 
 from lmaas.config import Settings
 from lmaas.control.ending import END_GRACE_S, end_replicas
-from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.control.provisioners.local import LocalProvisioner, zygote_of
 from lmaas.engine.launch import expect, spec_of
-from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError
 from lmaas.manifests.apply import apply, described, working_keys
 from lmaas.manifests.client import ApiClient
@@ -55,6 +54,9 @@ class Stack:
         with ExitStack() as stack:
             stack.enter_context(locked(self._settings.home))
             check_port(self._settings)
+            if (zygote := zygote_of(self._settings)) is not None:
+                stack.callback(zygote.stop)
+                await zygote.ensure()  # its imports take longest, so they begin first
             settings = stack.enter_context(embedded_servers(self._settings, self._console))
             await asyncio.to_thread(upgrade, str(settings.database_url))
             db, redis = Database(str(settings.database_url)), connect(str(settings.redis_url))
@@ -95,7 +97,6 @@ class Stack:
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
             await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
-            await asyncio.to_thread(stop_zygote, settings.home)
             with suppress(LmaasError, RedisError):
                 for pool in await list_base_models(db):
                     while await write_events(redis, db, pool.id):

@@ -71,6 +71,12 @@ class ZygoteOwner:
             # Engines start plainly meanwhile.
             log.warning("no zygote", extra={"action": "zygote", "detail": repr(error)})
 
+    def stop(self) -> None:
+        """End the zygote, whoever started it."""
+        stop(self._home)
+        if self._child is not None:
+            self._child.wait(STOP_S)
+
     def _look(self) -> None:
         if self._child is not None and self._child.poll() is not None:
             self._child = None
