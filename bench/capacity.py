@@ -30,7 +30,7 @@ from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, observe
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import Tenant, create_tenant
-from lmaas.types import Resources
+from lmaas.types import Resources, TokenCounts
 from lmaas.up import embedded
 
 ROUNDS = 3
@@ -122,7 +122,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
         """The first of a month tells what was used before."""
         for _ in range(len(SCOPES)):
             await scheduler.submit(one, BOUNDS, seeds=seeds)
-        await scheduler.release(one, one.event, 1000, "")
+        await scheduler.release(one, one.event, 1000)
 
     await first(tickets[0])
 
@@ -136,11 +136,11 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
             raise RuntimeError("a request with a free slot was not granted")
 
     async def release(number: int) -> None:
-        await scheduler.release(tickets[number], tickets[number].event, 1000, "700,300,200")
+        await scheduler.release(tickets[number], tickets[number].event, 1000, TokenCounts(700, 300, 200))
 
     async def renew(number: int) -> None:
         first = number * 32 % (CALLS - 32)
-        await scheduler.renew(POOL, [(each.id, "700,300,100") for each in tickets[first : first + 32]])
+        await scheduler.renew(POOL, [(each.id, TokenCounts(700, 300, 100)) for each in tickets[first : first + 32]])
 
     await measure("submit, granted at once", CALLS, submit)
     await measure("renew of 32 requests", 1000, renew)

@@ -34,7 +34,7 @@ from lmaas.store.database import Database, new_id
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel
 from lmaas.store.scopes import SYSTEM
-from lmaas.types import Principal
+from lmaas.types import Principal, TokenCounts
 from lmaas.up.bootstrap import register_model
 from lmaas.up.stack import embedded_servers
 
@@ -208,7 +208,7 @@ async def _asked(made: Place, door: "Door", tenant: int) -> None:
     if report["state"] == NoTicket.UNSEEDED:
         seeds = await Months(made.db).seeds(ticket.tenant, report["scopes"], report["month"])
         await made.scheduler.submit(ticket, BOUNDS, seeds=seeds)
-    await made.scheduler.release(ticket, "", 100, "100,0,50")
+    await made.scheduler.release(ticket, "", 100, TokenCounts(100, 0, 50))
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.scheduling.states import TicketState
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 #: What a prompt token and a completion token count.
 WP, WQ = 1, 2
@@ -71,14 +72,14 @@ class Calls:
 
     async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
         """Keep jobs alive and say how far they are; the ids of those that run."""
-        told = [(job.id, f"{job.prompt},0,{job.made}" if progress and job.made else "") for job in jobs]
+        told = [(job.id, TokenCounts(job.prompt, 0, job.made) if progress and job.made else None) for job in jobs]
         reply = await self._scheduler.renew(self._pool, told)
         return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == TicketState.GRANTED}
 
     async def release(self, job: Job) -> None:
         """A job has ended."""
         event = {"request_id": job.id, "prompt_tokens": job.prompt, "cached_tokens": 0, "completion_tokens": job.completion}
-        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, f"{job.prompt},0,{job.completion}")
+        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, TokenCounts(job.prompt, 0, job.completion))
 
     async def beat(self, resident: list[str]) -> None:
         """The engine lives."""

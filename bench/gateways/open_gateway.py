@@ -14,7 +14,8 @@ from typing import Any
 from lmaas import app
 from lmaas.cli import main
 from lmaas.scheduling.client import Scheduler
-from lmaas.scheduling.leases import Lease, Leases
+from lmaas.scheduling.leases import Lease, Leases, Settlement
+from lmaas.types import TokenCounts
 
 
 class OpenDoor:
@@ -45,9 +46,9 @@ class OpenDoor:
 class EventsOnly(Scheduler):
     """Has nothing to release: what ends is only told."""
 
-    def send_release(self, ticket: Any, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+    def send_release(self, ticket: Any, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """Write the usage event to the pool's stream."""
-        return self._batch.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
+        return self._pipelined.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
 
     def released(self, ticket: Any, reply: Any) -> bool:
         """The reply says nothing of the pool."""
@@ -72,7 +73,7 @@ class OpenDoors(Leases):
     def settle(self, opened: Any) -> "asyncio.Future[Any]":
         """Tell the usage event."""
         opened.settled = True
-        return self._tell_end((opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
+        return self._tell_end(Settlement(opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lmaas.errors import ApiError, LmaasError, SettingsError
 
 #: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
-KEY = ("id", "role", "name", "revoked_at", "limits", "prefix", "created_at")
+KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
 VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
 TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -32,7 +32,7 @@ LIMIT_OPTIONS = (
     ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
     ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
 )
-COGS = ("starting_s", "loading_s", "busy_s", "idle_s", "cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio")
+COGS = ("cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio", "busy_s", "idle_s", "starting_s", "loading_s")
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -47,17 +47,17 @@ def limit_options(command: Command) -> Command:
 def tenant_options(command: Command) -> Command:
     """Add the options for a tenant's tier and limits."""
     command = limit_options(command)
-    command = click.option("--max-adapters", type=int, help="Adapter names.")(command)
+    command = click.option("--max-adapters", type=int, help="Adapters, each with any number of versions.")(command)
     command = click.option("--max-queued", type=int, help="Requests that may wait at once.")(command)
-    return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and limits unless others are given.")(command)
+    return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and the limits that are not given.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of tables.")
-@click.option("--tenant", "-t", help="Whose adapters, keys or usage are meant, for an operator.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--tenant", "-t", help="For operators: the tenant whose adapters, keys or usage the command is about.")
 @click.pass_context
 def cli(context: click.Context, as_json: bool, tenant: str | None) -> None:
-    """Serverless, multi-tenant LLM endpoints."""
+    """Serverless LLM endpoints for many tenants."""
     context.obj = Context(config.load(), as_json, tenant)
 
 
@@ -86,7 +86,7 @@ cli.add_command(apply)
 
 @cli.group()
 def tenant() -> None:
-    """Tenants."""
+    """Manage tenants, their tiers and limits."""
 
 
 @tenant.command("list")
@@ -136,11 +136,11 @@ cli.add_command(replica)
 
 @cli.group()
 def key() -> None:
-    """API keys: a tenant's, or with neither --tenant nor LMAAS_API_KEY the operators'."""
+    """Manage API keys: a tenant's, or for an operator without --tenant those of operators."""
 
 
 def _keys(context: Context) -> str:
-    if context.tenant is None and not context.settings.api_key:
+    if context.tenant is None and context.is_operator():
         return "/admin/v1/keys"
     return context.client().own("/keys")
 
@@ -154,7 +154,7 @@ def key_list(context: Context) -> None:
 
 @key.command("create")
 @click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
-@click.option("--name", default="", help="For people, to tell keys apart.")
+@click.option("--name", default="", help="A name by which people know the key.")
 @limit_options
 @pass_context
 def key_create(context: Context, /, role: str | None, name: str, **limits: int | None) -> None:
@@ -197,7 +197,7 @@ def key_revoke(context: Context, key_id: str, yes: bool, force: bool) -> None:
 
 @cli.group()
 def adapter() -> None:
-    """A tenant's adapters."""
+    """Manage a tenant's adapters."""
 
 
 @adapter.command("list")
@@ -211,8 +211,8 @@ def adapter_list(context: Context) -> None:
 @adapter.command("upload")
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--base-model", required=True, help="The base model that it was trained on.")
-@click.option("--no-activate", is_flag=True, help="Leave the live version as it is.")
+@click.option("--base-model", required=True, help="The base model that the adapter was trained on.")
+@click.option("--no-activate", is_flag=True, help="Do not make the version live.")
 @pass_context
 def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
     """Upload FOLDER, as PEFT saves it, as a new version of the adapter NAME, unless a version has the same content."""
@@ -265,11 +265,11 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 @cli.command()
 @click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
 @click.option("--until", help="The last day.")
-@click.option("--events", is_flag=True, help="The latest single requests instead.")
+@click.option("--events", is_flag=True, help="Show the latest requests instead, one line each.")
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
     """Show requests, tokens and charges by day, tenant and model."""
-    path = "/v1/usage" if context.settings.api_key and context.tenant is None else "/admin/v1/usage"
+    path = "/admin/v1/usage" if context.is_operator() else "/v1/usage"
     if events:
         context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
     else:
@@ -279,7 +279,7 @@ def usage(context: Context, since: str | None, until: str | None, events: bool) 
 @cli.command()
 @click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
 @click.option("--until", help="The last day.")
-@click.option("--by", default="day,tenant,adapter", show_default=True, help="Some of these.")
+@click.option("--by", default="day,tenant,adapter", show_default=True, help="The dimensions to group by, separated by commas.")
 @pass_context
 def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
     """Compare what engines cost with what tenants are charged, for operators."""
@@ -298,7 +298,7 @@ cli.add_command(simulate)
 def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
     """Return a line for people: seconds, and a name for the time that no tenant used."""
     seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
-    return line | seconds | ({"tenant": "(nobody)"} if line.get("tenant", "") is None else {})
+    return line | seconds | ({"tenant": "(no tenant)"} if line.get("tenant", "") is None else {})
 
 
 def _limited(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
 from lmaas.config import Settings
-from lmaas.errors import SettingsError
+from lmaas.errors import ApiError, SettingsError
 
 if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
@@ -42,9 +43,21 @@ class Context:
 
     def tenant_client(self) -> "ApiClient":
         """Return a client for a tenant's resources. An operator must name the tenant."""
-        if self.tenant is None and not self.settings.api_key:
+        if self.tenant is None and self.is_operator():
             raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
         return self.client()
+
+    def is_operator(self) -> bool:
+        """Return whether the key is an operator's: this stack's own is; of another, the service is asked."""
+        if not self.settings.api_key:
+            return True
+        try:
+            self.client().call("GET", "/admin/v1/keys")
+        except ApiError as error:
+            if error.status != HTTPStatus.FORBIDDEN:
+                raise
+            return False
+        return True
 
     def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
         """Print a table for people, JSON for programs. On a terminal without room for all columns, the last ones are left out and named."""

@@ -18,23 +18,23 @@ ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("--min-replicas", int, "Always there, also without work."),
-    ("--max-replicas", int, "Never more."),
-    ("--cpus", float, "What a replica takes from its machine."),
-    ("--accelerators", int, "The same; without it, one where the machines have any."),
+    ("--min-replicas", int, "Replicas that run even without requests."),
+    ("--max-replicas", int, "The most replicas of the pool."),
+    ("--cpus", float, "CPUs that a replica takes from its machine."),
+    ("--accelerators", int, "Accelerators that a replica takes. By default one where the machines have any."),
     ("--idle-timeout-s", float, "How long an idle pool keeps its last replica at most."),
     ("--max-loras", int, "Distinct adapters in one batch."),
-    ("--max-cpu-loras", int, "Adapters in an engine's memory."),
+    ("--max-cpu-loras", int, "Adapters in an engine's memory, at least as many as in one batch."),
     ("--max-lora-rank", int, "The highest rank of an adapter."),
     ("--max-num-seqs", int, "Sequences that an engine runs at once."),
     ("--max-model-len", int, "Context, in tokens."),
-    ("--kv-cache-bytes", int, "Memory for the context of what runs."),
+    ("--kv-cache-bytes", int, "Memory of an engine for the context of running sequences."),
     ("--dtype", str, "float32, bfloat16, float16 or auto."),
     ("--engine-args", str, "More arguments for the engine, in one text."),
     ("--prompt-price", int, "Micro-dollars per million prompt tokens: 150000 is 0.15 $."),
-    ("--cached-price", int, "The same for prompt tokens that were in the engine's prefix cache."),
-    ("--completion-price", int, "The same for completion tokens."),
-    ("--engine-price", int, "What an engine costs us: micro-dollars per hour."),
+    ("--cached-price", int, "Micro-dollars per million prompt tokens that were in the engine's prefix cache."),
+    ("--completion-price", int, "Micro-dollars per million completion tokens."),
+    ("--engine-price", int, "Cost of an engine in micro-dollars per hour."),
 )
 
 
@@ -47,7 +47,7 @@ def model_options(command: Command) -> Command:
 
 @click.group()
 def model() -> None:
-    """Base models and their pools."""
+    """Manage base models and their pools."""
 
 
 @model.command("list")
@@ -95,7 +95,7 @@ def model_add(context: Context, /, name: str, source: str, **values: Any) -> Non
 
 @model.command("change")
 @click.argument("name")
-@click.option("--source", help="Only while it has neither adapters nor replicas, as dtype and rank.")
+@click.option("--source", help="Another source. Only while there are neither adapters nor replicas, as for --dtype and --max-lora-rank.")
 @model_options
 @pass_context
 def model_change(context: Context, /, name: str, **values: Any) -> None:

@@ -12,11 +12,11 @@ REPLICA = ("id", "base_model", "desired", "observed", "reason", "created_at", "r
 
 @click.group()
 def replica() -> None:
-    """Replicas."""
+    """Show and stop replicas."""
 
 
 @replica.command("list")
-@click.option("--ended", is_flag=True, help="Also the last ones that ended, and why.")
+@click.option("--ended", is_flag=True, help="Show also those that ended lately, and why.")
 @pass_context
 def replica_list(context: Context, ended: bool) -> None:
     """List the replicas that exist."""
@@ -43,5 +43,5 @@ def replica_show(context: Context, replica_id: str) -> None:
 @click.argument("replica_id")
 @pass_context
 def replica_stop(context: Context, replica_id: str) -> None:
-    """Drain a replica and stop it."""
+    """Drain a replica and stop it. Its requests finish; if there is demand, another starts."""
     context.show_one(context.client().call("DELETE", address("/admin/v1/replicas", replica_id)), ("id", "desired"))

@@ -19,36 +19,37 @@ SHORT = {
     "margin_microusd": "margin $",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
-_WRAPPED = frozenset({"reason", "target_modules", "source", "limits"})
+_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name"})
 _HASH_LENGTH = 64
 
 
 def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int | None) -> tuple["Table", list[str]]:
     """Return a table of at most `width` characters, and the headings of the last columns if there was no room for them.
 
-    Without a `width`, no column is left out.
+    Without a `width`, no column is left out, and every row is one line.
     """
-    from rich.console import Console
+    from rich.table import Table
 
-    console = Console()
+    texts = {column: [_shortened(cell(row.get(column), money=_is_money(column))) for row in rows] for column in columns}
     shown, hidden = list(columns), list[str]()
-    table = _table(rows, shown)
-    while width is not None and len(shown) > 1 and console.measure(table, options=console.options.update(width=1000)).minimum > width:
+    while width is not None and len(shown) > 1 and sum(_least_width(column, texts[column]) + 2 for column in shown) - 2 > width:
         hidden.insert(0, heading(shown.pop()))
-        table = _table(rows, shown)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in shown:
+        number = all(isinstance(row.get(column), int | float) for row in rows)
+        title = heading(column) if width is None else heading(column).replace(" ", "\n")
+        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=column not in _WRAPPED)
+    for index in range(len(rows)):
+        table.add_row(*(texts[column][index] for column in shown))
     return table, hidden
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        number = all(isinstance(row.get(column), int | float) for row in rows)
-        table.add_column(heading(column), justify="right" if number else "left", overflow="fold", no_wrap=column not in _WRAPPED)
-    for row in rows:
-        table.add_row(*(_shortened(cell(row.get(column), money=_is_money(column))) for column in columns))
-    return table
+def _least_width(column: str, texts: Sequence[str]) -> int:
+    """Return how narrow a column may be: words of prose and of headings stay whole, and so does every other value."""
+    pieces = heading(column).split()
+    for text in texts:
+        pieces += text.split() if column in _WRAPPED else [text]
+    return max(len(piece) for piece in pieces)
 
 
 def lines(row: dict[str, Any], columns: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from lmaas.control.pools import Decision, PoolObservation, needs_of, policy_of
 from lmaas.control.provisioners import Provisioner
 from lmaas.control.sharing import Rules, Waits, share
 from lmaas.errors import Unavailable
-from lmaas.metering.writer import BATCH, take_back, write_events
+from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler, unswallowed
 from lmaas.states import Observed
 from lmaas.store.database import Database, Writes, new_id
@@ -264,7 +264,7 @@ class Controller:
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
                 await asyncio.sleep(TICK_S)
-            if moved < BATCH:
+            if moved < EVENTS_AT_ONCE:
                 await asyncio.sleep(METER_S)
 
     async def _sweep_forever(self) -> None:

@@ -18,9 +18,10 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.errors import Unavailable
-from lmaas.scheduling.batch import Batch
+from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Scheduler:
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
-        self._batch = Batch(redis)
+        self._pipelined = PipelinedConnection(redis)
         self.redis = redis
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -151,12 +152,12 @@ class Scheduler:
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 
@@ -197,17 +198,18 @@ class Scheduler:
             self.saw(ticket.pool, memory)
         return reply
 
-    async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
-        """End a ticket, settle it to what it `used` (`prompt,cached,completion`, '' for nothing) and record its usage event, in one step.
+    async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None = None) -> bool:
+        """End a ticket, settle it to what it `used` (None: nothing) and record its usage event, in one step.
 
         False if the scheduler no longer knew it.
         """
-        return self.released(ticket, await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used))
+        ran = "" if run_ms is None else run_ms
+        return self.released(ticket, await self._call("release", ticket.pool, ticket.id, event, ran, _counts(used)))
 
-    def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+    def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """The same, tried once and not waited for: the future gets a reply for `released`, or a RedisError."""
         name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
-        return self._batch.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, used)
+        return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
         """What the reply to a release says: False if the scheduler no longer knew the ticket."""
@@ -220,9 +222,9 @@ class Scheduler:
         """Put a granted ticket back, once. `attempt` is the delivery that failed, from 0."""
         return _DECODE(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
-    async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
-        return await self._call_as_seen("renew", pool, *(part for pair in progress for part in pair))
+    async def renew(self, pool: str, progress: Sequence[tuple[str, TokenCounts | None]]) -> dict[str, Any]:
+        """Keep tickets alive and return how they are. `progress` is pairs of ticket id and the tokens so far; None before the first."""
+        return await self._call_as_seen("renew", pool, *(part for name, counts in progress for part in (name, _counts(counts))))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
@@ -296,6 +298,11 @@ def unswallowed() -> Iterator[None]:
     finally:
         if task is not None and task.cancelling() > before:
             raise asyncio.CancelledError
+
+
+def _counts(tokens: TokenCounts | None) -> bytes:
+    """Encode token counts for the functions, which decode them with `tokens_of` (state.lua)."""
+    return b"" if tokens is None else _ENCODE(tokens)
 
 
 def _away(function: str, error: RedisError) -> Unavailable:

@@ -52,7 +52,7 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
 
 def _prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
     """vLLM computes the logits of a prompt's tokens one request at a time, without saying whose they are; the LoRA layer of the logits
-    would take them for the batch's sampled rows. They are a view of the whole batch's hidden states, and where it begins tells.
+    would take them for the step's sampled rows. They are a view of the whole step's hidden states, and where it begins tells.
     """
     if not runner.num_prompt_logprobs:
         return original(runner, hidden_states, num_scheduled_tokens)

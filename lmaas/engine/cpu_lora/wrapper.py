@@ -6,9 +6,9 @@ from typing import Any
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from lmaas.engine.cpu_lora import fallback, native
-from lmaas.engine.cpu_lora.batch import Groups
 from lmaas.engine.cpu_lora.layer import StackedLoRA
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK, logger
+from lmaas.engine.cpu_lora.rows import Groups
 
 
 class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy does not follow vLLM
@@ -25,7 +25,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         logger.info("%s: every token gets its own adapter or none (%s)", ACTIVE_MARK, self._kernel or "torch's matrix products, slower")
         self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM hands over, which the layer keeps alive
         self._groups: dict[object, Groups] = {}
-        #: Rows of the batch whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
+        #: Rows of the step whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
         self.prompt_rows: slice | None = None
 
     def prepare(self, module: Any) -> None:
@@ -50,7 +50,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         self._groups.clear()
 
     def _tokens(self, n: int) -> Groups | None:
-        """The groups of the batch's n rows, or None if none of them has an adapter."""
+        """The groups of the step's n rows, or None if none of them has an adapter."""
         return self._matching("token", n, lambda: self.token_lora_indices)
 
     def _samples(self, n: int) -> Groups | None:

@@ -11,6 +11,7 @@ from redis.client import Pipeline
 
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
 from lmaas.scheduling.states import RetryReason
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
 from tests.integration.scheduling.model import Held, Model, Replica, Rules
 from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
@@ -76,8 +77,8 @@ def library_with(rules: Rules, text: str | None = None) -> str:
     return text
 
 
-def told(tokens: Tokens | None) -> str:
-    return "" if tokens is None else ",".join(map(str, tokens))
+def told(tokens: Tokens | None) -> TokenCounts | None:
+    return None if tokens is None else TokenCounts(*tokens)
 
 
 class Both:
@@ -248,7 +249,7 @@ def _ticket(name: str, facts: Any, expires: Any, passed: Any, progress: Any, nee
     return {each: facts.get(each) for each in names} | {
         "expires": expires.get(name),
         "passed": int(passed[name]) if name in passed else None,
-        "progress": progress.get(name),
+        "progress": json.loads(progress.get(name, "null")),
         "needs": needs.get(name),
     }
 
@@ -340,7 +341,7 @@ def _held(held: Held) -> dict[str, Any]:
         "held": held.slots or None,
         "expires": held.expires,
         "passed": held.passed_at,
-        "progress": told(held.progress) or None,
+        "progress": held.progress and list(held.progress),
         "needs": f"{held.ticket.weight}|{held.ticket.adapter}" if held.state == "queued" else None,
     }
 

@@ -131,7 +131,7 @@ async def test_renewal_keeps_tickets_alive_and_tells_progress(scheduler: Schedul
 
         await until(other_is_gone, every_s=0.02)
         assert (await pool.states())["r1"] == "granted"
-        assert await pool.redis.hget("lmaas:{p}:progress", "r1") == f"5,0,{used.tokens}"
+        assert await pool.redis.hget("lmaas:{p}:progress", "r1") == f"[5,0,{used.tokens}]"
 
 
 async def test_a_woken_wait_returns(leases: Leases) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from lmaas.errors import Unavailable
 from lmaas.gateway import cache as module
-from lmaas.gateway.cache import Changes, MomentCache
+from lmaas.gateway.cache import Changes, ReadCache
 from tests.support.conditions import until
 
 
@@ -35,8 +35,8 @@ class Source:
             raise self.error
         return self.answers.get(key)
 
-    def cache(self, size: int = 10, *, changes: bool = False) -> MomentCache[str, str]:
-        return MomentCache[str, str](
+    def cache(self, size: int = 10, *, changes: bool = False) -> ReadCache[str, str]:
+        return ReadCache[str, str](
             self.ask, fresh_s=1, grace_s=60, size=size, changes=self.changes if changes else None, clock=lambda: self.now
         )
 
