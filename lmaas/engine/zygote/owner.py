@@ -53,11 +53,12 @@ class ZygoteOwner:
         self._intent = (float("-inf"), "")
         self._looking: asyncio.Task[None] | None = None
 
-    def tend(self) -> None:
-        """Call `ensure` in a task of its own, for callers that must not wait for a zygote that is slow to answer."""
+    def tend(self) -> "asyncio.Task[None]":
+        """Call `ensure` in a task, which is returned: for callers that must not wait for a zygote that is slow to answer."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self.ensure(), name="zygote")
             self._looking.add_done_callback(_tell)
+        return self._looking
 
     async def ensure(self) -> None:
         """Start the zygote if none runs, replace it if it is stuck, and tell it that it is needed. Calls within EVERY_S seconds do nothing."""

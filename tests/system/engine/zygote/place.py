@@ -33,7 +33,7 @@ class Place:
     @property
     def pid(self) -> int:
         """The zygote's, or 0."""
-        return owner._listener(self.home)
+        return owner.listener(self.home)
 
     async def imported(self) -> None:
         """Wait until it answers."""
@@ -70,7 +70,5 @@ async def zygote_in(home: Path) -> AsyncIterator[Place]:
             await there.imported()
             yield there
         finally:
-            await asyncio.to_thread(owner.stop, home)
+            await asyncio.to_thread(there.taker.stop)
             await until(lambda: not there.left())
-            if there.taker._child is not None:
-                there.taker._child.wait()
