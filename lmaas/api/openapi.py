@@ -100,7 +100,7 @@ _MODEL_FIELDS: dict[str, Schema] = {
     "max_num_seqs": {"type": "integer", "minimum": 1, "description": "Sequences that an engine runs at once."},
     "max_model_len": {"type": "integer", "minimum": 16, "description": "Context, in tokens."},
     "kv_cache_bytes": COUNT,
-    "engine_args": {"type": "string", "description": "More arguments for the engine: options of an allowlist, in docs/scaling.md."},
+    "engine_args": {"type": "string", "description": "More arguments for the engine: options of an allowlist, in docs/base-models.md."},
     **_OWN,
     **_PRICES,
 }
