@@ -155,8 +155,9 @@ class Checkers:
                 return ForkedProcess(await zygote.fork_when_there(self._home, order, wire.facts(shared_environment())))
             except (NoZygote, ProcessLookupError) as error:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
-            while plain_imports(self._home):
-                await asyncio.sleep(LOOK_S)  # requests wait for that engine first
+            # Requests wait for an engine first: it imports alone.
+            while plain_imports(self._home):  # noqa: ASYNC110 (another process's doing, seen in files)
+                await asyncio.sleep(LOOK_S)
         with output.open("ab") as stream:
             return await asyncio.create_subprocess_exec(
                 *bound_command([sys.executable, "-m", MODULE, *given]),

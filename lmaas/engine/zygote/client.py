@@ -123,13 +123,11 @@ async def _fork(home: Path, order: Order, facts: Mapping[str, str]) -> Fork:
     try:
         await _connect(connection, home)
         hello = await _receive(loop, connection)
-        if differs := wire.difference(facts, hello.get("facts", {})):
-            raise _Differs(f"the zygote cannot be used: it was started with another {differs}")
+        _check_facts(facts, hello)
         request = {"do": "fork", "module": order.module, "arguments": order.arguments, "kept": order.kept}
         await loop.sock_sendall(connection, json.dumps(request).encode())
         answer = await _receive(loop, connection)
-        if "refused" in answer:
-            raise NoZygote(f"the zygote cannot be used: {answer['refused']}")
+        _check_accepted(answer)
         # From here on it is the forked process that listens. The environment, which may hold secrets, never reaches the zygote.
         rest = {"environment": dict(order.environment), "folder": str(Path.cwd()), "log": str(order.log.absolute())}
         await loop.sock_sendall(connection, json.dumps(rest).encode())
@@ -143,6 +141,16 @@ async def _fork(home: Path, order: Order, facts: Mapping[str, str]) -> Fork:
     except BaseException:
         connection.close()
         raise
+
+
+def _check_facts(facts: Mapping[str, str], hello: Mapping[str, Any]) -> None:
+    if differs := wire.difference(facts, hello.get("facts", {})):
+        raise _Differs(f"the zygote cannot be used: it was started with another {differs}")
+
+
+def _check_accepted(answer: Mapping[str, Any]) -> None:
+    if "refused" in answer:
+        raise NoZygote(f"the zygote cannot be used: {answer['refused']}")
 
 
 def go(forked: Fork) -> None:

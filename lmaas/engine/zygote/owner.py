@@ -61,7 +61,8 @@ class ZygoteOwner:
         return self._looking
 
     async def ensure(self) -> None:
-        """Start the zygote if none runs, replace it if it is stuck, and tell it that it is needed. Calls within EVERY_S seconds do nothing."""
+        """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed. A call within EVERY_S seconds of the last
+        one does nothing."""
         now = self._clock()
         if now - self._looked < EVERY_S:
             return

@@ -11,7 +11,7 @@ from lmaas.engine.zygote.progress import Sight
 STILL_S = 15.0
 #: A zygote that uses so much processor time without answering or finishing a stage runs in circles. Longer if imports usually take long.
 CIRCLES_S, CIRCLES_IMPORTS = 60.0, 3.0
-#: How long a start goes on waiting for a zygote that stands still or is gone: its owner needs a few seconds to see that and to start another.
+#: How long a start goes on waiting for a zygote that stands still or is gone: its owner needs seconds to notice and to start another.
 REPLACED_S = 8.0
 
 

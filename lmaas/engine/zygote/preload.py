@@ -61,7 +61,7 @@ class Preloaded:
     def __init__(self, commands: Path, report: Callable[[int, int], None] = lambda _done, _stages: None) -> None:
         self._commands, self._avoided = commands, commands.with_name(AVOIDED)
         self._prepared: dict[tuple[str, ...], tuple[object, Any]] = {}
-        stages = [functools.partial(self._import, module) for module in MODULES]
+        stages: list[Callable[[], None]] = [functools.partial(self._import, module) for module in MODULES]
         stages += [self._adapt_vllm, self._prepare_all]
         stages += [functools.partial(self._import, module) for module in OTHERS]
         for done, stage in enumerate(stages):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmaas.engine import marks
-from lmaas.engine.activity import Activity, Standstill, activity_of, age_s, session_of
+from lmaas.engine.activity import Standstill, activity_of, age_s, session_of
 from lmaas.engine.zygote import wire
 
 #: Files in a zygote's folder: its last report, what the last imports on this machine took, and what its owner intends.
