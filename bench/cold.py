@@ -1,4 +1,4 @@
-"""How much sooner a request on an empty pool has its first token than a stock vLLM server that is started for it."""
+"""Compares the first token of a request on an empty pool with that of a stock vLLM server that is started for it."""
 
 import asyncio
 import contextlib
@@ -119,7 +119,7 @@ def _busy_loops() -> Iterator[None]:
 
 
 async def _stock_start(model: Path, log: Path) -> float:
-    """Seconds from the start of a stock server to its first token; it is asked all the time."""
+    """Return the seconds from the start of a stock server to its first token. It is asked repeatedly."""
     began = time.perf_counter()
     async with engines.server(model, log, *OPTIONS, *SIZES, plugins=False):
         return time.perf_counter() - began

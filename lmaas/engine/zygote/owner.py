@@ -61,8 +61,10 @@ class ZygoteOwner:
         return self._looking
 
     async def ensure(self) -> None:
-        """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed. A call within EVERY_S seconds of the last
-        one does nothing."""
+        """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed.
+
+        A call within EVERY_S seconds of the last one does nothing.
+        """
         now = self._clock()
         if now - self._looked < EVERY_S:
             return
@@ -77,6 +79,7 @@ class ZygoteOwner:
         """End the zygote, whoever started it."""
         stop(self._home)
         if self._child is not None:
+            self._child.kill()
             self._child.wait(STOP_S)
 
     def _look(self) -> None:

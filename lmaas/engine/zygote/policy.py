@@ -32,7 +32,7 @@ def why_plain(seen: Sight) -> str:
         return reason and f"the zygote is stuck: {reason}"
     if seen.next_s is None:
         return "no zygote runs, and no process of this service starts one"
-    if seen.next_s > seen.usual_s:
+    if seen.next_s > max(REPLACED_S, seen.usual_s):
         return f"the zygote ended, and is started again in {seen.next_s:.0f} s at the earliest"
     if seen.absent_s > seen.next_s + REPLACED_S:
         return f"no zygote was started within {seen.absent_s:.0f} s"

@@ -227,7 +227,7 @@ async def test_a_server_that_is_away_is_unavailable(tmp_path_factory: pytest.Tem
 
 async def test_a_server_that_refuses_is_unavailable_and_somebody_hears_why(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Unavailable):
-        await scheduler._call("submit", "p", "nonsense")
+        await scheduler.call("submit", "p", "nonsense")
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 

@@ -344,7 +344,9 @@ async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest
 
     os.kill(zygote.process.pid, signal.SIGCONT)
     await until(lambda: answers(zygote.home))
-    ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
+    looking = ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
+    with pytest.raises(ValueError, match="no facts"):
+        await looking
     await until(lambda: "could not be looked after" in caplog.text)
 
 
