@@ -18,8 +18,8 @@ from lmaas.engine.launch import VLLM, EngineSpec, launched
 from lmaas.engine.zygote import client, owner, wire
 from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order, fork, go
 from lmaas.engine.zygote.owner import MUTE_S, ZygoteOwner, stop
+from tests.support.clocks import Clock
 from tests.support.conditions import until
-from tests.unit.engine.zygote.test_parts import Clock
 
 JOB = "tests.integration.engine.zygote.job"
 IDLE_S = 60.0
