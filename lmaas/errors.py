@@ -163,6 +163,15 @@ class Unavailable(LmaasError):
     kind, status, type, code, retryable = "unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "server_error", "no_capacity", True
 
 
+class SettingUp(Unavailable):
+    """The service works, but `lmaas up` has not finished its setup. Only `/readyz` says so; requests are served."""
+
+    code = "setup_incomplete"
+
+    def __init__(self) -> None:
+        super().__init__("Setup has not finished: the manifests are not applied yet, or the credentials are not written.", retry_after_s=1)
+
+
 class EngineFailed(LmaasError):
     """The engine died or sent a response that could not be read, and a retry was not possible or failed too."""
 

@@ -89,6 +89,11 @@ class ReadCache(Generic[Key, Value]):
         #: When the last read began, and when the first one began of those that have had no result since the last result.
         self._last_read, self._silent_since = -math.inf, math.inf
 
+    @property
+    def pending(self) -> int:
+        """The number of questions that have no answer yet."""
+        return len(self._asking)
+
     async def get(self, key: Key) -> Value | None:
         """Return the value for `key`. Raises Unavailable if it is not cached and the database does not respond."""
         known = self._known.get(key)

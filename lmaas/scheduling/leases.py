@@ -235,6 +235,11 @@ class Leases:
         #: When Redis last answered all renewals (monotonic seconds).
         self._heard = time.monotonic()
 
+    @property
+    def open_count(self) -> int:
+        """The number of tickets that were accepted and have not ended."""
+        return len(self._open)
+
     @asynccontextmanager
     async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
         """Accept a request. Whatever happens in the block, its end frees the slot and records one usage event.

@@ -70,7 +70,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
             raise RuntimeError(f"LoRA routing has {groups.n} rows ({key}), the layer has {n}")
         return groups
 
-    def _layer(self, b: Any) -> StackedLoRA:
+    def layer_of(self, b: Any) -> StackedLoRA:
         try:
             return self._layers[id(b)]
         except KeyError:
@@ -94,12 +94,12 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, : sum(output_slices)] = 0
         if groups := self._tokens(x.shape[0]):
-            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+            self._add(y, x, self.layer_of(lora_b_stacked), groups, scale)
 
     def add_lora_logits(self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **_: Any) -> None:
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         if groups := self._samples(x.shape[0]):
-            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+            self._add(y, x, self.layer_of(lora_b_stacked), groups, scale)
 
     # The two steps apart: embeddings, whose A vLLM looks up itself, and layers that are sharded between them. Torch serves there.
 
@@ -107,7 +107,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, : lora_b_stacked.shape[2]] = 0
         if groups := self._tokens(x.shape[0]):
-            layer = self._layer(lora_b_stacked)
+            layer = self.layer_of(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 fallback.expand(y, x[rows], layer, 0, slot=slot, rows=rows)
 
@@ -128,7 +128,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, offset_start : offset_start + sum(output_slices)] = 0
         if groups := self._tokens(y.shape[0]):
-            layer = self._layer(lora_b_stacked)
+            layer = self.layer_of(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 for i, h in enumerate(x):
                     fallback.expand(y, h[rows], layer, i, slot=slot, rows=rows, offset=offset_start)
