@@ -21,8 +21,8 @@ from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order, for
 from lmaas.engine.zygote.owner import ZygoteOwner, stop
 from lmaas.engine.zygote.progress import Sight, plain_imports, running
 from tests.integration.engine.zygote.light import SLOW
+from tests.support.clocks import Clock
 from tests.support.conditions import until
-from tests.unit.engine.zygote.test_parts import Clock
 
 JOB = "tests.integration.engine.zygote.job"
 IDLE_S = 60.0
