@@ -28,7 +28,7 @@ def run(*arguments: object) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "Say which TRACE"),
+        ((), "Give a TRACE"),
         (("--column", "when=at"), "is not NAME=HEADING"),
         (("--slots", "0"), "--slots"),
         (("--only", "none"), "--only"),
