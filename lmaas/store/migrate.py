@@ -33,7 +33,7 @@ def upgrade(database_url: str, to: str = "head") -> None:
     """
     engine = create_engine(driver_url(database_url), poolclass=pool.NullPool)
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     with engine.connect() as connection:
         # Another migration may take a while; one that hangs must not hang us.
         connection.execute(text("SET lock_timeout = '120s'"))
