@@ -59,13 +59,13 @@ COLLECT_EVERY = (10_000, 20, 20)
 
 
 def object_store_url(settings: Settings) -> str:
-    """The adapter store: by setting, or a folder of this stack."""
+    """Return the URL of the adapter store: that of the settings, or a folder of this stack."""
     return settings.object_store_url or (settings.home / "objects").as_uri()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every process needs: Postgres, Redis and the adapter store."""
+    """The services that every process uses: Postgres, Redis and the adapter store."""
 
     db: Database
     redis: Redis
@@ -75,7 +75,7 @@ class Services:
 
 @asynccontextmanager
 async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[Services]:
-    """The services of `settings`, closed at the end. Raises SettingsError if an address is missing."""
+    """Connect to the services of `settings`, and close them at the end. Raises SettingsError if an address is missing."""
     if settings.database_url is None or settings.redis_url is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
     db = Database(settings.database_url, pool_size=pool_size)
@@ -88,7 +88,7 @@ async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[
 
 
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
-    """The gateway's ASGI application, and its leases, which a shutdown waits for."""
+    """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
     changes = Changes(functools.partial(change_number, db))
@@ -115,7 +115,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
             ]
             for keeper in keepers:
-                # An unexpected end must not go unnoticed: nothing would be granted any more, and running claims would look abandoned.
+                # A task that ends unexpectedly must end the process: nothing would be granted, and running claims would look abandoned.
                 keeper.add_done_callback(_end_process_on_failure)
             try:
                 yield
@@ -155,14 +155,14 @@ async def run_gateway(settings: Settings) -> None:
 
 
 def _calm_collector() -> None:
-    """What is there at the start stays: looking through it again and again took a fifth of the gateway's time."""
+    """Exempt the objects that exist now from garbage collection, which took a fifth of the gateway's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_EVERY)
 
 
 def _raise_file_limit() -> None:
-    """Many systems give a process 1,024 open files unless it asks for those that it may have."""
+    """Raise the limit of open files, which is 1,024 on many systems, to what the process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -170,7 +170,7 @@ def _raise_file_limit() -> None:
 
 
 def provisioner(settings: Settings) -> Provisioner:
-    """Where replicas run, by setting."""
+    """Build the provisioner of the settings."""
     if settings.provisioner == "local":
         return LocalProvisioner(settings)
     try:
@@ -184,7 +184,7 @@ def provisioner(settings: Settings) -> Provisioner:
 
 
 async def run_controller(settings: Settings) -> None:
-    """Control until told to stop. Replicas go on without us, unless the settings say that they end with us."""
+    """Run a controller until it is told to stop. Replicas continue, unless the settings end them with it."""
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings) as services:
@@ -200,13 +200,13 @@ async def run_controller(settings: Settings) -> None:
             await told_to_stop.wait()
             for task in tasks:
                 task.cancel()
-        # Active or not: it may have lost the lead a moment ago, and what this machine runs dies with us in any case.
+        # Also if this controller is not active: it may have just lost the lead, and replicas on this machine end with it in any case.
         if settings.controller_ends_replicas:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:
-    """Supervise one replica for its whole life; False if it failed."""
+    """Supervise one replica for its whole life. Returns False if it failed."""
     async with connected(settings, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:

@@ -16,9 +16,8 @@ from rich.text import Text
 
 from lmaas.config import Settings
 from lmaas.control.ending import END_GRACE_S, end_replicas
-from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.control.provisioners.local import LocalProvisioner, zygote_of
 from lmaas.engine.launch import expect, spec_of
-from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError, SettingUp
 from lmaas.manifests.apply import apply, described, working_keys
 from lmaas.manifests.client import ApiClient
@@ -56,6 +55,9 @@ class Stack:
             if tightened := exits.enter_context(held(self._settings.home)):
                 self._say(f"Other users could read {tightened} files in {self._settings.home}. Now only you can.")
             check_port(self._settings)
+            if (zygote := zygote_of(self._settings)) is not None:
+                exits.callback(zygote.stop)
+                await zygote.ensure()  # its imports take longest, so they begin first
             settings, servers = _embedded(self._settings)
             for server in servers:
                 exits.callback(server.stop)
@@ -143,7 +145,6 @@ class Stack:
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
             await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
-            await asyncio.to_thread(stop_zygote, settings.home)
             with suppress(LmaasError, RedisError):
                 for pool in await list_base_models(db):
                     while await write_events(redis, db, pool.id):

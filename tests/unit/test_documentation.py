@@ -108,6 +108,16 @@ def test_every_module_of_the_architecture_exists() -> None:
     assert {module.removeprefix("lmaas/") for module in MODULE.findall(text)} - known == set()
 
 
+def test_every_function_of_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua"))
+    named = {found.rpartition(".")[2] for found in re.findall(r"[(,] ?`([A-Za-z_.]+)`[),]", text)}
+    assert len(named) > 10
+    assert {
+        function for function in named if not re.search(rf"(?:def|class|function) {function}\b|\b{function} = |\b{function}: ", sources)
+    } == set()
+
+
 def test_the_architecture_names_every_folder() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     folders = {path.parent.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("__init__.py")} - {"."}

@@ -17,6 +17,7 @@ import psutil
 from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
+from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -46,8 +47,7 @@ class LocalProvisioner:
         self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_PEOPLE}
         self._devices = visible_devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
-        with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
-        self._zygote = zygote_owner(settings.home, settings.orphan_timeout_s) if with_zygote else None
+        self._zygote = zygote_of(settings)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
@@ -147,6 +147,13 @@ class LocalProvisioner:
             return _Facts(**{name: found[name] for name in _Facts.__slots__ if name in found})
         except (OSError, ValueError, TypeError):
             return None
+
+
+def zygote_of(settings: Settings) -> ZygoteOwner | None:
+    """The owner of this home folder's zygote, which starts none until its `ensure` is called; None if engines here are started without."""
+    if settings.zygote == "on" and settings.provisioner == "local" and settings.engine_module == VLLM:
+        return zygote_owner(settings.home, settings.orphan_timeout_s)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

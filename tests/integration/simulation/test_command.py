@@ -97,7 +97,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "Say which TRACE"),
+        ((), "Give a TRACE"),
         (("--column", "when=at"), "is not NAME=HEADING"),
         (("--slots", "0"), "--slots"),
         (("--only", "none"), "--only"),
