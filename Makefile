@@ -71,7 +71,7 @@ $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.
 	@rm -f $(NO_COMPILER)
 	@[ $(ENGINE) = gpu ] || ls lmaas/engine/cpu_lora/_kernel*.so >/dev/null 2>&1 || { \
 		echo "LoRA on CPUs will run at about half the speed, since its kernel could not be"; \
-		if $(COMPILER) >/dev/null; then echo "compiled. This shows why:"; \
+		if { $(COMPILER); } >/dev/null; then echo "compiled. This shows why:"; \
 			echo "$(BIN)/python -m pip install -v --no-deps --no-build-isolation --editable ."; \
 		else touch $(NO_COMPILER); echo "compiled: there is no C++ compiler. Install one (on Debian and Ubuntu:"; \
 			echo "apt install g++) and run make up again, which compiles the kernel then."; fi; }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, pool, text
+from sqlalchemy import Connection, Engine, create_engine, pool, text
 from sqlalchemy.exc import OperationalError
 
 from lmaas.errors import Unavailable
@@ -29,12 +29,12 @@ LOCKED = ("55P03", "40P01")
 def upgrade(database_url: str, to: str = "head") -> None:
     """Run the missing migrations, each of them whole or not at all. Two at once wait for each other.
 
-    Raises Unavailable `database_busy` if a table is locked by others for RETRY_FOR_S.
+    Raises Unavailable: `database_busy` if a table is locked by others for RETRY_FOR_S, or if the database cannot be reached.
     """
     engine = create_engine(driver_url(database_url), poolclass=pool.NullPool)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    with engine.connect() as connection:
+    with _connected(engine) as connection:
         # Another migration may take a while; one that hangs must not hang us.
         connection.execute(text("SET lock_timeout = '120s'"))
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
@@ -46,6 +46,14 @@ def upgrade(database_url: str, to: str = "head") -> None:
         connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
+
+
+def _connected(engine: Engine) -> Connection:
+    try:
+        return engine.connect()
+    except OperationalError as error:
+        why = " ".join(str(error.orig).split())
+        raise Unavailable(f"The database cannot be reached: {why}", code="database_unavailable", retry_after_s=2) from error
 
 
 def _upgrade_patiently(connection: Connection, config: Config, to: str) -> None:

@@ -35,6 +35,7 @@ SYSTEM_USER = "pgserver"
 COPIES = Path("/var/lib/lmaas")
 #: The data folder for the server itself, whatever its path is called, and whoever may go along that path.
 HERE = "/proc/self/cwd"
+INITDB_COMPLAINT = re.compile(r"(?:error|FATAL|PANIC): +(.*)")
 LOCALE = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 
 
@@ -112,7 +113,9 @@ class Postgres(Server):
         )
         if done.returncode != 0:
             shutil.rmtree(partial, ignore_errors=True)
-            raise SettingsError(f"{self.title} cannot create its data folder {self.folder}: {' '.join(done.stderr.split())[-500:]}")
+            why = INITDB_COMPLAINT.search(done.stderr)
+            words = (why[1] if why else " ".join(done.stderr.split())[-500:]).replace(HERE, str(self.folder))
+            raise SettingsError(f"{self.title} cannot create its data folder {self.folder}: {words}")
         self.folder.rmdir()
         partial.rename(self.folder)
 
