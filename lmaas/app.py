@@ -52,6 +52,7 @@ from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
 from lmaas.store.replicas import get_replica
+from lmaas.store.rights import DatabaseRole
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,14 @@ class Services:
 
 
 @asynccontextmanager
-async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[Services]:
-    """Connect to the services of `settings`, and close them at the end. Raises SettingsError if an address is missing."""
+async def connected(settings: Settings, role: DatabaseRole | None, *, pool_size: int = 5) -> AsyncIterator[Services]:
+    """Connect a process with this database role to the services of `settings`, and close them at the end.
+
+    Raises SettingsError if an address is missing.
+    """
     if settings.database_url is None or settings.redis_url is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
-    db = Database(settings.database_url, pool_size=pool_size)
+    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, pool_size=pool_size)
     redis = connect(settings.redis_url)
     try:
         yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
@@ -151,7 +155,7 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """Serve until told to stop."""
-    async with connected(settings) as services:
+    async with connected(settings, DatabaseRole.GATEWAY) as services:
         app, _ = build_gateway(settings, services)
         _raise_file_limit()
         _calm_collector()
@@ -176,7 +180,7 @@ def _raise_file_limit() -> None:
 def provisioner(settings: Settings) -> Provisioner:
     """Build the provisioner of the settings."""
     if settings.provisioner == "local":
-        return LocalProvisioner(settings)
+        return LocalProvisioner(for_replicas(settings))
     try:
         from lmaas.control.provisioners.ray import RayProvisioner  # noqa: PLC0415 (Ray is an extra, and takes a second to import)
     except ModuleNotFoundError as error:
@@ -184,14 +188,20 @@ def provisioner(settings: Settings) -> Provisioner:
             raise
         raise SettingsError("LMAAS_PROVISIONER=ray needs Ray. Install it with: pip install 'lmaas[ray]'") from None
     # On the nodes, the home is another folder.
-    return RayProvisioner(replace(settings, object_store_url=object_store_url(settings)))
+    return RayProvisioner(replace(for_replicas(settings), object_store_url=object_store_url(settings)))
+
+
+def for_replicas(settings: Settings) -> Settings:
+    """Return the settings of replicas' supervisors: with a database login of their own if there is one."""
+    url = settings.replica_database_url or settings.database_url
+    return replace(settings, database_url=url, replica_database_url=None, database_passwords="")
 
 
 async def run_controller(settings: Settings) -> None:
     """Run a controller until it is told to stop. Replicas continue, unless the settings end them with it."""
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
-    async with connected(settings) as services:
+    async with connected(settings, DatabaseRole.CONTROLLER) as services:
         where = provisioner(settings)
         controller = Controller(settings, services.db, services.scheduler, where)
         async with asyncio.TaskGroup() as group:
@@ -211,7 +221,7 @@ async def run_controller(settings: Settings) -> None:
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life. Returns False if it failed."""
-    async with connected(settings, pool_size=1) as services, EngineClient() as client:
+    async with connected(settings, DatabaseRole.REPLICA, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")

@@ -37,7 +37,17 @@ log = logging.getLogger(__name__)
 VLLM = SERVER
 #: The one grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
 GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
-SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
+SECRETS = frozenset(
+    {
+        "LMAAS_DATABASE_URL",
+        "LMAAS_REPLICA_DATABASE_URL",
+        "LMAAS_DATABASE_PASSWORDS",
+        "LMAAS_REDIS_URL",
+        "LMAAS_OBJECT_STORE_URL",
+        "LMAAS_API_KEY",
+        "LMAAS_OPERATOR_KEY",
+    }
+)
 
 #: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
 STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")

@@ -26,13 +26,13 @@ from lmaas.manifests.folder import read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
 from lmaas.scheduling.client import connect
-from lmaas.store.database import Database
-from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, list_base_models
+from lmaas.store.rights import DatabaseRole
 from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_model, write_credentials
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
+from lmaas.up.roles import Logins, prepare_database
 from lmaas.up.server import Server, is_full
 
 READY_S = 60.0
@@ -63,16 +63,13 @@ class Stack:
             settings, servers = _embedded(self._settings)
             for server in servers:
                 exits.callback(server.stop)
-            db, redis = Database(str(settings.database_url)), connect(str(settings.redis_url))
-            exits.push_async_callback(db.close)
+            redis = connect(str(settings.redis_url))
             exits.push_async_callback(redis.aclose)
             if await self._start(servers):
                 watch = asyncio.create_task(self._watch_disk(), name="disk")
                 exits.callback(self._let_go, [watch, *(self._keep(server) for server in servers)])
-                await asyncio.to_thread(upgrade, str(settings.database_url))
-                model = await register_model(settings, db, self._console)
-                operator_key = await ensure_operator_key(settings, db)
-                await self._serve(settings, model, operator_key, db, redis)
+                logins, model, operator_key = await self._prepare(settings)
+                await self._serve(logins, model, operator_key, redis)
         self._say("Stopped.")
 
     async def _start(self, servers: list[Server]) -> bool:
@@ -89,6 +86,16 @@ class Stack:
                     return False
                 await asyncio.sleep(LOOK_EVERY_S / 5)
         return True
+
+    async def _prepare(self, settings: Settings) -> tuple[Logins, BaseModel, str]:
+        """Prepare the database; return how processes log in to it, the base model and the operator's key."""
+        logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
+        db = logins.database(DatabaseRole.GATEWAY)
+        try:
+            model = await register_model(settings, db, self._console)
+            return logins, model, await ensure_operator_key(settings, db)
+        finally:
+            await db.close()
 
     @staticmethod
     def _let_go(keepers: "Sequence[asyncio.Task[Any]]") -> None:
@@ -126,13 +133,14 @@ class Stack:
             self._hurry.set()
         self._stop.set()
 
-    async def _serve(self, settings: Settings, model: BaseModel, operator_key: str, db: Database, redis: Redis) -> None:
+    async def _serve(self, logins: Logins, model: BaseModel, operator_key: str, redis: Redis) -> None:
+        settings = logins.gateway
         if settings.zygote == "on":
             expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
-        settings = replace(settings, ready_file=ready)
-        gateway, controller = Child("gateway", settings), Child("controller", settings)
+        gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
+        controller = Child("controller", replace(logins.controller, ready_file=ready))
         keepers = []
         try:
             gateway.launch()
@@ -155,11 +163,15 @@ class Stack:
             # No controller: nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
-            await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
-            with suppress(LmaasError, RedisError):
-                for pool in await list_base_models(db):
-                    while await write_events(redis, db, pool.id):
-                        pass
+            db = logins.database(DatabaseRole.CONTROLLER)
+            try:
+                await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
+                with suppress(LmaasError, RedisError):
+                    for pool in await list_base_models(db):
+                        while await write_events(redis, db, pool.id):
+                            pass
+            finally:
+                await db.close()
 
     async def _until_serving(self, settings: Settings, gateway: Child) -> bool:
         """Wait until only what this stack sets up is missing for the gateway to be ready; return False if told to stop.

@@ -31,7 +31,7 @@ MAY_BEGIN_S = 120.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/proc/driver/nvidia/gpus")
 #: What supervisors have no use for.
-FOR_PEOPLE = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
+FOR_OTHERS = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY", "LMAAS_DATABASE_PASSWORDS", "LMAAS_REPLICA_DATABASE_URL"})
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,7 +44,7 @@ class LocalProvisioner:
 
     def __init__(self, settings: Settings) -> None:
         self._home, self._folder = settings.home, settings.home / "replicas"
-        self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_PEOPLE}
+        self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_OTHERS}
         self._devices = visible_devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
         self._zygote = zygote_of(settings)
