@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -29,7 +30,7 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
-from lmaas.errors import LmaasError, SettingsError, SettingUp
+from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
@@ -107,7 +108,10 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     async def ready() -> None:
         await db.check()
-        await services.redis.ping()
+        try:
+            await services.redis.ping()
+        except RedisError as error:
+            raise Unavailable("The request queue is not available. Retry after 2 s.", code="queue_unavailable", retry_after_s=2) from error
         if settings.ready_file is not None and not settings.ready_file.exists():
             raise SettingUp
 
