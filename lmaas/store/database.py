@@ -48,15 +48,15 @@ class Database:
     a role, transactions have the login's own rights.
     """
 
-    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
+    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", connections: int = 5) -> None:
         self._role, self._prefix = role, prefix
         self._login = make_url(driver_url(url)).username
         #: What a transaction has to become, unless the login is it already.
         self._acts_as = None if role is None or role_name(prefix, role) == self._login else role
         self._engine = create_async_engine(
             driver_url(url),
-            pool_size=pool_size,
-            max_overflow=pool_size,
+            pool_size=connections,
+            max_overflow=connections,
             pool_timeout=5,
             # The driver begins no transaction by itself: ours begins with its scope, in one exchange.
             isolation_level="AUTOCOMMIT",
