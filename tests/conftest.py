@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
@@ -18,9 +19,13 @@ from lmaas.store.migrate import upgrade
 from lmaas.store.rights import LOGINS, DatabaseRole
 from lmaas.up import embedded
 from lmaas.up.bootstrap import prepare_default_model
+from tests.support.effort import tries
 
 _numbers = itertools.count()
 ROLE_PASSWORD = "no-secret"
+
+hypothesis.settings.register_profile("lmaas", max_examples=tries(100))
+hypothesis.settings.load_profile("lmaas")
 
 
 @pytest.fixture(scope="session")
