@@ -19,8 +19,8 @@ from rich.console import Console
 from sqlalchemy import text
 
 from bench.frame import Bar, Say, attempted, interleaved, ratios, summary
+from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
-from lmaas.admission.terms import Terms, limited_scopes
 from lmaas.config import Settings
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.catalog import Catalog
@@ -139,7 +139,7 @@ class Door:
             new_id("req"), principal.tenant_id, principal.key_id, model.base.name, name, model.adapter, model.version, stream=True
         )
         ticket = _ticket(record, principal, self._place.model.id, model.adapter, self._leases.gateway)
-        async with self._leases.open(ticket, record, Terms(self._months, principal, BOUNDS), deadline_s=10) as opened:
+        async with self._leases.open(ticket, record, PrincipalLimits(self._months, principal, BOUNDS), deadline_s=10) as opened:
             lease = await opened.wait(5)
             if lease is None:
                 raise RuntimeError("a request was not admitted at once")

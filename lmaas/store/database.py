@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import psycopg
 from psycopg.errors import InsufficientPrivilege, InvalidParameterValue
 from sqlalchemy import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -20,9 +20,11 @@ from lmaas.store.scopes import SYSTEM, AnyScope, begin_statement
 
 def driver_url(url: str) -> str:
     """`url` with the driver that we use, whatever dialect name it came with (`postgres://`, `postgresql://`)."""
-    return (
-        make_url(url.replace("postgres://", "postgresql://", 1)).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    )
+    try:
+        parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    except ArgumentError:
+        raise SettingsError("LMAAS_DATABASE_URL is not the URL of a database, such as postgresql://user:password@host/name.") from None
+    return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
 def new_id(prefix: str) -> str:
@@ -47,15 +49,15 @@ class Database:
     a role, transactions have the login's own rights.
     """
 
-    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
+    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", connections: int = 5) -> None:
         self._role, self._prefix = role, prefix
         self._login = make_url(driver_url(url)).username
         #: What a transaction has to become, unless the login is it already.
         self._acts_as = None if role is None or role_name(prefix, role) == self._login else role
         self._engine = create_async_engine(
             driver_url(url),
-            pool_size=pool_size,
-            max_overflow=pool_size,
+            pool_size=connections,
+            max_overflow=connections,
             pool_timeout=5,
             # The driver begins no transaction by itself: ours begins with its scope, in one exchange.
             isolation_level="AUTOCOMMIT",
