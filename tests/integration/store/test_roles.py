@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, make_url, text
 from lmaas.errors import SettingsError
 from lmaas.store import adapters, tenants, usage
 from lmaas.store.database import Database, driver_url
-from lmaas.store.migrate import MIGRATIONS, parse_passwords, upgrade
+from lmaas.store.migrate import MIGRATIONS, upgrade
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from tests.support.catalogue import faults
@@ -229,15 +229,3 @@ async def test_a_login_that_may_not_act_as_its_role_says_so(new_database: NewDat
                 async with db.begin(scope):
                     pytest.fail("it has no rights")
         await db.close()
-
-
-def test_passwords_are_read() -> None:
-    assert parse_passwords("") == {}
-    assert parse_passwords("gateway=a=b, controller=c") == {DatabaseRole.GATEWAY: "a=b", DatabaseRole.CONTROLLER: "c"}
-
-
-@pytest.mark.parametrize("given", ["gateway", "gateway=", "=x", "owner=x", "operator=x", "gateway=a,secret"])
-def test_what_is_no_password_is_refused_without_being_shown(given: str) -> None:
-    with pytest.raises(SettingsError, match=r"Entry \d of LMAAS_DATABASE_PASSWORDS") as caught:
-        parse_passwords(given)
-    assert "secret" not in caught.value.message
