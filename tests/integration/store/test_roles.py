@@ -1,6 +1,9 @@
 """Roles, rights and policies come into databases of all kinds: new ones, older ones, a superuser's and others'."""
 
+import asyncio
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import psycopg
@@ -157,6 +160,20 @@ async def test_the_migrators_login_is_enough_once_the_roles_exist(new_database: 
     async with admin.begin(SYSTEM) as connection:
         assert await faults(connection) == []
     await admin.close()
+
+
+async def test_databases_of_one_cluster_are_migrated_at_once(new_database: NewDatabase) -> None:
+    urls = [new_database() for _ in range(3)]
+    prefix = f"many_{next(_numbers)}"
+    variables = os.environ | {"LMAAS_DATABASE_ROLE_PREFIX": prefix, "LMAAS_DATABASE_PASSWORDS": "gateway=secret,controller=secret"}
+    command = [sys.executable, "-m", "lmaas", "migrate"]
+    processes = [await asyncio.create_subprocess_exec(*command, env=variables | {"LMAAS_DATABASE_URL": url}) for url in urls]
+    assert [await process.wait() for process in processes] == [0, 0, 0]
+    for url in urls:
+        admin = Database(url)
+        async with admin.begin(SYSTEM) as connection:
+            assert await faults(connection, prefix) == []
+        await admin.close()
 
 
 async def test_what_was_changed_by_hand_is_put_right(new_database: NewDatabase) -> None:
