@@ -11,6 +11,10 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 #: What ids of base models begin with, and names of them do not: either finds one.
 MODEL_ID_PREFIX = "mod_"
 
+#: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
+#: Lua's JSON hold a price.
+MAX_PRICE = 4 * 10**9
+
 #: A dtype that is decided where an engine starts.
 AUTO = "auto"
 

@@ -80,7 +80,7 @@ class Service:
 
     async def replicas(self, models: Sequence[BaseModel]) -> list[Replica]:
         """All that there ever were of these base models, the newest first."""
-        found = [await list_replicas(self.db, base_model_id=model.id, ended=True, limit=None) for model in models]
+        found = [await list_replicas(self.db, base_model_id=model.id, ended=True) for model in models]
         return sorted((replica for some in found for replica in some), key=lambda replica: replica.created_at, reverse=True)
 
 

@@ -268,7 +268,7 @@ class Stack:
         """The ledger, after the metering writer's work."""
         while await write_events(self.redis, self.db, model.id):
             pass
-        return await list_events(self.db, scope_of(tenant.id if tenant else None), 1000)
+        return await list_events(self.db, scope_of(tenant.id if tenant else None))
 
     async def idle(self, model: BaseModel) -> None:
         """Wait until nothing is queued and no slot is taken."""
