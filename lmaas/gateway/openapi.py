@@ -191,8 +191,8 @@ _RATE_LIMITS = {
 }
 _STREAM = (
     "With `stream`: server-sent events, each `data: ` and the JSON of a chunk, ending with `data: [DONE]`. An error after the first event "
-    "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments, which report the place in "
-    "the queue."
+    "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
+    "in the queue."
 )
 _ERRORS = {
     "400": "The request is malformed, or asks for what is not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
