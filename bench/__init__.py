@@ -1,1 +1,1 @@
-"""The bars: what lmaas claims about speed and cost, measured side by side with its rivals in one run (`make bench`)."""
+"""Benchmarks: the claims of lmaas about speed and cost, measured side by side with other software (`make bench`)."""

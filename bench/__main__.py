@@ -1,4 +1,4 @@
-"""`python -m bench [BAR …]`: measure all bars, or those named. Fails if one of them could not be measured, not if it does not hold."""
+"""`python -m bench [BAR …]`: measure all bars, or those named. Fails if a bar could not be measured, not if its value is too low."""
 
 import asyncio
 import signal

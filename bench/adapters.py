@@ -1,4 +1,4 @@
-"""Adapters to measure with: PEFT's, with random weights. Speed does not depend on what they say."""
+"""Adapters for measurements, written by PEFT with random weights. Speed does not depend on their content."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def make(model: Path, folder: Path, rank: int, count: int) -> dict[str, Path]:
-    """Write `count` adapters of this rank over all linear layers of `model`, strong enough to change what it says. Folders by name."""
+    """Write `count` adapters of this rank over all linear layers of `model`, strong enough to change its answers. Returns their folders
+    by name."""
     import torch  # noqa: PLC0415 (slow to import, and not needed by the command line)
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415

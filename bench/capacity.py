@@ -1,6 +1,6 @@
-"""The figures of docs/capacity.md that are measured: `python -m bench.capacity`.
+"""Measures figures of docs/capacity.md: `python -m bench.capacity`.
 
-What one core of each server does: CPU time of the server's process, so that a busy machine changes little. Three rounds, medians.
+They are CPU times of one core of each server, which other work on the machine changes little. Medians of three rounds.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, observe
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import Tenant, create_tenant
-from lmaas.types import Resources
+from lmaas.types import Resources, TokenCounts
 from lmaas.up import embedded
 
 ROUNDS = 3
@@ -93,19 +93,19 @@ def ticket(number: int) -> Ticket:
 
 
 async def many(calls: int, call: Callable[[int], Awaitable[Any]]) -> None:
-    """Calls, so many at once as a busy gateway has."""
+    """Run calls, as many at once as in a busy gateway."""
     for first in range(0, calls, AT_ONCE):
         await asyncio.gather(*(call(number) for number in range(first, min(first + AT_ONCE, calls))))
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """What it has used so far."""
+    """Return the CPU time that the process has used so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 async def scheduler_calls(redis: Redis) -> dict[str, float]:
-    """CPU µs of the server for each call of the scheduler."""
+    """Measure the server's CPU time in µs for each call of the scheduler."""
     await redis.flushall()
     scheduler = Scheduler(redis)
     information: Any = await redis.info("server")
@@ -119,10 +119,10 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     figures = {}
 
     async def first(one: Ticket) -> None:
-        """The first of a month tells what was used before."""
+        """Submit the first ticket of a month, with the use so far."""
         for _ in range(len(SCOPES)):
             await scheduler.submit(one, BOUNDS, seeds=seeds)
-        await scheduler.release(one, one.event, 1000, "")
+        await scheduler.release(one, one.event, 1000)
 
     await first(tickets[0])
 
@@ -136,11 +136,11 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
             raise RuntimeError("a request with a free slot was not granted")
 
     async def release(number: int) -> None:
-        await scheduler.release(tickets[number], tickets[number].event, 1000, "700,300,200")
+        await scheduler.release(tickets[number], tickets[number].event, 1000, TokenCounts(700, 300, 200))
 
     async def renew(number: int) -> None:
         first = number * 32 % (CALLS - 32)
-        await scheduler.renew(POOL, [(each.id, "700,300,100") for each in tickets[first : first + 32]])
+        await scheduler.renew(POOL, [(each.id, TokenCounts(700, 300, 100)) for each in tickets[first : first + 32]])
 
     await measure("submit, granted at once", CALLS, submit)
     await measure("renew of 32 requests", 1000, renew)
@@ -164,7 +164,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
 
 
 async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[], float], round_: int) -> dict[str, float]:
-    """How the metering writer gets on, and what a row takes."""
+    """Measure the metering writer, and the size of a row."""
     await redis.flushall()
     for first in range(0, EVENTS, 1000):
         async with redis.pipeline(transaction=False) as pipeline:
@@ -188,7 +188,7 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
 
 
 async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable[[], float]) -> dict[str, float]:
-    """What a tick costs with many pools and replicas, all ready and none in need of anything."""
+    """Measure a tick of the controller with many pools and replicas that need nothing."""
     await redis.flushall()
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
@@ -219,7 +219,7 @@ async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable
 
 
 async def measured() -> dict[str, float]:
-    """All figures: the median of the rounds."""
+    """Return all figures, each the median of the rounds."""
     rounds: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory(prefix="lmaas-capacity-") as folder,

@@ -1,4 +1,4 @@
-"""A streaming client of OpenAI's API that looks at the clock: the same for lmaas and for an engine without it."""
+"""A streaming client of OpenAI's API that measures times, for lmaas and for an engine without it."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """When the first token that can be seen was there, in seconds after the request was sent, and when the last was."""
+    """The times of the first visible token and of the last one, in seconds after the request was sent."""
 
     ttft_s: float
     total_s: float
@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """The answers to a load, and how long all of them took."""
+    """The answers to a load, and the time of all of them together."""
 
     answers: Sequence[Answer]
     took_s: float
@@ -93,7 +93,7 @@ class Client:
         return Answer(first - sent, ended - sent, ask.completion_tokens)
 
     async def run(self, asks: Sequence[Ask], at_once: int) -> Run:
-        """Send all of them in their order, `at_once` at any time: whoever has its answer sends the next."""
+        """Send all of them in their order, `at_once` at any time: each answer is followed by the next request."""
         waiting = iter(asks)
         answers: list[Answer] = []
 

@@ -1,4 +1,4 @@
-"""How much sooner a request on an empty pool has its first token than a stock vLLM server that is started for it."""
+"""Compares the first token of a request on an empty pool with that of a stock vLLM server that is started for it."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ SIZES = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 30))
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted."""
+    """Measure the bars of NAMES that are wanted."""
     if set(wanted) & set(NAMES):
         yield await attempted(NAMES[0], _cold_start(model, folder, say))
 
@@ -53,7 +53,7 @@ async def _cold_start(model: Path, folder: Path, say: Say) -> Bar:
 
 
 async def _stock_start(model: Path, log: Path) -> float:
-    """Seconds from the start of a stock server to its first token; it is asked all the time."""
+    """Return the seconds from the start of a stock server to its first token. It is asked repeatedly."""
     began = time.perf_counter()
     async with engines.server(model, log, *OPTIONS, *SIZES, plugins=False):
         return time.perf_counter() - began

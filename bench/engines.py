@@ -1,4 +1,4 @@
-"""Plain vLLM servers, as anyone starts them, and what is asked of them."""
+"""Plain vLLM servers, started without lmaas, and requests to them."""
 
 import asyncio
 import contextlib
@@ -45,11 +45,11 @@ class Engine:
         self._log = log
 
     def log(self) -> str:
-        """What the server printed."""
+        """The output of the server."""
         return self._log.read_text(errors="replace")
 
     async def post(self, path: str, body: object) -> bytes:
-        """Ask for something. Raises RuntimeError unless it was done."""
+        """Send a request. Raises RuntimeError if it fails."""
         async with self._http.post(self.url + path, json=body) as response:
             content = await response.read()
             if response.status != 200:
@@ -91,7 +91,7 @@ class Engine:
 
 @asynccontextmanager
 async def server(model: Path, log: Path, *options: str, plugins: bool = True) -> AsyncIterator[Engine]:
-    """Start a vLLM server over `model` and wait for its first token. `plugins` False: without lmaas's, which is stock vLLM."""
+    """Start a vLLM server over `model` and wait for its first token. Without `plugins` it is stock vLLM, without those of lmaas."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

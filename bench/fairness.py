@@ -1,4 +1,4 @@
-"""What a tenant feels of the others, and how evenly those that wait are served."""
+"""Measures how a tenant's requests are affected by others, and how evenly waiting tenants are served."""
 
 import asyncio
 import random
@@ -30,7 +30,7 @@ HISTORIES, STEPS = 8, 1500
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted."""
+    """Measure the bars of NAMES that are wanted."""
     if "fairness_ttft" in wanted:
         yield await attempted("fairness_ttft", _ttft(model, folder / "home", say))
     if "fairness_bound" in wanted:

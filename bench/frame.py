@@ -1,4 +1,4 @@
-"""What every bar shares: interleaved rounds, medians, one table, one file of results."""
+"""The parts that all bars share: interleaved rounds, medians, a table and a file of results."""
 
 import json
 import os
@@ -24,7 +24,8 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured claim. `value` None: it could not be measured, and `detail["why"]` says why. `bar` None: it is only reported."""
+    """One measured claim. A `value` of None means that it could not be measured, for the reason in `detail["why"]`; a `bar` of None that
+    it is only reported."""
 
     name: str
     value: float | None
@@ -43,7 +44,7 @@ class Bar:
 async def interleaved(rounds: int, runs: Mapping[str, Run[Figure]], first: int = 0) -> dict[str, list[Figure]]:
     """Measure each of `runs` once in every round, in an order that rotates: what disturbs the machine disturbs all of them.
 
-    A run gets the number of its round, counted from `first`, and answers its figure. Figures by name, one for each round.
+    A run gets the number of its round, counted from `first`, and returns its figure. Returns the figures by name, one for each round.
     """
     figures: dict[str, list[Figure]] = {name: [] for name in runs}
     names = list(runs)
@@ -60,7 +61,7 @@ def summary(figures: Sequence[float]) -> dict[str, float | int]:
 
 
 async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
-    """The bar, or why it could not be measured: one failure does not take the other bars away."""
+    """Measure a bar, or return the reason why that failed. Other bars are measured all the same."""
     try:
         return await measuring
     except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
@@ -71,12 +72,12 @@ async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Round by round: both figures of a ratio were taken within seconds of each other."""
+    """Return the ratio of each round, whose two figures were measured within seconds of each other."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def table(bars: Sequence[Bar]) -> Table:
-    """All bars for a reader."""
+    """Return a table of all bars."""
     result = Table("bar", "value", "must be", "holds", "min to max")
     for bar in bars:
         value = "not measured" if bar.value is None else f"{bar.value:.3g}"
@@ -94,7 +95,7 @@ def write(bars: Sequence[Bar], path: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine."""
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {

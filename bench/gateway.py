@@ -1,8 +1,9 @@
-"""What the gateway costs: CPU time per request of one gateway process with everything on, beside that of other proxies.
+"""Measures the gateway's cost: CPU time per request of one gateway process with everything on, and of other proxies.
 
-One engine that costs nothing answers all of them; CONNECTIONS clients ask one proxy at a time, as fast as it answers, and the CPU time
-that its process used meanwhile is divided by the requests. Everybody else's CPU time (engine, clients, Postgres, Valkey, controller) is
-not counted, and other work on the machine makes a round slower, but hardly dearer. Besides: memory, and commands to Valkey.
+One engine that costs nothing answers all of them; CONNECTIONS clients ask one proxy at a time, as fast as it answers, and the CPU time that
+its process used meanwhile is divided by the requests. The CPU time of other processes (engine, clients, Postgres, Valkey, controller) is
+not counted. Other work on the machine makes a round slower, but hardly changes its CPU time. Memory and commands to Valkey are measured
+too.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ WAITING, WAITING_TENANTS, WAITING_MODEL = 5000, 10, "never-served"
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted."""
+    """Measure the bars of NAMES that are wanted."""
     if not wanted:
         return
     if PER_WAITING in wanted:
@@ -165,8 +166,8 @@ async def _admission(load: Load, ours: Service, say: Say) -> Bar:
     """The gateway's requests a second, which are as many as its one process has CPU time for, with admission ÷ without.
 
     Each gateway has a core of its own, as it would beside a Redis on another machine: sharing one with Valkey, it also pays for what the
-    functions that Valkey runs for it push out of the core's caches. That ratio, in half the rounds, is told beside. So are requests a
-    second by the clock: what the gateway, the engine, the clients and Valkey cost together on this machine.
+    functions that Valkey runs for it push out of the core's caches. That ratio, of half the rounds, is in the detail, and so are requests a
+    second by the clock, to which gateway, engine, clients and Valkey contribute.
     """
     say("starting a gateway without admission")
     proxies = {
@@ -188,7 +189,7 @@ async def _admission(load: Load, ours: Service, say: Say) -> Bar:
 
 
 def _kept(figures: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
-    """What is kept with admission of what there is without: by CPU time, and by the clock."""
+    """Return the ratios with admission ÷ without, by CPU time and by the clock."""
     cpu_ms, per_s = ({name: [pair[place] for pair in each] for name, each in figures.items()} for place in (0, 1))
     by_clock = summary(ratios(per_s["on"], per_s["off"])) | {"requests_per_s": {name: summary(each) for name, each in per_s.items()}}
     kept = summary(ratios(cpu_ms["off"], cpu_ms["on"]))

@@ -1,4 +1,4 @@
-"""What it costs to check grammars, and what a tenant feels while another sends schemas that explode."""
+"""Measures the cost of checking grammars, and the effect on a tenant while another sends schemas that explode."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ NAMES = (KNOWN, INNOCENT)
 CONNECTIONS, ROUND_S, WARM_S = 32, 3.0, 1.0
 #: The bar is closer to 1 than a machine with other work lets a few rounds tell.
 KNOWN_ROUNDS = 15
-#: What people send: a flat object with a few kinds of fields.
+#: A typical schema: a flat object with a few kinds of fields.
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -47,7 +47,7 @@ ATTACK_WARM_S = 3.0
 
 @dataclass(frozen=True)
 class KnownProxy(Proxy):
-    """A gateway that is asked with a schema."""
+    """A gateway whose requests have a schema."""
 
     def order(self, *, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
         """The order, with the schema."""
@@ -56,7 +56,7 @@ class KnownProxy(Proxy):
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted."""
+    """Measure the bars of NAMES that are wanted."""
     if KNOWN in wanted:
         yield await attempted(KNOWN, _known(folder, say))
     if INNOCENT in wanted:

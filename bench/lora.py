@@ -1,4 +1,4 @@
-"""Our LoRA kernels for vLLM's CPU backend against stock vLLM's: the same server, with lmaas's plugin and without."""
+"""Compares the LoRA kernels of lmaas on CPUs with stock vLLM: the same server, with the plugin and without."""
 
 import asyncio
 import itertools

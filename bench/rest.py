@@ -1,7 +1,7 @@
-"""Tenants that do nothing must cost nothing: how long a request takes to be admitted among many that rest, ÷ among a few.
+"""Measures the cost of idle tenants: the time to admit a request among many idle tenants ÷ among a few.
 
 The path from a key to a lease, as a gateway runs it (key, model name, limits, fair queue, lease), against a real Postgres and a real Valkey
-of its own for each size. Everybody has asked before: the ledger has their events, and Valkey what their requests left there.
+of its own for each size. All tenants have sent requests before: the ledger has their events, and Valkey the remains of their requests.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ from lmaas.store.database import Database, new_id
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel
 from lmaas.store.scopes import SYSTEM
-from lmaas.types import Principal
+from lmaas.types import Principal, TokenCounts
 from lmaas.up.bootstrap import register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 NAME = "tenants_at_rest"
 NAMES = (NAME,)
@@ -105,7 +105,7 @@ class Place:
         return passes[0], passes[1]
 
     async def run_all(self, adapters: Sequence[str], number: int) -> None:
-        """Have a replica with all these adapters: whoever asks is granted a lease at once."""
+        """Provide a replica with all these adapters, so that every request gets a lease at once."""
         if self.replica:
             await self.scheduler.deregister(self.model.id, self.replica)
         self.replica = f"rest-{number}"
@@ -115,7 +115,7 @@ class Place:
 
 
 class Door:
-    """What a gateway admits requests with."""
+    """The parts of a gateway that admit requests."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -170,11 +170,11 @@ def _ticket(record: UsageRecord, principal: Principal, pool: str, adapter: str, 
 
 @asynccontextmanager
 async def place(model: Path, folder: Path, tenants: int, adapters: int) -> AsyncIterator[Place]:
-    """Servers with so many tenants, each of which has asked before."""
+    """Start servers with so many tenants, each of which has sent requests before."""
     given = Settings(home=folder / "home", model=str(model))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         async with AsyncExitStack() as exits:
             db = Database(str(settings.database_url))
@@ -208,7 +208,7 @@ async def _asked(made: Place, door: "Door", tenant: int) -> None:
     if report["state"] == NoTicket.UNSEEDED:
         seeds = await Months(made.db).seeds(ticket.tenant, report["scopes"], report["month"])
         await made.scheduler.submit(ticket, BOUNDS, seeds=seeds)
-    await made.scheduler.release(ticket, "", 100, "100,0,50")
+    await made.scheduler.release(ticket, "", 100, TokenCounts(100, 0, 50))
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:

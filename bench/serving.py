@@ -1,4 +1,4 @@
-"""What lmaas costs and gives between a client and an engine: the same requests through a whole service and straight to its vLLM."""
+"""Compares requests through a whole service with the same requests straight to its vLLM."""
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -54,7 +54,7 @@ class Load:
         return await asker.run(self.asks(places, seed), self.at_once)
 
 
-#: Twice as many clients as the engine runs at once: whoever leaves must be replaced at once.
+#: Twice as many clients as the engine runs at once: a finished request is replaced at once.
 BUSY = Load(96, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
 SCARCE = Load(112, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
 
@@ -135,7 +135,7 @@ async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say
     """Eight adapters in turn on two slots: of one tenant and of as many tenants. The worse of the two counts.
 
     "Straight to vLLM" is to stock vLLM. What is gained there is lmaas's LoRA kernels and the order of requests together; the ratio to the
-    same engine without lmaas between, which is the order's alone, is told beside.
+    same engine without lmaas between, which is due to the order alone, is in the detail.
     """
     async with _serving(model, folder / "scarce", say, engine_max_loras=SLOTS) as (asker, running), _stock(model, folder, say) as stock:
         one = await running.tenant("one")

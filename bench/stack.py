@@ -68,7 +68,7 @@ class Stack:
         return await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
 
     async def keep_one_engine(self) -> None:
-        """Have an engine stay: what is asked straight of it, lmaas does not see, and would take it for idle."""
+        """Keep an engine running. Requests straight to it are invisible to lmaas, which would stop it as idle."""
         await asyncio.to_thread(self._operator.call, "PATCH", f"/admin/v1/base-models/{self.base_model}", json={"min_replicas": 1})
 
     async def engine_url(self) -> str:
@@ -81,7 +81,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An uploaded adapter: where its tenant reaches it, and what the engine calls it once it has been used."""
+    """An uploaded adapter: where its tenant reaches it, and its name on the engine once it has been used."""
 
     through: Place
     engine_name: str
@@ -113,7 +113,7 @@ async def stack(model: Path, home: Path, **settings: object) -> AsyncIterator[St
 
 
 class _Log:
-    """What `lmaas up` prints."""
+    """The output of `lmaas up`."""
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True)
@@ -124,7 +124,7 @@ class _Log:
         return self._path.open("wb")
 
     def text(self) -> str:
-        """All of it so far."""
+        """Return the output so far."""
         return self._path.read_text(errors="replace")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.scheduling.states import TicketState
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 #: What a prompt token and a completion token count.
 WP, WQ = 1, 2
@@ -44,7 +45,7 @@ class Job:
 
 
 class Calls:
-    """What a gateway and a supervisor tell the scheduler, for one pool. All that depends on the arguments of its functions is here."""
+    """The calls of a gateway and a supervisor to the scheduler, for one pool. Only this class knows the arguments of its functions."""
 
     def __init__(self, scheduler: Scheduler, pool: str, slots: int, adapter_slots: int) -> None:
         self._scheduler, self._pool = scheduler, pool
@@ -53,7 +54,7 @@ class Calls:
 
     async def submit(self, job: Job) -> bool:
         """Queue a job; whether it runs at once."""
-        # The scheduler may go by what is likely, the prompt's length and what is allowed; what will come it cannot know.
+        # The scheduler gets estimates: the likely prompt length and the allowed completion. It cannot know the real ones.
         ticket = Ticket(
             id=job.id,
             pool=self._pool,
@@ -70,15 +71,15 @@ class Calls:
         return bool((await self._scheduler.submit(ticket, Bounds(10_000, 10_000)))["state"] == TicketState.GRANTED)
 
     async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
-        """Keep jobs alive and say how far they are; the ids of those that run."""
-        told = [(job.id, f"{job.prompt},0,{job.made}" if progress and job.made else "") for job in jobs]
+        """Keep jobs alive and report their progress. Returns the ids of those that run."""
+        told = [(job.id, TokenCounts(job.prompt, 0, job.made) if progress and job.made else None) for job in jobs]
         reply = await self._scheduler.renew(self._pool, told)
         return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == TicketState.GRANTED}
 
     async def release(self, job: Job) -> None:
         """A job has ended."""
         event = {"request_id": job.id, "prompt_tokens": job.prompt, "cached_tokens": 0, "completion_tokens": job.completion}
-        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, f"{job.prompt},0,{job.completion}")
+        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, TokenCounts(job.prompt, 0, job.completion))
 
     async def beat(self, resident: list[str]) -> None:
         """The engine lives."""
@@ -89,7 +90,7 @@ class Calls:
 
 @dataclass
 class Kind:
-    """What a tenant asks for: lengths up to these bounds, and whether it always has more waiting."""
+    """The requests of a tenant: lengths up to these bounds, and whether it always has more waiting."""
 
     prompt: int
     completion: int
@@ -117,7 +118,7 @@ class Differences:
 
 
 async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int, *, scarce: bool = False) -> float:
-    """Run a random history; answers the largest difference of service ÷ the bound. `scarce`: more adapters than adapter slots.
+    """Run a random history. Returns the largest difference of service ÷ the bound. `scarce`: more adapters than adapter slots.
 
     `make` gives the calls of a new pool with so many slots and adapter slots.
     """
@@ -150,7 +151,7 @@ async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int,
             job.made += 1
         batch = max(batch, sum(job.held for job in running.values()))
         ended = [job for job in running.values() if job.made == job.completion]
-        # While this step was done; and below, what is left when its end has made room: who has nothing waiting for a moment starts anew.
+        # During this step, and below after its end has made room: a tenant that has nothing waiting in between starts anew.
         differences.see(service, {job.tenant for job in queued.values()})
         if step % every == 0:
             await calls.beat(adapters)

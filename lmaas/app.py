@@ -31,7 +31,7 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
-from lmaas.errors import LmaasError, SettingsError
+from lmaas.errors import LmaasError, SettingsError, SettingUp
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
@@ -113,6 +113,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     async def ready() -> None:
         await db.check()
         await services.redis.ping()
+        if settings.ready_file is not None and not settings.ready_file.exists():
+            raise SettingUp
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -30,7 +30,7 @@ class Unpacker:
         self._members = 0
 
     def feed(self, data: bytes, *, last: bool) -> Iterator[bytes]:
-        """Unpack these bytes, in pieces of at most PIECE_BYTES. `last` says that no more follow."""
+        """Unpack these bytes, in pieces of at most PIECE_BYTES. `last` marks the end of the body."""
         while data:
             if self._member is None:
                 # Some tools pad a file with zeros.

@@ -70,6 +70,11 @@ class Settings:
     max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
     max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
     max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
+    ready_file: Path | None = setting(
+        None,
+        "A gateway's `/readyz` is 503 until this file exists. `lmaas up` sets it, and creates the file when the manifests are applied.",
+        unset="no such condition",
+    )
     cors_origins: str = setting(
         "", "Origins whose pages may call the service from a browser, separated by commas; `*` for all.", unset="CORS is off"
     )

@@ -26,7 +26,7 @@ _SECTIONS = {
     "provisioner": ("Controllers and provisioners", "For `LMAAS_RAY_…` see [many machines](ray.md)."),
     "engine_host": (
         "Engines",
-        "Sizes are defaults for base models that do not set their own ([base models](scaling.md#base-models)). The last two variables are "
+        "Sizes are defaults for base models that do not set their own ([base models](base-models.md)). The last two variables are "
         "read inside the engine's processes.",
     ),
 }

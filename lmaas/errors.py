@@ -1,4 +1,4 @@
-"""The one exception tree. Each error knows its HTTP status, its OpenAI `type` and `code`, and whether trying again can help."""
+"""The exception tree. Each class has its HTTP status, its OpenAI `type` and `code`, and whether a retry can succeed."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 
 class LmaasError(Exception):
-    """Base of every expected error.
+    """Base class of every expected error.
 
-    `kind` is also the label in metrics, `code` what a program may test for, `param` the request field to blame,
-    `retry_after_s` the hint that goes into `Retry-After` (at most 120).
+    `kind` is the label in metrics, `code` is for programs to test, `param` names the request field at fault, and `retry_after_s` becomes
+    the header `Retry-After` (at most 120).
     """
 
     kind: ClassVar[str] = "internal"
@@ -27,11 +27,11 @@ class LmaasError(Exception):
         self.retry_after_s = min(retry_after_s, 120.0) if retry_after_s is not None else None
 
     def body(self) -> dict[str, Any]:
-        """The OpenAI error object: `{"error": {"message", "type", "param", "code"}}`."""
+        """Return OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}}
 
     def headers(self) -> dict[str, str]:
-        """Response headers that tell a client whether and when to try again."""
+        """Return the response headers that tell a client whether and when to retry."""
         headers = {"x-should-retry": "true" if self.retryable else "false"}
         if self.retryable and self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -39,14 +39,14 @@ class LmaasError(Exception):
 
 
 class InternalError(LmaasError):
-    """Something unexpected. The text is fixed: details go to the log, under the request id."""
+    """An unexpected error. The text is fixed; the details are in the log, with the request id."""
 
     def __init__(self) -> None:
         super().__init__("The server failed to process this request. Report the x-request-id of this response.")
 
 
 class InvalidRequest(LmaasError):
-    """The request is malformed or asks for what is not offered."""
+    """The request is malformed, or asks for something that the service does not offer."""
 
     kind, status, type, code = "invalid_request", HTTPStatus.BAD_REQUEST, "invalid_request_error", "invalid_request"
 
@@ -62,13 +62,13 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. `code` says why (docs/adapters.md)."""
+    """The uploaded adapter cannot be served. docs/adapters.md lists the codes."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 
 
 class Unauthenticated(LmaasError):
-    """The request has no valid key. A missing, unknown or revoked key and one of a deleted tenant get the same answer."""
+    """The request has no valid key. A missing, unknown or revoked key, and one of a deleted tenant, give the same error."""
 
     kind, status, type, code = "unauthenticated", HTTPStatus.UNAUTHORIZED, "invalid_request_error", "invalid_api_key"
 
@@ -87,13 +87,13 @@ class Forbidden(LmaasError):
 
 
 class NotFound(LmaasError):
-    """It does not exist, or it belongs to somebody else: the same answer."""
+    """The thing does not exist, or it belongs to another tenant, which must look the same."""
 
     kind, status, type, code = "not_found", HTTPStatus.NOT_FOUND, "invalid_request_error", "not_found"
 
 
 class ModelNotFound(NotFound):
-    """The model name means nothing to this tenant."""
+    """The tenant has no model of this name."""
 
     kind, code = "model_not_found", "model_not_found"
 
@@ -103,7 +103,7 @@ class ModelNotFound(NotFound):
 
 
 class MethodNotAllowed(LmaasError):
-    """The path exists, the method does not."""
+    """The path does not support the request's method."""
 
     kind, status, type, code = "method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed"
 
@@ -113,30 +113,30 @@ class MethodNotAllowed(LmaasError):
         self._allowed = allowed
 
     def headers(self) -> dict[str, str]:
-        """Add the methods that the path has."""
+        """Add the methods that the path supports."""
         return super().headers() | {"allow": self._allowed}
 
 
 class Conflict(LmaasError):
-    """The change contradicts the present state."""
+    """The change conflicts with the current state."""
 
     kind, status, type, code = "conflict", HTTPStatus.CONFLICT, "invalid_request_error", "conflict"
 
 
 class InProgress(LmaasError):
-    """The same request is running already; its answer will be there."""
+    """A request with the same idempotency key is still running."""
 
     kind, status, type, code, retryable = "in_progress", HTTPStatus.CONFLICT, "invalid_request_error", "idempotency_in_progress", True
 
 
 class TooLarge(LmaasError):
-    """More bytes or more things than allowed."""
+    """The request has more bytes, or would make more objects, than allowed."""
 
     kind, status, type, code = "too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error", "request_too_large"
 
 
 class OverLimit(LmaasError):
-    """The tenant is over a limit of its own. `extra_headers` say what is left of which limit."""
+    """The tenant or its key has reached a limit. `extra_headers` report what is left of which limit."""
 
     kind, status, type, code, retryable = "over_limit", HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", True
 
@@ -147,30 +147,39 @@ class OverLimit(LmaasError):
         self._extra_headers = dict(extra_headers or {})
 
     def headers(self) -> dict[str, str]:
-        """Also the limits' own."""
+        """Add the headers about limits."""
         return super().headers() | self._extra_headers
 
 
 class OverQuota(OverLimit):
-    """The tenant is over what it may use at all for now: trying again soon is of no use."""
+    """The tenant has used up a quota, or the request exceeds a limit by itself. A retry cannot succeed soon."""
 
     kind, type, code, retryable = "over_quota", "insufficient_quota", "insufficient_quota", False
 
 
 class Unavailable(LmaasError):
-    """No capacity in time, or a part of the service is away."""
+    """No capacity became available in time, or a part of the service cannot be reached."""
 
     kind, status, type, code, retryable = "unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "server_error", "no_capacity", True
 
 
+class SettingUp(Unavailable):
+    """The service works, but `lmaas up` has not finished its setup. Only `/readyz` says so; requests are served."""
+
+    code = "setup_incomplete"
+
+    def __init__(self) -> None:
+        super().__init__("Setup has not finished: the manifests are not applied yet, or the credentials are not written.", retry_after_s=1)
+
+
 class EngineFailed(LmaasError):
-    """The engine died, or its response could not be read, also after one retry."""
+    """The engine died or sent a response that could not be read, and a retry was not possible or failed too."""
 
     kind, status, type, code, retryable = "engine_failed", HTTPStatus.BAD_GATEWAY, "server_error", "engine_failed", True
 
 
 class RequestFailed(LmaasError):
-    """The engine cannot process this one request, and goes on serving others."""
+    """The engine cannot process this one request. It continues to serve others."""
 
     kind, status, type, code = "request_failed", HTTPStatus.INTERNAL_SERVER_ERROR, "server_error", "request_failed"
 
@@ -181,19 +190,19 @@ class RequestFailed(LmaasError):
 
 
 class Quarantined(EngineFailed):
-    """The request took down two engines, or was there when they went down: it is not to be sent again."""
+    """Two engines died while they processed this request, so it is not sent to a third one."""
 
     kind, retryable = "quarantined", False
 
 
 class AdapterUnavailable(LmaasError):
-    """The adapter could not be loaded. Only its own requests fail."""
+    """The adapter could not be loaded. Only requests for this adapter fail."""
 
     kind, status, type, code, retryable = "adapter_unavailable", HTTPStatus.SERVICE_UNAVAILABLE, "server_error", "adapter_load_failed", True
 
 
 class SettingsError(LmaasError):
-    """A setting is missing or wrong. The process does not start."""
+    """A setting or an option is missing or wrong. The process does not start."""
 
     kind, code = "settings", "invalid_settings"
 

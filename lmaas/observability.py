@@ -1,4 +1,4 @@
-"""Logs and metrics: structured lines on standard error, Prometheus counters."""
+"""Logs as JSON lines on standard error, and the Prometheus metrics of a gateway."""
 
 import json
 import logging
@@ -8,18 +8,18 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-#: What a log line may carry beside its message. Never prompts, completions or keys.
+#: Fields that a log line may have besides its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
 
-#: Series of refusals that a gateway keeps apart.
+#: The most series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's time (UTC), level, process, message and our fields."""
+        """Return the record's time (UTC), level, logger, message and the fields above."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
@@ -39,13 +39,13 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # One line a request is ours to write, where it is handled.
+    # Requests are logged once, where they are handled.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
 class GatewayMetrics:
-    """What a gateway counts. One per application, so that a test can build two."""
+    """The metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -53,11 +53,11 @@ class GatewayMetrics:
         self.tokens = Counter("lmaas_tokens", "Tokens by kind, as the engines reported them.", ("kind",), registry=self.registry)
         self.refusals = Counter(
             "lmaas_refusals",
-            "Requests that were answered with an error, by its kind and code: over a limit, a full queue, past the deadline, …",
+            "Requests that got an error, by its kind and code.",
             ("endpoint", "kind", "code"),
             registry=self.registry,
         )
-        self.replays = Counter("lmaas_replays", "Answers that were sent again for an Idempotency-Key.", registry=self.registry)
+        self.replays = Counter("lmaas_replays", "Responses that were repeated for an Idempotency-Key.", registry=self.registry)
         self.grammars = Counter(
             "lmaas_grammar_checks",
             "New schemas, patterns and tools that were checked, by verdict.",
@@ -71,7 +71,7 @@ class GatewayMetrics:
             buckets=(0.005, 0.05, 0.25, 1, 5, 15, 30, 60, 120),
             registry=self.registry,
         )
-        # Looking a label up costs more than counting.
+        # Looking up a label costs more than counting.
         self._outcomes: dict[tuple[str, str], Counter] = {}
         self._refusals: dict[tuple[str, str, str], Counter] = {}
         self._prompt, self._cached, self._completion = (self.tokens.labels(kind) for kind in ("prompt", "cached", "completion"))
@@ -88,7 +88,7 @@ class GatewayMetrics:
         self._completion.inc(completion)
 
     def refused(self, endpoint: str, kind: str, code: str) -> None:
-        """Count a request that is answered with an error. Codes are ours and few; should that change, the later ones are `other`."""
+        """Count a request that got an error. Beyond MAX_CODES series, codes are counted as `other`."""
         labels = (endpoint, kind, code if (endpoint, kind, code) in self._refusals or len(self._refusals) < MAX_CODES else "other")
         counter = self._refusals.get(labels)
         if counter is None:

@@ -25,9 +25,9 @@ class Observed(StrEnum):
 TERMINAL = frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST})
 
 TRANSITIONS: dict[Observed, frozenset[Observed]] = {
-    # Ready only once it has generated a token; stopped if nobody wants it any more before that.
+    # Ready only after it has generated a token. Stopped if it is no longer desired before that.
     Observed.STARTING: frozenset({Observed.READY, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
-    # Stopped without a word of draining if Postgres was away meanwhile.
+    # Stopped directly if Postgres was away while it drained.
     Observed.READY: frozenset({Observed.DRAINING, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.DRAINING: frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.STOPPED: frozenset(),
@@ -46,7 +46,7 @@ START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "fi
 
 
 class EnginePhase(StrEnum):
-    """What an engine's time goes into, from its launch to its end. Its supervisor says; requests of tenants are what counts."""
+    """The phases of an engine's time, from its launch to its end, as its supervisor observes them. Only tenants' requests count."""
 
     #: Until it is ready.
     STARTING = "starting"
@@ -75,15 +75,15 @@ class UsageStatus(StrEnum):
     FAILED = "failed"
     #: No capacity before the deadline.
     EXPIRED = "expired"
-    #: The gateway died; charged at the last checkpoint. A later word of that gateway replaces it.
+    #: The gateway died; charged at the last checkpoint. A later event of that gateway replaces this one.
     LOST = "lost"
-    #: A token that a supervisor generated to see that its engine lives. Nobody's, but the engine did it.
+    #: A token that a supervisor had its engine generate as a check. It belongs to no tenant.
     PROBE = "probe"
 
 
 class ClaimState(StrEnum):
-    """What became of the claim on an idempotency key. A claim without an answer worth keeping is deleted."""
+    """The state of a claim on an idempotency key. A claim whose response is not kept is deleted."""
 
     RUNNING = "running"
-    #: Answered, and the answer is kept.
+    #: The response is kept.
     DONE = "done"

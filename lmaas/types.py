@@ -1,14 +1,15 @@
-"""Small values that several rooms share."""
+"""Small values that several packages share."""
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 #: Names of tenants, base models and adapters: lower case, so that look-alikes are few; no `@`, which pins a version.
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
-#: What ids of base models begin with, and names of them do not: either finds one.
+#: The prefix of base model ids. Names must not begin with it, so that a base model can be found by either.
 MODEL_ID_PREFIX = "mod_"
 
 #: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
@@ -20,7 +21,7 @@ AUTO = "auto"
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a base model may have this name."""
+    """Return whether a base model may have this name."""
     return NAME_PATTERN.fullmatch(name) is not None and not name.startswith(MODEL_ID_PREFIX)
 
 
@@ -34,7 +35,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tenant or a key may use; None is no limit of its own. The budget is in micro-dollars.
+    """The limits of a tenant or a key. None means no limit of its own. The budget is in micro-dollars.
 
     Months are calendar months, UTC; concurrent requests are those that wait or run.
     """
@@ -62,10 +63,18 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a replica takes from a machine, or what machines have: CPUs, and accelerators (whole)."""
+    """What a replica takes from a machine, or what machines offer: CPUs, and whole accelerators."""
 
     cpus: float
     accelerators: int
+
+
+class TokenCounts(NamedTuple):
+    """The tokens that one request has used so far, by the engine's own figures; `cached` ones are part of the prompt's."""
+
+    prompt: int
+    cached: int
+    completion: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class BaseModelShapes:
-    """What an adapter must fit.
+    """The properties of a base model that an adapter must fit.
 
     `linears` maps a module path such as `model.layers.0.self_attn.q_proj` to `(out_features, in_features)`;
     `dtype` is the engine's dtype (`float32`, `bfloat16`, `float16`), in which weights must stay finite.

@@ -1,1 +1,1 @@
-"""Load tests: Locust users that stream chat through a running service. One file a scenario; `make loadtest SCENARIO=steady`."""
+"""Load tests: Locust users that stream chat through a running service. Each scenario is a file: `make loadtest SCENARIO=steady`."""

@@ -1,4 +1,4 @@
-"""Burst from zero: all users ask at the same moment while no engine runs; once all are answered the pool is emptied, and again."""
+"""Bursts from zero: all users send a request at once while no engine runs. When all are answered, the pool is emptied for the next one."""
 
 from typing import ClassVar
 
@@ -14,13 +14,13 @@ EMPTY_WITHIN_S = 120.0
 
 
 class Gate:
-    """Lets users through all at once: the last one to arrive empties the pool and opens it."""
+    """Lets users through together. The last one to arrive empties the pool and opens the gate."""
 
     def __init__(self, service: Service, users: int) -> None:
         self._service, self._users, self._waiting, self._opened, self._closed = service, users, 0, Event(), False
 
     def arrive(self) -> None:
-        """Wait for all the others. Raises StopUser once the run ends, SettingsError if the pool cannot be emptied."""
+        """Wait until all users have arrived. Raises StopUser once the run ends, SettingsError if the pool cannot be emptied."""
         self._waiting += 1
         if self._waiting < self._users and not self._closed:
             self._opened.wait()
@@ -31,7 +31,7 @@ class Gate:
             raise StopUser
 
     def close(self, **_: object) -> None:
-        """The run ends: who waits goes home."""
+        """Stop the users that wait, because the run ends."""
         self._closed = True
         self._open()
 
@@ -41,21 +41,21 @@ class Gate:
 
 
 class BurstUser(ChatUser):
-    """One request a burst."""
+    """Sends one request in each burst."""
 
     starts_warm = False
     gate: ClassVar[Gate]
 
     @task
     def ask(self) -> None:
-        """One request, with all the others."""
+        """Send a request together with all other users."""
         self.gate.arrive()
         self.chat(self.population.choose(self.chance), "burst cold")
 
 
 @events.init.add_listener
 def begin(environment: Environment, **_: object) -> None:
-    """A gate for all the users that will be."""
+    """Make the gate for all users of the run."""
     options = environment.parsed_options
     BurstUser.gate = Gate(BurstUser.service, (options and options.num_users) or 1)
     environment.events.test_stopping.add_listener(BurstUser.gate.close)

@@ -1,4 +1,4 @@
-"""Noisy neighbour: one tenant floods, others ask now and then. For the first third of the run the polite ones are alone, to compare."""
+"""Noisy neighbour: one tenant floods the service, others send requests now and then. For comparison, the first third has no flood."""
 
 import time
 
@@ -9,14 +9,14 @@ from locust.env import Environment
 from loadtest.users import ChatUser
 
 POLITE_USERS = 4
-#: So that the flood meets its limit soon; a tenant's default is higher.
+#: A low limit, which the flood reaches soon.
 FLOOD_MAX_QUEUED = 8
 RUN_S = 60
 
 
 @events.init.add_listener
 def begin(environment: Environment, **_: object) -> None:
-    """The tenant that floods gets a short queue, if it was made for the run."""
+    """Give the flooding tenant a short queue, if it was created for this run."""
     options = environment.parsed_options
     if options and options.tenants:
         flooder = ChatUser.population.tenants[0]
@@ -24,37 +24,37 @@ def begin(environment: Environment, **_: object) -> None:
 
 
 class NoisyUser(ChatUser):
-    """What both sorts share: when the flood begins."""
+    """Base class of both kinds of users: the time at which the flood begins."""
 
     abstract = True
 
     def on_start(self) -> None:
-        """All users start at once, and so agree on the moment."""
+        """Note the start, which is the same for all users."""
         options = self.environment.parsed_options
         self.flood_at = time.monotonic() + ((options and options.run_time) or RUN_S) / 3
 
 
 class PoliteUser(NoisyUser):
-    """One of the other tenants."""
+    """A user of one of the other tenants."""
 
     fixed_count = POLITE_USERS
     wait_time = between(0.2, 1.0)
 
     @task
     def ask(self) -> None:
-        """One request, named after the time it was made in."""
+        """Send a request, reported under the part of the run in which it began."""
         target = self.population.choose(self.chance, self.population.tenants[1:])
         self.chat(target, "noisy polite, alone" if time.monotonic() < self.flood_at else "noisy polite, flooded")
 
 
 class FloodUser(NoisyUser):
-    """The tenant that floods: it asks again at once, whatever it is told."""
+    """A user of the flooding tenant, which sends the next request at once whatever the response."""
 
     expects_429 = True
     wait_time = constant(0.02)
 
     @task
     def ask(self) -> None:
-        """One request, once it is time."""
+        """Send a request after the flood has begun."""
         gevent.sleep(max(0.0, self.flood_at - time.monotonic()))
         self.chat(self.population.choose(self.chance, self.population.tenants[:1]), "noisy flood")

@@ -1,4 +1,4 @@
-"""Who asks for what: tenants with adapters, made for the run or found, and how popular each is."""
+"""The tenants and adapters of a run, created for it or found, and how popular each is."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from loadtest.service import Service
 
 RANK = 8
 LEAVES = ("q_proj", "v_proj")
-#: What tenants of ours are called.
+#: The names of tenants that load tests create.
 NAME = re.compile(r"load-\d{3,}")
 
 
@@ -33,12 +33,12 @@ class Target:
 
     @property
     def kind(self) -> str:
-        """What it is called in the figures."""
+        """Its name in the report."""
         return "adapter" if self.is_adapter else "base"
 
 
 class Population:
-    """All targets, by popularity: the one of rank r is called in proportion to 1/r**s, as Zipf has it.
+    """All targets by popularity. That of rank r is called in proportion to 1/r**s (Zipf's law).
 
     Ranks are dealt with a fixed seed, so every run of the same size has the same favourites.
     """
@@ -48,7 +48,7 @@ class Population:
         self._weights = [1 / rank**s for rank in range(1, len(targets) + 1)]
 
     def choose(self, chance: random.Random, tenants: Sequence[str] | None = None) -> Target:
-        """A target by chance; of these tenants only, if they are given."""
+        """Return a random target, of the given tenants if there are any."""
         places = [place for place, target in enumerate(self.targets) if tenants is None or target.tenant in tenants]
         weights = [self._weights[place] for place in places]
         return self.targets[chance.choices(places, weights)[0]]
@@ -60,7 +60,7 @@ class Population:
 
 
 def found(service: Service) -> list[Target]:
-    """What the tenants of the credentials file may call. Raises SettingsError if there are none."""
+    """Return the models of the tenants in the credentials file. Raises SettingsError if there are none."""
     targets = []
     for tenant, key in service.keys.items():
         adapters = [row["name"] for row in service.operator.for_tenant(tenant).list(f"/admin/v1/tenants/{tenant}/adapters")]
@@ -72,7 +72,7 @@ def found(service: Service) -> list[Target]:
 
 
 def make(service: Service, tenants: int, adapters: int) -> list[Target]:
-    """Make this many tenants with this many adapters each, in place of what an interrupted run left. Raises SettingsError, ApiError."""
+    """Create tenants with adapters, after removing those of an interrupted run. Raises SettingsError, ApiError."""
     targets = []
     remove(service)
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,14 +90,14 @@ def make(service: Service, tenants: int, adapters: int) -> list[Target]:
 
 
 def remove(service: Service) -> None:
-    """Remove every tenant of ours with its keys and adapters: also those that an interrupted run has left."""
+    """Remove every tenant that a load test has created, with its keys and adapters."""
     for row in service.operator.list("/admin/v1/tenants"):
         if NAME.fullmatch(row["name"]):
             service.operator.call("DELETE", f"/admin/v1/tenants/{row['id']}")
 
 
 def _written(model: Path, scratch: Path, count: int) -> Iterator[Path]:
-    """Folders of adapters as PEFT saves them, random and weak: what they say does not matter, what they cost does."""
+    """Folders of adapters as PEFT saves them, with random, small weights. Only their cost matters, not their effect."""
     if count and not model.is_dir():
         raise SettingsError(f"Adapters are made to fit the base model, whose folder {model} is not on this machine. Use --adapters 0.")
     shapes = base_model_shapes(model) if count else {}

@@ -1,4 +1,4 @@
-"""Our own figures of a run, in one table: printed after Locust's, and put at the end of its HTML report."""
+"""Additional figures of a run in one table, printed after Locust's and added to its HTML report."""
 
 import html
 from pathlib import Path
@@ -15,10 +15,10 @@ TITLE = "lmaas: streamed answers (ms, and completion tokens per second)"
 
 
 def rows(stats: RequestStats) -> list[tuple[str, ...]]:
-    """A row of texts for each name that requests were reported under.
+    """Return a row of texts for each name under which requests were reported.
 
     Times are as precise as Locust keeps them: two digits. Those of E2E are also of requests that failed. `tok/s each` is the median
-    request's decoding, `tok/s all` what all answered requests of this name had together over the whole run.
+    request's decoding, `tok/s all` that of all answered requests of this name together over the whole run.
     """
     # A look-up that finds nothing would make an entry.
     entries = dict(stats.entries)
@@ -51,7 +51,7 @@ def show(stats: RequestStats, html_file: str | None) -> None:
 
 
 def added(page: str, found: list[tuple[str, ...]]) -> str:
-    """Locust's page with our table before its end. Raises ValueError if it is no page."""
+    """Return Locust's page with the table before its end. Raises ValueError if the text is not a page."""
     lines = ["<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in found]
     head = "<tr>" + "".join(f"<th>{heading}</th>" for heading in HEADINGS) + "</tr>"
     style = "<style>#lmaas{font-family:sans-serif;margin:2em}#lmaas td,#lmaas th{padding:.3em .8em;text-align:right}</style>"

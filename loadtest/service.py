@@ -1,4 +1,4 @@
-"""The service under load: where it is, who its operator is, and what an operator sees of it."""
+"""The service under load, as its operator sees it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A running service. `operator` is a client with the operator's key, `keys` the tenants' keys that were there already, by tenant."""
+    """A running service. `operator` is a client with the operator's key, `keys` the keys of existing tenants, by tenant."""
 
     root: str
     operator: ApiClient
@@ -42,7 +42,7 @@ class Service:
         return [row for row in self.operator.list("/admin/v1/replicas") if row["base_model"] == self.model]
 
     def in_flight(self) -> int:
-        """How many requests the gateway holds now, by its own metrics."""
+        """Return the number of requests that the gateway holds, by its metrics."""
         text = httpx.get(self.root + "/metrics", timeout=10).raise_for_status().text
         found = re.search(r"^lmaas_requests_in_flight (\S+)$", text, re.MULTILINE)
         if found is None:
@@ -51,7 +51,7 @@ class Service:
 
 
 def connect(settings: Settings) -> Service:
-    """The service of `LMAAS_URL` and `LMAAS_API_KEY` (an operator's), or that of this home. Raises SettingsError, ApiError."""
+    """Connect to the service of `LMAAS_URL` and an operator's `LMAAS_API_KEY`, or that of this home. Raises SettingsError, ApiError."""
     if bool(settings.url) != bool(settings.api_key):
         raise SettingsError("Set both LMAAS_URL and LMAAS_API_KEY, or neither.")
     if settings.url and settings.api_key:

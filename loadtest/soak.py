@@ -1,4 +1,4 @@
-"""Soak: for hours if wanted, and half of the clients go away before they are answered, at any moment. Nothing may be left of them."""
+"""Soak test: half of the clients disconnect at random times. The gateway must not keep anything of their requests."""
 
 import time
 
@@ -13,18 +13,18 @@ CUT_SHARE = 0.5
 #: Cuts come after a time between these, as often in one decade as in the next: in the queue, before the first token, in mid-stream.
 CUT_S = (0.002, 5.0)
 SAMPLE_S = 1.0
-#: An engine is told of a client that went away, and its answer waited for, within 3 s.
+#: The gateway has an engine end a cut request, and waits for the end, within 3 s.
 GONE_WITHIN_S = 10.0
 
 
 class SoakUser(ChatUser):
-    """Half of its requests are cut."""
+    """A user that cuts half of its requests."""
 
     wait_time = between(0.05, 0.5)
 
     @task
     def ask(self) -> None:
-        """One request."""
+        """Send a request."""
         target = self.population.choose(self.chance)
         low, high = CUT_S
         cut_after_s = low * (high / low) ** self.chance.random() if self.chance.random() < CUT_SHARE else None
@@ -32,7 +32,7 @@ class SoakUser(ChatUser):
 
 
 class Watch:
-    """Samples the gateway's requests in flight, and sees at the end that none is left. The service must have no other users."""
+    """Samples the gateway's requests in flight, and checks at the end that none is left. The service must have no other users."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
@@ -44,7 +44,7 @@ class Watch:
             gevent.sleep(SAMPLE_S)
 
     def end(self, **_: object) -> None:
-        """All users have stopped: wait until nothing is in flight. What stays is a failure, and so is a sampling that broke."""
+        """Wait until nothing is in flight, after all users have stopped. A request that stays and a sampling that failed are failures."""
         problem: Exception | None = None if not self._sampling.dead else Exception(f"/metrics failed: {self._sampling.exception!r}")
         self._sampling.kill()
         began = time.monotonic()

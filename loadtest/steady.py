@@ -1,4 +1,4 @@
-"""Steady: users of many tenants call adapters and the base model, some far more popular than others, and think in between."""
+"""Steady: users of many tenants call adapters and the base model, some far more popular than others, with pauses between requests."""
 
 from locust import between, task
 
@@ -6,12 +6,12 @@ from loadtest.users import ChatUser
 
 
 class SteadyUser(ChatUser):
-    """Each request is for another target."""
+    """A user whose every request is for a random target."""
 
     wait_time = between(0.1, 1.0)
 
     @task
     def ask(self) -> None:
-        """One request."""
+        """Send a request."""
         target = self.population.choose(self.chance)
         self.chat(target, f"steady {target.kind}")

@@ -1,4 +1,4 @@
-"""What a streamed answer shows of itself while it arrives: pure, without HTTP and without Locust."""
+"""Times and counts of one streamed response, without HTTP and without Locust."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ class Stream:
     gaps_s: list[float] = field(default_factory=list)
     #: Completion tokens as the engine counts them: an event may hold several.
     tokens: int = 0
-    #: Whether `[DONE]` came: nothing else is a success.
+    #: Whether `[DONE]` arrived, without which a stream is no success.
     done: bool = False
     #: The code and text of an error event.
     error: str | None = None
 
     def read(self, line: bytes, now: float) -> None:
-        """Take one line of the stream, which arrived at `now`. Raises ValueError if it is none that OpenAI's API sends."""
+        """Take one line of the stream, which arrived at `now`. Raises ValueError if it is not a line of OpenAI's API."""
         if not line or line.startswith(b":"):
             return
         if not line.startswith(b"data: "):
@@ -52,7 +52,7 @@ class Stream:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """How fast it decoded, 1/TPOT: the tokens after the first over the time they took; None if there are too few to tell."""
+        """How fast it decoded, 1/TPOT: the tokens after the first over the time they took; None if there are too few."""
         if self.first_at is None or self.last_at is None or self.tokens < 2 or self.last_at <= self.first_at:
             return None
         return (self.tokens - 1) / (self.last_at - self.first_at)

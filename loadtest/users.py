@@ -1,4 +1,4 @@
-"""What all scenarios share: a user that streams chat and times it, and Locust's hooks that give it a service and a population."""
+"""The base user of all scenarios, which streams chat and measures it, and the hooks that connect Locust to a service."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from loadtest.stream import Stream
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-#: A request may wait for a cold start as long as the service lets it; a stream that says nothing for so long is dead.
+#: A request may wait for a cold start as long as the service allows. A stream that is silent for longer is dead.
 SILENCE_S = 330.0
 PROMPT_WORDS = (8, 120)
 ANSWER_TOKENS = (8, 96)
@@ -33,12 +33,12 @@ WORDS = "the of a river city who when winter answer because seven bread light sm
 
 
 class ChatUser(User):
-    """A client that streams chat completions and reports of each, under the name that the scenario gives it:
+    """A client that streams chat completions and reports for each, under the name that the scenario chose:
 
     - `E2E`, the request itself: until its last byte, in ms. Locust's total, its charts and its failures are of these alone.
-    - `TTFT`, `ITL` in ms: until the first token; from each to the next. `tok/s`: how fast it decoded; its size column has the number of
+    - `TTFT`, `ITL` in ms: until the first token, and between tokens. `tok/s`: the speed of decoding; its size column has the number of
       completion tokens.
-    - `cut`, `429`: requests that the scenario meant to end so, in ms until that end. They are no failures.
+    - `cut`, `429`: requests that ended so on purpose, in ms until that end. They are not failures.
     """
 
     abstract = True
@@ -46,7 +46,7 @@ class ChatUser(User):
     population: ClassVar[Population]
     #: Whether the scenario goes over its limits on purpose.
     expects_429: ClassVar[bool] = False
-    #: Whether an engine must run at the beginning, so that no cold start is in the figures of what is no cold start.
+    #: Whether an engine must run at the beginning, so that the figures contain no cold start.
     starts_warm: ClassVar[bool] = True
 
     def __init__(self, environment: Environment) -> None:
@@ -61,7 +61,7 @@ class ChatUser(User):
         self._http.close()
 
     def chat(self, target: Target, name: str, cut_after_s: float | None = None) -> None:
-        """Stream one answer. With `cut_after_s` the client goes away after that time, wherever the request is, if it has not ended."""
+        """Stream one answer. With `cut_after_s` the client disconnects after that time if the request has not ended."""
         body = json.dumps(question(target.model, self.chance))
         headers = {"authorization": f"Bearer {target.key}", "content-type": "application/json"}
         url = f"{self.service.root}/v1/chat/completions"
@@ -120,7 +120,7 @@ def question(model: str, chance: random.Random) -> dict[str, Any]:
 
 
 def warm(service: Service, target: Target) -> None:
-    """See that an engine runs. Raises requests.RequestException."""
+    """Make sure that an engine runs. Raises requests.RequestException."""
     body = json.dumps(question(service.model, random.Random()))
     headers = {"authorization": f"Bearer {target.key}"}
     requests.post(f"{service.root}/v1/chat/completions", data=body, headers=headers, timeout=SILENCE_S).raise_for_status()
@@ -128,7 +128,7 @@ def warm(service: Service, target: Target) -> None:
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: LocustArgumentParser) -> None:
-    """What a run may be told beside Locust's own options."""
+    """Add the options of a run to Locust's own."""
     parser.add_argument("--tenants", type=int, default=8, help="tenants to make for the run; 0: those of the credentials file")
     parser.add_argument("--adapters", type=int, default=2, help="adapters to make for each of them")
     parser.add_argument("--zipf", type=float, default=1.0, help="how uneven popularity is: the target of rank r is called as 1/r**zipf")

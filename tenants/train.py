@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).resolve().parent
-BASE_MODEL = "smollm2-135m-instruct"  # The name that the service knows. A path of this machine would mean nothing elsewhere.
+BASE_MODEL = "smollm2-135m-instruct"  # The name that the service knows. A local path would be useless on other machines.
 SEED = 20
 BATCH = 8
 MAX_NEW_TOKENS = 100
@@ -102,7 +102,7 @@ def is_pirate(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter: where it goes, its shape, how an answer looks, and how to tell that it worked."""
+    """One adapter: where it goes, its shape, the form of its answers, and how success is checked."""
 
     folder: str
     rank: int

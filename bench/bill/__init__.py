@@ -1,5 +1,5 @@
-"""What engines cost when tenants share them, ÷ what they cost when each tenant has its own: a day simulated on the real policies,
-and a short trace on real engines beside the same in the simulation."""
+"""Measures the cost of shared engines ÷ that of an engine for each tenant: a day simulated with the real policies, and a short trace on
+real engines and in the simulation."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from lmaas.simulation.replay import Arrangement, Options, replay
 
 ALWAYS_ON, DEDICATED = "cogs_vs_always_on", "cogs_vs_dedicated_zero"
 NAMES = (ALWAYS_ON, DEDICATED)
-#: A made-up day of 50 tenants: see docs/simulation.md for what it is like.
+#: A made-up day of 50 tenants: described in docs/simulation.md.
 DAY = Day()
 
 
@@ -37,12 +37,12 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
     for name, bar in ((ALWAYS_ON, 0.02), (DEDICATED, 0.25)):
         if name in wanted:
             detail = summary([day[name] for day in days])
-            on_engines = _on_engines(name, checks)
+            on_engines = on_engines_of(name, checks)
             yield Bar(name, detail["median"], "<=", bar, {**detail, "days": days, "short trace on real engines": on_engines})
 
 
 async def measured(model: Path, folder: Path, say: Say) -> Profile:
-    """What the simulation assumes of an engine, measured."""
+    """Measure the profile of an engine for the simulation."""
     say("starting lmaas to measure its engines")
     async with service(model, folder, TENANTS) as running, client() as asker:
         return await fit(asker, running, say)
@@ -62,7 +62,7 @@ async def check(model: Path, folder: Path, profile: Profile, arrangement: Arrang
 
 
 def _day(seed: int, profile: Profile, redis: Redis, say: Say) -> dict[str, Any]:
-    """One seed's day: the ratios, and what it was like."""
+    """Simulate the day of one seed. Returns the ratios and the figures of the day."""
     requests = generate(replace(DAY, seed=seed))
     shared = replay(requests, Arrangement.SHARED, Options(profile=profile), redis)
     own = replay(requests, Arrangement.SCALE_TO_ZERO, Options(profile=profile), redis)
@@ -82,7 +82,7 @@ def _day(seed: int, profile: Profile, redis: Redis, say: Say) -> dict[str, Any]:
     return day
 
 
-def _on_engines(name: str, checks: dict[str, Any]) -> dict[str, Any]:
+def on_engines_of(name: str, checks: dict[str, Any]) -> dict[str, Any]:
     """The same ratio on the short trace: really, and as simulated."""
     shared, own = checks[Arrangement.SHARED], checks[Arrangement.SCALE_TO_ZERO]
     requests = trace()

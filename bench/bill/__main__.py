@@ -1,4 +1,4 @@
-"""`python -m bench.bill PROFILE.json`: measure this machine's engines for `lmaas simulate --profile`, and how right it then is."""
+"""`python -m bench.bill PROFILE.json`: measure this machine's engines for `lmaas simulate --profile`, and check how accurate it is."""
 
 import asyncio
 import json

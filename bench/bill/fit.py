@@ -1,4 +1,4 @@
-"""Measures what the simulation assumes of an engine, through the running service."""
+"""Measures the profile of an engine for the simulation, through the running service."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""A short trace on real engines, beside the same trace in the simulation."""
+"""Runs a short trace on real engines and in the simulation."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ SHORT_DAY = Day(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trace took, in seconds: the engines' time (by phase where it is known), and the median of the times to first token."""
+    """The outcome of a trace, in seconds: the engines' time (by phase where it is known), and the median of the times to first token."""
 
     engine_s: float
     ttft_p50_s: float

@@ -1,4 +1,4 @@
-"""Our service with real engines and several pools: one that all tenants share, and one of its own for each tenant."""
+"""A service with real engines and several pools: one that all tenants share, and one of its own for each tenant."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from lmaas.store.replicas import Replica, list_replicas
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import engine_time
 from lmaas.up.bootstrap import ensure_operator_key, register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 ADAPTER = Path(__file__).parents[2] / "tenants" / "adapters" / "acme-json"
 #: A long one would only have a run wait for its end.
@@ -45,7 +45,8 @@ class Places:
 
 @dataclass
 class Service:
-    """A running service. `shared` is the base model of all, `own` has one for each tenant, and `places` say where each asks."""
+    """A running service. `shared` is the base model of all, `own` has one for each tenant, and `places` are where each sends its
+    requests."""
 
     settings: Settings
     db: Database
@@ -79,7 +80,7 @@ class Service:
                 await asyncio.sleep(0.2)
 
     async def replicas(self, models: Sequence[BaseModel]) -> list[Replica]:
-        """All that there ever were of these base models, the newest first."""
+        """Return all replicas of these base models, ended ones too, the newest first."""
         found = [await list_replicas(self.db, base_model_id=model.id, ended=True) for model in models]
         return sorted((replica for some in found for replica in some), key=lambda replica: replica.created_at, reverse=True)
 
@@ -92,7 +93,7 @@ async def service(model: Path, folder: Path, tenants: Sequence[str]) -> AsyncIte
     given = replace(given, engine_args="--no-enable-prefix-caching", port=free_port(), local_cpus=float(1 + len(tenants)))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         db = Database(str(settings.database_url))
         async with AsyncExitStack() as exits:

@@ -1,1 +1,1 @@
-"""What the gateway's bars are measured with: an engine, a load, and the proxies side by side. `bench/gateway.py` has the bars."""
+"""Tools for the bars of `bench/gateway.py`: an engine, a load, and the proxies to compare."""

@@ -1,6 +1,6 @@
 """A relay between a gateway and Valkey that counts the commands that go through.
 
-Valkey's own counters also count what a function does inside, and do not tell clients of a Unix socket apart in every list.
+Valkey's own counters also count what a function does inside, and do not distinguish clients of a Unix socket in every list.
 """
 
 import asyncio

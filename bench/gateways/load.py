@@ -1,7 +1,7 @@
 """A load that costs little: `python -m bench.gateways.load`, a process of its own beside the proxies.
 
 Reads orders from standard input, one JSON object a line: `url`, `headers`, `body`, `connections`, `seconds`. Each connection sends one
-request after the other, as long as there is time. Answers each order with one line: `{"requests": n, "seconds": s}`, or
+request after the other, as long as there is time. Writes one line for each order: `{"requests": n, "seconds": s}`, or
 `{"error": "..."}` if one answer was not right: an error is never counted as speed.
 """
 
@@ -34,7 +34,7 @@ def unchunked(body: bytes) -> bytes:
 
 
 def complaint(status: bytes, content: bytes, *, streamed: bool) -> str | None:
-    """What is wrong with an answer; None if it has every token that the engine sends."""
+    """Return what is wrong with an answer, or None if it has every token that the engine sends."""
     if status != b"200":
         return f"status {status.decode()}: {content[:300]!r}"
     if streamed and (content.count(TOKEN) != TOKENS or not content.rstrip().endswith(b"data: [DONE]")):

@@ -1,7 +1,7 @@
-"""Our gateway without admission: `python -m bench.gateways.open_gateway ENGINE_URL`, with a gateway's settings.
+"""A gateway without admission: `python -m bench.gateways.open_gateway ENGINE_URL`, with a gateway's settings.
 
-No limits, no queue, no leases: every request goes to one engine at once. All else is as it is, metering too: each request's usage event is
-told to Redis at its end, and remembered, by the same code.
+It has no limits, queue or leases: every request goes to one engine at once. Everything else is the same, metering included: the usage event
+of each request is written to Redis at its end, and remembered, by the same code.
 """
 
 import asyncio
@@ -14,17 +14,18 @@ from typing import Any
 from lmaas import app
 from lmaas.cli import main
 from lmaas.scheduling.client import Scheduler
-from lmaas.scheduling.leases import Lease, Leases
+from lmaas.scheduling.leases import Lease, Leases, Settlement
+from lmaas.types import TokenCounts
 
 
 class OpenDoor:
-    """A ticket that has its lease already."""
+    """A ticket that has a lease from the start."""
 
     settled = False
 
     def __init__(self, ticket: Any, usage: Any, lease: Lease) -> None:
         self.ticket, self.usage, self.lease = ticket, usage, lease
-        #: What is left of limits that nobody counts.
+        #: The rest of limits, which are not counted.
         self.left: dict[str, Any] = {}
 
     async def wait(self, _: float) -> Lease:
@@ -32,7 +33,7 @@ class OpenDoor:
         return self.lease
 
     def wake(self) -> None:
-        """Nobody waits."""
+        """Do nothing, because no request waits."""
 
     def on_revoked(self, callback: Callable[[], None]) -> None:
         """Nothing is revoked."""
@@ -43,14 +44,14 @@ class OpenDoor:
 
 
 class EventsOnly(Scheduler):
-    """Has nothing to release: what ends is only told."""
+    """Releases nothing, and only writes usage events."""
 
-    def send_release(self, ticket: Any, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+    def send_release(self, ticket: Any, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """Write the usage event to the pool's stream."""
-        return self._batch.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
+        return self._pipelined.send("XADD", f"lmaas:{{{ticket.pool}}}:usage", "*", "event", event)
 
     def released(self, ticket: Any, reply: Any) -> bool:
-        """The reply says nothing of the pool."""
+        """Ignore the reply, which has no facts about the pool."""
         return True
 
 
@@ -70,9 +71,9 @@ class OpenDoors(Leases):
             await asyncio.wait({self.settle(door)})
 
     def settle(self, opened: Any) -> "asyncio.Future[Any]":
-        """Tell the usage event."""
+        """Write the usage event."""
         opened.settled = True
-        return self._tell_end((opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
+        return self._tell_end(Settlement(opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
 
 
 if __name__ == "__main__":

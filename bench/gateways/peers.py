@@ -1,4 +1,4 @@
-"""Other people's proxies, each installed into an environment of its own from pinned versions."""
+"""Proxies of other projects, each installed into an environment of its own from pinned versions."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""The processes that are measured, and the one that puts a load on them."""
+"""The processes that are measured, and the process that sends the load."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ MESSAGES = [
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -57,7 +57,7 @@ class Running:
 @contextmanager
 def core_of_its_own(measured: Sequence[Running]) -> Iterator[bool]:
     """Leave the machine's last core to these, who must not work at the same time, and the rest to our other children; Postgres, which is
-    nobody's child, stays where it is. False where that cannot be."""
+    not a child process, keeps its cores. Returns False where that is not possible."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     if len(cores) < 2:
         yield False
@@ -107,7 +107,7 @@ async def running(command: Sequence[str], log: Path, variables: Mapping[str, str
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy before the engine, or the engine itself: what to ask it, and as whom."""
+    """A proxy before the engine, or the engine itself: with the request to send and its headers."""
 
     running: Running
     url: str

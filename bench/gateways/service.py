@@ -1,4 +1,4 @@
-"""Our service as it is run, each part a process of its own: real Postgres and Valkey, a controller, a replica, gateways."""
+"""A service whose parts are processes of their own: real Postgres and Valkey, a controller, a replica, gateways."""
 
 import asyncio
 import sys
@@ -22,13 +22,13 @@ from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import list_replicas
 from lmaas.up.bootstrap import ensure_operator_key, register_model
-from lmaas.up.stack import embedded_servers
+from lmaas.up.embedded import embedded_servers
 
 TENANT, ADAPTER = "acme", "json-bot"
 TENANTS = Path(__file__).parents[2] / "tenants"
 #: More than any load has connections, so that a grant never waits.
 SLOTS = 256
-#: Limits that are looked at for every request, and never reached.
+#: Limits that are checked for every request and never reached.
 LIMITS = {
     "requests_per_minute": 100_000_000,
     "tokens_per_minute": 1_000_000_000,
@@ -94,7 +94,7 @@ async def service(folder: Path) -> AsyncIterator[Service]:
     )
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
-    with embedded_servers(given, console) as settings:
+    with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         db = Database(str(settings.database_url))
         async with AsyncExitStack() as exits:
@@ -122,7 +122,7 @@ async def _engine_url(db: Database) -> str:
 
 
 def _prepare(client: ApiClient, gateway: Running) -> tuple[str, list[str]]:
-    """Make the tenants; answers one's key, and the limits that the service takes."""
+    """Create the tenants. Returns the key of one, and the limits that the service accepts."""
     while gateway.process.returncode is None:
         with suppress(SettingsError):
             client.call("GET", "/readyz")

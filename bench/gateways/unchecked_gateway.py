@@ -1,4 +1,4 @@
-"""Our gateway without the check of grammars: `python -m bench.gateways.unchecked_gateway`, with a gateway's settings."""
+"""A gateway without the check of grammars: `python -m bench.gateways.unchecked_gateway`, with a gateway's settings."""
 
 import sys
 from typing import Any

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from bench.gateways.processes import MESSAGES, Proxy
 
-#: Clients that come each second: how many may come at once is not the question here.
+#: Clients that connect each second, so that connecting is not what is measured.
 COMING = 200
 #: Descriptors beyond one for each client.
 SPARE_FILES = 500
@@ -28,7 +28,7 @@ def allow_files(clients: int) -> None:
 
 @asynccontextmanager
 async def waiting(gateway: Proxy, model: str, keys: Sequence[str], clients: int) -> AsyncIterator[None]:
-    """Have `clients` streaming requests for `model` wait, with these keys in turn. Each has heard that it waits."""
+    """Have `clients` streaming requests for `model` wait, with these keys in turn. Each has received a comment about its wait."""
     url = urlsplit(gateway.url)
     body = json.dumps({"model": model, "messages": MESSAGES, "max_tokens": 32, "stream": True}).encode()
     readers: set[asyncio.Task[None]] = set()

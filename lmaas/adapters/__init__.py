@@ -1,1 +1,1 @@
-"""Adapters: upload, validation without executing anything, immutable versions, and the store of their files."""
+"""Adapters: upload, validation without executing anything, immutable versions, and storage of their files."""

@@ -1,7 +1,7 @@
-"""`adapter_config.json`: which of its keys are accepted, and what they say about an adapter.
+"""Reads `adapter_config.json`: the keys that are accepted, and their meaning for an adapter.
 
-The tensors say what an adapter is. The configuration is believed only where they cannot speak (alpha, rsLoRA), must not contradict them
-(rank, layers), and is replaced by a canonical one, so that the engine never sees a key, a text or a regular expression of a tenant's.
+The tensors define an adapter. The configuration adds what they do not contain (alpha, rsLoRA), must not contradict them (rank, layers),
+and is replaced by a canonical one, so that no key, text or regular expression of a tenant reaches the engine.
 """
 
 import math
@@ -75,8 +75,8 @@ Number = int | float
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """What an `adapter_config.json` says: rank and alpha with their patterns, the layers (None: any), and whether the LoRA of the input
-    and output embeddings are one."""
+    """The content of an `adapter_config.json`: rank and alpha with their patterns, the layers (None: any), and whether input and output
+    embeddings share one LoRA."""
 
     rank: int
     alpha: Number
@@ -151,12 +151,12 @@ def canonical_config(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    # Only where they are needed: the canonical config is part of a content's hash, which stays what it was before there were patterns.
+    # Only where needed: the canonical config is part of the content hash, which must stay the same for adapters without patterns.
     return canonical | {name: value for name, value in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)) if value}
 
 
 def _usual_and_others(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and a pattern for each other one."""
+    """Return the most frequent value, and a pattern for each other value."""
     [(usual, _)] = Counter(values.values()).most_common(1)
     modules: dict[Any, list[str]] = {}
     for module, value in values.items():
@@ -183,7 +183,7 @@ def read_config(data: bytes, max_rank: int) -> AdapterConfig:
     rank_pattern = _pattern(config, "rank_pattern", _is_rank, "positive whole numbers")
     alpha_pattern = _pattern(config, "alpha_pattern", _is_finite, "finite numbers")
     rank = config.get("r", DEFAULT_RANK)
-    # What is not used may be beyond the limit: PEFT keeps r where rank_pattern overrides it everywhere.
+    # A rank that is not used may exceed the limit: PEFT keeps r even where rank_pattern overrides it everywhere.
     if not _is_rank(rank) or (rank > max_rank and not rank_pattern):
         _refuse("rank_not_supported", f"r is {show(rank)}. Train the adapter with a rank r from 1 to {max_rank}.")
     alpha = config.get("lora_alpha", DEFAULT_ALPHA)
@@ -198,7 +198,7 @@ def read_config(data: bytes, max_rank: int) -> AdapterConfig:
 
 
 def _check_keys(config: dict[str, Any]) -> None:
-    """Refuse keys that change the computation, and unknown ones that are not null, false or empty: those might."""
+    """Refuse keys that change the computation, and unknown keys that might: those that are not null, false or empty."""
     for key, value in config.items():
         if key in HARMLESS_KEYS or key in CHECKED_KEYS or is_nothing(value):
             continue

@@ -17,12 +17,12 @@ from lmaas.errors import SettingsError, Unavailable
 
 
 def source_of(tenant_id: str, content_hash: str) -> str:
-    """Where a tenant's content lies in the store."""
+    """Return the place of a tenant's content in the store."""
     return f"adapters/{tenant_id}/{content_hash}"
 
 
 class AdapterFiles:
-    """Adapter contents, each a config and a model file under one prefix. The config is written last and read first: where it
+    """The contents of adapters, each a config and a model file under one prefix. The config is written last and read first: if it
     is, the model is whole."""
 
     def __init__(self, url: str) -> None:
@@ -37,7 +37,7 @@ class AdapterFiles:
             raise SettingsError(f"LMAAS_OBJECT_STORE_URL cannot be used: {error}") from error
 
     async def put(self, source: str, config: bytes, model: Path) -> None:
-        """Store a content. Storing the same again changes nothing. Raises Unavailable."""
+        """Store a content. Storing it again changes nothing. Raises Unavailable."""
         try:
             if not await self.exists(source):
                 await obstore.put_async(self._store, f"{source}/{MODEL_FILE}", model)
@@ -48,7 +48,7 @@ class AdapterFiles:
             ) from error
 
     async def exists(self, source: str) -> bool:
-        """Whether the content is there, whole."""
+        """Return whether the complete content is stored."""
         try:
             await obstore.head_async(self._store, f"{source}/{CONFIG_FILE}")
         except FileNotFoundError:
@@ -73,7 +73,7 @@ class AdapterFiles:
             shutil.rmtree(partial, ignore_errors=True)
 
     async def delete(self, sources: Iterable[str]) -> None:
-        """Delete contents, config first. Deleting what is not there is no error."""
+        """Delete contents, config first. A content that does not exist is not an error."""
         for source in sources:
             for name in (CONFIG_FILE, MODEL_FILE):
                 try:
@@ -94,8 +94,8 @@ class AdapterFiles:
         prefix = f"adapters/{tenant_id}"
         found: set[str] = set()
         try:
-            async for batch in obstore.list(self._store, prefix=prefix):
-                found |= {item["path"].rsplit("/", 1)[0] for item in batch}
+            async for page in obstore.list(self._store, prefix=prefix):
+                found |= {item["path"].rsplit("/", 1)[0] for item in page}
         except (BaseError, OSError) as error:
             raise Unavailable("The adapter store cannot be read now.", code="object_store_unavailable", retry_after_s=10) from error
         return sorted(found)

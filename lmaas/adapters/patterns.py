@@ -1,4 +1,4 @@
-"""Matching of `rank_pattern` and `alpha_pattern`, whose keys are regular expressions that a tenant wrote.
+"""Matches `rank_pattern` and `alpha_pattern`, whose keys are regular expressions written by tenants.
 
 PEFT matches a module with `re.match(rf"(.*\\.)?({key})$", module)` and takes the first key that matches. Python's matcher can backtrack
 for ever, so RE2 matches here, in time linear in the module's name. RE2 reads a few constructs differently from Python: only the syntax
@@ -32,7 +32,7 @@ _COMMON_SYNTAX = re.compile(
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be matched here. Its text says which and why, and can be shown."""
+    """A pattern is not supported. The message names it with the reason, and may be shown to the tenant."""
 
 
 def matching_values(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[str, list[Value]]:

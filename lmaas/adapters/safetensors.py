@@ -1,4 +1,4 @@
-"""Reading a safetensors file's header without trusting a byte of it.
+"""Reads the header of a safetensors file and verifies all of it.
 
 The format is 8 bytes of header length (little endian), that many bytes of JSON, then the tensors' bytes. Nothing here reads tensor data,
 and nothing is ever executed. The rules are those of the format's own reader (huggingface/safetensors, `tensor.rs`) and a few stricter ones.
@@ -68,7 +68,7 @@ _ADVICE = "Save the adapter again with PEFT's save_pretrained(..., safe_serializ
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord(TensorSpec):
-    """Where one tensor lies: `offset` in bytes from the start of the file, `size_bytes` long, row-major and little endian."""
+    """The place of one tensor: `offset` in bytes from the start of the file, `size_bytes` long, row-major and little endian."""
 
     offset: int
     size_bytes: int
@@ -162,7 +162,7 @@ def loads_strict(data: bytes) -> dict[str, Any]:
     if level:
         raise ValueError("it is nested too deeply")
     if "\\u" in text:
-        # An escape may stand for half a character. Such text can be neither stored nor written to a log.
+        # An escape may stand for half a surrogate pair. Such text can be neither stored nor written to a log.
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
@@ -182,7 +182,7 @@ def _read_header(path: Path, max_header_bytes: int) -> dict[str, TensorRecord]:
         start = file.read(_SNIFF_BYTES)
         length = int.from_bytes(start[:8], "little")
         if len(start) < 10 or start[8:9] != b"{" or length > max_header_bytes:
-            # Only now may magic numbers speak: a good file's length may begin with the very bytes of a pickle's.
+            # Magic numbers are looked at last, because the length of a valid file may begin with the same bytes as a pickle.
             _reject_other_formats(start)
             if len(start) >= 10 and start[8:9] == b"{":
                 _invalid(f"its header claims {length} bytes, more than the {max_header_bytes} allowed")
@@ -253,7 +253,7 @@ def _check_metadata(metadata: object) -> None:
 def _reject_other_formats(start: bytes) -> None:
     if start.startswith(_LFS_POINTER):
         _invalid("it is a Git LFS pointer, not the file itself (run `git lfs pull` first)")
-    # Also where the JSON should begin: a pickle behind eight harmless bytes is still a pickle.
+    # Also at the place of the JSON, since a pickle may follow eight harmless bytes.
     for head in (start, start[8:]):
         for pattern, what in _UNSAFE:
             if pattern.match(head):

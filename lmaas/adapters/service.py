@@ -67,7 +67,7 @@ class Adapters:
         """Validate the files, store them and add a version; return its number, from 1, and whether it is new.
 
         Content that was uploaded before under this name keeps its version. The other arguments are those of `inspect`. If anything fails,
-        nothing stays behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
+        nothing is left behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
         """
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidRequest(

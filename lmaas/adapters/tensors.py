@@ -1,4 +1,4 @@
-"""Which of the base model's modules the tensors of an upload adapt, by their names and shapes."""
+"""Finds the modules of the base model that the tensors of an upload adapt, by names and shapes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -53,7 +53,7 @@ class AdapterTensors:
 
 
 def read_tensors(records: Mapping[str, TensorRecord], base: BaseModelShapes) -> AdapterTensors:
-    """Sort the tensors of a file by what they are. Raises InvalidAdapter for every one that the engine would ignore or misread."""
+    """Classify the tensors of a file. Raises InvalidAdapter for every one that the engine would ignore or misread."""
     if not records:
         refuse_tensors("no_target_modules", "The file has no tensors. Upload the adapter after training it.")
     sides: dict[str, dict[str, TensorRecord]] = {}

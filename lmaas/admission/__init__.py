@@ -1,1 +1,1 @@
-"""Admission: which limits hold for a request, what it may use at most, and how a refusal is told. The counting is in Redis."""
+"""Admission: the limits of a request, an estimate of its tokens, tiers, and the errors of refusals. Limits are counted in Redis."""

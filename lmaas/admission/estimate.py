@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-#: Characters of plain English per token, on the careful side. A text with other characters counts one token for each of its characters.
+#: Characters of plain English per token, a cautious figure. A text with other characters counts one token for each character.
 CHARACTERS_PER_TOKEN = 3
 #: Tokens that a chat template adds to a message.
 MESSAGE_TOKENS = 8
-#: The completion tokens assumed for a request without a limit. What it really used is settled at its end.
+#: Completion tokens assumed for a request without a limit. The reservation is settled at the request's end.
 USUAL_COMPLETION = 512
 
 

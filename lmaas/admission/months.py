@@ -1,4 +1,4 @@
-"""What tenants and keys have used this month, by the ledger: asked for when Redis does not know."""
+"""Reads from the ledger what tenants and keys have used this month, for when Redis has lost these figures."""
 
 import asyncio
 import functools
@@ -10,14 +10,14 @@ from lmaas.store.usage import month_total
 
 
 class Months:
-    """Asks the ledger once for all requests that wait for the same figure: after a loss of Redis, many do at the same moment."""
+    """Reads each figure once for all requests that need it: after a loss of Redis, many do at the same time."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
         self._asking: dict[tuple[str, int], asyncio.Task[Seed]] = {}
 
     async def seeds(self, tenant_id: str, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
-        """What the tenant, or keys of its, have used in the month (year x 100 + month). Raises Unavailable."""
+        """Return what the tenant or its keys have used in a month (year x 100 + month). Raises Unavailable."""
         return {scope: await asyncio.shield(self._ask(tenant_id, scope, month)) for scope in scopes}
 
     def _ask(self, tenant_id: str, scope: str, month: int) -> "asyncio.Task[Seed]":
@@ -32,7 +32,7 @@ class Months:
     def _answered(self, key: tuple[str, int], asking: "asyncio.Task[Seed]") -> None:
         del self._asking[key]
         if not asking.cancelled():
-            asking.exception()  # whoever waits hears it
+            asking.exception()  # requests that still wait receive it
 
     async def _total(self, tenant_id: str, scope: str, month: int) -> Seed:
         key_id = None if scope == tenant_id else scope

@@ -1,4 +1,4 @@
-"""The terms of one request: the limits that hold for it, and what is told when one of them refuses it."""
+"""The terms of one request: the limits that hold for it, and the error if one of them refuses it."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ _OWNER = {"tenant": "Your account", "key": "This API key"}
 
 @functools.lru_cache(10_000)
 def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
-    """What is counted for this principal: its tenant and its key, where they have limits."""
+    """Return the scopes whose use is counted for this principal: its tenant and its key, if they have limits."""
     of_tenant = effective(principal.limits, principal.tier)
     scopes = [(principal.tenant_id or "", "tenant", of_tenant), (principal.key_id, "key", principal.key_limits)]
     return tuple(
@@ -40,18 +40,18 @@ def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a request of this principal is admitted under."""
+    """The terms under which a request of this principal is admitted."""
 
     months: Months
     principal: Principal
     bounds: Bounds
 
     async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
-        """What these scopes have used in the month by the ledger: Redis asks when it does not know. Raises Unavailable."""
+        """Return what these scopes have used in the month by the ledger, for when Redis has no figures. Raises Unavailable."""
         return await self.months.seeds(self.principal.tenant_id or "", scopes, month)
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
-        """The error for a ticket that was not taken."""
+        """Return the error for a ticket that was not accepted."""
         if report["state"] == NoTicket.REFUSED:
             message = (
                 f"You have {self.bounds.max_queued} queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued."
@@ -109,13 +109,13 @@ def _seconds_to_next_month() -> int:
 
 
 def rate_limit_headers(left: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """OpenAI's `x-ratelimit-*` headers for what is left of a minute's limits: `requests` and `tokens` → limit, remaining, ms."""
+    """Return OpenAI's `x-ratelimit-*` headers. `left` maps `requests` and `tokens` to the limit, the rest and milliseconds to a reset."""
     lines = rate_limit_lines(left).decode().splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
 
 def rate_limit_lines(left: Mapping[str, Sequence[int]]) -> bytes:
-    """The same as header lines: an answer that was admitted has them, which are nearly all answers."""
+    """Return the same headers as finished lines, which is quicker: nearly all responses have them."""
     lines = b""
     for name, (limit, remaining, reset_ms) in left.items():
         lines += _LINES[name] % (limit, remaining, reset_ms / 1000)

@@ -7,7 +7,7 @@ from lmaas.types import Limits
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """What a tenant of the tier gets. Of two tenants that both wait, each is served in proportion to its `share`."""
+    """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares."""
 
     share: float
     limits: Limits
@@ -44,12 +44,12 @@ SERVICE_TIERS = {
 
 
 def tier(name: str) -> Tier:
-    """The tier of this name; one that there is no more is the default."""
+    """Return the tier of this name, or the default tier if the name is unknown."""
     return TIERS.get(name, TIERS[DEFAULT_TIER])
 
 
 def effective(own: Limits, tier_name: str) -> Limits:
-    """A tenant's limits: its own where it has some, otherwise its tier's."""
+    """Return a tenant's limits: its own where set, otherwise those of its tier."""
     usual = tier(tier_name).limits
     given = {field.name: value for field in fields(own) if (value := getattr(own, field.name)) is not None}
     return replace(usual, **given) if given else usual

@@ -1,4 +1,4 @@
-"""The `lmaas` command: processes, and operator's and tenant's work on top of the HTTP API."""
+"""The `lmaas` command: runs the processes of the service, and manages a service over its HTTP API."""
 
 from lmaas.cli.commands import main
 

@@ -10,20 +10,21 @@ import click
 from lmaas import config
 from lmaas.admission.tiers import TIERS
 from lmaas.cli.apply import apply
-from lmaas.cli.context import Context, pass_context
+from lmaas.cli.context import Context, address, confirm, pass_context, yes_option
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
-from lmaas.errors import ApiError, LmaasError
+from lmaas.errors import ApiError, LmaasError, SettingsError
 
+#: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
-KEY = ("id", "role", "name", "prefix", "limits", "created_at", "revoked_at")
+KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
-VERSION = ("version", "rank", "target_modules", "size_bytes", "content_hash", "created_at")
-TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens")
-USAGE = ("day", "tenant", "model", "requests", "failed_requests", *TOKENS, "run_ms", "charge_microusd")
-EVENT = ("created_at", "request_id", "model", "status", "code", "prompt_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms")
+VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
+TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
+USAGE = ("day", "tenant", "model", "requests", "charge_microusd", *TOKENS, "failed_requests", "run_ms")
+EVENT = ("created_at", "model", "status", "prompt_tokens", "completion_tokens", "code", "request_id", "queue_ms", "load_ms", "run_ms")
 LIMIT_OPTIONS = (
     ("--requests-per-minute", "Requests accepted in any 60 seconds."),
     ("--tokens-per-minute", "Prompt and completion tokens in any 60 seconds."),
@@ -31,37 +32,37 @@ LIMIT_OPTIONS = (
     ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
     ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
 )
-COGS = ("starting_s", "loading_s", "busy_s", "idle_s", "cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio")
+COGS = ("cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio", "busy_s", "idle_s", "starting_s", "loading_s")
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def limit_options(command: Command) -> Command:
-    """The options for limits of a tenant or a key."""
+    """Add the options for limits of a tenant or a key."""
     for option, text in reversed(LIMIT_OPTIONS):
         command = click.option(option, type=int, help=f"{text} 0: no limit of its own.")(command)
     return command
 
 
 def tenant_options(command: Command) -> Command:
-    """The options for a tenant's tier and limits."""
+    """Add the options for a tenant's tier and limits."""
     command = limit_options(command)
-    command = click.option("--max-adapters", type=int, help="Adapter names.")(command)
+    command = click.option("--max-adapters", type=int, help="Adapters, each with any number of versions.")(command)
     command = click.option("--max-queued", type=int, help="Requests that may wait at once.")(command)
-    return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and limits unless others are given.")(command)
+    return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and the limits that are not given.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of tables.")
-@click.option("--tenant", "-t", help="Whose adapters, keys or usage are meant, for an operator.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--tenant", "-t", help="For operators: the tenant whose adapters, keys or usage the command is about.")
 @click.pass_context
 def cli(context: click.Context, as_json: bool, tenant: str | None) -> None:
-    """Serverless, multi-tenant LLM endpoints."""
+    """Serverless LLM endpoints for many tenants."""
     context.obj = Context(config.load(), as_json, tenant)
 
 
 def main() -> None:
-    """Run a command; what goes wrong is one line on standard error and exit code 1."""
+    """Run a command. An error is printed on standard error, with exit code 1; wrong usage has 2."""
     try:
         cli(prog_name="lmaas")
     except ApiError as error:
@@ -85,13 +86,13 @@ cli.add_command(apply)
 
 @cli.group()
 def tenant() -> None:
-    """Tenants."""
+    """Manage tenants, their tiers and limits."""
 
 
 @tenant.command("list")
 @pass_context
 def tenant_list(context: Context) -> None:
-    """Every tenant."""
+    """List the tenants."""
     context.show([_limited(row) for row in context.client().list("/admin/v1/tenants")], TENANT)
 
 
@@ -100,7 +101,7 @@ def tenant_list(context: Context) -> None:
 @tenant_options
 @pass_context
 def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
-    """A new tenant."""
+    """Create a tenant."""
     body: dict[str, Any] = {"name": name} | _given(limits)
     context.show_one(_limited(context.client().call("POST", "/admin/v1/tenants", json=body)), TENANT)
 
@@ -110,17 +111,20 @@ def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
 @tenant_options
 @pass_context
 def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
-    """Another tier or other limits for a tenant."""
-    context.show_one(_limited(context.client().call("PATCH", f"/admin/v1/tenants/{name}", json=_given(limits))), TENANT)
+    """Change a tenant's tier or limits. If it has a manifest, the next `lmaas apply` puts the manifest's values back."""
+    body = _some(limits)
+    context.show_one(_limited(context.client().call("PATCH", address("/admin/v1/tenants", name), json=body)), TENANT)
 
 
 @tenant.command("delete")
 @click.argument("name")
-@click.confirmation_option(prompt="Its keys stop at once and its adapters are deleted. Go on?")
+@yes_option
 @pass_context
-def tenant_delete(context: Context, name: str) -> None:
-    """End a tenant."""
-    context.show_one(context.client().call("DELETE", f"/admin/v1/tenants/{name}"), ("id", "deleted"))
+def tenant_delete(context: Context, name: str, yes: bool) -> None:
+    """Delete a tenant with its keys and adapters. Its usage stays, for the bill."""
+    confirm(f"Delete the tenant '{name}'? Its keys stop working at once, and its adapters are deleted. This cannot be undone.", yes=yes)
+    answer = context.client().call("DELETE", address("/admin/v1/tenants", name))
+    context.show_done(answer, f"The tenant '{name}' is deleted.")
 
 
 cli.add_command(model)
@@ -132,11 +136,11 @@ cli.add_command(replica)
 
 @cli.group()
 def key() -> None:
-    """API keys: a tenant's, or with neither --tenant nor LMAAS_API_KEY the operators'."""
+    """Manage API keys: a tenant's, or for an operator without --tenant those of operators."""
 
 
 def _keys(context: Context) -> str:
-    if context.tenant is None and not context.settings.api_key:
+    if context.tenant is None and context.is_operator():
         return "/admin/v1/keys"
     return context.client().own("/keys")
 
@@ -144,20 +148,20 @@ def _keys(context: Context) -> str:
 @key.command("list")
 @pass_context
 def key_list(context: Context) -> None:
-    """The keys, without their secrets."""
+    """List the keys, without their secrets."""
     context.show([_limited(row) for row in context.client().list(_keys(context))], KEY)
 
 
 @key.command("create")
 @click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
-@click.option("--name", default="", help="For people, to tell keys apart.")
+@click.option("--name", default="", help="A name by which people know the key.")
 @limit_options
 @pass_context
 def key_create(context: Context, /, role: str | None, name: str, **limits: int | None) -> None:
-    """A new key, with limits of its own if given. Its secret is shown now and never again."""
+    """Create a key, with limits of its own if given. The key itself is shown now and never again."""
     body = {"name": name} | ({"role": role} if role else {}) | _given(limits)
     created = context.client().call("POST", _keys(context), json=body)
-    context.show_one(created, (*KEY[:4], "key"), "Keep the key: it is not shown again.")
+    context.show_one(created, ("id", "role", "name", "key"), "Keep the key: it is not shown again.")
 
 
 @key.command("change")
@@ -165,27 +169,41 @@ def key_create(context: Context, /, role: str | None, name: str, **limits: int |
 @limit_options
 @pass_context
 def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
-    """Other limits for a tenant's key."""
-    context.show_one(_limited(context.client().call("PATCH", f"{_keys(context)}/{key_id}", json=_given(limits))), KEY)
+    """Change the limits of a tenant's key."""
+    body = _some(limits)
+    context.show_one(_limited(context.client().call("PATCH", address(_keys(context), key_id), json=body)), KEY)
 
 
 @key.command("revoke")
 @click.argument("key_id")
+@yes_option
+@click.option("--force", is_flag=True, help="Revoke the last operator's key as well, after which no operator can call the service.")
 @pass_context
-def key_revoke(context: Context, key_id: str) -> None:
-    """Revoke a key: within a second it works nowhere."""
-    context.show_one(_limited(context.client().call("DELETE", f"{_keys(context)}/{key_id}")), KEY)
+def key_revoke(context: Context, key_id: str, yes: bool, force: bool) -> None:
+    """Revoke a key. It stops working within a second."""
+    confirm(f"Revoke the key '{key_id}'? It stops working within a second, and cannot be restored.", yes=yes)
+    params = {"force": "true"} if force else {}
+    try:
+        answer = context.client().call("DELETE", address(_keys(context), key_id), params=params)
+    except ApiError as error:
+        if error.code != "last_operator_key":
+            raise
+        raise SettingsError(
+            f"'{key_id}' is the last operator's key, without which no operator can call the service. Create another one first "
+            "(`lmaas key create`), or add --force."
+        ) from error
+    context.show_one(_limited(answer), KEY)
 
 
 @cli.group()
 def adapter() -> None:
-    """A tenant's adapters."""
+    """Manage a tenant's adapters."""
 
 
 @adapter.command("list")
 @pass_context
 def adapter_list(context: Context) -> None:
-    """Every adapter."""
+    """List the adapters."""
     client = context.tenant_client()
     context.show(client.list(client.own("/adapters")), ADAPTER)
 
@@ -193,11 +211,11 @@ def adapter_list(context: Context) -> None:
 @adapter.command("upload")
 @click.argument("name")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--base-model", required=True, help="The base model that it was trained on.")
-@click.option("--no-activate", is_flag=True, help="Leave the live version as it is.")
+@click.option("--base-model", required=True, help="The base model that the adapter was trained on.")
+@click.option("--no-activate", is_flag=True, help="Do not make the version live.")
 @pass_context
 def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
-    """Upload FOLDER, as PEFT saved it, as a version of the adapter NAME: a new one, unless one has the same content already."""
+    """Upload FOLDER, as PEFT saves it, as a new version of the adapter NAME, unless a version has the same content."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -217,9 +235,9 @@ def adapter_upload(context: Context, name: str, folder: Path, base_model: str, n
 @click.argument("name")
 @pass_context
 def adapter_versions(context: Context, name: str) -> None:
-    """The versions of an adapter."""
+    """List the versions of an adapter."""
     client = context.tenant_client()
-    context.show(client.list(client.own(f"/adapters/{name}/versions")), VERSION)
+    context.show(client.list(client.own(address("/adapters", name) + "/versions")), VERSION)
 
 
 @adapter.command("activate")
@@ -227,29 +245,31 @@ def adapter_versions(context: Context, name: str) -> None:
 @click.argument("version", type=int)
 @pass_context
 def adapter_activate(context: Context, name: str, version: int) -> None:
-    """Make a version the live one; an older one is a rollback."""
+    """Make a version the live one. An older one is a rollback."""
     client = context.tenant_client()
-    context.show_one(client.call("POST", client.own(f"/adapters/{name}/activate"), json={"version": version}), ADAPTER)
+    path = client.own(address("/adapters", name) + "/activate")
+    context.show_one(client.call("POST", path, json={"version": version}), ADAPTER)
 
 
 @adapter.command("delete")
 @click.argument("name")
-@click.confirmation_option(prompt="All its versions are deleted. Go on?")
+@yes_option
 @pass_context
-def adapter_delete(context: Context, name: str) -> None:
-    """Delete an adapter."""
+def adapter_delete(context: Context, name: str, yes: bool) -> None:
+    """Delete an adapter with all its versions."""
     client = context.tenant_client()
-    context.show_one(client.call("DELETE", client.own(f"/adapters/{name}")), ("name", "deleted"))
+    confirm(f"Delete the adapter '{name}' with all its versions? This cannot be undone.", yes=yes)
+    context.show_done(client.call("DELETE", client.own(address("/adapters", name))), f"The adapter '{name}' is deleted.")
 
 
 @cli.command()
 @click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
 @click.option("--until", help="The last day.")
-@click.option("--events", is_flag=True, help="The latest single requests instead.")
+@click.option("--events", is_flag=True, help="Show the latest requests instead, one line each.")
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
-    """Requests, tokens and charges by day, tenant and model."""
-    path = "/v1/usage" if context.settings.api_key and context.tenant is None else "/admin/v1/usage"
+    """Show requests, tokens and charges by day, tenant and model."""
+    path = "/admin/v1/usage" if context.is_operator() else "/v1/usage"
     if events:
         context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
     else:
@@ -259,10 +279,10 @@ def usage(context: Context, since: str | None, until: str | None, events: bool) 
 @cli.command()
 @click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
 @click.option("--until", help="The last day.")
-@click.option("--by", default="day,tenant,adapter", show_default=True, help="Some of these.")
+@click.option("--by", default="day,tenant,adapter", show_default=True, help="The dimensions to group by, separated by commas.")
 @pass_context
 def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
-    """What engines cost beside what tenants are charged, for operators."""
+    """Compare what engines cost with what tenants are charged, for operators."""
     answer = context.client().call("GET", "/admin/v1/cogs", params=_given({"since": since, "until": until, "by": by}))
     if context.as_json:
         context.show_one(answer, ())
@@ -276,16 +296,23 @@ cli.add_command(simulate)
 
 
 def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
-    """A line for people: seconds, and a name for what nobody used."""
+    """Return a line for people: seconds, and a name for the time that no tenant used."""
     seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
-    return line | seconds | ({"tenant": "(nobody)"} if line.get("tenant", "") is None else {})
+    return line | seconds | ({"tenant": "(no tenant)"} if line.get("tenant", "") is None else {})
 
 
 def _limited(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its limits as one text: a tenant's as they hold, a key's own."""
+    """Return the row with its limits as one text: a tenant's with those of its tier, a key's own."""
     limits = row.get("effective_limits", row)
     names = [option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS]
     return row | {"limits": ", ".join(f"{name} {limits[name]}" for name in names if limits.get(name) is not None) or "none"}
+
+
+def _some(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, of which a change needs at least one."""
+    if not (given := _given(options)):
+        raise click.UsageError("Give at least one option that says what to change; --help lists them.")
+    return given
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,30 +1,20 @@
-"""What the commands share: which service, with which key, and how answers are shown."""
+"""What the commands share: the client of the service, output, and confirmation."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
 from lmaas.config import Settings
-from lmaas.errors import SettingsError
+from lmaas.errors import ApiError, SettingsError
 
 if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
-
-#: Headings for narrow columns of numbers.
-SHORT = {
-    "failed_requests": "failed",
-    "prompt_tokens": "prompt",
-    "cached_tokens": "cached",
-    "completion_tokens": "completion",
-    "content_hash": "content",
-    # Money is shown in dollars.
-    "cost_microusd": "cost $",
-    "charge_microusd": "charge $",
-    "margin_microusd": "margin $",
-}
 
 
 @dataclass(slots=True)
@@ -36,7 +26,7 @@ class Context:
     tenant: str | None
 
     def client(self) -> "ApiClient":
-        """A client for the service and key of the settings; by default this stack's operator."""
+        """Return a client for the service and key of the settings; by default this stack's operator."""
         from lmaas.manifests.client import ApiClient
 
         if self.settings.url and self.settings.api_key:
@@ -52,13 +42,25 @@ class Context:
             ) from None
 
     def tenant_client(self) -> "ApiClient":
-        """The same, for a tenant's things: an operator must name the tenant."""
-        if self.tenant is None and not self.settings.api_key:
-            raise click.UsageError("Say whose: --tenant NAME.")
+        """Return a client for a tenant's resources. An operator must name the tenant."""
+        if self.tenant is None and self.is_operator():
+            raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
         return self.client()
 
+    def is_operator(self) -> bool:
+        """Return whether the key is an operator's: this stack's own is; of another, the service is asked."""
+        if not self.settings.api_key:
+            return True
+        try:
+            self.client().call("GET", "/admin/v1/keys")
+        except ApiError as error:
+            if error.status != HTTPStatus.FORBIDDEN:
+                raise
+            return False
+        return True
+
     def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-        """A table for people, JSON for programs."""
+        """Print a table for people, JSON for programs. On a terminal without room for all columns, the last ones are left out and named."""
         if self.as_json:
             click.echo(json.dumps(list(rows), indent=2))
             return
@@ -66,50 +68,47 @@ class Context:
             click.echo("Nothing to show.")
             return
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns:
-            number = all(isinstance(row.get(column), int | float) for row in rows)
-            # What people copy stays in one piece, on a narrow screen too; prose may be folded.
-            table.add_column(
-                SHORT.get(column, column).replace("_", " "),
-                justify="right" if number else "left",
-                overflow="fold",
-                no_wrap=column not in ("reason", "target_modules", "source"),
-            )
-        for row in rows:
-            table.add_row(*(_cell(row.get(column), money=column.endswith("_microusd")) for column in columns))
+        from lmaas.cli.tables import fitting
+
         console = Console()
-        # A terminal folds long lines by itself; cutting them would lose what they say.
-        width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
-        Console(width=width).print(table)
+        table, hidden = fitting(rows, columns, console.width if console.is_terminal else None)
+        # Where nothing limits the width, a line of the table is one line of the output.
+        unlimited = console.measure(table, options=console.options.update(width=10_000)).maximum
+        Console(width=console.width if console.is_terminal else max(console.width, unlimited)).print(table)
+        if hidden:
+            click.echo(f"Not shown, because the terminal has {console.width} columns: {', '.join(hidden)}. See them with a pipe or --json.")
 
     def show_one(self, row: dict[str, Any], columns: Sequence[str], remark: str | None = None) -> None:
-        """One thing; in a table its columns, in JSON all of it."""
+        """Print one thing: for people a line for each of `columns`, in JSON all of it."""
         if self.as_json:
             click.echo(json.dumps(row, indent=2))
             return
-        self.show([row], columns)
+        from lmaas.cli.tables import lines
+
+        click.echo("\n".join(lines(row, columns)))
         if remark:
             click.echo(remark)
 
+    def show_done(self, answer: dict[str, Any], sentence: str) -> None:
+        """Print that something was done: a sentence for people, the API's answer in JSON."""
+        click.echo(json.dumps(answer, indent=2) if self.as_json else sentence)
+
 
 pass_context = click.make_pass_decorator(Context)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
-HASH_LENGTH = 64
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is deleted, unless `yes`. Ends the command if the answer is no, and if there is no terminal to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("This command asks for confirmation, and there is no terminal. Add --yes to confirm.")
+    click.confirm(question, abort=True, err=True)
 
 
-def _cell(value: Any, *, money: bool) -> str:
-    if value is None:
-        return "-"
-    if money:
-        dollars, micro = divmod(abs(value), 1_000_000)
-        return f"{'-' if value < 0 else ''}{dollars}.{micro:06d}"
-    if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    text = str(value)
-    if len(text) == HASH_LENGTH and text.isalnum():
-        return text[:12]
-    # Moments to the second are enough for people.
-    return text[:19].replace("T", " ") if len(text) > 19 and text[4:5] == "-" and text[10:11] == "T" else text
+def address(*parts: str) -> str:
+    """Return the path of a resource: the first part as it is, then names or ids, whatever characters they have."""
+    first, *names = parts
+    return "/".join((first, *(quote(name, safe="") for name in names)))

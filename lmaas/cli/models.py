@@ -6,39 +6,40 @@ from typing import Any, TypeVar
 
 import click
 
-from lmaas.cli.context import Context, pass_context
+from lmaas.cli.context import Context, address, confirm, pass_context, yes_option
 
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
+#: The most important first: on a narrow terminal the last ones are left out.
 MODEL = (
-    *("name", "dtype", "max_num_seqs", "max_loras", "max_lora_rank", "cpus", "accelerators", "min_replicas", "max_replicas"),
-    *("idle_timeout_s", "desired", "ready", *PRICES, "source"),
+    *("name", "desired", "ready", "min_replicas", "max_replicas", "idle_timeout_s", "dtype", "cpus", "accelerators", *PRICES),
+    *("max_num_seqs", "max_loras", "max_lora_rank", "source"),
 )
 ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras", "max_lora_rank", "kv_cache_bytes", "engine_args")
 
 Command = TypeVar("Command", bound=Callable[..., None])
 OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("--min-replicas", int, "Always there, also without work."),
-    ("--max-replicas", int, "Never more."),
-    ("--cpus", float, "What a replica takes from its machine."),
-    ("--accelerators", int, "The same; without it, one where the machines have any."),
+    ("--min-replicas", int, "Replicas that run even without requests."),
+    ("--max-replicas", int, "The most replicas of the pool."),
+    ("--cpus", float, "CPUs that a replica takes from its machine."),
+    ("--accelerators", int, "Accelerators that a replica takes. By default one where the machines have any."),
     ("--idle-timeout-s", float, "How long an idle pool keeps its last replica at most."),
     ("--max-loras", int, "Distinct adapters in one batch."),
-    ("--max-cpu-loras", int, "Adapters in an engine's memory."),
+    ("--max-cpu-loras", int, "Adapters in an engine's memory, at least as many as in one batch."),
     ("--max-lora-rank", int, "The highest rank of an adapter."),
     ("--max-num-seqs", int, "Sequences that an engine runs at once."),
     ("--max-model-len", int, "Context, in tokens."),
-    ("--kv-cache-bytes", int, "Memory for the context of what runs."),
+    ("--kv-cache-bytes", int, "Memory of an engine for the context of running sequences."),
     ("--dtype", str, "float32, bfloat16, float16 or auto."),
     ("--engine-args", str, "More arguments for the engine, in one text."),
     ("--prompt-price", int, "Micro-dollars per million prompt tokens: 150000 is 0.15 $."),
-    ("--cached-price", int, "The same for prompt tokens that were in the engine's prefix cache."),
-    ("--completion-price", int, "The same for completion tokens."),
-    ("--engine-price", int, "What an engine costs us: micro-dollars per hour."),
+    ("--cached-price", int, "Micro-dollars per million prompt tokens that were in the engine's prefix cache."),
+    ("--completion-price", int, "Micro-dollars per million completion tokens."),
+    ("--engine-price", int, "Cost of an engine in micro-dollars per hour."),
 )
 
 
 def model_options(command: Command) -> Command:
-    """The options for a base model's values."""
+    """Add the options for a base model's values."""
     for option, kind, text in reversed(OPTIONS):
         command = click.option(option, type=kind, help=text)(command)
     return command
@@ -46,13 +47,13 @@ def model_options(command: Command) -> Command:
 
 @click.group()
 def model() -> None:
-    """Base models and their pools."""
+    """Manage base models and their pools."""
 
 
 @model.command("list")
 @pass_context
 def model_list(context: Context) -> None:
-    """Every base model."""
+    """List the base models."""
     rows = context.client().list("/admin/v1/base-models")
     context.show([_flat(row) for row in rows], MODEL)
     if not context.as_json:
@@ -64,12 +65,12 @@ def model_list(context: Context) -> None:
 @click.argument("name")
 @pass_context
 def model_show(context: Context, name: str) -> None:
-    """One base model: how it is run, what its pool does now, and why."""
-    row = context.client().call("GET", f"/admin/v1/base-models/{name}")
+    """Show how a base model is run, what its pool does now, and why."""
+    row = context.client().call("GET", address("/admin/v1/base-models", name))
     if context.as_json:
         context.show_one(row, ())
         return
-    context.show([_flat(row)], MODEL)
+    context.show_one(_flat(row), MODEL)
     click.echo("engine:    " + ", ".join(f"{field} {row[field]}" for field in ENGINE if row[field] != ""))
     pool = row["pool"]
     running = ", ".join(f"{pool[state]} {state}" for state in ("ready", "starting", "draining") if pool[state]) or "no replica"
@@ -85,7 +86,7 @@ def model_show(context: Context, name: str) -> None:
 @model_options
 @pass_context
 def model_add(context: Context, /, name: str, source: str, **values: Any) -> None:
-    """A new base model NAME. SOURCE is a folder that the gateway and the machines of replicas can read, or a name on a hub."""
+    """Add a base model NAME. SOURCE is a folder that the gateway and the machines of replicas can read, or a name on a hub."""
     if Path(source).is_dir():
         source = str(Path(source).resolve())
     body = {"name": name, "source": source} | _given(values)
@@ -94,25 +95,28 @@ def model_add(context: Context, /, name: str, source: str, **values: Any) -> Non
 
 @model.command("change")
 @click.argument("name")
-@click.option("--source", help="Only while it has neither adapters nor replicas, as dtype and rank.")
+@click.option("--source", help="Another source. Only while there are neither adapters nor replicas, as for --dtype and --max-lora-rank.")
 @model_options
 @pass_context
 def model_change(context: Context, /, name: str, **values: Any) -> None:
-    """Other values for a base model. Those of engines hold for replicas that start from now on."""
-    context.show_one(_flat(context.client().call("PATCH", f"/admin/v1/base-models/{name}", json=_given(values))), MODEL)
+    """Change values of a base model. Those of engines hold for replicas that start from now on."""
+    if not (body := _given(values)):
+        raise click.UsageError("Give at least one option that says what to change; --help lists them.")
+    context.show_one(_flat(context.client().call("PATCH", address("/admin/v1/base-models", name), json=body)), MODEL)
 
 
 @model.command("delete")
 @click.argument("name")
-@click.confirmation_option(prompt="Nobody can call it any more. Go on?")
+@yes_option
 @pass_context
-def model_delete(context: Context, name: str) -> None:
-    """End a base model that has neither adapters nor replicas."""
-    context.show_one(context.client().call("DELETE", f"/admin/v1/base-models/{name}"), ("id", "deleted"))
+def model_delete(context: Context, name: str, yes: bool) -> None:
+    """Delete a base model that has neither adapters nor replicas. Its costs stay, for the bill."""
+    confirm(f"Delete the base model '{name}'? Clients can no longer call it.", yes=yes)
+    context.show_done(context.client().call("DELETE", address("/admin/v1/base-models", name)), f"The base model '{name}' is deleted.")
 
 
 def troubles(rows: list[dict[str, Any]]) -> list[str]:
-    """What people should know of these base models' pools: starts that fail, and pools that wait for a machine."""
+    """Return a line for each pool whose starts fail or that waits for a machine."""
     lines = []
     for row in rows:
         pool = row["pool"]

@@ -5,6 +5,7 @@ import sys
 import click
 
 from lmaas.cli.context import Context, pass_context
+from lmaas.process import private_files
 
 
 @click.command()
@@ -28,6 +29,7 @@ def gateway(context: Context) -> None:
     from lmaas.gateway.loop import Loop
     from lmaas.observability import configure_logging
 
+    private_files()
     configure_logging(context.settings.log_level)
     uvloop.run(app.run_gateway(context.settings), loop_factory=Loop)  # half the cost of asyncio's own
 
@@ -41,6 +43,7 @@ def controller(context: Context) -> None:
     from lmaas import app
     from lmaas.observability import configure_logging
 
+    private_files()
     configure_logging(context.settings.log_level)
     asyncio.run(app.run_controller(context.settings))
 
@@ -55,6 +58,7 @@ def supervise(context: Context, replica_id: str) -> None:
     from lmaas import app
     from lmaas.observability import configure_logging
 
+    private_files()
     configure_logging(context.settings.log_level)
     sys.exit(0 if asyncio.run(app.run_replica(context.settings, replica_id)) else 1)
 

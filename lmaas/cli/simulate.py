@@ -167,7 +167,7 @@ def _title(trace: Trace) -> str:
 
 
 def _said(profile: Profile, idle_timeout_s: float, engine_price: int) -> list[str]:
-    """What was assumed, for whoever sees the outcome."""
+    """Return lines that say what was assumed."""
     return [
         f"Engines: start {profile.start_s:g} s, a step {profile.step_s * 1000:g} ms + {profile.step_sequence_s * 1000:g} ms per sequence,"
         f" prefill {profile.prefill_tokens_per_s:,.0f} tok/s, {profile.slots} sequences, {profile.adapter_slots} adapters at once,"

@@ -1,1 +1,1 @@
-"""The controller: how many replicas each pool should have, and making it so. Decisions are pure functions beside their effects."""
+"""The controller: decides how many replicas each pool has, starts and stops them, and writes the ledger. Decisions are pure functions."""

@@ -1,8 +1,9 @@
-"""How many replicas a pool should have: a pure function of demand, history and time.
+"""The number of replicas that a pool should have: a pure function of demand, history and time.
 
-Up at once from zero; otherwise by the concurrency of the last minute, by how long the queue will take compared with a start, and in a panic
-(twice the demand that the replicas can run at once) by the last seconds. Down when nothing of the last minute needed so many. To zero,
-and perhaps ahead of time back from it, by the pool's idle times (see idleness). The windows are those of Knative's autoscaler.
+A pool goes up from zero at once. Otherwise the target follows the concurrency of the last minute, the time that the queue will take
+compared with a start, and in a panic (twice the demand that the replicas can run at once) the concurrency of the last seconds. A pool
+goes down when no demand of the last minute needed so many replicas. It goes to zero, and may start again ahead of the next request, by
+its idle times (see idleness). The windows are those of Knative's autoscaler.
 """
 
 import math
@@ -10,28 +11,28 @@ from dataclasses import dataclass, field, replace
 
 from lmaas.control.idleness import Idleness, IdlePlan
 
-#: After a start that failed, the next waits this long, doubled for each failure in a row.
+#: After a failed start the next one waits this long, doubled for each failure in a row.
 BACKOFF_S = 5.0
 BACKOFF_MAX_S = 300.0
 
-#: Fewer replicas only if none of the demand in this window needed them.
+#: A pool gets fewer replicas only if no demand in this window needed them.
 STABLE_S = 60.0
 #: In a panic, demand is averaged over this window.
 PANIC_S = 6.0
-#: So many times what the replicas can run at once is a panic: the short window counts, and nothing goes down for STABLE_S. Otherwise the
-#: stable window does.
+#: Demand of this many times what the replicas can run at once is a panic: the short window counts instead of the stable one, and the pool
+#: does not go down for STABLE_S.
 PANIC = 2.0
-#: A replica more or less for less than this part of one is not worth its start.
+#: A change of less than this part of a replica is not worth a start.
 TOLERANCE = 0.1
-#: Samples closer together than this are one.
+#: Samples closer together than this are merged.
 SAMPLE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a pool is asked for: `queued` requests, `running` ones (in slots), and how many seconds ago there was the last of either.
+    """The demand on a pool: `queued` requests, `running` ones (in slots), and the seconds since the last of either.
 
-    `service_s` is how long a request usually holds its slot, `start_s` how long an engine usually takes to its first token.
+    `service_s` is the usual time for which a request holds its slot, `start_s` the usual time from an engine's start to its first token.
     """
 
     queued: int
@@ -43,7 +44,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The pool's bounds. `slots` is how many sequences a replica runs at once."""
+    """The pool's bounds. `slots` is the number of sequences that a replica runs at once."""
 
     min_replicas: int
     max_replicas: int
@@ -53,7 +54,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Demand at one moment: queued and running requests, and the replicas that were needed."""
+    """Demand at one time: queued and running requests, and the replicas that they needed."""
 
     at: float
     load: int
@@ -61,8 +62,8 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What one decision hands to the next. Whoever has none begins with `Memory()`; only the idle times' history is worth keeping."""
+class ScalingState:
+    """The state that one decision hands to the next, `ScalingState()` at first. Only the idle times are worth storing."""
 
     samples: tuple[Sample, ...] = ()
     panic_at: float | None = None
@@ -71,48 +72,48 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The decision: how many `replicas`, in words why, and what to remember. `ahead` says that nobody asks for them yet."""
+    """The decision: the number of `replicas`, the reason in words, and the state for the next one. `ahead`: no request needs them yet."""
 
     replicas: int
     reason: str
-    memory: Memory
+    state: ScalingState
     ahead: bool = False
 
     @property
     def idle_plan(self) -> IdlePlan:
-        """What is done when the pool is idle."""
-        plan = self.memory.idleness.plan
-        assert plan is not None  # noqa: S101 (each decision makes one)
+        """The plan for when the pool is idle."""
+        plan = self.state.idleness.plan
+        assert plan is not None  # noqa: S101 (every decision makes one)
         return plan
 
 
-def decide(demand: Demand, policy: Policy, current: int, memory: Memory, now: float) -> Scale:
-    """How many replicas there should be; `current` counts those that are desired now, `memory` is the last decision's."""
+def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> Scale:
+    """Return the number of replicas that there should be. `current` are desired now, `state` is that of the last decision."""
     load = demand.queued + demand.running
-    idleness = memory.idleness.seen(now, demand.idle_s, load > 0, policy.idle_timeout_s, demand.start_s)
-    needed, why, panic = _needed(demand, policy, current, memory, now)
-    panic_at = now if panic else memory.panic_at
-    samples = _remembered(memory.samples, Sample(now, load, needed), now)
-    memory = Memory(samples, panic_at, idleness)
+    idleness = state.idleness.observed(now, demand.idle_s, load > 0, policy.idle_timeout_s, demand.start_s)
+    needed, why, panic = _needed(demand, policy, current, state, now)
+    panic_at = now if panic else state.panic_at
+    samples = _remembered(state.samples, Sample(now, load, needed), now)
+    state = ScalingState(samples, panic_at, idleness)
     high = max(policy.min_replicas, policy.max_replicas)
     target = min(needed, high)
     if load == 0:
-        target, why, ahead = _idle(memory, demand, policy, current)
+        target, why, ahead = _idle(state, demand, policy, current)
         if ahead:
-            return Scale(min(target, high), why, memory, ahead=target > 0)
+            return Scale(min(target, high), why, state, ahead=target > 0)
     if current > high:
-        return Scale(high, f"no more than max_replicas ({high})", memory)
+        return Scale(high, f"no more than max_replicas ({high})", state)
     if needed > high:
         why += f"; no more than max_replicas ({high})"
     if target < current and load > 0:
         target, why = _down(samples, panic_at, target, current, why, now)
     if target < policy.min_replicas:
         target, why = policy.min_replicas, f"min_replicas ({policy.min_replicas})"
-    return Scale(target, why, memory)
+    return Scale(target, why, state)
 
 
-def _needed(demand: Demand, policy: Policy, current: int, memory: Memory, now: float) -> tuple[int, str, bool]:
-    """The replicas that the demand needs now, why, and whether it is a panic."""
+def _needed(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> tuple[int, str, bool]:
+    """Return the replicas that the demand needs now, the reason, and whether it is a panic."""
     load = demand.queued + demand.running
     if load == 0:
         return 0, "no requests", False
@@ -120,8 +121,8 @@ def _needed(demand: Demand, policy: Policy, current: int, memory: Memory, now: f
     if current == 0:
         return at_once, f"{load} requests wait and there is no replica", True
     capacity = current * policy.slots
-    now_load, usual_load = _average(memory.samples, load, now, PANIC_S), _average(memory.samples, load, now, STABLE_S)
-    # What the present replicas work off before another could be ready needs no other.
+    now_load, usual_load = _average(state.samples, load, now, PANIC_S), _average(state.samples, load, now, STABLE_S)
+    # A queue that the present replicas finish before another could be ready needs no other.
     wait_s = demand.queued * demand.service_s / capacity
     if now_load >= PANIC * capacity and wait_s > demand.start_s:
         return math.ceil(now_load / policy.slots), f"panic: {now_load:.0f} requests at once, and {current} x {policy.slots} slots", True
@@ -138,7 +139,7 @@ def _average(samples: tuple[Sample, ...], load: int, now: float, window_s: float
 
 
 def _down(samples: tuple[Sample, ...], panic_at: float | None, target: int, current: int, why: str, now: float) -> tuple[int, str]:
-    """Fewer replicas, once the whole stable window says so."""
+    """Return fewer replicas once no demand of the whole stable window needed more, and the reason."""
     if panic_at is not None and now - panic_at < STABLE_S:
         return current, f"after a panic nothing goes down for {STABLE_S:.0f} s"
     if now - samples[0].at < STABLE_S - SAMPLE_S:
@@ -149,9 +150,9 @@ def _down(samples: tuple[Sample, ...], panic_at: float | None, target: int, curr
     return current, why
 
 
-def _idle(memory: Memory, demand: Demand, policy: Policy, current: int) -> tuple[int, str, bool]:
-    """What an idle pool keeps, why, and whether that is a start ahead of time."""
-    plan = memory.idleness.plan or IdlePlan(policy.idle_timeout_s)
+def _idle(state: ScalingState, demand: Demand, policy: Policy, current: int) -> tuple[int, str, bool]:
+    """Return the replicas that an idle pool keeps, the reason, and whether they are started ahead of a request."""
+    plan = state.idleness.plan or IdlePlan(policy.idle_timeout_s)
     if current == 0:
         if plan.ready_s is not None and plan.keep_s <= demand.idle_s and plan.warm(demand.idle_s):
             target = max(1, policy.min_replicas)
@@ -187,8 +188,8 @@ def _rounded(seconds: float) -> str:
 
 
 def _remembered(samples: tuple[Sample, ...], sample: Sample, now: float) -> tuple[Sample, ...]:
-    """The samples of the stable window, with this one; of those that lie close together, the one that needed most."""
-    # One that is older than the window shows that all of it was watched.
+    """Return the samples of the stable window with this one. Of samples that lie close together, the largest figures remain."""
+    # A sample that is older than the window shows that the whole window was observed.
     while len(samples) > 1 and now - samples[1].at >= STABLE_S - SAMPLE_S:
         samples = samples[1:]
     if samples and sample.at - samples[-1].at < SAMPLE_S:
@@ -198,5 +199,5 @@ def _remembered(samples: tuple[Sample, ...], sample: Sample, now: float) -> tupl
 
 
 def backoff_s(failures: int) -> float:
-    """How long after the last of `failures` failed starts the next may come."""
+    """Return for how many seconds after the last of `failures` failed starts the next one waits."""
     return 0.0 if failures == 0 else min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(failures - 1, 16))

@@ -11,15 +11,15 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from lmaas.config import Settings
-from lmaas.control.autoscaler import Memory, Scale, decide
-from lmaas.control.idleness import History, Idleness
+from lmaas.control.autoscaler import Scale, ScalingState, decide
+from lmaas.control.idleness import Idleness, IdleTimes
 from lmaas.control.observation import Replicas
 from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
 from lmaas.control.pools import Decision, PoolObservation, needs_of, policy_of
 from lmaas.control.provisioners import Provisioner
-from lmaas.control.sharing import Rules, Waits, share
+from lmaas.control.sharing import SharingRules, WaitingSince, share
 from lmaas.errors import Unavailable
-from lmaas.metering.writer import BATCH, take_back, write_events
+from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler, unswallowed
 from lmaas.states import Observed
 from lmaas.store.database import Database, Writes, new_id
@@ -80,9 +80,9 @@ class Controller:
     def _forget(self) -> None:
         #: When all pools were last read.
         self._read_at = float("-inf")
-        self._memory: dict[str, Memory] = {}
-        self._waits = Waits()
-        self._saved: dict[str, tuple[float, Decision, History]] = {}
+        self._scaling: dict[str, ScalingState] = {}
+        self._waiting = WaitingSince()
+        self._saved: dict[str, tuple[float, Decision, IdleTimes]] = {}
         #: The replicas of each pool as the last tick observed them.
         self._replicas: dict[str, Replicas] = {}
         self.statuses.clear()
@@ -153,7 +153,7 @@ class Controller:
         self._replicas = {pool_id: pool.replicas for pool_id, pool in pools.items()}
         scales = {pool_id: self._scale(pool, now) for pool_id, pool in pools.items()}
         claims = [pool.claim(scales[pool_id], now) for pool_id, pool in pools.items()]
-        shares, self._waits = share(capacity, claims, self._waits, Rules(self._settings.share_quantum_s), now)
+        shares, self._waiting = share(capacity, claims, self._waiting, SharingRules(self._settings.share_quantum_s), now)
         for pool_id, pool in pools.items():
             self.decisions[pool_id] = Decision.of(pool, scales[pool_id], shares[pool_id])
             await self._reconcile(pool, shares[pool_id].replicas, now)
@@ -165,12 +165,12 @@ class Controller:
 
     async def _remember(self, models: list[BaseModel]) -> None:
         """Load the idle times that earlier controllers recorded."""
-        if any(model.id not in self._memory for model in models):
+        if any(model.id not in self._scaling for model in models):
             states = await pool_states_by_id(self._db)
             for model in models:
-                if model.id not in self._memory:
+                if model.id not in self._scaling:
                     stored = states[model.id].idle_times if model.id in states else ()
-                    self._memory[model.id] = Memory(idleness=Idleness(History.of(stored)))
+                    self._scaling[model.id] = ScalingState(idleness=Idleness(IdleTimes.of(stored)))
 
     async def _read(self, model: BaseModel, processes: dict[str, str], capacity: Resources | None) -> PoolObservation:
         stats = await self._scheduler.stats(model.id)
@@ -181,8 +181,8 @@ class Controller:
         return PoolObservation(model, policy_of(model, self._settings), needs, rows, mine, stats, failures, failed_ago_s)
 
     def _scale(self, pool: PoolObservation, now: float) -> Scale:
-        scale = decide(pool.demand, pool.policy, pool.current, self._memory[pool.model.id], now)
-        self._memory[pool.model.id] = scale.memory
+        scale = decide(pool.demand, pool.policy, pool.current, self._scaling[pool.model.id], now)
+        self._scaling[pool.model.id] = scale.state
         return scale
 
     async def _reconcile(self, pool: PoolObservation, desired: int, now: float) -> None:
@@ -237,15 +237,15 @@ class Controller:
 
     async def _save(self, pool_id: str, now: float) -> None:
         """Save the decision for the API, and the idle times. The numbers in its reason change often and do not cause a write each time."""
-        decision, history = self.decisions[pool_id], self._memory[pool_id].idleness.history
+        decision, idle_times = self.decisions[pool_id], self._scaling[pool_id].idleness.times
         saved = self._saved.get(pool_id)
         if saved is not None:
             at, before, kept = saved
             steady = (before.wanted, before.replicas, before.blocked) == (decision.wanted, decision.replicas, decision.blocked)
-            if history is kept and steady and (now - at < SAVE_S or decision == before):
+            if idle_times is kept and steady and (now - at < SAVE_S or decision == before):
                 return
-        await save_pool_state(self._writes, pool_id, decision.shown(), history.bins)
-        self._saved[pool_id] = (now, decision, history)
+        await save_pool_state(self._writes, pool_id, decision.shown(), idle_times.bins)
+        self._saved[pool_id] = (now, decision, idle_times)
 
     async def _meter_forever(self) -> None:
         checked: set[str] = set()
@@ -264,7 +264,7 @@ class Controller:
             except (Unavailable, RedisError) as error:
                 log.warning("usage cannot be written now", extra={"action": "meter", "detail": str(error)})
                 await asyncio.sleep(TICK_S)
-            if moved < BATCH:
+            if moved < EVENTS_AT_ONCE:
                 await asyncio.sleep(METER_S)
 
     async def _sweep_forever(self) -> None:

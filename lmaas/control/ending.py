@@ -1,4 +1,4 @@
-"""The end of all replicas of a provisioner, for whoever takes their machine away."""
+"""The end of all replicas of a provisioner, before their machine is taken away."""
 
 import asyncio
 from contextlib import suppress
@@ -13,7 +13,7 @@ END_GRACE_S = 20.0
 
 
 async def end_replicas(db: Database, provisioner: Provisioner, grace_s: float, hurry: asyncio.Event | None = None) -> None:
-    """Drain every replica that runs, and kill what does not end in `grace_s` seconds, or once there is `hurry`."""
+    """Drain every replica, and kill those that have not ended after `grace_s` seconds, or once `hurry` is set."""
     with suppress(Unavailable):
         for replica_id in await provisioner.list():
             await desire_stop(db, replica_id)

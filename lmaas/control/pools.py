@@ -6,7 +6,7 @@ from typing import Any
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Demand, Policy, Scale, backoff_s
 from lmaas.control.observation import Condition, Replicas, observe_replicas
-from lmaas.control.sharing import Held, Pool, Share
+from lmaas.control.sharing import HeldReplica, PoolClaim, Share
 from lmaas.states import Desired
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import Replica
@@ -53,15 +53,15 @@ class PoolObservation:
         """Whether the last failed start is long enough ago."""
         return self.failed_ago_s >= backoff_s(self.failures)
 
-    def claim(self, scale: Scale, now: float) -> Pool:
+    def claim(self, scale: Scale, now: float) -> PoolClaim:
         """Return what the pool has, wants and needs, for the sharing of machines."""
         alive = [each for each in self.replicas.values() if each.has_process and each.row and each.row.desired == Desired.RUNNING]
-        return Pool(
+        return PoolClaim(
             id=self.model.id,
             name=self.model.name,
             needs=self.needs,
             wanted=scale.replicas,
-            held=[Held(each.id, each.load or 0, each.age_s(now), Condition.READY in each.since) for each in alive],
+            held=[HeldReplica(each.id, each.load or 0, each.age_s(now), Condition.READY in each.since) for each in alive],
             leaving=len(self.processes) - len(alive),
             min_replicas=self.policy.min_replicas,
             queued=self.stats["queued"],

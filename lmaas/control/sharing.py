@@ -1,14 +1,15 @@
-"""Who gets the machines when they are full: a pure function over all pools.
+"""The division of full machines among pools: a pure function over all of them.
 
-What each pool has and still wants, it keeps. Who wants more is served in order: pools that wait without a replica get one, longest wait
-first; then what operators want always (`min_replicas`); then more, one at a time, for who has least; last, starts ahead of time. What does
-not fit yet is kept free for who is first, so that nobody behind takes that place.
+Each pool keeps what it has and still wants. Pools that want more are served in this order: pools that wait without a replica get one, the
+longest wait first; then replicas that operators always want (`min_replicas`); then one more at a time for the pool that has the least;
+last, starts ahead of a request. Room for a replica that does not fit yet is kept free for the first pool in that order, so that no pool
+behind it takes the place.
 
-For the first three, replicas of idle pools give way, longest idle first. A replica is left alone for its first `residency_s`, or two pools
-with a request now and then would drain each other for ever. Busy replicas give way only to a pool that has none at all: at once those that
-a pool has besides its first, and a pool's first once somebody has waited for `starvation_s` and it has been served for `quantum_s` (the
-longest-served first). `min_replicas` never give way, and no busy replica does for a pool whose engines fail to start; nor
-is anything kept free for it while busy replicas have the rest.
+For the first three, replicas of idle pools give way, the longest idle first. A replica stays for its first `residency_s`; otherwise two
+pools with a few requests each would drain each other for ever. Busy replicas give way only to a pool that has none at all. A pool's
+second and further replicas do so at once. Its first one does so when another pool has waited for `starvation_s` and it has been served
+for `quantum_s` (the longest-served first). `min_replicas` never give way. For a pool whose engines fail to start no busy replica gives
+way, and no room is kept free while busy replicas have the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,30 +18,30 @@ from enum import IntEnum
 
 from lmaas.types import Resources
 
-#: A sum of fractions of a CPU may be off by so much.
+#: The rounding error that a sum of fractions of a CPU may have.
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """Times in seconds: how long a pool is served before it gives way to another that waits, and what follows from that."""
+class SharingRules:
+    """Times in seconds: how long a pool is served before it gives way to one that waits, and the times derived from that."""
 
     quantum_s: float = 60.0
 
     @property
     def residency_s(self) -> float:
-        """How long a replica that has become ready stays at least."""
+        """The time for which a replica stays at least after it has become ready."""
         return self.quantum_s / 4
 
     @property
     def starvation_s(self) -> float:
-        """How long a pool waits before a busy one may have to make room."""
+        """The time after which a busy pool may have to make room for one that waits."""
         return self.quantum_s / 2
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A replica that is desired and alive: its slots in use, and for how long (seconds) it has been so, since it was ready if it is."""
+class HeldReplica:
+    """A replica that is desired and alive: its slots in use, and the seconds since it became ready or, if it is not ready, was recorded."""
 
     replica: str
     load: int
@@ -49,44 +50,44 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """What one pool has, wants and needs. `leaving` counts its replicas that drain and still have their memory."""
+class PoolClaim:
+    """The replicas that one pool has and wants, and what each needs. `leaving` counts those that drain and still have their memory."""
 
     id: str
     name: str
     needs: Resources
     wanted: int
-    held: Sequence[Held] = ()
+    held: Sequence[HeldReplica] = ()
     leaving: int = 0
     min_replicas: int = 0
     queued: int = 0
     #: Seconds since the last request.
     idle_s: float = 0.0
-    #: Nobody asks for it yet.
+    #: No request needs the replicas yet.
     ahead: bool = False
-    #: Whether it may start a replica now (after a failed start it may not, for a while), and whether its last start failed.
+    #: Whether it may start a replica now (for a while after a failed start it may not), and whether its last start failed.
     may_start: bool = True
     failing: bool = False
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits or runs."""
+        """Whether requests wait or run."""
         return self.queued > 0 or any(held.load > 0 for held in self.held)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a pool gets: so many replicas now, and why it is not as many as it wants (empty if it is)."""
+    """The number of replicas that a pool gets now, and the reason if that is fewer than it wants (else empty)."""
 
     replicas: int
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Waits:
-    """Since when each pool has waited without a replica (`now`'s clock): what one round hands to the next."""
+class WaitingSince:
+    """The time (`now`'s clock) since which each pool without a replica has waited: the state that one round hands to the next."""
 
-    since: Mapping[str, float] = field(default_factory=dict)
+    pools: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Turn(IntEnum):
@@ -98,7 +99,7 @@ class _Turn(IntEnum):
 
 @dataclass(slots=True)
 class _Room:
-    """CPUs and accelerators, to calculate with."""
+    """A mutable number of CPUs and accelerators."""
 
     cpus: float
     accelerators: float
@@ -111,23 +112,27 @@ class _Room:
         self.accelerators += times * needs.accelerators
 
 
-def share(capacity: Resources | None, pools: Sequence[Pool], waits: Waits, rules: Rules, now: float) -> tuple[dict[str, Share], Waits]:
-    """What each pool gets of `capacity` (None: there is no bound), and who waits.
+def share(
+    capacity: Resources | None, pools: Sequence[PoolClaim], waiting: WaitingSince, rules: SharingRules, now: float
+) -> tuple[dict[str, Share], WaitingSince]:
+    """Return what each pool gets of `capacity` (None: there is no bound), and which pools wait.
 
-    A share smaller than what the pool has means that the rest is drained. A share larger fits now: the sum of what runs and what may be
-    started is never more than `capacity`, unless more runs already.
+    If a share is smaller than what the pool has, the rest is drained. A larger share fits now: what runs and what may be started is never
+    more than `capacity` in total, unless more runs already.
     """
-    since = {pool.id: waits.since.get(pool.id, now) for pool in pools if pool.wanted > 0 and not pool.held and not pool.ahead}
+    since = {pool.id: waiting.pools.get(pool.id, now) for pool in pools if pool.wanted > 0 and not pool.held and not pool.ahead}
     if capacity is None:
-        return {pool.id: Share(pool.wanted) for pool in pools}, Waits(since)
-    return _Round(capacity, pools, since, rules, now).result(), Waits(since)
+        return {pool.id: Share(pool.wanted) for pool in pools}, WaitingSince(since)
+    return _Round(capacity, pools, since, rules, now).result(), WaitingSince(since)
 
 
 class _Round:
-    def __init__(self, capacity: Resources, pools: Sequence[Pool], since: Mapping[str, float], rules: Rules, now: float) -> None:
+    def __init__(
+        self, capacity: Resources, pools: Sequence[PoolClaim], since: Mapping[str, float], rules: SharingRules, now: float
+    ) -> None:
         self._capacity, self._pools, self._since, self._rules, self._now = capacity, pools, since, rules, now
         self._free = _Room(capacity.cpus, capacity.accelerators)
-        #: Will be free when what drains has ended.
+        #: The room that becomes free when the draining replicas have ended.
         self._coming = _Room(0, 0)
         self._shares: dict[str, int] = {}
         self._why: dict[str, str] = {}
@@ -145,7 +150,7 @@ class _Round:
                 self._serve(_Turn.WAITING, pool, 1)
             elif turns[pool.id] is _Turn.PROMISED:
                 self._serve(_Turn.PROMISED, pool, min(pool.min_replicas, pool.wanted))
-        # Who has nothing yet waits for that first. One more at a time, to whoever has least of the machines.
+        # A pool that has no replica yet waits for its first. The others get one more at a time, the pool with the least first.
         more = [pool for pool in short if turns[pool.id] is _Turn.MORE or self._shares[pool.id] > len(pool.held)]
         while more:
             pool = min(more, key=lambda pool: (self._shares[pool.id] * (pool.needs.cpus + pool.needs.accelerators), pool.id))
@@ -158,15 +163,15 @@ class _Round:
                 self._serve(_Turn.AHEAD, pool, pool.wanted)
         return {pool.id: Share(self._shares[pool.id], self._why.get(pool.id, "")) for pool in self._pools}
 
-    def _turn(self, pool: Pool) -> _Turn:
+    def _turn(self, pool: PoolClaim) -> _Turn:
         if pool.ahead:
             return _Turn.AHEAD
         if not pool.held and pool.busy:
             return _Turn.WAITING
         return _Turn.PROMISED if len(pool.held) < pool.min_replicas else _Turn.MORE
 
-    def _serve(self, turn: _Turn, pool: Pool, target: int) -> None:
-        """Give the pool so many replicas, as far as that can be; keep the rest of the first one that is missing free for it."""
+    def _serve(self, turn: _Turn, pool: PoolClaim, target: int) -> None:
+        """Give the pool up to `target` replicas as far as they fit, and keep room free for the first one that does not."""
         if not _Room(self._capacity.cpus, self._capacity.accelerators).fits(pool.needs):
             self._why[pool.id] = f"a replica needs {_words(pool.needs)}, and all machines together have {_words(self._capacity)}"
             return
@@ -182,13 +187,13 @@ class _Round:
                 self._make_room(turn, pool)
             return
 
-    def _make_room(self, turn: _Turn, pool: Pool) -> None:
-        """Find replicas that give way, if all of them together make enough room; and keep that room for this pool."""
+    def _make_room(self, turn: _Turn, pool: PoolClaim) -> None:
+        """Choose replicas that give way, if all of them together make enough room, and keep that room for this pool."""
         missing = _Room(max(0.0, pool.needs.cpus - self._free.cpus), max(0.0, pool.needs.accelerators - self._free.accelerators))
         found = _Room(self._coming.cpus, self._coming.accelerators)
-        chosen: list[Pool] = []
+        chosen: list[PoolClaim] = []
         for victim in self._victims(turn, pool):
-            # One that has nothing of what is missing would be drained for nothing.
+            # Draining a replica that has nothing of what is missing would not help.
             if _lacks(found.cpus, missing.cpus, victim.needs.cpus) or _lacks(
                 found.accelerators, missing.accelerators, victim.needs.accelerators
             ):
@@ -203,21 +208,21 @@ class _Round:
             self._why[victim.id] = f"gives way to {pool.name}"
             self._coming.add(victim.needs)
         if enough or (turn is _Turn.WAITING and not pool.failing):
-            # Nobody behind takes this place. One whose engines fail to start may not have the others wait for what is in use.
+            # No pool behind takes this place. A pool whose engines fail to start may not make the others wait for what is in use.
             self._coming.cpus -= missing.cpus
             self._coming.accelerators -= missing.accelerators
             self._free.cpus -= pool.needs.cpus - missing.cpus
             self._free.accelerators -= pool.needs.accelerators - missing.accelerators
 
-    def _victims(self, turn: _Turn, claimant: Pool) -> list[Pool]:
-        """Whose replicas may give way, once for each replica, in the order in which they do."""
+    def _victims(self, turn: _Turn, claimant: PoolClaim) -> list[PoolClaim]:
+        """Return the pools whose replicas may give way, once for each replica, in the order in which they do."""
         rules = self._rules
         starving = turn is _Turn.WAITING and not claimant.failing and self._now - self._since[claimant.id] >= rules.starvation_s
-        found: list[tuple[int, float, str, Pool]] = []
+        found: list[tuple[int, float, str, PoolClaim]] = []
         for pool in self._pools:
             if pool is claimant:
                 continue
-            # As plan() picks them: the least busy first.
+            # In the order in which plan() stops them: the least busy first.
             held = sorted(pool.held, key=lambda one: (one.load, one.ready, one.age_s))
             spare = held[len(pool.held) - self._shares[pool.id] : len(held) - pool.min_replicas]
             for place, one in enumerate(spare, start=len(pool.held) - self._shares[pool.id]):
@@ -233,8 +238,8 @@ class _Round:
         found.sort(key=lambda entry: entry[:3])
         return [pool for _, _, _, pool in found]
 
-    def _ever(self, claimant: Pool) -> bool:
-        """Whether there would be room if everybody gave way who can."""
+    def _ever(self, claimant: PoolClaim) -> bool:
+        """Return whether there would be room if every replica gave way that may."""
         room = _Room(self._capacity.cpus, self._capacity.accelerators)
         for pool in self._pools:
             if pool is not claimant:

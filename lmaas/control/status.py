@@ -1,6 +1,6 @@
-"""The controller's health and metrics endpoints, also of one that stands by. Off unless LMAAS_CONTROLLER_PORT is set.
+"""The controller's health and metrics endpoints, for one that stands by as well. They are off unless LMAAS_CONTROLLER_PORT is set.
 
-The metrics name pools and no tenants. The endpoints belong in a private network all the same.
+The metrics name pools and no tenants. Even so, the endpoints belong in a private network.
 """
 
 import functools
@@ -28,9 +28,9 @@ MICROUSD_PER_USD = 1_000_000
 
 
 def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Metric]:
-    """What is told: of the pools only by the active controller, so that sums over all controllers count once.
+    """Return the metrics. Only the active controller reports pools, so that a sum over all controllers counts each pool once.
 
-    `times` is None while the database is away; its metrics are then absent rather than zero.
+    `times` is None while the database is away; the metrics from it are then absent, not zero.
     """
     leader = GaugeMetricFamily("lmaas_controller_leader", "1 for the active controller, 0 for one that stands by.")
     leader.add_metric([], float(controller.active))
@@ -72,18 +72,18 @@ def _bill(times: Iterable[PoolTime]) -> list[Metric]:
 
 
 class _Once(Collector):
-    """Metrics that were gathered for one answer."""
+    """Metrics that were gathered for one response."""
 
     def __init__(self, found: list[Metric]) -> None:
         self._found = found
 
     def collect(self) -> Iterable[Metric]:
-        """All of them."""
+        """Return all of them."""
         return self._found
 
 
 def status_app(controller: Controller, db: Database) -> Starlette:
-    """`/healthz` and `/metrics` of a controller."""
+    """Return the application with `/healthz` and `/metrics` of a controller."""
     return Starlette(
         routes=[
             Route("/healthz", functools.partial(_health, controller)),
@@ -107,5 +107,5 @@ async def _metrics(controller: Controller, db: Database, _: Request) -> Response
 
 
 async def serve_status(settings: Settings, controller: Controller, db: Database) -> None:
-    """Serve the status on `controller_port` until cancelled."""
+    """Serve the endpoints on `controller_port` until cancelled."""
     await serve_privately(status_app(controller, db), settings.host, settings.controller_port or 0)

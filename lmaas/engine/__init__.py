@@ -1,1 +1,1 @@
-"""Talking to vLLM: how an engine is launched, what it is asked, how adapters come onto it, and our plugins inside it."""
+"""Engines: launching vLLM servers, their HTTP client, and the parts of lmaas that run inside their processes."""

@@ -39,24 +39,24 @@ def refusal(text: str) -> str | None:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        return f"it cannot be split into arguments: {error}"
+        return f"it cannot be parsed as arguments: {error}"
     waiting = None
     for word in words:
         if waiting is not None:
             if VALUE.fullmatch(word) is None:
-                return f"'{word[:100]}' is no value of '{waiting}'"
+                return f"'{word[:100]}' is not a value of '{waiting}'"
             waiting = None
             continue
         name, equals, value = word.partition("=")
         # vLLM reads underscores as dashes.
         option = name.removeprefix("--").replace("_", "-")
         if not name.startswith("--") or (option not in VALUED | FAKE | SWITCHES and option.removeprefix("no-") not in SWITCHES):
-            return f"'{name[:100]}' is none of the options that a base model may set: {', '.join(sorted(VALUED | SWITCHES))}"
+            return f"'{name[:100]}' is not one of the options that a base model may set: {', '.join(sorted(VALUED | SWITCHES))}"
         if option not in VALUED | FAKE:
             if equals:
                 return f"'{name}' takes no value"
         elif not equals:
             waiting = name
         elif VALUE.fullmatch(value) is None:
-            return f"'{value[:100]}' is no value of '{name}'"
+            return f"'{value[:100]}' is not a value of '{name}'"
     return None if waiting is None else f"'{waiting}' takes a value"

@@ -1,4 +1,4 @@
-"""Answers in a form that only a few clients ask for. These answers are parsed; all others are changed as bytes, in sse.py."""
+"""Rewrites responses into forms that few clients ask for. These are parsed; all others are changed as bytes, in sse.py."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ _DATA = b"data: "
 
 
 def in_clients_form(answer: bytes, request: EngineRequest) -> bytes:
-    """Return an answer in one piece in the form that the request asks for."""
+    """Return a plain response in the form that the request asks for."""
     return _encoded(_changed(json.loads(answer), request))
 
 
@@ -50,11 +50,11 @@ def _hide_generated(answer: dict[str, Any]) -> None:
 
 
 def _to_function_call(choice: dict[str, Any]) -> None:
-    """Turn tool calls into the deprecated `function_call`, of which an answer has one."""
-    said = choice.get("message") or choice.get("delta") or {}
-    calls = said.pop("tool_calls", None)
+    """Replace tool calls by the deprecated `function_call`, of which a message has at most one."""
+    part = choice.get("message") or choice.get("delta") or {}
+    calls = part.pop("tool_calls", None)
     if calls and calls[0].get("index", 0) == 0:
         function = calls[0].get("function") or {}
-        said["function_call"] = {name: function[name] for name in ("name", "arguments") if function.get(name) is not None}
+        part["function_call"] = {name: function[name] for name in ("name", "arguments") if function.get(name) is not None}
     if choice.get("finish_reason") == "tool_calls":
         choice["finish_reason"] = "function_call"

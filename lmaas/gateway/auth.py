@@ -1,7 +1,7 @@
 """Finds the principal of an API key."""
 
 from lmaas.errors import Unauthenticated
-from lmaas.gateway.cache import Changes, MomentCache
+from lmaas.gateway.cache import Changes, ReadCache
 from lmaas.keys import PREFIX, hash_key
 from lmaas.store.database import Database
 from lmaas.store.tenants import find_principal
@@ -16,13 +16,13 @@ class Authenticator:
     """Caches the principals of keys. While Postgres is away, known keys keep working for `grace_s` seconds."""
 
     def __init__(self, db: Database, grace_s: float, changes: Changes | None = None) -> None:
-        self._principals = MomentCache[str, Principal](
+        self._principals = ReadCache[str, Principal](
             lambda key_hash: find_principal(db, key_hash), fresh_s=FRESH_S, grace_s=grace_s, changes=changes
         )
 
     async def __call__(self, key: str | None) -> Principal:
         """Return the principal of an API key. Raises Unauthenticated, or Unavailable if the key is not cached and Postgres is away."""
-        # The database is not asked for something that cannot be a key.
+        # The database is not queried for text that cannot be a key.
         if key is None or not key.startswith(PREFIX) or len(key) > MAX_KEY_LENGTH:
             raise Unauthenticated
         principal = await self._principals.get(hash_key(key))

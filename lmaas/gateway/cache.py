@@ -1,4 +1,4 @@
-"""Answers of the database that are good for a moment."""
+"""Short-lived cache of database reads."""
 
 import asyncio
 import functools
@@ -10,14 +10,15 @@ from typing import Generic, TypeVar
 
 from lmaas.errors import Unavailable
 
-#: How long a question may take, if there is an old answer, and if there is none.
+#: How long a read may take if the key has a stale entry, and if it has none.
 KNOWN_WAIT_S = 1.0
 UNKNOWN_WAIT_S = 10.0
-#: Those with an old answer do not wait for a database that has answered nobody for KNOWN_WAIT_S, until nobody has asked for this long.
+#: If the database has been silent for KNOWN_WAIT_S, stale entries are served at once. After this time without a read, the next one waits
+#: again.
 SILENT_S = 20.0
-#: How often somebody asks whether anything has changed.
+#: How often the change number is read.
 LOOK_EVERY_S = 0.2
-#: An answer is asked for again after this long even so, should a change ever go unnoticed.
+#: An entry is read again after this time in any case, in case a change was missed.
 RECHECK_S = 300.0
 
 Key = TypeVar("Key")
@@ -25,26 +26,26 @@ Value = TypeVar("Value")
 
 
 class Changes:
-    """Asks once for all keys whether anything has changed. Without it each key in use would be a question to the database every moment.
+    """Polls once for all keys whether cached data has changed, so that keys in use need not be read again every half second.
 
-    `ask` gives a number that is another one after any change of what answers are made of. While nobody knows (`run` does not run, the
-    database is away), answers age as if there were no such number: what changed is never seen later than without it.
+    `ask` returns a number that changes whenever cached data changes. While the number is unknown (`run` does not run, or the database is
+    away), entries age as if there were no such number, so a change is never seen later than without it.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[int]], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._ask, self._clock = ask, clock
         self._number: int | None = None
-        #: Answers asked for earlier may be wrong.
+        #: Entries read before this time may be outdated.
         self._changed = math.inf
-        #: Changes that were made by then are known: the database was there.
+        #: All changes made before this time have been seen.
         self.known = -math.inf
 
     def good_until(self, asked: float) -> float:
-        """Up to when an answer that was asked for at `asked` is known to be right."""
+        """Return the time up to which an entry read at `asked` is known to be current."""
         return max(asked, self.known) if asked >= self._changed else asked
 
     async def look(self) -> None:
-        """Ask once."""
+        """Read the change number once."""
         since = self._clock()
         try:
             async with asyncio.timeout(KNOWN_WAIT_S):
@@ -52,22 +53,23 @@ class Changes:
         except (Unavailable, TimeoutError):
             return
         if number != self._number:
-            # Whoever asked while we did may have asked too early.
+            # A read during this one may have seen the data before the change.
             self._number, self._changed = number, self._clock()
         self.known = since
 
     async def run(self) -> None:
-        """Ask again and again, until cancelled."""
+        """Read the change number repeatedly, until cancelled."""
         while True:
             await self.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
 
-class MomentCache(Generic[Key, Value]):
-    """Keeps answers for `fresh_s` seconds after they are known to be right; while the database is away, for `grace_s`.
+class ReadCache(Generic[Key, Value]):
+    """Serves entries for `fresh_s` seconds after they were known to be current; while the database is away, for `grace_s` seconds.
 
-    What changed is seen after `fresh_s` at the latest; `changes` knows how long an answer stays right. One question at a time for each
-    key; None is not kept, so that something new is seen at once. At most `size` keys: the longest unused go first.
+    A change is seen after `fresh_s` at the latest. `changes` extends the time for which an entry is known to be current. Each key has one
+    read at a time. None is not cached, so that a new row is seen at once. The cache holds at most `size` keys and drops the least
+    recently used ones.
     """
 
     def __init__(
@@ -84,11 +86,16 @@ class MomentCache(Generic[Key, Value]):
         self._changes = changes
         self._known: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
         self._asking: dict[Key, asyncio.Task[Value | None]] = {}
-        #: When a question was asked last; the first one of those since when none was answered.
-        self._asked_last, self._silent_since = -math.inf, math.inf
+        #: When the last read began, and when the first one began of those that have had no result since the last result.
+        self._last_read, self._silent_since = -math.inf, math.inf
+
+    @property
+    def pending(self) -> int:
+        """The number of questions that have no answer yet."""
+        return len(self._asking)
 
     async def get(self, key: Key) -> Value | None:
-        """The answer for `key`. Raises Unavailable if it is not known and cannot be asked for."""
+        """Return the value for `key`. Raises Unavailable if it is not cached and the database does not respond."""
         known = self._known.get(key)
         now = self._clock()
         good_until = -math.inf if known is None else known[0] if self._changes is None else self._changes.good_until(known[0])
@@ -96,18 +103,18 @@ class MomentCache(Generic[Key, Value]):
             self._known.move_to_end(key)
             return known[1]
         if self._changes is not None and self._changes.known > self._silent_since:
-            self._silent_since = math.inf  # it has answered somebody else
+            self._silent_since = math.inf  # the change number was read since
         asking = self._asking.get(key)
         if asking is None:
-            if now - self._asked_last > SILENT_S:
+            if now - self._last_read > SILENT_S:
                 self._silent_since = math.inf
-            self._asked_last, self._silent_since = now, min(self._silent_since, now)
+            self._last_read, self._silent_since = now, min(self._silent_since, now)
             asking = asyncio.create_task(self._refresh(key))
             self._asking[key] = asking
-            asking.add_done_callback(functools.partial(self._answered, key))
+            asking.add_done_callback(functools.partial(self._read_ended, key))
         wait_s = UNKNOWN_WAIT_S
         if known is not None and now - good_until < self._grace_s:
-            # Once in all, not each time, nor for each key.
+            # The wait counts from the first read without a result, over all keys, so that callers do not wait one after the other.
             wait_s = max(0.0, min(self._silent_since, now) + KNOWN_WAIT_S - now)
         try:
             async with asyncio.timeout(wait_s):
@@ -117,14 +124,14 @@ class MomentCache(Generic[Key, Value]):
                 return known[1]
             raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
 
-    def _answered(self, key: Key, asking: "asyncio.Task[Value | None]") -> None:
+    def _read_ended(self, key: Key, asking: "asyncio.Task[Value | None]") -> None:
         del self._asking[key]
         if not asking.cancelled():
-            asking.exception()  # whoever waits hears it; if nobody does any more, nothing is lost
+            asking.exception()  # callers that still wait receive it; without any, it must not be logged as unretrieved
 
     async def _refresh(self, key: Key) -> Value | None:
         asked = self._clock()
-        # Given up at last: a connection that is dead would never answer, and nobody would ask again.
+        # The timeout covers dead connections, which would block the key for ever.
         try:
             async with asyncio.timeout(UNKNOWN_WAIT_S):
                 value = await self._ask(key)

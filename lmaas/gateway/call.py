@@ -12,7 +12,7 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
 
 
 class Call:
-    """A client's request and its response. What is written to a client that has gone is dropped without an error."""
+    """A client's request and its response. Writing to a client that has disconnected has no effect and raises no error."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -50,11 +50,11 @@ class Call:
         return b"".join(parts)
 
     def add_to_head(self, lines: bytes) -> None:
-        """Send these header lines with the response: each with its CRLF, and with nothing in it that came from outside."""
+        """Send these header lines with the response: each ends with CRLF and contains nothing from outside."""
         self._scope["lmaas.head"](lines)
 
     def watch(self) -> None:
-        """From now on, notice when the client disconnects. The body must have been read."""
+        """Begin to notice that the client disconnects. The body must have been read."""
         self._scope["lmaas.watch"](self._leave)
 
     def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:

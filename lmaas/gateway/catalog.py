@@ -1,4 +1,4 @@
-"""From a tenant's model name to a pool and an adapter version."""
+"""Resolves a tenant's model name to a pool and an adapter version."""
 
 import functools
 import hashlib
@@ -9,7 +9,7 @@ from importlib.metadata import version as installed_version
 
 from lmaas.adapters.objects import source_of
 from lmaas.errors import ModelNotFound
-from lmaas.gateway.cache import Changes, MomentCache
+from lmaas.gateway.cache import Changes, ReadCache
 from lmaas.store.adapters import ServedAdapter, find_served, list_adapters
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, list_base_models
@@ -25,7 +25,7 @@ _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind a name of a tenant's. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
+    """The model behind a name that a tenant calls. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
 
     base: BaseModel
     engine_name: str
@@ -37,7 +37,7 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The `system_fingerprint` of this model's answers: it changes when something changes that can change the answers."""
+        """The `system_fingerprint` of this model's answers: it changes when anything changes that can affect them."""
         base = self.base
         return _fingerprint(base.id, base.source, base.dtype, base.max_lora_rank, base.max_model_len, base.engine_args, self.engine_name)
 
@@ -62,11 +62,9 @@ class Catalog:
 
     def __init__(self, db: Database, changes: Changes | None = None) -> None:
         self._db = db
-        self._bases = MomentCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
-        # Its base model is not kept with it: an entry made from another entry could be as old as both together.
-        self._served = MomentCache[tuple[str, str, int | None], ServedAdapter](
-            self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes
-        )
+        self._bases = ReadCache[str, list[BaseModel]](self._list_bases, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
+        # The base model is not part of the entry, because an entry that is made from another entry could be as old as both together.
+        self._served = ReadCache[tuple[str, str, int | None], ServedAdapter](self._find, fresh_s=FRESH_S, grace_s=GRACE_S, changes=changes)
 
     async def resolve(self, tenant_id: str, name: str) -> ServedModel:
         """Return the model of a name: a base model, an adapter's live version, or `adapter@version`. Raises ModelNotFound.
@@ -97,7 +95,7 @@ class Catalog:
         listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len) for base in bases]
         lengths = {base.name: base.max_model_len for base in bases}
         for adapter in await list_adapters(self._db, tenant_id):
-            # A base model that was added a moment ago may not be known yet; its adapters are listed as soon as it is.
+            # A new base model may not be in the cache yet. Its adapters are listed as soon as it is.
             if adapter.live_version is not None and adapter.base_model in lengths:
                 listed.append(ListedModel(adapter.name, _seconds(adapter.created_at), adapter.base_model, lengths[adapter.base_model]))
         return listed

@@ -19,7 +19,7 @@ WAIT_S = 50.0
 
 
 class Check(StrEnum):
-    """How a check ended. `NO_HOST`: none that could check is known."""
+    """How a check ended. NO_HOST: no host that can check is known."""
 
     PASSED = "passed"
     NO_HOST = "no_host"
@@ -29,9 +29,9 @@ class Check(StrEnum):
 async def check_grammar(
     grammars: Grammars, call: Call, principal: Principal, model: BaseModel, path: str, request: EngineRequest, deadline_s: float
 ) -> Check:
-    """See that an engine may compile the request's grammar. A known one takes no time; a new one is waited for, at most `deadline_s`.
+    """Check that an engine may compile the request's grammar. The verdict on a new grammar is awaited for at most `deadline_s`.
 
-    Tools that were made strict here, and cannot be enforced, are passed on as the client sent them. Raises InvalidRequest with the
+    Tools that the gateway made strict, and that cannot be enforced, are passed on as the client sent them. Raises InvalidRequest with the
     checker's reason, OverLimit, and Unavailable.
     """
     while True:
@@ -51,7 +51,7 @@ async def check_grammar(
 
 
 async def _verdict(grammars: Grammars, call: Call, principal: Principal, lookup: Lookup, deadline_s: float) -> Verdict | None:
-    """The verdict on a new grammar; None if the client has gone."""
+    """Return the verdict on a new grammar, or None if the client has disconnected."""
     checking = asyncio.create_task(grammars.check(principal.tenant_id or "", lookup, principal.max_queued), name="grammar-check")
 
     def leave() -> None:

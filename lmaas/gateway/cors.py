@@ -23,7 +23,7 @@ PREFLIGHT_MAX_AGE_S = 3600
 class Cors:
     """Pure ASGI middleware that answers preflights and adds the CORS headers to every other response, errors included.
 
-    Starlette's middleware does the rare requests. For the others, finished lines are added to the head, which costs 1 µs instead of 7.
+    Starlette's middleware handles preflights. For other requests, finished lines are added to the head, which costs 1 µs instead of 7.
     Any request header is allowed: SDKs send many (`x-stainless-*`, `openai-*`, `anthropic-*`). Cookies are not, since the service has none.
     """
 

@@ -1,4 +1,4 @@
-"""What an engine's error means: a mistake of the client's, an adapter that is missing, a request that fails by itself, or a lost engine."""
+"""Classifies an engine's errors: the client's mistake, a missing adapter, a request that fails by itself, or a lost engine."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _MAX_MESSAGE = 500
 
 class EngineLost(Exception):
     """A delivery failed. `reason` is for the scheduler; `revoked` says that the replica was taken out of service
-    while its connection was open, as happens to an engine that stands still."""
+    while its connection was open, as happens to an engine that stalls."""
 
     def __init__(self, reason: RetryReason, detail: str, *, revoked: bool = False) -> None:
         super().__init__(detail)
@@ -44,7 +44,7 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, 
     except (ValueError, KeyError, TypeError):
         pass
     if code == 404:
-        # The engine does not have the adapter after all.
+        # The engine does not have the adapter, although it was reported as loaded.
         return EngineLost(RetryReason.ADAPTER, message)
     if 400 <= code < 500 or code == 501:
         # 501 is vLLM's answer to a request for something that the model's engine does not have.
@@ -117,6 +117,6 @@ def _clients_name(param: str | None, request: EngineRequest) -> str | None:
 
 
 def _shown(message: str) -> str:
-    """Return an engine's words, in one line of bounded length."""
+    """Return an engine's message in one line of bounded length."""
     line = " ".join(message.split())
     return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "..."

@@ -29,23 +29,23 @@ from lmaas.store.models import BaseModel
 #: The largest grammar of a request, tools included, as JSON; and its levels: the request's own around a schema.
 MAX_BYTES = 256 * 1024
 MAX_LEVELS = MAX_DEPTH + 8
-#: What a tenant may have checked in each minute: new grammars, and seconds of CPU time for them.
+#: The most that is checked for a tenant in a minute: new grammars, and seconds of CPU time for them.
 WINDOW_S = 60.0
 MAX_NEW = 300
 MAX_CPU_S = 20.0
 #: Grammars that take longer to check count for that time also when they are used, unless the tenant has used them lately: an engine may
 #: have to compile them again.
 EXPENSIVE_S, MAX_LATELY = 0.25, 16
-#: How long it is remembered that a grammar is too complex. That is measured in time, and a busy machine is slower.
+#: How long the verdict "too complex" is kept. It is measured in time, and a busy machine is slower.
 TOO_COMPLEX_S = 600.0
 #: Verdicts that are kept, and tenants whose checks are counted.
 KNOWN_VERDICTS = 20_000
 KNOWN_TENANTS = 10_000
-#: How long a checker's address is good for, and how long a check may take once it is the tenant's turn.
+#: How long a checker's address is cached, and how long a check may take once it is the tenant's turn.
 ADDRESS_S = 5.0
 CHECK_S = 150.0
 CONNECT_S = 2.0
-#: How long a checker that cannot be reached is tried again, and how often.
+#: For how long, and how often, a checker that cannot be reached is tried again.
 RETRY_S, AGAIN_S = 15.0, 0.25
 
 Key = tuple[str, str, bytes]
@@ -110,7 +110,7 @@ class NoCheckerError(Exception):
 
 
 class Grammars:
-    """Knows which grammars an engine may compile. One gateway's view."""
+    """The verdicts of one gateway about grammars, and its client of the checkers."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Grammars:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis, self._client, self._metrics, self._clock = redis, client, metrics, clock
-        #: With the time until which each is good.
+        #: Each with the time at which it expires.
         self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
         self._addresses: dict[str, tuple[float, str]] = {}
@@ -212,7 +212,7 @@ class Grammars:
             return decode_verdict(answer)
 
     async def _checker(self, model_id: str) -> str:
-        """The address of a host that checks for this base model. Raises NoCheckerError, or Unavailable while Redis is away."""
+        """Return the address of a host that checks for this base model. Raises NoCheckerError, or Unavailable while Redis is away."""
         now = self._clock()
         found, url = self._addresses.get(model_id, (-math.inf, ""))
         if now - found > ADDRESS_S:
@@ -229,7 +229,7 @@ class Grammars:
 def _answered(checks: Checks, key: Key, asking: "asyncio.Task[Verdict]") -> None:
     del checks.asking[key]
     if not asking.cancelled():
-        asking.exception()  # each request that waits gets it; there may be none any more
+        asking.exception()  # requests that still wait receive it; without any, it must not be logged as unretrieved
 
 
 def _over(what: str, retry_after_s: float) -> OverLimit:
@@ -238,7 +238,7 @@ def _over(what: str, retry_after_s: float) -> OverLimit:
 
 
 def unavailable() -> Unavailable:
-    """The error for a grammar that cannot be checked now."""
+    """Return the error for a grammar that cannot be checked now."""
     return Unavailable(
         "The schema or the tools of this request cannot be checked now, because no grammar checker responds. Retry after 5 s.",
         code="grammar_check_unavailable",
@@ -247,12 +247,12 @@ def unavailable() -> Unavailable:
 
 
 def source_of(parameters: dict[str, Any]) -> str | None:
-    """The parameter that a request's grammar comes from, where the checker cannot say."""
+    """Return the parameter that a request's grammar comes from, for verdicts that do not name one."""
     return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
 
 
 def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
-    """Raises InvalidRequest for a grammar that is too large to be looked at."""
+    """Raise InvalidRequest for a grammar that is too large to be checked."""
     if len(text) <= MAX_BYTES and depth(parameters) <= MAX_LEVELS:
         return
     param = source_of(parameters)

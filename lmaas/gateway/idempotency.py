@@ -1,6 +1,6 @@
-"""Requests with an `Idempotency-Key`: one of them runs, and for a day the others get its answer.
+"""Requests with an `Idempotency-Key`: the first one runs, and for a day repeats get its response.
 
-A request without the header pays for one look at its headers and nothing else.
+A request without the header only costs a search of its headers.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from lmaas.store.idempotency import Answer, Claim, Earlier, give_up, keep, seen,
 log = logging.getLogger(__name__)
 
 MAX_KEY_LENGTH = 255
-#: How often Postgres hears that this gateway lives; a third of what makes a claim abandoned.
+#: How often claims are renewed in Postgres: three times within the period after which a claim counts as abandoned.
 SEEN_EVERY_S = 10.0
-#: How soon it hears of what it could not take at once.
+#: How soon a settlement that failed is tried again.
 AGAIN_S = 1.0
-#: How long Postgres may take to claim a key, and how long the end of an answer waits for Postgres to have it.
+#: How long Postgres may take to claim a key, and how long the end of a response waits until Postgres has stored it.
 CLAIM_S = 5.0
 SETTLE_S = 2.0
-#: Claims, and settlements, that are with Postgres at a time: the rest of the pool's connections are left to look up keys and models.
+#: Claims, and settlements, in Postgres at a time. The other connections of the pool are for looking up keys and models.
 AT_ONCE = 3
-#: How soon a client may ask again for what is still running.
+#: The `retry-after` of a repeat whose first request still runs.
 IN_PROGRESS_RETRY_S = 2.0
-#: What is worth keeping: an answer, and what the engine refused as the client's own mistake, which it would refuse again.
+#: Responses that are kept: successful ones, and refusals of the engine, which would refuse the same request again.
 KEPT_STATUSES = frozenset({200, 400})
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -43,10 +43,10 @@ Settle = Callable[[Answer | None], Awaitable[None]]
 
 
 class Recorder:
-    """Stands on the answer's way to the client and takes a copy. The end goes on only when `settle` has heard what the answer was:
-    a client that has the whole of it will get the same again.
+    """Copies a response on its way to the client, and holds its end back until `settle` has stored the copy.
 
-    That end is a plain answer's everything, and a stream's `[DONE]`. `settle` gets None for what is not to be kept.
+    So a client that has received the whole response will receive the same one again. The end is the whole body of a plain response, and
+    the `[DONE]` of a stream. `settle` gets None for a response that is not kept.
     """
 
     def __init__(self, send: Send, settle: Settle, max_bytes: int) -> None:
@@ -61,9 +61,9 @@ class Recorder:
         self._ended = False
 
     async def __call__(self, message: Message) -> None:
-        """Take one ASGI message of the answer."""
+        """Handle one ASGI message of the response."""
         if self._ended:
-            return  # the gateway stopped at the very moment: the client has had its answer
+            return  # the response is complete, and the gateway stops at the same time
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = dict(message["headers"])
@@ -107,18 +107,19 @@ class Idempotency:
 
     def __init__(self, db: Database, metrics: GatewayMetrics, max_answer_bytes: int) -> None:
         self._db, self._metrics, self._max_answer_bytes = db, metrics, max_answer_bytes
-        #: Claims that are ours, by request id; whoever takes one out settles it.
+        #: Open claims of this gateway by request id. The task that removes one settles it.
         self._open: dict[str, Claim] = {}
-        #: What Postgres has not heard of yet.
-        self._untold: deque[tuple[Claim, Answer | None]] = deque()
+        #: Settlements that Postgres has not stored yet.
+        self._unsettled: deque[tuple[Claim, Answer | None]] = deque()
         self._settling: set[asyncio.Task[bool]] = set()
-        # Ends do not queue behind beginnings: an engine's slot may wait for them.
+        # Settlements have a semaphore of their own, so that they do not wait for claims: an engine's slot may depend on them.
         self._turns_to_claim, self._turns_to_settle = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
-        # One claim of each tenant at a time stands in line: a flood waits behind itself. Gone with the last who holds or awaits it.
+        # Each tenant has one claim at a time in the queue for the semaphore, so that its flood delays only itself. An entry disappears with
+        # the last task that holds or awaits the lock.
         self._turns_of_tenants: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def wanted(self, call: Call, tenant_id: str, path: str, body: bytes) -> Claim | None:
-        """The claim that this request makes; None without the header. Raises InvalidRequest for a key that is none."""
+        """Return the claim of this request, or None without the header. Raises InvalidRequest for an invalid key."""
         keys = call.idempotency_keys
         if not keys:
             return None
@@ -133,18 +134,18 @@ class Idempotency:
 
     @asynccontextmanager
     async def claimed(self, call: Call, claim: Claim) -> AsyncIterator[bool]:
-        """Whether this request is the one to run, in the block; if not, it has been answered like the one before it.
+        """Yield whether this request is the first one, which runs inside the block. A repeat has been answered with the kept response.
 
-        Raises InProgress while that one runs, Conflict if it asked for something else or its answer was too large to be kept,
-        Unavailable if Postgres is away; then nothing was accepted.
+        Raises InProgress while the first request runs, Conflict if its body was different or its response was too large to be kept, and
+        Unavailable if Postgres is away. After an error nothing is accepted.
         """
         try:
             of_tenant = self._turns_of_tenants.setdefault(claim.tenant_id, asyncio.Lock())
             async with asyncio.timeout(CLAIM_S), of_tenant, self._turns_to_claim:
                 earlier = await take(self._db, claim)
         except BaseException as error:
-            # It may be ours, although we did not hear so: then nobody else would be let in for a while.
-            self._untold.append((claim, None))
+            # Postgres may have stored the claim although no reply arrived. Giving it up later lets a repeat in.
+            self._unsettled.append((claim, None))
             if not isinstance(error, TimeoutError):
                 raise
             raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
@@ -191,61 +192,61 @@ class Idempotency:
         await call.finish(answer.body)
 
     async def _settle(self, claim: Claim, answer: Answer | None) -> None:
-        """Keep the answer or give the key up, once: the first word counts."""
+        """Keep the response or give up the key. Only the first call for a claim has an effect."""
         if self._open.pop(claim.request_id, None) is None:
             return
-        # Goes on although the request's own task is cancelled.
-        settling = asyncio.create_task(self._tell(claim, answer), name=f"idempotency-{claim.request_id}")
+        # A task of its own, which continues if the request's task is cancelled.
+        settling = asyncio.create_task(self._store(claim, answer), name=f"idempotency-{claim.request_id}")
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         await asyncio.shield(settling)
 
-    async def _tell(self, claim: Claim, answer: Answer | None, *, again: bool = False) -> bool:
-        """Tell Postgres, or remember to, unless it is remembered already; whether it has heard."""
+    async def _store(self, claim: Claim, answer: Answer | None, *, again: bool = False) -> bool:
+        """Store the settlement in Postgres and return whether that worked. If not, remember it, unless this is a repeated attempt."""
         extra = {"request_id": claim.request_id, "tenant_id": claim.tenant_id, "action": "settle"}
         try:
             async with asyncio.timeout(SETTLE_S), self._turns_to_settle:
                 if answer is None:
                     await give_up(self._db, claim)
                 elif not await keep(self._db, claim, answer):
-                    log.warning("its idempotency key is somebody else's by now, or its tenant has gone", extra=extra)
+                    log.warning("the idempotency key belongs to another request by now, or its tenant was deleted", extra=extra)
         except (Unavailable, TimeoutError) as error:
-            # The client gets its answer even so; `run` tells Postgres later.
+            # The client gets its response all the same. `run` tries again later.
             log.warning("an idempotency key cannot be settled now", extra=extra | {"detail": repr(error)})
             if not again:
-                self._untold.append((claim, answer))
+                self._unsettled.append((claim, answer))
             return False
         return True
 
     async def run(self) -> None:
-        """Tell Postgres that the claims live, and what it could not be told before. Runs until cancelled."""
+        """Renew the claims in Postgres, and repeat settlements that failed. Runs until cancelled."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(AGAIN_S)
-            # First that we live: after Postgres was away, our claims look abandoned.
-            if (self._untold or time.monotonic() - last >= SEEN_EVERY_S) and await self._tell_that_we_live():
+            # Renew first: after an outage of Postgres, open claims look abandoned.
+            if (self._unsettled or time.monotonic() - last >= SEEN_EVERY_S) and await self._renew():
                 last = time.monotonic()
-            await self._tell_rest()
+            await self._settle_rest()
 
-    async def _tell_that_we_live(self) -> bool:
-        claims = [*self._open.values(), *(claim for claim, _ in self._untold)]
+    async def _renew(self) -> bool:
+        claims = [*self._open.values(), *(claim for claim, _ in self._unsettled)]
         try:
             async with asyncio.timeout(CLAIM_S):
                 await seen(self._db, claims)
         except (Unavailable, TimeoutError) as error:
-            # Soon again: Postgres may take us for dead when it is back.
+            # Tried again soon, because the claims may look abandoned when Postgres is back.
             log.warning("idempotency keys cannot be renewed now", extra={"action": "renew", "detail": repr(error)})
             return False
         return True
 
-    async def _tell_rest(self) -> None:
-        # Taken off only when it is told; a second teller at the same moment does no harm.
-        while self._untold and await self._tell(*(item := self._untold[0]), again=True):
+    async def _settle_rest(self) -> None:
+        # An item is removed only after it was stored. Storing one twice at the same time does no harm.
+        while self._unsettled and await self._store(*(item := self._unsettled[0]), again=True):
             with contextlib.suppress(ValueError):
-                self._untold.remove(item)
+                self._unsettled.remove(item)
 
     async def drained(self) -> None:
-        """Wait until no claim is open and Postgres knows of each; for shutdown."""
-        while self._open or self._settling or self._untold:
-            await self._tell_rest()
+        """Wait until no claim is open and every settlement is stored. For shutdown."""
+        while self._open or self._settling or self._unsettled:
+            await self._settle_rest()
             await asyncio.sleep(0.05)

@@ -35,13 +35,13 @@ from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
-#: A request that has run for less time is not why its engine stands still: that takes longer to be noticed.
+#: A request that has run for less time is not the reason why its engine stalled: a stall takes longer to be noticed.
 SUSPECT_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What the path needs, handed down from the composition root."""
+    """The services that the request path uses, built in the composition root."""
 
     settings: Settings
     months: Months
@@ -56,7 +56,7 @@ class Gateway:
 
 
 async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
-    """Answer one chat completion or completion, plain or streaming."""
+    """Serve one chat completion or completion, plain or streaming."""
     principal = await gateway.authenticate(call.api_key)
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
@@ -98,13 +98,13 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
                 record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
                 await _answer_error(gateway, call, endpoint, error)
             except asyncio.CancelledError:
-                # The gateway stops and its drain time is over: never a silent end.
+                # The gateway stops and its drain time is over. The client gets an error instead of a silent end.
                 record.end(UsageStatus.FAILED, "gateway_stopped")
                 stopping = Unavailable("The gateway is stopping. Retry after 1 s.", code="gateway_stopped", retry_after_s=1)
                 await _answer_error(gateway, call, endpoint, stopping)
                 raise
             except Exception:
-                # Ours to answer even so: the request was accepted, and has its one event. The log says what a person must look at.
+                # The request was accepted, so it gets its response and its one usage event here. The log has the details.
                 log.exception("unexpected error", extra={"request_id": call.request_id, "tenant_id": principal.tenant_id})
                 record.end(UsageStatus.FAILED, "internal_error")
                 await _answer_error(gateway, call, endpoint, InternalError())
@@ -138,7 +138,7 @@ async def _run(
         if lease is None:
             return  # the client went away while it waited
         if check is Check.NO_HOST:
-            # As before the first replica of a Ray cluster: the replica has brought one.
+            # On a Ray cluster without replicas there was no checker before; the new replica's host has one.
             check = await _check(gateway, call, endpoint, principal, request, model)
             if check is Check.CLIENT_GONE:
                 return
@@ -160,15 +160,15 @@ async def _run(
             # Nothing of it has reached the client.
             record.count({})
             if lost.revoked and request.constrained and time.monotonic() - began > SUSPECT_S:
-                # Its grammar may be what the engine stands still on: the next engine is spared.
+                # The engine may have stalled on the request's grammar, so the request is not sent to another engine.
                 raise EngineFailed("The engine stalled on this request. Simplify its schema or its tools before you retry.") from lost
             await opened.retry(lease, lost.reason)
     if call.gone.is_set() and record.completion_tokens == 0:
-        # Cut before its first token: the engine names the prompt, but has not finished it, and does not count it.
+        # The request was cut before its first token. The engine reports the prompt's tokens, but has not finished or counted them.
         record.count({})
     if not call.gone.is_set():
         record.end(UsageStatus.COMPLETED)
-        # The engine has done its part: the next one gets the slot while the client reads the rest.
+        # The engine is done, so the slot is free for the next request while the client reads the rest.
         gateway.leases.settle(opened)
         await call.finish(rest)
 
@@ -213,7 +213,7 @@ def _record(call: Call, principal: Principal, request: EngineRequest, model: Ser
         adapter=model.adapter or None,
         adapter_version=model.version,
         stream=request.stream,
-        # Halves up: a half of the smallest price is not nothing.
+        # Rounded half up, so that half of the smallest price is not 0.
         prompt_price=(model.base.prompt_price * percent + 50) // 100,
         cached_price=(model.base.cached_price * percent + 50) // 100,
         completion_price=(model.base.completion_price * percent + 50) // 100,

@@ -47,7 +47,7 @@ class Endpoint:
 
 
 class Interrupt:
-    """A block that another task can end, like asyncio.timeout without a time: after `fire` the block raises EngineLost."""
+    """A block that another task can end, like asyncio.timeout without a time limit: after `fire` the block raises EngineLost."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
@@ -70,7 +70,7 @@ class Interrupt:
 
 
 class Delivery:
-    """One request on its way: each `attempt` sends it to an engine and passes the answer on."""
+    """The delivery of one request. Each `attempt` sends it to an engine and passes the answer on."""
 
     def __init__(
         self, call: Call, endpoint: Endpoint, request: EngineRequest, model: ServedModel, record: UsageRecord, client: EngineClient
@@ -80,7 +80,7 @@ class Delivery:
         #: Whether the client has received a byte of an answer. From then on the request cannot be tried again.
         self.begun = False
         tier = "default" if request.service_tier in ("auto", "scale") else request.service_tier
-        #: What the answer says of the service.
+        #: Fields about the service that every response has.
         self._facts = {"service_tier": tier, "system_fingerprint": model.fingerprint}
 
     async def attempt(self, lease: Lease, opened: OpenTicket, body: bytes) -> bytes:
@@ -141,7 +141,7 @@ class Delivery:
         try:
             # Events that arrived together are written together, because a write costs more than an event.
             async for chunk in response.content.iter_any():
-                out = self._in_clients_form(_sense(rewrite.feed, chunk))
+                out = self._in_clients_form(_parsed(rewrite.feed, chunk))
                 if rewrite.done and rewrite.complete and not rewrite.aborted:
                     await self._begin()
                     return out + LAST
@@ -149,7 +149,7 @@ class Delivery:
                 if rewrite.done:
                     break
             else:
-                await self._pass_on(rewrite, self._in_clients_form(_sense(rewrite.close)))
+                await self._pass_on(rewrite, self._in_clients_form(_parsed(rewrite.close)))
         finally:
             self._record.follow(None)
         if not self._call.gone.is_set():
@@ -184,7 +184,7 @@ class Delivery:
 
     async def _whole(self, response: aiohttp.ClientResponse) -> bytes:
         text = await response.read()
-        answer, usage, aborted = _sense(sse.rewrite_whole, text, self._model.engine_name, self._request.model, self._facts)
+        answer, usage, aborted = _parsed(sse.rewrite_whole, text, self._model.engine_name, self._request.model, self._facts)
         self._record.count(usage)
         if aborted and not self._call.gone.is_set():
             raise EngineLost(RetryReason.ENGINE, "the engine ended the request")
@@ -195,8 +195,8 @@ class Delivery:
         return answer
 
 
-def _sense(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
-    """Return what `read` makes of the engine's bytes. Raises EngineLost if they make no sense."""
+def _parsed(read: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    """Return the result of `read` on the engine's bytes. Raises EngineLost if they cannot be parsed."""
     try:
         return read(*args, **kwargs)
     except ValueError as error:

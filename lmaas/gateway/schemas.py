@@ -1,4 +1,4 @@
-"""Bounds on the JSON that a client brings and that is passed on as it came. What a schema means is checked elsewhere: grammars.py."""
+"""Bounds on JSON from clients that is forwarded unchanged. The meaning of a schema is checked in grammars.py."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ MAX_DEPTH = 64
 
 
 def depth(value: Any) -> int:
-    """How deep lists and objects are nested; found without recursion."""
+    """Return how deep lists and objects are nested, without recursion."""
     deepest, level = 0, [value]
     while level:
         deepest += 1
@@ -22,6 +22,6 @@ def _children(value: Any) -> list[Any]:
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Raises InvalidRequest `invalid_schema`, with `name` as the parameter to blame, unless `schema` is an object."""
+    """Raise InvalidRequest `invalid_schema`, with `name` as the parameter to blame, unless `schema` is an object."""
     if not isinstance(schema, dict):
         raise InvalidRequest(f"'{name}' must be a JSON schema, which is an object.", code="invalid_schema", param=name)

@@ -23,7 +23,7 @@ OTHER_FILES = 256 + SURPLUS
 
 
 class RequestTimeout(InvalidRequest):
-    """The request did not come in time."""
+    """The request did not arrive in time."""
 
     kind, status, code, retryable = "request_timeout", HTTPStatus.REQUEST_TIMEOUT, "request_timeout", True
 
@@ -53,10 +53,10 @@ class SlowClientProtocol(UpgradeIgnoringProtocol):
     """
 
     _reading_headers = True
-    _late: asyncio.TimerHandle | None = None
+    deadline_timer: asyncio.TimerHandle | None = None
     _awaits_body = False
     #: The exchange during which the timer was started.
-    _late_cycle: RequestResponseCycle | None = None
+    _deadline_cycle: RequestResponseCycle | None = None
     #: Whether the number of connections was above the limit when this one was made.
     _surplus = False
     #: Bytes received since the timer was started, and whether reading was paused in that time.
@@ -115,21 +115,22 @@ class SlowClientProtocol(UpgradeIgnoringProtocol):
 
     def _wait(self, came: int) -> None:
         body = self.cycle is not None and self.cycle.more_body and not self._reading_headers
-        if self._late is None or body is not self._awaits_body or self._late_cycle is not self.cycle:
+        if self.deadline_timer is None or body is not self._awaits_body or self._deadline_cycle is not self.cycle:
             self._end_wait()
-            self._late_cycle = self.cycle
+            self._deadline_cycle = self.cycle
             self._awaits_body, self._came, self._paused = body, 0, False
-            self._late = self.loop.call_later(self._bounds.body_s if body else self._bounds.header_s, self._is_late)
+            self.deadline_timer = self.loop.call_later(self._bounds.body_s if body else self._bounds.header_s, self.on_deadline)
         self._came += came
         self._paused = self._paused or self.flow.read_paused
 
     def _end_wait(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = self._late_cycle = None
+        if self.deadline_timer is not None:
+            self.deadline_timer.cancel()
+            self.deadline_timer = self._deadline_cycle = None
 
-    def _is_late(self) -> None:
-        self._late = None
+    def on_deadline(self) -> None:
+        """Close the connection if its client is late, else wait once more."""
+        self.deadline_timer = None
         cycle, bounds = self.cycle, self._bounds
         if self.transport.is_closing() or (cycle is not None and not cycle.more_body and not cycle.response_complete):
             return

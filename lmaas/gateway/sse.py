@@ -1,4 +1,4 @@
-"""Server-sent events between an engine and a client, and the changes that they need on the way."""
+"""Rewrites server-sent events on their way from an engine to a client."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
-#: How vLLM writes what it says of the service: in a plain answer before the usage, and at the end of a stream's last event.
+#: How vLLM writes its fields about the service: in a plain answer before the usage, and at the end of a stream's last event.
 _FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")\Z')
 _TIER, _MARK = b',"service_tier":', b',"system_fingerprint":'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
@@ -28,7 +28,7 @@ _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 def comment(text: str) -> bytes:
     """Return a comment line, which clients skip. It keeps a silent connection open.
 
-    No empty line follows: it would end an event without data, which some clients (Go's) take for an answer that is empty. The comment
+    No empty line follows: it would end an event without data, which some clients (Go's) take for an empty response. The comment
     becomes part of the next event, where parsers skip it too.
     """
     return f": {text}\n".encode()
@@ -89,7 +89,7 @@ class Rewriter:
         return self._usage
 
     def feed(self, chunk: bytes) -> bytes:
-        """The events for the client, each with its empty line, that these bytes complete. Raises ValueError for bytes that
+        """Return the client's events, each with its empty line, that these bytes complete. Raises ValueError for bytes that
         are no event of an engine. What comes after `[DONE]` or an error does not count."""
         received = (self._rest + chunk).lstrip(b"\n")
         if len(self._rest) > MAX_EVENT_BYTES:
@@ -150,7 +150,7 @@ class Rewriter:
         return b"".join(out)
 
     def __call__(self, event: bytes) -> bytes | None:
-        """Return one event for the client, or None if it is not for the client. Raises ValueError if the engine's bytes make no sense."""
+        """Return an event as the client gets it, or None to leave it out. Raises ValueError if the engine's bytes cannot be parsed."""
         start = event.rfind(_USAGE)
         if start >= 0:
             tail = event[start + len(_USAGE) - 1 :].decode()
@@ -205,8 +205,8 @@ def _pairs(*items: tuple[str, str]) -> bytes:
 def rewrite_whole(text: bytes, engine_name: str, asked: str, facts: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, Any], bool]:
     """Return an answer in one piece for the client, its usage, and whether the engine ended a choice before its time.
 
-    `facts` replace what the engine says of the service. Works on the bytes as above, where they are as vLLM writes them. Raises
-    ValueError if the engine's bytes make no sense.
+    `facts` replace the engine's own fields about the service. Works on the bytes as above, where they are as vLLM writes them. Raises
+    ValueError if the engine's bytes cannot be parsed.
     """
     place = text.rfind(_USAGE)
     internal = b'"model":' + json.dumps(engine_name).encode()

@@ -4,7 +4,7 @@ import asyncio
 import math
 
 from lmaas.errors import Unavailable
-from lmaas.gateway.cache import MomentCache
+from lmaas.gateway.cache import ReadCache
 from lmaas.scheduling.leases import Standing
 from lmaas.scheduling.states import WaitPhase
 from lmaas.store.database import Database
@@ -63,7 +63,7 @@ class Waiting:
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._reasons = MomentCache[str, str](self._ask, fresh_s=FRESH_S, grace_s=GRACE_S)
+        self._reasons = ReadCache[str, str](self._ask, fresh_s=FRESH_S, grace_s=GRACE_S)
 
     async def why(self, pool_id: str) -> str:
         """Return what keeps this pool's engines from starting; empty if nothing does, or the database does not say in time."""

@@ -1,5 +1,6 @@
 """Makes the service match manifests, through its API. It may be run again at any time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lmaas.errors import ApiError, Conflict, LmaasError
@@ -8,7 +9,7 @@ from lmaas.manifests.folder import Manifests
 from lmaas.manifests.observe import observe
 from lmaas.manifests.plan import Change, Outcome, Send, Upload, plan
 
-_OLD_WORDS = {Outcome.CREATED: "would be created", Outcome.CHANGED: "would be changed"}
+_PLANNED = {Outcome.CREATED: "would be created", Outcome.CHANGED: "would be changed"}
 
 
 class PartlyApplied(LmaasError):
@@ -24,24 +25,29 @@ def apply(manifests: Manifests, client: ApiClient, *, dry_run: bool = False) -> 
     """
     changes = plan(manifests, observe(manifests, client))
     if not dry_run:
-        _execute(changes, client)
+        execute(changes, client)
     return changes
 
 
-def _execute(changes: list[Change], client: ApiClient) -> None:
+def execute(changes: Sequence[Change], client: ApiClient) -> None:
+    """Make the changes of a plan, in its order. Raises PartlyApplied at the first one that fails."""
     done: list[str] = []
     for change in changes:
+        sent = 0
         try:
             for request in change.requests:
                 _send(request, client)
+                sent += 1
         except (ApiError, LmaasError) as error:
+            if sent:
+                done.append(f"{change.thing} {change.name} in part")
             before = f"Done before: {', '.join(done)}." if done else "Nothing was changed before."
             reference = f" ({error.code}, {error.request_id})" if isinstance(error, ApiError) and error.request_id else ""
             raise PartlyApplied(
                 f"{change.path}: {change.thing} {change.name}: {error.message}{reference}\n"
                 f"{before} Once the cause is removed, run it again: it continues from here."
             ) from error
-        if change.requests:
+        if sent:
             done.append(f"{change.thing} {change.name} {change.outcome}")
 
 
@@ -52,12 +58,12 @@ def _send(request: Send | Upload, client: ApiClient) -> None:
     tenant = client.for_tenant(request.tenant)
     answer = tenant.upload(request.adapter, request.base_model, request.folder, activate=request.activate)
     if answer["version"] != request.version and not request.activate:
-        raise Conflict(f"The upload became version {answer['version']}, not {request.version}: there was another upload at the same time.")
+        raise Conflict(f"The folder became version {answer['version']}, not {request.version}, because of another upload at the same time.")
 
 
 def described(change: Change, *, dry_run: bool = False) -> list[str]:
     """Return a change as lines for people: what happens to which thing, its fields with old and new values, and notes."""
-    outcome = _OLD_WORDS.get(change.outcome, change.outcome) if dry_run else change.outcome
+    outcome = _PLANNED.get(change.outcome, change.outcome) if dry_run else change.outcome
     fields = [f"  {item.field}: {_word(item.old)} → {_word(item.new)}" for item in change.fields]
     return [f"{change.thing} {change.name}: {outcome}", *fields, *(f"  {note}" for note in change.notes)]
 

@@ -1,1 +1,1 @@
-"""Usage: what each request used, written to the ledger exactly once."""
+"""Metering: usage events and the ledger, prices and charges, engine time and its allocation to tenants."""

@@ -1,4 +1,4 @@
-"""The cost of goods sold: engine time, apportioned to those who used the engines.
+"""The cost of goods sold (COGS): engine time, allocated to the tenants that used the engines.
 
 Pure. Every millisecond ends in exactly one line, so the lines' sums are the engines' own. A millisecond at a price is a whole number of
 the unit `cost` is kept in, 1/3,600,000 micro-dollar, so the sums of money are exact as well; they are rounded only to be shown.
@@ -16,6 +16,7 @@ from lmaas.store.engine_time import Charge, Consumer, EngineTime, Work
 
 K = TypeVar("K", bound=Hashable)
 
+#: The fields that lines may be grouped by.
 DIMENSIONS = tuple(Dimension)
 MS_PER_HOUR = 3_600_000
 
@@ -37,13 +38,13 @@ class Line:
 
     @property
     def total_ms(self) -> int:
-        """All phases."""
+        """Milliseconds of all phases."""
         return sum(self.ms.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A line as it is shown: money in micro-dollars. What the lines are not grouped by is None."""
+    """A line as it is shown, with money in micro-dollars. Fields that the lines are not grouped by are None."""
 
     day: date | None
     consumer: Consumer | None
@@ -53,7 +54,7 @@ class Shown:
 
     @property
     def margin_microusd(self) -> int:
-        """What is left of the charge."""
+        """The charge less the cost."""
         return self.charge_microusd - self.cost_microusd
 
     @property
@@ -64,7 +65,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The lines, their sum, and where the engines' time went. `engine_ms` is `allocated_ms` + `unallocated_ms`."""
+    """The lines, their sum, and the engines' time: `engine_ms` is `allocated_ms` + `unallocated_ms`."""
 
     lines: list[Shown]
     total: Shown
@@ -74,7 +75,7 @@ class Report:
 
 
 def apportion(total: int, weights: Mapping[K, int]) -> dict[K, int]:
-    """`total` in whole parts in proportion to `weights`, by largest remainder; among equal ones the earlier in `weights` has it.
+    """Divide `total` into whole parts in proportion to `weights`, by largest remainder. Of equal remainders the earlier one is rounded up.
 
     The parts add up to `total`. `weights` must not be all zero.
     """
@@ -87,16 +88,16 @@ def apportion(total: int, weights: Mapping[K, int]) -> dict[K, int]:
 
 
 def allocate(times: Iterable[EngineTime], work: Iterable[Work]) -> dict[tuple[date, Consumer], Line]:
-    """Engine time by day and consumer.
+    """Allocate engine time by day and consumer.
 
-    Loading is shared in proportion to the time that requests waited for a load, everything else in proportion to the time that they
-    ran, each on the same engine and day. Where there was neither, the shares are those of the last earlier day that had some (an
-    engine idles after its work), else of the next one (it started for it): so a day that has passed does not change with what comes
-    later. An engine that never had a request is nobody's.
+    Loading is allocated in proportion to the time that requests waited for a load, everything else in proportion to the time that they
+    ran, each on the same engine and day. On a day without either, the shares are those of the last earlier day that had some (an engine
+    idles after its work), else of the next day (it started for that work). So the costs of a past day do not change later. An engine that
+    never had a request is allocated to no tenant.
     """
     ran: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
     loaded: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
-    # In an order of their own, so that remainders do not depend on the database's.
+    # Sorted, so that remainders do not depend on the order of the database.
     for one in sorted(work, key=lambda one: (one.replica_id, one.day, *_order(one.consumer))):
         for weights, ms in ((ran, one.run_ms), (loaded, one.load_ms)):
             if ms > 0:
@@ -121,7 +122,7 @@ def _nearest(days: Mapping[date, dict[Consumer, int]], day: date) -> dict[Consum
 
 
 def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[Charge], by: Iterable[str] = DIMENSIONS) -> Report:
-    """Cost beside charge, grouped by some of DIMENSIONS; newest day first.
+    """Return cost and charge, grouped by some of DIMENSIONS, newest day first.
 
     The money of the lines is rounded so that it adds up to the total, which is rounded once.
     """
@@ -149,7 +150,7 @@ def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[
 
 
 def rounded(values: Sequence[int], divisor: int) -> list[int]:
-    """The values divided by `divisor` and rounded up or down, so that they add up to their sum divided and rounded, halves up."""
+    """Divide each value by `divisor` and round up or down, so that the results add up to the rounded quotient of the sum."""
     parts = [value // divisor for value in values]
     left = (2 * sum(values) + divisor) // (2 * divisor) - sum(parts)
     for index in sorted(range(len(values)), key=lambda index: -(values[index] % divisor))[:left]:
@@ -164,7 +165,7 @@ def _grouped(consumer: Consumer, by: frozenset[str]) -> Consumer | None:
 
 
 def _order(consumer: Consumer | None) -> tuple[Any, ...]:
-    """By tenant, nobody last, then base model and adapter, the base model itself first."""
+    """Return the sort key: by tenant, with no tenant last, then base model and adapter, the base model itself first."""
     if consumer is None:
         return ()
     return consumer.tenant is None, consumer.tenant or "", consumer.tenant_id or "", consumer.base_model, consumer.adapter or ""

@@ -1,4 +1,4 @@
-"""An engine's life, divided into phases: whole milliseconds, of which none is lost and none counted twice."""
+"""An engine's time by phase, in whole milliseconds. None is lost, and none is counted twice."""
 
 from datetime import UTC, date, datetime
 
@@ -11,18 +11,17 @@ Span = tuple[date, EnginePhase, int]
 
 
 def phase_when_ready(load: int, waiting: int) -> EnginePhase:
-    """The phase of an engine that is ready: `load` of its slots are taken, `waiting` of them by requests that wait for an adapter."""
+    """Return the phase of a ready engine with `load` occupied slots, `waiting` of them by requests that wait for an adapter."""
     if load > waiting:
         return EnginePhase.BUSY
     return EnginePhase.LOADING if load > 0 else EnginePhase.IDLE
 
 
 class EngineMeter:
-    """Adds up an engine's time by day, phase and price. `now` is always a monotonic clock's, in seconds.
+    """Adds up an engine's time by day, phase and price. `now` is the time of a monotonic clock, in seconds.
 
-    What is observed holds from then on, until something else is. The date comes from the wall clock once, at the launch: setting that
-    clock later moves no time. `spans` are milliseconds, and their sum is exactly the time from the launch to the last observation, in
-    whole milliseconds.
+    An observation holds until the next one. The date is taken from the wall clock once, at the launch, so setting that clock later has no
+    effect. `spans` are milliseconds, and their sum is the time from the launch to the last observation.
     """
 
     def __init__(self, launched_at: datetime, now: float, price: int) -> None:
@@ -33,7 +32,7 @@ class EngineMeter:
         self.spans: dict[Span, int] = {}
 
     def observe(self, now: float, *, phase: EnginePhase | None = None, price: int | None = None) -> None:
-        """Count the time until `now`; from then on it is that of `phase` at `price`, or as before where they are None."""
+        """Count the time until `now`. After it, `phase` and `price` hold; None keeps the value before."""
         until_ms = int((now - self._launched) * 1000)
         while self._counted_ms < until_ms:
             # In steps that end at midnight.
@@ -47,5 +46,5 @@ class EngineMeter:
 
     @property
     def total_ms(self) -> int:
-        """From the launch to the last observation."""
+        """Milliseconds from the launch to the last observation."""
         return self._counted_ms

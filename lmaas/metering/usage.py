@@ -12,13 +12,14 @@ from typing import Any
 from lmaas.metering.pricing import Prices, charge_picousd
 from lmaas.states import UsageStatus
 from lmaas.store.usage import UsageEvent
+from lmaas.types import TokenCounts
 
 
 @dataclass(slots=True)
 class UsageRecord:
-    """What is known of a request so far. The scheduler keeps its JSON, to be charged if this gateway dies.
+    """The use of one request so far. The scheduler keeps it as JSON, and charges it if this gateway dies.
 
-    Tokens are the engine's own figures. A request that did not say how it ended was aborted: its client went away.
+    Token counts are the engine's. The status is ABORTED unless `end` was called: then the client disconnected.
     """
 
     request_id: str
@@ -42,7 +43,7 @@ class UsageRecord:
     cached_price: int = 0
     completion_price: int = 0
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    #: Where the engine's latest `usage` object is to be had, while an answer is under way.
+    #: Returns the engine's latest `usage` object while a response is streamed.
     _source: Callable[[], dict[str, Any] | None] | None = None
     #: The part of the event that does not change, as the beginning of a JSON object.
     _head: str = ""
@@ -51,18 +52,18 @@ class UsageRecord:
     _ended: float | None = None
 
     def start(self, replica_id: str, queue_ms: int, load_ms: int) -> None:
-        """The request goes to an engine; after a lost one, to another."""
+        """Record that the request is sent to an engine, for the first time or again after an engine was lost."""
         self.replica_id, self.queue_ms, self.load_ms = replica_id, queue_ms, load_ms
         self._started = time.monotonic()
 
     def count(self, usage: dict[str, Any]) -> None:
-        """Take the engine's `usage` object. The latest is the whole: figures of one request only grow."""
+        """Set the counts to those of the engine's `usage` object, which are totals of the request."""
         self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
         self.completion_tokens = int(usage.get("completion_tokens") or 0)
         self.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
     def follow(self, source: Callable[[], dict[str, Any] | None] | None) -> None:
-        """Count from now on what `source` gives whenever somebody asks; None ends that, with what it gives last."""
+        """Read the counts from `source` whenever they are needed. None reads them once more and stops that."""
         self._read()
         self._source = source
 
@@ -72,29 +73,29 @@ class UsageRecord:
             self.count(usage)
 
     def end(self, status: UsageStatus, code: str | None = None) -> None:
-        """Say how the request ended."""
+        """Record how the request ended."""
         self.status, self.code = status, code
         self._ended = time.monotonic()
 
     @property
     def run_ms(self) -> int | None:
-        """From the lease to the end, or None if there was no lease."""
+        """Milliseconds from the lease to the end, or None without a lease."""
         if self._started is None:
             return None
         return round(((self._ended or time.monotonic()) - self._started) * 1000)
 
-    def progress(self) -> str:
-        """The checkpoint: `prompt,cached,completion` tokens so far; '' before the engine has said anything."""
+    def progress(self) -> TokenCounts | None:
+        """Return the checkpoint: the tokens so far, or None before the engine has reported any."""
         self._read()
         if not self.prompt_tokens and not self.completion_tokens:
-            return ""
-        return f"{self.prompt_tokens},{self.cached_tokens},{self.completion_tokens}"
+            return None
+        return TokenCounts(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
     def event(self) -> str:
-        """The usage event as it stands, as JSON."""
+        """Return the usage event as JSON, with the counts so far."""
         self._read()
         if not self._head:
-            # Written twice for each request, at its ticket and at its end: the first half is the same.
+            # The event is written twice, with the ticket and at the end. This half is the same both times.
             self._head = (
                 f'{{"request_id": {_text(self.request_id)}, "tenant_id": {_text(self.tenant_id)}, "key_id": {_text(self.key_id)}, '
                 f'"base_model": {_text(self.base_model)}, "model": {_text(self.model)}, "adapter": {_text(self.adapter)}, '
@@ -119,9 +120,9 @@ _EVENT_FIELDS = tuple(each.name for each in dataclasses.fields(UsageEvent) if ea
 
 
 def parse_event(text: str) -> UsageEvent:
-    """The event that `UsageRecord.event` wrote, with its charge. Raises ValueError, KeyError or TypeError for anything else.
+    """Parse an event that `UsageRecord.event` wrote, and compute its charge. Raises ValueError, KeyError or TypeError for anything else.
 
-    An event of a release without prices is charged nothing. What a newer release says besides is ignored.
+    An event without prices, of an older release, is charged nothing. Unknown fields, of a newer release, are ignored.
     """
     fields = json.loads(text)
     if not isinstance(fields, dict):

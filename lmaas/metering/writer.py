@@ -11,22 +11,23 @@ from lmaas.store.usage import UnrecordableEventError, UsageEvent, record_events
 
 log = logging.getLogger(__name__)
 
-BATCH = 500
-#: Events that are kept aside.
+#: Events that are moved together.
+EVENTS_AT_ONCE = 500
+#: The most unreadable events that are kept for a pool.
 MAX_BAD = 10_000
-#: Why an event is aside that a newer release may be able to read.
+#: The reason of a kept event that another release may be able to read.
 UNREADABLE = "unreadable"
 
 
 async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
-    """Move what waits in one pool's stream; answers how many events.
+    """Move the waiting events of one pool's stream to the ledger. Returns their number.
 
-    An event leaves the stream only after Postgres has it, and Postgres takes each request once: a crash between the two
-    repeats the work without doubling anything. What cannot be read or recorded is logged and kept aside in `…:usage:bad`, so that it
-    does not hold up the others.
+    An event leaves the stream only after Postgres has stored it, and Postgres stores each request once, so a crash between the two
+    repeats work without doubling anything. An event that cannot be read or recorded is logged and moved to `…:usage:bad`, so that it does
+    not block the others.
     """
     stream = f"lmaas:{{{pool_id}}}:usage"
-    entries: Any = await redis.xrange(stream, count=BATCH)
+    entries: Any = await redis.xrange(stream, count=EVENTS_AT_ONCE)
     if not entries:
         return 0
     events: list[tuple[dict[str, str], UsageEvent]] = []
@@ -48,13 +49,13 @@ async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
 
 
 async def take_back(redis: Redis, pool_id: str) -> int:
-    """Put what an older release could not read, and this one can, back into the pool's stream; answers how many events."""
+    """Move events that an older release could not read, and this one can, back into the pool's stream. Returns their number."""
     stream = f"lmaas:{{{pool_id}}}:usage"
     entries: Any = await redis.xrange(f"{stream}:bad")
     count = 0
     for entry, fields in entries:
         if fields.get("why") == UNREADABLE and _readable(fields):
-            # A crash between the two doubles it, and the ledger takes it once.
+            # A crash between the two calls doubles the event, and the ledger stores it once.
             await redis.xadd(stream, {"event": fields["event"]})
             await redis.xdel(f"{stream}:bad", entry)
             count += 1

@@ -1,1 +1,1 @@
-"""The supervisor beside one engine: start, probe, load and unload adapters, heartbeat, drain, stop."""
+"""The supervisor of one engine: starts, probes, drains and stops it, loads and unloads adapters, and sends heartbeats."""

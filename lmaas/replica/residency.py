@@ -106,7 +106,7 @@ class Residency:
         except (OSError, EngineError) as error:
             # Its own requests fail; the paths in the error are not for tenants.
             log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400 (expected: no trace)
-            reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine did not take it"
+            reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine rejected it"
             await self._scheduler.load_failed(self._pool, self._replica, adapter, reason)
 
     async def _fetch(self, adapter: str, source: str) -> None:

@@ -1,1 +1,1 @@
-"""Who runs next, and where: tickets, leases and replica slots, decided atomically inside Redis (or Valkey)."""
+"""The scheduler: tickets, leases, slots and limits, decided by atomic functions inside Redis (or Valkey), and their client."""

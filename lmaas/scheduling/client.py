@@ -18,9 +18,10 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.errors import Unavailable
-from lmaas.scheduling.batch import Batch
+from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Scheduler:
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
-        self._batch = Batch(redis)
+        self._pipelined = PipelinedConnection(redis)
         self.redis = redis
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -147,16 +148,17 @@ class Scheduler:
         #: How far each pool's memory was when we saw it last: the server's process, and a mark that grows with every call.
         self._memories: dict[str, str] = {}
 
-    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+    async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+        """Call a function of the library for one pool. Raises Unavailable."""
         name, key = f"{self._prefix}_{function}", f"lmaas:{{{pool}}}"
         try:
             try:
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
             except ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
                 await self.load()
-                return await self._batch.send("FCALL", name, 1, key, *args)
+                return await self._pipelined.send("FCALL", name, 1, key, *args)
         except RedisError as error:
             raise _away(function, error) from error
 
@@ -164,7 +166,7 @@ class Scheduler:
         """A call that tells, as argument `at`, how far we have seen this pool: a server that is behind has come back with an older memory
         (a snapshot, a replica that lagged), and begins the pool anew."""
         told = self._memories.get(pool, "")
-        reply = _DECODE(await self._call(function, pool, *args[:at], told, *args[at:]))
+        reply = _DECODE(await self.call(function, pool, *args[:at], told, *args[at:]))
         self.saw(pool, reply.pop("memory"), told)
         return reply
 
@@ -191,23 +193,24 @@ class Scheduler:
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
         sent = ticket.sent(waited_ms, attempts)
         reply = _DECODE(
-            await self._call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _ENCODE(told))
+            await self.call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _ENCODE(told))
         )
         if memory := reply.pop("memory", ""):
             self.saw(ticket.pool, memory)
         return reply
 
-    async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: str = "") -> bool:
-        """End a ticket, settle it to what it `used` (`prompt,cached,completion`, '' for nothing) and record its usage event, in one step.
+    async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None = None) -> bool:
+        """End a ticket, settle it to what it `used` (None: nothing) and record its usage event, in one step.
 
         False if the scheduler no longer knew it.
         """
-        return self.released(ticket, await self._call("release", ticket.pool, ticket.id, event, "" if run_ms is None else run_ms, used))
+        ran = "" if run_ms is None else run_ms
+        return self.released(ticket, await self.call("release", ticket.pool, ticket.id, event, ran, _counts(used)))
 
-    def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: str) -> "asyncio.Future[Any]":
+    def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """The same, tried once and not waited for: the future gets a reply for `released`, or a RedisError."""
         name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
-        return self._batch.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, used)
+        return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
         """What the reply to a release says: False if the scheduler no longer knew the ticket."""
@@ -218,16 +221,16 @@ class Scheduler:
 
     async def retry(self, ticket: Ticket, replica: str, reason: RetryReason, attempt: int) -> dict[str, Any]:
         """Put a granted ticket back, once. `attempt` is the delivery that failed, from 0."""
-        return _DECODE(await self._call("retry", ticket.pool, ticket.id, replica, reason, attempt))
+        return _DECODE(await self.call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
-    async def renew(self, pool: str, progress: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        """Keep tickets alive and hear how they are. `progress` is pairs of ticket id and `prompt,cached,completion` or ''."""
-        return await self._call_as_seen("renew", pool, *(part for pair in progress for part in pair))
+    async def renew(self, pool: str, progress: Sequence[tuple[str, TokenCounts | None]]) -> dict[str, Any]:
+        """Keep tickets alive and return how they are. `progress` is pairs of ticket id and the tokens so far; None before the first."""
+        return await self._call_as_seen("renew", pool, *(part for name, counts in progress for part in (name, _counts(counts))))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
         sent = ticket.sent(waited_ms, attempts, b',"replica":' + _ENCODE(replica))
-        return bool(await self._call("restore", ticket.pool, sent))
+        return bool(await self.call("restore", ticket.pool, sent))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Say that a replica lives; hear what it should load."""
@@ -236,23 +239,23 @@ class Scheduler:
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """The adapter is resident now: grants what waited for it."""
-        return int(await self._call("loaded", pool, replica, adapter))
+        return int(await self.call("loaded", pool, replica, adapter))
 
     async def load_failed(self, pool: str, replica: str, adapter: str, reason: str) -> int:
         """The adapter cannot be loaded: fails what waited for it."""
-        return int(await self._call("load_failed", pool, replica, adapter, reason))
+        return int(await self.call("load_failed", pool, replica, adapter, reason))
 
     async def evict(self, pool: str, replica: str, adapter: str) -> bool:
         """Whether the adapter may be unloaded now; if so, nothing more is granted with it there."""
-        return bool(await self._call("evict", pool, replica, adapter))
+        return bool(await self.call("evict", pool, replica, adapter))
 
     async def drain(self, pool: str, replica: str) -> int:
         """No more grants on this replica. Answers the slots in use, -1 if the replica is unknown (until its next heartbeat)."""
-        return int(await self._call("drain", pool, replica))
+        return int(await self.call("drain", pool, replica))
 
     async def deregister(self, pool: str, replica: str) -> None:
         """The replica's engine is gone."""
-        await self._call("deregister", pool, replica)
+        await self.call("deregister", pool, replica)
 
     async def stats(self, pool: str) -> dict[str, Any]:
         """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
@@ -296,6 +299,11 @@ def unswallowed() -> Iterator[None]:
     finally:
         if task is not None and task.cancelling() > before:
             raise asyncio.CancelledError
+
+
+def _counts(tokens: TokenCounts | None) -> bytes:
+    """Encode token counts for the functions, which decode them with `tokens_of` (state.lua)."""
+    return b"" if tokens is None else _ENCODE(tokens)
 
 
 def _away(function: str, error: RedisError) -> Unavailable:

@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lmaas.errors import AdapterUnavailable, LmaasError, Quarantined, Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_channel
 from lmaas.scheduling.states import REFUSALS, NoTicket, RetryReason, TicketState, WaitPhase
+from lmaas.types import TokenCounts
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Usage(Protocol):
     def run_ms(self) -> int | None:
         """How long the request ran, or None if it never did."""
 
-    def progress(self) -> str:
-        """`prompt,cached,completion` tokens so far, or '' before the engine has said anything."""
+    def progress(self) -> TokenCounts | None:
+        """Return the tokens so far, or None before the engine has reported any."""
 
     def event(self) -> str:
         """The usage event as JSON."""
@@ -57,8 +58,13 @@ class Terms(Protocol):
         """The error for a ticket that was not taken."""
 
 
-#: What is told of a ticket that has ended: its usage event, how long it ran, and what it used.
-Settlement = tuple[Ticket, str, int | None, str]
+class Settlement(NamedTuple):
+    """What is told of a ticket that has ended: its usage event (empty if it has none), how long it ran, and the tokens that it used."""
+
+    ticket: Ticket
+    event: str
+    run_ms: int | None
+    used: TokenCounts | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,11 @@ class Leases:
         #: When Redis last answered all renewals (monotonic seconds).
         self._heard = time.monotonic()
 
+    @property
+    def open_count(self) -> int:
+        """The number of tickets that were accepted and have not ended."""
+        return len(self._open)
+
     @asynccontextmanager
     async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
         """Accept a request. Whatever happens in the block, its end frees the slot and records one usage event.
@@ -244,7 +255,7 @@ class Leases:
                 report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
         except BaseException:
             # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
-            self._tell_end((ticket, "", None, ""))
+            self._tell_end(Settlement(ticket, "", None, None))
             raise
         finally:
             del self._asked[ticket.id]
@@ -265,7 +276,7 @@ class Leases:
         """End a ticket, once: frees its slot and records its usage event as it stands, in one step. Nobody needs to wait for that."""
         ticket, usage = opened.ticket, opened.usage
         del self._open[ticket.id]
-        return self._tell_end((ticket, usage.event(), usage.run_ms, usage.progress()))
+        return self._tell_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
 
     def _tell_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
         # No task: that would cost more than what it does.
@@ -279,14 +290,13 @@ class Leases:
         if told.cancelled() or told.exception() is not None:
             self._settle_later(settlement)
         else:
-            self.scheduler.released(settlement[0], told.result())
+            self.scheduler.released(settlement.ticket, told.result())
             self._remember(settlement)
 
     def _settle_later(self, settlement: Settlement) -> None:
         """Have the next renewal tell it."""
-        ticket, event, _, _ = settlement
-        if event:
-            self._unsettled.setdefault(ticket.pool, deque()).append(settlement)
+        if settlement.event:
+            self._unsettled.setdefault(settlement.ticket.pool, deque()).append(settlement)
             return
         # While Redis is away there is one for each request that is refused.
         now = time.monotonic()
@@ -295,11 +305,11 @@ class Leases:
         self._unheard.append((now, settlement))
 
     def _remember(self, settlement: Settlement) -> None:
-        ticket, event, _, _ = settlement
+        pool, event = settlement.ticket.pool, settlement.event
         if event:
-            recent = self._recent.get(ticket.pool)
+            recent = self._recent.get(pool)
             if recent is None:
-                recent = self._recent[ticket.pool] = deque(maxlen=REMEMBER_AT_MOST)
+                recent = self._recent[pool] = deque(maxlen=REMEMBER_AT_MOST)
             recent.append((time.monotonic(), event))
 
     async def _release(self, settlement: Settlement) -> None:
@@ -339,11 +349,11 @@ class Leases:
         pools: dict[str, list[OpenTicket]] = {pool: [] for pool in self._recent}
         for opened in self._open.values():
             pools.setdefault(opened.ticket.pool, []).append(opened)
-        for pool, tickets in _batches(pools):
+        for pool, tickets in _in_portions(pools):
             try:
                 for opened in tickets:
                     await opened.tell()
-                progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else "") for opened in tickets]
+                progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else None) for opened in tickets]
                 reply = await self.scheduler.renew(pool, progress)
                 self._see_epoch(pool, reply["epoch"])
                 for opened, report in zip(tickets, reply["tickets"], strict=True):
@@ -376,7 +386,7 @@ class Leases:
 
     async def _settle_rest(self) -> None:
         # Pool by pool at the same time: one that does not take something holds up no other.
-        pools = {*self._unsettled, *(settlement[0].pool for _, settlement in self._unheard)}
+        pools = {*self._unsettled, *(settlement.ticket.pool for _, settlement in self._unheard)}
         await asyncio.gather(*(self._settle_pool(pool) for pool in pools))
 
     async def _settle_pool(self, pool: str) -> None:
@@ -390,7 +400,7 @@ class Leases:
                     events.remove(item)
             if events is not None and self._unsettled.get(pool) is events:
                 del self._unsettled[pool]
-            for unheard in [each for each in self._unheard if each[1][0].pool == pool]:
+            for unheard in [each for each in self._unheard if each[1].ticket.pool == pool]:
                 if unheard[0] >= time.monotonic() - LEASE_S:
                     await self._release(unheard[1])
                 with contextlib.suppress(ValueError):
@@ -406,7 +416,7 @@ class Leases:
         if known != epoch:
             log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
             for _, event in self._recent.get(pool, ()):
-                self._settle_later((_told_again(pool), event, None, ""))
+                self._settle_later(Settlement(_told_again(pool), event, None, None))
 
     async def drained(self) -> None:
         """Wait until no ticket is open and every event is told; for shutdown."""
@@ -421,7 +431,7 @@ def _told_again(pool: str) -> Ticket:
     return Ticket(id="-", pool=pool, tenant="", gateway="", adapter="", source="", weight=1, event="")
 
 
-def _batches(pools: Mapping[str, list[OpenTicket]]) -> Iterator[tuple[str, list[OpenTicket]]]:
+def _in_portions(pools: Mapping[str, list[OpenTicket]]) -> Iterator[tuple[str, list[OpenTicket]]]:
     for pool, tickets in pools.items():
         for start in range(0, max(1, len(tickets)), RENEW_AT_ONCE):
             yield pool, tickets[start : start + RENEW_AT_ONCE]

@@ -153,7 +153,7 @@ redis.register_function('lmaas_submit', function(keys, args)
   return cjson.encode(reply)
 end)
 
--- release(ticket id, usage event JSON or '', run ms or '', "prompt,cached,completion" or '') → {1, or 0 if the ticket was gone, memory}.
+-- release(ticket id, usage event JSON or '', run ms or '', tokens or '') → {1, or 0 if the ticket was gone, memory}.
 -- The event is recorded in any case.
 register_always('lmaas_release', function(keys, args)
   if args[2] ~= '' then redis.call('XADD', keys[1] .. ':usage', '*', 'event', args[2]) end
@@ -163,8 +163,7 @@ register_always('lmaas_release', function(keys, args)
   local ticket = get(pool, args[1])
   if ticket then
     if args[3] ~= '' then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
-    local prompt, cached, completion = string.match(args[4], '(%d+),(%d+),(%d+)')
-    forget(pool, ticket, prompt and { prompt = tonumber(prompt), cached = tonumber(cached), completion = tonumber(completion) })
+    forget(pool, ticket, tokens_of(args[4]))
   end
   reap(pool)
   dispatch(pool)
@@ -198,7 +197,7 @@ redis.register_function('lmaas_retry', function(keys, args)
   return cjson.encode(reply)
 end)
 
--- renew(memory, ticket id, progress or '', …) → {epoch, memory, tickets: [report, …]} in the order of the arguments.
+-- renew(memory, ticket id, tokens or '', …) → {epoch, memory, tickets: [report, …]} in the order of the arguments.
 register_always('lmaas_renew', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   local reports = {}

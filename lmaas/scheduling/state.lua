@@ -11,7 +11,7 @@
 --   :counters  zset  tenant → counter, of those that do not wait too
 --   :needs     hash  queued ticket id → "weight|adapter"
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was passed over first
---   :replicas  hash  replica id → JSON          :progress  hash  ticket id → "prompt,cached,completion"
+--   :replicas  hash  replica id → JSON          :progress  hash  ticket id → tokens (see tokens_of)
 --   :usage     stream of usage events           :vars      hash  counters, averages, epoch, began, layout, run, mark, base
 -- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together; it counts as long as
 -- `lmaas:limits` says nothing else.
@@ -60,12 +60,17 @@ local process = nil
 -- What this process has seen last of each pool: {mark, epoch, base}. As long as the mark goes on from there, nobody else was here.
 local seen_last = {}
 
--- The tokens of a ticket's last checkpoint: prompt, cached, completion; nil before the first.
+-- Decodes token counts as clients send them and `:progress` stores them: JSON `[prompt, cached, completion]`; nil for ''. A release that may
+-- still run beside this one stores them without the brackets, and finds its three numbers in what this one stores: they come first.
+local function tokens_of(text)
+  if text == '' then return nil end
+  local counts = cjson.decode(string.byte(text) == 91 and text or '[' .. text .. ']') -- 91 is '['
+  return { prompt = counts[1], cached = counts[2], completion = counts[3] }
+end
+
+-- The tokens of a ticket's last checkpoint; nil before the first.
 local function progress(pool, ticket)
-  local stored = redis.call('HGET', pool.key .. ':progress', ticket.id)
-  if not stored then return nil end
-  local prompt, cached, completion = string.match(stored, '(%d+),(%d+),(%d+)')
-  return { prompt = tonumber(prompt), cached = tonumber(cached), completion = tonumber(completion) }
+  return tokens_of(redis.call('HGET', pool.key .. ':progress', ticket.id) or '')
 end
 
 -- The usage event of a ticket whose gateway does not say how it ended. If it does so later, the ledger takes its word instead.

@@ -1,1 +1,1 @@
-"""What a trace of requests would cost: the real policies on a virtual clock, over a model of the engine with measured times."""
+"""Simulates the cost of a trace of requests: the real policies on a virtual clock, over a model of the engines."""

@@ -20,6 +20,7 @@ from lmaas.simulation.scaling import Scaling
 from lmaas.simulation.tally import Span, Tally
 from lmaas.simulation.trace import Request
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 #: The controller looks, supervisors beat and gateways renew this often.
 TICK_S = 1.0
@@ -138,7 +139,7 @@ class Pool:
         tally.ttft_s.append(opened.first_s - request.at_s + self._profile.overhead_s)
         tally.total_s.append(now_s - request.at_s + self._profile.overhead_s)
         self._active_s = tally.last_s = now_s
-        used = f"{request.prompt_tokens},0,{request.completion_tokens}"
+        used = TokenCounts(request.prompt_tokens, 0, request.completion_tokens)
         self._queue.ask(self._queue.release(opened.ticket, "", round((now_s - opened.granted_s) * 1000), used))
         self._hear()
 
@@ -146,7 +147,7 @@ class Pool:
         progress = []
         for opened in self._open.values():
             made = opened.replica.engine.generated(int(opened.ticket.id)) if opened.replica is not None else 0
-            progress.append((opened.ticket.id, f"{opened.request.prompt_tokens},0,{made}" if made else ""))
+            progress.append((opened.ticket.id, TokenCounts(opened.request.prompt_tokens, 0, made) if made else None))
         return self._queue.renew(self._name, progress)
 
     def _hear(self) -> None:

@@ -43,7 +43,8 @@ class Queue(Scheduler):
         self._now_s = now_s
         self._messages: list[Message] = []
 
-    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+    async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+        """Return what the server replies, once `ask_all` has sent the call."""
         return await _Call((f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args))
 
     def ask(self, calling: Coroutine[Any, Any, Answer]) -> Answer:

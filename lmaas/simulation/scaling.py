@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lmaas.control.autoscaler import Demand, Memory, Policy, decide
+from lmaas.control.autoscaler import Demand, Policy, ScalingState, decide
 
 
 class Scaling:
@@ -11,18 +11,18 @@ class Scaling:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._memory = Memory()
+        self._state = ScalingState()
 
     def desired(self, stats: Mapping[str, Any], current: int, now_s: float) -> int:
         """The decision for a pool of `current` replicas. `stats` is the scheduler's answer of that name."""
         demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
-        scale = decide(demand, self.policy, current, self._memory, now_s)
-        self._memory = scale.memory
+        scale = decide(demand, self.policy, current, self._state, now_s)
+        self._state = scale.state
         return scale.replicas
 
     def quiet_s(self, idle_s: float) -> float | None:
         """For how long a pool without replicas, idle for `idle_s`, will have none; None: until a request comes."""
-        plan = self._memory.idleness.plan
+        plan = self._state.idleness.plan
         if plan is None or plan.ready_s is None or plan.until_s is None or idle_s >= plan.until_s:
             return None
         return max(0.0, plan.ready_s - plan.ahead_s - idle_s)

@@ -1,1 +1,1 @@
-"""Postgres, the truth. The only user of SQLAlchemy: tables here, queries by domain beside them."""
+"""Access to Postgres: the tables, and queries by domain. The only user of SQLAlchemy."""

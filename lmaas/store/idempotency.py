@@ -27,8 +27,8 @@ FORGOTTEN_AFTER = timedelta(hours=1)
 #: What is kept of one tenant: beyond that, its oldest answers go before their day is over.
 MAX_ANSWERS = 20_000
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-#: Rows in one statement.
-BATCH = 100
+#: Rows that one statement deletes.
+ROWS_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +129,20 @@ async def seen(db: Database, claims: list[Claim]) -> None:
 
 
 async def delete_old(db: Database) -> int:
-    """Delete a batch of answers past their day and of claims that nobody wants any more; how many were deleted, at most BATCH."""
+    """Delete some of answers past their day and of claims that nobody wants any more; how many were deleted, at most ROWS_AT_ONCE."""
     old = or_(
         and_(rows.c.state == ClaimState.DONE, _not_seen_for(KEPT_FOR)),
         and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(FORGOTTEN_AFTER)),
     )
     # Whoever takes one over at this moment has it.
-    batch = select(rows.c.tenant_id, rows.c.key).where(old).limit(BATCH).with_for_update(skip_locked=True)
+    portion = select(rows.c.tenant_id, rows.c.key).where(old).limit(ROWS_AT_ONCE).with_for_update(skip_locked=True)
     async with db.begin(SYSTEM) as connection:
-        gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(batch)))
+        gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(portion)))
     return gone.rowcount
 
 
 async def delete_surplus(db: Database) -> int:
-    """Delete a batch of each tenant's oldest answers beyond MAX_ANSWERS and MAX_ANSWER_BYTES; how many were deleted."""
+    """Delete some of each tenant's oldest answers beyond MAX_ANSWERS and MAX_ANSWER_BYTES; how many were deleted."""
     size, done = func.coalesce(func.octet_length(rows.c.answer), 0), rows.c.state == ClaimState.DONE
     over = select(rows.c.tenant_id).where(done).group_by(rows.c.tenant_id)
     over = over.having(or_(func.count() > MAX_ANSWERS, func.sum(size) > MAX_ANSWER_BYTES))
@@ -157,7 +157,9 @@ async def delete_surplus(db: Database) -> int:
     async with db.begin(SYSTEM) as connection:
         for tenant_id in (await connection.execute(over)).scalars().all():
             own = ranked.where(done, rows.c.tenant_id == tenant_id).subquery()
-            surplus = select(own.c.tenant_id, own.c.key).where(or_(own.c.place > MAX_ANSWERS, own.c.bytes > MAX_ANSWER_BYTES)).limit(BATCH)
+            surplus = (
+                select(own.c.tenant_id, own.c.key).where(or_(own.c.place > MAX_ANSWERS, own.c.bytes > MAX_ANSWER_BYTES)).limit(ROWS_AT_ONCE)
+            )
             # One that was claimed anew at this moment runs: it stays.
             deleted += (await connection.execute(delete(rows).where(done, tuple_(rows.c.tenant_id, rows.c.key).in_(surplus)))).rowcount
     return deleted

@@ -70,7 +70,7 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
     """
     if not events:
         return
-    # The last word about a request in this batch; Postgres refuses to touch a row twice in one statement.
+    # The last word about a request among these; Postgres refuses to touch a row twice in one statement.
     latest: dict[str, UsageEvent] = {}
     for event in events:
         if event.request_id not in latest or latest[event.request_id].status is UsageStatus.LOST:

@@ -1,1 +1,1 @@
-"""What stands in for the real thing in tests and benchmarks: a fake engine that speaks vLLM's HTTP."""
+"""A fake engine for tests and benchmarks, which speaks vLLM's HTTP without a model."""

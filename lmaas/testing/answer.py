@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from lmaas.testing.batch import Sequence
+from lmaas.testing.generation import Sequence
 
 FINGERPRINT = "vllm-0.32.0-fake"
 

@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.testing.answer import Answer, compact
-from lmaas.testing.batch import Engine, Sequence, called, prompt_blocks, write
+from lmaas.testing.generation import Engine, Sequence, called, prompt_blocks, write
 from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmaas.testing.batch import Sequence
+from lmaas.testing.generation import Sequence
 
 
 class TruthLog:

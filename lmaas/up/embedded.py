@@ -1,12 +1,37 @@
-"""Embedded Postgres and Valkey for a block: for tests, benchmarks and simulations. `lmaas up` keeps its own running (`lmaas.up.stack`)."""
+"""The embedded servers of a stack, and embedded servers for a block, which tests, benchmarks and simulations use."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from lmaas.config import Settings
 from lmaas.up.postgres import Postgres
 from lmaas.up.server import Server
 from lmaas.up.valkey import Valkey
+
+
+def servers(settings: Settings) -> tuple[Settings, list[Server]]:
+    """Return a server, not started yet, for each address that is not set, and the settings with all addresses."""
+    found: list[Server] = []
+    logs = settings.home / "logs"
+    if settings.database_url is None:
+        found.append(Postgres(settings.home / "postgres", logs / "postgres.log"))
+        settings = replace(settings, database_url=found[-1].url)
+    if settings.redis_url is None:
+        found.append(Valkey(settings.home / "valkey", logs / "valkey.log"))
+        settings = replace(settings, redis_url=found[-1].url)
+    return settings, found
+
+
+@contextmanager
+def embedded_servers(settings: Settings) -> Iterator[Settings]:
+    """Run embedded servers for the addresses that are not set, and give the settings with their addresses."""
+    with ExitStack() as exits:
+        settings, found = servers(settings)
+        for server in found:
+            exits.enter_context(started(server))
+        yield settings
 
 
 @contextmanager

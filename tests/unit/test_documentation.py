@@ -21,7 +21,7 @@ CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
 QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|requirements)/[\w./*-]+)`")
 #: What commands write, and what users may add.
-WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/*.yaml"})
+WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/", "tenants/models/*.yaml"})
 MODULE = re.compile(r"[\w/]+\.(?:py|lua)\b")
 
 
@@ -106,6 +106,16 @@ def test_every_module_of_the_architecture_exists() -> None:
     known = {path.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua")}
     known |= {path.rpartition("/")[2] for path in known}
     assert {module.removeprefix("lmaas/") for module in MODULE.findall(text)} - known == set()
+
+
+def test_every_function_of_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua"))
+    named = {found.rpartition(".")[2] for found in re.findall(r"[(,] ?`([A-Za-z_.]+)`[),]", text)}
+    assert len(named) > 10
+    assert {
+        function for function in named if not re.search(rf"(?:def|class|function) {function}\b|\b{function} = |\b{function}: ", sources)
+    } == set()
 
 
 def test_the_architecture_names_every_folder() -> None:

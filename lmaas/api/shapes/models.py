@@ -38,7 +38,7 @@ class BaseModelChange(Shape, frozen=True, kw_only=True):
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="Sequences that an engine runs at once.")] | UnsetType | None = UNSET
     max_model_len: Annotated[int, Meta(ge=16, le=10**7, description="Context, in tokens.")] | UnsetType | None = UNSET
     kv_cache_bytes: Annotated[int, Meta(ge=2**20, le=2**43)] | UnsetType | None = UNSET
-    engine_args: Annotated[Words, Meta(description="More arguments for the engine: options of an allowlist.")] | UnsetType | None = UNSET
+    engine_args: Annotated[Words, Meta(description="More arguments for the engine: options of an allowlist, in docs/base-models.md.")] | UnsetType | None = UNSET
     min_replicas: Annotated[int, Meta(ge=0, le=1000)] | UnsetType | None = UNSET
     max_replicas: Annotated[int, Meta(ge=1, le=1000)] | UnsetType | None = UNSET
     idle_timeout_s: Annotated[float, Meta(ge=1, le=604_800, description="How long an idle pool may keep an engine.")] | UnsetType | None = (

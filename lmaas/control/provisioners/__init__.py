@@ -1,4 +1,4 @@
-"""Where replicas run: one small interface, start, kill, list and capacity."""
+"""Provisioners start and stop replicas: one small interface with an implementation for each kind of machine."""
 
 from typing import Protocol
 
@@ -9,16 +9,16 @@ class Provisioner(Protocol):
     """Starts supervisors. A replica that was started outlives the controller that started it."""
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
-        """Start the supervisor of a replica that takes `needs` from its machine. Raises OSError if it cannot be started."""
+        """Start the supervisor of a replica that takes `needs` from its machine. Raises OSError if that is not possible."""
 
     async def kill(self, replica_id: str) -> None:
-        """End a replica's processes now, without drain. Killing one that is gone is no error."""
+        """End a replica's processes now, without a drain. Killing a replica that is gone is no error."""
 
     async def list(self) -> dict[str, str]:
-        """The replicas whose supervisor runs: replica id → pool id."""
+        """Return the replicas whose supervisor runs: replica id → pool id."""
 
     async def last_words(self, replica_id: str) -> str:
-        """Why a replica is not listed any more that did not say so itself, if that is known; else empty."""
+        """Return why a replica has disappeared from the list without reporting an end itself; empty if that is not known."""
 
     async def capacity(self) -> Resources | None:
-        """What all machines together hold, used or not; None where no bound is known, since they can grow."""
+        """Return what all machines hold together, used or not. None if there is no known bound because machines can be added."""

@@ -44,7 +44,7 @@ class LocalProvisioner:
     def __init__(self, settings: Settings) -> None:
         self._home, self._folder = settings.home, settings.home / "replicas"
         self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_PEOPLE}
-        self._devices = _devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
+        self._devices = visible_devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
         with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
         self._zygote = zygote_owner(settings.home, settings.orphan_timeout_s) if with_zygote else None
@@ -182,7 +182,7 @@ def _alive(facts: _Facts) -> bool:
         return False
 
 
-def _devices(offered: int | None, visible: str | None, folder: Path) -> list[str]:
+def visible_devices(offered: int | None, visible: str | None, folder: Path) -> list[str]:
     """The accelerators that replicas may be given, as CUDA names them: those that we see ourselves, at most as many as are `offered`."""
     if visible is not None:
         found = [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]

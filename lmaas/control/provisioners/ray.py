@@ -1,8 +1,8 @@
-"""Replicas as Ray actors: Ray finds each a node, and its autoscaler adds nodes for those that have none yet.
+"""Replicas as Ray actors: Ray places each on a node, and its autoscaler adds nodes for those that do not fit yet.
 
-Every replica is a detached actor, named `<pool id>/<replica id>` in the stack's namespace, so that it outlives the controller and the
-next controller finds it. Ray restarts none of them: whether there is a next replica is the controller's decision. An actor without a node
-is listed as well, for it is on its way.
+Every replica is a detached actor named `<pool id>/<replica id>` in the stack's namespace, so that it outlives the controller and the next
+controller finds it. Ray never restarts an actor: the controller decides whether there is another replica. An actor that waits for a node is
+listed as well, because it will run.
 """
 
 import asyncio
@@ -27,24 +27,24 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How long Ray may take for a call, connecting included.
+#: How long Ray may take for a call, including the connection.
 CALL_S = 30.0
-#: A node has a home of its own, and an address that its engine listens on; and keys of people are no business of replicas.
+#: Settings that do not go to nodes: each has its own home and its own address for its engine, and replicas do not need people's keys.
 NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
-#: Nobody keeps a zygote on a node: its memory would be nobody's in Ray's books.
+#: There is no zygote on a node: Ray would not account for its memory.
 ON_NODES = {"LMAAS_ZYGOTE": "off"}
-#: Why an actor is gone is known when it is; this is for the word to come here.
+#: How long the reason of an actor's end may take to arrive here. It is known on the node when the actor has gone.
 WORDS_S = 2.0
-#: Of so many that have ended it is remembered why, for when somebody asks.
+#: The number of ended replicas whose reason is kept until it is asked for.
 ENDS_KEPT = 100
-#: What Ray raises when it cannot be reached, or when its answer is no.
+#: What Ray raises when it cannot be reached, or when it refuses.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
 
 class RayProvisioner:
     """Starts supervisors on the nodes of a Ray cluster.
 
-    Ray's API blocks, and holds one connection for the whole process: a single thread of our own makes all calls.
+    Ray's API blocks and has one connection for the whole process, so a single thread makes all calls.
     """
 
     def __init__(self, settings: Settings, call_s: float = CALL_S) -> None:
@@ -53,31 +53,31 @@ class RayProvisioner:
         self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES} | ON_NODES
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        #: How those end that we have started ourselves: what their actors answer then, or Ray says of them. Our thread's own.
+        #: The ends of the replicas started by this process: what their actors return, or what Ray reports. Used by the thread only.
         self._ends: dict[str, ObjectRef[str]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
-        """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray does not take it."""
+        """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray refuses."""
         try:
             await self._call(self._start, replica_id, pool_id, needs)
         except Unavailable as error:
             raise OSError(error.message) from error
 
     async def kill(self, replica_id: str) -> None:
-        """End a replica's processes now, or take it from Ray's queue. Killing one that is gone is no error."""
+        """End a replica's processes now, or take it from Ray's queue. Killing a replica that is gone is no error."""
         await self._call(self._kill, replica_id)
 
     async def list(self) -> dict[str, str]:
-        """The replicas that have an actor, on a node or waiting for one: replica id → pool id. Raises Unavailable if Ray does not answer:
-        nobody knows then what runs."""
+        """Return the replicas that have an actor, on a node or waiting for one: replica id → pool id. Raises Unavailable if Ray does not
+        respond, since it is not known then what runs."""
         return await self._call(self._list)
 
     async def last_words(self, replica_id: str) -> str:
-        """Why it is gone: as its supervisor said, or Ray says of its actor. Empty for one that another controller has started."""
+        """Return why a replica is gone, as its supervisor or Ray reports it. Empty for one that another controller has started."""
         return await self._call(self._last_words, replica_id)
 
     async def capacity(self) -> Resources | None:
-        """By setting; else what the nodes hold now if their number is fixed; else unknown, for Ray's autoscaler may add nodes."""
+        """Return the capacity that is set, else what the nodes hold now if their number is fixed, else None: Ray may add nodes."""
         settings = self._settings
         if settings.ray_cpus is not None:
             return Resources(settings.ray_cpus, settings.ray_accelerators or 0)
@@ -87,24 +87,24 @@ class RayProvisioner:
         future: Future[T] = Future()
         self._calls.put((future, functools.partial(self._connected, function, *arguments)))
         if self._thread is None:
-            # Nobody waits for it at the end, as for an executor's: a call that hangs would keep the controller from ending.
+            # A daemon thread: the threads of an executor are joined at exit, so a call that hangs would keep the controller from ending.
             self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
             self._thread.start()
         try:
             async with asyncio.timeout(self._call_s):
                 return await asyncio.wrap_future(future)
         except TimeoutError:
-            raise Unavailable(f"Ray has not answered within {self._call_s:.0f} s.") from None
+            raise Unavailable(f"Ray has not responded within {self._call_s:.0f} s. See whether its head node is up.") from None
 
     def _work(self) -> None:
         while True:
             future, call = self._calls.get()
-            # Nobody waits any more for one that was queued behind a call that hung.
+            # A call that was queued behind one that hung may have been given up.
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 found = call()
-            except BaseException as error:  # noqa: BLE001 (whoever waits gets it)
+            except BaseException as error:  # noqa: BLE001 (the caller gets it)
                 future.set_exception(error)
             else:
                 future.set_result(found)
@@ -115,7 +115,7 @@ class RayProvisioner:
                 ray.init(self._settings.ray_address, log_to_driver=False, configure_logging=False)
             return function(*arguments)
         except FAILURES as error:
-            # A connection that has failed once may be one to a cluster that is gone.
+            # After a failure the connection may be to a cluster that is gone.
             ray.shutdown()
             self._ends.clear()
             raise Unavailable(f"Ray: {error}") from error
@@ -136,7 +136,7 @@ class RayProvisioner:
             scheduling_strategy="SPREAD",
         )
         handle = actor.remote(replica_id, self._environment, str(settings.ray_node_home))
-        # Through Ray's client, the actor is not there before its id is: the next list must have it.
+        # Through Ray's client, the actor does not exist before its id does, and the next `list` must have it.
         handle._actor_id.hex()
         self._ends[replica_id] = handle.watch.remote()
 
@@ -161,7 +161,7 @@ class RayProvisioner:
         try:
             return str(ray.get(end))
         except RayError as error:
-            # The whole is a traceback; its end is the cause.
+            # The text is a traceback, and its last line is the cause.
             return str(error).strip().rpartition("\n")[2].strip()
 
     def _names(self) -> set[str]:

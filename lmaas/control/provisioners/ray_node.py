@@ -12,15 +12,15 @@ import ray
 from lmaas.config import ENGINE_VARIABLES, PREFIX
 from lmaas.process import bound_command, last_words
 
-#: The folders of so many replicas that ended stay on a node, for whoever asks why.
+#: The number of ended replicas whose folders stay on a node, so that their logs can be read.
 KEPT = 20
 
 
 class NodeReplica:
     """Starts the supervisor of a replica on this node, and ends when it ends.
 
-    The supervisor leads a session of its own, with signals of its own, and dies with this process, as its engine dies with it: whether Ray
-    kills the actor or the node fails, nothing stays. Its home is `home` on this node's disk: logs, and the adapters that it has fetched.
+    The supervisor leads a session of its own, so that it gets no signals meant for Ray. It dies with this process, and its engine with
+    it, so nothing stays when Ray kills the actor. Its home is `home` on this node's disk, with logs and the adapters that it has fetched.
     """
 
     def __init__(self, replica_id: str, environment: dict[str, str], home: str) -> None:
@@ -30,16 +30,16 @@ class NodeReplica:
         with (root / "lock").open("wb") as one_at_a_time:
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
             folder.mkdir(parents=True)
-            # Held for as long as this process lives.
+            # This lock is held for as long as the process lives.
             self._lock = (folder / "lock").open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             forget_ended(root / "replicas")
-        # The node's own variables stay (credentials of the object store, what Ray says of accelerators), but our settings are the stack's.
+        # The node's own variables stay (credentials of the object store, Ray's accelerators); settings are those of the stack.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in ENGINE_VARIABLES}
         own = {"LMAAS_HOME": str(root), "LMAAS_ENGINE_HOST": ray.util.get_node_ip_address()}
         self._log = folder / "supervisor.log"
         with self._log.open("ab") as log:
-            # By the main thread, which lasts: a child is bound to the thread that started it.
+            # Started by the main thread, which lives as long as the process: a child is bound to the thread that started it.
             self._supervisor = subprocess.Popen(
                 bound_command([sys.executable, "-m", "lmaas", "supervise", replica_id]),
                 stdin=subprocess.DEVNULL,
@@ -49,14 +49,14 @@ class NodeReplica:
                 env=inherited | environment | own,
             )
         self._leaving = False
-        # Its own caller: who started it may be gone before it has a node.
+        # The actor calls itself: the controller that started it may be gone before it has a node.
         ray.get_runtime_context().current_actor.watch.remote()
 
     def watch(self) -> str:
-        """Wait for the supervisor's end, and have this actor end. Answers why it ended, for whoever may still ask."""
+        """Wait for the supervisor's end, then end this actor. Returns why the supervisor ended."""
         code = self._supervisor.wait()
         if not self._leaving:
-            # Behind the calls that wait here already, so that they get their answers; and once, for an actor with a call to itself stays.
+            # Queued behind the calls that wait here, so that they return first; and only once, since an actor with a call to itself stays.
             self._leaving = True
             ray.get_runtime_context().current_actor.leave.remote()
         return last_words(self._log) or f"it ended with code {code}"
@@ -67,7 +67,7 @@ class NodeReplica:
 
 
 def forget_ended(folder: Path) -> None:
-    """Remove what replicas have left that ended on this node: the adapters at once, the rest when there are many of them."""
+    """Remove what ended replicas have left on this node: adapters at once, the rest beyond the newest KEPT of them."""
     ended = []
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime):
         with (path / "lock").open("wb") as lock:

@@ -1,1 +1,1 @@
-"""A vLLM plugin: LoRA on vLLM's CPU backend, right for every token and fast. What it corrects and how: docs/cpu-lora.md."""
+"""A vLLM plugin for LoRA on CPUs: corrects and accelerates vLLM's own LoRA arithmetic (docs/cpu-lora.md)."""

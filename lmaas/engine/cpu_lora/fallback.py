@@ -2,8 +2,8 @@
 
 import torch
 
-from lmaas.engine.cpu_lora.batch import Groups
 from lmaas.engine.cpu_lora.layer import StackedLoRA
+from lmaas.engine.cpu_lora.rows import Groups
 
 
 def add(y: torch.Tensor, x: torch.Tensor, layer: StackedLoRA, groups: Groups, scale: float) -> None:

@@ -13,7 +13,7 @@ _MARK = "_lmaas_cpu_lora"
 def install() -> None:
     """Put the hooks into vLLM's classes, once for each process."""
     _wrap(LoRAModelManager, "activate_adapter", _activate_adapter)
-    _wrap(GPUModelRunner, "_get_prompt_logprobs_dict", _prompt_logprobs)
+    _wrap(GPUModelRunner, "_get_prompt_logprobs_dict", prompt_logprobs)
 
 
 def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
@@ -50,9 +50,9 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
     return activated
 
 
-def _prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
+def prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
     """vLLM computes the logits of a prompt's tokens one request at a time, without saying whose they are; the LoRA layer of the logits
-    would take them for the batch's sampled rows. They are a view of the whole batch's hidden states, and where it begins tells.
+    would take them for the step's sampled rows. They are a view of the whole step's hidden states, and where it begins tells.
     """
     if not runner.num_prompt_logprobs:
         return original(runner, hidden_states, num_scheduled_tokens)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lmaas.engine.cpu_lora.batch import Groups, Integers
 from lmaas.engine.cpu_lora.layer import StackedLoRA
 from lmaas.engine.cpu_lora.plugin import logger
+from lmaas.engine.cpu_lora.rows import Groups, Integers
 
 #: "torch" uses the kernels of fallback.py even where there is a compiled one.
 CHOICE = "LMAAS_CPU_LORA_KERNEL"

@@ -6,9 +6,9 @@ from typing import Any
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from lmaas.engine.cpu_lora import fallback, native
-from lmaas.engine.cpu_lora.batch import Groups
 from lmaas.engine.cpu_lora.layer import StackedLoRA
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK, logger
+from lmaas.engine.cpu_lora.rows import Groups
 
 
 class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy does not follow vLLM
@@ -25,7 +25,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         logger.info("%s: every token gets its own adapter or none (%s)", ACTIVE_MARK, self._kernel or "torch's matrix products, slower")
         self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM hands over, which the layer keeps alive
         self._groups: dict[object, Groups] = {}
-        #: Rows of the batch whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
+        #: Rows of the step whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
         self.prompt_rows: slice | None = None
 
     def prepare(self, module: Any) -> None:
@@ -50,7 +50,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         self._groups.clear()
 
     def _tokens(self, n: int) -> Groups | None:
-        """The groups of the batch's n rows, or None if none of them has an adapter."""
+        """The groups of the step's n rows, or None if none of them has an adapter."""
         return self._matching("token", n, lambda: self.token_lora_indices)
 
     def _samples(self, n: int) -> Groups | None:
@@ -70,7 +70,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
             raise RuntimeError(f"LoRA routing has {groups.n} rows ({key}), the layer has {n}")
         return groups
 
-    def _layer(self, b: Any) -> StackedLoRA:
+    def layer_of(self, b: Any) -> StackedLoRA:
         try:
             return self._layers[id(b)]
         except KeyError:
@@ -94,12 +94,12 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, : sum(output_slices)] = 0
         if groups := self._tokens(x.shape[0]):
-            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+            self._add(y, x, self.layer_of(lora_b_stacked), groups, scale)
 
     def add_lora_logits(self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, **_: Any) -> None:
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         if groups := self._samples(x.shape[0]):
-            self._add(y, x, self._layer(lora_b_stacked), groups, scale)
+            self._add(y, x, self.layer_of(lora_b_stacked), groups, scale)
 
     # The two steps apart: embeddings, whose A vLLM looks up itself, and layers that are sharded between them. Torch serves there.
 
@@ -107,7 +107,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, : lora_b_stacked.shape[2]] = 0
         if groups := self._tokens(x.shape[0]):
-            layer = self._layer(lora_b_stacked)
+            layer = self.layer_of(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 fallback.expand(y, x[rows], layer, 0, slot=slot, rows=rows)
 
@@ -128,7 +128,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if not add_inputs:
             y[:, offset_start : offset_start + sum(output_slices)] = 0
         if groups := self._tokens(y.shape[0]):
-            layer = self._layer(lora_b_stacked)
+            layer = self.layer_of(lora_b_stacked)
             for slot, rows in groups.by_slot:
                 for i, h in enumerate(x):
                     fallback.expand(y, h[rows], layer, i, slot=slot, rows=rows, offset=offset_start)

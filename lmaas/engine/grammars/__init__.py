@@ -1,1 +1,1 @@
-"""Checks a request's grammar outside the engines: a disposable process compiles it first, under limits of time and memory."""
+"""Checks grammars of requests outside the engines, in disposable processes with limits of time and memory."""

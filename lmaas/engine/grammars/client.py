@@ -44,10 +44,10 @@ class NoVerdict(Exception):
 
 class Checkers:
     """The checkers of one machine for one process. `root` holds a folder for each such process, with sockets and logs; with a `home`, that
-    folder's zygote forks the checkers if it can."""
+    folder's zygote forks the checkers if it can. `module` is what a checker's process runs."""
 
-    def __init__(self, root: Path, home: Path | None) -> None:
-        self._root, self._folder, self._home = root, root / str(os.getpid()), home
+    def __init__(self, root: Path, home: Path | None, *, module: str = MODULE) -> None:
+        self._root, self._folder, self._home, self._module = root, root / str(os.getpid()), home, module
         self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
         #: When each last answered, by time.monotonic().
@@ -151,7 +151,7 @@ class Checkers:
         output = path.with_suffix(".log")
         output.write_bytes(b"")  # that of the last one: what it prints is about its own start
         if self._home is not None:
-            order = Order(MODULE, given, environment(spec), output, kept=True)
+            order = Order(self._module, given, environment(spec), output, kept=True)
             try:
                 fork = await zygote.fork(self._home, order, wire.facts(shared_environment()), ZYGOTE_PATIENCE_S)
                 return ForkedProcess(fork)
@@ -159,7 +159,7 @@ class Checkers:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
         with output.open("ab") as stream:
             return await asyncio.create_subprocess_exec(
-                *bound_command([sys.executable, "-m", MODULE, *given]),
+                *bound_command([sys.executable, "-m", self._module, *given]),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

@@ -1,4 +1,4 @@
-"""What lmaas changes inside vLLM's processes, beside LoRA on CPU: log records, the watch over grammars, the memory of valid grammars.
+"""Changes inside vLLM's processes besides LoRA on CPUs: log records, notes about compilations, the cache of valid grammars.
 
 Every hook is installed once, also in a zygote, where it is inactive: it reads its environment variable when it is used. Names and places
 are those of vLLM 0.32.0. Where one is missing, that hook is left out, with a warning.

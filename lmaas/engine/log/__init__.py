@@ -1,1 +1,1 @@
-"""An engine's log: what is kept of its output, in files of bounded size."""
+"""An engine's log: filters the engine's output and writes it to files of bounded size."""

@@ -51,11 +51,12 @@ class ZygoteOwner:
         self._failures = 0
         self._looking: asyncio.Task[None] | None = None
 
-    def tend(self) -> None:
-        """Do `ensure` on the side: for whoever must not wait for a zygote that is slow to answer."""
+    def tend(self) -> "asyncio.Task[None]":
+        """Run `ensure` as a task, one at a time, and return it: a caller need not wait for a zygote that is slow to answer."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self.ensure(), name="zygote")
             self._looking.add_done_callback(_tell)
+        return self._looking
 
     async def ensure(self) -> None:
         """See that the zygote runs, or start it; does nothing if it was called a moment ago. It tells the zygote that it is needed."""
@@ -82,7 +83,7 @@ class ZygoteOwner:
                 return
             except BlockingIOError:
                 # So many stand in line already: each of our looks, for one that is mute.
-                self._found_mute(_holder(self._home))
+                self._found_mute(holder(self._home))
                 return
             try:
                 hello = wire.receive(connection) or {}
@@ -138,7 +139,7 @@ def peer(connection: socket.socket) -> int:
 
 def stop(home: Path) -> None:
     """End the zygote of a home folder, if there is one. What it forked goes on."""
-    for pid in {_listener(home), _holder(home), _last_started(home)} - {0}:
+    for pid in {listener(home), holder(home), _last_started(home)} - {0}:
         # Whatever it does just now, importing or waiting: it holds nothing that a kill could harm.
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
@@ -150,7 +151,8 @@ def stop(home: Path) -> None:
                 os.close(pidfd)
 
 
-def _listener(home: Path) -> int:
+def listener(home: Path) -> int:
+    """Return the pid of the zygote that listens for this home, or 0."""
     with wire.channel() as connection, contextlib.suppress(OSError):
         connection.settimeout(HELLO_S)
         with wire.short_path(wire.folder(home) / wire.SOCKET) as path:
@@ -164,8 +166,8 @@ def _last_started(home: Path) -> int:
     return _number(wire.folder(home) / wire.PROCESS)
 
 
-def _holder(home: Path) -> int:
-    """The one that holds the lock, or the last that did; for when it cannot be asked any more."""
+def holder(home: Path) -> int:
+    """Return the pid of the zygote that holds the home's lock, or held it last: it cannot always be asked. 0 if there was none."""
     return _number(wire.folder(home) / wire.LOCK)
 
 

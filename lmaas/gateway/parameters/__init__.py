@@ -1,1 +1,1 @@
-"""Request parameters of chat completions and completions: which are forwarded, accepted or refused, and how each is checked."""
+"""The request parameters of chat completions and completions: a table of all, and the checks of their values."""

@@ -1,4 +1,4 @@
-"""What the answer must look like: OpenAI's `response_format`, vLLM's `structured_outputs` and the older `guided_*`.
+"""Parameters for the form of the answer: OpenAI's `response_format`, vLLM's `structured_outputs` and the older `guided_*`.
 
 Only their form is checked here. Whether an engine can compile them is checked before a request is forwarded: grammars.py.
 """

@@ -1,8 +1,8 @@
 """The messages of a chat, as clients send them and as an engine receives them.
 
-Everything that the service itself returned is accepted back, whatever a client's library has added to it: fields of a message that have
-no meaning here are left out, and null means that a field was not given. Refused is only what would give another answer than the client
-relies on, such as images for a model that reads text.
+Every message that the service returned is accepted back, with whatever a client's library has added to it. Fields without a meaning here
+are left out, and null means that a field was not given. Only what would give a different answer than the client expects is refused, such
+as images for a model that reads text.
 """
 
 import json
@@ -80,7 +80,7 @@ def _assistant_content(where: str, message: dict[str, Any], content: Any, *, has
         return refusal or content
     transcript = audio.get("transcript") if isinstance(audio, dict) else None
     if not isinstance(transcript, str):
-        # Its words are elsewhere: without them this would be another conversation.
+        # Without the words of this message, the conversation would be a different one.
         raise InvalidRequest(
             f"'{where}.audio' is not supported, because the models read text only. Send its transcript as the content.",
             code="unsupported_content",

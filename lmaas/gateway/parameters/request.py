@@ -1,4 +1,4 @@
-"""A request as its engine receives it: read from the client's body by the table of parameters."""
+"""Reads a client's request by the table of parameters, and builds the request for the engine."""
 
 import json
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ GRAMMAR_PARAMETERS = ("response_format", "tools", "tool_choice", "parallel_tool_
 class EngineRequest:
     """A checked request. `weight` is the number of sequences that it needs, `prompts` the number of its prompts.
 
-    `include_usage` and `continuous_usage` say which usage the client wants to see in a stream; the engine is always asked for it.
+    `include_usage` and `continuous_usage` are what the client asked to see in a stream; the engine is always asked for usage.
     `parameters` is what the engine receives, without what `body` adds.
     """
 

@@ -1,4 +1,4 @@
-"""The one table of request parameters. docs/parameters.md is generated from it."""
+"""The table of all request parameters. docs/parameters.md is generated from it."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -129,7 +129,7 @@ def _allowed(name: str, given: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def settle_tools(given: dict[str, Any], *, legacy: bool) -> list[Any]:
-    """Bring a request's tools and its choice among them to the one form that an engine takes, in place.
+    """Convert a request's tools and tool choice into the form that an engine takes, in place.
 
     With `legacy` they came as `functions` and `function_call`, which errors then name. Returns the tools as they came if some were made
     strict, otherwise an empty list.

@@ -18,7 +18,7 @@ from lmaas.states import Observed, UsageStatus
 from lmaas.store.engine_time import list_engine_time
 from lmaas.store.models import BaseModel, get_base_model
 from lmaas.store.replicas import desire_stop
-from lmaas.types import MAX_PRICE
+from lmaas.types import MAX_PRICE, TokenCounts
 from tests.integration.gateway.stack import CHAT, Stack, Stream, Tenant, running
 from tests.support.conditions import until
 
@@ -129,7 +129,7 @@ async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: 
     )
     await stack.scheduler.heartbeat(model.id, "x", Beat("http://engine", 1, 1, Observed.READY, []))
     await stack.scheduler.submit(Ticket("r", model.id, acme.id, "gw_gone", "", "", 1, record.event()), Bounds(10, 10_000))
-    await stack.scheduler.renew(model.id, [("r", "100,20,30")])
+    await stack.scheduler.renew(model.id, [("r", TokenCounts(100, 20, 30))])
     await stack.redis.zadd(f"lmaas:{{{model.id}}}:expiry", {"r": 1})
     await stack.scheduler.stats(model.id)
     (event,) = await stack.ledger(model, acme)
@@ -210,7 +210,7 @@ async def test_the_command_prints_what_the_api_says(stack: Stack, operator: http
     lines = (await lmaas("cogs")).splitlines()
     assert lines[0].split()[:5] == ["day", "tenant", "base", "model", "adapter"]
     assert len(lines) == 1 + len(found["data"]) + 1
-    assert "(nobody)" in lines[-2]
+    assert "(no tenant)" in lines[-2]
     cost = found["total"]["cost_microusd"]
     assert lines[-1].startswith("total")
     assert f"{cost // 10**6}.{cost % 10**6:06d}" in lines[-1]

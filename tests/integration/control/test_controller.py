@@ -14,7 +14,7 @@ from lmaas.config import Settings
 from lmaas.control import controller
 from lmaas.control.controller import Controller
 from lmaas.metering.usage import UsageRecord
-from lmaas.metering.writer import BATCH, write_events
+from lmaas.metering.writer import EVENTS_AT_ONCE, write_events
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.states import Desired, Observed, UsageStatus
 from lmaas.store.database import Database
@@ -439,13 +439,13 @@ async def test_probes_belong_to_nobody(scheduler: Scheduler, redis: Redis, db: D
     assert (event.tenant_id, event.status) == (None, "probe")
 
 
-async def test_a_backlog_is_moved_in_batches(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_a_backlog_is_moved_in_portions(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
     async with redis.pipeline() as pipeline:
-        for number in range(BATCH + 7):
+        for number in range(EVENTS_AT_ONCE + 7):
             pipeline.xadd("lmaas:{p}:usage", {"event": record(f"r{number}", acme)})
         await pipeline.execute()
-    assert [await write_events(redis, db, "p") for _ in range(3)] == [BATCH, 7, 0]
-    assert len(await list_events(db, acme.id)) == BATCH + 7
+    assert [await write_events(redis, db, "p") for _ in range(3)] == [EVENTS_AT_ONCE, 7, 0]
+    assert len(await list_events(db, acme.id)) == EVENTS_AT_ONCE + 7
 
 
 async def test_one_event_that_the_ledger_refuses_does_not_stop_the_others(

@@ -10,7 +10,7 @@ import pytest
 
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
-from lmaas.control.idleness import History
+from lmaas.control.idleness import IdleTimes
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.states import Desired, Observed
 from lmaas.store.database import Database
@@ -69,9 +69,9 @@ class World:
                 await self.scheduler.deregister(row.base_model_id, row.id)
                 self.names.processes.pop(row.id)
 
-    async def idle_times(self, pool: str) -> History:
+    async def idle_times(self, pool: str) -> IdleTimes:
         """The pool's idle times as the active controller has saved them."""
-        return History.of((await pool_states_by_id(self.db))[self.models[pool].id].idle_times)
+        return IdleTimes.of((await pool_states_by_id(self.db))[self.models[pool].id].idle_times)
 
 
 @pytest.fixture
@@ -169,9 +169,9 @@ async def test_idle_times_outlive_a_controller(world: World) -> None:
     await world.controller.tick()
     await world.submit("r2", "a")
     await world.controller.tick()
-    assert await world.idle_times("a") == History().with_gap(100)
+    assert await world.idle_times("a") == IdleTimes().with_gap(100)
     await world.new_controller().tick()
-    assert await world.idle_times("a") == History().with_gap(100)
+    assert await world.idle_times("a") == IdleTimes().with_gap(100)
     # What cannot be understood does no harm.
     await save_pool_state(world.db, pool, {"blocked": False}, [(10**9, -1.0)])
     await world.new_controller().tick()

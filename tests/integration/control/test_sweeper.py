@@ -9,7 +9,7 @@ from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
-from lmaas.store.idempotency import BATCH, Answer, Claim, keep, take
+from lmaas.store.idempotency import ROWS_AT_ONCE, Answer, Claim, keep, take
 from lmaas.store.scopes import SYSTEM
 from tests.integration.control.test_controller import Names
 from tests.integration.store.build import tenant
@@ -21,7 +21,7 @@ async def test_answers_past_their_day_go_and_others_stay(
 ) -> None:
     monkeypatch.setattr("lmaas.control.controller.SWEEP_S", 0.05)
     acme = await tenant(db, "acme")
-    claims = [Claim(acme.id, f"k{number}", b"", f"r{number}") for number in range(BATCH + 2)]
+    claims = [Claim(acme.id, f"k{number}", b"", f"r{number}") for number in range(ROWS_AT_ONCE + 2)]
     for claim in claims:
         assert await take(db, claim) is None
         assert await keep(db, claim, Answer(200, "application/json", b"{}"))
@@ -32,7 +32,7 @@ async def test_answers_past_their_day_go_and_others_stay(
 
     running = asyncio.create_task(Controller(settings, db, scheduler, Names()).run())
     try:
-        for keys, still in (("k0", BATCH + 1), ("k%", 1)):
+        for keys, still in (("k0", ROWS_AT_ONCE + 1), ("k%", 1)):
             async with db.begin(SYSTEM) as connection:
                 old = "UPDATE idempotency SET seen_at = seen_at - interval '24 hours' WHERE key LIKE :keys AND key <> 'k1'"
                 await connection.execute(text(old), {"keys": keys})

@@ -232,3 +232,17 @@ async def test_a_page_in_a_browser(service: Service, stream: bool) -> None:
         assert "x-request-id" in each.headers["access-control-expose-headers"]
         assert each.headers["vary"] == "Origin"
     assert "access-control-allow-origin" not in elsewhere.headers
+
+
+async def test_readyz_waits_for_the_file_that_ends_the_setup(service: Service, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    async with service.stack.gateway(ready_file=ready) as gateway, httpx.AsyncClient(base_url=gateway.url) as http:
+        closed = await http.get("/readyz")
+        assert (closed.status_code, closed.json()["error"]["code"]) == (503, "setup_incomplete")
+        assert "the manifests are not applied yet" in closed.json()["error"]["message"]
+        assert closed.headers["retry-after"] == "1"
+        assert (await http.get("/healthz")).status_code == 200
+        key = {"authorization": f"Bearer {service.tenant.key}"}
+        assert (await http.get("/v1/models", headers=key)).status_code == 200, "requests are served: the manifests are applied that way"
+        ready.touch()
+        assert (await http.get("/readyz")).json() == {"status": "ready"}

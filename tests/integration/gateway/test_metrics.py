@@ -20,9 +20,9 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 def described(registry: CollectorRegistry) -> dict[str, set[str]]:
     """Metric as Prometheus shows it → its labels."""
     found = {}
-    for collector in registry._collector_to_names:
+    for collector in registry._collector_to_names:  # noqa: SLF001 (the library names its metrics' labels nowhere else)
         (family,) = collector.collect()
-        found[family.name + ("_total" if family.type == "counter" else "")] = set(collector._labelnames)  # type: ignore[attr-defined]
+        found[family.name + ("_total" if family.type == "counter" else "")] = set(collector._labelnames)  # type: ignore[attr-defined]  # noqa: SLF001
     return found
 
 

@@ -254,11 +254,12 @@ async def test_an_engine_that_never_starts_has_cost_its_time(stack: Stack) -> No
 async def test_a_supervisor_that_fails_has_written_first(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     may_fail = asyncio.Event()
 
-    async def fail(_: Supervisor) -> None:
+    async def fail(_: str) -> AsyncIterator[str]:
         await may_fail.wait()
         raise RuntimeError("unexpected")
+        yield ""
 
-    monkeypatch.setattr(Supervisor, "_listen", fail)
+    monkeypatch.setattr(stack.scheduler, "listen", fail)
     model, clock = await stack.model("base"), Clock()
     life = asyncio.create_task(supervise(stack, model, clock))
     await until(lambda: clock.first > 0)

@@ -11,6 +11,7 @@ from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, libra
 from lmaas.scheduling.leases import Leases, OpenTicket
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 
 KEY = "lmaas:{p}"
 EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
@@ -59,7 +60,7 @@ class Pool:
 
     async def release(self, *numbers: int) -> list[bool]:
         """Release tickets by number, without an event; each has used a token of each kind."""
-        return [await self.scheduler.release(ticket(number), "", None, "1,0,1") for number in numbers]
+        return [await self.scheduler.release(ticket(number), "", None, TokenCounts(1, 0, 1)) for number in numbers]
 
     async def retry(
         self, number: int, replica: str = "x", reason: RetryReason = RetryReason.ENGINE, attempt: int | None = None
@@ -144,8 +145,8 @@ class Used:
     def __init__(self, name: str = "r1", run_ms: int | None = 100) -> None:
         self.name, self.run_ms, self.tokens = name, run_ms, 0
 
-    def progress(self) -> str:
-        return f"5,0,{self.tokens}"
+    def progress(self) -> TokenCounts:
+        return TokenCounts(5, 0, self.tokens)
 
     def event(self) -> str:
         return json.dumps({"request_id": self.name, "completion_tokens": self.tokens})

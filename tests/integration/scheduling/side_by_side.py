@@ -11,6 +11,7 @@ from redis.client import Pipeline
 
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
 from lmaas.scheduling.states import RetryReason
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
 from tests.integration.scheduling.model import Held, Model, Replica, Rules
 from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
@@ -46,12 +47,16 @@ class Direct(Scheduler):
         self.reads: Callable[[Pipeline], None] = lambda _: None
         self.found: list[Any] = []
 
-    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+    async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         ask = self.client.pipeline(transaction=False)
         ask.fcall(f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args)
         self.reads(ask)
         reply, *self.found = ask.execute()
         return reply
+
+    def forget_memories(self) -> None:
+        """Trust what the server says next, whatever it said before."""
+        self._memories.clear()
 
 
 def answer(calling: Coroutine[Any, Any, Any]) -> Any:
@@ -76,8 +81,8 @@ def library_with(rules: Rules, text: str | None = None) -> str:
     return text
 
 
-def told(tokens: Tokens | None) -> str:
-    return "" if tokens is None else ",".join(map(str, tokens))
+def told(tokens: Tokens | None) -> TokenCounts | None:
+    return None if tokens is None else TokenCounts(*tokens)
 
 
 class Both:
@@ -102,7 +107,7 @@ class Both:
     def flush(self) -> None:
         """The server loses its memory."""
         self.client.flushall()
-        self.scheduler._memories.clear()  # the time, which the test sets, may say that this is an older memory
+        self.scheduler.forget_memories()  # the time, which the test sets, may say that this is an older memory
         self.model.forget_everything()
         self.epoch = None
         self.at(self.now)
@@ -248,7 +253,7 @@ def _ticket(name: str, facts: Any, expires: Any, passed: Any, progress: Any, nee
     return {each: facts.get(each) for each in names} | {
         "expires": expires.get(name),
         "passed": int(passed[name]) if name in passed else None,
-        "progress": progress.get(name),
+        "progress": json.loads(progress.get(name, "null")),
         "needs": needs.get(name),
     }
 
@@ -340,7 +345,7 @@ def _held(held: Held) -> dict[str, Any]:
         "held": held.slots or None,
         "expires": held.expires,
         "passed": held.passed_at,
-        "progress": told(held.progress) or None,
+        "progress": held.progress and list(held.progress),
         "needs": f"{held.ticket.weight}|{held.ticket.adapter}" if held.state == "queued" else None,
     }
 

@@ -50,9 +50,9 @@ async def test_a_lease_and_its_end(leases: Leases, pool: Pool) -> None:
         lease = await one.wait(0)
         assert lease is not None
         assert (lease.replica, lease.url, lease.load_ms) == ("x", "http://engine", 0)
-        assert len(leases._open) == 1
+        assert leases.open_count == 1
         used.tokens = 7
-    assert len(leases._open) == 0
+    assert leases.open_count == 0
     assert await pool.events() == [{"request_id": "r1", "completion_tokens": 7}]
     assert await pool.tickets() == {}
     await pool.check()
@@ -131,7 +131,7 @@ async def test_renewal_keeps_tickets_alive_and_tells_progress(scheduler: Schedul
 
         await until(other_is_gone, every_s=0.02)
         assert (await pool.states())["r1"] == "granted"
-        assert await pool.redis.hget("lmaas:{p}:progress", "r1") == f"5,0,{used.tokens}"
+        assert await pool.redis.hget("lmaas:{p}:progress", "r1") == f"[5,0,{used.tokens}]"
 
 
 async def test_a_woken_wait_returns(leases: Leases) -> None:
@@ -219,7 +219,7 @@ async def test_a_full_queue_refuses_and_nothing_was_accepted(leases: Leases, poo
             async with opened(leases, ticket(2), max_queued=1):
                 pytest.fail("it was refused")
         assert caught.value.error_code == "refused"
-        assert len(leases._open) == 1
+        assert leases.open_count == 1
     assert await ids(pool) == ["r1"]
 
 
@@ -238,7 +238,7 @@ async def test_a_cancelled_submit_leaves_nothing_behind(scheduler: Scheduler, le
             pytest.fail("it was not accepted")
     assert await pool.tickets() == {}
     assert await ids(pool) == []
-    assert len(leases._open) == 0
+    assert leases.open_count == 0
 
 
 async def test_a_ticket_that_is_not_accepted_yet_is_not_put_back_past_its_limits(leases: Leases, pool: Pool) -> None:
@@ -267,7 +267,7 @@ async def test_a_ticket_that_is_not_accepted_yet_is_not_put_back_past_its_limits
     with pytest.raises(OverLimit, match="limited"):
         await task
     assert await pool.tickets() == {}
-    assert len(leases._open) == 0
+    assert leases.open_count == 0
 
 
 async def test_a_grant_that_is_told_before_the_ticket_was_heard_to_be_queued_is_not_lost(

@@ -18,14 +18,20 @@ from tests.integration.scheduling.build import Pool, ids, opened, ticket
 
 
 class Away(Scheduler):
-    """A scheduler whose server is away for as long as `away` says."""
+    """A scheduler whose server is away for as long as `away` says. `released_tickets` has the tickets that it was told the end of."""
 
     away = False
 
-    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(redis)
+        self.released_tickets: list[str] = []
+
+    async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         if self.away:
             raise Unavailable("away", code="queue_unavailable")
-        return await super()._call(function, pool, *args)
+        if function == "release":
+            self.released_tickets.append(str(args[0]))
+        return await super().call(function, pool, *args)
 
     def send_release(self, *args: Any) -> "asyncio.Future[Any]":
         if not self.away:
@@ -38,8 +44,8 @@ class Away(Scheduler):
 class Deaf(Away):
     """Takes a ticket, and is gone before it says so."""
 
-    async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
-        answer = await super()._call(function, pool, *args)
+    async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
+        answer = await super().call(function, pool, *args)
         if function == "submit":
             self.away = True
             raise Unavailable("away", code="queue_unavailable")
@@ -63,27 +69,27 @@ async def test_without_a_server_nothing_is_accepted(redis: Redis, pool: Pool) ->
     with pytest.raises(Unavailable):
         async with opened(leases):
             pytest.fail("it was not accepted")
-    assert len(leases._open) == 0
+    assert leases.open_count == 0
     await asyncio.wait_for(leases.drained(), 60)
     assert await ids(pool) == []
 
 
 async def test_who_is_refused_does_not_wait_until_that_is_settled(redis: Redis) -> None:
-    class Stalled(Scheduler):
-        """Takes nothing; for the release it is waited for without end."""
+    class Stalled(Away):
+        """Takes nothing, and a release does not even fail."""
 
-        async def _call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
-            if function == "release":
-                await asyncio.Event().wait()
-            raise Unavailable("away", code="queue_unavailable")
+        away = True
 
+        def send_release(self, *args: Any) -> "asyncio.Future[Any]":
+            return never
+
+    never: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     leases = Leases(Stalled(redis), "g")
     async with asyncio.timeout(60):
         with pytest.raises(Unavailable):
             async with opened(leases):
                 pytest.fail("it was not accepted")
-    for settling in leases._settling:
-        settling.cancel()
+    never.cancel()
 
 
 async def test_what_could_not_be_settled_is_settled_later(redis: Redis, pool: Pool) -> None:
@@ -127,14 +133,21 @@ async def test_what_was_refused_while_the_server_is_away_is_kept_for_a_lease_at_
     scheduler = Away(redis)
     leases = Leases(scheduler, "g")
     scheduler.away = True
+    refused: list[tuple[float, float]] = []
     until_s = time.monotonic() + 4 * module.LEASE_S
     while time.monotonic() < until_s:
+        began = time.monotonic()
         with pytest.raises(Unavailable):
-            async with opened(leases):
+            async with opened(leases, ticket(len(refused))):
                 pytest.fail("it was not accepted")
         await asyncio.sleep(0)  # it is told, and that fails
-    assert leases._unheard
-    assert leases._unheard[-1][0] - leases._unheard[0][0] <= module.LEASE_S
+        refused.append((began, time.monotonic()))
+    scheduler.away = False
+    monkeypatch.setattr(module, "LEASE_S", 60.0)  # however long it takes to tell them now
+    await leases.renew()
+    kept = {f"r{number}" for number, (_, ended) in enumerate(refused) if ended >= refused[-1][0] - 0.05}
+    assert 0 < len(scheduler.released_tickets) <= len(kept) < len(refused)
+    assert set(scheduler.released_tickets) <= kept
 
 
 async def test_at_the_end_a_ticket_is_taken_back_whose_acceptance_was_not_heard(redis: Redis, pool: Pool) -> None:

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, library
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import Pool, ticket
 
 START = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
@@ -33,7 +34,7 @@ class Clocked:
         one = replace(ticket(number), limits=scopes, prompt_tokens=prompt, completion_tokens=completion, prices=(1_000_000, 0, 2_000_000))
         return await self.scheduler.submit(one, Bounds(100, 1000), seeds=seeds)
 
-    async def end(self, number: int, used: str = "") -> None:
+    async def end(self, number: int, used: TokenCounts | None = None) -> None:
         """Release a ticket that used so much."""
         assert await self.scheduler.release(ticket(number), "", None, used)
 
@@ -72,9 +73,9 @@ async def test_requests_per_minute_hold_in_every_stretch_of_a_minute(clocked: Cl
 async def test_tokens_are_reserved_and_settled_to_the_truth(clocked: Clocked) -> None:
     limit = tenant(tokens_per_minute=250)
     assert [(await clocked.ask(number, limit))["state"] for number in (1, 2, 3)] == ["granted", "granted", "limited"]
-    await clocked.end(1, "10,0,20")
+    await clocked.end(1, TokenCounts(10, 0, 20))
     assert (await clocked.ask(3, limit))["left"] == {"tokens": [250, 20, 61_000]}
-    await clocked.end(2, "10,0,200")  # more than the estimate is counted as well
+    await clocked.end(2, TokenCounts(10, 0, 200))  # more than the estimate is counted as well
     refused = await clocked.ask(4, limit)
     assert (refused["limit"], refused["used"], refused["asked"]) == ("tokens", 340, 100)
     assert (await clocked.ask(5, limit, completion=500))["limit"] == "request_tokens"
@@ -93,7 +94,7 @@ async def test_what_was_refused_or_never_ran_burns_nothing(clocked: Clocked) -> 
 async def test_concurrent_requests(clocked: Clocked) -> None:
     limit = tenant(max_concurrent=2)
     assert [(await clocked.ask(number, limit))["state"] for number in (1, 2, 3)] == ["granted", "granted", "limited"]
-    await clocked.end(1, "1,0,1")
+    await clocked.end(1, TokenCounts(1, 0, 1))
     assert [(await clocked.ask(number, limit))["state"] for number in (3, 4)] == ["granted", "limited"]
 
 
@@ -116,24 +117,24 @@ async def test_the_months_figures_come_from_the_ledger_once(clocked: Clocked) ->
     assert (await clocked.ask(1, limit, seeds={"ten_a": Seed(202611, 850, 0)}))["state"] == "granted"
     refused = await clocked.ask(2, limit, seeds={"ten_a": Seed(202611, 0, 0)})
     assert (refused["limit"], refused["used"]) == ("month_tokens", 950)
-    await clocked.end(1, "10,0,40")
+    await clocked.end(1, TokenCounts(10, 0, 40))
     assert (await clocked.ask(2, limit))["state"] == "granted"
     # A new month begins with nothing, and what of the old month ends in it does not count.
     await clocked.at(9 * 86_400)
     assert (await clocked.ask(3, limit))["state"] == "granted"
-    await clocked.end(2, "900,0,100")
+    await clocked.end(2, TokenCounts(900, 0, 100))
     assert [(await clocked.ask(number, limit, completion=790))["state"] for number in (4, 5)] == ["granted", "limited"]
 
 
 async def test_a_limit_that_comes_later_counts_the_month_once(clocked: Clocked) -> None:
     minute, both = tenant(requests_per_minute=100), tenant(requests_per_minute=100, tokens_per_month=1000)
     await clocked.ask(1, minute)
-    await clocked.end(1, "100,0,200")
+    await clocked.end(1, TokenCounts(100, 0, 200))
     await clocked.ask(2, minute)  # runs while the limit is set
     assert (await clocked.ask(3, both))["state"] == "unseeded"
     assert (await clocked.ask(3, both, seeds={"ten_a": Seed(202611, 300, 0)}))["state"] == "granted"
-    await clocked.end(2, "10,0,90")
-    await clocked.end(3, "10,0,90")
+    await clocked.end(2, TokenCounts(10, 0, 90))
+    await clocked.end(3, TokenCounts(10, 0, 90))
     assert (await clocked.ask(4, both, completion=990))["used"] == 500
 
 
@@ -147,7 +148,7 @@ async def test_the_budget_counts_prices(clocked: Clocked) -> None:
         "granted",
         "limited",
     ]
-    await clocked.end(1, "10,10,0")  # cached tokens are free here
+    await clocked.end(1, TokenCounts(10, 10, 0))  # cached tokens are free here
     assert (await clocked.ask(3, limit))["state"] == "granted"
 
 
@@ -160,7 +161,7 @@ async def test_a_hundred_at_once_are_counted_exactly(clocked: Clocked) -> None:
 async def test_a_gateway_that_dies_gives_its_reservations_back(clocked: Clocked) -> None:
     limit = tenant(max_concurrent=1, tokens_per_minute=1000)
     await clocked.ask(1, limit)
-    await clocked.scheduler.renew("p", [("r1", "10,0,5")])
+    await clocked.scheduler.renew("p", [("r1", TokenCounts(10, 0, 5))])
     for second in range(2, 30, 2):
         await clocked.at(second)
     [event] = await clocked.pool.events()
@@ -191,8 +192,8 @@ async def test_what_ran_for_longer_than_a_minute_counts_when_it_ends(clocked: Cl
     await clocked.ask(1, limit)
     for second in range(3, 90, 3):
         await clocked.at(second)
-        await clocked.scheduler.renew("p", [("r1", "")])
-    await clocked.end(1, "10,0,900")
+        await clocked.scheduler.renew("p", [("r1", None)])
+    await clocked.end(1, TokenCounts(10, 0, 900))
     assert (await clocked.ask(2, limit))["left"]["tokens"] == [1000, 90, 61_000]
 
 
@@ -204,8 +205,8 @@ async def test_at_the_limit_of_what_runs_the_wait_is_how_long_the_tenants_reques
         await clocked.ask(number + 1, limit)
         await clocked.at(20 * number + 16)
         assert (await clocked.ask(100, limit))["limit"] == "concurrency"
-        await clocked.end(number, "1,0,1")
-        await clocked.end(number + 1, "")  # never ran: says nothing
+        await clocked.end(number, TokenCounts(1, 0, 1))
+        await clocked.end(number + 1)  # never ran: says nothing
     await clocked.at(2000)
     await clocked.ask(98, limit)
     await clocked.ask(99, limit)
@@ -233,7 +234,7 @@ async def test_a_month_that_was_asked_for_in_vain_is_asked_for_anew(clocked: Clo
     await clocked.ask(1, tenant(max_concurrent=9))
     limit = tenant(tokens_per_month=1000)
     assert (await clocked.ask(2, limit))["state"] == "unseeded"  # and its gateway dies
-    await clocked.end(1, "30,0,30")
+    await clocked.end(1, TokenCounts(30, 0, 30))
     await clocked.at(20)
     reply = await clocked.ask(3, limit)
     # The ledger has the 60 tokens by now.
@@ -255,5 +256,5 @@ async def test_nothing_waited_for_less_than_no_time_after_the_clock_was_set_back
     await clocked.pool.submit(replace(ticket(1, adapter="A"), prompt_tokens=5))
     await clocked.at(0)
     await clocked.scheduler.loaded("p", "x", "A")
-    reply = (await clocked.scheduler.renew("p", [("r1", "")]))["tickets"][0]
+    reply = (await clocked.scheduler.renew("p", [("r1", None)]))["tickets"][0]
     assert (reply["state"], reply["queue_ms"], reply["load_ms"]) == ("granted", 0, 0)

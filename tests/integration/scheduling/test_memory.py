@@ -19,6 +19,7 @@ from lmaas.errors import Unavailable
 from lmaas.process import bound_command
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, connect, library
 from lmaas.scheduling.leases import Leases
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY, Pool, Used, opened, quick, ticket
 from tests.support.conditions import until
 
@@ -135,7 +136,7 @@ async def test_a_server_that_was_only_restarted_is_believed(server: Server) -> N
     await client.save()
     server.kill()
     await (await server.start()).aclose()
-    assert (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["state"] == "granted"
+    assert (await scheduler.renew("p", [("r1", None)]))["tickets"][0]["state"] == "granted"
     assert (await pool.beat())["epoch"] == before
     await client.aclose()
 
@@ -212,6 +213,37 @@ async def test_the_keys_of_another_layout_are_taken_over(pool: Pool, redis: Redi
     await pool.check()
 
 
+async def test_checkpoints_of_the_release_before_are_read(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
+    """It has the same layout and another encoding, and both may run at once. Its gateway dies while the ticket runs."""
+    async with quick(scheduler, LEASE_MS=200):
+        await pool.beat(slots=2)
+        await pool.submit(ticket(1))
+        await redis.hset(f"{KEY}:progress", "r1", "7,2,5")
+        counter = float(await redis.zscore(f"{KEY}:counters", "a") or 0)
+        await scheduler.renew("p", [("r1", TokenCounts(7, 2, 9))])
+        assert await redis.zscore(f"{KEY}:counters", "a") == pytest.approx(counter + 2 * 4), "only what is new is charged"
+        await redis.hset(f"{KEY}:progress", "r1", "7,2,10")
+
+        async def lost() -> bool:
+            await scheduler.stats("p")
+            return bool(await pool.events())
+
+        await until(lost, every_s=0.02)
+    [event] = await pool.events()
+    assert (event["status"], event["prompt_tokens"], event["cached_tokens"], event["completion_tokens"]) == ("lost", 7, 2, 10)
+    await pool.check()
+
+
+async def test_the_release_before_reads_our_checkpoints(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
+    """By the pattern that its library has. Figures that a later release adds come after the three."""
+    await pool.beat()
+    await pool.submit(ticket(1))
+    await scheduler.renew("p", [("r1", TokenCounts(7, 2, 5))])
+    stored = str(await redis.hget(f"{KEY}:progress", "r1"))
+    for text in (stored, stored.replace("]", ",11]")):
+        assert await redis.eval("return {string.match(ARGV[1], '(%d+),(%d+),(%d+)')}", 0, text) == ["7", "2", "5"]
+
+
 async def test_limits_of_another_layout_are_counted_anew(pool: Pool, redis: Redis) -> None:
     await redis.eval("redis.call('SET', 'lmaas:limits:t', cmsgpack.pack({ running = 'two' }))", 0)
     few = replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=1),))
@@ -256,7 +288,7 @@ def of_layout(redis: Redis, layout: int) -> Scheduler:
 async def test_an_older_release_does_not_touch_what_a_newer_one_uses(scheduler: Scheduler, pool: Pool, redis: Redis) -> None:
     await pool.submit(ticket(1))
     newer = of_layout(redis, 1000)
-    reply = await newer.renew("p", [("r1", "")])
+    reply = await newer.renew("p", [("r1", None)])
     assert reply["tickets"] == [{"state": "unknown"}], "its gateway submits it again"
     assert (await newer.submit(ticket(1), Bounds(9, 9), waited_ms=5))["state"] == "queued"
     with pytest.raises(Unavailable):

@@ -37,9 +37,9 @@ async def test_without_a_replica_it_queues_and_is_granted_when_one_is_ready(sche
     assert (await scheduler.submit(ticket(1), Bounds(10, 10_000)))["state"] == "queued"
     assert (await scheduler.submit(ticket(2), Bounds(10, 10_000)))["position"] == 2
     await scheduler.heartbeat("p", "x", beat("starting"))
-    assert (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["state"] == "queued"
+    assert (await scheduler.renew("p", [("r1", None)]))["tickets"][0]["state"] == "queued"
     await scheduler.heartbeat("p", "x", beat())
-    assert [report["state"] for report in (await scheduler.renew("p", [("r1", ""), ("r2", "")]))["tickets"]] == ["granted", "granted"]
+    assert [report["state"] for report in (await scheduler.renew("p", [("r1", None), ("r2", None)]))["tickets"]] == ["granted", "granted"]
 
 
 async def test_the_first_ticket_of_an_empty_pool_signals_demand(pool: Pool) -> None:
@@ -133,7 +133,7 @@ async def test_many_submitters_at_once_share_one_slot(scheduler: Scheduler, pool
     await pool.beat(slots=1)
     replies = await asyncio.gather(*(scheduler.submit(ticket(number, f"t{number % 3}"), Bounds(100, 10_000)) for number in range(30)))
     assert sorted(reply["state"] for reply in replies) == ["granted"] + ["queued"] * 29
-    waiting = [(f"r{number}", "") for number, reply in enumerate(replies) if reply["state"] == "queued"]
+    waiting = [(f"r{number}", None) for number, reply in enumerate(replies) if reply["state"] == "queued"]
     reports = (await scheduler.renew("p", waiting))["tickets"]
     assert sorted(report["position"] for report in reports) == list(range(1, 30))
     await pool.check()
@@ -274,7 +274,7 @@ async def test_the_estimate_follows_run_times_and_the_start_of_engines(scheduler
     cold = (await scheduler.submit(ticket(1), Bounds(10, 10_000)))["wait_ms"]
     assert 20_000 <= cold <= 24_000
     await pool.beat("x", state="starting")
-    assert 1_000 <= (await scheduler.renew("p", [("r1", "")]))["tickets"][0]["wait_ms"] <= cold
+    assert 1_000 <= (await scheduler.renew("p", [("r1", None)]))["tickets"][0]["wait_ms"] <= cold
     await pool.beat("x", slots=1)
     busy = (await scheduler.submit(ticket(2), Bounds(10, 10_000)))["wait_ms"]
     assert 1_900 <= busy <= 2_000

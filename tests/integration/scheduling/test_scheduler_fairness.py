@@ -17,9 +17,10 @@ from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds, Ticket
 from lmaas.states import Observed
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
 from tests.integration.scheduling.model import Rules, units
-from tests.integration.scheduling.side_by_side import POOL, Direct, answer, library_with, told
+from tests.integration.scheduling.side_by_side import POOL, Direct, answer, library_with
 
 PROMPT, COMPLETION = 20, 30
 WAITING = ("p", "q")
@@ -59,7 +60,7 @@ class Served:
         name = running[pick % len(running)]
         most = self.tickets[name].completion_tokens
         self.completions[name] = min(most, self.completions.get(name, 0) + tokens)
-        used = told((self.tickets[name].prompt_tokens, 0, self.completions[name]))
+        used = TokenCounts(self.tickets[name].prompt_tokens, 0, self.completions[name])
         if tokens and self.completions[name] < most:
             answer(self.scheduler.renew(POOL, [(name, used)]))
         else:

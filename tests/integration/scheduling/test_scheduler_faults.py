@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from lmaas.errors import Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, connect, gateway_channel
 from lmaas.scheduling.states import RetryReason
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY, Pool, quick, ticket
 from tests.support.conditions import until
 
@@ -61,7 +62,7 @@ async def test_the_second_lost_engine_is_the_last(pool: Pool) -> None:
     await pool.retry(1, "x")
     assert (await pool.retry(1, "y"))["state"] == "failed"
     # Still known, until its gateway settles it; but it holds nothing.
-    assert (await pool.scheduler.renew("p", [("r1", "")]))["tickets"] == [{"state": "failed", "attempts": 2}]
+    assert (await pool.scheduler.renew("p", [("r1", None)]))["tickets"] == [{"state": "failed", "attempts": 2}]
     await pool.check()
     assert await pool.release(1) == [True]
     assert await pool.tickets() == {}
@@ -92,11 +93,11 @@ async def test_an_expired_lease_is_charged_once_at_its_last_checkpoint(scheduler
     await pool.beat(slots=1, resident=("A",))
     async with quick(scheduler, LEASE_MS=300):
         await pool.submit(ticket(1, adapter="A"), ticket(2, "b", gateway="h"))
-        await scheduler.renew("p", [("r1", "7,2,3")])
-        await scheduler.renew("p", [("r1", "7,2,5")])
+        await scheduler.renew("p", [("r1", TokenCounts(7, 2, 3))])
+        await scheduler.renew("p", [("r1", TokenCounts(7, 2, 5))])
 
         async def others_turn() -> bool:
-            reply = await scheduler.renew("p", [("r2", "")])  # its own gateway lives
+            reply = await scheduler.renew("p", [("r2", None)])  # its own gateway lives
             return bool(reply["tickets"][0]["state"] == "granted")
 
         await until(others_turn, every_s=0.02)
@@ -150,7 +151,7 @@ async def test_a_quiet_replica_gets_no_new_work_and_then_loses_what_it_has(sched
         [message] = await news(pool, 1, until(gone, every_s=0.02))
         assert (message["id"], message["event"], message["attempts"]) == ("r1", "revoked", 0)
         assert (await pool.states())["r2"] == "queued"
-        assert (await scheduler.renew("p", [("r1", "")]))["tickets"] == [{"state": "revoked", "attempts": 0}]
+        assert (await scheduler.renew("p", [("r1", None)]))["tickets"] == [{"state": "revoked", "attempts": 0}]
     await pool.beat("y", slots=3, adapter_slots=3)
     assert (await pool.retry(1, "x"))["state"] == "loading"
     assert await pool.states() == {"r1": "loading", "r2": "loading", "r3": "granted"}
@@ -190,7 +191,7 @@ async def test_restore_after_the_server_has_lost_its_memory(scheduler: Scheduler
     before = (await pool.beat(slots=2, adapter_slots=1))["epoch"]
     await pool.submit(ticket(1), ticket(2, adapter="A"))
     await redis.flushall()
-    assert (await scheduler.renew("p", [("r1", "1,1,1")]))["tickets"] == [{"state": "unknown"}]
+    assert (await scheduler.renew("p", [("r1", TokenCounts(1, 1, 1))]))["tickets"] == [{"state": "unknown"}]
     assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is False
     assert (await pool.beat(slots=2, adapter_slots=1, resident=("A",)))["epoch"] != before
     assert await scheduler.restore(ticket(1), "x", waited_ms=5000, attempts=0) is True
@@ -226,7 +227,7 @@ async def test_a_server_that_is_away_is_unavailable(tmp_path_factory: pytest.Tem
 
 async def test_a_server_that_refuses_is_unavailable_and_somebody_hears_why(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Unavailable):
-        await scheduler._call("submit", "p", "nonsense")
+        await scheduler.call("submit", "p", "nonsense")
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
@@ -313,7 +314,7 @@ async def test_a_server_without_memory_is_unavailable(pool: Pool, redis: Redis) 
         with pytest.raises(Unavailable):
             await pool.submit(ticket(2))
         # What runs goes on and ends: that frees memory.
-        await pool.scheduler.renew("p", [("r1", "")])
+        await pool.scheduler.renew("p", [("r1", None)])
         await pool.scheduler.stats("p")
         assert await pool.scheduler.release(ticket(1), '{"request_id": "r1"}', 5)
         assert await pool.events() == [{"request_id": "r1"}]
@@ -334,7 +335,7 @@ async def test_late_word_of_an_earlier_delivery_is_not_charged(scheduler: Schedu
     await pool.beat()
     await pool.submit(ticket(1))
     await pool.retry(1)
-    await scheduler.renew("p", [("r1", "7,0,90")])  # was sent before
+    await scheduler.renew("p", [("r1", TokenCounts(7, 0, 90))])  # was sent before
     assert await pool.redis.hgetall(f"{KEY}:progress") == {}
     await pool.beat(cleared=True)
     await pool.release(1)

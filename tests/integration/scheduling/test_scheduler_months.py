@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, Seed, Ticket
+from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import ticket
 
 BOUNDS = Bounds(10, 100)
@@ -25,7 +26,7 @@ async def test_a_limit_of_the_month_that_comes_later_counts_nothing_twice(schedu
     reply = await scheduler.submit(limited(1, 60, tenant, key), BOUNDS)
     month = reply["month"]
     assert (await scheduler.submit(limited(1, 60, tenant, key), BOUNDS, seeds={"k": Seed(month, 0, 0)}))["state"] == "queued"
-    await scheduler.release(limited(1, 60, tenant, key), "", None, "60,0,0")
+    await scheduler.release(limited(1, 60, tenant, key), "", None, TokenCounts(60, 0, 0))
     # Now the tenant gets one too. The ledger has the 60 tokens.
     tenant = LimitedScope("t", "tenant", tokens_per_month=100)
     assert (await scheduler.submit(limited(2, 10, tenant, key), BOUNDS))["scopes"] == ["t"]

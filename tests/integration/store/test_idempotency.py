@@ -9,7 +9,7 @@ from sqlalchemy import func, text
 from lmaas.states import ClaimState
 from lmaas.store import idempotency, tenants
 from lmaas.store.database import Database
-from lmaas.store.idempotency import BATCH, Answer, Claim, Earlier, delete_old, delete_surplus, give_up, keep, seen, take
+from lmaas.store.idempotency import ROWS_AT_ONCE, Answer, Claim, Earlier, delete_old, delete_surplus, give_up, keep, seen, take
 from lmaas.store.scopes import SYSTEM
 from tests.integration.store.build import tenant
 
@@ -120,7 +120,7 @@ async def test_a_claim_waits_for_a_deletion_of_its_tenant(db: Database) -> None:
     assert await count(db) == 0
 
 
-async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
+async def test_old_rows_are_deleted_in_portions(db: Database) -> None:
     acme = await tenant(db, "acme")
     states = {"answer": ClaimState.DONE, "claim": ClaimState.RUNNING}
     values = ":tenant, :name || n, '', 'r', :state, now() - CAST(:age AS interval)"
@@ -129,7 +129,7 @@ async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
         for name, old, number in (
             ("answer-new", "23 hours", 1),
             ("claim-new", "59 minutes", 1),
-            ("answer-old", "25 hours", BATCH),
+            ("answer-old", "25 hours", ROWS_AT_ONCE),
             ("claim-old", "2 hours", 7),
         ):
             state = states[name.partition("-")[0]].value
@@ -137,7 +137,7 @@ async def test_old_rows_are_deleted_in_batches(db: Database) -> None:
     deleted: list[int] = []
     while deleted[-1:] != [0]:
         deleted.append(await delete_old(db))
-    assert deleted == [BATCH, 7, 0]
+    assert deleted == [ROWS_AT_ONCE, 7, 0]
     async with db.begin(SYSTEM) as connection:
         left = await connection.execute(text("SELECT key FROM idempotency ORDER BY key"))
         assert left.scalars().all() == ["answer-new1", "claim-new1"]

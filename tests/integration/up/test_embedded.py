@@ -21,7 +21,7 @@ from lmaas.up.embedded import started
 from lmaas.up.postgres import Postgres
 from lmaas.up.server import Server
 from lmaas.up.valkey import Valkey
-from tests.system.e2e.conftest import wait_for
+from tests.support.conditions import until
 
 ODD = "a space, 'quotes\" % #?&=ü"
 LONG = "/".join(["long" * 20] * 4)
@@ -103,20 +103,20 @@ def test_a_killed_valkey_starts_again_at_once_with_its_data(tmp_path: Path) -> N
             assert client.get("key") == b"kept"
 
 
-def test_postgres_ends_with_its_parent_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
+async def test_postgres_ends_with_its_parent_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from lmaas.up.postgres import Postgres;"
         "server = Postgres(Path(sys.argv[1]), Path(sys.argv[2])); server.start(); print(server.process.pid, flush=True); time.sleep(600)"
     )
     command = bound_command([sys.executable, "-c", code, str(tmp_path / "data"), str(tmp_path / "log")])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:  # noqa: ASYNC220 (short)
         assert parent.stdout is not None
         postmaster = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
     # Whether the first one is still there or not.
     with started(Postgres(tmp_path / "data", tmp_path / "log")) as server:
         assert query(server, "SELECT 1") == [1]
-    wait_for(lambda: not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE, 10, "the first one is gone")
+    await until(lambda: not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE, 10)
     assert "database system is shut down" in (tmp_path / "log").read_text()
 
 

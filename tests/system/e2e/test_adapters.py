@@ -213,7 +213,7 @@ def test_a_revoked_key_stops(stack: Stack) -> None:
     created = stack.cli("--tenant", "acme", "key", "create", "--role", "inference")
     with stack.http(created["key"]) as client:
         assert client.get("/v1/models").status_code == 200
-        stack.cli("--tenant", "acme", "key", "revoke", created["id"])
+        stack.cli("--tenant", "acme", "key", "revoke", created["id"], "--yes")
         wait_for(lambda: client.get("/v1/models").status_code == 401, 10, "the key is refused")
         refused = client.get("/v1/models")
     with stack.http("sk-lmaas-' OR '1'='1") as client:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from bench.bill import ALWAYS_ON, DEDICATED, _on_engines
+from bench.bill import ALWAYS_ON, DEDICATED, on_engines_of
 from bench.bill.fit import line, prompt
 from bench.bill.real import TENANTS, Outcome, compared, trace
 from lmaas.simulation.replay import Arrangement
@@ -46,7 +46,7 @@ def test_the_ratios_of_the_short_trace_are_real_and_simulated() -> None:
         str(Arrangement.SHARED): compared(Outcome(50.0, 1, 1, 1, {}), Outcome(60.0, 1, 1, 1, {})),
         str(Arrangement.SCALE_TO_ZERO): compared(Outcome(100.0, 1, 1, 1, {}), Outcome(100.0, 1, 1, 1, {})),
     }
-    own = _on_engines(DEDICATED, checks)
+    own = on_engines_of(DEDICATED, checks)
     assert (own["real"], own["simulated"]) == (0.5, 0.6)
-    always = _on_engines(ALWAYS_ON, checks)
+    always = on_engines_of(ALWAYS_ON, checks)
     assert always["real"] == pytest.approx(50 / (3 * trace().span_s), abs=1e-3)

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lmaas
+
 SERVER = {"sqlalchemy", "starlette", "uvicorn", "redis", "alembic", "numpy", "torch", "vllm", "obstore", "psutil", "prometheus_client"}
+TENANTS = str(Path(lmaas.__file__).parents[1] / "tenants")
 CLIENT = {"httpx", "rich", "yaml", "asyncio"}
 
 
@@ -28,7 +32,7 @@ def test_help_imports_neither_the_server_nor_the_client(arguments: list[str]) ->
     assert not modules & (SERVER | CLIENT)
 
 
-@pytest.mark.parametrize("arguments", [["tenant", "list"], ["key", "list"], ["model", "list"], ["replica", "list"], ["usage"]])
+@pytest.mark.parametrize("arguments", [*([noun, "list"] for noun in ("tenant", "key", "model", "replica")), ["usage"], ["apply", TENANTS]])
 def test_a_command_for_the_api_imports_no_server(arguments: list[str]) -> None:
     modules = imported(*arguments, code=1)  # nothing listens at that address
     assert "httpx" in modules

@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from lmaas.control.autoscaler import BACKOFF_MAX_S, STABLE_S, Demand, Memory, Policy, Sample, Scale, backoff_s, decide
-from lmaas.control.idleness import History, Idleness
+from lmaas.control.autoscaler import BACKOFF_MAX_S, STABLE_S, Demand, Policy, Sample, Scale, ScalingState, backoff_s, decide
+from lmaas.control.idleness import Idleness, IdleTimes
 
 NOW = 10_000.0
 POLICY = Policy(min_replicas=0, max_replicas=4, idle_timeout_s=300, slots=4)
 BUSY, IDLE = 0.0, 1000.0
 
 
-def watched(load: int, needed: int, seconds: float = STABLE_S) -> Memory:
+def watched(load: int, needed: int, seconds: float = STABLE_S) -> ScalingState:
     """The memory of a pool that had this demand for so long."""
-    return Memory(tuple(Sample(NOW - second, load, needed) for second in range(int(seconds), 0, -1)))
+    return ScalingState(tuple(Sample(NOW - second, load, needed) for second in range(int(seconds), 0, -1)))
 
 
-NEW = Memory()
+NEW = ScalingState()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ NEW = Memory()
         pytest.param(0, 1, 3, replace(watched(1, 1), panic_at=NOW - 60), 1, "no more were needed", id="long after a panic"),
     ],
 )
-def test_with_work(queued: int, running: int, current: int, memory: Memory, expected: int, reason: str) -> None:
+def test_with_work(queued: int, running: int, current: int, memory: ScalingState, expected: int, reason: str) -> None:
     scale = decide(Demand(queued, running, BUSY), POLICY, current, memory, NOW)
     assert scale.replicas == expected, scale.reason
     assert reason in scale.reason
@@ -92,12 +92,12 @@ def test_bounds(low: int, high: int, queued: int, idle_s: float, current: int, r
     assert decide(Demand(queued, 0, idle_s), Policy(low, high, 300, 4), current, NEW, NOW).replicas == replicas
 
 
-def after(*gaps: float) -> Memory:
+def after(*gaps: float) -> ScalingState:
     """A pool with these idle times behind it."""
-    history = History()
+    history = IdleTimes()
     for gap in gaps:
         history = history.with_gap(gap)
-    return Memory(idleness=Idleness(history))
+    return ScalingState(idleness=Idleness(history))
 
 
 def test_a_pool_whose_next_request_comes_long_after_the_timeout_is_stopped_early_and_started_ahead() -> None:
@@ -106,7 +106,7 @@ def test_a_pool_whose_next_request_comes_long_after_the_timeout_is_stopped_early
         scale = decide(Demand(0, 0, float(second)), POLICY, current, memory, NOW + second)
         if scale.replicas != current:
             seen.append((second, scale.replicas, scale.ahead))
-        current, memory = scale.replicas, scale.memory
+        current, memory = scale.replicas, scale.state
     [(stopped, _, _), (started, _, ahead), (gone, _, _)] = seen
     assert 10 <= stopped < 300
     assert ahead
@@ -121,7 +121,7 @@ def test_a_pool_that_is_woken_before_the_timeout_stays() -> None:
     for second in range(0, 250, 10):
         scale = decide(Demand(0, 0, float(second)), POLICY, current, memory, NOW + second)
         assert scale.replicas == 1, second
-        memory = scale.memory
+        memory = scale.state
 
 
 def run(load: list[int], start: int = 0, policy: Policy = POLICY) -> list[int]:
@@ -131,7 +131,7 @@ def run(load: list[int], start: int = 0, policy: Policy = POLICY) -> list[int]:
         active = second if work else active
         running = min(work, current * policy.slots)
         scale = decide(Demand(work - running, running, float(second - active)), policy, current, memory, NOW + second)
-        current, memory = scale.replicas, scale.memory
+        current, memory = scale.replicas, scale.state
         seen.append(current)
     return seen
 

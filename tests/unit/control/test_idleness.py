@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from lmaas.control.idleness import BINS, ENOUGH, FULL, MIN_GAP_S, RATIO, History, Idleness, IdlePlan, idle_plan
+from lmaas.control.idleness import BINS, ENOUGH, FULL, MIN_GAP_S, RATIO, Idleness, IdlePlan, IdleTimes, idle_plan
 
 TIMEOUT, START = 300.0, 10.0
 
 
-def history(*gaps: float) -> History:
-    found = History()
+def history(*gaps: float) -> IdleTimes:
+    found = IdleTimes()
     for gap in gaps:
         found = found.with_gap(gap)
     return found
@@ -106,12 +106,12 @@ def test_old_habits_fade() -> None:
     "stored", [[1.0], None, "x", [["x", 1]], [[1, math.nan]], [[-1, 1]], [[BINS, 1]], [[1, 0]], [[1, math.inf]], [[1, 1, 1]]]
 )
 def test_what_was_stored_and_is_not_a_history_is_none(stored: object) -> None:
-    assert History.of(stored) == History()
+    assert IdleTimes.of(stored) == IdleTimes()
 
 
 def test_what_was_stored_comes_back() -> None:
     found = history(3, 40, 500, 5000)
-    assert History.of(json.loads(json.dumps(found.bins))) == found
+    assert IdleTimes.of(json.loads(json.dumps(found.bins))) == found
 
 
 def test_only_idle_times_are_remembered() -> None:
@@ -120,21 +120,21 @@ def test_only_idle_times_are_remembered() -> None:
     story = [(0.2, True), (0.2, True), (0.4, False), (50.4, False), (0.1, True), (0.1, True), (6.0, True), (0.1, True)]
     for step, (idle_s, busy) in enumerate(story):
         now += 50 if step == 3 else 1
-        idleness = idleness.seen(now, idle_s, busy, TIMEOUT, START)
-    assert idleness.history == history(51.3)
+        idleness = idleness.observed(now, idle_s, busy, TIMEOUT, START)
+    assert idleness.times == history(51.3)
 
 
 def test_a_request_between_two_looks_ends_an_idle_time() -> None:
     idleness = Idleness()
     for now, idle_s in [(100.0, 20.0), (101.0, 21.0), (102.0, 0.5), (110.0, 8.5)]:
-        idleness = idleness.seen(now, idle_s, False, TIMEOUT, START)
-    assert idleness.history == history(21.5)
+        idleness = idleness.observed(now, idle_s, False, TIMEOUT, START)
+    assert idleness.times == history(21.5)
 
 
 def test_a_plan_holds_while_the_pool_is_idle() -> None:
-    idleness = Idleness(history(*[3600.0] * int(ENOUGH * 2))).seen(0.0, 0.0, True, TIMEOUT, 20.0)
+    idleness = Idleness(history(*[3600.0] * int(ENOUGH * 2))).observed(0.0, 0.0, True, TIMEOUT, 20.0)
     plan = idleness.plan
     assert plan is not None
     assert plan.ahead_s == 20.0
-    assert idleness.seen(10.0, 10.0, False, TIMEOUT, 5.0).plan is plan
-    assert idleness.seen(10.0, 10.0, False, TIMEOUT * 2, 5.0).plan is not plan
+    assert idleness.observed(10.0, 10.0, False, TIMEOUT, 5.0).plan is plan
+    assert idleness.observed(10.0, 10.0, False, TIMEOUT * 2, 5.0).plan is not plan

@@ -2,16 +2,19 @@
 
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from lmaas.config import Settings
 from lmaas.control.provisioners import local
-from lmaas.control.provisioners.local import LocalProvisioner, _devices
+from lmaas.control.provisioners.local import LocalProvisioner, visible_devices
 from lmaas.types import Resources
 from tests.support.conditions import until
 
@@ -42,14 +45,16 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, stand_in: None) -> Iterator[Machine]:
+async def machine(tmp_path: Path, stand_in: None) -> AsyncIterator[Machine]:
     """The machine; nothing runs on it afterwards."""
-    found = Machine(tmp_path)
+    found, before = Machine(tmp_path), set(psutil.Process().children())
     yield found
+    started = [child for child in psutil.Process().children() if child not in before]
+    for child in started:
+        child.kill()
+    psutil.wait_procs(started)
     for provisioner in found.provisioners:
-        for child in provisioner._children.values():
-            child.kill()
-            child.wait()
+        await provisioner.list()  # it forgets its own children that have ended
 
 
 async def sees(settings: Settings, replica_id: str) -> str:
@@ -71,7 +76,11 @@ async def test_each_replica_gets_accelerators_of_its_own(machine: Machine) -> No
         await provisioner.start("rep_d", "mod_d", Resources(1, 1))
     assert await provisioner.list() == {"rep_a": "mod_a", "rep_b": "mod_b", "rep_c": "mod_c"}
     await provisioner.kill("rep_a")
-    await until(lambda: not local._alive(provisioner._facts("rep_a") or pytest.fail("forgotten")))
+
+    async def gone() -> bool:
+        return "rep_a" not in await provisioner.list()
+
+    await until(gone)
     await provisioner.start("rep_d", "mod_d", Resources(1, 1))
     assert await sees(machine.settings, "rep_d") == "0"
 
@@ -80,16 +89,16 @@ async def test_a_controller_that_dies_while_it_starts_one_gives_no_accelerator_t
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dying = machine.provisioner()
-    real = dying._note
+    real, started = subprocess.Popen, []
 
-    def killed_after_the_first(replica_id: str, facts: local._Facts) -> None:
-        if facts.pid:
-            raise KeyboardInterrupt
-        real(replica_id, facts)
+    def killed_after_the_start(*arguments: Any, **options: Any) -> None:
+        started.append(real(*arguments, **options))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(dying, "_note", killed_after_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        await dying.start("rep_a", "mod_a", Resources(1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", killed_after_the_start)
+        with pytest.raises(KeyboardInterrupt):
+            await dying.start("rep_a", "mod_a", Resources(1, 1))
     assert await sees(machine.settings, "rep_a") == "0", "it runs, and nobody knows its pid"
     provisioner = machine.provisioner()
     assert await provisioner.list() == {}
@@ -99,6 +108,9 @@ async def test_a_controller_that_dies_while_it_starts_one_gives_no_accelerator_t
     monkeypatch.setattr(local, "MAY_BEGIN_S", 0.0)
     await provisioner.start("rep_c", "mod_c", Resources(1, 1))
     assert await sees(machine.settings, "rep_c") == "0"
+    (process,) = started
+    process.kill()
+    process.wait()
 
 
 async def test_one_that_cannot_be_started_takes_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +164,7 @@ def test_which_accelerators_there_are(tmp_path: Path, offered: int | None, visib
     folder = tmp_path / "gpus"
     for number in range(present):
         (folder / f"0000:{number}").mkdir(parents=True)
-    assert _devices(offered, visible, folder) == expected
+    assert visible_devices(offered, visible, folder) == expected
 
 
 async def test_without_settings_all_of_the_machine_is_offered(machine: Machine) -> None:

@@ -7,31 +7,31 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from lmaas.control.autoscaler import Demand, Memory, Policy, decide
-from lmaas.control.sharing import Held, Pool, Rules, Waits, share
+from lmaas.control.autoscaler import Demand, Policy, ScalingState, decide
+from lmaas.control.sharing import HeldReplica, PoolClaim, SharingRules, WaitingSince, share
 from lmaas.types import Resources
 
 NOW = 10_000.0
-RULES = Rules(quantum_s=60)
+RULES = SharingRules(quantum_s=60)
 ONE = Resources(1, 0)
 OLD = 1000.0
 
 
-def pool(name: str, wanted: int, *held: Held, **facts: object) -> Pool:
+def pool(name: str, wanted: int, *held: HeldReplica, **facts: object) -> PoolClaim:
     """A pool that needs one CPU for each replica. One that wants what it has not, has requests that wait."""
     usual = {"queued": 1 if wanted > len(held) and not facts.get("ahead") else 0}
-    return Pool(**{"id": name, "name": name, "needs": ONE, "wanted": wanted, "held": held} | usual | facts)  # type: ignore[arg-type]
+    return PoolClaim(**{"id": name, "name": name, "needs": ONE, "wanted": wanted, "held": held} | usual | facts)  # type: ignore[arg-type]
 
 
-def idle(age_s: float = OLD) -> Held:
-    return Held(f"idle-{age_s}", 0, age_s)
+def idle(age_s: float = OLD) -> HeldReplica:
+    return HeldReplica(f"idle-{age_s}", 0, age_s)
 
 
-def busy(age_s: float = OLD, load: int = 1) -> Held:
-    return Held(f"busy-{age_s}", load, age_s)
+def busy(age_s: float = OLD, load: int = 1) -> HeldReplica:
+    return HeldReplica(f"busy-{age_s}", load, age_s)
 
 
-STARTING = Held("starting", 0, OLD, ready=False)
+STARTING = HeldReplica("starting", 0, OLD, ready=False)
 LONG = {"a": NOW - 1000}
 
 
@@ -98,19 +98,19 @@ LONG = {"a": NOW - 1000}
         pytest.param(1, [pool("a", 1), pool("b", 0, idle())], {}, "a0 b0", id="what is not wanted goes anyway"),
     ],
 )
-def test_rules(cpus: float, pools: list[Pool], since: dict[str, float], expected: str) -> None:
-    shares, _ = share(Resources(cpus, 0), pools, Waits(since), RULES, NOW)
+def test_rules(cpus: float, pools: list[PoolClaim], since: dict[str, float], expected: str) -> None:
+    shares, _ = share(Resources(cpus, 0), pools, WaitingSince(since), RULES, NOW)
     assert " ".join(f"{one.id}{shares[one.id].replicas}" for one in pools) == expected
 
 
 def test_without_a_bound_everybody_gets_what_they_want() -> None:
-    shares, _ = share(None, [pool("a", 5), pool("b", 1, busy())], Waits(), RULES, NOW)
+    shares, _ = share(None, [pool("a", 5), pool("b", 1, busy())], WaitingSince(), RULES, NOW)
     assert {name: one.replicas for name, one in shares.items()} == {"a": 5, "b": 1}
 
 
 def test_reasons() -> None:
-    def why(cpus: float, *pools: Pool) -> list[str]:
-        shares, _ = share(Resources(cpus, 0), pools, Waits(LONG), RULES, NOW)
+    def why(cpus: float, *pools: PoolClaim) -> list[str]:
+        shares, _ = share(Resources(cpus, 0), pools, WaitingSince(LONG), RULES, NOW)
         return [shares[one.id].reason for one in pools]
 
     assert why(2, pool("a", 1), pool("b", 1, idle())) == ["", ""]
@@ -123,7 +123,7 @@ def test_reasons() -> None:
 def test_a_place_is_kept_for_who_needs_more() -> None:
     big = pool("big", 1, needs=Resources(2, 0))
     small = pool("small", 1)
-    waits = Waits({"big": NOW - 10, "small": NOW - 5})
+    waits = WaitingSince({"big": NOW - 10, "small": NOW - 5})
     pools = [big, small, pool("c", 1, busy(20)), pool("d", 0)]
     # One CPU is free, and one is not: the big one has waited longer.
     shares, _ = share(Resources(2, 0), pools, waits, RULES, NOW)
@@ -137,28 +137,28 @@ def test_nobody_is_drained_in_vain() -> None:
     one = replace(pool("one", 1, idle()), needs=Resources(1, 0))
     other = replace(pool("other", 1, busy(5)), needs=Resources(1, 1))
     # The idle one alone does not make enough room, and what it has is not what is missing most.
-    shares, _ = share(Resources(2, 1), [big, one, other], Waits(), RULES, NOW)
+    shares, _ = share(Resources(2, 1), [big, one, other], WaitingSince(), RULES, NOW)
     assert [shares[name].replicas for name in ("one", "other")] == [1, 1]
     cpu_only = replace(pool("cpu", 1, idle()), needs=Resources(1, 0))
     gpu = pool("gpu", 1, needs=Resources(0, 1))
     held = replace(pool("held", 1, idle()), needs=Resources(0, 1))
-    shares, _ = share(Resources(1, 1), [gpu, cpu_only, held], Waits(), RULES, NOW)
+    shares, _ = share(Resources(1, 1), [gpu, cpu_only, held], WaitingSince(), RULES, NOW)
     assert [shares[name].replicas for name in ("cpu", "held")] == [1, 0]
 
 
 def test_waiting_begins_when_it_begins() -> None:
-    _, waits = share(Resources(1, 0), [pool("a", 1), pool("b", 1, busy())], Waits(), RULES, NOW)
-    assert waits.since == {"a": NOW}
+    _, waits = share(Resources(1, 0), [pool("a", 1), pool("b", 1, busy())], WaitingSince(), RULES, NOW)
+    assert waits.pools == {"a": NOW}
     _, waits = share(Resources(1, 0), [pool("a", 1), pool("b", 1, busy())], waits, RULES, NOW + 5)
-    assert waits.since == {"a": NOW}
+    assert waits.pools == {"a": NOW}
     _, waits = share(Resources(1, 0), [pool("a", 1, busy()), pool("b", 1)], waits, RULES, NOW + 9)
-    assert waits.since == {"b": NOW + 9}
+    assert waits.pools == {"b": NOW + 9}
 
 
 def test_more_than_there_is_runs_already() -> None:
     # The operator has made the machine smaller: nothing is started, and nobody is drained for it.
     pools = [pool("a", 1), pool("b", 2, busy(20), busy(20)), pool("c", 1, busy(20))]
-    shares, _ = share(Resources(2, 0), pools, Waits(), RULES, NOW)
+    shares, _ = share(Resources(2, 0), pools, WaitingSince(), RULES, NOW)
     assert [shares[name].replicas for name in "abc"] == [0, 2, 1]
 
 
@@ -184,7 +184,7 @@ class World:
     seed: int
     cpus: int = 2
     start_s: float = 8.0
-    rules: Rules = RULES
+    rules: SharingRules = RULES
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -196,8 +196,8 @@ class World:
         self.engines: list[Engine] = []
         self.queues: dict[str, list[float]] = {name: [] for name in self.names}
         self.active = dict.fromkeys(self.names, 0.0)
-        self.memory = dict.fromkeys(self.names, Memory())
-        self.waits = Waits()
+        self.state = dict.fromkeys(self.names, ScalingState())
+        self.waits = WaitingSince()
         self.waiting_since: dict[str, float] = {}
         self.longest_wait = 0.0
         self.drains: list[float] = []
@@ -230,15 +230,15 @@ class World:
         for one in pools:
             self.act(one, shares[one.id].replicas, now)
 
-    def pool(self, name: str, now: float) -> Pool:
+    def pool(self, name: str, now: float) -> PoolClaim:
         mine = [engine for engine in self.engines if engine.pool == name and engine.ends_at == math.inf]
         ready = [engine for engine in mine if engine.ready_at <= now]
         running = sum(len(engine.slots) for engine in self.engines if engine.pool == name)
         demand = Demand(len(self.queues[name]), running, now - self.active[name], self.runs[name], self.start_s)
-        scale = decide(demand, Policy(0, 2, 300, 2), len(mine), self.memory[name], now)
-        self.memory[name] = scale.memory
+        scale = decide(demand, Policy(0, 2, 300, 2), len(mine), self.state[name], now)
+        self.state[name] = scale.state
         held = [
-            Held(str(id(engine)), len(engine.slots), now - (engine.ready_at if engine in ready else engine.made_at), engine in ready)
+            HeldReplica(str(id(engine)), len(engine.slots), now - (engine.ready_at if engine in ready else engine.made_at), engine in ready)
             for engine in mine
         ]
         leaving = sum(engine.pool == name for engine in self.engines) - len(mine)
@@ -248,9 +248,9 @@ class World:
             self.longest_wait = max(self.longest_wait, now - self.waiting_since[name])
         else:
             self.waiting_since.pop(name, None)
-        return Pool(name, name, self.needs[name], scale.replicas, held, leaving, 0, len(self.queues[name]), demand.idle_s, scale.ahead)
+        return PoolClaim(name, name, self.needs[name], scale.replicas, held, leaving, 0, len(self.queues[name]), demand.idle_s, scale.ahead)
 
-    def act(self, one: Pool, replicas: int, now: float) -> None:
+    def act(self, one: PoolClaim, replicas: int, now: float) -> None:
         mine = [engine for engine in self.engines if engine.pool == one.id and engine.ends_at == math.inf]
         for engine in sorted(mine, key=lambda engine: (len(engine.slots), engine.ready_at <= now, -engine.made_at))[: len(mine) - replicas]:
             # It drains: what runs may end, within ten seconds.
@@ -279,7 +279,7 @@ def test_two_busy_pools_take_turns_of_a_quantum() -> None:
     world.needs = dict.fromkeys(world.names, ONE)
     world.every, world.runs = dict.fromkeys(world.names, 0.5), dict.fromkeys(world.names, 2.0)
     world.queues, world.active = {name: [] for name in world.names}, dict.fromkeys(world.names, 0.0)
-    world.memory, world.served = dict.fromkeys(world.names, Memory()), dict.fromkeys(world.names, 0)
+    world.state, world.served = dict.fromkeys(world.names, ScalingState()), dict.fromkeys(world.names, 0)
     world.run(3600)
     gaps = [later - earlier for earlier, later in itertools.pairwise(world.drains)]
     assert all(RULES.quantum_s <= gap <= 1.5 * RULES.quantum_s for gap in gaps)

@@ -6,7 +6,7 @@ import pytest
 
 from lmaas.errors import Unavailable
 from lmaas.gateway import cache as module
-from lmaas.gateway.cache import Changes, MomentCache
+from lmaas.gateway.cache import Changes, ReadCache
 from tests.support.conditions import until
 
 
@@ -35,8 +35,8 @@ class Source:
             raise self.error
         return self.answers.get(key)
 
-    def cache(self, size: int = 10, *, changes: bool = False) -> MomentCache[str, str]:
-        return MomentCache[str, str](
+    def cache(self, size: int = 10, *, changes: bool = False) -> ReadCache[str, str]:
+        return ReadCache[str, str](
             self.ask, fresh_s=1, grace_s=60, size=size, changes=self.changes if changes else None, clock=lambda: self.now
         )
 
@@ -170,7 +170,7 @@ async def test_a_database_that_hangs_is_away_too(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(Unavailable):
             await cache.get("unknown")
     source.gate.set()
-    await until(lambda: not cache._asking, every_s=0.01)
+    await until(lambda: not cache.pending, every_s=0.01)
 
 
 async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytes
         monkeypatch.setattr(module, "KNOWN_WAIT_S", 0.02)
         monkeypatch.setattr(module, "UNKNOWN_WAIT_S", 0.05)
         assert await cache.get("k") == "v"
-        await until(lambda: not cache._asking, every_s=0.01)
+        await until(lambda: not cache.pending, every_s=0.01)
         monkeypatch.setattr(module, "KNOWN_WAIT_S", 15.0)
         source.now += 15
         async with asyncio.timeout(10):  # asked for again, but not waited for
@@ -207,7 +207,7 @@ async def test_after_an_outage_the_truth_is_waited_for_again(monkeypatch: pytest
     # One answer says that the database is back; so does the time in which nobody asked.
     source.error, source.answers = None, {"k": "new", "l": "new"}
     await cache.get("k")
-    await until(lambda: not cache._asking, every_s=0.01)
+    await until(lambda: not cache.pending, every_s=0.01)
     assert [await cache.get("k"), await cache.get("l")] == ["new", "new"]
     source.now += 2
     source.error = Unavailable("away")

@@ -184,13 +184,13 @@ async def test_an_early_answers_timer_is_not_the_next_requests() -> None:
     connection = Connection(app)
     connection.send(head(3))
     connection.send(b"a")
-    first = connection.protocol._late
+    first = connection.protocol.deadline_timer
     assert first is not None
     connection.protocol.cycle.response_complete = True  # answered early
     connection.send(b"bc" + head(3))
     assert connection.protocol.cycle.more_body
     assert first.cancelled()
-    assert connection.protocol._late is not None
+    assert connection.protocol.deadline_timer is not None
     await ended(connection, app)
 
 
@@ -211,11 +211,11 @@ async def test_a_slow_body_is_not_late_while_it_goes_on() -> None:
     connection.send(head(10 * MIN_BODY_BYTES))
     for _ in range(9):
         connection.send(b"b" * MIN_BODY_BYTES)
-        connection.protocol._is_late()
+        connection.protocol.on_deadline()
         assert not connection.transport.close.called
     connection.send(b"b" * (MIN_BODY_BYTES - 1))
-    connection.protocol._is_late()
-    connection.protocol._is_late()
+    connection.protocol.on_deadline()
+    connection.protocol.on_deadline()
     assert connection.transport.close.called
     await ended(connection, app)
 
@@ -224,16 +224,16 @@ async def test_a_body_is_not_late_while_we_do_not_read() -> None:
     app = Application()
     connection = Connection(app)
     connection.send(head(1_000_000, "expect: 100-continue\r\n"))
-    connection.protocol._is_late()  # we have not asked for it yet
+    connection.protocol.on_deadline()  # we have not asked for it yet
     assert not connection.transport.close.called
     await until(lambda: connection.written, every_s=0)
     connection.protocol.flow.pause_reading()
-    connection.protocol._is_late()
+    connection.protocol.on_deadline()
     assert not connection.transport.close.called
     connection.protocol.flow.resume_reading()
-    connection.protocol._is_late()
+    connection.protocol.on_deadline()
     assert not connection.transport.close.called, "we have only begun to read again"
-    connection.protocol._is_late()
+    connection.protocol.on_deadline()
     assert connection.transport.close.called
     await ended(connection, app)
 
@@ -243,11 +243,11 @@ async def test_nobody_is_late_while_he_is_answered_or_idle() -> None:
     connection = Connection(app)
     connection.send(head(3))
     connection.send(b"abc")
-    assert connection.protocol._late is None
+    assert connection.protocol.deadline_timer is None
     connection.send(b"GET /y HT")  # begins another: that is answered when it is whole
-    assert connection.protocol._late is None
+    assert connection.protocol.deadline_timer is None
     app.answer.set()
     await until(lambda: not connection.protocol.tasks, every_s=0)
     assert not connection.transport.close.called
-    assert connection.protocol._late is None
+    assert connection.protocol.deadline_timer is None
     connection.protocol.connection_lost(None)

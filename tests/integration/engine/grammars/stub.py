@@ -10,6 +10,9 @@ from typing import Any
 from lmaas.engine.grammars import checker
 from lmaas.engine.grammars.verdict import INVALID, Question, Verdict
 
+#: An argument with which it stays for a second after it has closed its socket.
+LINGERS = "lingers"
+
 
 class Stub:
     """Stands in for the compiler."""
@@ -48,6 +51,8 @@ def main() -> None:
         listener.listen(64)
         checker.Checker(compiler, listener, float(sys.argv[2])).serve()
     Path(sys.argv[1]).unlink()
+    if LINGERS in sys.argv:
+        time.sleep(1)
 
 
 if __name__ == "__main__":

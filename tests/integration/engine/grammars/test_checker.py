@@ -9,10 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lmaas.engine.grammars.client import Checkers, key_of_arguments
+from lmaas.engine.grammars import client
+from lmaas.engine.grammars.client import Checkers
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
-from lmaas.engine.launch import VLLM, EngineSpec, command_line
+from lmaas.engine.launch import VLLM, EngineSpec
+from tests.integration.engine.grammars.stub import LINGERS
 from tests.support.conditions import until
+from tests.support.processes import command_of
 
 STUB = "tests.integration.engine.grammars.stub"
 
@@ -139,47 +142,39 @@ async def test_it_ends_when_nobody_asks(tmp_path: Path) -> None:
         assert not stub.path.exists()
 
 
+def spec_of(model: str) -> EngineSpec:
+    return EngineSpec(VLLM, model, "m", "auto", 2048, 16, 8, 16, 64, 2**28)
+
+
+def running() -> list[psutil.Process]:
+    """The checkers of this process, in the order of their starts."""
+    children = [child for child in psutil.Process().children() if STUB in command_of(child)]
+    return sorted(children, key=lambda child: child.create_time())
+
+
 async def test_one_that_ends_just_now_does_not_stop_its_clients_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the end of its socket and that of its process, connections are refused at once."""
-    checkers = Checkers(tmp_path, None)
-    ending = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(1)")
-    started: list[str] = []
-
-    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
-        started.append(key)
-        path = checkers._socket(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return await asyncio.create_subprocess_exec(sys.executable, "-m", STUB, str(path), "60")
-
-    monkeypatch.setattr(checkers, "_start", start)
-    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
-    key = key_of_arguments(command_line(spec, 0)[3:])
-    checkers._processes[key] = ending
-    async with checkers.kept():
-        assert (await checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"}))).code == ""
-        assert started == [key]
-        assert await ending.wait() == 0
+    monkeypatch.setattr(client, "IDLE_S", 0.1)
+    question = Question("/v1/chat/completions", {"do": "pass"})
+    async with Checkers(tmp_path, None, module=STUB).kept() as checkers:
+        assert (await checkers.check(spec_of(LINGERS), question)).code == ""
+        (ending,) = running()
+        await until(lambda: not list(tmp_path.rglob("*.sock")), every_s=0.01)
+        assert ending.is_running()
+        assert (await checkers.check(spec_of(LINGERS), question)).code == ""
+        assert ending not in running()
 
 
-async def test_a_question_that_died_with_its_checker_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkers = Checkers(tmp_path, None)
-    processes: list[asyncio.subprocess.Process] = []
-
-    async def start(key: str, *_: object) -> asyncio.subprocess.Process:
-        path = checkers._socket(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        processes.append(await asyncio.create_subprocess_exec(sys.executable, "-m", STUB, str(path), "60"))
-        return processes[-1]
-
-    monkeypatch.setattr(checkers, "_start", start)
-    spec = EngineSpec(VLLM, "no-model", "m", "auto", 2048, 16, 8, 16, 64, 2**28)
-    async with checkers.kept():
+async def test_a_question_that_died_with_its_checker_is_asked_again(tmp_path: Path) -> None:
+    spec = spec_of("no-model")
+    async with Checkers(tmp_path, None, module=STUB).kept() as checkers:
         asked = [asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "sleep"}))) for _ in range(2)]
-        await until(lambda: processes and len(psutil.Process(processes[0].pid).children()) == 2)
+        await until(lambda: running() and len(running()[0].children()) == 2)
+        (killed,) = running()
         waiting = asyncio.create_task(checkers.check(spec, Question("/v1/chat/completions", {"do": "pass"})))
         await asyncio.sleep(0)
-        processes[0].kill()
+        killed.kill()
         assert (await waiting).code == ""
         assert {verdict.code for verdict in await asyncio.gather(*asked)} == {UNKNOWN}
-    assert len(processes) == 2
+        assert len(running()) == 1
+        assert killed not in running()

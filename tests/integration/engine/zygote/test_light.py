@@ -223,11 +223,8 @@ async def test_one_that_stands_still_before_a_full_line_is_stopped(zygote: Light
 async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest.LogCaptureFixture) -> None:
     os.kill(zygote.process.pid, signal.SIGSTOP)
     taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), dict)
-    taker.tend()
-    looking = taker._looking
-    assert looking is not None
-    taker.tend()
-    assert taker._looking is looking  # one at a time
+    looking = taker.tend()
+    assert taker.tend() is looking  # one at a time
     await looking
 
     def broken() -> dict[str, str]:
@@ -235,7 +232,9 @@ async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest
 
     os.kill(zygote.process.pid, signal.SIGCONT)
     await until(lambda: answers(zygote.home))
-    ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
+    looking = ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
+    with pytest.raises(ValueError, match="no facts"):
+        await looking
     await until(lambda: "could not be looked after" in caplog.text)
 
 
@@ -249,7 +248,7 @@ async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
         f"    home = Path({str(tmp_path)!r})\n"
         f"    taker = owner.ZygoteOwner(home, lambda: light(home, {idle_s}), dict)\n"
         "    while True:\n"
-        "        await taker.ensure(); print(owner._holder(home), flush=True); await asyncio.sleep(0.1)\n"
+        "        await taker.ensure(); print(owner.holder(home), flush=True); await asyncio.sleep(0.1)\n"
         "asyncio.run(main())\n"
     )
     wire.folder(tmp_path).mkdir()

@@ -1,5 +1,7 @@
 """RMS normalisation by vLLM's compiled functions, against vLLM's own plain ones."""
 
+# ruff: noqa: SLF001 (vLLM's operations are put back as they were)
+
 from collections.abc import Iterator
 
 import pytest

@@ -1,5 +1,7 @@
 """How the plugin gets into vLLM, when it refuses to, and the defect of stock vLLM that it is there for."""
 
+# ruff: noqa: SLF001 (the hooks change vLLM's own methods, which begin with an underscore)
+
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +44,7 @@ def test_activation_tells_the_true_rank_and_slots_are_used_again() -> None:
             y, stacked = torch.zeros(2, OUT), modules[name]
             wrapper.add_lora_linear(y, torch.ones(2, HIDDEN), stacked.lora_a_stacked, stacked.lora_b_stacked, 1.0, (OUT,))
             assert y.tolist() == [[expected] * OUT, [0] * OUT]
-        assert [wrapper._layer(m.lora_b_stacked).rank.tolist() for m in modules.values()] == [[[rank]], [[0]]]
+        assert [wrapper.layer_of(m.lora_b_stacked).rank.tolist() for m in modules.values()] == [[[rank]], [[0]]]
 
 
 def test_an_activation_that_fails_leaves_nobodys_weights_in_the_slot() -> None:
@@ -64,7 +66,7 @@ def test_an_activation_that_fails_leaves_nobodys_weights_in_the_slot() -> None:
             LoRAModelManager.activate_adapter(manager, 2)
         assert manager.lora_index_to_id == [None]
         assert not manager._active_adapters
-    assert wrapper._layer(good.lora_b_stacked).rank.tolist() == [[0]]
+    assert wrapper.layer_of(good.lora_b_stacked).rank.tolist() == [[0]]
 
 
 def test_the_logits_of_a_prompt_are_told_from_those_that_are_sampled() -> None:
@@ -85,7 +87,7 @@ def test_the_logits_of_a_prompt_are_told_from_those_that_are_sampled() -> None:
             runner.model.compute_logits(rows)
         return "answer"
 
-    assert hooks._prompt_logprobs(as_vllm_does, runner, hidden, {}) == "answer"
+    assert hooks.prompt_logprobs(as_vllm_does, runner, hidden, {}) == "answer"
     assert seen == [slice(2, 5), slice(5, 9)]
     assert wrapper.prompt_rows is None
     model.compute_logits(hidden)

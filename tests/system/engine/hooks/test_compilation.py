@@ -1,5 +1,7 @@
 """vLLM's compilations are noted for the supervisor."""
 
+# ruff: noqa: SLF001 (the hook changes a method of vLLM that begins with an underscore)
+
 import logging
 import threading
 import time

@@ -127,7 +127,7 @@ async def test_an_engine_outlives_its_zygote_and_the_next_starts_plainly(place: 
             assert plain.by == "plain"
             assert plain.running
         await place.imported()  # its owner starts another
-        engine._process.send_signal(signal.SIGTERM)
+        os.kill(engine.pid, signal.SIGTERM)
         assert await engine.exited() == 0
     await until(gone(processes))
 

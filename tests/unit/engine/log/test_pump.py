@@ -119,7 +119,8 @@ async def test_a_full_disk_holds_up_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         for _ in range(3):
-            engine_log._write(b"lost\n")
+            os.writev(engine, [b"lost\n"])
+            engine_log.settle()
     assert caplog.text.count("cannot be written") == 1
     os.write(engine, b"kept\n")
     assert engine_log.tail(100) == b"kept\n"

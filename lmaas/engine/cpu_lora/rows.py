@@ -1,4 +1,4 @@
-"""The rows of a batch, grouped by the slot whose adapter they use."""
+"""The rows of an engine's step, grouped by the slot whose adapter they use."""
 
 import functools
 from typing import Any
@@ -11,9 +11,9 @@ Integers = npt.NDArray[np.int64]
 
 
 class Groups:
-    """Which rows of a batch belong to which slot; rows without an adapter belong to none.
+    """The rows of a step that belong to each slot; rows without an adapter belong to none.
 
-    `slots` [n]: slot of each row, -1 for none. `slot` [groups] ascending, `start` [groups + 1] into `rows`, `rows` in batch order
+    `slots` [n]: slot of each row, -1 for none. `slot` [groups] ascending, `start` [groups + 1] into `rows`, `rows` in the order of the step
     within each group. Made once per step and used by every layer.
     """
 

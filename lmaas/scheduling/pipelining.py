@@ -1,4 +1,5 @@
-"""Calls to Redis that wait at the same moment, sent together: the client library costs more than the server."""
+"""One connection to Redis that pipelines: calls that wait at the same moment are sent together, since the client library costs more than
+the server."""
 
 import asyncio
 from collections import deque
@@ -12,9 +13,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-#: A bound for what is sent at once, and so for how long a call waits for those before it.
-MAX_BATCH = 128
-#: How long the server may take to answer all of it, on one connection; and how long that is tried in all: clients wait for it.
+#: The most commands that are sent together. This bounds how long a call waits for those before it.
+MAX_COMMANDS = 128
+#: How long the server may take to reply to all of them on one connection, and how long all attempts may take together: clients wait.
 ANSWER_S = 3.0
 GIVE_UP_S = 5.0
 #: How long to wait before each attempt. Each but the first is on a new connection.
@@ -23,175 +24,194 @@ PAUSES_S = (0.0, 0.05, 0.2)
 NOT_NOW = ("LOADING ", "NOAUTH ", "WRONGPASS ")
 
 Command = tuple[bytes | str | int, ...]
-Waiting = tuple[bytes, "asyncio.Future[Any]"]
-#: Hears of the end of an exchange: nothing, or why it broke off.
-Ended = Callable[[RedisError | None], None]
+#: A packed command and the future that gets its reply.
+PendingCommand = tuple[bytes, "asyncio.Future[Any]"]
+#: Is called when an exchange ends, with None or with the error that broke it off.
+OnEnd = Callable[[RedisError | None], None]
 
 
-class Batch:
-    """Sends commands on one connection, without a transaction: what is asked for while some are under way goes out after them, together.
+class PipelinedConnection:
+    """Sends commands on one connection, without a transaction.
 
-    A lone command goes out at once. Each is answered by its own reply or error, and nobody's cancellation reaches the others. Commands
-    whose reply was lost with the connection are sent again: they must bear it.
+    A lone command is sent at once. Commands that arrive while others are under way are sent after them, together. Each command gets its own
+    reply or error, and cancelling one does not affect the others. Commands whose reply was lost with the connection are sent again, so they
+    must be safe to repeat.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._waiting: deque[Waiting] = deque()
-        #: What has been sent, or is about to be, and not answered yet.
-        self._batch: deque[Waiting] = deque()
+        self._unsent: deque[PendingCommand] = deque()
+        #: Commands that have been sent, or are about to be, and have no reply yet.
+        self._sent: deque[PendingCommand] = deque()
         self._sending: asyncio.Handle | asyncio.Task[None] | None = None
         self._connection: AbstractConnection | None = None
         self._line: _Line | None = None
 
+    @property
+    def unsent(self) -> int:
+        """The number of commands that wait to be sent."""
+        return len(self._unsent)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether commands are being sent, or have no reply yet."""
+        return self._sending is not None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is open."""
+        return self._line is not None and self._line.open
+
     def send(self, *command: bytes | str | int) -> "asyncio.Future[Any]":
-        """Have a command go out, whether or not somebody waits; the future gets the reply, or a redis.exceptions.RedisError."""
+        """Send a command, whether or not its caller waits. The future gets the reply, or a redis.exceptions.RedisError."""
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
-        # Packed here: what cannot be packed is its caller's own error.
-        self._waiting.append((_pack(command), reply))
+        # Packed here, so that a command that cannot be packed fails in its own caller.
+        self._unsent.append((_pack(command), reply))
         if self._sending is None:
-            # Whoever asks at this moment comes along.
+            # Commands of the same turn of the loop go out together with this one.
             self._sending = loop.call_soon(self._send)
         return reply
 
     def _send(self) -> None:
-        """The next batch, if there is one. While all is well there is no task: that would cost more than what it does."""
-        waiting = self._waiting
-        while waiting and len(self._batch) < MAX_BATCH:
-            each = waiting.popleft()
+        """Send what waits, if anything does. While the connection works there is no task: a task would cost more than the work."""
+        unsent = self._unsent
+        while unsent and len(self._sent) < MAX_COMMANDS:
+            each = unsent.popleft()
             if not each[1].done():
-                self._batch.append(each)  # who was cancelled before it was sent wants nothing any more
-        if not self._batch:
+                self._sent.append(each)  # a command that was cancelled before it was sent is left out
+        if not self._sent:
             self._sending = None
         elif self._line is not None and self._line.open:
-            self._line.exchange(self._batch, self._sent)
+            self._line.exchange(self._sent, self._exchanged)
         else:
             self._try_again(None)
 
-    def _sent(self, lost: RedisError | None) -> None:
+    def _exchanged(self, lost: RedisError | None) -> None:
         if lost is None:
             self._send()
         else:
             self._try_again(lost)
 
     def _try_again(self, lost: RedisError | None) -> None:
-        self._sending = asyncio.create_task(self._exchange(lost), name="redis-batch")
+        self._sending = asyncio.create_task(self._exchange(lost), name="redis-pipelining")
         self._sending.add_done_callback(self._tried)
 
     def _tried(self, attempts: "asyncio.Task[None]") -> None:
         error = None if attempts.cancelled() else attempts.exception()
         if error is not None or attempts.cancelled():
-            # Those behind too: they would wait as long for the same server. Cancelled is the end of the process: nobody must wait for ever.
-            for _, reply in (*self._batch, *self._waiting):
+            # The commands behind fail too: they would wait as long for the same server. The task is cancelled only when the process ends;
+            # no caller may wait for ever then.
+            for _, reply in (*self._sent, *self._unsent):
                 if error is None:
                     reply.cancel()
                 elif not reply.done():
                     reply.set_exception(error)
-            self._batch.clear()
-            self._waiting.clear()
+            self._sent.clear()
+            self._unsent.clear()
         self._send()
 
     async def _exchange(self, lost: RedisError | None) -> None:
-        """Have the batch answered on new connections, after it was `lost` on the one before. Raises RedisError for what is left of it."""
+        """Send again on new connections, after the one before was `lost`. Raises RedisError if commands are left without a reply."""
         loop = asyncio.get_running_loop()
         began = self._line.began if lost is not None and self._line is not None else loop.time()
         deadline = began + GIVE_UP_S
         for pause_s in PAUSES_S[1:] if lost is not None else PAUSES_S:
             if pause_s:
                 await asyncio.sleep(pause_s)
-            self._leave_out_the_gone()
-            if not self._batch:
+            self._leave_out_cancelled()
+            if not self._sent:
                 return
             line = await self._connected(deadline)
             ended: asyncio.Queue[RedisError | None] = asyncio.Queue()
             answered = False
             try:
                 async with asyncio.timeout_at(_soon(deadline)):
-                    line.exchange(self._batch, ended.put_nowait)
+                    line.exchange(self._sent, ended.put_nowait)
                     lost = await ended.get()
                 answered = lost is None
             except TimeoutError:
                 lost = _late()
             finally:
                 if not answered:
-                    line.close()  # no late reply is taken for another's
+                    line.close()  # so that no late reply is given to another command
             if answered:
                 return
-        if self._batch:
-            raise lost or RedisTimeout("not sent")
+        if self._sent:
+            raise lost or RedisTimeout("the command was not sent")
 
-    def _leave_out_the_gone(self) -> None:
-        """Who was cancelled before it was sent wants nothing any more. (The line has this very batch: it stays the same object.)"""
-        wanted = [each for each in self._batch if not each[1].done()]
-        self._batch.clear()
-        self._batch.extend(wanted)
+    def _leave_out_cancelled(self) -> None:
+        # The line holds this very deque, so it stays the same object.
+        wanted = [each for each in self._sent if not each[1].done()]
+        self._sent.clear()
+        self._sent.extend(wanted)
 
     async def _connected(self, deadline: float) -> "_Line":
-        """A new connection, by the loop's time. Raises RedisError if there is none to be had, which has been tried more than once then."""
+        """Return a new connection by `deadline` (the loop's time). Raises RedisError if there is none; the library has tried repeatedly."""
         try:
-            # The library tries to connect for much longer by itself, the first time as well.
+            # By itself, the library tries to connect for much longer, the first time as well.
             async with asyncio.timeout_at(_soon(deadline)):
                 first = self._connection is None
                 if self._connection is None:
-                    # The pool's, which closes it at the end.
+                    # It belongs to the library's connection pool, which closes it at the end.
                     self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
                 if not first or _is_cut_off(self._connection):
                     await self._connection.disconnect(nowait=True)
                     await self._connection.connect()
         except TimeoutError:
-            raise RedisTimeout("no connection in time") from None
+            raise RedisTimeout("there was no connection in time") from None
         self._line = _Line(self._connection)
         return self._line
 
 
 class _Line(asyncio.Protocol):
-    """A connection that the library has opened, which knows addresses, passwords and TLS. Reading each reply as it does costs too much."""
+    """A connection opened by the library, which knows addresses, passwords and TLS. This class reads the replies, since the library's
+    way of reading each one costs too much."""
 
     def __init__(self, connection: AbstractConnection) -> None:
-        writer = connection._writer  # the library gives its socket to nobody
+        writer = connection._writer  # the library has no public access to its socket
         if writer is None:
             raise RedisConnectionError("the connection was lost")
         self._loop = asyncio.get_running_loop()
         self._transport = writer.transport
         self._before = self._transport.get_protocol()
         self._reader = Reader(protocolError=ProtocolError, replyError=ResponseError, encoding="utf-8", notEnoughData=_NOTHING)
-        self._batch: deque[Waiting] = deque()
-        self._ended: Ended | None = None
+        self._sent: deque[PendingCommand] = deque()
+        self._on_end: OnEnd | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self.began = 0.0
         self.open = not self._transport.is_closing()
         self._transport.set_protocol(self)
 
-    def exchange(self, batch: deque[Waiting], ended: Ended) -> None:
-        """Send a batch. Whoever is answered is taken out of it; `ended` is called once, unless the line is closed before."""
-        self._batch, self._ended, self.began = batch, ended, self._loop.time()
+    def exchange(self, commands: deque[PendingCommand], on_end: OnEnd) -> None:
+        """Send commands. Each is taken out of the deque when its reply comes. `on_end` is called once, unless the line is closed before."""
+        self._sent, self._on_end, self.began = commands, on_end, self._loop.time()
         if not self.open:
             self._break(RedisConnectionError("the connection was lost"))
             return
         if self._alarm is None:
-            self._alarm = self._loop.call_later(ANSWER_S, self._look)
-        self._transport.write(b"".join([packed for packed, _ in batch]))
+            self._alarm = self._loop.call_later(ANSWER_S, self._check_time)
+        self._transport.write(b"".join([packed for packed, _ in commands]))
 
     def close(self) -> None:
-        """Cut it: nobody hears of it any more."""
-        self.open, self._ended = False, None
+        """Cut the connection without calling `on_end`."""
+        self.open, self._on_end = False, None
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Give each reply to whoever asked."""
+        """Give each reply to the command that it belongs to."""
         try:
             self._reader.feed(data)
             while (answer := self._reader.gets()) is not _NOTHING:
                 if isinstance(answer, PushNotification):
                     continue
-                if not self._batch:
-                    self._break(RedisConnectionError("a reply that nobody asked for"))
+                if not self._sent:
+                    self._break(RedisConnectionError("a reply came without a command"))
                     return
                 if isinstance(answer, ResponseError) and str(answer).startswith(NOT_NOW):
                     self._break(RedisConnectionError(str(answer)))
                     return
-                _, reply = self._batch.popleft()
+                _, reply = self._sent.popleft()
                 if reply.done():
                     continue  # its caller was cancelled
                 if isinstance(answer, ResponseError):
@@ -201,34 +221,34 @@ class _Line(asyncio.Protocol):
         except (ProtocolError, UnicodeDecodeError) as error:
             self._break(RedisConnectionError(str(error)))
             return
-        if not self._batch and self._ended is not None:
-            ended, self._ended = self._ended, None
-            ended(None)
+        if not self._sent and self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The other side has closed it, or `close` has."""
+        """Break off: the server has closed the connection, or `close` has."""
         self._before.connection_lost(error)
         self._break(RedisConnectionError(str(error or "the connection was lost")))
 
-    def _look(self) -> None:
-        """One timer for all exchanges: it is looked at every few seconds, not set and unset for each."""
+    def _check_time(self) -> None:
+        """Break off an exchange that takes too long. One timer serves all exchanges: setting one for each would cost more."""
         self._alarm = None
-        if self.open and self._ended is not None:
+        if self.open and self._on_end is not None:
             left = self.began + ANSWER_S - self._loop.time()
             if left > 0:
-                self._alarm = self._loop.call_later(left, self._look)
+                self._alarm = self._loop.call_later(left, self._check_time)
             else:
                 self._break(_late())
 
     def _break(self, error: RedisError) -> None:
-        ended = self._ended
+        on_end = self._on_end
         self.close()
-        if ended is not None:
-            ended(error if self._batch else None)
+        if on_end is not None:
+            on_end(error if self._sent else None)
 
 
 def _is_cut_off(connection: AbstractConnection) -> bool:
-    """One that the pool had at hand may be: then it reads no more, and would not tell."""
+    """Return whether a connection from the library's connection pool is dead: it would not report that by itself."""
     return connection._reader is None or connection._reader.at_eof()
 
 
@@ -237,7 +257,7 @@ _NOTHING = object()
 
 
 def _late() -> RedisTimeout:
-    return RedisTimeout(f"no answer within {ANSWER_S:.0f} s")
+    return RedisTimeout(f"Redis did not reply within {ANSWER_S:.0f} s")
 
 
 def _soon(deadline: float) -> float:

@@ -1,4 +1,4 @@
-"""The fake engine's batch: sequences that grow by a word a step, their queue, a prefix cache and counters."""
+"""The fake engine's generation: sequences that grow by a word a step, their queue, a prefix cache and counters."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ WORDS = _WORDS + _WORDS
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one prompt. `pieces` is its whole text, a piece a token; `made` of them are made, `sent` are sent."""
+    """One choice of one prompt. `pieces` is its whole text, one piece a token; `made` of them are generated, `sent` are sent."""
 
     index: int
     model: str
@@ -34,7 +34,7 @@ class Sequence:
     sent: int = 0
     cached_tokens: int = 0
     finish: bytes | None = None
-    #: Whether its client has been told of the finish.
+    #: Whether the finish has been sent to its client.
     told: bool = False
     #: The id that the request came with.
     request: str = ""
@@ -44,7 +44,7 @@ class Sequence:
 
 @dataclass(slots=True)
 class Engine:
-    """The batch and its queue, the adapters and the counters."""
+    """The sequences that run and those that are queued, the adapters and the counters."""
 
     name: str
     max_model_len: int
@@ -52,7 +52,7 @@ class Engine:
     max_loras: int
     token_s: float
     adapters: dict[str, str] = field(default_factory=dict)
-    #: Told of each sequence that comes and of each token that is made, before anybody else can see it.
+    #: Is called for each sequence that arrives and each token that is generated, before a client can see it.
     truth: Callable[[Sequence], None] | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -79,12 +79,12 @@ class Engine:
             sequence.wake.set()
 
     def die(self) -> None:
-        """What becomes of the work of an engine that is told to stop."""
+        """End all sequences, as an engine does that is told to stop."""
         for sequence in [*self._running, *self._waiting]:
             self.finish(sequence, b"error")
 
     async def work(self) -> None:
-        """Make tokens until cancelled."""
+        """Generate tokens until cancelled."""
         due = time.monotonic()
         while True:
             if not self._running and not self._waiting:
@@ -108,7 +108,7 @@ class Engine:
                 continue
             if sequence.model != self.name:
                 if sequence.model not in adapters and len(adapters) >= self.max_loras:
-                    passed.append(sequence)  # vLLM, too, lets those pass that fit
+                    passed.append(sequence)  # as vLLM does: sequences behind it that fit go first
                     continue
                 adapters.add(sequence.model)
             self._running[sequence] = None
@@ -183,7 +183,7 @@ def _least(schema: dict[str, Any]) -> Any:
 def write(seed: int, limit: int, body: dict[str, Any], echo: str, chat: bool) -> tuple[tuple[bytes, ...], bytes, bytes]:
     """A sequence's tokens as pieces of a JSON string, why it ends, and the stop string that ended it."""
     if limit == 0:
-        # vLLM generates a token all the same, and keeps it to itself.
+        # vLLM generates one token all the same, and does not return it.
         return (json.dumps(echo)[1:-1].encode(),), b"length", b"null"
     natural = max(NATURAL_LENGTH + seed % NATURAL_LENGTH, body.get("min_tokens") or 0)
     count, end = (limit, b"length") if body.get("ignore_eos") or limit <= natural else (natural, b"stop")

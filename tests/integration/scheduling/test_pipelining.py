@@ -10,15 +10,15 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from lmaas.gateway.loop import Loop
-from lmaas.scheduling import batch as module
-from lmaas.scheduling.batch import Batch
+from lmaas.scheduling import pipelining as module
 from lmaas.scheduling.client import connect
+from lmaas.scheduling.pipelining import PipelinedConnection
 from tests.support.conditions import until
 
 
-async def at_once(batch: Batch, *commands: tuple[str | int, ...]) -> list[Any]:
+async def at_once(pipelined: PipelinedConnection, *commands: tuple[str | int, ...]) -> list[Any]:
     """What each command is answered."""
-    return await asyncio.gather(*(batch.send(*command) for command in commands), return_exceptions=True)
+    return await asyncio.gather(*(pipelined.send(*command) for command in commands), return_exceptions=True)
 
 
 async def sent(redis: Redis, command: str) -> int:
@@ -54,26 +54,26 @@ class Between:
 
 @pytest.mark.parametrize("size", [1, 3, 128])
 async def test_each_gets_its_own_reply_or_error(redis: Redis, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(module, "MAX_BATCH", size)
-    batch = Batch(redis)
-    answers = await at_once(batch, *[("ECHO", f"é{number}") if number % 3 else ("NONSENSE", number) for number in range(20)])
+    monkeypatch.setattr(module, "MAX_COMMANDS", size)
+    pipelined = PipelinedConnection(redis)
+    answers = await at_once(pipelined, *[("ECHO", f"é{number}") if number % 3 else ("NONSENSE", number) for number in range(20)])
     for number, answer in enumerate(answers):
         if number % 3:
             assert answer == f"é{number}"
         else:
             assert isinstance(answer, ResponseError)
-    assert await batch.send("ECHO", 5) == "5"
+    assert await pipelined.send("ECHO", 5) == "5"
 
 
 async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
-    batch = Batch(redis)
-    await batch.send("PING")
+    pipelined = PipelinedConnection(redis)
+    await pipelined.send("PING")
     await redis.client_pause(200)
-    under_way = [asyncio.ensure_future(batch.send("INCR", "a")) for _ in range(3)]
+    under_way = [asyncio.ensure_future(pipelined.send("INCR", "a")) for _ in range(3)]
     await asyncio.sleep(0)
-    await until(lambda: not batch._waiting, every_s=0)
-    waiting = [asyncio.ensure_future(batch.send("INCR", "b")) for _ in range(3)]
-    await until(lambda: len(batch._waiting) == 3, every_s=0)
+    await until(lambda: not pipelined.unsent, every_s=0)
+    waiting = [asyncio.ensure_future(pipelined.send("INCR", "b")) for _ in range(3)]
+    await until(lambda: pipelined.unsent == 3, every_s=0)
     under_way[0].cancel()
     waiting[0].cancel()
     answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
@@ -84,27 +84,27 @@ async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
 
 
 async def test_a_lost_connection_is_made_again(redis: Redis) -> None:
-    batch = Batch(redis)
-    number = await batch.send("CLIENT", "ID")
+    pipelined = PipelinedConnection(redis)
+    number = await pipelined.send("CLIENT", "ID")
     await redis.client_kill_filter(_id=str(number))
-    assert await at_once(batch, ("ECHO", "a"), ("ECHO", "b")) == ["a", "b"]
-    assert await batch.send("CLIENT", "ID") != number
+    assert await at_once(pipelined, ("ECHO", "a"), ("ECHO", "b")) == ["a", "b"]
+    assert await pipelined.send("CLIENT", "ID") != number
 
 
 async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.01))
-    batch = Batch(redis)
-    await batch.send("PING")
+    pipelined = PipelinedConnection(redis)
+    await pipelined.send("PING")
     await redis.client_pause(600)
-    first = asyncio.ensure_future(batch.send("ECHO", "a"))
-    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
-    answers = await asyncio.gather(first, batch.send("ECHO", "b"), return_exceptions=True)
+    first = asyncio.ensure_future(pipelined.send("ECHO", "a"))
+    await until(lambda: pipelined.under_way and not pipelined.unsent, every_s=0)
+    answers = await asyncio.gather(first, pipelined.send("ECHO", "b"), return_exceptions=True)
     assert [type(answer) for answer in answers] == [RedisTimeout, RedisTimeout]
 
     async def back() -> bool:
         try:
-            return bool(await batch.send("ECHO", "c") == "c")  # never a late reply to somebody else
+            return bool(await pipelined.send("ECHO", "c") == "c")  # never a late reply to somebody else
         except RedisError:
             return False
 
@@ -115,12 +115,12 @@ async def test_however_often_it_is_tried_it_ends_in_time(redis: Redis, monkeypat
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     monkeypatch.setattr(module, "GIVE_UP_S", 0.1)
     monkeypatch.setattr(module, "PAUSES_S", (0.0,) * 10_000)
-    batch = Batch(redis)
-    await batch.send("PING")
+    pipelined = PipelinedConnection(redis)
+    await pipelined.send("PING")
     await redis.client_pause(60_000, all=False)
     async with asyncio.timeout(30):
         with pytest.raises(RedisTimeout):
-            await batch.send("INCR", "a")
+            await pipelined.send("INCR", "a")
     await redis.client_unpause()
 
 
@@ -132,19 +132,19 @@ async def test_a_connection_that_was_cut_off_at_hand_is_not_taken(valkey_url: st
         await redis.ping()
         between.connections[0].close()
         await asyncio.sleep(0.1)  # until its end is here
-        batch = Batch(redis)
+        pipelined = PipelinedConnection(redis)
         async with asyncio.timeout(module.ANSWER_S / 2):
-            assert await batch.send("ECHO", "A") == "A"
+            assert await pipelined.send("ECHO", "A") == "A"
         for connection in between.connections:
             connection.close()
 
 
 async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_for_again(redis: Redis) -> None:
-    batch = Batch(redis)
+    pipelined = PipelinedConnection(redis)
     before = await sent(redis, "incr")
-    number = await batch.send("CLIENT", "ID")
+    number = await pipelined.send("CLIENT", "ID")
     # The second command ends the connection on which the third would be answered.
-    answers = await at_once(batch, ("INCR", "a"), ("CLIENT", "KILL", "ID", number, "SKIPME", "no"), ("ECHO", "x"))
+    answers = await at_once(pipelined, ("INCR", "a"), ("CLIENT", "KILL", "ID", number, "SKIPME", "no"), ("ECHO", "x"))
     assert answers[0] == 1
     assert answers[2] == "x"
     assert await sent(redis, "incr") == before + 1
@@ -164,11 +164,11 @@ async def test_a_reply_that_cannot_be_is_asked_for_on_a_new_connection(valkey_ur
     between = Between(valkey_url.removeprefix("unix://"))
     server = await asyncio.start_server(between, "127.0.0.1", 0)
     async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
-        batch = Batch(redis)
-        assert await batch.send("ECHO", "A") == "A"
+        pipelined = PipelinedConnection(redis)
+        assert await pipelined.send("ECHO", "A") == "A"
         between.instead = said
-        assert await batch.send("ECHO", "A") == "A"
-        assert await at_once(batch, ("ECHO", "B"), ("ECHO", "C")) == ["B", "C"]
+        assert await pipelined.send("ECHO", "A") == "A"
+        assert await at_once(pipelined, ("ECHO", "B"), ("ECHO", "C")) == ["B", "C"]
         assert len(between.connections) == 2
         for connection in between.connections:
             connection.close()
@@ -179,12 +179,12 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
     between = Between(valkey_url.removeprefix("unix://"))
     server = await asyncio.start_server(between, "127.0.0.1", 0)
     async with server, connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0") as redis:
-        batch = Batch(redis)
-        await batch.send("PING")
+        pipelined = PipelinedConnection(redis)
+        await pipelined.send("PING")
         between.connections[0].write(said)
         if connections == 2:
-            await until(lambda: batch._line is not None and not batch._line.open, every_s=0.01)
-        answers = [await batch.send("ECHO", number) for number in range(50)]
+            await until(lambda: not pipelined.connected, every_s=0.01)
+        answers = [await pipelined.send("ECHO", number) for number in range(50)]
         assert answers == [str(number) for number in range(50)]
         assert len(between.connections) == connections
         for connection in between.connections:
@@ -193,12 +193,12 @@ async def test_what_nobody_asked_for_is_nobodys_reply(valkey_url: str, said: byt
 
 async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_S", 0.2)
-    batch = Batch(redis)
-    await batch.send("PING")
+    pipelined = PipelinedConnection(redis)
+    await pipelined.send("PING")
     await redis.client_pause(300)
-    gone = batch.send("INCR", "gone")
-    stays = asyncio.ensure_future(batch.send("INCR", "stays"))
-    await until(lambda: not batch._waiting, every_s=0)
+    gone = pipelined.send("INCR", "gone")
+    stays = asyncio.ensure_future(pipelined.send("INCR", "stays"))
+    await until(lambda: not pipelined.unsent, every_s=0)
     gone.cancel()
     await stays
     # What was on its way may have been done once; it is not sent a second time.
@@ -209,30 +209,30 @@ async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.
 def test_on_the_gateways_loop_and_with_a_password(valkey_url: str) -> None:
     async def run() -> None:
         async with connect(valkey_url) as redis:
-            await redis.acl_setuser("batch", enabled=True, passwords=["+secret"], categories=["+@all"], keys=["*"])
+            await redis.acl_setuser("pipelined", enabled=True, passwords=["+secret"], categories=["+@all"], keys=["*"])
         path = valkey_url.removeprefix("unix://")
-        async with connect(f"unix://batch:secret@{path}") as redis:
-            batch = Batch(redis)
-            assert await at_once(batch, *[("ECHO", number) for number in range(300)]) == [str(number) for number in range(300)]
-            number = await batch.send("CLIENT", "ID")
+        async with connect(f"unix://pipelined:secret@{path}") as redis:
+            pipelined = PipelinedConnection(redis)
+            assert await at_once(pipelined, *[("ECHO", number) for number in range(300)]) == [str(number) for number in range(300)]
+            number = await pipelined.send("CLIENT", "ID")
             await redis.client_kill_filter(_id=str(number), skipme=False)
-            assert await at_once(batch, ("ECHO", "a"), ("ACL", "WHOAMI")) == ["a", "batch"]
+            assert await at_once(pipelined, ("ECHO", "a"), ("ACL", "WHOAMI")) == ["a", "pipelined"]
             with pytest.raises(ResponseError):
-                await batch.send("NONSENSE")
+                await pipelined.send("NONSENSE")
 
     uvloop.run(run(), loop_factory=Loop)
 
 
 async def test_at_the_end_of_the_process_nobody_waits_for_ever(redis: Redis) -> None:
-    batch = Batch(redis)
+    pipelined = PipelinedConnection(redis)
     await redis.client_pause(100)
-    waiting = [asyncio.ensure_future(batch.send("PING")) for _ in range(2)]
-    await until(lambda: batch._sending is not None and not batch._waiting, every_s=0)
-    assert batch._sending is not None
-    batch._sending.cancel()
+    waiting = [asyncio.ensure_future(pipelined.send("PING")) for _ in range(2)]
+    await until(lambda: pipelined.under_way and not pipelined.unsent, every_s=0)
+    [sending] = [task for task in asyncio.all_tasks() if task.get_name() == "redis-pipelining"]
+    sending.cancel()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [asyncio.CancelledError] * 2
-    assert await batch.send("PING") in ("PONG", True)
+    assert await pipelined.send("PING") in ("PONG", True)
 
 
 async def test_a_first_connection_that_says_nothing_ends_in_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +242,11 @@ async def test_a_first_connection_that_says_nothing_ends_in_time_too(monkeypatch
     accepted: list[asyncio.StreamWriter] = []
     silent = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
     async with silent, connect(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}/0") as away:
-        batch = Batch(away)
+        pipelined = PipelinedConnection(away)
         async with asyncio.timeout(15):
             for _ in range(2):
                 with pytest.raises(RedisTimeout):
-                    await batch.send("PING")
+                    await pipelined.send("PING")
         assert accepted
         for writer in accepted:
             writer.close()

@@ -1,0 +1,76 @@
+"""The home folder of a stack: private, and held by one `lmaas up` at a time."""
+
+import fcntl
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lmaas.errors import SettingsError
+
+#: What only the owner may do with a folder or a file.
+OTHERS = 0o077
+LOCK = "lock"
+#: What a folder may hold that lmaas has not used before.
+FOREIGN = frozenset({"lost+found"})
+
+
+@contextmanager
+def held(home: Path) -> Iterator[int]:
+    """Prepare the home folder and hold it for the block. Gives the number of files in it that others could read until now.
+
+    Raises SettingsError if the folder cannot be used, or if another `lmaas up` holds it.
+    """
+    try:
+        _prepare(home)
+        with os.fdopen(os.open(home / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"Another `lmaas up` runs in {home}. Set LMAAS_HOME and LMAAS_PORT for a second one."
+                raise SettingsError(message) from None
+            tightened = make_private(home)
+            yield tightened
+    except OSError as error:
+        where = error.filename or home
+        raise SettingsError(f"{where} cannot be used: {error.strerror}. Set LMAAS_HOME to a folder that you may write to.") from error
+
+
+def make_private(folder: Path) -> int:
+    """Take all rights of others on a folder and everything in it away, and return how many entries had any."""
+    found = 0
+    for parent, folders, files in os.walk(folder):
+        for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
+            mode = os.lstat(path).st_mode
+            if mode & OTHERS and not stat.S_ISLNK(mode):
+                os.chmod(path, stat.S_IMODE(mode) & ~OTHERS)
+                found += 1
+    return found
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name, for messages."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"the user with the number {uid}"
+
+
+def _prepare(home: Path) -> None:
+    if not str(home).isprintable():
+        raise SettingsError(
+            f"The path of the home folder has characters that cannot be printed: {str(home)!r}. Set LMAAS_HOME to another one."
+        )
+    if home.exists() and not home.is_dir():
+        raise SettingsError(f"{home} is not a folder. Set LMAAS_HOME to one.")
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status, user = home.stat(), os.geteuid()
+    if user not in (0, status.st_uid):
+        raise SettingsError(
+            f"{home} belongs to {user_name(status.st_uid)}, and you are {user_name(user)}. Set LMAAS_HOME to a folder of your own."
+        )
+    # Never take the rights of others away from a folder that serves other purposes, such as /tmp.
+    if status.st_mode & OTHERS and not (home / LOCK).exists() and {path.name for path in home.iterdir()} - FOREIGN:
+        raise SettingsError(f"{home} holds files of others, and lmaas would make it private. Set LMAAS_HOME to a new or an empty folder.")

@@ -1,0 +1,67 @@
+"""One history in which tickets make every transition that the table has; the functions and their model agree after each call."""
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from lmaas.scheduling.client import Beat, Bounds
+from lmaas.scheduling.states import TRANSITIONS, RetryReason, TicketState
+from lmaas.states import Observed
+from tests.integration.scheduling.build import ticket
+from tests.integration.scheduling.model import Rules
+from tests.integration.scheduling.side_by_side import Both, Direct, library_with
+
+NOW = 1_800_000_000_000
+
+
+@pytest.fixture
+def both(valkey_url: str) -> Iterator[Both]:
+    with Redis.from_url(valkey_url, decode_responses=True) as client:
+        yield Both(client, Rules(), NOW, Direct(client, library_with(Rules())), ["a"])
+
+
+def test_every_transition_happens(both: Both) -> None:
+    def beat(replica: str) -> None:
+        both.heartbeat(replica, Beat("http://engine", 1, 1, Observed.READY, [], cleared=True))
+
+    def submit(number: int, adapter: str = "") -> None:
+        both.submit(ticket(number, adapter=adapter), Bounds(9, 9))
+
+    def is_in(number: int, state: TicketState) -> None:
+        assert both.renew([(f"r{number}", None)])["tickets"][0]["state"] == state
+
+    beat("x")
+    submit(1)
+    is_in(1, TicketState.GRANTED)
+    both.retry(ticket(1), "x", RetryReason.ENGINE, 0)
+    is_in(1, TicketState.QUEUED)
+    beat("x")
+    both.deregister("x")
+    is_in(1, TicketState.REVOKED)
+    both.retry(ticket(1), "", RetryReason.ENGINE, 1)
+    is_in(1, TicketState.FAILED)
+    both.release(ticket(1), None, None, None)
+    beat("y")
+    submit(2)
+    both.deregister("y")
+    both.retry(ticket(2), "", RetryReason.ENGINE, 0)
+    is_in(2, TicketState.QUEUED)
+    beat("z")
+    is_in(2, TicketState.GRANTED)
+    both.retry(ticket(2), "z", RetryReason.ENGINE, 1)
+    is_in(2, TicketState.FAILED)
+    both.release(ticket(2), None, None, None)
+    beat("z")
+    submit(3, "A")
+    is_in(3, TicketState.LOADING)
+    both.drain("z")
+    is_in(3, TicketState.QUEUED)
+    beat("w")
+    both.load_failed("w", "A")
+    is_in(3, TicketState.LOAD_FAILED)
+    both.release(ticket(3), None, None, None)
+    submit(4, "B")
+    both.loaded("w", "B")
+    is_in(4, TicketState.GRANTED)
+    assert set(both.model.moves) == {(state, target) for state, targets in TRANSITIONS.items() for target in targets}

@@ -1,0 +1,110 @@
+"""The changes of a plan are made in order, and a failure says what was done before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmaas.errors import ApiError, SettingsError
+from lmaas.manifests.apply import PartlyApplied, execute
+from lmaas.manifests.client import ApiClient
+from lmaas.manifests.plan import Change, Outcome, Send, Upload
+
+FILE, FOLDER = Path("tenants/acme.yaml"), Path("bot")
+TENANT = Change("tenant", "acme", Outcome.CREATED, FILE, requests=(Send("POST", "/admin/v1/tenants", {"name": "acme"}),))
+SAME = Change("tenant", "globex", Outcome.UNCHANGED, Path("tenants/globex.yaml"))
+
+
+def bot(version: int, *, pinned: bool) -> Change:
+    upload = Upload("acme", "bot", "base", FOLDER, version, activate=not pinned)
+    activation = (Send("POST", "/activate", {"version": version}),) if pinned else ()
+    return Change("adapter", "acme/bot", Outcome.CHANGED, FILE, requests=(upload, *activation))
+
+
+class Service(ApiClient):
+    """A client whose answers are given, by path; `upload` for uploads. A missing one is an empty answer."""
+
+    def __init__(self, **answers: Any) -> None:
+        super().__init__("http://127.0.0.1:1", "")
+        self.close()
+        self.calls: list[tuple[Any, ...]] = []
+        self._answers = answers
+
+    def _answer(self, name: str) -> Any:
+        answer = self._answers.get(name, {})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        """Answer a request."""
+        self.calls.append((method, path, options))
+        return self._answer(path.rpartition("/")[2])
+
+    def for_tenant(self, tenant: str) -> "Service":
+        """Return the same client for any tenant."""
+        self.calls.append(("tenant", tenant))
+        return self
+
+    def upload(self, name: str, base_model: str, folder: Path, *, activate: bool = True, **_: Any) -> dict[str, Any]:
+        """Answer an upload."""
+        self.calls.append(("upload", name, base_model, folder, activate))
+        answer: dict[str, Any] = self._answer("upload")
+        return answer
+
+
+def test_requests_are_sent_in_the_order_of_the_plan() -> None:
+    service = Service(upload={"version": 2})
+    execute([TENANT, SAME, bot(2, pinned=True)], service)
+    assert service.calls == [
+        ("POST", "/admin/v1/tenants", {"json": {"name": "acme"}}),
+        ("tenant", "acme"),
+        ("upload", "bot", "base", FOLDER, False),
+        ("POST", "/activate", {"json": {"version": 2}}),
+    ]
+
+
+REFUSED = ApiError(503, "The adapter store is away.", "object_store_unavailable", "req_1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "answers", "reason", "before"),
+    [
+        (
+            [TENANT],
+            {"tenants": SettingsError("The service does not answer.")},
+            "tenant acme: The service does not answer.",
+            "Nothing was changed before.",
+        ),
+        (
+            [TENANT, SAME, bot(1, pinned=False)],
+            {"upload": REFUSED},
+            "adapter acme/bot: The adapter store is away. (object_store_unavailable, req_1)",
+            "Done before: tenant acme created.",
+        ),
+        (
+            [bot(1, pinned=True)],
+            {"upload": {"version": 1}, "activate": REFUSED},
+            "adapter acme/bot: The adapter store is away. (object_store_unavailable, req_1)",
+            "Done before: adapter acme/bot in part.",
+        ),
+        # Of a pinned version, another upload at the same time must not take the place.
+        (
+            [bot(2, pinned=True)],
+            {"upload": {"version": 3}},
+            "adapter acme/bot: The folder became version 3, not 2, because of another upload at the same time.",
+            "Nothing was changed before.",
+        ),
+    ],
+)
+def test_a_failure_names_the_file_and_what_was_done(changes: list[Change], answers: dict[str, Any], reason: str, before: str) -> None:
+    with pytest.raises(PartlyApplied) as raised:
+        execute(changes, Service(**answers))
+    assert raised.value.message.splitlines() == [
+        f"{FILE}: {reason}",
+        f"{before} Once the cause is removed, run it again: it continues from here.",
+    ]
+
+
+def test_an_upload_that_is_live_at_once_may_have_another_number() -> None:
+    execute([bot(2, pinned=False)], Service(upload={"version": 3}))
