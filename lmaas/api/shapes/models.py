@@ -19,8 +19,10 @@ ModelName = Annotated[
         extra={"code": "invalid_name", "words": _NAME_WORDS},
     ),
 ]
-Words = Annotated[str, Meta(max_length=1000)]
 Source = Annotated[str, Meta(max_length=1000, description="A folder, or a model's name on a hub. Its weights say what adapters must fit.")]
+EngineArgs = Annotated[
+    str, Meta(max_length=1000, description="More arguments for the engine: options of an allowlist, in docs/base-models.md.")
+]
 Price = Annotated[int, Meta(ge=0, le=MAX_PRICE, description="Micro-dollars per million tokens.")]
 EnginePrice = Annotated[int, Meta(ge=0, le=MAX_PRICE, description="Micro-dollars per hour of an engine.")]
 
@@ -28,9 +30,7 @@ EnginePrice = Annotated[int, Meta(ge=0, le=MAX_PRICE, description="Micro-dollars
 class BaseModelChange(Shape, frozen=True, kw_only=True):
     """Values to set. Null puts the default back; one that is not given stays as it is."""
 
-    source: (
-        Annotated[Words, Meta(description="A folder, or a model's name on a hub. Its weights say what adapters must fit.")] | UnsetType
-    ) = UNSET
+    source: Source | UnsetType = UNSET
     dtype: Dtype | UnsetType | None = UNSET
     max_lora_rank: Annotated[int, Meta(ge=1, le=512)] | UnsetType | None = UNSET
     max_loras: Annotated[int, Meta(ge=1, le=1024, description="Distinct adapters in one batch.")] | UnsetType | None = UNSET
@@ -38,7 +38,7 @@ class BaseModelChange(Shape, frozen=True, kw_only=True):
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="Sequences that an engine runs at once.")] | UnsetType | None = UNSET
     max_model_len: Annotated[int, Meta(ge=16, le=10**7, description="Context, in tokens.")] | UnsetType | None = UNSET
     kv_cache_bytes: Annotated[int, Meta(ge=2**20, le=2**43)] | UnsetType | None = UNSET
-    engine_args: Annotated[Words, Meta(description="More arguments for the engine: options of an allowlist, in docs/base-models.md.")] | UnsetType | None = UNSET
+    engine_args: EngineArgs | UnsetType | None = UNSET
     min_replicas: Annotated[int, Meta(ge=0, le=1000)] | UnsetType | None = UNSET
     max_replicas: Annotated[int, Meta(ge=1, le=1000)] | UnsetType | None = UNSET
     idle_timeout_s: Annotated[float, Meta(ge=1, le=604_800, description="How long an idle pool may keep an engine.")] | UnsetType | None = (

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, UnsetType
 from lmaas.api.shapes.common import Name, NewLimit, Query, Shape
 from lmaas.types import Role
 
-Tier = Literal["free", "standard", "priority"]
+Tier = Literal["free", "standard", "premium"]
 
 
 class Limits(Shape, frozen=True, kw_only=True):
