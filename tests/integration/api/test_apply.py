@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
     "tier": (lambda folder: folder.write("z.yaml", "name: z\ntier: gold\n"), ["z.yaml: 'tier' must be one of"]),
     "range": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {max_queued: 0}\n"),
-        ["z.yaml: 'limits.max_queued' must be between 1 and 100000"],
+        ["z.yaml: 'limits.max_queued' must be a whole number from 1 to 100,000"],
     ),
     "negative": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {tokens_per_month: -1}\n"),

@@ -1,7 +1,9 @@
 """Every operation of the table: its answer, and its record in the audit log."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import httpx
 import pytest
 from sqlalchemy import select
 
+from lmaas.api import table
 from lmaas.api.operation import Place, filled
 from lmaas.api.table import PLACES
 from lmaas.errors import Unavailable
 from lmaas.keys import hash_key
+from lmaas.manifests import client
 from lmaas.states import Observed
 from lmaas.store.adapters import add_version
 from lmaas.store.replicas import add_replica, observe
@@ -252,13 +256,8 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         assert (len(whole["data"]), whole["has_more"]) == (count, False), path
         for limit in (1, 2, 5, 1000):
             assert await paged(operator, path, limit) == whole["data"], (path, limit)
-        for query, param in (
-            ({"after": "none"}, "after"),
-            ({"limit": "0"}, "limit"),
-            ({"limit": "1001"}, "limit"),
-            ({"limit": "x"}, "limit"),
-        ):
-            refused = await operator.get(path, params=query)
+        for param, value in (("after", "none"), ("limit", "0"), ("limit", "1001"), ("limit", "x")):
+            refused = await operator.get(path, params={param: value})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), path
     # A replica that has ended is no longer in the list, and still marks its place.
     first = (await operator.get("/admin/v1/replicas", params={"limit": "2"})).json()
@@ -267,6 +266,18 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
     assert [row["id"] for row in rest["data"]] == ["rep_2", "rep_1", "rep_0"]
     empty = (await operator.get("/admin/v1/tenants/t1/keys")).json()
     assert (empty["data"], empty["first_id"], empty["last_id"], empty["has_more"]) == ([], None, None, False)
+
+
+async def test_the_client_reads_all_pages(
+    stack: Stack, operator: httpx.AsyncClient, operator_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_PAGE", 2)
+    for number in range(5):
+        await operator.post("/admin/v1/tenants", json={"name": f"t{number}"})
+    with closing(client.ApiClient(f"{stack.url}/v1", operator_key)) as api:
+        for most, count in ((None, 5), (3, 3), (4, 4), (9, 5)):
+            rows = await asyncio.to_thread(api.items, table.LIST_TENANTS, most=most)
+            assert [row["name"] for row in rows] == [f"t{number}" for number in range(count)]
 
 
 async def test_the_place_in_a_list_of_another_tenant_is_unknown(stack: Stack, operator: httpx.AsyncClient) -> None:
