@@ -13,7 +13,7 @@ USERS ?= 16
 DURATION ?= 60s
 OPTIONS ?=
 
-.PHONY: up test test-unit test-compose bench loadtest check format lock clean
+.PHONY: up test test-unit test-long test-compose bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
@@ -25,6 +25,10 @@ test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-de
 # The tests that need no server and no engine: about a minute.
 test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit
+
+# The tests that search at random, for 30 times as long: about an hour. CI does not run it.
+test-long: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	LMAAS_TEST_EFFORT=30 $(BIN)/python -m pytest -m "hypothesis or search" --timeout=7200
 
 # `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
 # With MAY_SKIP=1, a machine that cannot have one is no failure.

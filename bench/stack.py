@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -35,10 +36,13 @@ class Tenant:
 class Stack:
     """A running service. `base_model` is the name of its one base model."""
 
-    def __init__(self, credentials: dict[str, Any], base_model: str) -> None:
+    def __init__(self, credentials: dict[str, Any], base_model: str, up_s: float) -> None:
         self._url = str(credentials["base_url"])
         self._operator = ApiClient(self._url, credentials["operator_key"])
+        self._credentials = credentials
         self.base_model = base_model
+        #: How long `lmaas up` took until it said that it is up.
+        self.up_s = up_s
 
     def close(self) -> None:
         """Close the operator's connections."""
@@ -57,6 +61,10 @@ class Stack:
     def base(self, tenant: Tenant) -> Place:
         """The base model, as this tenant reaches it."""
         return Place(self._url, self.base_model, tenant.key)
+
+    def known(self, tenant: str) -> Place:
+        """The base model, as a tenant of the manifests reaches it."""
+        return Place(self._url, self.base_model, self._credentials["tenants"][tenant]["api_key"])
 
     async def adapter(self, tenant: Tenant, name: str, folder: Path) -> "Adapter":
         """Upload an adapter for this tenant."""
@@ -101,13 +109,14 @@ async def stack(model: Path, home: Path, **settings: object) -> AsyncIterator[St
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     chosen = {"home": home, "port": port, "model": model, "tenants": home / "none", "idle_timeout_s": 3600} | settings
     environment |= {f"LMAAS_{name.upper()}": str(value) for name, value in chosen.items()}
-    log = _Log(home)
+    log, began = _Log(home), time.perf_counter()
     with log.open() as output:
         command = bound_command([sys.executable, "-m", "lmaas", "up"])
         process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=output, stderr=output)
     try:
         await _ready(process, log)
-        with closing(Stack(json.loads((home / "credentials.json").read_text()), model.name.lower())) as running:
+        up_s = time.perf_counter() - began
+        with closing(Stack(json.loads((home / "credentials.json").read_text()), model.name.lower(), up_s)) as running:
             yield running
     finally:
         await stopped(process, signal.SIGINT, _STOP_S)
@@ -117,7 +126,7 @@ class _Log:
     """The output of `lmaas up`."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True)
+        home.mkdir(parents=True, exist_ok=True)
         self._path = home / "up.log"
 
     def open(self) -> BinaryIO:
@@ -131,7 +140,7 @@ class _Log:
 
 async def _ready(process: asyncio.subprocess.Process, log: _Log) -> None:
     async with asyncio.timeout(_READY_S):
-        while "Ctrl-C stops it" not in log.text():
+        while "lmaas is up" not in log.text():
             if process.returncode is not None:
                 raise RuntimeError(f"lmaas did not start:\n{log.text()[-2000:]}")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.02)

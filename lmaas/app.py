@@ -55,6 +55,7 @@ from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
 from lmaas.store.replicas import get_replica
+from lmaas.store.rights import DatabaseRole
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,13 @@ COLLECT_EVERY = (10_000, 20, 20)
 
 
 def object_store_url(settings: Settings) -> str:
-    """The adapter store: by setting, or a folder of this stack."""
+    """Return the URL of the adapter store: that of the settings, or a folder of this stack."""
     return settings.object_store_url or (settings.home / "objects").as_uri()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every process needs: Postgres, Redis and the adapter store."""
+    """The services that every process uses: Postgres, Redis and the adapter store."""
 
     db: Database
     redis: Redis
@@ -78,11 +79,14 @@ class Services:
 
 
 @asynccontextmanager
-async def connected(settings: Settings, *, pool_size: int = 5) -> AsyncIterator[Services]:
-    """The services of `settings`, closed at the end. Raises SettingsError if an address is missing."""
+async def connected(settings: Settings, role: DatabaseRole | None, *, pool_size: int = 5) -> AsyncIterator[Services]:
+    """Connect a process with this database role to the services of `settings`, and close them at the end.
+
+    Raises SettingsError if an address is missing.
+    """
     if settings.database_url is None or settings.redis_url is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
-    db = Database(settings.database_url, pool_size=pool_size)
+    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, pool_size=pool_size)
     redis = connect(settings.redis_url)
     try:
         yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
@@ -97,7 +101,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
-    """The gateway's ASGI application, and its leases, which a shutdown waits for."""
+    """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
     leases = Leases(services.scheduler, new_id("gw"))
     changes = Changes(functools.partial(change_number, db))
@@ -124,7 +128,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
             ]
             for keeper in keepers:
-                # An unexpected end must not go unnoticed: nothing would be granted any more, and running claims would look abandoned.
+                # A task that ends unexpectedly must end the process: nothing would be granted, and running claims would look abandoned.
                 keeper.add_done_callback(_end_process_on_failure)
             try:
                 yield
@@ -156,7 +160,7 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """Serve until told to stop."""
-    async with connected(settings) as services:
+    async with connected(settings, DatabaseRole.GATEWAY) as services:
         app, _ = build_gateway(settings, services)
         _raise_file_limit()
         _calm_collector()
@@ -164,14 +168,14 @@ async def run_gateway(settings: Settings) -> None:
 
 
 def _calm_collector() -> None:
-    """What is there at the start stays: looking through it again and again took a fifth of the gateway's time."""
+    """Exempt the objects that exist now from garbage collection, which took a fifth of the gateway's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_EVERY)
 
 
 def _raise_file_limit() -> None:
-    """Many systems give a process 1,024 open files unless it asks for those that it may have."""
+    """Raise the limit of open files, which is 1,024 on many systems, to what the process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -179,9 +183,9 @@ def _raise_file_limit() -> None:
 
 
 def provisioner(settings: Settings) -> Provisioner:
-    """Where replicas run, by setting."""
+    """Build the provisioner of the settings."""
     if settings.provisioner == "local":
-        return LocalProvisioner(settings)
+        return LocalProvisioner(for_replicas(settings))
     try:
         from lmaas.control.provisioners.ray import RayProvisioner  # noqa: PLC0415 (Ray is an extra, and takes a second to import)
     except ModuleNotFoundError as error:
@@ -189,14 +193,20 @@ def provisioner(settings: Settings) -> Provisioner:
             raise
         raise SettingsError("LMAAS_PROVISIONER=ray needs Ray. Install it with: pip install 'lmaas[ray]'") from None
     # On the nodes, the home is another folder.
-    return RayProvisioner(replace(settings, object_store_url=object_store_url(settings)))
+    return RayProvisioner(replace(for_replicas(settings), object_store_url=object_store_url(settings)))
+
+
+def for_replicas(settings: Settings) -> Settings:
+    """Return the settings of replicas' supervisors: with a database login of their own if there is one."""
+    url = settings.replica_database_url or settings.database_url
+    return replace(settings, database_url=url, replica_database_url=None, database_passwords="")
 
 
 async def run_controller(settings: Settings) -> None:
-    """Control until told to stop. Replicas go on without us, unless the settings say that they end with us."""
+    """Run a controller until it is told to stop. Replicas continue, unless the settings end them with it."""
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
-    async with connected(settings) as services:
+    async with connected(settings, DatabaseRole.CONTROLLER) as services:
         where = provisioner(settings)
         controller = Controller(settings, services.db, services.scheduler, where)
         async with asyncio.TaskGroup() as group:
@@ -209,14 +219,14 @@ async def run_controller(settings: Settings) -> None:
             await told_to_stop.wait()
             for task in tasks:
                 task.cancel()
-        # Active or not: it may have lost the lead a moment ago, and what this machine runs dies with us in any case.
+        # Also if this controller is not active: it may have just lost the lead, and replicas on this machine end with it in any case.
         if settings.controller_ends_replicas:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:
-    """Supervise one replica for its whole life; False if it failed."""
-    async with connected(settings, pool_size=1) as services, EngineClient() as client:
+    """Supervise one replica for its whole life. Returns False if it failed."""
+    async with connected(settings, DatabaseRole.REPLICA, pool_size=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
+_ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -40,7 +41,16 @@ class Settings:
     )
     host: str = setting("127.0.0.1", "Address on which the gateway listens.")
     port: int = setting(8080, "Port on which the gateway listens.")
-    database_url: str | None = setting(None, "URL of a Postgres server.", unset="embedded Postgres")
+    database_url: str | None = setting(
+        None, "URL of a Postgres server, with the login of this process (docs/tenancy.md) or one for all.", unset="embedded Postgres"
+    )
+    replica_database_url: str | None = setting(
+        None, "URL that a controller gives to the supervisors of its replicas.", unset="the controller's own"
+    )
+    database_role_prefix: str = setting("lmaas", "Beginning of the database roles' names. Two services in one cluster need two.")
+    database_passwords: str = setting(
+        "", "Passwords that `lmaas migrate` gives to database roles: `gateway=…,controller=…`.", unset="roles keep their passwords"
+    )
     redis_url: str | None = setting(None, "URL of a Redis or Valkey server.", unset="embedded Valkey")
     object_store_url: str | None = setting(
         None,
@@ -165,6 +175,11 @@ class Settings:
         if self.engine_host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
             raise SettingsError(
                 f"LMAAS_ENGINE_HOST must be one address at which gateways reach the engines. {self.engine_host!r} means all addresses."
+            )
+        if _ROLE_PREFIX.fullmatch(self.database_role_prefix) is None:
+            raise SettingsError(
+                f"LMAAS_DATABASE_ROLE_PREFIX is {self.database_role_prefix!r}. Use 1 to 40 lower-case letters, digits or '_', beginning "
+                "with a letter."
             )
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:

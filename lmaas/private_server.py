@@ -1,4 +1,4 @@
-"""HTTP servers inside a process of ours, for machines in the same private network: no tenant reaches them."""
+"""HTTP servers inside a process of the service, for machines in the same private network. Tenants cannot reach them."""
 
 import asyncio
 import socket

@@ -5,20 +5,27 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from lmaas import config
 from lmaas.config import Settings
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.database import Database, driver_url
 from lmaas.store.migrate import upgrade
+from lmaas.store.rights import LOGINS, DatabaseRole
 from lmaas.up import embedded
 from lmaas.up.bootstrap import prepare_default_model
+from tests.support.effort import tries
 
 _numbers = itertools.count()
+ROLE_PASSWORD = "no-secret"
+
+hypothesis.settings.register_profile("lmaas", max_examples=tries(100))
+hypothesis.settings.load_profile("lmaas")
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +36,14 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with engine.connect() as connection:
             connection.execute(text("CREATE DATABASE template_lmaas"))
         engine.dispose()
-        upgrade(url.replace("/postgres?", "/template_lmaas?"))
+        upgrade(url.replace("/postgres?", "/template_lmaas?"), passwords=dict.fromkeys(LOGINS, ROLE_PASSWORD))
         yield url
+
+
+def login_url(database_url: str, role: DatabaseRole) -> str:
+    """Return the URL of a test's database for the login of one of our processes."""
+    url = make_url(driver_url(database_url)).set(username=f"lmaas_{role}", password=ROLE_PASSWORD)
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -48,8 +61,24 @@ def database_url(postgres_url: str) -> Iterator[str]:
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    """A database of this test's own."""
+    """A database of this test's own, as the superuser: for what a test looks up or prepares by itself."""
     database = Database(database_url)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def gateway_db(database_url: str) -> AsyncIterator[Database]:
+    """The same database with a gateway's rights."""
+    database = Database(login_url(database_url, DatabaseRole.GATEWAY), DatabaseRole.GATEWAY)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def controller_db(database_url: str) -> AsyncIterator[Database]:
+    """The same database with a controller's rights."""
+    database = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     yield database
     await database.close()
 

@@ -66,12 +66,13 @@ def supervise(context: Context, replica_id: str) -> None:
 @click.command()
 @pass_context
 def migrate(context: Context) -> None:
-    """Bring the database of LMAAS_DATABASE_URL to the newest schema."""
+    """Bring the database of LMAAS_DATABASE_URL to the newest schema, with its roles and their rights."""
     if context.settings.database_url is None:
         raise click.UsageError("Set LMAAS_DATABASE_URL.")
-    from lmaas.store.migrate import upgrade
+    from lmaas.store.migrate import parse_passwords, upgrade
 
-    upgrade(context.settings.database_url)
+    settings = context.settings
+    upgrade(str(settings.database_url), prefix=settings.database_role_prefix, passwords=parse_passwords(settings.database_passwords))
 
 
 @click.command()

@@ -24,20 +24,25 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("trace", type=FILE, required=False)
-@click.option("--generate", "generated", type=FILE, help="Write a made-up bursty day to this file; without a TRACE, do no more.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is made up: the day, and who asked if a trace does not say.")
-@click.option("--tenants", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Tenants of what is made up.")
-@click.option("--adapters", type=click.IntRange(0, 1000), default=1, show_default=True, help="Adapters of each of them; 0: base model.")
-@click.option("--bursts", type=click.FloatRange(1), default=1500, show_default=True, help="Bursts of all tenants in the made-up day.")
-@click.option("--azure", is_flag=True, help="The columns of the Azure LLM inference traces. Found by themselves as well.")
-@click.option("--column", "named", multiple=True, metavar="NAME=HEADING", help=f"What a column is called: {', '.join(COLUMN_NAMES)}.")
-@click.option("--chart", "charts", multiple=True, type=FILE, help="Draw it: .png, .svg or .html. May be given twice.")
-@click.option("--only", multiple=True, type=click.Choice(["always-on", "scale-to-zero", "shared"]), help="Some of the arrangements.")
+@click.option("--generate", "generated", type=FILE, help="Write a generated day with bursts to this file. Without a TRACE, that is all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of a generated day, and of the tenants of a trace without any.")
+@click.option("--tenants", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Generated tenants.")
+@click.option("--adapters", type=click.IntRange(0, 1000), default=1, show_default=True, help="Adapters of each. 0: the base model.")
+@click.option("--bursts", type=click.FloatRange(1), default=1500, show_default=True, help="Bursts of all tenants in a generated day.")
+@click.option("--azure", is_flag=True, help="Read the columns of Azure LLM inference traces, which are usually recognised.")
+@click.option("--column", "named", multiple=True, metavar="NAME=HEADING", help=f"The heading of a column: {', '.join(COLUMN_NAMES)}.")
+@click.option("--chart", "charts", multiple=True, type=FILE, help="Draw a chart into this file: .png, .svg or .html. May be repeated.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(["always-on", "scale-to-zero", "shared"]),
+    help="Only this arrangement; may be repeated.",
+)
 @click.option("--profile", type=FILE, help="Measured times of an engine (JSON).")
-@click.option("--start-s", type=click.FloatRange(0), help="An engine's start, from its launch to its first token.")
+@click.option("--start-s", type=click.FloatRange(0), help="Seconds from an engine's launch to its first token.")
 @click.option("--slots", type=click.IntRange(1), help="Sequences that an engine runs at once.  [default: LMAAS_ENGINE_MAX_NUM_SEQS]")
-@click.option("--idle-timeout-s", type=click.FloatRange(0), help="When idle engines stop.  [default: LMAAS_IDLE_TIMEOUT_S]")
-@click.option("--max-replicas", type=click.IntRange(1), default=8, show_default=True, help="Engines of the shared pool.")
+@click.option("--idle-timeout-s", type=click.FloatRange(0), help="Idle time before an engine stops.  [default: LMAAS_IDLE_TIMEOUT_S]")
+@click.option("--max-replicas", type=click.IntRange(1), default=8, show_default=True, help="The most engines of the shared pool.")
 @click.option("--engine-price", type=click.IntRange(0), default=400_000, show_default=True, help="Micro-dollars per hour of an engine.")
 @click.make_pass_decorator(Context)
 def simulate(
@@ -59,10 +64,10 @@ def simulate(
     max_replicas: int,
     engine_price: int,
 ) -> None:
-    """What TRACE would cost: an engine per tenant that is always on, one that scales to zero, or shared engines.
+    """Compute the cost of TRACE with an engine for each tenant, always on or scaled to zero, and with shared engines.
 
-    TRACE is CSV with a header and the columns time (seconds, or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
-    completion_tokens; or an Azure LLM inference trace, whose requests are given to tenants by the seed. See docs/simulation.md.
+    TRACE is a CSV file with a header and the columns time (seconds or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
+    completion_tokens. It may be an Azure LLM inference trace, whose requests are assigned to tenants by the seed. See docs/simulation.md.
     """
     from rich.console import Console
 
@@ -73,7 +78,7 @@ def simulate(
         _generate(generated, Day(seed=seed, tenants=tenants, adapters=adapters, bursts=bursts), console)
     if trace is None:
         if generated is None:
-            raise click.UsageError("Say which TRACE, or --generate one.")
+            raise click.UsageError("Give a TRACE, or --generate one.")
         return
     from lmaas.simulation.chart import check_chart, write_chart
     from lmaas.simulation.queue import server

@@ -1,6 +1,7 @@
 """Rows of the API as tables for people."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
         number = all(isinstance(row.get(column), int | float) for row in rows)
-        title = heading(column) if width is None else heading(column).replace(" ", "\n")
+        title = heading(column)
+        if width is not None:
+            title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
         table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=column not in _WRAPPED)
     for index in range(len(rows)):
         table.add_row(*(texts[column][index] for column in shown))

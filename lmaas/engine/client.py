@@ -1,4 +1,4 @@
-"""What we ask of a vLLM server over HTTP."""
+"""The HTTP client of vLLM servers."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-#: What a broken connection or a dead engine raises.
+#: Errors of a broken connection or a dead engine.
 CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
 
 #: How long an engine may take to end a response whose answer is complete.
@@ -18,7 +18,7 @@ COUNTERS_TIMEOUT_S = 5.0
 
 
 class EngineError(Exception):
-    """The engine answered a request of ours with an error. `status` is HTTP's."""
+    """The engine responded with an error. `status` is the HTTP status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status}: {text[:500]}")
@@ -27,7 +27,7 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What a probe used: it counts in the engine's own counters too."""
+    """The tokens of a probe, which are in the engine's own counters too."""
 
     request_id: str
     prompt_tokens: int
@@ -78,7 +78,7 @@ class EngineClient:
         return self._session
 
     async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """Send a request and give its response while it arrives; whoever has it must `let_go` of it. Raises one of CONNECTION_ERRORS
+        """Send a request and return its response while it arrives. The caller must `let_go` of it. Raises one of CONNECTION_ERRORS
         if the engine breaks."""
         sent = {"content-type": "application/json", **headers}
         return await self.session.post(url + path, data=body, headers=sent)
@@ -102,7 +102,7 @@ class EngineClient:
             return text
 
     async def healthy(self, url: str) -> bool:
-        """Whether the server answers at all. It may still be unable to generate."""
+        """Return whether the server responds. It may still be unable to generate."""
         try:
             await self._ask("GET", f"{url}/health", timeout_s=5)
         except (EngineError, *CONNECTION_ERRORS):
@@ -126,7 +126,7 @@ class EngineClient:
         await self._ask("POST", f"{url}/inference/v1/abort_requests", {"request_ids": engine_ids}, timeout_s=1)
 
     async def load_adapter(self, url: str, name: str, path: str) -> None:
-        """Load an adapter's folder under an engine-wide name. Loading what is there already is no error."""
+        """Load an adapter's folder under an engine-wide name. Loading it again is not an error."""
         try:
             await self._ask("POST", f"{url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, timeout_s=120)
         except EngineError as error:
@@ -134,7 +134,7 @@ class EngineClient:
                 raise
 
     async def unload_adapter(self, url: str, name: str) -> None:
-        """Forget an adapter. Forgetting what is not there is no error."""
+        """Unload an adapter. An adapter that is not loaded is not an error."""
         try:
             await self._ask("POST", f"{url}/v1/unload_lora_adapter", {"lora_name": name}, timeout_s=30)
         except EngineError as error:
@@ -142,7 +142,7 @@ class EngineClient:
                 raise
 
     async def generated_tokens(self, url: str) -> float:
-        """The engine's counters of prompt and generated tokens, added up: they move while it works."""
+        """Return the sum of the engine's counters of prompt and generated tokens, which grows while it works."""
         text = (await self._ask("GET", f"{url}/metrics", timeout_s=COUNTERS_TIMEOUT_S)).decode()
         wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))

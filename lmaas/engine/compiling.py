@@ -1,4 +1,4 @@
-"""The compilations of grammars that run in an engine, as its processes note them in shared memory and its supervisor reads them.
+"""Notes of the running compilations of grammars. An engine's processes write them to shared memory, and its supervisor reads them.
 
 A grammar is compiled in one of a few threads for all tenants. One compilation that never ends holds up every request with a grammar. The
 engine still generates tokens for the others, so nothing else shows it.
@@ -36,7 +36,7 @@ class Compilation:
 
     @property
     def stands_still(self) -> bool:
-        """Whether it has taken so long that it will hardly end."""
+        """Whether it has taken so long that it will hardly ever end."""
         return self.cpu_s > CPU_LIMIT_S or self.wall_s > WALL_LIMIT_S
 
 

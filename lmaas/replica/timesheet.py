@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 #: A supervisor that is killed loses this much of its engine's time at most.
 WRITE_EVERY_S = 5.0
-#: How long the supervisor stays for its last word if Postgres is away. Its engine is gone by then.
+#: How long the supervisor tries to write the rest if Postgres is away. Its engine has ended by then.
 LAST_WORD_S = 600.0
 RETRY_S = 1.0
 
@@ -38,7 +38,7 @@ class TimeSheet:
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """The engine's life: it is launched in this block, and gone at its end. The last word is written however the block ends."""
+        """The engine's life: it is launched in this block, and gone at its end. The rest is written however the block ends."""
         self._meter = EngineMeter(datetime.now(UTC), self._clock(), self._model.engine_price)
         try:
             yield
@@ -47,7 +47,7 @@ class TimeSheet:
             await self._write_at_last()
 
     def observe(self, phase: EnginePhase) -> None:
-        """The engine is in this phase from now on."""
+        """Record that the engine is in this phase from now on."""
         self._meter.observe(self._clock(), phase=phase)
 
     async def write_forever(self) -> None:

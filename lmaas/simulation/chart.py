@@ -1,4 +1,4 @@
-"""The outcome of a simulation as a picture: PNG or SVG, or a page of HTML that needs nothing else."""
+"""Draws the results of a simulation as PNG, SVG or a self-contained HTML page."""
 
 import html
 import io
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which people with any colour vision tell apart; lines differ in their dashes as well.
+#: Okabe and Ito's colours, which people with any colour vision can distinguish; lines differ in their dashes as well.
 STYLES = {
     Arrangement.ALWAYS_ON: ("#D55E00", (0, (6, 2))),
     Arrangement.SCALE_TO_ZERO: ("#E69F00", "solid"),
@@ -30,7 +30,7 @@ INK, FAINT = "#222222", "#dddddd"
 
 
 def check_chart(path: Path) -> None:
-    """Whether a chart can be written there, before anything is simulated. Raises SettingsError if not."""
+    """Raise SettingsError if a chart cannot be written to `path`. Called before anything is simulated."""
     if path.suffix not in FORMATS:
         raise SettingsError(f"The chart's file must end in {', '.join(FORMATS)}, not {path.name!r}.")
     if not path.absolute().parent.is_dir():
@@ -40,7 +40,7 @@ def check_chart(path: Path) -> None:
 
 
 def write_chart(results: Sequence[Result], path: Path, title: str, notes: Sequence[str]) -> None:
-    """Draw the results; the file's name says how: .png, .svg or .html. Raises SettingsError if that is not possible."""
+    """Draw the results in the format of the file's ending: .png, .svg or .html. Raises SettingsError if that is not possible."""
     check_chart(path)
     figure = _figure(results, title)
     try:

@@ -1,11 +1,11 @@
-"""A clock that jumps from one event to the next: hours take seconds, and every run is the same."""
+"""A virtual clock that jumps from one event to the next, so that hours take seconds and every run is the same."""
 
 import heapq
 from collections.abc import Callable
 
 
 class Clock:
-    """Runs what is due in the order of time; what is due at the same moment, in the order in which it was asked for."""
+    """Runs callbacks in the order of their time, and those of the same time in the order in which they were scheduled."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -13,16 +13,16 @@ class Clock:
         self._asked = 0
 
     def at(self, when_s: float, what: Callable[[], None]) -> None:
-        """Do this at that time; now, if it has passed."""
+        """Schedule a callback for a time, or for now if the time has passed."""
         self._asked += 1
         heapq.heappush(self._due, (max(when_s, self.now_s), self._asked, what))
 
     def after(self, delay_s: float, what: Callable[[], None]) -> None:
-        """Do this so many seconds from now."""
+        """Schedule a callback after a number of seconds."""
         self.at(self.now_s + delay_s, what)
 
     def run(self) -> None:
-        """Go on until nothing is due any more."""
+        """Run until no callback is left."""
         while self._due:
             self.now_s, _, what = heapq.heappop(self._due)
             what()

@@ -32,9 +32,9 @@ class _Run:
 
 
 class Engine:
-    """Continuous batching: whoever arrives joins at the next step, whoever has finished leaves after its last.
+    """Continuous batching: a new request joins at the next step, and a finished one leaves after its last step.
 
-    It takes whatever it is given: how much that is at once, the scheduler decides. `on_first` and `on_done` are called with the name
+    It accepts every request; the scheduler decides how many run at once. `on_first` and `on_done` are called with the name
     of a sequence when it has its first token, and all of them.
     """
 
@@ -53,12 +53,12 @@ class Engine:
         self.busy_s = 0.0
 
     def begin(self, name: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Take in a request."""
+        """Accept a request."""
         self._arrived.append(Sequence(name, prompt_tokens, completion_tokens))
         if self._planning:
             return
         if self._run is None:
-            # Whoever else comes at this moment is in the same step.
+            # Other requests that arrive at the same time join the same step.
             self._planning = True
             self._clock.after(0, self._go_on)
         elif self._run.steps > 1:
@@ -69,7 +69,7 @@ class Engine:
                 self._begin_run(run.began_s, run.step_s, steps, [])
 
     def generated(self, name: int) -> int:
-        """How many tokens of this request are there."""
+        """Return the number of tokens that a request has."""
         sequence = self._finish.get(name)
         if sequence is None:
             return 0
@@ -101,7 +101,7 @@ class Engine:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Plan the steps from here to where something changes."""
+        """Plan the steps until the next change."""
         self._planning = False
         profile = self._profile
         step_s = profile.step_s + profile.step_sequence_s * len(self._running)

@@ -1,4 +1,4 @@
-"""A bursty day of many tenants, by a seed: some far more popular than others, each there in bursts, and fewer at night."""
+"""Generates a bursty day of many tenants from a seed: some far more popular than others, each active in bursts, fewer at night."""
 
 import math
 import random
@@ -12,11 +12,12 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """What a day is like. A burst is a conversation, or a job: one tenant asks again and again for some minutes, and then not for long.
+    """The parameters of a day. A burst is a conversation or a job: one tenant sends requests for some minutes, and then none for a long
+    time.
 
-    Tenant n has a part of the `bursts` that is proportional to 1/n^`zipf`. Bursts begin at random, at night (0 h) at `night` times the
-    rate of the afternoon (12 h). They last for `burst_s` on average (exponentially), with a request every `between_s` on average.
-    Tokens are log-normal around a median, with bounds.
+    Tenant n has a part of the `bursts` that is proportional to 1/n^`zipf`. Bursts begin at random, at night (0 h) at `night` times the rate
+    of the afternoon (12 h). They last for `burst_s` on average (exponentially), with a request every `between_s` on average. Tokens are
+    log-normal around a median, with bounds.
     """
 
     seed: int = 0
@@ -29,7 +30,7 @@ class Day:
     between_s: float = 6.0
     prompt_tokens: int = 160
     completion_tokens: int = 64
-    #: Deviation of the logarithm of the numbers of tokens, and what no request exceeds.
+    #: Deviation of the logarithm of the numbers of tokens, and their upper bound.
     spread: float = 0.8
     max_tokens: int = 1000
     length_s: float = DAY_S
@@ -51,7 +52,7 @@ class Day:
                     at_s += chance.expovariate(1 / self.between_s)
 
     def _begins(self, chance: random.Random, count: float) -> Iterator[float]:
-        """When bursts begin: as many as `count` on average, more at noon than at night (by thinning)."""
+        """Return the beginnings of bursts, `count` on average, more at noon than at night (by thinning)."""
         at_s, peak = 0.0, 2 * count / (1 + self.night) / self.length_s
         while True:
             at_s += chance.expovariate(peak)
@@ -66,7 +67,7 @@ class Day:
 
 
 def generate(day: Day) -> Trace:
-    """The day as a trace. Raises TraceError if nobody asks for anything."""
+    """Generate the day as a trace. Raises TraceError if it has no request."""
     trace = Trace()
     for one in day.requests():
         trace.add(one.at_s, one.tenant, one.adapter, one.prompt_tokens, one.completion_tokens)

@@ -1,6 +1,6 @@
 """One pool on a virtual clock: the real queue and the real autoscaler, over modelled engines.
 
-Gateway, controller and supervisors are here in a few lines each: who calls which of the scheduler's functions, and when, is what they do.
+Gateway, controller and supervisors are reduced to their calls of the scheduler's functions.
 """
 
 import json
@@ -54,7 +54,7 @@ class _Open:
 
 
 class Pool:
-    """The replicas of one base model. Give it requests at their time; what becomes of them is in the tally."""
+    """The replicas of one base model. Requests are submitted at their time, and their results are in the tally."""
 
     def __init__(
         self, name: str, clock: Clock, queue: Queue, scaling: Scaling, profile: Profile, tally: Tally, *, max_queued: int, deadline_s: float
@@ -151,7 +151,7 @@ class Pool:
         return self._queue.renew(self._name, progress)
 
     def _hear(self) -> None:
-        """Act on what the scheduler has said: each message may lead to more."""
+        """Act on the scheduler's messages, each of which may lead to more."""
         if self._hearing:
             return
         self._hearing = True
@@ -210,7 +210,7 @@ class Pool:
         return None if policy.min_replicas == policy.max_replicas and not changing else 0.0
 
     def _look(self) -> None:
-        """What the controller does when it looks at this pool."""
+        """Do what the controller does for this pool in a tick."""
         if self._open or not self._stats:
             self._stats = self._queue.ask(self._queue.stats(self._name))
             self._hear()
@@ -263,7 +263,7 @@ class Pool:
             self._hear()
 
     def _beating(self) -> list[_Replica]:
-        """Those whose supervisors beat now."""
+        """Return the replicas whose supervisors send heartbeats now."""
         there = [replica for replica in self._replicas.values() if replica.launched_s <= self._clock.now_s]
         return [replica for replica in there if replica.state is not Observed.STOPPED]
 
@@ -306,7 +306,7 @@ class Pool:
         self._hear()
 
     def _drain(self, replica: _Replica) -> None:
-        """No more work; when the last request has ended, the engine stops."""
+        """Take no new work, and stop the engine after the last request."""
         replica.state = Observed.DRAINING
         load = self._queue.ask(self._queue.drain(self._name, replica.id))
         self._hear()
@@ -329,7 +329,7 @@ class Pool:
         self._tally.busy_s += replica.engine.busy_s
 
     def close(self, at_s: float) -> None:
-        """The trace is over, at this time: what still runs is counted until then."""
+        """End the trace at this time. What still runs is counted until then."""
         for replica in self._replicas.values():
             self._count(replica, at_s)
         self._replicas.clear()

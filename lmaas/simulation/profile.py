@@ -1,4 +1,4 @@
-"""How fast an engine is: what was measured or guessed, and is assumed of every engine of a simulation."""
+"""The speed of an engine, measured or guessed, which the simulation assumes of every engine."""
 
 import json
 import math
@@ -17,7 +17,7 @@ class Profile:
     `python -m bench.bill` measures them on another machine.
     """
 
-    #: From the controller's decision to the engine's launch: a supervisor process starts. Nobody counts this as engine time.
+    #: From the controller's decision to the engine's launch: a supervisor process starts. This is not engine time.
     spawn_s: float = 1.2
     #: From the launch until it has generated its first token.
     start_s: float = 1.5
@@ -27,7 +27,7 @@ class Profile:
     stop_s: float = 1.0
     #: One adapter, fetched and loaded.
     load_s: float = 0.05
-    #: What the gateway, the queue and the network add before the first token.
+    #: Time that gateway, queue and network add before the first token.
     overhead_s: float = 0.006
     #: A step of the engine makes one token for each sequence that runs: `step_s` + `step_sequence_s` for each.
     step_s: float = 0.023
@@ -54,7 +54,7 @@ MAY_BE_ZERO = frozenset({"spawn_s", "start_s", "notice_s", "stop_s", "load_s", "
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile from JSON; what is not in the file is the default. Raises SettingsError if it is not one."""
+    """Read a profile from JSON. Values that are not in the file are defaults. Raises SettingsError for an invalid file."""
     try:
         given = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The scheduler's real functions in a Valkey of the simulation's own, with the time that the simulation says."""
+"""The scheduler's real functions in a Valkey of the simulation's own, at the simulated time."""
 
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ TAKE_SAID: bytes = pack_command(("LPOP", "said", 1_000_000))  # type: ignore[arg
 class Queue(Scheduler):
     """The scheduler's client, except that a call is answered before it returns, at the time of `now_s`.
 
-    `take_messages` gives what was published since it was called last.
+    `take_messages` returns what was published since its last call.
     """
 
     def __init__(self, redis: Redis, now_s: Callable[[], float]) -> None:
@@ -48,12 +48,12 @@ class Queue(Scheduler):
         return await _Call((f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args))
 
     def ask(self, calling: Coroutine[Any, Any, Answer]) -> Answer:
-        """What one call of the client answers, now."""
+        """Return the result of one call of the client at the present time."""
         answer: Answer = self.ask_all(calling)[0]
         return answer
 
     def ask_all(self, *callings: Coroutine[Any, Any, Any]) -> list[Any]:
-        """What these calls answer, one after the other at this moment, sent together."""
+        """Return the results of these calls, made one after the other at the present time and sent together."""
         now_ms = BEGINNING_MS + round(self._now_s() * 1000)
         pack: Callable[[Any], bytes] = pack_command  # hiredis describes a tuple of one element
         commands = [pack(("MSET", "now:s", now_ms // 1000, "now:us", now_ms % 1000 * 1000))]
@@ -92,7 +92,7 @@ def _answered(calling: Coroutine[Any, Any, Any], reply: Any) -> Any:
 
 @contextmanager
 def server() -> Iterator[Redis]:
-    """A Valkey in memory, for one simulation after the other."""
+    """Run a Valkey in memory, for one simulation after the other."""
     from lmaas.up.embedded import valkey  # noqa: PLC0415 (a gateway's image has no server)
 
     with TemporaryDirectory(prefix="lmaas-simulation-") as folder, valkey(Path(folder)) as url:

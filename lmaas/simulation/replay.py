@@ -20,7 +20,7 @@ MS_PER_HOUR = 3_600_000
 
 
 class Arrangement(StrEnum):
-    """Who has engines, and when."""
+    """The arrangements: which tenants have engines of their own, and when."""
 
     ALWAYS_ON = "always-on per tenant"
     SCALE_TO_ZERO = "scale-to-zero per tenant"
@@ -29,7 +29,8 @@ class Arrangement(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is simulated. The idle timeout is the same for all arrangements; only the shared pool may have more than one engine.
+    """The parameters of a simulation. The idle timeout is the same for all arrangements; only the shared pool may have more than one
+    engine.
 
     `engine_price` is in micro-dollars per hour of an engine. A request that has waited for `deadline_s` is given up.
     """
@@ -50,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an arrangement cost and gave. TTFTs are in order of size."""
+    """The cost and the latencies of an arrangement. TTFTs are sorted."""
 
     arrangement: Arrangement
     tally: Tally
@@ -68,7 +69,7 @@ class Result:
 
 
 def replay(trace: Trace, arrangement: Arrangement, options: Options, redis: Redis) -> Result:
-    """Every request of the trace, at its time, on an empty server's queue."""
+    """Replay every request of the trace at its time, with an empty queue."""
     redis.flushall()
     clock, tally = Clock(), Tally()
     queue = Queue(redis, lambda: clock.now_s)
@@ -96,7 +97,7 @@ def _submit(pools: dict[str, Pool], open_pool: Callable[[str], Pool], arrangemen
 
 
 def _feed(requests: Iterator[Request], number: int, clock: Clock, submit: Callable[[int, Request], None]) -> None:
-    """Give the next request when its time comes, and only then look at the one after it."""
+    """Submit the next request at its time, and only then read the one after it."""
     request = next(requests, None)
     if request is None:
         return

@@ -1,4 +1,4 @@
-"""The outcome of a simulation as rows of numbers, for a table, JSON or a chart."""
+"""Turns the results of a simulation into rows of numbers, for a table, JSON or a chart."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from lmaas.simulation.replay import Arrangement, Result
 
-#: What people see; JSON has all of it.
+#: The columns of the table; JSON has all.
 COLUMNS = (
     "arrangement",
     "engine_s",
@@ -25,7 +25,7 @@ PERCENTILES = (50, 95, 99)
 
 
 def row(result: Result, always_on_s: float | None) -> dict[str, Any]:
-    """One arrangement. `of_always_on` is its engine time ÷ that of one engine per tenant that never stops; None if that was not asked for.
+    """One arrangement. `of_always_on` is its engine time ÷ that of one engine per tenant that never stops; None if that was not simulated.
 
     `busy` is the part of the engines' time in which something ran. A percentile of nothing is None.
     """

@@ -1,4 +1,4 @@
-"""The seam to the autoscaler: its own decision, and what it wants remembered between two."""
+"""Calls the real autoscaler, and keeps its memory between two decisions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from lmaas.control.autoscaler import Demand, Policy, ScalingState, decide
 
 
 class Scaling:
-    """How many replicas one pool should have, by the product's own policy, as its controller asks it."""
+    """The number of replicas that one pool should have, by the controller's own policy."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -1,4 +1,4 @@
-"""What is counted while a simulation runs."""
+"""Counts of a running simulation."""
 
 import math
 from array import array
@@ -16,7 +16,7 @@ class Span:
 
 @dataclass(slots=True)
 class Tally:
-    """What happened to the requests, and the engines' lives."""
+    """The results of the requests, and the lives of the engines."""
 
     ttft_s: "array[float]" = field(default_factory=lambda: array("d"))
     total_s: "array[float]" = field(default_factory=lambda: array("d"))

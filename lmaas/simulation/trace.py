@@ -1,4 +1,4 @@
-"""Traces of requests: who asked when, with which adapter, for how many tokens; read from CSV, line by line."""
+"""Traces of requests (time, tenant, adapter, tokens), read from CSV line by line."""
 
 import csv
 import math
@@ -21,14 +21,14 @@ WRITTEN = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
 
 
 class TraceError(LmaasError):
-    """The trace is not one; the message says what is wrong in which line."""
+    """The file is not a valid trace. The message names the line and the problem."""
 
     kind, status, type, code = "invalid_trace", 400, "invalid_request_error", "invalid_trace"
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the columns are called. Without a column of tenants or adapters, `Assignment` says who asked."""
+    """The headings of the columns. Without a column of tenants or adapters, `Assignment` chooses them."""
 
     time: str = "time"
     tenant: str | None = "tenant"
@@ -37,7 +37,7 @@ class Columns:
     completion_tokens: str = "completion_tokens"
 
     def names(self) -> list[str]:
-        """Those that must be there."""
+        """The required headings."""
         return [name for field in fields(self) if (name := getattr(self, field.name)) is not None]
 
 
@@ -47,7 +47,7 @@ AZURE = Columns("TIMESTAMP", None, None, "ContextTokens", "GeneratedTokens")
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Who asked, where a trace does not say.
+    """The rule that assigns requests to tenants and adapters if a trace does not contain them.
 
     In each slot of time a tenant is there or not, by the seed; a request is of one of those that are there, more popular ones more
     often (the n-th with 1/n^`zipf`). A tenant uses one adapter, again the popular ones more often.
@@ -75,7 +75,7 @@ class Request:
 class Trace:
     """Requests in the order of time, in 28 bytes each: a day of millions fits into memory.
 
-    `remarks` say what was mended while it was read.
+    `remarks` report what was corrected while it was read.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Trace:
         self.remarks: list[str] = []
 
     def add(self, at_s: float, tenant: str, adapter: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """One more request. Its time is of any clock; `ordered` makes it one of the trace."""
+        """Add a request. Its time is of any clock; `ordered` shifts it."""
         who = self._names.get((tenant, adapter))
         if who is None:
             who = self._names[tenant, adapter] = len(self._known)
@@ -123,17 +123,17 @@ class Trace:
 
     @property
     def span_s(self) -> float:
-        """From the first request to the last."""
+        """Seconds from the first request to the last."""
         return self._at_s[-1] - self._at_s[0]
 
     @property
     def tenants(self) -> list[str]:
-        """Who asks."""
+        """The names of the tenants."""
         return sorted({tenant for tenant, _ in self._known})
 
     @property
     def adapters(self) -> int:
-        """How many different adapters are asked for."""
+        """The number of different adapters."""
         return sum(adapter != "" for _, adapter in self._known)
 
     @property
@@ -143,7 +143,7 @@ class Trace:
 
 
 class _Assigned:
-    """Says who asked, by the rule of `Assignment`."""
+    """Assigns requests by the rule of `Assignment`."""
 
     def __init__(self, rule: Assignment) -> None:
         self._rule = rule
@@ -168,7 +168,8 @@ class _Assigned:
 
 
 def read_trace(path: Path, columns: Columns | None = None, rule: Assignment | None = None) -> Trace:
-    """A trace from a CSV file with a header line. Without `columns`, ours, or Azure's if the header has those.
+    """Read a trace from a CSV file with a header line. Without `columns`, the default headings are used, or Azure's if the header has
+    those.
 
     Times are seconds, or dates with times in ISO 8601. Raises TraceError.
     """

@@ -60,7 +60,7 @@ def _not_found() -> NotFound:
 def _adapters(tenant_id: str) -> Select[Any]:
     latest = (
         select(func.coalesce(func.max(adapter_versions.c.version), 0))
-        .where(adapter_versions.c.adapter_id == adapters.c.id)
+        .where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.tenant_id == tenant_id)
         .scalar_subquery()
     )
     return (
@@ -93,7 +93,7 @@ async def list_versions(
     adapter = await get_adapter(db, tenant_id, name)
     query = (
         select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
-        .where(adapter_versions.c.adapter_id == adapter.id)
+        .where(adapter_versions.c.adapter_id == adapter.id, adapter_versions.c.tenant_id == tenant_id)
         .order_by(adapter_versions.c.version)
         .limit(limit)
     )
@@ -155,7 +155,7 @@ async def add_version(
                 f"This tenant has {tenant.max_adapters} adapters, the maximum. Delete one, or raise max_adapters.", code="too_many_adapters"
             )
         columns = adapter_versions.c
-        latest = select(func.max(columns.version)).where(columns.adapter_id == row.id)
+        latest = select(func.max(columns.version)).where(columns.adapter_id == row.id, columns.tenant_id == tenant_id)
         version = (await connection.execute(latest.where(columns.content_hash == content_hash))).scalar_one()
         is_new = version is None
         if is_new:
@@ -163,6 +163,7 @@ async def add_version(
             await connection.execute(
                 insert(adapter_versions).values(
                     adapter_id=row.id,
+                    tenant_id=tenant_id,
                     version=version,
                     content_hash=content_hash,
                     rank=rank,
@@ -172,7 +173,9 @@ async def add_version(
             )
         goes_live = activate and row.live_version != version
         if goes_live:
-            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+            await connection.execute(
+                update(adapters).where(adapters.c.id == row.id, adapters.c.tenant_id == tenant_id).values(live_version=version)
+            )
         if is_new or goes_live:
             await record(connection, audit, tenant_id, f"{name}@{version}")
     return int(version), is_new
@@ -180,7 +183,10 @@ async def add_version(
 
 async def activate(db: Database, tenant_id: str, name: str, version: int, *, audit: Audit | None = None) -> None:
     """Make `version` the live one; an older one is a rollback. Raises NotFound."""
-    exists = select(adapter_versions.c.version).where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.version == version)
+    columns = adapter_versions.c
+    exists = select(columns.version).where(
+        columns.adapter_id == adapters.c.id, columns.tenant_id == adapters.c.tenant_id, columns.version == version
+    )
     query = (
         select(adapters.c.id, adapters.c.live_version)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, exists.exists())
@@ -235,7 +241,7 @@ async def find_served(db: Database, tenant_id: str, name: str, version: int | No
             adapters.c.base_model_id,
             adapter_versions.c.created_at,
         )
-        .join(adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
+        .join(adapter_versions)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, adapter_versions.c.version == wanted)
     )
     async with db.begin(tenant_id) as connection:

@@ -3,15 +3,18 @@
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
-from sqlalchemy import make_url, text
+import psycopg
+from psycopg.errors import InsufficientPrivilege, InvalidParameterValue
+from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from lmaas.errors import Unavailable
-from lmaas.store.scopes import SYSTEM, AnyScope
+from lmaas.errors import SettingsError, Unavailable
+from lmaas.store.rights import DatabaseRole, role_name
+from lmaas.store.scopes import SYSTEM, AnyScope, begin_statement
 
 
 def driver_url(url: str) -> str:
@@ -37,15 +40,24 @@ class Writes(Protocol):
 
 
 class Database:
-    """A pool of connections. Every use is one transaction; a database that is away raises Unavailable."""
+    """A pool of connections. Every use is one transaction; a database that is away raises Unavailable.
 
-    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+    `role` is the role of this process. Its login may be that very role, or one that may act as it; then each transaction does. Without
+    a role, transactions have the login's own rights.
+    """
+
+    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
+        self._role, self._prefix = role, prefix
+        self._login = make_url(driver_url(url)).username
+        #: What a transaction has to become, unless the login is it already.
+        self._acts_as = None if role is None or role_name(prefix, role) == self._login else role
         self._engine = create_async_engine(
             driver_url(url),
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_timeout=5,
-            pool_pre_ping=True,
+            # The driver begins no transaction by itself: ours begins with its scope, in one exchange.
+            isolation_level="AUTOCOMMIT",
             # Errors go to the log; hashes of keys and names of tenants do not.
             hide_parameters=True,
             connect_args={"connect_timeout": 5, "options": "-c statement_timeout=10000 -c timezone=UTC"},
@@ -53,14 +65,19 @@ class Database:
 
     @asynccontextmanager
     async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
-        """Provide a transaction that sees the rows of `scope`: a tenant by its id, SYSTEM, OPERATOR, or a KeyScope.
+        """Provide a transaction that sees the rows of `scope`: a tenant by its id, SYSTEM, OPERATOR, CLAIMS, or a KeyScope.
 
         It is committed at the end of the block, and rolled back on an error.
         """
+        statement = begin_statement(scope, self._prefix, self._acts_as)
         try:
-            async with self._engine.begin() as connection:
-                yield connection
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            connection = await self._begun(statement)
+            try:
+                async with connection.begin():
+                    yield connection
+            finally:
+                await connection.close()
+        except (OperationalError, InterfaceError, PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise Unavailable("The database is not available. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
         except DBAPIError as error:
             if error.connection_invalidated:
@@ -69,22 +86,53 @@ class Database:
                 ) from error
             raise
 
+    async def _begun(self, statement: str) -> AsyncConnection:
+        """Return a connection on which the transaction has begun. This exchange also finds out whether the connection still lives."""
+        while True:
+            connection = await self._engine.connect()
+            try:
+                raw = await connection.get_raw_connection()
+                is_new = not raw.info.setdefault("lmaas_used", False)
+                raw.info["lmaas_used"] = True
+                driver: psycopg.AsyncConnection[Any] = raw.driver_connection  # type: ignore[assignment]
+                await driver.execute(statement.encode(), prepare=False)
+            except (psycopg.OperationalError, psycopg.InterfaceError):
+                # One that lay in the pool may have died meanwhile: the next one is asked, in the end a new one.
+                await connection.invalidate()
+                await connection.close()
+                if is_new:
+                    raise
+            except (InsufficientPrivilege, InvalidParameterValue) as error:
+                await connection.close()
+                raise SettingsError(
+                    f"The database login {self._login!r} may not act as a role that it needs: {str(error).splitlines()[0]}. Run "
+                    "`lmaas migrate` with a login that may grant it, or use the login of the role itself (docs/tenancy.md)."
+                ) from error
+            except BaseException:
+                await connection.close()
+                raise
+            else:
+                return connection
+
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator[AsyncConnection]:
-        """A connection of one's own, each statement its own transaction. Raises Unavailable if there is none to be had."""
+        """Provide a connection of one's own with the login's rights, each statement its own transaction.
+
+        Raises Unavailable if there is none to be had.
+        """
         try:
             connection = await self._engine.connect()
         except (OperationalError, InterfaceError, PoolTimeout) as error:
             raise Unavailable("The database is not available. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
         try:
-            yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
         finally:
             await connection.close()
 
     async def check(self) -> None:
         """Raises Unavailable if the database is away."""
-        async with self.begin(SYSTEM) as connection:
-            await connection.execute(text("SELECT 1"))
+        async with self.begin(SYSTEM):
+            pass
 
     async def close(self) -> None:
         """Close every connection."""

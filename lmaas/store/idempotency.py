@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from lmaas.states import ClaimState
 from lmaas.store.database import Database
-from lmaas.store.scopes import SYSTEM
+from lmaas.store.scopes import CLAIMS, SYSTEM
 from lmaas.store.tables import idempotency as rows
 from lmaas.store.tables import tenants
 
@@ -124,7 +124,7 @@ async def seen(db: Database, claims: list[Claim]) -> None:
     for start in range(0, len(claims), 1000):
         ids = [(claim.tenant_id, claim.key, claim.request_id) for claim in claims[start : start + 1000]]
         own = tuple_(rows.c.tenant_id, rows.c.key, rows.c.request_id).in_(ids)
-        async with db.begin(SYSTEM) as connection:
+        async with db.begin(CLAIMS) as connection:
             await connection.execute(update(rows).where(own, rows.c.state == ClaimState.RUNNING).values(seen_at=func.now()))
 
 

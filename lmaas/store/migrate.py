@@ -1,7 +1,8 @@
-"""Brings a database to the newest schema."""
+"""Brings a database to the newest schema, and its roles, rights and policies to what this release needs."""
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from alembic import command
@@ -9,8 +10,10 @@ from alembic.config import Config
 from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.exc import OperationalError
 
-from lmaas.errors import Unavailable
+from lmaas.errors import SettingsError, Unavailable
 from lmaas.store.database import driver_url
+from lmaas.store.rights import LOGINS, DatabaseRole, role_name
+from lmaas.store.roles import adopt, guard, prepare_roles
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +27,15 @@ RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 #: Postgres' codes for a lock that did not come, and for two who wait for each other.
 LOCKED = ("55P03", "40P01")
+NO_PASSWORDS: Mapping[DatabaseRole, str] = {}
 
 
-def upgrade(database_url: str, to: str = "head") -> None:
-    """Run the missing migrations, each of them whole or not at all. Two at once wait for each other.
+def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passwords: Mapping[DatabaseRole, str] = NO_PASSWORDS) -> None:
+    """Run the missing migrations, each of them whole or not at all, and set roles, rights and policies. Two at once wait for each other.
 
-    Raises Unavailable `database_busy` if a table is locked by others for RETRY_FOR_S.
+    `prefix` begins the roles' names; roles in `passwords` may log in with them. With another `to` than `head`, rights and policies stay
+    as they are. Raises Unavailable `database_busy` if a table is locked by others for RETRY_FOR_S, and SettingsError if the login may
+    not do what is missing.
     """
     engine = create_engine(driver_url(database_url), poolclass=pool.NullPool)
     config = Config()
@@ -42,17 +48,30 @@ def upgrade(database_url: str, to: str = "head") -> None:
         connection.execute(text("SET statement_timeout = '60s'"))
         connection.commit()
         config.attributes["connection"] = connection
-        _upgrade_patiently(connection, config, to)
+        prepare_roles(connection, prefix, passwords)
+        _patiently(connection, config, to, prefix)
         connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
 
 
-def _upgrade_patiently(connection: Connection, config: Config, to: str) -> None:
+def parse_passwords(text: str) -> dict[DatabaseRole, str]:
+    """Read LMAAS_DATABASE_PASSWORDS: `gateway=…,controller=…`. Raises SettingsError."""
+    found: dict[DatabaseRole, str] = {}
+    for number, part in enumerate(filter(None, text.split(",")), 1):
+        name, separator, password = part.strip().partition("=")
+        if name not in LOGINS or not separator or not password:
+            names = ", ".join(LOGINS)
+            raise SettingsError(f"Entry {number} of LMAAS_DATABASE_PASSWORDS is not `role=password` with one of the roles {names}.")
+        found[DatabaseRole(name)] = password
+    return found
+
+
+def _patiently(connection: Connection, config: Config, to: str, prefix: str) -> None:
     deadline, pause_s = time.monotonic() + RETRY_FOR_S, PAUSE_S
     while True:
         try:
-            command.upgrade(config, to)
+            _upgrade(connection, config, to, prefix)
         except OperationalError as error:
             if getattr(error.orig, "sqlstate", None) not in LOCKED:
                 raise
@@ -69,3 +88,17 @@ def _upgrade_patiently(connection: Connection, config: Config, to: str) -> None:
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
         else:
             return
+
+
+def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> None:
+    connection.execute(text("RESET ROLE"))
+    connection.commit()
+    adopt(connection, prefix)
+    # What is made from here on belongs to the owner.
+    connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
+    connection.commit()
+    command.upgrade(config, to)
+    if to == "head":
+        guard(connection, prefix)
+    connection.execute(text("RESET ROLE"))
+    connection.commit()

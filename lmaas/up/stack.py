@@ -16,9 +16,8 @@ from rich.text import Text
 
 from lmaas.config import Settings
 from lmaas.control.ending import END_GRACE_S, end_replicas
-from lmaas.control.provisioners.local import LocalProvisioner
+from lmaas.control.provisioners.local import LocalProvisioner, zygote_of
 from lmaas.engine.launch import expect, spec_of
-from lmaas.engine.zygote.owner import stop as stop_zygote
 from lmaas.errors import LmaasError, SettingsError, SettingUp
 from lmaas.manifests.apply import apply, described, working_keys
 from lmaas.manifests.client import ApiClient
@@ -26,13 +25,13 @@ from lmaas.manifests.folder import read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
 from lmaas.scheduling.client import connect
-from lmaas.store.database import Database
-from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, list_base_models
+from lmaas.store.rights import DatabaseRole
 from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_model, write_credentials
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
+from lmaas.up.roles import Logins, prepare_database
 from lmaas.up.server import Server
 
 READY_S = 60.0
@@ -56,6 +55,9 @@ class Stack:
             if tightened := exits.enter_context(held(self._settings.home)):
                 self._say(f"Other users could read {tightened} files in {self._settings.home}. Now only you can.")
             check_port(self._settings)
+            if (zygote := zygote_of(self._settings)) is not None:
+                exits.callback(zygote.stop)
+                await zygote.ensure()  # its imports take longest, so they begin first
             settings, servers = _embedded(self._settings)
             for server in servers:
                 exits.callback(server.stop)
@@ -81,17 +83,20 @@ class Stack:
     async def _with_servers(self, settings: Settings, servers: list[Server]) -> None:
         """Prepare the database, and serve until told to stop. The embedded servers are kept running until everything else has ended."""
         keepers = [self._keep(server) for server in servers]
-        db, redis = Database(str(settings.database_url)), connect(str(settings.redis_url))
+        redis = connect(str(settings.redis_url))
         try:
-            await asyncio.to_thread(upgrade, str(settings.database_url))
-            model = await register_model(settings, db, self._console)
-            operator_key = await ensure_operator_key(settings, db)
-            await self._serve(settings, model, operator_key, db, redis)
+            logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
+            db = logins.database(DatabaseRole.GATEWAY)
+            try:
+                model = await register_model(settings, db, self._console)
+                operator_key = await ensure_operator_key(settings, db)
+            finally:
+                await db.close()
+            await self._serve(logins, model, operator_key, redis)
         finally:
             for keeper in keepers:
                 keeper.cancel()
             await redis.aclose()
-            await db.close()
 
     def _keep(self, kept: Kept) -> "asyncio.Task[NoReturn]":
         """Start it again whenever it ends. An unexpected error in that stops the stack."""
@@ -112,13 +117,14 @@ class Stack:
             self._hurry.set()
         self._stop.set()
 
-    async def _serve(self, settings: Settings, model: BaseModel, operator_key: str, db: Database, redis: Redis) -> None:
+    async def _serve(self, logins: Logins, model: BaseModel, operator_key: str, redis: Redis) -> None:
+        settings = logins.gateway
         if settings.zygote == "on":
             expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
-        settings = replace(settings, ready_file=ready)
-        gateway, controller = Child("gateway", settings), Child("controller", settings)
+        gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
+        controller = Child("controller", replace(logins.controller, ready_file=ready))
         keepers = []
         try:
             gateway.launch()
@@ -142,12 +148,15 @@ class Stack:
             # No controller: nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
-            await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
-            await asyncio.to_thread(stop_zygote, settings.home)
-            with suppress(LmaasError, RedisError):
-                for pool in await list_base_models(db):
-                    while await write_events(redis, db, pool.id):
-                        pass
+            db = logins.database(DatabaseRole.CONTROLLER)
+            try:
+                await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
+                with suppress(LmaasError, RedisError):
+                    for pool in await list_base_models(db):
+                        while await write_events(redis, db, pool.id):
+                            pass
+            finally:
+                await db.close()
 
     async def _until_serving(self, settings: Settings, gateway: Child) -> bool:
         """Wait until only what this stack sets up is missing for the gateway to be ready; return False if told to stop.

@@ -1,12 +1,14 @@
 """Keep servers and engines out of the unit tier: a test that asks for one, or starts one, fails."""
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
 import pytest
+
+from lmaas.store.database import Database
 
 #: What a command line contains that starts a server or an engine.
 PROGRAMS = {"initdb", "pg_ctl", "postgres", "redis-server", "valkey-server", "vllm"}
@@ -68,6 +70,14 @@ def _no_library() -> Iterator[None]:
     yield
     if new := LIBRARIES & sys.modules.keys() - before:
         pytest.fail(f"A unit test imports {', '.join(sorted(new))}, which takes seconds. Move the test to tests/system.")
+
+
+@pytest.fixture
+async def no_database() -> AsyncIterator[Database]:
+    """A database that cannot be reached, for code that does not need to, or has to do without."""
+    database = Database("postgresql://nobody@127.0.0.1:1/none")
+    yield database
+    await database.close()
 
 
 @pytest.fixture(scope="session")

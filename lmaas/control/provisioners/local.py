@@ -17,6 +17,7 @@ import psutil
 from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
+from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -30,7 +31,7 @@ MAY_BEGIN_S = 120.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/proc/driver/nvidia/gpus")
 #: What supervisors have no use for.
-FOR_PEOPLE = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
+FOR_OTHERS = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY", "LMAAS_DATABASE_PASSWORDS", "LMAAS_REPLICA_DATABASE_URL"})
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -43,11 +44,10 @@ class LocalProvisioner:
 
     def __init__(self, settings: Settings) -> None:
         self._home, self._folder = settings.home, settings.home / "replicas"
-        self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_PEOPLE}
+        self._environment = {name: value for name, value in (os.environ | settings.environment()).items() if name not in FOR_OTHERS}
         self._devices = visible_devices(settings.local_accelerators, os.environ.get(VISIBLE), DEVICES)
         self._capacity = Resources(settings.local_cpus or float(len(os.sched_getaffinity(0))), len(self._devices))
-        with_zygote = settings.zygote == "on" and settings.engine_module == VLLM
-        self._zygote = zygote_owner(settings.home, settings.orphan_timeout_s) if with_zygote else None
+        self._zygote = zygote_of(settings)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
@@ -147,6 +147,13 @@ class LocalProvisioner:
             return _Facts(**{name: found[name] for name in _Facts.__slots__ if name in found})
         except (OSError, ValueError, TypeError):
             return None
+
+
+def zygote_of(settings: Settings) -> ZygoteOwner | None:
+    """The owner of this home folder's zygote, which starts none until its `ensure` is called; None if engines here are started without."""
+    if settings.zygote == "on" and settings.provisioner == "local" and settings.engine_module == VLLM:
+        return zygote_owner(settings.home, settings.orphan_timeout_s)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 
 from lmaas.config import Settings
 from lmaas.control.provisioners.ray_node import NodeReplica
-from lmaas.errors import SettingsError, Unavailable
+from lmaas.control.provisioners.resources import parse_resources
+from lmaas.errors import Unavailable
 from lmaas.types import Resources
 
 log = logging.getLogger(__name__)
@@ -171,17 +172,3 @@ class RayProvisioner:
     def _held(self) -> Resources:
         held = ray.cluster_resources()
         return Resources(float(held.get("CPU", 0.0)), int(held.get("GPU", 0.0)))
-
-
-def parse_resources(text: str) -> dict[str, float]:
-    """`"name=amount,…"` → name → amount. Raises SettingsError if it is not that."""
-    found: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, _, amount = item.partition("=")
-        try:
-            found[name.strip()] = float(amount)
-        except ValueError:
-            found[name.strip()] = 0.0
-        if not name.strip() or not 0 < found[name.strip()] < float("inf"):
-            raise SettingsError(f"LMAAS_RAY_RESOURCES must be like 'name=1,other=0.5', with amounts greater than 0, not {text!r}.")
-    return found

@@ -1,8 +1,8 @@
 """The checker of one base model: `main` listens on a Unix socket and has each grammar checked in a child process of its own.
 
-A client connects, sends one Question and ends its side of the connection; it gets one Verdict. The child that answers has limits of CPU
-time, memory and files; if it dies of one, or of anything else, the parent answers in its place. The parent has a single thread, so that
-it may fork, and ends itself when it has not been asked for a while.
+A client connects, sends one Question and ends its side of the connection; it gets one Verdict. The child has limits of CPU time, memory and
+files. If it dies, of a limit or anything else, the parent sends the verdict. The parent has a single thread, so that it may fork, and ends
+after some idle time.
 
 Started as `python -m lmaas.engine.grammars.checker SOCKET IDLE_S ENGINE_ARGUMENT...`, or forked by the zygote.
 """

@@ -19,6 +19,7 @@ from lmaas.engine.launch import VLLM, EngineSpec, command_line, environment, sha
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.client import ForkedProcess, NoZygote, Order
+from lmaas.engine.zygote.progress import plain_imports
 from lmaas.process import bound_command
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 MODULE = "lmaas.engine.grammars.checker"
 #: How long a checker stays when it is not asked.
 IDLE_S = 300.0
-#: How long a zygote that still imports is waited for: a plain start imports the same, beside it.
-ZYGOTE_PATIENCE_S = 30.0
 #: How long a checker may take to answer its socket, and one check to be answered. Several may be in line before it.
 START_S, ANSWER_S = 90.0, 60.0
 LOOK_S = 0.02
@@ -153,10 +152,12 @@ class Checkers:
         if self._home is not None:
             order = Order(self._module, given, environment(spec), output, kept=True)
             try:
-                fork = await zygote.fork(self._home, order, wire.facts(shared_environment()), ZYGOTE_PATIENCE_S)
-                return ForkedProcess(fork)
+                return ForkedProcess(await zygote.fork_when_there(self._home, order, wire.facts(shared_environment())))
             except (NoZygote, ProcessLookupError) as error:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
+            # Requests wait for an engine first: it imports alone.
+            while plain_imports(self._home):  # noqa: ASYNC110 (another process's doing, seen in files)
+                await asyncio.sleep(LOOK_S)
         with output.open("ab") as stream:
             return await asyncio.create_subprocess_exec(
                 *bound_command([sys.executable, "-m", self._module, *given]),

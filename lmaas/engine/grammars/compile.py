@@ -66,7 +66,7 @@ class Compiler:
         self.check(Question(CHAT, {"response_format": {"type": "json_object"}}))  # imports the rest, once for all checks
 
     def check(self, question: Question) -> Verdict:
-        """The verdict on one request's grammar. A grammar that explodes never returns: call it under limits of time and memory."""
+        """Return the verdict on one request's grammar. A grammar that explodes never returns: call this under limits of time and memory."""
         began = time.process_time()
         try:
             request, param = self._request(question)
@@ -80,7 +80,7 @@ class Compiler:
         return Verdict(cpu_s=time.process_time() - began)
 
     def _request(self, question: Question) -> tuple[Any, str]:
-        """The request as the engine has it after its tool parser has had a look, and the parameter that its grammar comes from."""
+        """Return the request as the engine's tool parser changes it, and the parameter that its grammar comes from."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415 (only where the engine is)
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415 (only where the engine is)
 
@@ -165,14 +165,14 @@ def _first(parameters: dict[str, Any]) -> str:
 
 
 def unsupported(request: Any) -> str:
-    """What of the request's JSON schema the grammar library cannot enforce, in words; empty if nothing."""
+    """Return in words which part of the JSON schema the grammar library cannot enforce; empty if it can enforce all."""
     structured = request.extract_structured_outputs()
     feature = unsupported_feature(structured.json) if structured is not None and isinstance(structured.json, dict) else ""
     return f"the grammar library of this service cannot enforce {feature}" if feature else ""
 
 
 def reason_of(error: BaseException) -> str:
-    """The grammar library's own reason, without its source file and without vLLM's sentence around it."""
+    """Return the grammar library's reason, without its source file and without vLLM's sentence around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     if callable(found := getattr(error, "errors", None)):  # pydantic's, which shows types and addresses otherwise

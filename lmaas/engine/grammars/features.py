@@ -1,4 +1,4 @@
-"""Which part of a JSON schema the engine's grammar library (xgrammar) cannot enforce, by name.
+"""Names the part of a JSON schema that the engine's grammar library (xgrammar) cannot enforce.
 
 vLLM refuses such schemas as a whole (`has_xgrammar_unsupported_json_features`, vLLM 0.32); a client needs to know what to change.
 """

@@ -69,7 +69,7 @@ def _json(value: Any, status: int) -> Response:
 
 
 async def _keep_known(redis: Redis, key: str, url: str) -> None:
-    """Have our address in Redis while no other host's is there. Takes it out at the end."""
+    """Keep this host's address in Redis while no other host's is there, and remove it at the end."""
     try:
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What gateways and checkers of grammars exchange, and the limits of a check. Imports nothing of the engine's."""
+"""The messages between gateways and grammar checkers, and the limits of a check. Imports nothing of the engine."""
 
 import msgspec
 
@@ -17,15 +17,15 @@ WALL_S = 30.0
 
 INVALID = "invalid_schema"
 TOO_COMPLEX = "schema_too_complex"
-#: There is no verdict. Not an error of the client's, and not to be remembered.
+#: There is no verdict. It is not an error of the client, and is not kept.
 UNKNOWN = "unknown"
 
 
 class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether an engine may compile a grammar.
 
-    `code` is empty if it may; otherwise one of INVALID, TOO_COMPLEX and UNKNOWN, with a `message` for the client and the request's
-    parameter to blame. `cpu_s` is what the check took, in seconds of CPU time.
+    `code` is empty if it may; otherwise one of INVALID, TOO_COMPLEX and UNKNOWN, with a `message` for the client and the parameter
+    of the request that is at fault. `cpu_s` is the CPU time of the check in seconds.
     """
 
     code: str = ""
@@ -35,7 +35,7 @@ class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What is to be checked: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and the parameters of the engine's request
+    """The grammar to check: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and the parameters of the engine's request
     from which it makes its grammar, by name."""
 
     path: str

@@ -1,4 +1,4 @@
-"""Having a zygote, and asking it for a process."""
+"""Start a zygote, and have it fork processes."""
 
 import asyncio
 import contextlib
@@ -10,28 +10,37 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.policy import why_plain
+from lmaas.engine.zygote.progress import Sight, Watch
 
 log = logging.getLogger(__name__)
 
-#: How long a zygote may take until it answers. One that was started just now still imports vLLM, which is worth waiting for: a plain start
-#: takes longer.
-ENGINE_PATIENCE_S = 8.0
 #: One thread in every library: an OpenMP or BLAS pool does not survive a fork. Engines set their own numbers (see preload.py).
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "SPT_NOENV": "1"}
 #: A process's name, as `ps` shows it, has no more room than its first command line had.
 ROOM_FOR_NAMES = " " * 400
-#: The same for a supervisor, which starts in about a second by itself.
+#: How long a supervisor waits for a zygote: it starts in about a second by itself.
 SUPERVISOR_PATIENCE_S = 0.3
+#: How often a zygote that does not answer is looked at.
+LOOK_S = 0.5
 
 
 class NoZygote(Exception):
-    """No process from the zygote, for the reason given: start it plainly."""
+    """The zygote forks no process, for the reason given: start it plainly."""
+
+
+class _NotThere(Exception):
+    """No zygote listens, or it ended meanwhile. Another may come."""
+
+
+class _Differs(NoZygote):
+    """The zygote was started with other facts. Its owner replaces it, unless the owner's facts are those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +64,93 @@ class Fork:
 
 
 async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: float) -> Fork:
-    """Have the zygote of `home` fork a process. One that is not kept waits until `go` is called. Raises NoZygote."""
+    """Have the zygote of `home` fork a process, if it answers within `patience_s` seconds. One that is not kept waits until `go` is called.
+
+    Raises NoZygote.
+    """
+    try:
+        async with asyncio.timeout(patience_s):
+            return await _fork(home, order, facts)
+    except (TimeoutError, _NotThere) as error:
+        raise NoZygote(f"the zygote did not answer: {error!r}") from error
+
+
+async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], told: Callable[[Sight], None] = lambda _: None) -> Fork:
+    """Have the zygote of `home` fork a process, and wait for a zygote that is on its way as long as policy.py finds it worth waiting for.
+
+    `told` is called with each look at a zygote that is waited for. Raises NoZygote.
+    """
+    watch = Watch(home)
+    while True:
+        attempt = asyncio.create_task(_fork(home, order, facts), name="fork")
+        try:
+            while not (await asyncio.wait({attempt}, timeout=LOOK_S))[0]:
+                _check_worth(watch, told)
+        except BaseException:
+            await _abandon(attempt)
+            raise
+        try:
+            return attempt.result()
+        except _Differs as differs:
+            if watch.look().wants != wire.digest(facts):
+                raise
+            log.info("waiting for the next zygote", extra={"action": "zygote", "detail": str(differs)})
+        except _NotThere:
+            pass
+        _check_worth(watch, told)
+        await asyncio.sleep(LOOK_S / 5)
+
+
+async def _abandon(attempt: "asyncio.Task[Fork]") -> None:
+    attempt.cancel()
+    await asyncio.wait({attempt})
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().connection.close()  # it was there in the same moment; without its connection it ends
+
+
+def _check_worth(watch: Watch, told: Callable[[Sight], None]) -> None:
+    seen = watch.look()
+    if reason := why_plain(seen):
+        raise NoZygote(reason)
+    told(seen)
+
+
+async def _fork(home: Path, order: Order, facts: Mapping[str, str]) -> Fork:
+    """Have the zygote fork a process, however long it takes to answer. Raises NoZygote or _NotThere."""
     loop = asyncio.get_running_loop()
     connection = wire.channel()
     connection.setblocking(False)
     try:
-        async with asyncio.timeout(patience_s):
-            await _connect(connection, home)
-            hello = await _receive(loop, connection)
-            _check(not (differs := wire.difference(facts, hello.get("facts", {}))), f"it was started with another {differs}")
-            request = {"do": "fork", "module": order.module, "arguments": order.arguments, "kept": order.kept}
-            await loop.sock_sendall(connection, json.dumps(request).encode())
-            answer = await _receive(loop, connection)
-            _check("refused" not in answer, str(answer.get("refused")))
-            # From here on it is the forked process that listens. The environment, which may hold secrets, never reaches the zygote.
-            rest = {"environment": dict(order.environment), "folder": str(Path.cwd()), "log": str(order.log.absolute())}
-            await loop.sock_sendall(connection, json.dumps(rest).encode())
-            return Fork(int((await _receive(loop, connection))["pid"]), connection)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        await _connect(connection, home)
+        hello = await _receive(loop, connection)
+        _check_facts(facts, hello)
+        request = {"do": "fork", "module": order.module, "arguments": order.arguments, "kept": order.kept}
+        await loop.sock_sendall(connection, json.dumps(request).encode())
+        answer = await _receive(loop, connection)
+        _check_accepted(answer)
+        # From here on it is the forked process that listens. The environment, which may hold secrets, never reaches the zygote.
+        rest = {"environment": dict(order.environment), "folder": str(Path.cwd()), "log": str(order.log.absolute())}
+        await loop.sock_sendall(connection, json.dumps(rest).encode())
+        return Fork(int((await _receive(loop, connection))["pid"]), connection)
+    except OSError as error:
         connection.close()
-        raise NoZygote(f"the zygote did not answer: {error!r}") from error
+        raise _NotThere(repr(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        connection.close()
+        raise NoZygote(f"the zygote's answer could not be read: {error!r}") from error
     except BaseException:
         connection.close()
         raise
 
 
-def _check(condition: bool, reason: str) -> None:
-    if not condition:
-        raise NoZygote(f"the zygote cannot be used: {reason}")
+def _check_facts(facts: Mapping[str, str], hello: Mapping[str, Any]) -> None:
+    if differs := wire.difference(facts, hello.get("facts", {})):
+        raise _Differs(f"the zygote cannot be used: it was started with another {differs}")
+
+
+def _check_accepted(answer: Mapping[str, Any]) -> None:
+    if "refused" in answer:
+        raise NoZygote(f"the zygote cannot be used: {answer['refused']}")
 
 
 def go(forked: Fork) -> None:

@@ -1,4 +1,4 @@
-"""Whoever wants a zygote to be there: looks after it, and starts it again when it is gone."""
+"""Looks after the zygote of a home folder: starts it, and replaces one that ended, is stuck, or was started with other facts."""
 
 import asyncio
 import contextlib
@@ -14,26 +14,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lmaas.engine.zygote import wire
+from lmaas.engine.zygote.policy import stuck
+from lmaas.engine.zygote.progress import Sight, Watch, intend, is_zygote, plain_imports, running
 
 log = logging.getLogger(__name__)
 
 #: How often its owner looks after it.
 EVERY_S = 2.0
-#: How long it may be mute, importing or not, before it is taken for stuck and killed.
-MUTE_S = 90.0
 #: One that ended is started again after this long, doubled for each that did not last.
 RESTART_S, RESTART_MAX_S = 1.0, 300.0
 #: One that lasted this long was no failure.
 LASTED_S = 60.0
 HELLO_S = 0.5
-#: How old what we know of our own files may be.
+#: How old the facts about our own files may be.
 FACTS_S = 60.0
 #: How long a killed process may take to be gone.
 STOP_S = 5.0
 
 
 class ZygoteOwner:
-    """Looks after the zygote of `home`. `start` starts one, `facts` says what it must have been started with."""
+    """Looks after the zygote of `home`. `start` starts one, `facts` returns what it must have been started with."""
 
     def __init__(
         self,
@@ -45,21 +45,26 @@ class ZygoteOwner:
         self._home, self._start, self._facts, self._clock = home, start, facts, clock
         self._child: subprocess.Popen[bytes] | None = None
         self._looked = self._started = self._answered = self._knew = float("-inf")
-        #: Which process was found mute, and when first. Nobody is blamed for the time before we looked.
-        self._mute: tuple[int, float] | None = None
+        self._watch = Watch(home, clock)
+        #: What was seen last of the zygote.
+        self.seen = Sight()
         self._known: Mapping[str, str] = {}
         self._failures = 0
+        self._intent = (float("-inf"), "")
         self._looking: asyncio.Task[None] | None = None
 
     def tend(self) -> "asyncio.Task[None]":
-        """Run `ensure` as a task, one at a time, and return it: a caller need not wait for a zygote that is slow to answer."""
+        """Call `ensure` in a task, which is returned: for callers that must not wait for a zygote that is slow to answer."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self.ensure(), name="zygote")
             self._looking.add_done_callback(_tell)
         return self._looking
 
     async def ensure(self) -> None:
-        """See that the zygote runs, or start it; does nothing if it was called a moment ago. It tells the zygote that it is needed."""
+        """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed.
+
+        A call within EVERY_S seconds of the last one does nothing.
+        """
         now = self._clock()
         if now - self._looked < EVERY_S:
             return
@@ -70,56 +75,71 @@ class ZygoteOwner:
             # Engines start plainly meanwhile.
             log.warning("no zygote", extra={"action": "zygote", "detail": repr(error)})
 
+    def stop(self) -> None:
+        """End the zygote, whoever started it."""
+        stop(self._home)
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait(STOP_S)
+
     def _look(self) -> None:
         if self._child is not None and self._child.poll() is not None:
             self._child = None
+        self.seen = seen = self._watch.look()
+        if seen.pid == 0:
+            self._begin()
+        elif seen.serves and self._answers():
+            self._watch.answered()
+        elif reason := stuck(seen):
+            self._kill(seen.pid, reason)
+        self._intend()
+
+    def _answers(self) -> bool:
+        """Whether it answers, or is about to end. One with other facts is told to end."""
         with wire.channel() as connection:
             connection.settimeout(HELLO_S)
             try:
                 with wire.short_path(wire.folder(self._home) / wire.SOCKET) as path:
                     connection.connect(path)
-            except (FileNotFoundError, ConnectionRefusedError):
-                self._begin()
-                return
-            except BlockingIOError:
-                # So many stand in line already: each of our looks, for one that is mute.
-                self._found_mute(holder(self._home))
-                return
-            try:
                 hello = wire.receive(connection) or {}
-            except TimeoutError:
-                self._found_mute(peer(connection))
-                return
-            except ConnectionError:
-                return  # it is ending; the next look finds out
-            self._answered, self._mute = self._clock(), None
+            except (TimeoutError, BlockingIOError):
+                return False  # it stands still, or so many are in line before us
+            except (FileNotFoundError, ConnectionError):
+                return True  # it is ending; the next look finds out
+            self._answered = self._clock()
             if differs := wire.difference(self._wanted(), hello.get("facts", {})):
                 log.warning("the zygote is replaced", extra={"action": "zygote", "detail": f"it was started with another {differs}"})
                 wire.send(connection, {"do": "stop"})
+            return True
 
     def _begin(self) -> None:
+        """Start the zygote, unless the last one ended too soon, or an engine that was started plainly still imports."""
         now = self._clock()
         self._failures = 0 if self._answered - self._started > LASTED_S else self._failures
-        wait = 0.0 if self._failures == 0 else min(RESTART_MAX_S, RESTART_S * 2**self._failures)
-        if self._child is not None or now - self._started < wait:
-            return  # it has not come so far, or not for long
-        self._failures += 1
-        self._knew = float("-inf")
-        self._started = self._answered = now
-        self._child = self._start()
+        if self._child is None and now >= self._next() and not plain_imports(self._home):
+            self._failures += 1
+            self._knew = float("-inf")
+            self._started = self._answered = now
+            self._child = self._start()
 
-    def _found_mute(self, pid: int) -> None:
-        now = self._clock()
-        if self._mute is None or self._mute[0] != pid:
-            self._mute = (pid, now)
-        if now - self._mute[1] > MUTE_S and _is_zygote(pid, self._home):
-            log.error("the zygote is stuck and is killed", extra={"action": "zygote", "detail": f"pid {pid}"})
-            self._mute = None
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def _next(self) -> float:
+        """When the next zygote may be started if there is none."""
+        return self._started + (min(RESTART_MAX_S, RESTART_S * 2**self._failures) if self._failures else 0.0)
+
+    def _intend(self) -> None:
+        """Have starts that wait for a zygote know what they can expect of us."""
+        intent = (self._next(), wire.digest(self._wanted()))
+        if intent != self._intent:
+            intend(self._home, max(0.0, intent[0] - self._clock()), intent[1])
+            self._intent = intent
+
+    def _kill(self, pid: int, reason: str) -> None:
+        log.error("the zygote is stuck and is killed", extra={"action": "zygote", "detail": f"pid {pid}: {reason}"})
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def _wanted(self) -> Mapping[str, str]:
-        """The facts, found again now and then: that looks at every file of ours."""
+        """The facts, found again every FACTS_S seconds: that looks at every file of ours."""
         if self._clock() - self._knew > FACTS_S:
             self._known, self._knew = self._facts(), self._clock()
         return self._known
@@ -139,12 +159,12 @@ def peer(connection: socket.socket) -> int:
 
 def stop(home: Path) -> None:
     """End the zygote of a home folder, if there is one. What it forked goes on."""
-    for pid in {listener(home), holder(home), _last_started(home)} - {0}:
+    for pid in {listener(home), running(home)} - {0}:
         # Whatever it does just now, importing or waiting: it holds nothing that a kill could harm.
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                if _is_zygote(pid, home):
+                if is_zygote(pid, home):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     select.select([pidfd], [], [], STOP_S)
             finally:
@@ -152,34 +172,10 @@ def stop(home: Path) -> None:
 
 
 def listener(home: Path) -> int:
-    """Return the pid of the zygote that listens for this home, or 0."""
+    """The process id of the zygote that listens in a home folder; 0 if none does."""
     with wire.channel() as connection, contextlib.suppress(OSError):
         connection.settimeout(HELLO_S)
         with wire.short_path(wire.folder(home) / wire.SOCKET) as path:
             connection.connect(path)
         return peer(connection)
     return 0
-
-
-def _last_started(home: Path) -> int:
-    """It may not listen yet, and may never: if there was one already."""
-    return _number(wire.folder(home) / wire.PROCESS)
-
-
-def holder(home: Path) -> int:
-    """Return the pid of the zygote that holds the home's lock, or held it last: it cannot always be asked. 0 if there was none."""
-    return _number(wire.folder(home) / wire.LOCK)
-
-
-def _number(path: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return int(path.read_text())
-    return 0
-
-
-def _is_zygote(pid: int, home: Path) -> bool:
-    """Whether that is what the process's command line says; not if it is gone, and its number belongs to another."""
-    with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") + b" "
-        return f"lmaas.engine.zygote {home} ".encode() in command
-    return False

@@ -19,9 +19,12 @@ from lmaas.engine.zygote.commands import SERVER, command_key, read_commands, rem
 
 log = logging.getLogger(__name__)
 
-#: What a server, its engine core and its worker import; then what a checker of grammars and a supervisor do. A missing one is imported
-#: later, where it is needed.
+#: What a server, its engine core and its worker import. The first of them are parts of the server's imports that take long, so that there
+#: are more stages to report.
 MODULES = (
+    "vllm.env_override",
+    "vllm.config",
+    "vllm.engine.arg_utils",
     SERVER,
     "vllm.entrypoints.launchers.app",
     "vllm.entrypoints.launchers.cli_args",
@@ -39,45 +42,53 @@ MODULES = (
     "vllm.renderers.online_renderer",
     "xgrammar",
     "lmaas.engine.cpu_lora.hooks",
-    "lmaas.engine.grammars.checker",
-    "lmaas.cli",
-    "lmaas.app",
 )
 #: On a CPU besides.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
-
-
+#: What a checker of grammars and a supervisor import.
+OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli")
 #: Beside the file with the command lines to prepare for: those that leave a thread or CUDA behind. Their engines are forked all the same.
 AVOIDED = "commands-avoided.json"
 
 
 class Preloaded:
-    """Imports everything. `commands` is the file with the command lines of engines to prepare for: those that were forked, and those that
-    others expect."""
+    """Imports everything that engines, checkers and supervisors need; a module that is missing is imported later, where it is needed.
 
-    def __init__(self, commands: Path) -> None:
+    `commands` is the file with the command lines of engines to prepare for: those that were forked, and those that others expect. `report`
+    is called with the number of stages that are done, and of all.
+    """
+
+    def __init__(self, commands: Path, report: Callable[[int, int], None] = lambda _done, _stages: None) -> None:
         self._commands, self._avoided = commands, commands.with_name(AVOIDED)
         self._prepared: dict[tuple[str, ...], tuple[object, Any]] = {}
-        for module in MODULES:
-            self._import(module)
-        from vllm.platforms import current_platform  # noqa: PLC0415 (imported above)
+        stages: list[Callable[[], None]] = [functools.partial(self._import, module) for module in MODULES]
+        stages += [self._adapt_vllm, self._prepare_all]
+        stages += [functools.partial(self._import, module) for module in OTHERS]
+        for done, stage in enumerate(stages):
+            report(done, len(stages))
+            stage()
+
+    def _adapt_vllm(self) -> None:
+        from vllm.platforms import current_platform  # noqa: PLC0415 (imported by now)
         from vllm.plugins import load_general_plugins  # noqa: PLC0415 (the same)
 
-        self._cpu = bool(current_platform.is_cpu())
-        for module in CPU_MODULES if self._cpu else ():
+        cpu = bool(current_platform.is_cpu())
+        for module in CPU_MODULES if cpu else ():
             self._import(module)
         load_general_plugins()
         marks.install()
         hooks.install()
-        if self._cpu:
+        if cpu:
             _fork_on_cpu(type(current_platform))
         else:
             # vLLM itself spawns all the same once CUDA is initialised in the process that would fork.
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self._reuse_renderers()
-        for command in read_commands(commands):
+
+    def _prepare_all(self) -> None:
+        for command in read_commands(self._commands):
             if not self._try(command):
-                break  # not to be forked any more; the next zygote leaves that one out
+                return  # it cannot be forked any more; the next zygote leaves that command line out
 
     def _import(self, module: str) -> None:
         try:

@@ -23,6 +23,7 @@ from setproctitle import setproctitle
 from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.commands import SERVER
 from lmaas.engine.zygote.keeper import keep
+from lmaas.engine.zygote.progress import Reporter
 from lmaas.process import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -257,12 +258,17 @@ def serve(home: Path, idle_s: float) -> Job | None:
             return None
         setproctitle(f"{sys.executable} -m lmaas.engine.zygote {home}")  # finds its place only while the environment is untouched
         before = dict(os.environ)
-        began = time.monotonic()
+        began, reporter = time.monotonic(), Reporter(home)
+        gc.disable()  # nearly all that an import makes stays: looking through it again and again is an eighth of the time
         from lmaas.engine.zygote.preload import Preloaded  # noqa: PLC0415 (imports vLLM, once clients can stand in line)
 
-        preloaded = Preloaded(wire.folder(home) / wire.COMMANDS)
+        preloaded = Preloaded(wire.folder(home) / wire.COMMANDS, reporter.report)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        log.info("imported in %.1f s", time.monotonic() - began)
         _settle()
+        gc.enable()
+        used = os.times()
+        reporter.imported(sum(used[:4]))
+        reporter.report(1, 1)
+        log.info("imported in %.1f s, %.1f s of processor time", time.monotonic() - began, sum(used[:4]))
         facts = json.loads(os.environ.get(wire.FACTS, "{}"))
         return Zygote(home, idle_s, facts, added, preloaded.unfit, preloaded.learn).serve(listener)

@@ -49,6 +49,11 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     return ", ".join(sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)))
 
 
+def digest(facts: Mapping[str, str]) -> str:
+    """A short name for facts, the same for the same facts."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _code() -> str:
     """Changes with every change of our own modules: a zygote must not fork yesterday's."""
     root = Path(__file__).parents[2]

@@ -183,7 +183,7 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
     ),
     "negative": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {tokens_per_month: -1}\n"),
-        ["z.yaml: 'limits.tokens_per_month' must be between 1"],
+        ["z.yaml: 'limits.tokens_per_month' must be a whole number from 0"],
     ),
     "no base model": (
         lambda folder: folder.write("z.yaml", "name: z\nadapters: [{name: b, base_model: none, path: bot}]\n"),

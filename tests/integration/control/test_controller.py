@@ -72,13 +72,14 @@ class Clock:
 class Stack:
     """One pool, its controller, and the replicas' part played by the test."""
 
-    def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, model: BaseModel) -> None:
+    def __init__(self, settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, model: BaseModel) -> None:
         self.settings, self.db, self.scheduler, self.model = settings, db, scheduler, model
+        self.controller_db = controller_db
         self.names, self.clock = Names(), Clock()
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        return Controller(self.settings, self.db, self.scheduler, self.names, self.clock)
+        return Controller(self.settings, self.controller_db, self.scheduler, self.names, self.clock)
 
     async def submit(self, name: str) -> dict[str, Any]:
         return await self.scheduler.submit(self.ticket(name), Bounds(100, 10_000))
@@ -106,8 +107,8 @@ class Stack:
 
 
 @pytest.fixture
-async def stack(settings: Settings, db: Database, scheduler: Scheduler) -> Stack:
-    return Stack(settings, db, scheduler, await base_model(db))
+async def stack(settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler) -> Stack:
+    return Stack(settings, db, controller_db, scheduler, await base_model(db))
 
 
 async def test_nothing_is_started_without_demand(stack: Stack) -> None:
@@ -164,7 +165,7 @@ async def test_replicas_know_of_a_controller_whose_provisioner_is_away(stack: St
 
 
 async def test_one_that_no_machine_has_room_for_fails_with_a_reason(stack: Stack) -> None:
-    stack.controller = Controller(replace(stack.settings, start_timeout_s=0.2), stack.db, stack.scheduler, stack.names)
+    stack.controller = Controller(replace(stack.settings, start_timeout_s=0.2), stack.controller_db, stack.scheduler, stack.names)
     await stack.submit("r1")
     await stack.controller.tick()
     waiting = await stack.row()
@@ -377,13 +378,15 @@ def record(name: str, owner: Tenant | None, status: UsageStatus = UsageStatus.CO
     return found.event()
 
 
-async def test_each_event_reaches_the_ledger_once(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_each_event_reaches_the_ledger_once(
+    scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
+) -> None:
     for name in ("r1", "r2", "r1"):
         await scheduler.record_event("p", record(name, acme))
-    assert await write_events(redis, db, "p") == 3
-    assert await write_events(redis, db, "p") == 0
+    assert await write_events(redis, controller_db, "p") == 3
+    assert await write_events(redis, controller_db, "p") == 0
     await scheduler.record_event("p", record("r1", acme, tokens=999))
-    await write_events(redis, db, "p")
+    await write_events(redis, controller_db, "p")
     events = {event.request_id: event for event in await list_events(db, acme.id)}
     assert set(events) == {"r1", "r2"}
     one = events["r1"]
@@ -406,6 +409,7 @@ async def test_a_later_word_replaces_only_a_lost_one(
     scheduler: Scheduler,
     redis: Redis,
     db: Database,
+    controller_db: Database,
     acme: Tenant,
     words: list[tuple[UsageStatus, int]],
     status: str,
@@ -415,45 +419,49 @@ async def test_a_later_word_replaces_only_a_lost_one(
     for word, count in words:
         await scheduler.record_event("p", record("r1", acme, word, count))
         if not together:
-            await write_events(redis, db, "p")
-    await write_events(redis, db, "p")
+            await write_events(redis, controller_db, "p")
+    await write_events(redis, controller_db, "p")
     [event] = await list_events(db, acme.id)
     assert (event.status, event.completion_tokens) == (status, tokens)
 
 
-async def test_what_cannot_be_read_is_kept_aside(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_what_cannot_be_read_is_kept_aside(
+    scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
+) -> None:
     bad = ["", "nonsense", "3", "{}", "[]", record("r9", acme).replace("completed", "finished")]
     for text_ in [bad[0], record("r1", acme), *bad[1:]]:
         await scheduler.record_event("p", text_)
-    assert await write_events(redis, db, "p") == len(bad) + 1
+    assert await write_events(redis, controller_db, "p") == len(bad) + 1
     assert [event.request_id for event in await list_events(db, acme.id)] == ["r1"]
     kept: Any = await redis.xrange("lmaas:{p}:usage:bad")
     assert [fields["event"] for _, fields in kept] == bad
     assert await redis.xlen("lmaas:{p}:usage") == 0
 
 
-async def test_probes_belong_to_nobody(scheduler: Scheduler, redis: Redis, db: Database) -> None:
+async def test_probes_belong_to_nobody(scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database) -> None:
     await scheduler.record_event("p", record("probe_1", None, UsageStatus.PROBE))
-    await write_events(redis, db, "p")
+    await write_events(redis, controller_db, "p")
     [event] = await list_events(db, OPERATOR)
     assert (event.tenant_id, event.status) == (None, "probe")
 
 
-async def test_a_backlog_is_moved_in_portions(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_a_backlog_is_moved_in_portions(
+    scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
+) -> None:
     async with redis.pipeline() as pipeline:
         for number in range(EVENTS_AT_ONCE + 7):
             pipeline.xadd("lmaas:{p}:usage", {"event": record(f"r{number}", acme)})
         await pipeline.execute()
-    assert [await write_events(redis, db, "p") for _ in range(3)] == [EVENTS_AT_ONCE, 7, 0]
+    assert [await write_events(redis, controller_db, "p") for _ in range(3)] == [EVENTS_AT_ONCE, 7, 0]
     assert len(await list_events(db, acme.id)) == EVENTS_AT_ONCE + 7
 
 
 async def test_one_event_that_the_ledger_refuses_does_not_stop_the_others(
-    scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant
+    scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
 ) -> None:
     await scheduler.record_event("p", record("r1", acme))
     await scheduler.record_event("p", record("r2", acme).replace(acme.id, "ten_nobody"))
     await scheduler.record_event("p", record("r3", acme))
-    assert await write_events(redis, db, "p") == 3
+    assert await write_events(redis, controller_db, "p") == 3
     assert {event.request_id for event in await list_events(db, acme.id)} == {"r1", "r3"}
     assert await redis.xlen("lmaas:{p}:usage:bad") == 1

@@ -23,16 +23,18 @@ async def acme(db: Database) -> Tenant:
     return await tenant(db, "acme")
 
 
-async def test_what_a_newer_release_says_besides_is_ignored(scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant) -> None:
+async def test_what_a_newer_release_says_besides_is_ignored(
+    scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
+) -> None:
     newer = record("r1", acme)[:-1] + ', "energy_joules": 3, "charge_picousd": 9}'
     await scheduler.record_event("p", newer)
-    await write_events(redis, db, "p")
+    await write_events(redis, controller_db, "p")
     assert [(event.request_id, event.charge_picousd) for event in await list_events(db, acme.id)] == [("r1", 0)]
     assert await redis.xlen("lmaas:{p}:usage:bad") == 0
 
 
 async def test_what_an_older_release_could_not_read_is_read_by_the_next_controller(
-    settings: Settings, scheduler: Scheduler, redis: Redis, db: Database, acme: Tenant
+    settings: Settings, scheduler: Scheduler, redis: Redis, db: Database, controller_db: Database, acme: Tenant
 ) -> None:
     model = await base_model(db)
     bad = f"lmaas:{{{model.id}}}:usage:bad"
@@ -40,7 +42,7 @@ async def test_what_an_older_release_could_not_read_is_read_by_the_next_controll
     aside = [(record("r1", acme), UNREADABLE), ("nonsense", UNREADABLE), (record("r2", acme), "unrecordable")]
     for event, why in aside:
         await redis.xadd(bad, {"event": event, "why": why})
-    running = asyncio.create_task(Controller(settings, db, scheduler, Names()).run())
+    running = asyncio.create_task(Controller(settings, controller_db, scheduler, Names()).run())
 
     async def recorded() -> bool:
         return [event.request_id for event in await list_events(db, acme.id)] == ["r1"]

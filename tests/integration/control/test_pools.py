@@ -18,7 +18,9 @@ from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, change_base_model, delete_base_model
 from lmaas.store.pools import is_blocked, pool_states_by_id, save_pool_state
 from lmaas.store.replicas import add_replica, list_replicas, observe
+from lmaas.store.rights import DatabaseRole
 from lmaas.types import Resources
+from tests.conftest import login_url
 from tests.integration.control.test_controller import Clock, Names
 from tests.integration.store.build import base_model
 
@@ -26,15 +28,15 @@ from tests.integration.store.build import base_model
 class World:
     """Two pools, `a` and `b`, on a machine with one CPU; the replicas' part is played by the test."""
 
-    def __init__(self, settings: Settings, db: Database, scheduler: Scheduler, models: list[BaseModel]) -> None:
-        self.settings, self.db, self.scheduler = settings, db, scheduler
+    def __init__(self, settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, models: list[BaseModel]) -> None:
+        self.settings, self.db, self.controller_db, self.scheduler = settings, db, controller_db, scheduler
         self.models = {model.name: model for model in models}
         self.names, self.clock = Names(), Clock()
         self.names.room = Resources(1, 0)
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        return Controller(self.settings, self.db, self.scheduler, self.names, self.clock)
+        return Controller(self.settings, self.controller_db, self.scheduler, self.names, self.clock)
 
     def ticket(self, name: str, pool: str) -> Ticket:
         return Ticket(name, self.models[pool].id, "t", "g", "", "", 1, json.dumps({"request_id": name}))
@@ -75,8 +77,8 @@ class World:
 
 
 @pytest.fixture
-async def world(settings: Settings, db: Database, scheduler: Scheduler) -> World:
-    return World(settings, db, scheduler, [await base_model(db, "a"), await base_model(db, "b")])
+async def world(settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler) -> World:
+    return World(settings, db, controller_db, scheduler, [await base_model(db, "a"), await base_model(db, "b")])
 
 
 STARTING, READY, STOPPING = ("running", "starting"), ("running", "ready"), ("stopped", "ready")
@@ -202,10 +204,10 @@ async def test_a_deleted_pool_is_forgotten(world: World) -> None:
 
 
 async def test_a_controller_that_is_deposed_starts_and_kills_nothing_more(world: World, database_url: str) -> None:
-    other = Database(database_url)
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     async with AsyncExitStack() as stack:
         # As `run` does it; then its process is suspended, and another takes over.
-        world.controller.lead(await stack.enter_async_context(leading(world.db)))
+        world.controller.lead(await stack.enter_async_context(leading(world.controller_db)))
         await world.controller.tick()
         await stack.enter_async_context(leading(other, check_s=0.05, silent_s=0.3))
         # Nothing has changed that would be saved: what fails is the kill.
@@ -223,7 +225,7 @@ async def test_a_controller_that_is_deposed_starts_and_kills_nothing_more(world:
 
 async def test_what_a_controller_starts_after_it_stood_still_is_desired_by_nobody(world: World, database_url: str) -> None:
     """It stands still between the row and the process: the next one writes the row off, so that the supervisor finds it ended."""
-    other = Database(database_url)
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     start = world.names.start
     stands_still, goes_on = asyncio.Event(), asyncio.Event()
 
@@ -235,7 +237,7 @@ async def test_what_a_controller_starts_after_it_stood_still_is_desired_by_nobod
     world.names.start = slow  # type: ignore[method-assign,assignment]
     await world.submit("r1", "a")
     async with AsyncExitStack() as stack:
-        world.controller.lead(await stack.enter_async_context(leading(world.db)))
+        world.controller.lead(await stack.enter_async_context(leading(world.controller_db)))
         old = asyncio.create_task(world.controller.tick())
         await stands_still.wait()
         active = await stack.enter_async_context(leading(other, check_s=0.05, silent_s=0.3))

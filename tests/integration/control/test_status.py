@@ -29,9 +29,9 @@ class Nowhere:
 
 
 @pytest.fixture
-def controller(settings: Settings, db: Database, scheduler: Scheduler) -> Controller:
+def controller(settings: Settings, controller_db: Database, scheduler: Scheduler) -> Controller:
     """A controller that has not been active yet."""
-    return Controller(settings, db, scheduler, Nowhere())  # type: ignore[arg-type]
+    return Controller(settings, controller_db, scheduler, Nowhere())  # type: ignore[arg-type]
 
 
 async def samples(controller: Controller, db: Database) -> dict[tuple[str, ...], float]:
@@ -49,14 +49,14 @@ async def health(controller: Controller, db: Database) -> tuple[int, dict[str, s
     return answer.status_code, answer.json()
 
 
-async def test_standing_by(controller: Controller, db: Database) -> None:
+async def test_standing_by(controller: Controller, controller_db: Database) -> None:
     """It is well, and tells nothing of the pools: the active one does."""
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 1, 1, ("ready",))}
-    assert await health(controller, db) == (200, {"status": "ok", "role": "stand-by"})
-    assert await samples(controller, db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
+    assert await health(controller, controller_db) == (200, {"status": "ok", "role": "stand-by"})
+    assert await samples(controller, controller_db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
 
 
-async def test_leading(controller: Controller, db: Database) -> None:
+async def test_leading(controller: Controller, db: Database, controller_db: Database) -> None:
     values = {"source": "/m", "dtype": "float32", "linears": {}, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
     values |= {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1, "engine_args": ""}
     model = await put_base_model(db, BaseModel(id="", name="tiny", **values))  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ async def test_leading(controller: Controller, db: Database) -> None:
     controller.active, controller.moved = True, 7
     start = {"by": "zygote", "spawn_ms": 20, "total_ms": 1500}
     controller.statuses = {model.id: PoolStatus("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
-    assert await health(controller, db) == (200, {"status": "ok", "role": "leader"})
-    assert await samples(controller, db) == {
+    assert await health(controller, controller_db) == (200, {"status": "ok", "role": "leader"})
+    assert await samples(controller, controller_db) == {
         ("lmaas_controller_leader",): 1,
         ("lmaas_usage_events_moved_total",): 7,
         ("lmaas_pool_queued", "tiny"): 3,

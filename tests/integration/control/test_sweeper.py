@@ -17,7 +17,7 @@ from tests.support.conditions import until
 
 
 async def test_answers_past_their_day_go_and_others_stay(
-    settings: Settings, db: Database, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmaas.control.controller.SWEEP_S", 0.05)
     acme = await tenant(db, "acme")
@@ -30,7 +30,7 @@ async def test_answers_past_their_day_go_and_others_stay(
         async with db.begin(SYSTEM) as connection:
             return int((await connection.execute(text("SELECT count(*) FROM idempotency"))).scalar_one())
 
-    running = asyncio.create_task(Controller(settings, db, scheduler, Names()).run())
+    running = asyncio.create_task(Controller(settings, controller_db, scheduler, Names()).run())
     try:
         for keys, still in (("k0", ROWS_AT_ONCE + 1), ("k%", 1)):
             async with db.begin(SYSTEM) as connection:

@@ -31,13 +31,15 @@ from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor
 from lmaas.states import UsageStatus
 from lmaas.store.adapters import add_version
-from lmaas.store.database import driver_url, new_id
+from lmaas.store.database import Database, driver_url, new_id
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, get_replica
+from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import scope_of
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.store.usage import UsageEvent, list_events
 from lmaas.types import Role
+from tests.conftest import login_url
 from tests.integration.schemas import CHECKED
 from tests.support.conditions import until
 from tests.support.processes import free_port
@@ -140,14 +142,24 @@ class Stack:
 
     def __init__(self, settings: Settings, services: Services, exits: AsyncExitStack) -> None:
         self.settings, self.services, self._exits = settings, services, exits
+        # The test's own, as the superuser. Processes have their own rights.
         self.db, self.redis, self.scheduler = services.db, services.redis, services.scheduler
         self.url = ""
         self._checks: asyncio.Task[None] | None = None
+        self._databases: dict[DatabaseRole, Database] = {}
 
     def check_grammars(self) -> None:
         """Have a host that checks grammars."""
-        self._checks = asyncio.create_task(serve_checks(self.settings, self.db, self.redis), name="grammar-checker")
+        checks = serve_checks(self.settings, self.database(DatabaseRole.CONTROLLER), self.redis)
+        self._checks = asyncio.create_task(checks, name="grammar-checker")
         self._exits.push_async_callback(_end, self._checks)
+
+    def database(self, role: DatabaseRole) -> Database:
+        """The database with the login of one of our processes."""
+        if role not in self._databases:
+            self._databases[role] = Database(login_url(str(self.settings.database_url), role), role)
+            self._exits.push_async_callback(self._databases[role].close)
+        return self._databases[role]
 
     async def check_no_grammars(self) -> None:
         """Be without the host that checks grammars."""
@@ -184,7 +196,9 @@ class Stack:
         await add_replica(self.db, replica_id, model.id)
         client = await self._exits.enter_async_context(EngineClient())
         started = dataclasses.replace(model, engine_args=fake)
-        supervisor = Supervisor(self.settings, self.db, self.scheduler, self.services.files, client, started, replica_id, clock)
+        supervisor = Supervisor(
+            self.settings, self.database(DatabaseRole.REPLICA), self.scheduler, self.services.files, client, started, replica_id, clock
+        )
         task = asyncio.create_task(supervisor.run(), name=replica_id)
         self._exits.push_async_callback(_end, task)
         found: list[dict[str, Any]] = []
@@ -209,7 +223,7 @@ class Stack:
     async def gateway(self, **changes: Any) -> AsyncIterator["Gateway"]:
         """A gateway with other settings, until the end of the block."""
         settings = dataclasses.replace(self.settings, port=free_port(), **changes)
-        app, leases = build_gateway(settings, self.services)
+        app, leases = build_gateway(settings, dataclasses.replace(self.services, db=self.database(DatabaseRole.GATEWAY)))
         serving = server(app, settings)
         task = asyncio.create_task(serving.serve(), name="gateway")
         await until(lambda: serving.started or task.done(), every_s=0.01)
@@ -268,7 +282,7 @@ class Stack:
 
     async def ledger(self, model: BaseModel, tenant: Tenant | None = None) -> list[UsageEvent]:
         """The ledger, after the metering writer's work."""
-        while await write_events(self.redis, self.db, model.id):
+        while await write_events(self.redis, self.database(DatabaseRole.CONTROLLER), model.id):
             pass
         return await list_events(self.db, scope_of(tenant.id if tenant else None))
 
@@ -314,7 +328,7 @@ async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any
     )
     settings = dataclasses.replace(settings, **changes)
     async with AsyncExitStack() as exits:
-        services = await exits.enter_async_context(connected(settings))
+        services = await exits.enter_async_context(connected(settings, None))
         await services.redis.flushall()
         stack = Stack(settings, services, exits)
         stack.check_grammars()

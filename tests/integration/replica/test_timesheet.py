@@ -23,27 +23,11 @@ from lmaas.store.engine_time import list_engine_time
 from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.replicas import add_replica, desire_stop
 from tests.integration.gateway.stack import CHAT, Replica, Stack, running
+from tests.support.clocks import Clock
 from tests.support.conditions import until
 
 STARTING, LOADING, BUSY, IDLE = EnginePhase
-MODEL = BaseModel("mod_1", "base", "no-model", "float32", {}, 16, 8, 8, 16, 2048, 2**28, "")
 ASK = {"model": "base", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 1500, "ignore_eos": True}
-
-
-class Clock:
-    """A clock that the test moves; it remembers when it was first asked."""
-
-    def __init__(self) -> None:
-        self.now, self.first = 1000.0, -1.0
-
-    def __call__(self) -> float:
-        if self.first < 0:
-            self.first = self.now
-        return self.now
-
-    @property
-    def passed_ms(self) -> int:
-        return int((self.now - self.first) * 1000)
 
 
 @pytest.fixture
@@ -160,32 +144,6 @@ async def test_nothing_is_lost_while_postgres_is_away_also_at_the_end(stack: Sta
     found = await phases(stack)
     assert found == {IDLE: about(70)}
     assert found.total() == clock.passed_ms
-
-
-async def test_what_happens_during_a_write_is_written_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, kept = Clock(), Counter[Any]()
-
-    async def price(*_: Any) -> int:
-        return 0
-
-    async def write(_: Any, __: str, ___: str, spans: dict[Any, int]) -> None:
-        kept.update({span: ms - kept[span] for span, ms in spans.items()})
-        # The phase goes on for a while, and ends, before Postgres has answered.
-        clock.now += 1
-        sheet.observe(LOADING if len(kept) % 2 else BUSY)
-
-    monkeypatch.setattr(timesheet, "WRITE_EVERY_S", 0.001)
-    monkeypatch.setattr(timesheet, "record_engine_time", write)
-    monkeypatch.setattr(timesheet, "engine_price", price)
-    sheet = timesheet.TimeSheet(None, "rep_1", MODEL, clock)  # type: ignore[arg-type]  # no database is asked
-    async with sheet.kept():
-        writing = asyncio.create_task(sheet.write_forever())
-        await until(lambda: clock.passed_ms > 5000, every_s=0.01)
-        writing.cancel()
-        await asyncio.gather(writing, return_exceptions=True)
-        sheet.observe(IDLE)
-        life_ms = clock.passed_ms
-    assert kept.total() == life_ms
 
 
 async def test_the_last_word_is_waited_for_with_an_end(

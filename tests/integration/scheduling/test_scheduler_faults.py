@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from lmaas.errors import Unavailable
-from lmaas.scheduling.client import Bounds, Scheduler, connect, gateway_channel
+from lmaas.scheduling.client import Bounds, Scheduler, gateway_channel
 from lmaas.scheduling.states import RetryReason
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY, Pool, quick, ticket
@@ -213,16 +213,6 @@ async def test_the_library_is_installed_where_it_is_missing(scheduler: Scheduler
     replies = await asyncio.gather(*(pool.submit(ticket(number)) for number in range(5)))
     assert replies == [["queued"]] * 5
     await pool.check()
-
-
-async def test_a_server_that_is_away_is_unavailable(tmp_path_factory: pytest.TempPathFactory) -> None:
-    client = connect(f"unix://{tmp_path_factory.mktemp('none')}/none.sock")
-    with pytest.raises(Unavailable) as caught:
-        await Scheduler(client).submit(ticket(1), Bounds(10, 10_000))
-    assert (caught.value.error_code, caught.value.retry_after_s) == ("queue_unavailable", 2)
-    with pytest.raises(Unavailable):
-        await Scheduler(client).record_event("p", "{}")
-    await client.aclose()
 
 
 async def test_a_server_that_refuses_is_unavailable_and_somebody_hears_why(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
 
-LMAAS_HISTORIES is how many histories are tried; each has up to 80 steps, and a step a few calls. After each call everything is compared.
+It tries 100 histories, times LMAAS_TEST_EFFORT. Each has up to 80 steps, and a step a few calls. After each call everything is compared.
 """
 
 import json
@@ -22,8 +22,9 @@ from lmaas.states import Observed
 from tests.integration.scheduling.model import Held, Rules
 from tests.integration.scheduling.model_limits import Tokens, month_of
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
+from tests.support.effort import tries
 
-HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "100"))
+HISTORIES = tries(100)
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and patience run out within a few seconds and tickets.
@@ -498,6 +499,7 @@ def client(valkey_url: str) -> Iterator[Redis]:
         yield client
 
 
+@pytest.mark.search
 def test_the_functions_do_what_the_model_says(client: Redis) -> None:
     class Here(Histories):
         pass

@@ -8,19 +8,21 @@ import pytest
 from lmaas.store.database import Database
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.replicas import add_replica, list_replicas
+from lmaas.store.rights import DatabaseRole
+from tests.conftest import login_url
 from tests.integration.store.build import base_model
 from tests.support.conditions import until
 
 
-async def test_one_at_a_time(db: Database, database_url: str) -> None:
-    other = Database(database_url)
+async def test_one_at_a_time(controller_db: Database, database_url: str) -> None:
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     seen: list[str] = []
 
     async def second() -> None:
         async with leading(other, check_s=0.05):
             seen.append("second")
 
-    async with leading(db) as lead:
+    async with leading(controller_db) as lead:
         task = asyncio.create_task(second())
         for _ in range(5):
             await asyncio.sleep(0.1)
@@ -31,10 +33,12 @@ async def test_one_at_a_time(db: Database, database_url: str) -> None:
     await other.close()
 
 
-async def test_a_holder_that_is_silent_is_deposed_and_can_write_nothing_more(db: Database, database_url: str) -> None:
-    other = Database(database_url)
+async def test_a_holder_that_is_silent_is_deposed_and_can_write_nothing_more(
+    db: Database, controller_db: Database, database_url: str
+) -> None:
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     model = await base_model(db)
-    async with leading(db) as stuck:
+    async with leading(controller_db) as stuck:
         assert await add_replica(stuck, "rep_before", model.id)
         # It says nothing, as a process that is stopped does.
         async with leading(other, check_s=0.05, silent_s=0.5) as active:
@@ -48,15 +52,15 @@ async def test_a_holder_that_is_silent_is_deposed_and_can_write_nothing_more(db:
     await other.close()
 
 
-async def test_a_holder_that_speaks_is_not_deposed(db: Database, database_url: str) -> None:
-    other = Database(database_url)
+async def test_a_holder_that_speaks_is_not_deposed(controller_db: Database, database_url: str) -> None:
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     taken = asyncio.Event()
 
     async def second() -> None:
         async with leading(other, check_s=0.05, silent_s=2.0):
             taken.set()
 
-    async with leading(db) as lead:
+    async with leading(controller_db) as lead:
         task = asyncio.create_task(second())
         for _ in range(30):
             await lead.check()
@@ -67,18 +71,18 @@ async def test_a_holder_that_speaks_is_not_deposed(db: Database, database_url: s
     await other.close()
 
 
-async def test_a_lock_in_another_database_is_another(db: Database, postgres_url: str) -> None:
-    elsewhere = Database(postgres_url)
-    async with leading(elsewhere) as theirs, leading(db, check_s=0.05, silent_s=0.0) as ours:
+async def test_a_lock_in_another_database_is_another(controller_db: Database, postgres_url: str) -> None:
+    elsewhere = Database(login_url(postgres_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
+    async with leading(elsewhere) as theirs, leading(controller_db, check_s=0.05, silent_s=0.0) as ours:
         await theirs.check()
         await ours.check()
     await elsewhere.close()
 
 
-async def test_the_first_word_of_a_lost_lead_is_an_error(db: Database, database_url: str) -> None:
-    other = Database(database_url)
+async def test_the_first_word_of_a_lost_lead_is_an_error(controller_db: Database, database_url: str) -> None:
+    other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     lost = False
-    async with leading(db) as stuck:
+    async with leading(controller_db) as stuck:
         async with leading(other, check_s=0.05, silent_s=0.2):
             pass
         with suppress(LostLead):

@@ -11,7 +11,7 @@ from lmaas.errors import Conflict, LmaasError, NotFound, TooLarge, Unavailable
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import TERMINAL, TRANSITIONS, Desired, Observed, UsageStatus
 from lmaas.store import adapters, replicas, tenants, usage
-from lmaas.store.database import Database, driver_url
+from lmaas.store.database import Database
 from lmaas.store.models import change_base_model, get_base_model, list_base_models
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.types import Principal, Role
@@ -350,17 +350,6 @@ async def test_events_written_at_once_count_once(db: Database) -> None:
 # The connection.
 
 
-async def test_a_database_that_is_away_is_unavailable(tmp_path: Any) -> None:
-    database = Database(f"postgresql://postgres@/none?host={tmp_path}")
-    with pytest.raises(Unavailable) as caught:
-        await tenants.list_tenants(database)
-    assert caught.value.error_code == "database_unavailable"
-    with pytest.raises(Unavailable):
-        async with database.autocommit():
-            pytest.fail("there is no connection")
-    await database.close()
-
-
 async def test_lost_connections_are_replaced(db: Database) -> None:
     await tenant(db, "acme")
     kill = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
@@ -370,8 +359,3 @@ async def test_lost_connections_are_replaced(db: Database) -> None:
                 await killer.execute(kill)
             await held.execute(text("SELECT 1"))
     assert [one.name for one in await tenants.list_tenants(db)] == ["acme"]
-
-
-@pytest.mark.parametrize("url", ["postgres://u:p@h:1/d", "postgresql://u:p@h:1/d", "postgresql+asyncpg://u:p@h:1/d"])
-def test_the_driver_is_ours(url: str) -> None:
-    assert driver_url(url) == "postgresql+psycopg://u:p@h:1/d"

@@ -11,6 +11,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from lmaas.adapters.config import AdapterConfig, canonical_config
 from lmaas.adapters.patterns import MAX_PATTERN_LENGTH, MAX_PATTERNS, PatternError, exactly, matching_values
 from tests.support.adapters import base
+from tests.support.effort import tries
 
 MODULES = [*base(layers=12).linears, "model.layers.1", "q_proj", "q.proj", "x_lm_head", "model.layers.0.self_attn.q_proj.q_proj"]
 #: Short enough for a matcher that backtracks.
@@ -75,7 +76,7 @@ PIECES += [
 ]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=tries(1500), deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=7).map("".join))
 def test_any_pattern_matches_as_in_peft_or_is_refused(key: str) -> None:
     try:

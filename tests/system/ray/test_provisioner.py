@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from lmaas.config import Settings
-from lmaas.control.provisioners.ray import RayProvisioner, parse_resources
+from lmaas.control.provisioners.ray import RayProvisioner
 from lmaas.control.provisioners.ray_node import KEPT, forget_ended
-from lmaas.errors import SettingsError, Unavailable
+from lmaas.errors import Unavailable
 from lmaas.types import Resources
 from tests.support.conditions import until
 from tests.system.ray.cluster import Fleet
@@ -154,29 +154,6 @@ async def test_a_ray_that_does_not_answer_stops_nobody(settings: Settings, monke
     with pytest.raises(Unavailable, match="not answered"):
         await provisioner.list()
     answer.set()
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("", {}),
-        ("lora=1", {"lora": 1.0}),
-        (" lora = 0.5, memory=2e9,", {"lora": 0.5, "memory": 2e9}),
-        ("lora", None),
-        ("lora=", None),
-        ("=1", None),
-        ("lora=0", None),
-        ("lora=-1", None),
-        ("lora=nan", None),
-        ("lora=inf", None),
-    ],
-)
-def test_resources_by_setting(text: str, found: dict[str, float] | None) -> None:
-    if found is None:
-        with pytest.raises(SettingsError, match="LMAAS_RAY_RESOURCES"):
-            parse_resources(text)
-    else:
-        assert parse_resources(text) == found
 
 
 def test_what_ended_replicas_leave_on_a_node(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
 PROXY = (ROOT / "docker/haproxy.cfg").read_text()
-SECRETS = ("LMAAS_OPERATOR_KEY", "POSTGRES_PASSWORD", "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
+LOGINS = ("DATABASE_GATEWAY_PASSWORD", "DATABASE_CONTROLLER_PASSWORD", "DATABASE_REPLICA_PASSWORD")
+SECRETS = ("LMAAS_OPERATOR_KEY", "POSTGRES_PASSWORD", *LOGINS, "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
 ONE_SHOTS = {"migrate", "init", "init-gpu", "tenants", "cli"}
 PUBLISHED = {"proxy", "prometheus", "grafana"}
 #: What Prometheus itself adds.
@@ -156,6 +157,27 @@ def test_env_sh(tmp_path: Path) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", made[secret]) for secret in SECRETS[1:])
     subprocess.run(run, check=True, capture_output=True)
     assert (tmp_path / ".env").read_text() == text, "a second run must keep the secrets"
+    # What an older release has written keeps its values, and gets the secrets that it lacks.
+    older = [line for line in text.splitlines() if not line.startswith(LOGINS)]
+    older = [line.replace("LMAAS_PORT=8080", "LMAAS_PORT=9000") for line in older]
+    (tmp_path / ".env").write_text("\n".join(older))
+    subprocess.run(run, check=True, capture_output=True)
+    lines = (tmp_path / ".env").read_text().splitlines()
+    assert lines[: len(older)] == older
+    assert [line.partition("=")[0] for line in lines[len(older) :]] == list(LOGINS)
+    assert len({line.partition("=")[2] for line in lines[len(older) :]}) == len(LOGINS)
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
+    assert not list(tmp_path.glob(".env.*[0-9]"))
+
+
+def test_each_process_has_its_own_database_login() -> None:
+    logins = {name: re.findall(r"//(\w+):", str(service.get("environment", ""))) for name, service in SERVICES.items()}
+    used = {name: set(found) - {"", "proxy"} for name, found in logins.items() if found}
+    assert used["migrate"] == {"lmaas"}
+    assert used["gateway"] == used["init"] == used["init-gpu"] == {"lmaas_gateway"}
+    assert used["controller"] == used["controller-gpu"] == {"lmaas_controller", "lmaas_replica"}
+    for name in set(SERVICES) - {"migrate", "postgres"}:
+        assert "POSTGRES_PASSWORD" not in str(SERVICES[name].get("environment", ""))
 
 
 @each_service

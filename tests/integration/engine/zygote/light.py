@@ -1,19 +1,34 @@
-"""`python -m tests.integration.engine.zygote.light HOME IDLE_S`: a zygote without vLLM in memory, whose disk is full when it learns."""
+"""`python -m tests.integration.engine.zygote.light HOME IDLE_S`: a zygote without vLLM in memory, whose disk is full when it learns.
+
+If SLOW is set in its environment, it imports slowly until there is a file `go` in its folder.
+"""
 
 import errno
 import os
 import sys
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 PRELOAD = "lmaas.engine.zygote.preload"
 
 
-class Preloaded:
-    """Nothing."""
+SLOW = "LIGHT_ZYGOTE_IS_SLOW"
 
-    def __init__(self, commands: Path) -> None:
+
+class Preloaded:
+    """Imports nothing, fast or slowly."""
+
+    def __init__(self, commands: Path, report: Callable[[int, int], None]) -> None:
         self._learnt = commands.with_name("learnt")
+        report(0, 3)
+        while SLOW in os.environ and not commands.with_name("go").exists():
+            used = time.process_time()
+            while time.process_time() - used < 0.02:
+                pass
+            time.sleep(0.1)
+        report(2, 3)
 
     def unfit(self) -> str:
         """Never."""

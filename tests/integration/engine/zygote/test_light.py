@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import psutil
 import pytest
 
 from lmaas.engine.launch import VLLM, EngineSpec, launched
-from lmaas.engine.zygote import client, owner, wire
-from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order, fork, go
-from lmaas.engine.zygote.owner import MUTE_S, ZygoteOwner, stop
+from lmaas.engine.zygote import client, owner, policy, wire
+from lmaas.engine.zygote.client import Fork, ForkedProcess, NoZygote, Order, fork, fork_when_there, go
+from lmaas.engine.zygote.owner import ZygoteOwner, stop
+from lmaas.engine.zygote.progress import Sight, plain_imports, running
+from tests.integration.engine.zygote.light import SLOW
+from tests.support.clocks import Clock
 from tests.support.conditions import until
-from tests.unit.engine.zygote.test_parts import Clock
 
 JOB = "tests.integration.engine.zygote.job"
 IDLE_S = 60.0
@@ -39,6 +42,11 @@ def answers(home: Path) -> bool:
             return wire.receive(connection) is not None
         except OSError:
             return False
+
+
+def order(home: Path, *arguments: str) -> Order:
+    """An order of a job that is kept."""
+    return Order(JOB, list(arguments), os.environ | {"SECRET": ""}, home / "job.log", kept=True)
 
 
 @dataclass(frozen=True)
@@ -123,23 +131,117 @@ async def test_a_full_disk_does_not_end_a_zygote_that_learns(zygote: Light) -> N
     assert zygote.process.poll() is None
 
 
-async def test_an_engine_starts_plainly_while_the_zygote_stands_still(
-    zygote: Light, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "ENGINE_PATIENCE_S", 1.0)
+async def test_those_that_went_away_while_a_zygote_stood_still_are_no_trouble(zygote: Light) -> None:
     os.kill(zygote.process.pid, signal.SIGSTOP)
-    spec = EngineSpec(VLLM, "no-model", "base", "float32", 512, 4, 2, 16, 4, 1 << 20)
-    began = time.monotonic()
-    async with launched(spec, 1, tmp_path / "engine.log", zygote.home) as engine:
-        assert engine.by == "plain"
-        assert time.monotonic() - began < 7.0  # less than the patience would be by itself
     with pytest.raises(NoZygote):
         await zygote.fork(kept=False, patience_s=0.2)
     os.kill(zygote.process.pid, signal.SIGCONT)
-    # Those that went away while it stood still are no trouble.
     process = ForkedProcess(await zygote.fork("afterwards", kept=True))
     assert await process.wait() == 0
     assert "afterwards" in zygote.said()
+
+
+async def test_an_engine_starts_plainly_if_the_zygote_stands_still_and_nobody_replaces_it(
+    zygote: Light, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "STILL_S", 1.0)
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    spec = EngineSpec(VLLM, "no-model", "base", "float32", 512, 4, 2, 16, 4, 1 << 20)
+    async with launched(spec, 1, tmp_path / "engine.log", zygote.home) as engine:
+        assert engine.by == "plain"
+        assert plain_imports(zygote.home) == [engine.pid]  # so that no zygote imports beside it
+    assert plain_imports(zygote.home) == []
+
+
+async def test_a_start_does_not_wait_where_there_is_no_zygote_to_come(tmp_path: Path) -> None:
+    with pytest.raises(NoZygote, match="no process of this service starts one"):
+        await fork_when_there(tmp_path, order(tmp_path, "never"), {})
+
+
+@asynccontextmanager
+async def looked_after(home: Path, start: Callable[[], "subprocess.Popen[bytes]"]) -> AsyncIterator[ZygoteOwner]:
+    """An owner that looks after the zygote of a home folder during the block."""
+    taker = ZygoteOwner(home, start, dict)
+
+    async def keep() -> None:
+        while True:
+            await taker.ensure()
+            await asyncio.sleep(0.05)
+
+    keeping = asyncio.create_task(keep())
+    try:
+        yield taker
+    finally:
+        keeping.cancel()
+        await asyncio.wait({keeping})
+        await asyncio.to_thread(taker.stop)
+
+
+async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(policy, "STILL_S", 1.5)
+    monkeypatch.setattr(owner, "EVERY_S", 0.1)
+    monkeypatch.setenv(SLOW, "1")
+    looks: list[Sight] = []
+    async with looked_after(tmp_path, lambda: light(tmp_path)):
+        await until(lambda: running(tmp_path) != 0)
+        zygote = running(tmp_path)
+        starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "patient"), {}, looks.append))
+        # Several times as long as one may stand still.
+        await until(lambda: sum(client.LOOK_S for _ in looks) > 3 * policy.STILL_S)
+        assert not starting.done()
+        assert "killed" not in caplog.text
+        assert all(look.pid == zygote and not look.serves for look in looks)
+        assert looks[-1].used_s > looks[0].used_s
+        (wire.folder(tmp_path) / "go").touch()
+        process = ForkedProcess(await starting)
+        assert await process.wait() == 0
+        assert running(tmp_path) == zygote
+    assert "patient" in (tmp_path / "job.log").read_text()
+
+
+async def test_a_start_waits_for_the_zygote_that_replaces_a_stopped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(policy, "STILL_S", 1.5)
+    monkeypatch.setattr(owner, "EVERY_S", 0.1)
+    monkeypatch.setenv(SLOW, "1")
+    async with looked_after(tmp_path, lambda: light(tmp_path)):
+        await until(lambda: running(tmp_path) != 0)
+        stopped = running(tmp_path)
+        os.kill(stopped, signal.SIGSTOP)
+        starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "second"), {}))
+        await until(lambda: running(tmp_path) not in (0, stopped))
+        assert "it has made no progress" in str([record.__dict__.get("detail") for record in caplog.records])
+        (wire.folder(tmp_path) / "go").touch()
+        process = ForkedProcess(await starting)
+        assert await process.wait() == 0
+
+
+async def test_a_start_waits_for_the_zygote_with_its_own_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "EVERY_S", 0.1)
+    facts = {"lmaas": "new"}
+    monkeypatch.setenv(wire.FACTS, '{"lmaas": "old"}')
+    old = light(tmp_path)
+    await until(lambda: answers(tmp_path))
+    monkeypatch.setenv(wire.FACTS, '{"lmaas": "new"}')
+    with pytest.raises(NoZygote, match="another lmaas"):
+        await fork_when_there(tmp_path, order(tmp_path, "alone"), facts)
+    taker = ZygoteOwner(tmp_path, lambda: light(tmp_path), lambda: facts)
+    await taker.ensure()  # it has the old one end
+    starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "new"), facts))
+    try:
+        await asyncio.to_thread(old.wait, 30)
+
+        async def forked() -> bool:
+            await taker.ensure()
+            return starting.done()
+
+        await until(forked)
+        assert await ForkedProcess(starting.result()).wait() == 0
+    finally:
+        await asyncio.to_thread(taker.stop)
 
 
 async def fill(home: Path) -> None:
@@ -155,7 +257,7 @@ async def fill(home: Path) -> None:
 
 
 @pytest.mark.parametrize("crowded", [False, True])
-async def test_a_mute_zygote_is_killed_after_a_while_and_not_at_first_sight(
+async def test_a_zygote_that_stands_still_is_killed_after_a_while_and_not_at_first_sight(
     zygote: Light, crowded: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def never() -> "subprocess.Popen[bytes]":
@@ -167,30 +269,40 @@ async def test_a_mute_zygote_is_killed_after_a_while_and_not_at_first_sight(
         await fill(zygote.home)
     clock = Clock()
     taker = ZygoteOwner(zygote.home, never, dict, clock)
-    for passes in (0.0, MUTE_S / 2, MUTE_S / 2 - 1):
-        clock.now += passes
+    looks = 0
+    while "killed" not in caplog.text:
         await taker.ensure()
-        assert "killed" not in caplog.text  # a kill would take its time
-    clock.now += 2
-    await taker.ensure()
+        clock.now += owner.EVERY_S
+        looks += 1
+    assert policy.STILL_S / owner.EVERY_S <= looks <= policy.STILL_S / owner.EVERY_S + 3
     assert await asyncio.to_thread(zygote.process.wait, 30) == -signal.SIGKILL
 
 
-async def test_one_that_answered_in_between_was_not_mute(zygote: Light, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_owner_that_stood_still_itself_does_not_blame_the_zygote(zygote: Light, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "HELLO_S", 0.1)
     clock = Clock()
     taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), dict, clock)
-    for step in range(4):
-        os.kill(zygote.process.pid, signal.SIGSTOP)
+    os.kill(zygote.process.pid, signal.SIGSTOP)
+    for _ in range(2):
         await taker.ensure()
+        clock.now += 10 * policy.STILL_S
+    assert zygote.process.poll() is None
+
+
+async def test_one_that_answered_in_between_did_not_stand_still(zygote: Light, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    taker = ZygoteOwner(zygote.home, lambda: light(zygote.home), dict, clock)
+    for _ in range(3):
+        os.kill(zygote.process.pid, signal.SIGSTOP)
+        monkeypatch.setattr(owner, "HELLO_S", 0.1)
+        for _ in range(int(policy.STILL_S / owner.EVERY_S) - 1):
+            await taker.ensure()
+            clock.now += owner.EVERY_S
         os.kill(zygote.process.pid, signal.SIGCONT)
-        await until(lambda: answers(zygote.home))
-        clock.now += MUTE_S - 1
         monkeypatch.setattr(owner, "HELLO_S", 10.0)
         await taker.ensure()
-        clock.now += MUTE_S - 1
-        monkeypatch.setattr(owner, "HELLO_S", 0.1)
-        assert zygote.process.poll() is None, step
+        clock.now += owner.EVERY_S
+    assert zygote.process.poll() is None
 
 
 async def test_its_owner_looks_at_our_files_once_a_minute(zygote: Light) -> None:
@@ -248,7 +360,7 @@ async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
         f"    home = Path({str(tmp_path)!r})\n"
         f"    taker = owner.ZygoteOwner(home, lambda: light(home, {idle_s}), dict)\n"
         "    while True:\n"
-        "        await taker.ensure(); print(owner.holder(home), flush=True); await asyncio.sleep(0.1)\n"
+        "        await taker.ensure(); print(owner.listener(home), flush=True); await asyncio.sleep(0.1)\n"
         "asyncio.run(main())\n"
     )
     wire.folder(tmp_path).mkdir()

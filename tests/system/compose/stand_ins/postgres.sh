@@ -4,7 +4,9 @@ set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
     password=$(mktemp)
     printf '%s' "$POSTGRES_PASSWORD" >"$password"
-    initdb --username="$POSTGRES_USER" --pwfile="$password" --auth-local=trust --auth-host=scram-sha-256 --encoding=UTF8
+    # shellcheck disable=SC2086  # as the real one: several arguments
+    initdb --username="$POSTGRES_USER" --pwfile="$password" --encoding=UTF8 ${POSTGRES_INITDB_ARGS:-}
+    export PGPASSWORD="$POSTGRES_PASSWORD"
     rm "$password"
     echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
     pg_ctl -D "$PGDATA" -o "-c listen_addresses=''" -w start

@@ -1,18 +1,16 @@
 """A home folder with a zygote that has real vLLM in memory."""
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from lmaas.engine.launch import shared_environment, zygote_owner
-from lmaas.engine.zygote import client, owner, wire
+from lmaas.engine.zygote import owner, wire
 from lmaas.engine.zygote.client import Fork, NoZygote, Order, fork
 from lmaas.engine.zygote.owner import ZygoteOwner
 from tests.support.conditions import until
@@ -67,19 +65,10 @@ async def zygote_in(home: Path) -> AsyncIterator[Place]:
     """A home folder whose zygote has imported everything. Nothing of it is left afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMAAS_HOME", str(home))
-        start, started = client.start, []
-
-        def noted(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
-            started.append(start(*arguments, **options))
-            return started[-1]
-
-        patch.setattr(client, "start", noted)
         there = Place(home, zygote_owner(home, 60))
         try:
             await there.imported()
             yield there
         finally:
-            await asyncio.to_thread(owner.stop, home)
+            await asyncio.to_thread(there.taker.stop)
             await until(lambda: not there.left())
-            for zygote in started:
-                zygote.wait()

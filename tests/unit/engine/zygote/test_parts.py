@@ -13,6 +13,7 @@ from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.commands import REMEMBERED, command_key, read_commands, remember
 from lmaas.engine.zygote.owner import EVERY_S, RESTART_MAX_S, ZygoteOwner
 from lmaas.engine.zygote.preload import AVOIDED, Preloaded
+from tests.support.clocks import Clock
 
 
 @pytest.mark.parametrize(
@@ -52,15 +53,6 @@ def test_what_must_be_the_same_for_a_fork(change: dict[str, str], differs: str) 
     facts = wire.facts(environment)
     assert wire.difference(facts, wire.facts(environment | change)) == differs
     assert "very secret" not in str(facts)
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def test_a_zygote_that_does_not_last_is_started_later_and_later(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lmaas.config import load
-from lmaas.control.provisioners.ray import parse_resources
+from lmaas.control.provisioners.resources import parse_resources
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "kuberay"

@@ -86,9 +86,11 @@ def test_service_tiers_are_shares_and_order() -> None:
         ({"limit": "budget", "allowed": 30, "retry_ms": 0}, 429, "insufficient_quota", "month", "false"),
     ],
 )
-def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, retry_after: str | None, should_retry: str) -> None:
+def test_refusals(
+    no_database: Database, report: dict[str, Any], status: int, code: str, retry_after: str | None, should_retry: str
+) -> None:
     limited = {"state": "limited", "scope": "key", "left": {"requests": [3, 0, 12_500]}} | report
-    error = Terms(Months(db), PRINCIPAL, Bounds(1, 1)).refusal(limited)
+    error = Terms(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal(limited)
     headers = error.headers()
     assert (error.status, error.error_code, headers["x-should-retry"]) == (status, code, should_retry)
     if retry_after == "month":
@@ -122,13 +124,13 @@ def test_refusals(db: Database, report: dict[str, Any], status: int, code: str, 
         ),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_what_to_do(db: Database, report: dict[str, Any], message: str) -> None:
+def test_a_refusal_says_what_is_wrong_and_what_to_do(no_database: Database, report: dict[str, Any], message: str) -> None:
     refused = {"state": "limited", "scope": "key"} | report
-    assert Terms(Months(db), PRINCIPAL, Bounds(64, 900)).refusal(refused).message == message
+    assert Terms(Months(no_database), PRINCIPAL, Bounds(64, 900)).refusal(refused).message == message
 
 
-def test_a_month_that_nobody_knows_is_unavailable(db: Database) -> None:
-    assert isinstance(Terms(Months(db), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
+def test_a_month_that_nobody_knows_is_unavailable(no_database: Database) -> None:
+    assert isinstance(Terms(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
 
 
 def test_headers() -> None:
@@ -139,7 +141,7 @@ def test_headers() -> None:
     }
 
 
-async def test_the_ledger_is_asked_once_for_all_that_wait(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_ledger_is_asked_once_for_all_that_wait(no_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
     gate = asyncio.Event()
 
@@ -149,7 +151,7 @@ async def test_the_ledger_is_asked_once_for_all_that_wait(db: Database, monkeypa
         return (7 if key_id else 9), 1
 
     monkeypatch.setattr(months, "month_total", total)
-    asking = Months(db)
+    asking = Months(no_database)
     waiting = [asyncio.create_task(asking.seeds("t", ["t", "k"], 202611)) for _ in range(20)]
     await until(lambda: asked)
     waiting[0].cancel()  # one of them goes away

@@ -1,0 +1,204 @@
+"""Database roles, their rights, and which rows each of them sees. `lmaas migrate` brings a database to exactly this.
+
+A table that is not listed here cannot be used by any process. A new table with a tenant needs an entry whose grants name the
+tenant's rows; a test fails without one. docs/tenancy.md explains the roles.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+
+from lmaas.types import Limits
+
+
+class DatabaseRole(StrEnum):
+    """A role's name after the prefix of the service, `lmaas_` by default."""
+
+    #: Owns every table, and never logs in.
+    OWNER = "owner"
+    #: Runs migrations: a member of the owner.
+    MIGRATOR = "migrator"
+    #: Gateways. Sees the tenant that its transaction names.
+    GATEWAY = "gateway"
+    #: An operator's requests: gateways assume it for one transaction. Sees all tenants.
+    OPERATOR = "operator"
+    #: The lookup of one key by its hash: gateways assume it for one transaction.
+    AUTHENTICATOR = "authenticator"
+    #: Signs of life for running idempotency claims of all tenants: gateways assume it for one transaction.
+    CLAIMS = "claims"
+    CONTROLLER = "controller"
+    #: Supervisors of replicas.
+    REPLICA = "replica"
+    JOBS = "jobs"
+    CONSOLE = "console"
+
+
+(OWNER, MIGRATOR, GATEWAY, OPERATOR, AUTHENTICATOR, CLAIMS, CONTROLLER, REPLICA, JOBS, CONSOLE) = DatabaseRole
+
+#: The roles that processes log in as. The others never log in.
+LOGINS = (
+    MIGRATOR,
+    GATEWAY,
+    CONTROLLER,
+    REPLICA,
+    JOBS,
+    CONSOLE,
+)
+#: Roles that a role may assume for a transaction. It does not inherit their rights: without `SET LOCAL ROLE` it has none of them.
+ASSUMES: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {GATEWAY: (OPERATOR, AUTHENTICATOR, CLAIMS)}
+#: Roles whose rights a role inherits.
+INHERITS: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {MIGRATOR: (OWNER,)}
+
+#: Which rows. `current_setting` is stable: the planner evaluates it once, and reads an index with it.
+TENANT = "current_setting('lmaas.tenant', true)"
+OWN = f"tenant_id = {TENANT}"
+ITSELF = f"id = {TENANT}"
+THE_KEY = "hash = current_setting('lmaas.key_hash', true)"
+ITS_TENANT = "id = (SELECT api_keys.tenant_id FROM api_keys WHERE api_keys.hash = current_setting('lmaas.key_hash', true))"
+ALL = "true"
+NONE = "false"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """One command on one table: for `rows` that are there, for new ones that pass `check`, and for `columns` (none: for all)."""
+
+    command: str
+    rows: str = ALL
+    columns: tuple[str, ...] = ()
+    check: str | None = None
+
+
+def lock(column: str, rows: str = ALL) -> Grant:
+    """Grant row locks (`SELECT … FOR SHARE` and stronger), which Postgres allows with UPDATE only, and no change of any row."""
+    return Grant("UPDATE", rows, (column,), NONE)
+
+
+_LIMITS = tuple(field.name for field in fields(Limits))
+_KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
+_OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
+
+#: Tables whose rows belong to tenants.
+TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
+    "tenants": {
+        GATEWAY: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
+        AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+    },
+    "api_keys": {
+        GATEWAY: (
+            # No tenant's own request reads a hash, or makes an operator.
+            Grant("SELECT", OWN, _KEY),
+            Grant("INSERT", check=f"{OWN} AND role <> 'operator'"),
+            Grant("UPDATE", OWN, ("revoked_at", *_LIMITS)),
+        ),
+        AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
+        OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
+    },
+    "adapters": {
+        GATEWAY: (
+            Grant("SELECT", OWN),
+            Grant("INSERT", check=OWN),
+            Grant("UPDATE", OWN, ("live_version",)),
+            Grant("DELETE", OWN),
+        ),
+        OPERATOR: (Grant("SELECT"), Grant("DELETE")),
+    },
+    "adapter_versions": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
+        OPERATOR: (Grant("SELECT"),),
+    },
+    "usage_events": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        OPERATOR: (Grant("SELECT"),),
+        # An event changes only if it stands in for one that was lost.
+        CONTROLLER: (
+            Grant("SELECT"),
+            Grant("INSERT"),
+            Grant("UPDATE", "status = 'lost'", check=ALL),
+        ),
+    },
+    "idempotency": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        CLAIMS: (Grant("SELECT", ALL, ("tenant_id", "key", "request_id", "state")), Grant("UPDATE", ALL, ("seen_at",))),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id",)), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"), Grant("DELETE"), lock("key")),
+    },
+    "audit_log": {
+        # It can be added to, and never changed.
+        GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT")),
+    },
+}
+
+#: Tables without tenants. Those with row-level security have it for their locks.
+SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
+    "base_models": {
+        GATEWAY: (Grant("SELECT"), lock("id")),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        CONTROLLER: (Grant("SELECT"), lock("id")),
+        REPLICA: (Grant("SELECT"),),
+        JOBS: (Grant("SELECT"),),
+        CONSOLE: (Grant("SELECT"),),
+    },
+    "pool_states": {
+        GATEWAY: (Grant("SELECT"),),
+        OPERATOR: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+    },
+    "replicas": {
+        GATEWAY: (Grant("SELECT"),),
+        OPERATOR: (Grant("SELECT"), Grant("UPDATE", ALL, ("desired",))),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("desired", *_OBSERVED))),
+        REPLICA: (Grant("SELECT"), Grant("UPDATE", ALL, _OBSERVED)),
+    },
+    "engine_time": {
+        OPERATOR: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT"),),
+        REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
+    },
+    # Only triggers write it, as the owner.
+    "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},
+    "alembic_version": {},
+}
+#: Tables without tenants that have row-level security, since some roles may lock their rows and not change them.
+LOCKED_ONLY = frozenset({"base_models"})
+#: Sequences behind the columns that these roles insert into.
+SEQUENCES: Mapping[str, tuple[DatabaseRole, ...]] = {"audit_log_id_seq": (GATEWAY, OPERATOR)}
+
+TABLES: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {**TENANTS, **SHARED}
+GUARDED = frozenset({*TENANTS, *LOCKED_ONLY})
+
+
+def role_name(prefix: str, role: DatabaseRole) -> str:
+    """Return the name of a role in the database cluster."""
+    return f"{prefix}_{role.value}"
+
+
+def privileges(prefix: str) -> set[tuple[str, str, str, str]]:
+    """Return every right as table or sequence, role's name, command, and column (empty: all)."""
+    found = {
+        (table, role_name(prefix, role), grant.command, column)
+        for table, roles in TABLES.items()
+        for role, grants in roles.items()
+        for grant in grants
+        for column in grant.columns or ("",)
+    }
+    return found | {(sequence, role_name(prefix, role), "USAGE", "") for sequence, roles in SEQUENCES.items() for role in roles}
+
+
+def policies(prefix: str, table: str) -> dict[str, str]:
+    """Return the row-level policies of a table by their names, each as what follows `CREATE POLICY name ON table`."""
+    if table not in GUARDED:
+        return {}
+    # Data migrations and foreign keys need all rows. No process is the owner.
+    found = {"owner_all": f"FOR ALL TO {role_name(prefix, OWNER)} USING (true) WITH CHECK (true)"}
+    for role, grants in TABLES[table].items():
+        for grant in grants:
+            clauses = f"FOR {grant.command} TO {role_name(prefix, role)}"
+            if grant.command != "INSERT":
+                clauses += f" USING ({grant.rows})"
+            if grant.command in ("INSERT", "UPDATE"):
+                clauses += f" WITH CHECK ({grant.check if grant.check is not None else grant.rows})"
+            found[f"{role.value}_{grant.command.lower()}"] = clauses
+    return found

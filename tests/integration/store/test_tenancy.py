@@ -1,0 +1,408 @@
+"""Tenancy that Postgres enforces: as a gateway's role, with one tenant's scope, nothing of another tenant is seen or touched."""
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, Table, delete, event, insert, select, text, true, update
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
+
+from lmaas.audit import Action, Audit
+from lmaas.store import adapters, audit, idempotency, tenants, usage
+from lmaas.store.database import Database
+from lmaas.store.idempotency import Answer, Claim
+from lmaas.store.models import BaseModel
+from lmaas.store.rights import TENANTS, DatabaseRole
+from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
+from lmaas.store.tables import metadata
+from lmaas.types import Role
+from tests.conftest import login_url
+from tests.integration.store.build import base_model, tenant, upload, usage_event
+from tests.support.catalogue import faults
+
+AUDIT = Audit(Action.KEY_CREATE, "tenant_admin", "key", "req")
+ANSWER = Answer(200, "application/json", b"theirs")
+
+
+@dataclass
+class Side:
+    """A tenant with a row in each table, whose names and keys are the other's too."""
+
+    id: str
+    key_id: str
+    key_hash: str
+    adapter: str
+    content: str
+    claim: Claim
+
+
+async def side(db: Database, name: str, base: BaseModel) -> Side:
+    row = await tenant(db, name)
+    key = await tenants.create_key(db, row.id, Role.INFERENCE, "key", f"hash-{name}", "sk", audit=AUDIT)
+    content = (name * 64)[:64]
+    await upload(db, row.id, "bot", base, content=content)
+    await usage.record_events(db, [usage_event(f"req-{name}", row.id, key_id=key.id)])
+    claim = Claim(row.id, "k", b"same", f"claim-{name}")
+    await idempotency.take(db, claim)
+    [adapter] = await adapters.list_adapters(db, row.id)
+    return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim)
+
+
+@dataclass
+class Both:
+    """Two tenants, of which the first acts."""
+
+    db: Database
+    gateway: Database
+    base: BaseModel
+    mine: Side
+    theirs: Side
+    #: Conditions on tenants that were forgotten.
+    forgotten: list[str] = field(default_factory=list)
+
+    async def rows_of_theirs(self) -> dict[str, list[Any]]:
+        """Everything that the other tenant has."""
+        found: dict[str, list[Any]] = {}
+        async with self.db.begin(SYSTEM) as connection:
+            for table in _tables():
+                rows = await connection.execute(select(table).where(_tenant_column(table) == self.theirs.id))
+                found[table.name] = sorted(map(repr, rows))
+        return found
+
+    def seen(self, result: object) -> set[str]:
+        """Which of the other tenant's things a result holds."""
+        theirs = self.theirs
+        things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
+        return {thing for thing in things if thing in repr(result)}
+
+
+def _tables() -> list[Table]:
+    return [metadata.tables[name] for name in TENANTS]
+
+
+def _tenant_column(table: Table) -> ColumnElement[Any]:
+    return table.c.id if table.name == "tenants" else table.c.tenant_id
+
+
+@pytest.fixture
+async def both(db: Database, gateway_db: Database) -> Both:
+    base = await base_model(db)
+    both = Both(db, gateway_db, base, await side(db, "acme", base), await side(db, "other", base))
+    assert all((await both.rows_of_theirs()).values()), "a new table needs a row here"
+    return both
+
+
+# The catalogue.
+
+
+async def test_the_catalogue_is_as_the_table_of_rights_says(db: Database) -> None:
+    async with db.begin(SYSTEM) as connection:
+        assert await faults(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("CREATE TABLE files (id text, tenant_id text)", "the table files has a tenant and is not among TENANTS"),
+        ("CREATE TABLE files (id text)", "the table files is not in lmaas.store.rights"),
+        ("CREATE VIEW files AS SELECT * FROM usage_events", "the table files is not in lmaas.store.rights"),
+        ("ALTER TABLE adapters NO FORCE ROW LEVEL SECURITY", "the table adapters has no forced row-level security"),
+        ("ALTER TABLE usage_events DISABLE ROW LEVEL SECURITY", "the table usage_events has no forced row-level security"),
+        ("ALTER POLICY gateway_select ON adapters USING (true)", "lets gateway see other tenants: true"),
+        ("CREATE POLICY more ON adapters TO lmaas_gateway USING (true)", "the policy more of adapters lets gateway see other tenants"),
+        ("CREATE POLICY more ON adapters TO PUBLIC USING (true)", "is not for one of our roles"),
+        ("DROP POLICY gateway_update ON adapters", "the policies of adapters are"),
+        ("GRANT DELETE ON usage_events TO lmaas_gateway", "lmaas_gateway has gained DELETE on usage_events"),
+        ("GRANT SELECT (hash) ON api_keys TO lmaas_gateway", "lmaas_gateway has gained SELECT on api_keys hash"),
+        ("GRANT SELECT ON tenants TO PUBLIC", "public has gained SELECT on tenants"),
+        ("REVOKE SELECT ON replicas FROM lmaas_gateway", "lmaas_gateway lacks SELECT on replicas"),
+        ("ALTER TABLE changes OWNER TO lmaas_gateway", "the table changes belongs to lmaas_gateway"),
+        ("CREATE SCHEMA mine AUTHORIZATION lmaas_controller", "lmaas_controller owns schema mine"),
+    ],
+)
+async def test_the_catalogue_test_fails_for(db: Database, change: str, fault: str) -> None:
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text(change))
+        assert any(fault in each for each in await faults(connection))
+        await connection.rollback()
+
+
+# Scopes.
+
+
+@pytest.mark.parametrize("table", _tables(), ids=lambda table: table.name)
+async def test_without_a_tenant_no_row_is_seen(both: Both, table: Table) -> None:
+    async with both.gateway.begin(SYSTEM) as connection:
+        assert (await connection.execute(text(f"SELECT count(*) FROM {table.name}"))).scalar_one() == 0  # noqa: S608
+    async with both.gateway.begin("ten_none") as connection:
+        assert (await connection.execute(text(f"SELECT count(*) FROM {table.name}"))).scalar_one() == 0  # noqa: S608
+
+
+#: What a tenant's own transaction may not do at all, whatever the row.
+FORBIDDEN = {
+    "tenants": {"update", "delete"},
+    "api_keys": {"delete"},
+    "adapter_versions": {"update", "delete"},
+    "usage_events": {"update", "delete"},
+    "audit_log": {"update", "delete"},
+}
+
+
+@pytest.mark.parametrize("table", _tables(), ids=lambda table: table.name)
+async def test_a_statement_without_where_stays_with_its_tenant(both: Both, table: Table) -> None:
+    before = await both.rows_of_theirs()
+    done = set()
+    for column in table.c:
+        for command, statement in (
+            ("select", select(column)),
+            ("update", update(table).values({column: column})),
+            ("delete", delete(table)),
+        ):
+            try:
+                async with both.gateway.begin(both.mine.id) as connection:
+                    result = await connection.execute(statement)
+                    rows = result.all() if command == "select" else []
+                    count = len(rows) if command == "select" else result.rowcount
+                    await connection.rollback()
+            except ProgrammingError as error:
+                refused = getattr(error.orig, "sqlstate", None)
+            else:
+                refused = None
+                done.add(command)
+                assert count == 1
+                assert not both.seen(rows)
+            assert refused in (None, "42501")
+    assert done == {"select", "update", "delete"} - FORBIDDEN.get(table.name, set())
+    assert await both.rows_of_theirs() == before
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapter_versions", "api_keys", "idempotency", "audit_log"])
+async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str) -> None:
+    table = metadata.tables[name]
+    async with both.db.begin(SYSTEM) as connection:
+        row = (await connection.execute(select(table).where(table.c.tenant_id == both.theirs.id))).mappings().one()
+    new = {"id": "new", "name": "new", "hash": "new", "version": 9, "key": "new"} if name != "audit_log" else {"id": 10**9}
+    values = dict(row) | {column: value for column, value in new.items() if column in table.c}
+    async with both.db.begin(SYSTEM) as connection:
+        # It is the tenant that is wrong, and nothing else.
+        await connection.execute(insert(table).values(values))
+        await connection.rollback()
+    with pytest.raises(ProgrammingError, match="row-level security"):
+        async with both.gateway.begin(both.mine.id) as connection:
+            await connection.execute(insert(table).values(values))
+
+
+async def test_no_row_is_given_to_another_tenant(both: Both) -> None:
+    rows = metadata.tables["idempotency"]
+    with pytest.raises(ProgrammingError, match="row-level security"):
+        async with both.gateway.begin(both.mine.id) as connection:
+            await connection.execute(update(rows).values(tenant_id=both.theirs.id, key="stolen"))
+
+
+async def test_a_tenant_makes_no_operator(both: Both) -> None:
+    with pytest.raises(ProgrammingError, match="row-level security"):
+        await tenants.create_key(both.gateway, both.mine.id, Role.OPERATOR, "", "hash", "sk")
+
+
+async def test_a_scope_ends_with_its_transaction(both: Both, database_url: str) -> None:
+    """One connection serves both tenants by turns, as it does behind a pooler of transactions."""
+    one = Database(login_url(database_url, DatabaseRole.GATEWAY), DatabaseRole.GATEWAY, pool_size=1)
+
+    async def names(scope: AnyScope) -> list[str]:
+        async with one.begin(scope) as connection:
+            return list((await connection.execute(text("SELECT tenant_id FROM adapters ORDER BY tenant_id"))).scalars())
+
+    for _ in range(8):  # beyond the number of calls after which statements are prepared
+        assert await names(both.mine.id) == [both.mine.id]
+        assert await names(SYSTEM) == []
+        assert await names(OPERATOR) == sorted([both.mine.id, both.theirs.id])
+        assert await names(both.theirs.id) == [both.theirs.id]
+        with pytest.raises(ProgrammingError):
+            async with one.begin(OPERATOR) as connection:
+                await connection.execute(text("SELECT nothing"))
+        assert await names(SYSTEM) == []
+    await one.close()
+
+
+async def test_a_scope_is_one_that_can_be(gateway_db: Database) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        async with gateway_db.begin(""):
+            pytest.fail("that is what a transaction without a tenant has")
+    for odd in ("'; RESET ROLE; --", "\\", "%s", "\N{SNOWMAN}", "x" * 10_000):
+        async with gateway_db.begin(odd) as connection:
+            assert (await connection.execute(text("SELECT current_setting('lmaas.tenant')"))).scalar_one() == odd
+
+
+async def test_a_key_is_found_by_its_hash_alone(both: Both) -> None:
+    principal = await tenants.find_principal(both.gateway, both.theirs.key_hash)
+    assert principal is not None
+    assert (principal.tenant_id, principal.key_id) == (both.theirs.id, both.theirs.key_id)
+    assert await tenants.find_principal(both.gateway, "") is None
+    operator = await tenants.create_key(both.gateway, None, Role.OPERATOR, "", "hash-operator", "sk")
+    found = await tenants.find_principal(both.gateway, "hash-operator")
+    assert found is not None
+    assert (found.key_id, found.tenant_id) == (operator.id, None)
+    async with both.gateway.begin(KeyScope(both.mine.key_hash)) as connection:
+        assert list((await connection.execute(text("SELECT id FROM api_keys"))).scalars()) == [both.mine.key_id]
+        assert list((await connection.execute(text("SELECT id FROM tenants"))).scalars()) == [both.mine.id]
+    async with both.gateway.begin(KeyScope("hash-unknown")) as connection:
+        assert (await connection.execute(text("SELECT count(*) FROM api_keys"))).scalar_one() == 0
+        assert (await connection.execute(text("SELECT count(*) FROM tenants"))).scalar_one() == 0
+    for scope in (both.mine.id, OPERATOR, SYSTEM):
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            async with both.gateway.begin(scope) as connection:
+                await connection.execute(text("SELECT hash FROM api_keys"))
+
+
+async def test_signs_of_life_change_nothing_else(both: Both) -> None:
+    await idempotency.seen(both.gateway, [both.mine.claim, both.theirs.claim])
+    for statement in (
+        "UPDATE idempotency SET answer = ''",
+        "SELECT answer FROM idempotency",
+        "DELETE FROM idempotency",
+        "SELECT FROM tenants",
+    ):
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            async with both.gateway.begin(CLAIMS) as connection:
+                await connection.execute(text(statement))
+
+
+@pytest.mark.parametrize("role", [DatabaseRole.CONTROLLER, DatabaseRole.REPLICA, DatabaseRole.JOBS, DatabaseRole.CONSOLE])
+async def test_other_processes_cannot_become_operators(database_url: str, role: DatabaseRole) -> None:
+    db = Database(login_url(database_url, role), role)
+    for statement in (
+        "SET ROLE lmaas_operator",
+        "SET ROLE lmaas_owner",
+        "SET ROLE lmaas_gateway",
+        "SELECT FROM tenants",
+        "CREATE TABLE t ()",
+    ):
+        with pytest.raises(ProgrammingError, match="permission denied"):
+            async with db.begin(SYSTEM) as connection:
+                await connection.execute(text(statement))
+    await db.close()
+
+
+async def test_the_ledger_is_final(both: Both, controller_db: Database) -> None:
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        async with controller_db.begin(SYSTEM) as connection:
+            await connection.execute(text("DELETE FROM usage_events"))
+    async with controller_db.begin(SYSTEM) as connection:
+        assert (await connection.execute(text("UPDATE usage_events SET charge_picousd = 0"))).rowcount == 0
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        async with both.gateway.begin(OPERATOR) as connection:
+            await connection.execute(text("UPDATE usage_events SET charge_picousd = 0"))
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        async with both.gateway.begin(OPERATOR) as connection:
+            await connection.execute(text("DELETE FROM audit_log"))
+
+
+# Forgetting the WHERE of every store function.
+
+Case = Callable[[Both], Awaitable[object]]
+
+
+async def _unused(both: Both) -> object:
+    async with adapters.unused(both.gateway, both.mine.id, [both.theirs.content, both.mine.content]) as found:
+        return found
+
+
+async def _added(both: Both) -> object:
+    facts: dict[str, Any] = {"rank": 8, "target_modules": [], "size_bytes": 1, "activate": True, "audit": AUDIT}
+    return await adapters.add_version(both.gateway, both.mine.id, "bot", both.base.id, content_hash=both.theirs.content, **facts)
+
+
+CASES: dict[str, Case] = {
+    "adapters.list_adapters": lambda both: adapters.list_adapters(both.gateway, both.mine.id),
+    "adapters.get_adapter": lambda both: adapters.get_adapter(both.gateway, both.mine.id, "bot"),
+    "adapters.list_versions": lambda both: adapters.list_versions(both.gateway, both.mine.id, "bot"),
+    "adapters.find_served": lambda both: adapters.find_served(both.gateway, both.mine.id, "bot", None),
+    "adapters.add_version": _added,
+    "adapters.activate": lambda both: adapters.activate(both.gateway, both.mine.id, "bot", 1, audit=AUDIT),
+    "adapters.delete_adapter": lambda both: adapters.delete_adapter(both.gateway, both.mine.id, "bot", audit=AUDIT),
+    "adapters.unused": _unused,
+    "idempotency.take": lambda both: idempotency.take(both.gateway, Claim(both.mine.id, "k", b"same", "r9")),
+    "idempotency.keep": lambda both: idempotency.keep(both.gateway, both.mine.claim, ANSWER),
+    "idempotency.give_up": lambda both: idempotency.give_up(both.gateway, both.mine.claim),
+    "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
+    "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
+    "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
+    "usage.report": lambda both: usage.report(both.gateway, both.mine.id),
+    "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
+    "usage.month_total": lambda both: usage.month_total(both.gateway, both.mine.id, 2026, 1),
+}
+#: Functions that name a tenant and are not a tenant's: an operator's own, or an insert, which has no WHERE.
+NO_TENANTS = {
+    "tenants.update_tenant",
+    "tenants.delete_tenant",
+    "tenants.create_key",
+    "audit.record",
+}
+
+
+def test_every_store_function_of_a_tenant_is_tried() -> None:
+    found = set()
+    for module in (adapters, audit, idempotency, tenants, usage):
+        for name, function in _functions(module):
+            if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
+                found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
+    assert found == set(CASES) | NO_TENANTS
+
+
+def _functions(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ == module.__name__ and not name.startswith("_"):
+            yield name, function
+
+
+@contextmanager
+def forgetting(both: Both, login: str = "lmaas_gateway") -> Iterator[None]:
+    """Take every condition on a tenant out of what gateways execute."""
+
+    def without(element: Any, **_: Any) -> Any:
+        if not isinstance(element, BinaryExpression) or not isinstance(element.right, BindParameter):
+            return None
+        column = str(element.left)
+        if not column.endswith(".tenant_id") and column != "tenants.id":
+            return None
+        both.forgotten.append(str(element))
+        return true()
+
+    def forget(connection: Connection, statement: Any, several: Any, single: Any, options: Any) -> Any:
+        if connection.engine.url.username == login:
+            statement = visitors.replacement_traverse(statement, {}, without)
+        return statement, several, single
+
+    event.listen(Engine, "before_execute", forget, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_execute", forget)
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_forgotten_where_returns_nothing_of_others(both: Both, name: str) -> None:
+    before = await both.rows_of_theirs()
+    changes_nothing = name.rpartition(".")[2].startswith(("list", "get", "find", "report", "month", "unused"))
+    right = await CASES[name](both) if changes_nothing else None
+    with forgetting(both):
+        result = await CASES[name](both)
+    assert both.forgotten, "there was no condition to forget"
+    if name != "adapters.unused":  # it is told the hashes
+        assert not both.seen(result)
+    if changes_nothing:
+        assert result == right
+    assert await both.rows_of_theirs() == before
+
+
+@pytest.mark.parametrize("name", ["adapters.list_adapters", "tenants.list_keys", "usage.list_events"])
+async def test_without_policies_a_forgotten_where_is_a_leak(both: Both, name: str) -> None:
+    as_superuser = replace(both, gateway=both.db)
+    with forgetting(as_superuser, login="postgres"):
+        assert both.seen(await CASES[name](as_superuser))

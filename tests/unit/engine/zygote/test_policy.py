@@ -1,0 +1,82 @@
+"""What is done about a zygote that does not answer, by what is seen of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from lmaas.engine.zygote.policy import CIRCLES_IMPORTS, CIRCLES_S, REPLACED_S, STILL_S, import_left_s, stuck, why_plain
+from lmaas.engine.zygote.progress import Sight
+
+IMPORTS = Sight(pid=7, done=3, stages=20, used_s=4.0, age_s=5.0, usual_s=8.0, next_s=0.0)
+SERVES = replace(IMPORTS, done=20, used_s=9.0, age_s=600.0)
+GONE = Sight(usual_s=8.0, next_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (IMPORTS, ""),
+        (replace(IMPORTS, age_s=10_000.0), ""),  # time alone is no reason
+        (replace(IMPORTS, used_s=500.0, age_s=10_000.0), ""),  # nor is much work, as long as stages are finished
+        (replace(IMPORTS, still_s=STILL_S), ""),
+        (replace(IMPORTS, still_s=STILL_S + 1), "no progress for 16 s"),
+        (replace(SERVES, still_s=STILL_S + 1), "no progress"),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S), ""),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S + 1), "61 s of processor time without finishing a stage"),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S + 1, usual_s=CIRCLES_S / CIRCLES_IMPORTS + 1), ""),
+    ],
+)
+def test_only_a_zygote_without_progress_is_stuck(seen: Sight, expected: str) -> None:
+    reason = stuck(seen)
+    assert expected in reason
+    assert bool(reason) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        # It imports: it is ready before a plain start would be.
+        (IMPORTS, ""),
+        (replace(IMPORTS, age_s=10_000.0), ""),
+        (replace(IMPORTS, next_s=None), ""),
+        # It is stuck: its owner replaces it, if it has one and does so in time.
+        (replace(IMPORTS, still_s=STILL_S + 1), ""),
+        (replace(IMPORTS, still_s=STILL_S + 1, next_s=None), "stuck"),
+        (replace(IMPORTS, still_s=STILL_S + REPLACED_S + 1), "stuck"),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S + 1), ""),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S + 1, next_s=None), "stuck"),
+        (replace(IMPORTS, stage_used_s=CIRCLES_S + REPLACED_S + 1), "stuck"),
+        # There is none: the next one is waited for if it is to come soon.
+        (GONE, ""),
+        (replace(GONE, absent_s=REPLACED_S + 1), "no zygote was started"),
+        (replace(GONE, next_s=6.0, absent_s=REPLACED_S + 1), ""),
+        (replace(GONE, next_s=60.0), "in 60 s at the earliest"),
+        (replace(GONE, next_s=None), "no zygote runs"),
+    ],
+)
+def test_a_start_waits_as_long_as_that_is_quicker(seen: Sight, expected: str) -> None:
+    reason = why_plain(seen)
+    assert expected in reason
+    assert bool(reason) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (SERVES, 0.0),
+        (replace(IMPORTS, used_s=4.0, age_s=4.0), 4.0),
+        # Half of a processor: twice as long.
+        (replace(IMPORTS, used_s=4.0, age_s=8.0), 8.0),
+        (replace(IMPORTS, used_s=4.0, age_s=80.0), 80.0),
+        # It falls to the last second, and an import that is late needs as long again.
+        (replace(IMPORTS, used_s=7.9, age_s=7.9), 1.0),
+        (replace(IMPORTS, used_s=20.0, age_s=20.0), 12.0),
+        # What stands still adds its time.
+        (replace(IMPORTS, used_s=4.0, age_s=4.0, still_s=6.0), 10.0),
+        # None yet.
+        (GONE, 8.0),
+        (replace(GONE, next_s=5.0), 13.0),
+    ],
+)
+def test_what_is_left_of_an_import(seen: Sight, expected: float) -> None:
+    assert import_left_s(seen) == pytest.approx(expected)
