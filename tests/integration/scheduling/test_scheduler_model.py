@@ -39,7 +39,7 @@ NARROW = replace(
     MAX_TENANTS=2,
     MAX_LINE=2,
     MAX_DEPTH=2,
-    MAX_LOOKS=3,
+    MAX_VISITS=3,
     MAX_COUNTERS=3,
     MAX_REAPED=3,
 )

@@ -9,9 +9,9 @@ from lmaas.store.database import Database
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.replicas import add_replica, list_replicas
 from lmaas.store.rights import DatabaseRole
-from tests.conftest import login_url
 from tests.integration.store.build import base_model
 from tests.support.conditions import until
+from tests.support.databases import login_url
 
 
 async def test_one_at_a_time(controller_db: Database, database_url: str) -> None:

@@ -15,8 +15,8 @@ from lmaas.store.database import Database, driver_url
 from lmaas.store.migrate import MIGRATIONS, parse_passwords, upgrade
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import OPERATOR, SYSTEM
-from tests.conftest import ROLE_PASSWORD, login_url
 from tests.support.catalogue import faults
+from tests.support.databases import ROLE_PASSWORD, login_url
 
 #: The newest schema of the release before roles.
 BEFORE = "0007"

@@ -22,9 +22,9 @@ from lmaas.store.rights import TENANTS, DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
 from lmaas.store.tables import metadata
 from lmaas.types import Role
-from tests.conftest import login_url
 from tests.integration.store.build import base_model, tenant, upload, usage_event
 from tests.support.catalogue import faults
+from tests.support.databases import login_url
 
 AUDIT = Audit(Action.KEY_CREATE, "tenant_admin", "key", "req")
 ANSWER = Answer(200, "application/json", b"theirs")
