@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from lmaas.errors import Unavailable
+from lmaas.errors import SettingsError, Unavailable
 from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
@@ -110,9 +110,13 @@ class Beat:
 
 
 def connect(url: str) -> Redis:
-    """Return a client that waits 5 s for a reply and retries a lost connection twice."""
+    """Return a client that waits 5 s for a reply and retries a lost connection twice. Raises SettingsError for what is no URL."""
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
-    return Redis.from_url(url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5, retry=retry, health_check_interval=15)
+    options: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 15}
+    try:
+        return Redis.from_url(url, decode_responses=True, retry=retry, **options)
+    except ValueError as error:
+        raise SettingsError(f"LMAAS_REDIS_URL is not the URL of a Redis or Valkey server, such as redis://host:6379: {error}") from None
 
 
 def gateway_channel(gateway: str) -> str:
