@@ -57,6 +57,14 @@ class EnginePhase(StrEnum):
     IDLE = "idle"
 
 
+class Dimension(StrEnum):
+    """What the lines of a report on costs may be grouped by. An adapter is named within its tenant."""
+
+    DAY = "day"
+    TENANT = "tenant"
+    ADAPTER = "adapter"
+
+
 class UsageStatus(StrEnum):
     """How a request ended. Every accepted request has exactly one."""
 

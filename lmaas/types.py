@@ -12,6 +12,10 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 #: The prefix of base model ids. Names must not begin with it, so that a base model can be found by either.
 MODEL_ID_PREFIX = "mod_"
 
+#: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
+#: Lua's JSON hold a price.
+MAX_PRICE = 4 * 10**9
+
 #: A dtype that is decided on the machine where an engine starts.
 AUTO = "auto"
 
