@@ -24,11 +24,11 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import audit_log
 from lmaas.store.tenants import find_principal
 from lmaas.store.usage import record_events
-from tests.integration.api.test_base_models import write_model
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.schemas import CHECKED, SPEC
 from tests.integration.store.build import usage_event
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 BY_ID = {place.id: place for place in PLACES}
 
