@@ -108,6 +108,9 @@ class Beat:
     suspect: bool = False
     #: What a start in this pool usually takes.
     start_ms: int | None = None
+    #: What is left of this replica's own start, and by how much it is late.
+    left_ms: int | None = None
+    late_ms: int | None = None
 
 
 def connect(url: str) -> Redis:
@@ -257,9 +260,12 @@ class Scheduler:
         """The replica's engine is gone."""
         await self.call("deregister", pool, replica)
 
-    async def stats(self, pool: str) -> dict[str, Any]:
-        """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
-        return await self._call_as_seen("stats", pool)
+    async def stats(self, pool: str, delay_ms: int = 0) -> dict[str, Any]:
+        """Return demand and replicas of a pool, for the controller, whose presence it tells; also reap what has expired.
+
+        `delay_ms` is by how much longer than usual a start takes at present.
+        """
+        return await self._call_as_seen("stats", pool, delay_ms)
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""
