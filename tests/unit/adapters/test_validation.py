@@ -15,6 +15,7 @@ from lmaas.adapters.validation import check_file_names
 from lmaas.errors import InvalidAdapter, TooLarge
 from lmaas.types import BaseModelShapes
 from tests.support.adapters import ALL, HIDDEN, PREFIX, Tensors, base, check, config, encode, pack, refused, tensors
+from tests.support.effort import tries
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
 BASE = base()
@@ -375,7 +376,7 @@ def outcome(file: Path, config_bytes: bytes, content: bytes) -> str:
     return "passed" if facts.config["target_modules"] == ["q_proj", "v_proj"] and facts.rank == 4 else "passed with other facts"
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=tries(300), deadline=2000)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(GOOD) - 1) | st.integers(8, 1100), st.binary(max_size=3), st.integers(0, 3)), max_size=4),
     cut=st.none() | st.integers(0, len(GOOD)),
@@ -400,7 +401,7 @@ JSON = st.recursive(
 KEYS = sorted(CHECKED_KEYS | HARMLESS_KEYS | set(UNSUPPORTED_KEYS))
 
 
-@settings(max_examples=500, deadline=2000)
+@settings(max_examples=tries(500), deadline=2000)
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), JSON, max_size=3))
 def test_mutated_configs(file: Path, changes: dict[str, Any]) -> None:
     assert outcome(file, config(**changes), GOOD) in OUTCOMES

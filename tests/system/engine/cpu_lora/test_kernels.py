@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lmaas.engine.cpu_lora import native
 from lmaas.engine.cpu_lora.wrapper import IsolatedPunicaWrapper
+from tests.support.effort import tries
 from tests.system.engine.cpu_lora.build import VOCAB, layer, logits_layer, route
 
 SIZES = st.sampled_from([(1,), (16,), (37,), (130,), (20, 20), (48, 16, 16), (65, 7, 7)])
@@ -91,7 +92,7 @@ class Layer:
             assert ((got[i].double() - expected).abs() / size).max() < TOLERANCE[self.dtype]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=tries(200), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_row_gets_its_own_adapter_or_none(kernel: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
