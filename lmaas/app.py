@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -31,7 +32,7 @@ from lmaas.control.provisioners.local import LocalProvisioner
 from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
-from lmaas.errors import LmaasError, SettingsError, SettingUp
+from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.cache import Changes
 from lmaas.gateway.catalog import Catalog
@@ -79,14 +80,14 @@ class Services:
 
 
 @asynccontextmanager
-async def connected(settings: Settings, role: DatabaseRole | None, *, pool_size: int = 5) -> AsyncIterator[Services]:
+async def connected(settings: Settings, role: DatabaseRole | None, *, connections: int = 5) -> AsyncIterator[Services]:
     """Connect a process with this database role to the services of `settings`, and close them at the end.
 
     Raises SettingsError if an address is missing.
     """
     if settings.database_url is None or settings.redis_url is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
-    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, pool_size=pool_size)
+    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, connections=connections)
     redis = connect(settings.redis_url)
     try:
         yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
@@ -116,7 +117,10 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     async def ready() -> None:
         await db.check()
-        await services.redis.ping()
+        try:
+            await services.redis.ping()
+        except RedisError as error:
+            raise Unavailable("The request queue is not available. Retry after 2 s.", code="queue_unavailable", retry_after_s=2) from error
         if settings.ready_file is not None and not settings.ready_file.exists():
             raise SettingUp
 
@@ -226,7 +230,7 @@ async def run_controller(settings: Settings) -> None:
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life. Returns False if it failed."""
-    async with connected(settings, DatabaseRole.REPLICA, pool_size=1) as services, EngineClient() as client:
+    async with connected(settings, DatabaseRole.REPLICA, connections=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")

@@ -66,10 +66,10 @@ class Dimension(StrEnum):
 
 
 class UsageStatus(StrEnum):
-    """How a request ended. Exactly one for every accepted request."""
+    """How a request ended. Every accepted request has exactly one."""
 
     COMPLETED = "completed"
-    #: The client went away.
+    #: The client closed the connection.
     ABORTED = "aborted"
     #: The engine, the adapter or the request itself failed.
     FAILED = "failed"

@@ -35,7 +35,7 @@ class Service:
         deadline = time.monotonic() + timeout_s
         while self.replicas():
             if time.monotonic() > deadline:
-                raise SettingsError(f"The pool of {self.model} is not empty after {timeout_s:g} s. Does somebody else use it?")
+                raise SettingsError(f"The pool of {self.model} is not empty after {timeout_s:g} s. Stop its other clients and try again.")
             time.sleep(POLL_S)
 
     def replicas(self) -> list[dict[str, Any]]:

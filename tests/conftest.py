@@ -1,7 +1,5 @@
 """Real servers for the tests: one Postgres and one Valkey a session, a new database and an empty keyspace a test."""
 
-import itertools
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,20 +7,16 @@ import hypothesis
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
-from sqlalchemy import create_engine, make_url, text
 
 from lmaas import config
 from lmaas.config import Settings
 from lmaas.scheduling.client import Scheduler, connect
-from lmaas.store.database import Database, driver_url
-from lmaas.store.migrate import upgrade
-from lmaas.store.rights import LOGINS, DatabaseRole
+from lmaas.store.database import Database
+from lmaas.store.rights import DatabaseRole
 from lmaas.up import embedded
 from lmaas.up.bootstrap import prepare_default_model
+from tests.support.databases import login_url, new_database, prepare
 from tests.support.effort import tries
-
-_numbers = itertools.count()
-ROLE_PASSWORD = "no-secret"
 
 hypothesis.settings.register_profile("lmaas", max_examples=tries(100))
 hypothesis.settings.load_profile("lmaas")
@@ -32,31 +26,15 @@ hypothesis.settings.load_profile("lmaas")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A running Postgres with a migrated template database."""
     with embedded.postgres(tmp_path_factory.mktemp("postgres") / "data") as url:
-        engine = create_engine(driver_url(url), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text("CREATE DATABASE template_lmaas"))
-        engine.dispose()
-        upgrade(url.replace("/postgres?", "/template_lmaas?"), passwords=dict.fromkeys(LOGINS, ROLE_PASSWORD))
+        prepare(url)
         yield url
-
-
-def login_url(database_url: str, role: DatabaseRole) -> str:
-    """Return the URL of a test's database for the login of one of our processes."""
-    url = make_url(driver_url(database_url)).set(username=f"lmaas_{role}", password=ROLE_PASSWORD)
-    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
 def database_url(postgres_url: str) -> Iterator[str]:
     """The URL of a new, migrated database of this test's own."""
-    name = f"test_{next(_numbers)}_{secrets.token_hex(4)}"
-    engine = create_engine(driver_url(postgres_url), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template_lmaas"))
-    yield postgres_url.replace("/postgres?", f"/{name}?")
-    with engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    engine.dispose()
+    with new_database(postgres_url) as url:
+        yield url
 
 
 @pytest.fixture

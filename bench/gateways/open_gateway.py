@@ -73,7 +73,7 @@ class OpenDoors(Leases):
     def settle(self, opened: Any) -> "asyncio.Future[Any]":
         """Write the usage event."""
         opened.settled = True
-        return self._tell_end(Settlement(opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
+        return self._send_end(Settlement(opened.ticket, opened.usage.event(), opened.usage.run_ms, opened.usage.progress()))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmaas.admission.estimate import estimate
+from lmaas.admission.limits import PrincipalLimits, limited_scopes, rate_limit_lines
 from lmaas.admission.months import Months
-from lmaas.admission.terms import Terms, limited_scopes, rate_limit_lines
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
@@ -84,9 +84,9 @@ async def _serve(gateway: Gateway, call: Call, endpoint: Endpoint, principal: Pr
             return
     record = _record(call, principal, request, model)
     ticket = _ticket(gateway, principal, request, model, record)
-    terms = Terms(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
+    limits = PrincipalLimits(gateway.months, principal, Bounds(principal.max_queued, gateway.settings.pool_max_queued))
     deadline_s = gateway.settings.queue_deadline_s
-    async with gateway.leases.open(ticket, record, terms, deadline_s=deadline_s) as opened:
+    async with gateway.leases.open(ticket, record, limits, deadline_s=deadline_s) as opened:
         if opened.left:
             call.add_to_head(rate_limit_lines(opened.left))
         with gateway.metrics.in_flight.track_inprogress():

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from lmaas.errors import Unavailable
+from lmaas.errors import SettingsError, Unavailable
 from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
@@ -27,15 +27,14 @@ log = logging.getLogger(__name__)
 
 #: The parts of the function library, in the order in which they are joined.
 PARTS = ("state", "limits", "fairness", "placement", "scheduler")
-#: Where the scheduler asks for replicas.
+#: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
 _ENCODE = msgspec.json.Encoder().encode
 _DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A tenant or a key (`scope` says which), and the limits that hold for it. None is no limit, and is not sent; the budget is in
-    micro-dollars."""
+    """A tenant or a key (`scope` is `tenant` or `key`) and its limits. None is no limit and is not sent. The budget is in micro-dollars."""
 
     id: str
     scope: str
@@ -47,13 +46,13 @@ class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """A queued request, as the scheduler sees it: never its prompt. One is made and sent with every request, so it is a msgspec.Struct.
+    """A queued request as the scheduler sees it, without its prompt. One is made and sent with every request, so it is a msgspec.Struct.
 
-    `adapter` is the engine's name of the adapter (empty for the base model), `source` where its files are in the object store,
-    `weight` how many sequences it needs, `event` the usage event (JSON) to write if its gateway dies. `share` divides what its tenant
-    is charged in the fair queue, and `head_start` is how many earlier tickets of its tenant it may go before (after, if negative).
-    Tokens are estimates: of the prompt, and the most that the completion may have. `prices` are for prompt, cached and completion
-    tokens, in micro-dollars per million tokens.
+    `adapter` is the engine's name of the adapter (empty for the base model), `source` the place of its files in the object store,
+    `weight` the number of sequences it needs, `event` the usage event (JSON) that is recorded if its gateway dies. What its tenant is
+    charged in the fair queue is divided by `share`. `head_start` is the number of earlier tickets of its tenant that it may go before
+    (after, if negative). Tokens are estimates: of the prompt, and the most that the completion may have. `prices` are for prompt, cached
+    and completion tokens, in micro-dollars per million tokens.
     """
 
     id: str
@@ -72,13 +71,13 @@ class Ticket(msgspec.Struct, frozen=True):
     limits: tuple[LimitedScope, ...] = ()
 
     def sent(self, waited_ms: int, attempts: int, more: bytes = b"") -> bytes:
-        """Its JSON with how long it has waited and how often it was delivered; `more` is further fields."""
+        """Return its JSON with how long it has waited and how often it was delivered. `more` has further fields."""
         return b'%b,"waited_ms":%d,"attempts":%d%b}' % (_ENCODE(self)[:-1], waited_ms, attempts, more)
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many tickets may wait: of one tenant, and in the whole pool."""
+    """The number of tickets that may wait: of one tenant, and in the whole pool."""
 
     max_queued: int
     max_queued_pool: int
@@ -86,7 +85,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """What a scope has used in a month (year x 100 + month, UTC) by the ledger: tokens, and picodollars."""
+    """The ledger's figures of a scope for a month (year x 100 + month, UTC): tokens, and picodollars."""
 
     month: int
     tokens: int
@@ -95,48 +94,52 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a supervisor tells about its replica. `resident` are the adapters on its engine."""
+    """A supervisor's heartbeat about its replica. `resident` are the adapters on its engine."""
 
     url: str
     slots: int
     adapter_slots: int
     state: Observed
     resident: list[str]
-    #: The engine has just been seen to work.
+    #: The engine has just generated a token.
     cleared: bool = False
-    #: The engine seems to stand still.
+    #: The engine seems to be stuck.
     suspect: bool = False
-    #: What a start in this pool usually takes.
+    #: The usual time of a start in this pool.
     start_ms: int | None = None
 
 
 def connect(url: str) -> Redis:
-    """A client that waits 5 s for an answer and tries a lost connection again twice."""
+    """Return a client that waits 5 s for a reply and retries a lost connection twice. Raises SettingsError for what is no URL."""
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
-    return Redis.from_url(url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5, retry=retry, health_check_interval=15)
+    options: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 15}
+    try:
+        return Redis.from_url(url, decode_responses=True, retry=retry, **options)
+    except ValueError as error:
+        raise SettingsError(f"LMAAS_REDIS_URL is not the URL of a Redis or Valkey server, such as redis://host:6379: {error}") from None
 
 
 def gateway_channel(gateway: str) -> str:
-    """Where a gateway hears of its tickets."""
+    """Return the channel on which a gateway gets news of its tickets."""
     return f"lmaas:gateway:{gateway}"
 
 
 def replica_channel(replica: str) -> str:
-    """Where a supervisor hears that there is something to load or to look at."""
+    """Return the channel that wakes a supervisor: there is an adapter to load, or the engine is to be probed."""
     return f"lmaas:replica:{replica}"
 
 
 def library() -> str:
-    """The function library's text."""
+    """Return the function library's text."""
     return "\n".join(Path(__file__).with_name(f"{part}.lua").read_text() for part in PARTS)
 
 
 class Scheduler:
-    """Calls the function library, and loads it where it is missing (a fresh server, or one that has lost its memory).
+    """Calls the function library, and loads it where it is missing (a new server, or one that has lost its memory).
 
-    The library's and the functions' names carry a hash of its text, since servers keep functions across restarts: a new version never
-    runs as an old one, and while a service is upgraded both are there. Every call is atomic and touches one pool. A server that is
-    away, or takes nothing (out of memory, read only), raises Unavailable.
+    The names of the library and its functions contain a hash of its text. Servers keep functions across restarts, so a new version never
+    runs as an old one, and both exist while a service is upgraded. Every call is atomic and touches one pool. A server that is away, or
+    accepts no writes (out of memory, read only), raises Unavailable.
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
@@ -145,7 +148,7 @@ class Scheduler:
         text = text or library()
         self._prefix = f"lmaas_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self._library = text.replace("name=lmaas", f"name={self._prefix}", 1).replace("'lmaas_", f"'{self._prefix}_")
-        #: How far each pool's memory was when we saw it last: the server's process, and a mark that grows with every call.
+        #: The last state of each pool's memory that this client has seen: the server's process, and a mark that grows with every call.
         self._memories: dict[str, str] = {}
 
     async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
@@ -163,15 +166,15 @@ class Scheduler:
             raise _away(function, error) from error
 
     async def _call_as_seen(self, function: str, pool: str, *args: bytes | str | int, at: int = 0) -> dict[str, Any]:
-        """A call that tells, as argument `at`, how far we have seen this pool: a server that is behind has come back with an older memory
-        (a snapshot, a replica that lagged), and begins the pool anew."""
+        """Call a function with, as argument `at`, the last state of the pool that this client has seen. A server whose memory is older than
+        that (a snapshot, a replica that lagged) begins the pool anew."""
         told = self._memories.get(pool, "")
         reply = _DECODE(await self.call(function, pool, *args[:at], told, *args[at:]))
         self.saw(pool, reply.pop("memory"), told)
         return reply
 
     def saw(self, pool: str, memory: str, told: str | None = None) -> None:
-        """Remember the pool's memory. What we know of an earlier process stays until the server has been told."""
+        """Remember the state of the pool's memory. That of an earlier process is kept until the server has been told."""
         known = self._memories.get(pool, "")
         process = memory[: memory.index(" ") + 1]
         if known.startswith(process) or known in ("", told):
@@ -185,10 +188,10 @@ class Scheduler:
     async def submit(
         self, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
     ) -> dict[str, Any]:
-        """Queue a ticket and reserve what it may use: the answer is a grant if there is a free slot.
+        """Queue a ticket and reserve what it may use. Returns a report, which is a grant if there is a free slot.
 
-        It was not taken if `state` is one of REFUSALS. After UNSEEDED, submit it again with `seeds` for the `scopes` of the answer, as of
-        its `month`.
+        The ticket was not taken if `state` is one of REFUSALS. After UNSEEDED, submit it again with `seeds` for the `scopes` of the report,
+        as of its `month`.
         """
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
         sent = ticket.sent(waited_ms, attempts)
@@ -202,18 +205,18 @@ class Scheduler:
     async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None = None) -> bool:
         """End a ticket, settle it to what it `used` (None: nothing) and record its usage event, in one step.
 
-        False if the scheduler no longer knew it.
+        Returns False if the scheduler no longer knew it.
         """
         ran = "" if run_ms is None else run_ms
         return self.released(ticket, await self.call("release", ticket.pool, ticket.id, event, ran, _counts(used)))
 
     def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
-        """The same, tried once and not waited for: the future gets a reply for `released`, or a RedisError."""
+        """Send a release once, without waiting. The future gets a reply for `released`, or a RedisError."""
         name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
         return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
-        """What the reply to a release says: False if the scheduler no longer knew the ticket."""
+        """Read the reply to a release. Returns False if the scheduler no longer knew the ticket."""
         known, memory = reply
         if memory:
             self.saw(ticket.pool, memory)
@@ -228,37 +231,38 @@ class Scheduler:
         return await self._call_as_seen("renew", pool, *(part for name, counts in progress for part in (name, _counts(counts))))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
-        """Put back a running ticket that the scheduler has forgotten. False while its replica is not back."""
+        """Put back a running ticket that the scheduler has lost. Returns False while its replica is not back."""
         sent = ticket.sent(waited_ms, attempts, b',"replica":' + _ENCODE(replica))
         return bool(await self.call("restore", ticket.pool, sent))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
-        """Say that a replica lives; hear what it should load."""
+        """Report that a replica lives. Returns its state and the adapters that it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
         return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), at=2)
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
-        """The adapter is resident now: grants what waited for it."""
+        """Report that an adapter is resident. Grants the tickets that waited for it and returns their number."""
         return int(await self.call("loaded", pool, replica, adapter))
 
     async def load_failed(self, pool: str, replica: str, adapter: str, reason: str) -> int:
-        """The adapter cannot be loaded: fails what waited for it."""
+        """Report that an adapter cannot be loaded. Fails the tickets that waited for it and returns their number."""
         return int(await self.call("load_failed", pool, replica, adapter, reason))
 
     async def evict(self, pool: str, replica: str, adapter: str) -> bool:
-        """Whether the adapter may be unloaded now; if so, nothing more is granted with it there."""
+        """Return whether the adapter may be unloaded now. If so, no more tickets are granted with it there."""
         return bool(await self.call("evict", pool, replica, adapter))
 
     async def drain(self, pool: str, replica: str) -> int:
-        """No more grants on this replica. Answers the slots in use, -1 if the replica is unknown (until its next heartbeat)."""
+        """Stop grants on this replica. Returns the slots in use, or -1 if the replica is unknown (until its next heartbeat)."""
         return int(await self.call("drain", pool, replica))
 
     async def deregister(self, pool: str, replica: str) -> None:
-        """The replica's engine is gone."""
+        """Remove a replica whose engine is gone."""
         await self.call("deregister", pool, replica)
 
     async def stats(self, pool: str) -> dict[str, Any]:
-        """Demand and replicas of a pool, for the controller, whose presence it tells; also reaps what has expired."""
+        """Return demand and replicas of a pool, and reap what has expired. Only the controller calls this: replicas see from it that there
+        is one."""
         return await self._call_as_seen("stats", pool)
 
     async def record_event(self, pool: str, event: str) -> None:
@@ -270,7 +274,7 @@ class Scheduler:
             raise _away("record_event", error) from error
 
     async def listen(self, channel: str) -> AsyncIterator[str]:
-        """Messages on a channel, for ever: '' at every (re)connection, since what was said before it may have been missed."""
+        """Yield the messages on a channel, without end; '' at every (re)connection, since earlier messages may have been missed."""
         while True:
             try:
                 async with self.redis.pubsub() as subscription:
@@ -279,7 +283,7 @@ class Scheduler:
                     while True:
                         with unswallowed():
                             message = await subscription.get_message(timeout=5)
-                        # The client library connects and subscribes again by itself; only this word tells of it.
+                        # The client library reconnects and subscribes again by itself, and shows that only by this message.
                         if message is not None and message["type"] == "subscribe":
                             yield ""
                         elif message is not None and message["type"] == "message":
@@ -291,7 +295,7 @@ class Scheduler:
 
 @contextlib.contextmanager
 def unswallowed() -> Iterator[None]:
-    """Cancelled in this block means cancelled after it: redis-py sends with asyncio.wait_for, which on Python 3.11 can swallow that."""
+    """Raise a cancellation that the block swallowed: redis-py sends with asyncio.wait_for, which can do that on Python 3.11."""
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
     try:
@@ -308,6 +312,6 @@ def _counts(tokens: TokenCounts | None) -> bytes:
 
 def _away(function: str, error: RedisError) -> Unavailable:
     if not isinstance(error, RedisConnectionError | RedisTimeout):
-        # It is there, but it refuses: somebody should know why.
+        # The server is there and refuses: an operator must know why.
         log.error("the queue refused", extra={"action": function, "detail": str(error)})
     return Unavailable("The request queue is not available. Retry after 2 s.", code="queue_unavailable", retry_after_s=2)

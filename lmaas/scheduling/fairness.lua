@@ -1,9 +1,9 @@
--- Whose turn it is: virtual token counters ("Fairness in Serving Large Language Models", OSDI'24). Of the tenants that wait, the one
--- whose counter is smallest goes next. A counter grows by the tokens that were served, divided by the share of the tenant's tier:
--- prompt tokens when a ticket is placed, by estimate; then by what each checkpoint reports; the settlement corrects the rest. A tenant that
+-- The order of service, by virtual token counters ("Fairness in Serving Large Language Models", OSDI'24). Of the tenants that wait, the one
+-- with the smallest counter goes next. A counter grows by the tokens that were served, divided by the share of the tenant's tier: by the
+-- estimated prompt tokens when a ticket is placed, then by what each checkpoint reports; the settlement corrects the rest. A tenant that
 -- begins to wait is lifted to the smallest counter of those that wait, so that idling earns no credit.
--- Within a tenant, first come, first served; a ticket of the service tier `priority` goes before, one of `flex` after, some others
--- (`head_start`), never all.
+-- Within a tenant, tickets are served in the order of arrival. A ticket of the service tier `priority` goes before some others
+-- (`head_start`), one of `flex` after some others, but never before or after all.
 
 local PROMPT_COST = 1
 local COMPLETION_COST = 2
@@ -14,7 +14,7 @@ local function counter_of(pool, tenant)
   return tonumber(redis.call('ZSCORE', pool.key .. ':counters', tenant) or 0)
 end
 
--- The counter that a tenant has at least when it begins to wait.
+-- Returns the least counter that a tenant has when it begins to wait.
 local function floor_of(pool)
   local smallest = redis.call('ZRANGE', pool.key .. ':waiting', 0, 0, 'WITHSCORES')
   if smallest[2] then return tonumber(smallest[2]) end
@@ -36,40 +36,40 @@ local function units(tokens)
   return PROMPT_COST * tokens.prompt + COMPLETION_COST * tokens.completion
 end
 
--- What a placed ticket has been charged so far.
+-- Returns what a placed ticket has been charged so far.
 local function charged(pool, ticket)
   if not ticket.placed then return 0 end
   local tokens = progress(pool, ticket)
   return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens
 end
 
--- The counter with which a tenant begins to wait: idling has not made it smaller than the others'. `behind`: by how much it is more.
+-- Lifts the counter of a tenant that begins to wait to the least of those that wait, plus `behind`.
 local function lift(pool, tenant, behind)
   local counter = math.max(counter_of(pool, tenant), floor_of(pool) + behind)
   redis.call('ZADD', pool.key .. ':counters', counter, tenant)
   if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
-    -- Whoever has less than the floor would be lifted to it anyway.
+    -- Counters below the floor can be dropped: their tenants would be lifted to it anyway.
     local floor = floor_of(pool)
     redis.call('HSET', pool.key .. ':vars', 'floor', floor)
     redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
   end
 end
 
--- Begin to wait.
+-- Lets a tenant begin to wait.
 local function line_up(pool, tenant)
-  -- Behind whoever waits already: else newcomers without end could stay before somebody who is first.
+  -- It goes behind those that wait already. Otherwise an endless stream of newcomers could stay before the first of them.
   lift(pool, tenant, redis.call('EXISTS', pool.key .. ':waiting') == 1 and BEHIND or 0)
   redis.call('ZADD', pool.key .. ':waiting', counter_of(pool, tenant), tenant)
 end
 
--- Its turn comes at once, since nobody waits: leaves what waiting would leave behind.
+-- Leaves the same state as if the ticket had been queued and dequeued: no ticket waits, so its turn comes at once.
 local function pass_through(pool, ticket)
   ticket.sequence = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
   lift(pool, ticket.tenant, 0)
   redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant)
 end
 
--- `front`: it came back, and goes before every other; among themselves in the order in which they came back.
+-- Queues a ticket. With `front`, it came back and goes before all that did not, in the order in which they came back.
 local function enqueue(pool, ticket, front)
   local sequence, queue = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1), pool.key .. ':queue:' .. ticket.tenant
   ticket.sequence = front and -1 / sequence or sequence
@@ -82,7 +82,7 @@ local function enqueue(pool, ticket, front)
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = TICKET.QUEUED, nil, nil, nil
   put(pool, ticket)
   redis.call('ZADD', pool.key .. ':queue', ticket.sequence, ticket.id)
-  redis.call('HSET', pool.key .. ':needs', ticket.id, ticket.weight .. '|' .. ticket.adapter)
+  redis.call('HSET', pool.key .. ':needs', ticket.id, needs_of(ticket))
 end
 
 local function dequeue(pool, ticket)

@@ -20,11 +20,11 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
-#: Usage events of this last while, before Redis was last heard of, are told again to a Redis that has lost its memory.
+#: Usage events of this time before the last reply from Redis are reported again when Redis has lost its memory.
 REMEMBER_S = 30.0
-#: And no more than this many, whatever the rate.
+#: At most this many of them, whatever the rate.
 REMEMBER_AT_MOST = 50_000
-#: A ticket that nobody renews is given up by Redis after this while (LEASE_MS): then there is nothing left to take back.
+#: Redis gives up a ticket that is not renewed after this time (LEASE_MS); then nothing is left to release.
 LEASE_S = 6.0
 #: Tickets renewed in one call: the server does nothing else meanwhile.
 RENEW_AT_ONCE = 200
@@ -35,16 +35,16 @@ class Usage(Protocol):
 
     @property
     def run_ms(self) -> int | None:
-        """How long the request ran, or None if it never did."""
+        """How long the request ran in ms, or None if it never ran."""
 
     def progress(self) -> TokenCounts | None:
         """Return the tokens so far, or None before the engine has reported any."""
 
     def event(self) -> str:
-        """The usage event as JSON."""
+        """Return the usage event as JSON."""
 
 
-class Terms(Protocol):
+class AdmissionLimits(Protocol):
     """What a request is admitted under."""
 
     @property
@@ -52,14 +52,14 @@ class Terms(Protocol):
         """How many may wait."""
 
     async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
-        """What these scopes have used in that month. Raises Unavailable."""
+        """Return what these scopes have used in that month. Raises Unavailable."""
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
-        """The error for a ticket that was not taken."""
+        """Return the error for a ticket that was not taken."""
 
 
 class Settlement(NamedTuple):
-    """What is told of a ticket that has ended: its usage event (empty if it has none), how long it ran, and the tokens that it used."""
+    """The report about a ticket that has ended: its usage event (empty if it has none), how long it ran, and the tokens that it used."""
 
     ticket: Ticket
     event: str
@@ -79,7 +79,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a waiting ticket stands by the scheduler's last report, which came at `heard` (monotonic seconds).
+    """The place of a waiting ticket by the scheduler's last report, which came at `heard` (monotonic seconds).
 
     In the phase LOADING nothing else is known. `position` counts from 1 in the order of service, if the tenants' turns cost the same.
     `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not known yet.
@@ -94,22 +94,22 @@ class Standing:
 
 
 class OpenTicket:
-    """A request that was accepted. It waits, runs, perhaps waits once more, and is settled."""
+    """An accepted request. It waits, runs, may wait and run once more, and is settled."""
 
-    def __init__(self, ticket: Ticket, usage: Usage, terms: Terms, deadline_s: float, scheduler: Scheduler) -> None:
+    def __init__(self, ticket: Ticket, usage: Usage, limits: AdmissionLimits, deadline_s: float, scheduler: Scheduler) -> None:
         self.ticket = ticket
         self.usage = usage
-        self.terms = terms
-        #: What is left of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is back.
+        self.limits = limits
+        #: The rest of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is back.
         self.left: Mapping[str, Sequence[int]] = {}
         self.opened = time.monotonic()
         self.deadline = self.opened + deadline_s
-        #: As long as there is no lease.
+        #: Valid as long as there is no lease.
         self.standing = Standing(WaitPhase.ASKED, self.opened)
         self.lease: Lease | None = None
         self.attempts = 0
         self._on_revoked: Callable[[], None] | None = None
-        #: The lost lease that Redis has not heard of: replica, reason, attempt.
+        #: A lost lease that has not been reported to Redis yet: replica, reason, attempt.
         self._owed: tuple[str, RetryReason, int] | None = None
         self._failure: LmaasError | None = None
         self._changed = asyncio.Event()
@@ -117,11 +117,11 @@ class OpenTicket:
 
     @property
     def waited_ms(self) -> int:
-        """How long ago the request was accepted."""
+        """Milliseconds since the request was accepted."""
         return round((time.monotonic() - self.opened) * 1000)
 
     async def wait(self, timeout_s: float) -> Lease | None:
-        """The lease, or None if there is none yet after `timeout_s` seconds.
+        """Return the lease, or None if there is none after `timeout_s` seconds.
 
         Raises Unavailable past the deadline, Quarantined after two lost engines, AdapterUnavailable if the adapter does not load.
         """
@@ -140,26 +140,26 @@ class OpenTicket:
         return self.lease
 
     def wake(self) -> None:
-        """Have a `wait` return at once."""
+        """Make a `wait` return at once."""
         self._changed.set()
 
     def on_revoked(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when the replica is gone although its connection may still stand."""
+        """Call `callback` when the replica has been removed although the connection to it may still be open."""
         self._on_revoked = callback
 
     async def retry(self, lost: Lease, reason: RetryReason) -> None:
-        """Give the lease back because its replica failed before the first byte. After the second time, `wait` raises."""
+        """Give back a lease whose replica failed before the first byte. After the second time, `wait` raises."""
         self._owed = (lost.replica, reason, self.attempts)
         self.attempts += 1
         self.lease = None
         self._on_revoked = None
         self._changed.clear()
-        # If Redis is away just now, the next renewal tells it.
+        # If Redis is away now, the next renewal reports it.
         with contextlib.suppress(Unavailable):
-            await self.tell()
+            await self.report_lost()
 
-    async def tell(self) -> None:
-        """Tell Redis of a lost lease, if it does not know yet. Raises Unavailable."""
+    async def report_lost(self) -> None:
+        """Report a lost lease to Redis, if that has not been done yet. Raises Unavailable."""
         owed = self._owed
         if owed is not None:
             report = await self._scheduler.retry(self.ticket, *owed)
@@ -168,7 +168,7 @@ class OpenTicket:
             self.apply(report)
 
     def apply(self, report: dict[str, Any]) -> bool:
-        """Take news from the scheduler; False if the scheduler no longer knows the ticket."""
+        """Apply a report of the scheduler. Returns False if the scheduler no longer knows the ticket."""
         state = report["state"]
         if state == TicketState.GRANTED and self.lease is None and report["attempts"] == self.attempts:
             self.lease = Lease(report["replica"], report["url"], report["queue_ms"], report["load_ms"])
@@ -177,7 +177,7 @@ class OpenTicket:
         if state == NoTicket.UNKNOWN:
             return False
         if state != TicketState.FAILED and report.get("attempts", self.attempts) != self.attempts:
-            return True  # late news of an earlier delivery
+            return True  # a late report about an earlier delivery
         if state == TicketState.QUEUED:
             self.standing = Standing(
                 WaitPhase(report["phase"]),
@@ -191,13 +191,13 @@ class OpenTicket:
             self.standing = Standing(WaitPhase.LOADING, time.monotonic())
         elif state == TicketState.REVOKED:
             if self.lease is None:
-                # Its replica had gone before we heard of the grant: the next renewal asks for another.
+                # The replica was removed before the grant arrived here: the next renewal asks for another.
                 self._owed = ("", RetryReason.ENGINE, self.attempts)
                 self.attempts += 1
             elif self._on_revoked is not None:
                 self._on_revoked()
         elif state in REFUSALS:
-            self._fail(self.terms.refusal(report))
+            self._fail(self.limits.refusal(report))
         elif state == TicketState.FAILED:
             self.give_up()
         elif state == TicketState.LOAD_FAILED:
@@ -207,7 +207,7 @@ class OpenTicket:
         return True
 
     def give_up(self) -> None:
-        """Two engines failed: no third."""
+        """Fail the request because two engines failed while they worked on it."""
         self._fail(Quarantined("Two engines failed while they processed this request, so it is not tried a third time."))
 
     def _fail(self, error: LmaasError) -> None:
@@ -216,23 +216,23 @@ class OpenTicket:
 
 
 class Leases:
-    """All open tickets of one gateway. `run` keeps them alive and must be running while tickets are open."""
+    """The open tickets of one gateway. `run` renews them and must run while tickets are open."""
 
     def __init__(self, scheduler: Scheduler, gateway: str) -> None:
         self.scheduler = scheduler
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
-        #: Tickets that Redis has been asked to take. They may be granted before we hear that they are, but nothing keeps or puts them back.
+        #: Tickets that are being submitted. A grant may arrive before the reply. They are not renewed yet, nor put back.
         self._asked: dict[str, OpenTicket] = {}
         #: Releases with an event that Redis has not taken yet, by pool.
         self._unsettled: dict[str, deque[Settlement]] = {}
-        #: And those without one, each with when it was told: Redis may or may not have taken a ticket of which we did not hear.
+        #: Releases without an event, each with its time: Redis may or may not have taken a ticket whose reply was lost.
         self._unheard: deque[tuple[float, Settlement]] = deque()
         self._settling: set[asyncio.Future[Any]] = set()
-        #: Usage events by pool, each with when it was told.
+        #: Recorded usage events by pool, each with its time.
         self._recent: dict[str, deque[tuple[float, str]]] = {}
         self._epochs: dict[str, str] = {}
-        #: When Redis last answered all renewals (monotonic seconds).
+        #: When Redis last replied to all renewals (monotonic seconds).
         self._heard = time.monotonic()
 
     @property
@@ -241,27 +241,27 @@ class Leases:
         return len(self._open)
 
     @asynccontextmanager
-    async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
-        """Accept a request. Whatever happens in the block, its end frees the slot and records one usage event.
+    async def open(self, ticket: Ticket, usage: Usage, limits: AdmissionLimits, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
+        """Accept a request. However the block ends, that frees the slot and records one usage event.
 
-        Raises the terms' refusal if it is over a limit, Unavailable if Redis is away; then nothing was accepted.
+        Raises the refusal of `limits` if it is over one, Unavailable if Redis is away; then nothing was accepted.
         """
-        opened = OpenTicket(ticket, usage, terms, deadline_s, self.scheduler)
+        opened = OpenTicket(ticket, usage, limits, deadline_s, self.scheduler)
         self._asked[ticket.id] = opened
         try:
-            report = await self.scheduler.submit(ticket, terms.bounds)
+            report = await self.scheduler.submit(ticket, limits.bounds)
             if report["state"] == NoTicket.UNSEEDED:
-                seeds = await terms.seeds(report["scopes"], report["month"])
-                report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
+                seeds = await limits.seeds(report["scopes"], report["month"])
+                report = await self.scheduler.submit(ticket, limits.bounds, seeds=seeds)
         except BaseException:
-            # The server may have taken the ticket although we did not hear of it: it must not stay. Nobody waits for that.
-            self._tell_end(Settlement(ticket, "", None, None))
+            # The server may have taken the ticket although its reply was lost, so it is released, without waiting for that.
+            self._send_end(Settlement(ticket, "", None, None))
             raise
         finally:
             del self._asked[ticket.id]
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in REFUSALS:
-            raise terms.refusal(report)
+            raise limits.refusal(report)
         self._open[ticket.id] = opened
         opened.left = report.get("left") or {}
         opened.apply(report)
@@ -269,36 +269,36 @@ class Leases:
             yield opened
         finally:
             if ticket.id in self._open:
-                # It goes on although the request's own task is cancelled.
+                # This goes on even if the request's task is cancelled.
                 await asyncio.wait({self.settle(opened)})
 
     def settle(self, opened: OpenTicket) -> "asyncio.Future[Any]":
-        """End a ticket, once: frees its slot and records its usage event as it stands, in one step. Nobody needs to wait for that."""
+        """End a ticket, once: free its slot and record its usage event as it stands, in one step. The caller need not wait for that."""
         ticket, usage = opened.ticket, opened.usage
         del self._open[ticket.id]
-        return self._tell_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
+        return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
 
-    def _tell_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
-        # No task: that would cost more than what it does.
-        told = self.scheduler.send_release(*settlement)
-        self._settling.add(told)
-        told.add_done_callback(functools.partial(self._end_told, settlement))
-        return told
+    def _send_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
+        # There is no task: it would cost more than the work.
+        sent = self.scheduler.send_release(*settlement)
+        self._settling.add(sent)
+        sent.add_done_callback(functools.partial(self._end_sent, settlement))
+        return sent
 
-    def _end_told(self, settlement: Settlement, told: "asyncio.Future[Any]") -> None:
-        self._settling.discard(told)
-        if told.cancelled() or told.exception() is not None:
+    def _end_sent(self, settlement: Settlement, sent: "asyncio.Future[Any]") -> None:
+        self._settling.discard(sent)
+        if sent.cancelled() or sent.exception() is not None:
             self._settle_later(settlement)
         else:
-            self.scheduler.released(settlement.ticket, told.result())
+            self.scheduler.released(settlement.ticket, sent.result())
             self._remember(settlement)
 
     def _settle_later(self, settlement: Settlement) -> None:
-        """Have the next renewal tell it."""
+        """Let the next renewal report it."""
         if settlement.event:
             self._unsettled.setdefault(settlement.ticket.pool, deque()).append(settlement)
             return
-        # While Redis is away there is one for each request that is refused.
+        # While Redis is away there is one for each refused request, so old ones are dropped.
         now = time.monotonic()
         while self._unheard and self._unheard[0][0] < now - LEASE_S:
             self._unheard.popleft()
@@ -317,7 +317,7 @@ class Leases:
         self._remember(settlement)
 
     async def run(self) -> None:
-        """Hear of grants, and renew every second. Runs until cancelled."""
+        """Receive grants, and renew every second, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen(), name="lease-grants")
             group.create_task(self._renew_forever(), name="lease-renewal")
@@ -338,12 +338,12 @@ class Leases:
             await self.renew()
 
     async def renew(self) -> None:
-        """Renew every open ticket, tell how far each is, and mend what Redis has forgotten. Then settle what could not be settled."""
+        """Renew every open ticket with its progress, and put back those that Redis has lost. Then retry releases that failed."""
         await self._renew()
         await self._settle_rest()
 
     async def _renew(self) -> None:
-        # Pools of recent events too: if Redis loses them now, nobody else would notice.
+        # Pools of recent events are renewed too: nothing else would notice if Redis lost those events now.
         self._forget_old()
         heard = time.monotonic()
         pools: dict[str, list[OpenTicket]] = {pool: [] for pool in self._recent}
@@ -352,7 +352,7 @@ class Leases:
         for pool, tickets in _in_portions(pools):
             try:
                 for opened in tickets:
-                    await opened.tell()
+                    await opened.report_lost()
                 progress = [(opened.ticket.id, opened.usage.progress() if opened.lease else None) for opened in tickets]
                 reply = await self.scheduler.renew(pool, progress)
                 self._see_epoch(pool, reply["epoch"])
@@ -378,19 +378,20 @@ class Leases:
         elif opened.attempts > 1:
             opened.give_up()
         else:
-            report = await self.scheduler.submit(opened.ticket, opened.terms.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
+            report = await self.scheduler.submit(opened.ticket, opened.limits.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
             opened.apply(report)
             if opened.ticket.id not in self._open:
-                # It ended while it was put back.
+                # It ended while it was being put back.
                 await self.scheduler.release(opened.ticket, "", None)
 
     async def _settle_rest(self) -> None:
-        # Pool by pool at the same time: one that does not take something holds up no other.
+        # All pools at the same time, so that a pool that does not accept a release does not delay the others.
         pools = {*self._unsettled, *(settlement.ticket.pool for _, settlement in self._unheard)}
         await asyncio.gather(*(self._settle_pool(pool) for pool in pools))
 
     async def _settle_pool(self, pool: str) -> None:
-        # Taken off only when it is told; a second teller at the same moment does no harm, since the ledger takes each event once.
+        # An event leaves the queue only when it is reported. A second caller at the same time does no harm: the ledger takes each event
+        # once.
         events = self._unsettled.get(pool)
         try:
             while events:
@@ -409,25 +410,25 @@ class Leases:
             log.warning("ended tickets could not be settled", extra={"action": "settle", "pool_id": pool})
 
     def _see_epoch(self, pool: str, epoch: str | None) -> None:
-        """Another epoch means that Redis has lost its memory, and perhaps events that the ledger does not have yet."""
+        """Notice another epoch: Redis has lost its memory, and perhaps events that the ledger does not have yet."""
         if epoch is None:
             return
         known, self._epochs[pool] = self._epochs.get(pool, epoch), epoch
         if known != epoch:
             log.warning("the queue was lost and is being rebuilt", extra={"action": "rebuild", "pool_id": pool})
             for _, event in self._recent.get(pool, ()):
-                self._settle_later(Settlement(_told_again(pool), event, None, None))
+                self._settle_later(Settlement(_no_ticket(pool), event, None, None))
 
     async def drained(self) -> None:
-        """Wait until no ticket is open and every event is told; for shutdown."""
+        """Wait until no ticket is open and every event is recorded; for shutdown."""
         while self._open or self._asked or self._settling or self._unsettled:
             await self._settle_rest()
             await asyncio.sleep(0.05)
         await self._settle_rest()
 
 
-def _told_again(pool: str) -> Ticket:
-    """A ticket that no longer exists, to release together with an event: the ledger takes each event once."""
+def _no_ticket(pool: str) -> Ticket:
+    """Return a ticket that does not exist, to be released with an event that is reported again."""
     return Ticket(id="-", pool=pool, tenant="", gateway="", adapter="", source="", weight=1, event="")
 
 

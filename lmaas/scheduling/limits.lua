@@ -1,28 +1,28 @@
--- Limits: what tenants and keys may use. A request reserves what it may use at most when it is accepted, and is settled to what it
--- used when it ends; one that was refused, or never ran, has used nothing. All of it happens inside the calls that
--- queue and release a ticket, so it is exact however many gateways there are.
+-- Limits: what tenants and keys may use. A request reserves the most that it may use when it is accepted, and is settled to what it used
+-- when it ends. A request that was refused, or never ran, has used nothing. All of this happens inside the calls that queue and release a
+-- ticket, so it is exact with any number of gateways.
 --
--- A scope (a tenant or a key) is one MessagePack value:
---   window   each second of the last minute in which something was counted, oldest first: second, requests, tokens; as bytes, since one
---            that takes the others apart with each request costs more than the rest of it
+-- A scope (a tenant or a key) is one MessagePack value: window   each second of the last minute in which something was counted, oldest
+-- first: second, requests, tokens. It is a string of bytes,
+--            since unpacking a table of them with each request would cost more than everything else
 --   requests, minute_tokens  their sums
 --   running  requests accepted and not yet ended
---   turn_ms  how long they take, from their acceptance, on average of the last few
+--   turn_ms  the moving average of the time from their acceptance to their end
 --   month    year * 100 + month (UTC), with the tokens and the cost (picodollars) of that month
 --   seeded   whether it has the month's figures of the ledger (see SEEDED), and when a gateway was told to bring them (`asked`)
---   memory   which memory it is of: the layout, and what `lmaas:limits` said when it came into being. After a pool's memory was replaced,
---            all begin anew; and one of another layout, whose release may be at work beside this one, is never read.
---   generation  grows when the month's figures begin anew: a reservation of before is not in them
--- In no stretch of 60 seconds is more than a minute's limit accepted: a second counts until it lies behind whole.
+--   memory   the memory that it belongs to: the layout, and the value of `lmaas:limits` when it was created. After a pool's memory was
+--            replaced, all scopes begin anew. A scope of another layout, whose release may run beside this one, is never read.
+--   generation  grows when the month's figures begin anew: earlier reservations are not in them
+-- No more than a minute's limit is accepted in any 60 seconds: a second counts until all of it is more than 60 seconds ago.
 
--- The month's figures were not asked for; a gateway was told to bring them; they are here.
+-- Whether a scope has the month's figures: they were not asked for; a gateway was told to fetch them from the ledger; they are here.
 local SEEDED = { NO = 0, ASKED = 1, YES = 2 }
 local WINDOW_S = 60
-local ASK_AGAIN_MS = 15000 -- the ledger has answered by then, or who asked it is gone
-local MAX_RETRY_MS = 60000 -- OpenAI's clients take no notice of more
-local FORGET_S = 86400 -- a scope that nobody uses is forgotten; what matters of it is in the ledger
+local ASK_AGAIN_MS = 15000 -- by then the ledger has responded, or the gateway that asked it is gone
+local MAX_RETRY_MS = 60000 -- OpenAI's clients ignore longer waits
+local FORGET_S = 86400 -- a scope that is not used is deleted; the ledger has what matters of it
 
--- Days since 1970 → year * 100 + month (Howard Hinnant's civil_from_days).
+-- Returns year * 100 + month (UTC) (Howard Hinnant's civil_from_days).
 local function month_of(now_ms)
   local z = math.floor(now_ms / 86400000) + 719468
   local era = math.floor(z / 146097)
@@ -34,18 +34,18 @@ local function month_of(now_ms)
 end
 
 local ENTRY = '<ddd'
-local ENTRY_BYTES = 24 -- three doubles; while the library is loaded there is no `struct` yet to say so
+local ENTRY_BYTES = 24 -- three doubles; `struct` is not available while the library is loaded
 
 local function entries(scope)
   return #scope.window / ENTRY_BYTES
 end
 
--- The second, its requests and its tokens; the oldest is number 1.
+-- Returns an entry's second, requests and tokens. The oldest is number 1.
 local function entry(scope, number)
   return struct.unpack(ENTRY, scope.window, (number - 1) * ENTRY_BYTES + 1)
 end
 
--- Count more (or less) for this entry.
+-- Adds to an entry; negative numbers subtract.
 local function add(scope, number, requests, tokens)
   local second, had_requests, had_tokens = entry(scope, number)
   local changed = struct.pack(ENTRY, second, had_requests + requests, had_tokens + tokens)
@@ -53,7 +53,7 @@ local function add(scope, number, requests, tokens)
   scope.requests, scope.minute_tokens = scope.requests + requests, scope.minute_tokens + tokens
 end
 
--- Leave out what lies behind; and seconds of the future, which are from a clock that was set back.
+-- Drops entries that are more than a minute old, and those in the future, which are from before the clock was set back.
 local function forget_seconds(scope, second)
   local first, last = 1, entries(scope)
   while first <= last do
@@ -81,7 +81,7 @@ local function load_scope(pool, id)
   forget_seconds(scope, math.floor(pool.now / 1000))
   local month = month_of(pool.now)
   if scope.month ~= month then
-    -- A new month begins with nothing, and needs no ledger.
+    -- A new month begins with zero and needs no ledger.
     scope.month, scope.tokens, scope.cost = month, 0, 0
   end
   return scope
@@ -96,7 +96,7 @@ local function cost_of(prices, prompt, cached, completion)
   return (prompt - cached) * prices[1] + cached * prices[2] + completion * prices[3]
 end
 
--- How long until `excess` of LIMIT.REQUESTS or LIMIT.TOKENS lie behind.
+-- Returns how long (ms) until `excess` of LIMIT.REQUESTS or LIMIT.TOKENS are more than a minute ago.
 local function until_freed(pool, scope, what, excess)
   local freed = 0
   for number = 1, entries(scope) do
@@ -107,7 +107,7 @@ local function until_freed(pool, scope, what, excess)
   return WINDOW_S * 1000
 end
 
--- How long until everything lies behind.
+-- Returns how long (ms) until everything is more than a minute ago.
 local function until_reset(pool, scope, what)
   for number = entries(scope), 1, -1 do
     local second, requests, tokens = entry(scope, number)
@@ -124,12 +124,12 @@ local function count(pool, scope, requests, tokens)
   add(scope, last, requests, tokens)
 end
 
--- When one of those that run or wait ends, by how long they take.
+-- Returns how long (ms) until one of the requests that run or wait probably ends.
 local function until_one_ends(scope)
   return math.max(1, math.min(MAX_RETRY_MS, math.floor((scope.turn_ms or TURN_MS) / math.max(1, scope.running))))
 end
 
--- Why this scope does not take the ticket: each limit that it is over. Without `retry_ms`, waiting is of no use.
+-- Returns each limit of this scope that the ticket would exceed. Without `retry_ms`, waiting does not help.
 local function refusals(pool, scope, limit, tokens, cost)
   local requests_used, tokens_used, found = scope.requests, scope.minute_tokens, {}
   local function refuse(name, allowed, used, asked, retry_ms)
@@ -157,7 +157,7 @@ local function refusals(pool, scope, limit, tokens, cost)
   return found
 end
 
--- What the client is told: the first limit that waiting does not help with, else the one that takes longest; nil if there is none.
+-- Returns the limit that is reported: the first with which waiting does not help, else the one that takes longest; nil if there is none.
 local function refusal(pool, scopes, limits, tokens, cost)
   local worst = nil
   for i, limit in ipairs(limits) do
@@ -169,7 +169,7 @@ local function refusal(pool, scopes, limits, tokens, cost)
   return worst
 end
 
--- What is left of a minute's limits, of the scope that has the least left.
+-- Returns what is left of a minute's limits, for each of the scope that has the least left.
 local function tightest(pool, scopes, limits)
   local left = {}
   local function see(scope, what, allowed, used)
@@ -183,7 +183,7 @@ local function tightest(pool, scopes, limits)
   return left
 end
 
--- Take what the ledger says of the month: {scope → [month, tokens, cost]}.
+-- Adds the ledger's figures of the month: {scope → [month, tokens, cost]}.
 local function take_seeds(pool, seeds)
   for id, seed in pairs(seeds) do
     local scope = load_scope(pool, id)
@@ -194,8 +194,8 @@ local function take_seeds(pool, seeds)
   end
 end
 
--- Reserve what a ticket may use: nil and what is left, or the refusal. Everything is checked before anything is taken. `forced`: it was
--- accepted before the server lost its memory.
+-- Reserves what a ticket may use. Returns nil and what is left of the limits, or the refusal. Everything is checked before anything is
+-- reserved. A `forced` ticket was accepted before the server lost its memory, and is not refused.
 local function reserve(pool, ticket, forced)
   if #ticket.limits == 0 then return nil, nil end
   local tokens = ticket.prompt_tokens + ticket.completion_tokens
@@ -206,7 +206,7 @@ local function reserve(pool, ticket, forced)
     if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded ~= SEEDED.YES then
       unseeded[#unseeded + 1] = limit.id
       if not forced and (scope.seeded == SEEDED.NO or math.abs(pool.now - scope.asked) > ASK_AGAIN_MS) then
-        -- What ends from now on is counted here; what has ended, the ledger knows.
+        -- Requests that end from now on are counted here; the ledger has those that have ended.
         scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = SEEDED.ASKED, pool.now, scope.generation + 1, 0, 0
         save_scope(scope)
       end
@@ -232,7 +232,7 @@ local function reserve(pool, ticket, forced)
   return nil, tightest(pool, scopes, ticket.limits)
 end
 
--- Settle a reservation to what was used; a ticket that used nothing gives its request back too.
+-- Settles a reservation to what was used. A ticket that used nothing gives its request back too.
 local function settle(pool, ticket, used)
   local reserved = ticket.reserved
   if not reserved then return end
@@ -243,7 +243,7 @@ local function settle(pool, ticket, used)
   end
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
-    -- Has it been reserved here, or in a memory that is gone?
+    -- `here`: it was reserved in this memory, and not in one that is gone.
     local here, found = scope.memory == reserved.memories[i], false
     for number = here and entries(scope) or 0, 1, -1 do
       local second, requests, counted = entry(scope, number)
@@ -253,7 +253,7 @@ local function settle(pool, ticket, used)
       end
       if second <= reserved.second then break end
     end
-    -- It ran for longer than a minute: what it used beyond its reservation counts now.
+    -- It ran for more than a minute: what it used beyond its reservation counts now.
     if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end
     if here then scope.running = math.max(0, scope.running - 1) end
     if used then

@@ -1,28 +1,31 @@
--- Where a ticket runs. An adapter slot is a resource like a sequence slot: an engine that runs more distinct adapters than it has slots for
--- works on them one after the other. So a ticket may be passed over for one behind it that fits now, within a bound.
+-- Placement: the replica on which a ticket runs. An adapter slot is a resource like a sequence slot: an engine that runs more distinct
+-- adapters than it has slots for works on them one after the other. So a ticket may be passed over for one behind it that fits now,
+-- within a bound.
 
--- How many tickets may be placed before one that was passed over until something is kept for it. Everything else goes on meanwhile: what is
--- behind it can then hold it up no more.
-local RESERVE_PASSES = 32 -- an adapter slot: it is emptied
-local MAX_PASSES = 64     -- a whole replica, if it needs several sequence slots: it is emptied
--- And so many times the placements in which all that its tenant has waiting would have had its turn, were the tenants' turns fair ones: with a
--- fixed bound, everything that waits is passed over too often once the queue is longer than that, and engines run half empty.
+-- How many tickets may be placed before a ticket that was passed over, until something is kept free for it. Tickets behind it cannot
+-- delay it after that; everything else goes on meanwhile.
+local RESERVE_PASSES = 32 -- then an adapter slot is emptied for it
+local MAX_PASSES = 64     -- then a whole replica is emptied for it, if it needs several sequence slots
+-- To both bounds are added FAIR_TURNS times the placements after which all waiting tickets of its tenant would have had their turn, if the
+-- tenants took fair turns. With a fixed bound, every waiting ticket would be passed over too often once the queue is longer than the bound,
+-- and engines would run half empty.
 local FAIR_TURNS = 2
-local MAX_TURNS = 128     -- and no more fair turns than this: with many tenants that wait they would outlast any deadline
-local MAX_TENANTS = 256   -- tenants looked at in one round
-local MAX_LINE = 64       -- tenants whose queues a position counts in full
-local MAX_DEPTH = 64      -- tickets of one tenant looked at in one round
-local MAX_LOOKS = 512     -- tickets looked at in one round
-local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next one goes on
+local MAX_TURNS = 128     -- the most fair turns that count: with many waiting tenants they would outlast any deadline
+local MAX_TENANTS = 256   -- tenants visited in one round
+local MAX_LINE = 64       -- tenants whose whole queues count for a position; of the others, one ticket each
+local MAX_DEPTH = 64      -- tickets of one tenant visited in one round
+local MAX_VISITS = 512    -- tickets visited in one round
+local MAX_REAPED = 100    -- tickets of lost gateways that one call ends; the next call continues
 
+-- Returns whether a replica gets new work.
 local function fresh(pool, replica)
   return replica.state == REPLICA.READY and not replica.suspect and pool.now - replica.beat < STALE_MS
 end
 
 local function hold(pool, ticket, replica)
-  -- More than a replica has: all of it. The next replica may have more.
+  -- A ticket that needs more slots than the replica has takes all of them. The next replica may have more.
   ticket.held = math.min(ticket.weight, replica.slots)
-  -- When a slot was taken last: what waits learns from it whether turns take longer than usual.
+  -- `turn` is when a slot was last taken. It shows waiting tickets whether turns take longer than usual.
   replica.load, replica.turn = replica.load + ticket.held, pool.now
   if ticket.adapter ~= '' then
     replica.running[ticket.adapter] = (replica.running[ticket.adapter] or 0) + 1
@@ -53,8 +56,8 @@ local function grant(pool, ticket)
   }
 end
 
--- Whether what is kept on a replica for somebody who has waited for too long leaves room for others: `kept` is replica id →
--- {whole, victims: {adapter}, holders: {adapter}}. The slots of the victims are emptied, for the holders.
+-- Returns whether a replica is open to a ticket, although something may be kept free there for tickets that have waited for too long.
+-- `kept` is replica id → {whole, victims: {adapter}, holders: {adapter}}. The adapter slots of the victims are emptied for the holders.
 local function left_by(kept, replica, adapter)
   local here = kept[replica.id]
   if not here then return true end
@@ -64,8 +67,8 @@ local function left_by(kept, replica, adapter)
   return here.holders[adapter] or false
 end
 
--- The replica for a ticket: where its adapter runs already, then where it is resident, then a free adapter slot; among equals
--- the least loaded, then the first by name.
+-- Returns the replica for a ticket: first where its adapter runs, then where it is resident, then where an adapter slot is free; among
+-- equals the least loaded, then the first by name.
 local function choose(pool, weight, adapter, kept)
   local best, best_rank, best_load = nil, nil, nil
   for id, replica in pairs(pool.replicas) do
@@ -92,7 +95,7 @@ local function keep(kept, id)
   return kept[id]
 end
 
--- Keep an adapter slot: the one that is empty soonest, by how many requests run on it. Whether there was one to keep.
+-- Keeps an adapter slot free: the one with the fewest requests, which is probably empty first. Returns whether there was one.
 local function keep_adapter_slot(pool, adapter, kept)
   local best, best_victim, best_count = nil, nil, nil
   for id, replica in pairs(pool.replicas) do
@@ -113,7 +116,7 @@ local function keep_adapter_slot(pool, adapter, kept)
   return true
 end
 
--- Keep a whole replica: the one with the most room. Whether there was one to keep.
+-- Keeps a whole replica free: the one with the most room. Returns whether there was one.
 local function keep_replica(pool, kept)
   local best, best_room = nil, nil
   for id, replica in pairs(pool.replicas) do
@@ -126,7 +129,7 @@ local function keep_replica(pool, kept)
   return best ~= nil
 end
 
--- What has been taken off the queue, if it was there.
+-- Places a ticket that is not in the queue (any more) on a replica.
 local function place(pool, ticket, replica, caller)
   redis.call('HINCRBY', pool.key .. ':vars', 'placed', 1)
   ticket.placed = pool.now
@@ -148,44 +151,44 @@ local function place(pool, ticket, replica, caller)
   loading.tickets[ticket.id] = 1
 end
 
--- Calls `look` with each queued ticket's id, its needs, how many were placed when it was passed over first (nil: never), and how many
--- placements fair turns would take until its tenant has nothing waiting (at most MAX_TURNS), in the order of service, until `look` answers something: first what
--- came back, then tenant by tenant.
-local function each_waiting(pool, look)
-  local looks = 0
-  local function look_at(ids, turns)
+-- Calls `visit` for queued tickets in the order of service, until it returns something: first tickets that came back, then tenant by
+-- tenant. Its arguments are the ticket's id, its needs, how many tickets had been placed when it was first passed over (nil: never), and
+-- after how many placements in fair turns its tenant would have no waiting ticket (at most MAX_TURNS).
+local function each_waiting(pool, visit)
+  local visits = 0
+  local function visit_all(ids, turns)
     if #ids == 0 then return nil end
     local needs = redis.call('HMGET', pool.key .. ':needs', unpack(ids))
     local passed = redis.call('HMGET', pool.key .. ':passed', unpack(ids))
     for i, id in ipairs(ids) do
-      looks = looks + 1
-      if looks > MAX_LOOKS then return nil end
-      local found = look(id, needs[i], tonumber(passed[i] or nil), turns)
+      visits = visits + 1
+      if visits > MAX_VISITS then return nil end
+      local found = visit(id, needs[i], tonumber(passed[i] or nil), turns)
       if found ~= nil then return found end
     end
     return nil
   end
-  local found = look_at(redis.call('ZRANGE', pool.key .. ':front', 0, MAX_LOOKS - 1), 0)
+  local found = visit_all(redis.call('ZRANGE', pool.key .. ':front', 0, MAX_VISITS - 1), 0)
   if found ~= nil then return found end
   local tenants = redis.call('ZRANGE', pool.key .. ':waiting', 0, MAX_TENANTS - 1)
   for _, tenant in ipairs(tenants) do
     local ids = redis.call('ZRANGE', pool.key .. ':queue:' .. tenant, 0, MAX_DEPTH - 1)
-    found = look_at(ids, math.min(MAX_TURNS, #ids * #tenants))
+    found = visit_all(ids, math.min(MAX_TURNS, #ids * #tenants))
     if found ~= nil then return found end
-    if looks > MAX_LOOKS then return nil end
+    if visits > MAX_VISITS then return nil end
   end
   return nil
 end
 
--- Place the first ticket that fits; false if none does.
+-- Places the first ticket that fits. Returns false if none does.
 local function place_next(pool, caller)
   local placed = var(pool, 'placed', 0)
   local replicas, newly_passed, kept, asked = {}, {}, {}, {}
   local found = each_waiting(pool, function(id, need, passed_at, turns)
     local replica = replicas[need]
     if replica == nil then
-      local weight, adapter = string.match(need, '^(%d+)|(.*)$')
-      replica = choose(pool, tonumber(weight), adapter, kept) or false
+      local weight, adapter = weight_and_adapter(need)
+      replica = choose(pool, weight, adapter, kept) or false
       replicas[need] = replica
     end
     if replica then return { id = id, replica = replica } end
@@ -194,13 +197,13 @@ local function place_next(pool, caller)
     else
       local passes = placed - passed_at - FAIR_TURNS * turns
       if passes >= RESERVE_PASSES then
-        local weight, adapter = string.match(need, '^(%d+)|(.*)$')
-        -- Once for each adapter: what could not be kept for one ticket cannot be for the next.
+        local weight, adapter = weight_and_adapter(need)
+        -- Once for each adapter: if no slot could be kept for one ticket, none can be for the next.
         if adapter ~= '' and not asked[adapter] then
           asked[adapter] = true
           keep_adapter_slot(pool, adapter, kept)
         end
-        if passes >= MAX_PASSES and tonumber(weight) > 1 then keep_replica(pool, kept) end
+        if passes >= MAX_PASSES and weight > 1 then keep_replica(pool, kept) end
       end
     end
     return nil
@@ -213,7 +216,7 @@ local function place_next(pool, caller)
   return true
 end
 
--- Give out every slot that can be given out.
+-- Grants every slot that can be granted.
 local function dispatch(pool, caller)
   for _ = 1, redis.call('ZCARD', pool.key .. ':queue') do
     local free = false
@@ -222,7 +225,7 @@ local function dispatch(pool, caller)
   end
 end
 
--- Place a new ticket if nobody waits and there is room, as queueing and dispatching it would. False otherwise.
+-- Places a new ticket if no ticket waits and there is room, with the same result as queueing and dispatching it. Returns false otherwise.
 local function place_at_once(pool, ticket)
   if redis.call('ZCARD', pool.key .. ':queue') > 0 then return false end
   local replica = choose(pool, ticket.weight, ticket.adapter, {})
@@ -232,11 +235,11 @@ local function place_at_once(pool, ticket)
   return true
 end
 
--- The adapters that the tickets in the queue need first, and where their files are: as many as run at once.
+-- Returns the adapters that the queue needs first (adapter → source), as many as run at once.
 local function awaited(pool, count)
   local loads, found = {}, 0
   each_waiting(pool, function(id, need)
-    local adapter = string.match(need, '|(.*)$')
+    local _, adapter = weight_and_adapter(need)
     if adapter ~= '' and not loads[adapter] then
       loads[adapter], found = get(pool, id).source, found + 1
     end
@@ -246,6 +249,7 @@ local function awaited(pool, count)
   return loads
 end
 
+-- Ends a ticket: frees what it holds, and settles it to the tokens that it used (nil: none).
 local function forget(pool, ticket, used)
   if ticket.state == TICKET.QUEUED then
     dequeue(pool, ticket)
@@ -260,7 +264,8 @@ local function forget(pool, ticket, used)
   redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
 end
 
--- Back to the front of the queue; false if it has been delivered often enough. What it was charged is given back: nobody has had it.
+-- Puts a ticket back at the front of the queue. Returns false if it has been delivered as often as it may be. What it was charged is
+-- given back, since its client has received nothing.
 local function requeue(pool, ticket, delivered)
   charge(pool, ticket, -charged(pool, ticket))
   redis.call('HDEL', pool.key .. ':progress', ticket.id)
@@ -277,7 +282,7 @@ local function requeue(pool, ticket, delivered)
   return true
 end
 
--- What was loading goes back, in the order in which it had waited.
+-- Puts tickets whose adapter was loading back, in the order in which they had waited.
 local function requeue_loading(pool, tickets)
   table.sort(tickets, function(one, other)
     if one.sequence == other.sequence then return one.id < other.id end
@@ -286,7 +291,8 @@ local function requeue_loading(pool, tickets)
   for _, ticket in ipairs(tickets) do requeue(pool, ticket, false) end
 end
 
--- Take a replica out: what was loading waits again, what ran is told (its stream breaks, or is cut by its gateway).
+-- Removes a replica. Tickets whose adapter was loading wait again. The gateways of those that ran are told: their streams break, or the
+-- gateways cut them.
 local function remove(pool, id)
   pool.replicas[id] = nil
   pool.dirty[id] = true
@@ -297,7 +303,7 @@ local function remove(pool, id)
       if ticket.state == TICKET.LOADING then
         loading[#loading + 1] = ticket
       else
-        -- It holds nothing any more, should a replica of this id come back.
+        -- It holds nothing any more, even if a replica with this id comes back.
         ticket.state, ticket.replica, ticket.held, ticket.revoked = TICKET.REVOKED, nil, nil, id
         put(pool, ticket)
         tell(ticket, TICKET.REVOKED)
@@ -307,14 +313,14 @@ local function remove(pool, id)
   requeue_loading(pool, loading)
 end
 
--- The server's clock was set back: what lies in its future would hold for as long as the jump was.
+-- Corrects times after the server's clock was set back: those in the future would otherwise hold for as long as the jump was.
 local function clock_set_back(pool)
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', pool.now + LEASE_MS, '+inf')) do
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, id)
   end
   local stored = redis.call('HGETALL', pool.key .. ':tickets')
   for i = 2, #stored, 2 do
-    -- Else it would have waited, and run, for less than no time.
+    -- Otherwise its waiting and running times would be negative.
     local ticket = cjson.decode(stored[i])
     ticket.submitted = math.min(ticket.submitted, pool.now)
     ticket.placed = ticket.placed and math.min(ticket.placed, pool.now)
@@ -334,10 +340,10 @@ local function clock_set_back(pool)
   redis.call('HSET', pool.key .. ':vars', 'spare', pool.now + LEASE_MS)
 end
 
--- Tickets of gateways that are gone are charged at their last checkpoint; replicas that are gone give their work back. Whether there
--- were any: then somebody else may have a turn.
+-- Ends tickets of gateways that are gone, charged at their last checkpoint, and removes replicas that are gone. Returns whether there
+-- were any, since others may have a turn then.
 local function reap(pool)
-  -- Somebody calls every second. If nobody could for a while, this server was away, not everybody else: let them come back first.
+  -- There is a call every second. If there was none for a while, this server was away, not all its clients: they get time to come back.
   local last = var(pool, 'reaped', pool.now)
   redis.call('HSET', pool.key .. ':vars', 'reaped', pool.now)
   if pool.now < last then clock_set_back(pool) end

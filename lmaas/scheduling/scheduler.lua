@@ -1,19 +1,18 @@
--- The functions. See state.lua for what they work on.
+-- The functions. See state.lua for the keys that they use.
 
--- Of a function that frees memory, or by which it is freed: a server that has none left takes it even so.
+-- Registers a function that is accepted by a server that has no memory left, because it frees memory or leads to that.
 local function register_always(name, callback)
   redis.register_function({ function_name = name, callback = callback, flags = { 'allow-oom' } })
 end
 
--- What is left of something that usually takes `usual` ms and has taken `elapsed`, and by how much it is late, in ms. Something that is
--- late is taken to need as long again as it is late, so that an estimate never stands still.
+-- Returns how many ms are left of something that usually takes `usual` ms and has taken `elapsed`, and by how many ms it is late. If it
+-- is late, the estimate is as long again as it is late, so that estimates never stand still.
 local function left_of(usual, elapsed)
   return math.max(math.min(1000, usual), usual - elapsed, elapsed - usual), math.max(0, elapsed - usual)
 end
 
--- How long a ticket at this position may have to wait: {wait_ms, late_ms, phase, assumed}. In the phase `busy` engines are ready and all
--- slots taken, in `starting` an engine starts, in `asked` none does yet. `late_ms` is by how much the next turn, or the start, is later
--- than usual. `assumed`: no start of this pool is known, and START_MS stands for it.
+-- Returns how long a ticket at this position may have to wait: {wait_ms, late_ms, phase, assumed}. `late_ms` is by how much the next
+-- turn, or the start, is later than usual. If `assumed`, no start of this pool is known, and START_MS is used instead.
 local function estimate(pool, position)
   local run, slots, turn = var(pool, 'run_ms', TURN_MS), 0, 0
   for _, replica in pairs(pool.replicas) do
@@ -34,7 +33,7 @@ local function estimate(pool, position)
       end
     end
     if not left then
-      -- No supervisor reports yet. The ticket that came first tells how long ago an engine was asked for.
+      -- No supervisor reports yet. An engine was asked for when the first ticket came.
       local first = redis.call('ZRANGE', pool.key .. ':queue', 0, 0)[1]
       left, late = left_of(usual, first and pool.now - get(pool, first).submitted or 0)
       phase = PHASE.ASKED
@@ -46,8 +45,8 @@ local function estimate(pool, position)
   }
 end
 
--- How many of the other tenants' tickets go before one with `rank` tickets of its own tenant before it, by its tenant's index in the order of
--- service: turns of the tenants cost the same. Of tenants beyond MAX_LINE, one ticket each.
+-- Returns, by a tenant's index in the order of service, how many of the other tenants' tickets go before its ticket with `rank` own
+-- tickets before it. Turns are assumed to cost the same. Tenants beyond MAX_LINE count with one ticket each.
 local function turns_of(line, rank)
   local turns, before, after = {}, 0, 0
   for i = 1, #line.lengths do
@@ -60,8 +59,8 @@ local function turns_of(line, rank)
   return turns
 end
 
--- A queued ticket's position in the order of service, from 1: behind what came back. Lengths of queues are asked for once a call, so it must
--- not change the queue any more.
+-- Returns a queued ticket's position in the order of service, from 1. It is behind the tickets that came back. The lengths of the queues
+-- are read once a call, so the call must not change the queue any more.
 local function position_of(pool, ticket)
   local front = redis.call('ZRANK', pool.key .. ':front', ticket.id)
   if front then return front + 1 end
@@ -84,6 +83,7 @@ local function position_of(pool, ticket)
   return front + rank + turns[line.index[ticket.tenant] or 'beyond'] + 1
 end
 
+-- Returns what a gateway is told of its ticket.
 local function report(pool, ticket)
   if ticket.state == TICKET.QUEUED then
     local position = position_of(pool, ticket)
@@ -102,7 +102,7 @@ local function report(pool, ticket)
   return { state = ticket.state, attempts = ticket.attempts }
 end
 
--- Signal the controller if something waits and no replica is there or on its way. More demand than that it sees by itself.
+-- Wakes the controller if a ticket waits and no replica is ready or starting. It notices other changes of demand by itself.
 local function ask_for_replica(pool)
   if redis.call('ZCARD', pool.key .. ':queue') == 0 then return end
   for _, replica in pairs(pool.replicas) do
@@ -111,7 +111,7 @@ local function ask_for_replica(pool)
   redis.call('PUBLISH', 'lmaas:control', SIGNAL.DEMAND)
 end
 
--- Why the queues do not take one more ticket of this tenant, or nil.
+-- Returns the refusal if the tenant's queue or the pool's is full, else nil.
 local function full(pool, ticket, max_queued, max_queued_pool)
   if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = NO_TICKET.REFUSED } end
   local queued = redis.call('ZCARD', pool.key .. ':queue')
@@ -119,15 +119,15 @@ local function full(pool, ticket, max_queued, max_queued_pool)
   return nil
 end
 
--- submit(ticket JSON, max queued of the tenant, of the pool, seeds JSON {scope → [month, tokens, cost]} or '') → report, with what is left
--- of the limits. The same ticket again is the same ticket.
+-- submit(ticket JSON, max queued of the tenant, of the pool, seeds JSON {scope → [month, tokens, cost]} or '') → report, with what is
+-- left of the limits. Submitting a ticket again changes nothing.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
   if reap(pool) then dispatch(pool) end
   local ticket = cjson.decode(args[1])
   local known, left = get(pool, ticket.id), nil
   if not known then
-    -- What has waited already was accepted before this server lost its memory.
+    -- A ticket that has waited already was accepted before this server lost its memory.
     local accepted = ticket.waited_ms > 0
     if args[4] ~= '' then take_seeds(pool, cjson.decode(args[4])) end
     local refused = not accepted and full(pool, ticket, tonumber(args[2]), tonumber(args[3])) or nil
@@ -136,7 +136,7 @@ redis.register_function('lmaas_submit', function(keys, args)
       close(pool)
       return cjson.encode(refused)
     end
-    -- One that comes back after the server lost its memory has waited, and perhaps been delivered, before.
+    -- A ticket that is submitted again after the server lost its memory has waited, and perhaps been delivered, before.
     ticket.submitted = pool.now - ticket.waited_ms
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
     redis.call('HSET', pool.key .. ':vars', 'active', pool.now)
@@ -154,11 +154,11 @@ redis.register_function('lmaas_submit', function(keys, args)
 end)
 
 -- release(ticket id, usage event JSON or '', run ms or '', tokens or '') → {1, or 0 if the ticket was gone, memory}.
--- The event is recorded in any case.
+-- The event is recorded in either case.
 register_always('lmaas_release', function(keys, args)
   if args[2] ~= '' then redis.call('XADD', keys[1] .. ':usage', '*', 'event', args[2]) end
   local pool = open(keys[1], true)
-  -- The pool is a newer release's now, and does not know the ticket. A gateway that stops must not wait for ever to settle.
+  -- A newer release uses the pool now and does not know the ticket. A gateway that stops must be able to settle all the same.
   if not pool then return { 0, '' } end
   local ticket = get(pool, args[1])
   if ticket then
@@ -171,7 +171,8 @@ register_always('lmaas_release', function(keys, args)
   return { ticket and 1 or 0, memory(pool) }
 end)
 
--- retry(ticket id, replica id, reason, attempt) → report. Twice the same is once: a client repeats a call whose reply it lost. The replica was lost before the first byte, or lacks the adapter.
+-- retry(ticket id, replica id, reason, attempt) → report. The replica failed before the first byte, or lacks the adapter. The same call
+-- again changes nothing, because a client repeats a call whose reply it lost.
 redis.register_function('lmaas_retry', function(keys, args)
   local pool = open(keys[1])
   local ticket = get(pool, args[1])
@@ -181,7 +182,7 @@ redis.register_function('lmaas_retry', function(keys, args)
     if held and ticket.attempts == tonumber(args[4]) then
       local replica = pool.replicas[args[2]]
       if replica then
-        -- Nobody else is sent there until its supervisor has looked.
+        -- It gets no new work until its supervisor has probed the engine.
         if args[3] == REASON.ENGINE then replica.suspect = true end
         if args[3] == REASON.ADAPTER then replica.resident[ticket.adapter] = nil end
         pool.dirty[args[2]] = true
@@ -205,7 +206,7 @@ register_always('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-      -- Word of an earlier delivery may come late: what waits or loads has not run.
+      -- A checkpoint of an earlier delivery may come late: a ticket that waits or loads has not run.
       if args[i + 1] ~= '' and (ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED) then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
@@ -224,7 +225,7 @@ register_always('lmaas_renew', function(keys, args)
   return cjson.encode({ epoch = pool.epoch, memory = memory(pool), tickets = reports })
 end)
 
--- restore(ticket JSON) → 1, or 0 if its replica is not (yet) back. After Redis has lost its memory, a gateway puts back what runs.
+-- restore(ticket JSON) → 1, or 0 while its replica is not back. After the server has lost its memory, a gateway puts back what runs.
 redis.register_function('lmaas_restore', function(keys, args)
   local pool = open(keys[1])
   local ticket = cjson.decode(args[1])
@@ -240,7 +241,7 @@ redis.register_function('lmaas_restore', function(keys, args)
     hold(pool, ticket, replica)
     put(pool, ticket)
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-    -- Somebody who waits may share its adapter slot.
+    -- A waiting ticket may share its adapter slot.
     dispatch(pool)
     done = 1
   end
@@ -250,7 +251,7 @@ end)
 
 -- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect}, memory) →
 -- {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
--- used: {adapter → ms ago}}. `warm` are the adapters that a starting engine will be asked for first.
+-- used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
 redis.register_function('lmaas_heartbeat', function(keys, args)
   local pool = open_as_seen(keys[1], args[3])
   local beat = cjson.decode(args[2])
@@ -260,13 +261,13 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
     pool.replicas[args[1]] = replica
   end
-  -- What the pool's starts usually take, by the records that supervisors keep of them.
+  -- The usual time of the pool's starts, from the records that supervisors keep.
   if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', nil) then redis.call('HSET', pool.key .. ':vars', 'start_ms', beat.start_ms) end
   if beat.state == REPLICA.READY and replica.state == REPLICA.STARTING then
     replica.turn = pool.now
     for _, adapter in ipairs(beat.resident) do replica.resident[adapter] = 1 end
   end
-  -- Draining is decided here and does not come undone by a heartbeat that was already on its way.
+  -- A drain is decided here, and a heartbeat that was already on its way does not undo it.
   if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
   replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
   if beat.cleared then replica.suspect = nil end
@@ -309,7 +310,7 @@ redis.register_function('lmaas_loaded', function(keys, args)
   return count
 end)
 
--- load_failed(replica id, adapter, reason) → how many tickets failed: this adapter's own, nobody else's.
+-- load_failed(replica id, adapter, reason) → how many tickets failed: only those that waited for this adapter.
 redis.register_function('lmaas_load_failed', function(keys, args)
   local pool = open(keys[1])
   local replica = pool.replicas[args[1]]
@@ -335,7 +336,7 @@ redis.register_function('lmaas_load_failed', function(keys, args)
   return count
 end)
 
--- evict(replica id, adapter) → 1 if the adapter may be unloaded: nothing runs with it and nothing will be granted with it.
+-- evict(replica id, adapter) → 1 if the adapter may be unloaded: no ticket runs with it, and none will be granted with it.
 redis.register_function('lmaas_evict', function(keys, args)
   local pool = open(keys[1])
   local replica = pool.replicas[args[1]]
@@ -348,8 +349,8 @@ redis.register_function('lmaas_evict', function(keys, args)
   return free and 1 or 0
 end)
 
--- drain(replica id) → the slots still in use, or -1 if the replica is not known (any more). No new work; what was loading goes back
--- to the queue.
+-- drain(replica id) → the slots still in use, or -1 if the replica is not known. It gets no new work, and tickets whose adapter was
+-- loading go back to the queue.
 redis.register_function('lmaas_drain', function(keys, args)
   local pool = open(keys[1])
   local replica = pool.replicas[args[1]]
@@ -368,7 +369,7 @@ redis.register_function('lmaas_drain', function(keys, args)
   return replica and replica.load or -1
 end)
 
--- deregister(replica id): the engine is gone.
+-- deregister(replica id): removes a replica whose engine is gone.
 redis.register_function('lmaas_deregister', function(keys, args)
   local pool = open(keys[1])
   remove(pool, args[1])
@@ -378,14 +379,14 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats(memory) is the controller's, and says that there is one. → {memory, queued, load, idle_ms, run_ms, start_ms (what a request and a
--- start usually take), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats(memory), called by the controller, which shows that there is one → {memory, queued, load, idle_ms, run_ms, start_ms (the usual
+-- times of a request and a start), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
   dispatch(pool)
   close(pool)
-  -- A server that has lost its memory does not know how long nothing happened: idleness starts now.
+  -- A server that has lost its memory does not know how long the pool has been idle: idleness starts now.
   redis.call('HSETNX', pool.key .. ':vars', 'active', pool.now)
   redis.call('HSET', pool.key .. ':vars', 'controller', pool.now)
   local load, seen = 0, {}

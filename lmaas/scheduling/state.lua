@@ -1,43 +1,41 @@
 #!lua name=lmaas
--- The scheduler. Every function changes one pool atomically; there is no dispatcher process. Whoever changes the state
--- (a gateway that submits, releases or renews; a supervisor that beats or has loaded an adapter; the reaper) also dispatches.
--- One library in five parts, joined in this order: state, limits, fairness, placement, scheduler (the functions).
+-- The scheduler. Every function changes one pool atomically. There is no dispatcher process: each call that changes the state
+-- (a gateway submits, releases or renews; a supervisor sends a heartbeat or has loaded an adapter; the reaper runs) also dispatches.
+-- The library has five parts, joined in this order: state, limits, fairness, placement, scheduler (the functions).
 --
--- KEYS[1] is `lmaas:{pool}`; the pool's other keys are that prefix with a suffix, so a pool stays on one cluster slot:
---   :tickets   hash  ticket id → JSON           :expiry    zset  ticket id → when its gateway is given up (ms)
---   :queue     zset  ticket id → sequence       :queue:T   zset  those of tenant T that did not come back, in its order of service
---   :front     zset  ticket id → sequence, of those that came back: they have had their turn already
---   :sequences hash  tenant → its own sequence  :waiting   zset  tenant → counter, of those with a :queue:T
---   :counters  zset  tenant → counter, of those that do not wait too
---   :needs     hash  queued ticket id → "weight|adapter"
---   :passed    hash  queued ticket id → how many tickets had been placed when it was passed over first
+-- KEYS[1] is `lmaas:{pool}`. The pool's other keys are that prefix with a suffix, so that a pool stays on one cluster slot:
+--   :tickets   hash  ticket id → JSON           :expiry    zset  ticket id → when its lease expires (ms)
+--   :queue     zset  ticket id → sequence       :queue:T   zset  the tickets of tenant T that did not come back, in its order of service
+--   :front     zset  ticket id → sequence, of tickets that came back: they have had their turn already
+--   :sequences hash  tenant → its own sequence  :waiting   zset  tenant → counter, of tenants with a :queue:T
+--   :counters  zset  tenant → counter, of all tenants
+--   :needs     hash  queued ticket id → its needs (see needs_of)
+--   :passed    hash  queued ticket id → how many tickets had been placed when it was first passed over
 --   :replicas  hash  replica id → JSON          :progress  hash  ticket id → tokens (see tokens_of)
 --   :usage     stream of usage events           :vars      hash  counters, averages, epoch, began, layout, run, mark, base
--- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together; it counts as long as
--- `lmaas:limits` says nothing else.
+-- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together. It is valid only for
+-- the value that `lmaas:limits` had when it was written.
 --
--- This memory may be lost, replaced by an older one (a snapshot, a replica that lagged) or be that of another release. Then the pool is
--- rebuilt: it is emptied but for its usage events, and gets a new epoch, by which the gateways see that they must tell it again what
--- waits, what runs and what ended lately.
+-- This memory may be lost, replaced by an older one (a snapshot, a replica that lagged), or written by another release. Then the pool is
+-- rebuilt: it is emptied except for its usage events, and gets a new epoch. From the epoch the gateways see that they must report again
+-- what waits, what runs and what ended lately.
 --
--- A ticket is queued → (loading →) granted → gone. Queued: it waits for a slot. Loading: it holds a slot on a replica that
--- still loads its adapter. Granted: its gateway holds a lease. Time is the server's own (TIME), so clocks of other machines do not
--- matter.
+-- A ticket is queued → (loading →) granted → gone; see TICKET. Time is the server's own (TIME), so other machines' clocks do not matter.
 
--- Counts up with every change that a library of another layout would not read rightly. In all layouts, `:vars` is a hash with `layout` and
--- `reaped`, `:tickets` a hash of JSON with `event`, and `:usage` as it is.
+-- Grows with every change of the stored state that a library of another layout would misread. In all layouts, `:vars` is a hash with
+-- `layout` and `reaped`, `:tickets` is a hash of JSON with `event`, and `:usage` is a stream of events.
 local LAYOUT = 2
-local LEASE_MS = 6000     -- a gateway renews every second
-local STALE_MS = 5000     -- no heartbeat for this long: no new work
-local GONE_MS = 30000     -- no heartbeat for this long: its work is taken away
-local AWAY_MS = 3000      -- no call at all for this long: the server was away
-local PRESENT_MS = 10000  -- the controller looks at every pool every second
+local LEASE_MS = 6000     -- a gateway renews its leases every second
+local STALE_MS = 5000     -- a replica without a heartbeat for this long gets no new work
+local GONE_MS = 30000     -- after this long it is removed
+local AWAY_MS = 3000      -- without any call for this long, the server was away
+local PRESENT_MS = 10000  -- the controller reads every pool every second
 local MAX_ATTEMPTS = 2    -- the first delivery and one more
-local TURN_MS = 2000      -- first guess of a request's run time
-local START_MS = 20000    -- first guess of an engine's start
+local TURN_MS = 2000      -- the assumed run time of a request, until one is known
+local START_MS = 20000    -- the assumed time of an engine's start, until one is known
 
--- Words that clients read, or that are stored. lmaas/scheduling/states.py has the same words and their meanings; a test compares the two, and
--- finds a name that is misspelt here.
+-- Words that clients read, or that are stored. lmaas/scheduling/states.py has the same words and their meanings; a test compares the two,
+-- and finds a name that is misspelt here.
 local TICKET = {
   QUEUED = 'queued', LOADING = 'loading', GRANTED = 'granted', REVOKED = 'revoked', FAILED = 'failed', LOAD_FAILED = 'load_failed',
 }
@@ -55,25 +53,27 @@ local LIMIT = {
 local REPLICA = { STARTING = 'starting', READY = 'ready', DRAINING = 'draining' }
 local LOST = { STATUS = 'lost', CODE = 'gateway_lost' }
 
--- The server process: it has another memory than the one before it, unless that was kept whole. Asked once: it stays.
+-- The id of the server process. A new process may have lost the memory of the one before it. It is read once per process.
 local process = nil
--- What this process has seen last of each pool: {mark, epoch, base}. As long as the mark goes on from there, nobody else was here.
+-- The last state of each pool that this process has seen: {mark, epoch, base}. While the mark continues from there, no other library was
+-- used.
 local seen_last = {}
 
--- Decodes token counts as clients send them and `:progress` stores them: JSON `[prompt, cached, completion]`; nil for ''. A release that may
--- still run beside this one stores them without the brackets, and finds its three numbers in what this one stores: they come first.
+-- Decodes token counts, which clients send and `:progress` stores as JSON `[prompt, cached, completion]`; returns nil for ''. The release
+-- before this one, which may still run beside it, stores them without the brackets; it finds its three numbers in this form too, since
+-- they come first.
 local function tokens_of(text)
   if text == '' then return nil end
   local counts = cjson.decode(string.byte(text) == 91 and text or '[' .. text .. ']') -- 91 is '['
   return { prompt = counts[1], cached = counts[2], completion = counts[3] }
 end
 
--- The tokens of a ticket's last checkpoint; nil before the first.
+-- Returns the tokens of a ticket's last checkpoint; nil before the first.
 local function progress(pool, ticket)
   return tokens_of(redis.call('HGET', pool.key .. ':progress', ticket.id) or '')
 end
 
--- The usage event of a ticket whose gateway does not say how it ended. If it does so later, the ledger takes its word instead.
+-- Records the usage event of a ticket whose gateway is gone. If the gateway reports its own event later, the ledger replaces this one.
 local function record_lost(pool, ticket)
   local event = cjson.decode(ticket.event)
   local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
@@ -87,8 +87,8 @@ local function record_lost(pool, ticket)
   return used
 end
 
--- A new epoch of a pool that has nothing. `mark` grows with every call, and over all epochs: it begins with the time in µs. An epoch is
--- called by its first.
+-- Begins a new epoch of an empty pool. `mark` grows with every call and across epochs: it begins with the time in µs. An epoch is named
+-- after its first mark.
 local function begin_epoch(pool, mark)
   pool.mark = math.max(pool.now * 1000, mark + 1)
   pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
@@ -100,19 +100,19 @@ local function begin_epoch(pool, mark)
   seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
 end
 
--- What is counted of tenants and keys is not to be trusted. Every pool finds that out by itself: the first one says so. With the time: the
--- same release may come back to this process after another one has been here.
+-- Makes all counts of tenants and keys invalid. Every pool that was rebuilt asks for this; only the first of this process has an effect.
+-- The value contains the time, because the same release may come back to this process after another one has used it.
 local function doubt_limits(pool)
   local mine = LAYOUT .. '-' .. pool.run .. '-'
   local said = redis.call('GET', 'lmaas:limits')
   if not said or string.sub(said, 1, #mine) ~= mine then redis.call('SET', 'lmaas:limits', mine .. string.format('%.0f', pool.now)) end
 end
 
--- Empty a pool whose memory is not to be trusted. Whatever is charged already, or is told again, the ledger takes once.
+-- Empties a pool whose memory cannot be trusted. The ledger takes each event once, so what is reported again is not charged twice.
 local function rebuild(pool, mark)
   local stored = redis.pcall('HGETALL', pool.key .. ':tickets')
   for i = 2, stored.err and 0 or #stored, 2 do
-    -- Of another release: it may be anything.
+    -- A ticket of another release may have any content.
     pcall(function() record_lost(pool, cjson.decode(stored[i])) end)
   end
   for _, key in ipairs(redis.call('KEYS', pool.key .. ':*')) do
@@ -122,13 +122,13 @@ local function rebuild(pool, mark)
   begin_epoch(pool, mark)
 end
 
--- Whether processes of a newer release work with this pool now: ours are about to be replaced, and must not spoil it.
+-- Returns whether processes of a newer release use this pool now. Those of this release are about to be replaced and must not change it.
 local function is_of_newer(prefix, now)
   local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'reaped')
   return tonumber(found[1] or 0) > LAYOUT and math.abs(now - tonumber(found[2] or 0)) < LEASE_MS
 end
 
--- `or_nil`: nil for a pool that a newer release uses; otherwise that is an error.
+-- Reads a pool at the beginning of a call. For a pool that a newer release uses, it returns nil if `or_nil`, else it raises an error.
 local function open(prefix, or_nil)
   process = process or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local time = redis.call('TIME')
@@ -152,7 +152,7 @@ local function open(prefix, or_nil)
     end
     last = { epoch = found[2], base = tonumber(found[4]), began = found[5] }
     if found[3] ~= process then
-      -- Another process has begun with this: who has seen more than that in the one before knows that it is older.
+      -- A new process has begun with this memory. A client that has seen more in the process before knows that the memory is older.
       last.base = pool.mark - 1
       redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', last.base))
     end
@@ -164,12 +164,13 @@ local function open(prefix, or_nil)
   return pool
 end
 
--- What a client keeps of a reply, and tells with its next call that asks for it.
+-- Returns the mark that a client keeps and sends with its next call to `open_as_seen`.
 local function memory(pool)
   return string.format('%s %.0f', pool.run, pool.mark)
 end
 
--- A pool as its client has seen it last (`seen`, '' before the first time): if it has been further than it is, it is rebuilt.
+-- Reads a pool, and rebuilds it if its client has seen a later state of it. `seen` is what `memory` returned last, '' before the first
+-- call.
 local function open_as_seen(prefix, seen)
   local pool = open(prefix)
   local run, mark = string.match(seen, '^(%w+) (%d+)$')
@@ -177,12 +178,14 @@ local function open_as_seen(prefix, seen)
   if mark and mark > (run == pool.run and pool.mark or pool.base) then
     rebuild(pool, mark)
   elseif mark and run ~= pool.run and pool.began == pool.run and mark < tonumber(pool.epoch) then
-    -- Lost, and begun anew by this process: what it knows of limits may be old. (An epoch that it has only taken over is older than the loss.)
+    -- The memory was lost, and this process began a new one, so its counts of limits may be old. (An epoch that the process has only taken
+    -- over is older than the loss.)
     doubt_limits(pool)
   end
   return pool
 end
 
+-- Writes what a call has changed.
 local function close(pool)
   for id, ticket in pairs(pool.changed or {}) do redis.call('HSET', pool.key .. ':tickets', id, cjson.encode(ticket)) end
   pool.changed = nil
@@ -200,13 +203,14 @@ local function var(pool, name, default)
   return tonumber(redis.call('HGET', pool.key .. ':vars', name) or default)
 end
 
--- Averages follow the last dozen or so values.
+-- Moves a moving average by an eighth of the difference, so that it follows about the last dozen values.
 local function average(pool, name, value, default)
   local old = var(pool, name, default)
   redis.call('HSET', pool.key .. ':vars', name, math.floor(old + (value - old) / 8))
 end
 
--- Tickets are read once in a call and written by `close`: one changes more than once, and its JSON costs more than the rest.
+-- Returns a ticket, or nil. A ticket is read once in a call and written by `close`: it may change several times, and its JSON is what
+-- costs most.
 local function get(pool, id)
   pool.tickets = pool.tickets or {}
   local known = pool.tickets[id]
@@ -229,11 +233,23 @@ local function drop(pool, ticket)
   redis.call('HDEL', pool.key .. ':tickets', ticket.id)
 end
 
+-- Tells a ticket's gateway of its new state.
 local function tell(ticket, event, fields)
   fields = fields or {}
-  -- `attempts` tells news of this delivery from late news of an earlier one.
+  -- `attempts` distinguishes news of this delivery from late news of an earlier one.
   fields.id, fields.event, fields.attempts = ticket.id, event, ticket.attempts
   redis.call('PUBLISH', 'lmaas:gateway:' .. ticket.gateway, cjson.encode(fields))
+end
+
+-- Encodes and decodes the needs of a queued ticket, by which it finds a replica: sequences and adapter ('' for the base model). Tickets
+-- with the same needs have the same text.
+local function needs_of(ticket)
+  return ticket.weight .. '|' .. ticket.adapter
+end
+
+local function weight_and_adapter(needs)
+  local weight, adapter = string.match(needs, '^(%d+)|(.*)$')
+  return tonumber(weight), adapter
 end
 
 local function size(map)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, pool, text
+from sqlalchemy import Connection, Engine, create_engine, pool, text
 from sqlalchemy.exc import OperationalError
 
 from lmaas.errors import SettingsError, Unavailable
@@ -34,13 +34,13 @@ def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passw
     """Run the missing migrations, each of them whole or not at all, and set roles, rights and policies. Two at once wait for each other.
 
     `prefix` begins the roles' names; roles in `passwords` may log in with them. With another `to` than `head`, rights and policies stay
-    as they are. Raises Unavailable `database_busy` if a table is locked by others for RETRY_FOR_S, and SettingsError if the login may
-    not do what is missing.
+    as they are. Raises Unavailable if the database cannot be reached, or (`database_busy`) if a table is locked by others for
+    RETRY_FOR_S, and SettingsError if the login may not do what is missing.
     """
     engine = create_engine(driver_url(database_url), poolclass=pool.NullPool)
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    with engine.connect() as connection:
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    with _connected(engine) as connection:
         # Another migration may take a while; one that hangs must not hang us.
         connection.execute(text("SET lock_timeout = '120s'"))
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
@@ -53,6 +53,14 @@ def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passw
         connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
         connection.commit()
     engine.dispose()
+
+
+def _connected(engine: Engine) -> Connection:
+    try:
+        return engine.connect()
+    except OperationalError as error:
+        why = " ".join(str(error.orig).split())
+        raise Unavailable(f"The database cannot be reached: {why}", code="database_unavailable", retry_after_s=2) from error
 
 
 def parse_passwords(text: str) -> dict[DatabaseRole, str]:

@@ -25,14 +25,19 @@ from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.tenants import create_key, find_principal
 from lmaas.types import Role, is_model_name
+from lmaas.up.keeping import ending
 
 
 def prepare_default_model(settings: Settings, console: Console) -> Path:
     """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails."""
-    folder = settings.cache.expanduser() / "models" / default_model.NAME
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = settings.cache.expanduser() / "models" / default_model.NAME
+        if folder.exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"The cache folder {settings.cache} cannot be used: {why}. Set LMAAS_CACHE to a folder of your own.") from error
     command = [sys.executable, "-W", "ignore", "-m", default_model.__name__, str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
@@ -51,17 +56,19 @@ def prepare_default_model(settings: Settings, console: Console) -> Path:
             progress.update(task, completed=100)
             return folder
         errors.seek(0)
-        raise SettingsError(f"The default base model could not be prepared: {errors.read().strip()[-1000:]}")
+        lines = [line.strip() for line in errors if line.strip()]
+        why = lines[-1][-500:] if lines else ending(process.returncode)
+        raise SettingsError(f"The default base model could not be prepared in {folder.parent}: {why}")
 
 
 def _given_folder(source: str) -> Path:
-    """Of LMAAS_MODEL: where it was set, any folder counts, however it is written."""
+    """Return the folder of LMAAS_MODEL. A path is relative to where lmaas was started."""
     here = Path(source).expanduser()
     return model_folder(str(here.resolve()) if here.is_dir() else source)
 
 
 async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
-    """Make the base model of the settings known; what an operator has changed since stays."""
+    """Register the base model of the settings. Values that an operator has changed stay."""
     folder = _given_folder(settings.model) if settings.model else prepare_default_model(settings, console)
     name = settings.model_name or (Path(settings.model).name.lower() if settings.model else default_model.NAME)
     if not is_model_name(name):

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 
 import httpx
@@ -11,6 +12,9 @@ import httpx
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
+
+#: A controller that could not start would have ended by then.
+SETTLED_S = 3.0
 
 
 class Child:
@@ -20,11 +24,13 @@ class Child:
         self.name, self.title = name, f"The {name}"
         self.process: subprocess.Popen[bytes] | None = None
         self._environment = os.environ | settings.environment()
+        self._launched = 0.0
         self._log = settings.home / "logs" / f"{name}.log"
         self._root = settings.base_url.removesuffix("/v1") if name == "gateway" else None
 
     def launch(self) -> None:
         """Start the process. Ctrl-C in a terminal does not reach it; `stop` ends it. Raises SettingsError."""
+        self._launched = time.monotonic()
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("ab") as log:
@@ -40,11 +46,11 @@ class Child:
             raise SettingsError(f"{self.title} cannot be started: {error}.") from error
 
     def answers(self) -> bool:
-        """Return whether the process runs and, if it is the gateway, takes requests."""
+        """Return whether the gateway takes requests, or the controller has run for SETTLED_S seconds."""
         if self.process is None or self.process.poll() is not None:
             return False
         if self._root is None:
-            return True
+            return time.monotonic() - self._launched > SETTLED_S
         try:
             return httpx.get(f"{self._root}/healthz", timeout=2, trust_env=False).status_code == 200
         except httpx.TransportError:

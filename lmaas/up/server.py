@@ -103,13 +103,9 @@ class Server:
 
     def failure(self) -> str:
         """Return why the server ended or does not answer, in its own words, and where its log is."""
-        why = self._complaint() or "it has not written why"
-        try:
-            if shutil.disk_usage(self.folder).free < FULL_BYTES:
-                why = f"the disk of {self.folder} is full ({why})"
-        except OSError as error:
-            why = f"{error} ({why})"
-        return f"{why.rstrip('.')}. Its log is {self.log}."
+        full = f"The disk of {self.folder} is full. " if is_full(self.folder) else ""
+        why = self._complaint() or ("" if full else "it has not written why")
+        return f"{full}{why.rstrip('.')}{'. ' if why else ''}Its log is {self.log}."
 
     def stop(self) -> None:
         """End the server in an orderly way, or kill it after STOP_S seconds, and free its address."""
@@ -148,6 +144,11 @@ class Server:
         self._exits.callback(os.close, held)
         fcntl.flock(held, fcntl.LOCK_SH)
         return short / "data"
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether the disk of a folder has too little space for the servers to write."""
+    return shutil.disk_usage(folder).free < FULL_BYTES
 
 
 def _is_plain(folder: Path) -> bool:

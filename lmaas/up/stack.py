@@ -4,9 +4,10 @@ import asyncio
 import shlex
 import signal
 import socket
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from redis.asyncio import Redis
@@ -32,9 +33,10 @@ from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
 from lmaas.up.roles import Logins, prepare_database
-from lmaas.up.server import Server
+from lmaas.up.server import Server, is_full
 
 READY_S = 60.0
+DISK_LOOK_S = 5.0
 
 
 class Stack:
@@ -51,7 +53,7 @@ class Stack:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._told_to_stop)
-        with ExitStack() as exits:
+        async with AsyncExitStack() as exits:
             if tightened := exits.enter_context(held(self._settings.home)):
                 self._say(f"Other users could read {tightened} files in {self._settings.home}. Now only you can.")
             check_port(self._settings)
@@ -61,8 +63,13 @@ class Stack:
             settings, servers = _embedded(self._settings)
             for server in servers:
                 exits.callback(server.stop)
+            redis = connect(str(settings.redis_url))
+            exits.push_async_callback(redis.aclose)
             if await self._start(servers):
-                await self._with_servers(settings, servers)
+                watch = asyncio.create_task(self._watch_disk(), name="disk")
+                exits.callback(self._let_go, [watch, *(self._keep(server) for server in servers)])
+                logins, model, operator_key = await self._prepare(settings)
+                await self._serve(logins, model, operator_key, redis)
         self._say("Stopped.")
 
     async def _start(self, servers: list[Server]) -> bool:
@@ -80,23 +87,20 @@ class Stack:
                 await asyncio.sleep(LOOK_EVERY_S / 5)
         return True
 
-    async def _with_servers(self, settings: Settings, servers: list[Server]) -> None:
-        """Prepare the database, and serve until told to stop. The embedded servers are kept running until everything else has ended."""
-        keepers = [self._keep(server) for server in servers]
-        redis = connect(str(settings.redis_url))
+    async def _prepare(self, settings: Settings) -> tuple[Logins, BaseModel, str]:
+        """Prepare the database; return how processes log in to it, the base model and the operator's key."""
+        logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
+        db = logins.database(DatabaseRole.GATEWAY)
         try:
-            logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
-            db = logins.database(DatabaseRole.GATEWAY)
-            try:
-                model = await register_model(settings, db, self._console)
-                operator_key = await ensure_operator_key(settings, db)
-            finally:
-                await db.close()
-            await self._serve(logins, model, operator_key, redis)
+            model = await register_model(settings, db, self._console)
+            return logins, model, await ensure_operator_key(settings, db)
         finally:
-            for keeper in keepers:
-                keeper.cancel()
-            await redis.aclose()
+            await db.close()
+
+    @staticmethod
+    def _let_go(keepers: "Sequence[asyncio.Task[Any]]") -> None:
+        for keeper in keepers:
+            keeper.cancel()
 
     def _keep(self, kept: Kept) -> "asyncio.Task[NoReturn]":
         """Start it again whenever it ends. An unexpected error in that stops the stack."""
@@ -104,6 +108,18 @@ class Stack:
         self._keepers.append(task)
         task.add_done_callback(lambda _: self._stop.set())
         return task
+
+    async def _watch_disk(self) -> None:
+        """Say when the disk of the home folder becomes full, and when it has space again."""
+        home, was_full = self._settings.home, False
+        while True:
+            full = is_full(home)
+            if full and not was_full:
+                self._warn(f"The disk of {home} is full. Requests fail until there is space again.")
+            elif was_full and not full:
+                self._say(f"The disk of {home} has space again.")
+            was_full = full
+            await asyncio.sleep(DISK_LOOK_S)
 
     def _say(self, text: str, style: str = "") -> None:
         # Folded by the terminal: what is copied from it has no line breaks of ours.
@@ -141,8 +157,7 @@ class Stack:
                     keeper.result()
             self._say("\nDraining; press Ctrl-C again to stop at once ...")
         finally:
-            for keeper in keepers:
-                keeper.cancel()
+            self._let_go(keepers)
             ready.unlink(missing_ok=True)
             await gateway.stop(settings.drain_timeout_s + 5, self._hurry)
             # No controller: nothing new is started while the replicas end.
@@ -226,8 +241,10 @@ def check_port(settings: Settings) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise SettingsError(f"Port {settings.port} of {settings.host} cannot be used ({error.strerror}). Set LMAAS_PORT.") from None
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            message = f"The address {settings.host}, port {settings.port}, cannot be used ({why}). Set LMAAS_PORT or LMAAS_HOST."
+            raise SettingsError(message) from None
 
 
 def _embedded(settings: Settings) -> tuple[Settings, list[Server]]:

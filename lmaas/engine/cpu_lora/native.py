@@ -152,9 +152,8 @@ def load() -> NativeKernel | None:
         return None
     path = library()
     if path is None:
-        logger.warning(
-            "lmaas's compiled LoRA kernel is missing or out of date (install lmaas again, with a C++ compiler): slower, not wrong"
-        )
+        # No warning at every start: the installation has said it, and what it costs.
+        logger.info("the compiled LoRA kernel is missing or older than its source; torch's matrix products are used, which is slower")
         return None
     try:
         return NativeKernel(str(path))

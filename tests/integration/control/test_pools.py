@@ -20,9 +20,9 @@ from lmaas.store.pools import is_blocked, pool_states_by_id, save_pool_state
 from lmaas.store.replicas import add_replica, list_replicas, observe
 from lmaas.store.rights import DatabaseRole
 from lmaas.types import Resources
-from tests.conftest import login_url
 from tests.integration.control.test_controller import Clock, Names
 from tests.integration.store.build import base_model
+from tests.support.databases import login_url
 
 
 class World:

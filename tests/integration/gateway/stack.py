@@ -18,7 +18,6 @@ from typing import Any
 
 import httpx
 import psutil
-from sqlalchemy import create_engine, text
 
 from lmaas.adapters.objects import source_of
 from lmaas.app import Services, build_gateway, connected
@@ -31,7 +30,7 @@ from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor
 from lmaas.states import UsageStatus
 from lmaas.store.adapters import add_version
-from lmaas.store.database import Database, driver_url, new_id
+from lmaas.store.database import Database, new_id
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.replicas import add_replica, get_replica
 from lmaas.store.rights import DatabaseRole
@@ -39,9 +38,9 @@ from lmaas.store.scopes import scope_of
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.store.usage import UsageEvent, list_events
 from lmaas.types import Role
-from tests.conftest import login_url
 from tests.integration.schemas import CHECKED
 from tests.support.conditions import until
+from tests.support.databases import login_url, new_database
 from tests.support.processes import free_port
 
 CHAT = "/v1/chat/completions"
@@ -313,13 +312,16 @@ class Gateway:
 @asynccontextmanager
 async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
     """A stack with an empty database, an empty Valkey and a gateway; `changes` are other settings."""
-    name = f"stack_{secrets.token_hex(6)}"
-    admin = create_engine(driver_url(postgres_url), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template_lmaas"))
+    with new_database(postgres_url) as database_url:
+        async with _running(database_url, valkey_url, home, **changes) as stack:
+            yield stack
+
+
+@asynccontextmanager
+async def _running(database_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
     settings = Settings(
         home=home,
-        database_url=postgres_url.replace("/postgres?", f"/{name}?"),
+        database_url=database_url,
         redis_url=valkey_url,
         engine_module="lmaas.testing.fake_engine",
         queue_deadline_s=60,
@@ -334,9 +336,6 @@ async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any
         stack.check_grammars()
         stack.url = (await exits.enter_async_context(stack.gateway())).url
         yield stack
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
 
 
 async def _end(task: "asyncio.Task[Any]") -> None:

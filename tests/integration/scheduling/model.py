@@ -37,7 +37,7 @@ class Rules:
     MAX_TENANTS: int = 256
     MAX_LINE: int = 64
     MAX_DEPTH: int = 64
-    MAX_LOOKS: int = 512
+    MAX_VISITS: int = 512
     MAX_REAPED: int = 100
     MAX_COUNTERS: int = 10_000
 
@@ -195,7 +195,7 @@ class Model:
         order = [each for each in self.queue() if each.came_back]
         for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
             order += self.queue(tenant)[: self.rules.MAX_DEPTH]
-        yield from order[: self.rules.MAX_LOOKS]
+        yield from order[: self.rules.MAX_VISITS]
 
     def floor(self) -> float:
         """The counter that a tenant has at least when it begins to wait."""

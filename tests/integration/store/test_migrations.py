@@ -1,6 +1,7 @@
 """The migrations make exactly the tables that the code knows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -35,6 +36,19 @@ def test_upgrading_what_is_new_already_changes_nothing(database_url: str) -> Non
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == before
         assert connection.execute(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")).scalar_one() == 0
     engine.dispose()
+
+
+def test_the_clone_may_be_in_a_folder_of_any_name(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "a clone's 100% ü"
+    odd.symlink_to(migrate.MIGRATIONS)
+    monkeypatch.setattr(migrate, "MIGRATIONS", odd)
+    upgrade(database_url)
+
+
+def test_a_database_that_cannot_be_reached_is_an_error_that_says_so() -> None:
+    with pytest.raises(Unavailable, match=r"The database cannot be reached: .*Connection refused") as refused:
+        upgrade("postgresql://nobody@127.0.0.1:1/none")
+    assert "\n" not in refused.value.message
 
 
 @pytest.fixture

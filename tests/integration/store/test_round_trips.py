@@ -14,7 +14,7 @@ from lmaas.store.adapters import find_served
 from lmaas.store.database import Database, driver_url
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
-from tests.conftest import login_url
+from tests.support.databases import login_url
 
 READY = ord("Z")
 

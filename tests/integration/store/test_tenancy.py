@@ -22,9 +22,9 @@ from lmaas.store.rights import TENANTS, DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
 from lmaas.store.tables import metadata
 from lmaas.types import Role
-from tests.conftest import login_url
 from tests.integration.store.build import base_model, tenant, upload, usage_event
 from tests.support.catalogue import faults
+from tests.support.databases import login_url
 
 AUDIT = Audit(Action.KEY_CREATE, "tenant_admin", "key", "req")
 ANSWER = Answer(200, "application/json", b"theirs")
@@ -212,7 +212,7 @@ async def test_a_tenant_makes_no_operator(both: Both) -> None:
 
 async def test_a_scope_ends_with_its_transaction(both: Both, database_url: str) -> None:
     """One connection serves both tenants by turns, as it does behind a pooler of transactions."""
-    one = Database(login_url(database_url, DatabaseRole.GATEWAY), DatabaseRole.GATEWAY, pool_size=1)
+    one = Database(login_url(database_url, DatabaseRole.GATEWAY), DatabaseRole.GATEWAY, connections=1)
 
     async def names(scope: AnyScope) -> list[str]:
         async with one.begin(scope) as connection:

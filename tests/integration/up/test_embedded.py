@@ -1,10 +1,12 @@
 """The embedded servers: started, killed, started again, in folders of all names."""
 
+import importlib.util
 import os
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 from lmaas.store.database import driver_url
 from lmaas.up.embedded import started
-from lmaas.up.postgres import Postgres
+from lmaas.up.postgres import LIBRARIES, PACKAGE, Postgres
 from lmaas.up.server import Server
 from lmaas.up.valkey import Valkey
 from tests.support.conditions import until
@@ -103,9 +105,37 @@ def test_a_killed_valkey_starts_again_at_once_with_its_data(tmp_path: Path) -> N
             assert client.get("key") == b"kept"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres as another user")
+def test_root_uses_a_copy_of_programs_that_the_other_user_cannot_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.util.find_spec(PACKAGE)
+    assert installed is not None
+    assert installed.submodule_search_locations
+    packages = Path(installed.submodule_search_locations[0]).parent
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    for part in (PACKAGE, LIBRARIES):
+        (private / part).symlink_to(packages / part)
+    monkeypatch.syspath_prepend(private)
+    with tempfile.TemporaryDirectory(prefix="lmaas-copies-") as copies:
+        Path(copies).chmod(0o755)
+        monkeypatch.setattr("lmaas.up.postgres.COPIES", Path(copies))
+        with started(Postgres(tmp_path / "data", tmp_path / "log")) as server:
+            assert query(server, "SELECT 1") == [1]
+            assert server.command()[0].startswith(copies)
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700, "it was not opened to others"
+
+
+def test_a_data_folder_that_cannot_be_created_says_why(tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.up.postgres.LOCALE", ["--encoding=nonsense"])
+    with pytest.raises(SettingsError, match=r'cannot create its data folder .+: "nonsense" is not a valid server encoding name') as refused:
+        stack.enter_context(started(Postgres(tmp_path / "data", tmp_path / "log")))
+    assert "\n" not in refused.value.message
+    assert not (tmp_path / "data.partial").exists()
+
+
 async def test_postgres_ends_with_its_parent_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from lmaas.up.postgres import Postgres;"
+        "import sys, time; from pathlib import Path; from lmaas.up.postgres import LIBRARIES, PACKAGE, Postgres;"
         "server = Postgres(Path(sys.argv[1]), Path(sys.argv[2])); server.start(); print(server.process.pid, flush=True); time.sleep(600)"
     )
     command = bound_command([sys.executable, "-c", code, str(tmp_path / "data"), str(tmp_path / "log")])
