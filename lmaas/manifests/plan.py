@@ -183,9 +183,10 @@ def _problems(manifests: Manifests, observed: Observed) -> Iterator[str]:
     """What the service would refuse although each manifest by itself is right."""
     new_models = {model.name: model.path for model in manifests.models}
     ids = {row["id"]: name for known in (observed.models, observed.tenants) for name, row in known.items()}
-    for manifest in (*manifests.models, *manifests.tenants):
-        if manifest.name in ids:
-            yield f"{manifest.path}: 'name' is the id of '{ids[manifest.name]}'. Give the name instead."
+    given = [(manifest.path, manifest.name) for manifest in manifests.models]
+    for path, name in (*given, *((manifest.path, manifest.name) for manifest in manifests.tenants)):
+        if name in ids:
+            yield f"{path}: 'name' is the id of '{ids[name]}'. Give the name instead."
     for tenant in manifests.tenants:
         known = observed.adapters.get(tenant.name, {})
         for entry in tenant.adapters:
