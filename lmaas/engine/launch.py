@@ -155,7 +155,7 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
     """Have the zygote fork `lmaas` with these arguments. The process runs once `go` is called. None if that is not possible at once."""
     order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
-        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
+        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_FORK_TIMEOUT_S)
     except NoZygote as error:
         log.info("the supervisor is started plainly", extra={"action": "start", "detail": str(error)})
         return None
