@@ -189,7 +189,7 @@ async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
         zygote = running(tmp_path)
         starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "patient"), {}, looks.append))
         # Several times as long as one may stand still.
-        await until(lambda: sum(client.LOOK_S for _ in looks) > 3 * policy.STILL_S)
+        await until(lambda: sum(client.POLL_S for _ in looks) > 3 * policy.STILL_S)
         assert not starting.done()
         assert "killed" not in caplog.text
         assert all(look.pid == zygote and not look.serves for look in looks)
