@@ -28,7 +28,7 @@ ROOM_FOR_NAMES = " " * 400
 #: How long a supervisor waits for a zygote: it starts in about a second by itself.
 SUPERVISOR_FORK_TIMEOUT_S = 0.3
 #: How often a zygote that does not answer is looked at.
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 class NoZygote(Exception):
@@ -84,7 +84,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
     while True:
         attempt = asyncio.create_task(_fork(home, order, facts), name="fork")
         try:
-            while not (await asyncio.wait({attempt}, timeout=LOOK_S))[0]:
+            while not (await asyncio.wait({attempt}, timeout=POLL_S))[0]:
                 _check_worth(watch, told)
         except BaseException:
             await _abandon(attempt)
@@ -98,7 +98,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
         except _NotThere:
             pass
         _check_worth(watch, told)
-        await asyncio.sleep(LOOK_S / 5)
+        await asyncio.sleep(POLL_S / 5)
 
 
 async def _abandon(attempt: "asyncio.Task[Fork]") -> None:

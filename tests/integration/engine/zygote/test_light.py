@@ -189,7 +189,7 @@ async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
         zygote = running(tmp_path)
         starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "patient"), {}, looks.append))
         # Several times as long as one may stand still.
-        await until(lambda: sum(client.LOOK_S for _ in looks) > 3 * policy.STILL_S)
+        await until(lambda: sum(client.POLL_S for _ in looks) > 3 * policy.STILL_S)
         assert not starting.done()
         assert "killed" not in caplog.text
         assert all(look.pid == zygote and not look.serves for look in looks)
@@ -347,7 +347,7 @@ async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest
     looking = ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
     with pytest.raises(ValueError, match="no facts"):
         await looking
-    await until(lambda: "could not be looked after" in caplog.text)
+    await until(lambda: "could not be checked" in caplog.text)
 
 
 async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
