@@ -42,7 +42,7 @@ def sources(target: Observed) -> list[Observed]:
 
 
 #: The phases of a replica's start, in ms, beside `by` ("zygote" or "plain") in its record; `adapter_ms` runs beside `first_token_ms`.
-START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
+START_PHASES = ("spawn_ms", "zygote_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
 
 
 class EnginePhase(StrEnum):

@@ -21,6 +21,7 @@ from lmaas.api.shapes.models import (
 )
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
+from lmaas.engine.default_model import registered_name
 from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
 from lmaas.errors import InvalidRequest
 from lmaas.states import Desired, Observed
@@ -125,18 +126,19 @@ def _given(body: Struct) -> dict[str, Any]:
     return {name: getattr(body, name) for name in body.__struct_fields__ if getattr(body, name) is not UNSET}
 
 
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Return the values of a base model that gives none, but for those that are null in the database."""
+def _defaults(settings: Settings, name: str) -> dict[str, Any]:
+    """Return the values of a base model of this name that gives none, but for those that are null in the database."""
     values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in _FROM_SETTINGS}
-    # Engine arguments are not taken from the settings: those are for the default model.
-    return values | {"engine_args": "", "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
+    # The engine arguments of the settings are for the base model of the settings.
+    engine_args = settings.engine_args if name == registered_name(settings) else ""
+    return values | {"engine_args": engine_args, "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
 
 
 async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseModel:
     """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
     body = {name: value for name, value in _given(new).items() if value is not None}
     _check(body)
-    values = _defaults(settings) | body
+    values = _defaults(settings, new.name) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
     read = await _read(values["source"], values["dtype"], settings)
@@ -156,7 +158,7 @@ async def change_model(api: Api, call: Call[BaseModelChange, DryRun]) -> BaseMod
     given = _given(call.body)
     _check(given)
     model = await models.get_base_model(api.db, call.path["model"])
-    defaults = _defaults(api.settings)
+    defaults = _defaults(api.settings, model.name)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:

@@ -106,7 +106,9 @@ class ApiClient:
         except ValueError as error:
             raise InvalidRequest(f"This cannot be sent: {error}") from error
         except httpx.TransportError as error:
-            raise SettingsError(f"The service at {self._root} does not answer: {error}") from error
+            raise SettingsError(
+                f"The service at {self._root} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
+            ) from error
         try:
             answer = response.json()
         except ValueError:

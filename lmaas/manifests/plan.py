@@ -182,6 +182,11 @@ def _next(contents: Mapping[int, str]) -> int:
 def _problems(manifests: Manifests, observed: Observed) -> Iterator[str]:
     """What the service would refuse although each manifest by itself is right."""
     new_models = {model.name: model.path for model in manifests.models}
+    ids = {row["id"]: name for known in (observed.models, observed.tenants) for name, row in known.items()}
+    given = [(manifest.path, manifest.name) for manifest in manifests.models]
+    for path, name in (*given, *((manifest.path, manifest.name) for manifest in manifests.tenants)):
+        if name in ids:
+            yield f"{path}: 'name' is the id of '{ids[name]}'. Give the name instead."
     for tenant in manifests.tenants:
         known = observed.adapters.get(tenant.name, {})
         for entry in tenant.adapters:

@@ -114,8 +114,10 @@ async def observe(
 
 
 async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 10) -> int | None:
-    """The median of the pool's last starts, in ms: of those that were made `by` the same means, or else of all; None if there was none."""
-    total = replicas.c.start["total_ms"].as_integer()
+    """Return the median of the pool's last starts in ms, without the time in which they waited for a zygote: of those that were made `by`
+    the same means, or else of all; None if there was none."""
+    waited = func.coalesce(replicas.c.start["zygote_ms"].as_integer(), 0)
+    total = replicas.c.start["total_ms"].as_integer() - waited
     for same in (replicas.c.start["by"].as_string() == by, true()):
         newest = (
             select(total.label("ms"))

@@ -55,6 +55,9 @@ class Names:
     async def last_words(self, replica_id: str) -> str:
         return self.words.pop(replica_id, "")
 
+    def start_delay_s(self) -> float:
+        return 0.0
+
     async def capacity(self) -> Resources | None:
         return self.room
 

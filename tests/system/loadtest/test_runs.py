@@ -164,7 +164,7 @@ def test_no_service_no_run(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     run = loadtest({"LMAAS_URL": url, "LMAAS_API_KEY": "key"}, tmp_path, "steady", 4, 2)
     assert run.code == 1
-    assert f"The service at {url} does not answer" in run.said
+    assert f"The service at {url} cannot be reached" in run.said
     assert "Traceback" not in run.said
     with pytest.raises(httpx.TransportError):
         httpx.get(url)

@@ -40,9 +40,9 @@ def observed(
 ) -> Observed:
     """A service with the base model `base` and the tenant `acme`, whose settings are these before and after."""
     contents = {} if content is None else {("acme", "bot"): content}
-    known = {} if before is None else {"acme": before}
+    known = {} if before is None else {"acme": {"id": "ten_1"} | before}
     there = {"acme": adapters or {}} if before is not None else {}
-    return Observed({"base": MODEL}, known, there, {}, {"acme": after}, contents, **other)
+    return Observed({"base": {"id": "mod_1"} | MODEL}, known, there, {}, {"acme": after}, contents, **other)
 
 
 def known(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
@@ -98,7 +98,7 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
     new = ModelManifest(FILE, "new", {"source": "/new"})
     state = replace(
         observed(before=None),
-        models={"base": MODEL | {"idle_timeout_s": 9, "engine_args": "--x"}},
+        models={"base": MODEL | {"id": "mod_1", "idle_timeout_s": 9, "engine_args": "--x"}},
         proposed_models={"base": MODEL | {"max_replicas": 3}, "new": MODEL},
     )
     first, second, third, fourth = plan(Manifests((model, new), (tenant(bot(base_model="new")),)), state)
@@ -197,6 +197,16 @@ def test_what_would_be_refused_is_said_before_anything_changes(
     for line, complaint in zip(lines, complaints, strict=True):
         assert complaint in line
         assert line.startswith((f"{FILE}: ", "a: wrong"))
+
+
+def test_an_id_is_no_name() -> None:
+    other = TenantManifest(Path("b.yaml"), "mod_1", {}, ())
+    with pytest.raises(InvalidRequest) as raised:
+        plan(Manifests((ModelManifest(FILE, "ten_1", {}),), (other,)), observed())
+    assert raised.value.message.splitlines() == [
+        "b.yaml: 'name' is the id of 'base'. Give the name instead.",
+        f"{FILE}: 'name' is the id of 'acme'. Give the name instead.",
+    ]
 
 
 def test_a_limit_below_what_exists_is_allowed_as_long_as_nothing_is_uploaded() -> None:

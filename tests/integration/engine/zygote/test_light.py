@@ -347,7 +347,7 @@ async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest
     looking = ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
     with pytest.raises(ValueError, match="no facts"):
         await looking
-    await until(lambda: "could not be looked after" in caplog.text)
+    await until(lambda: "could not be checked" in caplog.text)
 
 
 async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
