@@ -5,18 +5,22 @@ whole cluster, so services that share one have different prefixes.
 """
 
 import hashlib
+import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from psycopg.sql import Literal
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import InternalError, ProgrammingError
 
 from lmaas.errors import SettingsError
 from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, TABLES, DatabaseRole, policies, privileges, role_name
 
 #: Postgres' code for what the login may not do.
 _FORBIDDEN = "42501"
+#: Postgres' words for two changes of one role, which have no code of their own.
+_CONCURRENTLY = "tuple concurrently updated"
+ATTEMPTS = 20
 
 _ROLES = text("SELECT rolname, rolcanlogin, rolinherit, rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = ANY(:names)")
 #: Since Postgres 16, whoever creates a role is a member of it that may not act as it.
@@ -161,9 +165,7 @@ def _run(connection: Connection, statements: list[str], what: str) -> None:
     connection.commit()
     for number, statement in enumerate(statements):
         try:
-            # Another service's migration may have created the role a moment ago.
-            with connection.begin():
-                connection.exec_driver_sql(_quietly(statement))
+            _execute(connection, statement)
         except ProgrammingError as error:
             if getattr(error.orig, "sqlstate", None) != _FORBIDDEN:
                 raise
@@ -172,6 +174,20 @@ def _run(connection: Connection, statements: list[str], what: str) -> None:
                 f"The database login may not {what} ({str(error.orig).splitlines()[0]}). Run these statements as an administrator of the "
                 f"database, then `lmaas migrate` again (docs/tenancy.md explains them):\n{rest};"
             ) from error
+
+
+def _execute(connection: Connection, statement: str) -> None:
+    """Execute a statement about roles, which another database's migration may change at the same moment."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with connection.begin():
+                connection.exec_driver_sql(_quietly(statement))
+        except InternalError as error:
+            if _CONCURRENTLY not in str(error.orig) or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _quietly(statement: str) -> str:
