@@ -10,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
 from lmaas.admission.months import Months
+from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
 from lmaas.config import Settings
@@ -37,6 +39,8 @@ from lmaas.gateway.catalog import Catalog
 from lmaas.gateway.cors import Cors
 from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
+from lmaas.gateway.openapi import SCHEMAS as OPENAI_SCHEMAS
+from lmaas.gateway.openapi import openai_paths
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
@@ -92,6 +96,11 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
         await db.close()
 
 
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI document of the whole HTTP surface."""
+    return openapi.document(openai_paths(openapi.headers(), openapi.error_response), OPENAI_SCHEMAS)
+
+
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
@@ -136,7 +145,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                     keeper.cancel()
 
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api)],
+        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )

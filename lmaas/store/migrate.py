@@ -8,7 +8,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, pool, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.store.database import driver_url
@@ -103,7 +103,14 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
     connection.commit()
     adopt(connection, prefix)
     # What is made from here on belongs to the owner.
-    connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
+    try:
+        connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
+    except ProgrammingError as error:
+        migrator = role_name(prefix, DatabaseRole.MIGRATOR)
+        raise SettingsError(
+            f"The database login may not migrate: {str(error.orig).splitlines()[0]}. Use the login {migrator}, "
+            "or the one that ran `lmaas migrate` first (docs/tenancy.md)."
+        ) from error
     connection.commit()
     command.upgrade(config, to)
     if to == "head":

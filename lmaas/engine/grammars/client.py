@@ -29,7 +29,7 @@ MODULE = "lmaas.engine.grammars.checker"
 IDLE_S = 300.0
 #: How long a checker may take to answer its socket, and one check to be answered. Several may be in line before it.
 START_S, ANSWER_S = 90.0, 60.0
-LOOK_S = 0.02
+POLL_S = 0.02
 
 
 def key_of_arguments(arguments: list[str]) -> str:
@@ -124,7 +124,7 @@ class Checkers:
                     await self._listening(key)
                 else:
                     # It ends, since it was idle. A connection that is refused takes no turn of the loop, so this must.
-                    await asyncio.sleep(LOOK_S)
+                    await asyncio.sleep(POLL_S)
 
     async def _connect(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         with wire.short_path(self._socket(key)) as path:
@@ -140,7 +140,7 @@ class Checkers:
             while not path.exists():
                 if process.returncode is not None:
                     raise NoVerdict(f"the checker ended with code {process.returncode}; see {path.with_suffix('.log')}")
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
 
     async def _start(self, key: str, arguments: list[str], spec: EngineSpec) -> asyncio.subprocess.Process | ForkedProcess:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,7 +157,7 @@ class Checkers:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
             # Requests wait for an engine first: it imports alone.
             while plain_imports(self._home):  # noqa: ASYNC110 (another process's doing, seen in files)
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
         with output.open("ab") as stream:
             return await asyncio.create_subprocess_exec(
                 *bound_command([sys.executable, "-m", self._module, *given]),

@@ -21,14 +21,14 @@ from lmaas.engine.zygote.progress import Sight, Watch
 
 log = logging.getLogger(__name__)
 
-#: One thread in every library: an OpenMP or BLAS pool does not survive a fork. Engines set their own numbers (see preload.py).
+#: One thread in every library: a thread pool of OpenMP or BLAS does not survive a fork. Engines set their own numbers (see preload.py).
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "SPT_NOENV": "1"}
 #: A process's name, as `ps` shows it, has no more room than its first command line had.
 ROOM_FOR_NAMES = " " * 400
 #: How long a supervisor waits for a zygote: it starts in about a second by itself.
-SUPERVISOR_PATIENCE_S = 0.3
+SUPERVISOR_FORK_TIMEOUT_S = 0.3
 #: How often a zygote that does not answer is looked at.
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 class NoZygote(Exception):
@@ -63,13 +63,13 @@ class Fork:
     connection: socket.socket
 
 
-async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: float) -> Fork:
-    """Have the zygote of `home` fork a process, if it answers within `patience_s` seconds. One that is not kept waits until `go` is called.
+async def fork(home: Path, order: Order, facts: Mapping[str, str], timeout_s: float) -> Fork:
+    """Have the zygote of `home` fork a process, if it answers within `timeout_s` seconds. One that is not kept waits until `go` is called.
 
     Raises NoZygote.
     """
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             return await _fork(home, order, facts)
     except (TimeoutError, _NotThere) as error:
         raise NoZygote(f"the zygote did not answer: {error!r}") from error
@@ -84,7 +84,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
     while True:
         attempt = asyncio.create_task(_fork(home, order, facts), name="fork")
         try:
-            while not (await asyncio.wait({attempt}, timeout=LOOK_S))[0]:
+            while not (await asyncio.wait({attempt}, timeout=POLL_S))[0]:
                 _check_worth(watch, told)
         except BaseException:
             await _abandon(attempt)
@@ -98,7 +98,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
         except _NotThere:
             pass
         _check_worth(watch, told)
-        await asyncio.sleep(LOOK_S / 5)
+        await asyncio.sleep(POLL_S / 5)
 
 
 async def _abandon(attempt: "asyncio.Task[Fork]") -> None:

@@ -228,6 +228,6 @@ def bind_threads(number: str | None, processors: str | None) -> None:
     if threads < 2 or not order:
         return
     before = set(os.listdir("/proc/self/task"))
-    torch.ones(1 << 22).mul_(2.0)  # the pool's threads begin here
+    torch.ones(1 << 22).mul_(2.0)  # the threads of torch's thread pool begin here
     for place, thread in enumerate(sorted(set(os.listdir("/proc/self/task")) - before, key=int), start=1):
         os.sched_setaffinity(int(thread), {order[place % len(order)]})

@@ -37,7 +37,7 @@ BACKLOG = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Program:
     """What a forked process is to become: `main()` of a module."""
 
     module: str
@@ -68,7 +68,7 @@ class Zygote:
         self._seen: list[list[str]] = []
         self._forked = 0.0
 
-    def serve(self, listener: socket.socket) -> Job | None:
+    def serve(self, listener: socket.socket) -> Program | None:
         """Fork until the zygote is not needed any more. Returns in a forked process, with what it is to become, and in the zygote with
         None."""
         poll = select.poll()
@@ -89,13 +89,13 @@ class Zygote:
             connection, _ = listener.accept()
             with connection:
                 try:
-                    job = self._answer(connection, listener)
+                    program = self._answer(connection, listener)
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     # The client left, or is not a client of lmaas.
                     log.warning("a client was not served: %r", error)
                     continue
-                if job is not None:
-                    return job
+                if program is not None:
+                    return program
             if self._ends():
                 return None
         log.info("nobody has needed the zygote for %.0f s", self._idle_s)
@@ -106,7 +106,7 @@ class Zygote:
             log.error("the zygote ends: %s", reason)
         return bool(reason)
 
-    def _answer(self, connection: socket.socket, listener: socket.socket) -> Job | None:
+    def _answer(self, connection: socket.socket, listener: socket.socket) -> Program | None:
         connection.settimeout(REQUEST_S)
         wire.send(connection, {"facts": self._facts, "pid": os.getpid()})
         request = wire.receive(connection)
@@ -121,10 +121,10 @@ class Zygote:
             case _:
                 return None
 
-    def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Job | None:
-        job, kept = Job(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
-        if kept and job.module == SERVER and job.arguments not in self._seen:
-            self._seen.append(job.arguments)
+    def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Program | None:
+        program, kept = Program(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
+        if kept and program.module == SERVER and program.arguments not in self._seen:
+            self._seen.append(program.arguments)
         self._forked = time.monotonic()
         if os.fork():
             return None
@@ -142,11 +142,11 @@ class Zygote:
                 wire.send(connection, {"pid": os.getpid()})
                 _hear(connection)
             connection.close()
-            _become(job, order, self._added if kept else {})
+            _become(program, order, self._added if kept else {})
         except BaseException:
             log.exception("a forked process could not begin")
             os._exit(1)  # never back into the loop of the zygote
-        return job
+        return program
 
 
 def _hear(connection: socket.socket) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _become(job: Job, order: dict[str, Any], added: Mapping[str, str]) -> None:
+def _become(program: Program, order: dict[str, Any], added: Mapping[str, str]) -> None:
     """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
     environment = {str(name): str(value) for name, value in order["environment"].items()}
     os.environ.clear()
@@ -217,8 +217,8 @@ def _become(job: Job, order: dict[str, Any], added: Mapping[str, str]) -> None:
     logging.getLogger().handlers.clear()
     importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
     # As if it had been started plainly.
-    module = job.module.removesuffix(".__main__")
-    setproctitle(" ".join([sys.executable, "-m", module, *job.arguments]))
+    module = program.module.removesuffix(".__main__")
+    setproctitle(" ".join([sys.executable, "-m", module, *program.arguments]))
 
 
 @contextmanager
@@ -247,7 +247,7 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
         yield listener
 
 
-def serve(home: Path, idle_s: float) -> Job | None:
+def serve(home: Path, idle_s: float) -> Program | None:
     """Be the zygote of `home`. Returns in forked processes, with what they are to become, and in the zygote itself at its end."""
     logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
     # The zygote does not wait for forked processes; the kernel removes them.

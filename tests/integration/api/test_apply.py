@@ -175,15 +175,15 @@ Break = Callable[[Folder], object]
 BROKEN: dict[str, tuple[Break, list[str]]] = {
     "not YAML": (lambda folder: folder.write("z.yaml", "name: ["), ["z.yaml: line 1"]),
     "two manifests": (lambda folder: folder.write("z.yaml", "name: acme\n"), ["acme.yaml", "z.yaml", "are both for the tenant 'acme'"]),
-    "name": (lambda folder: folder.write("z.yaml", "name: Zeta\n"), ["z.yaml: 'name': A tenant's name has 1 to 63"]),
+    "name": (lambda folder: folder.write("z.yaml", "name: Zeta\n"), ["z.yaml: 'name' must be 1 to 63"]),
     "tier": (lambda folder: folder.write("z.yaml", "name: z\ntier: gold\n"), ["z.yaml: 'tier' must be one of"]),
     "range": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {max_queued: 0}\n"),
-        ["z.yaml: 'limits.max_queued' must be between 1 and 100000"],
+        ["z.yaml: 'limits.max_queued' must be a whole number from 1 to 100,000"],
     ),
     "negative": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {tokens_per_month: -1}\n"),
-        ["z.yaml: 'limits.tokens_per_month' must be between 1"],
+        ["z.yaml: 'limits.tokens_per_month' must be a whole number from 0"],
     ),
     "no base model": (
         lambda folder: folder.write("z.yaml", "name: z\nadapters: [{name: b, base_model: none, path: bot}]\n"),

@@ -16,9 +16,9 @@ from lmaas.replica import timesheet
 from lmaas.scheduling.client import Beat, Bounds, Ticket
 from lmaas.states import Observed, UsageStatus
 from lmaas.store.engine_time import list_engine_time
-from lmaas.store.models import MAX_PRICE, BaseModel, get_base_model
+from lmaas.store.models import BaseModel, get_base_model
 from lmaas.store.replicas import desire_stop
-from lmaas.types import TokenCounts
+from lmaas.types import MAX_PRICE, TokenCounts
 from tests.integration.gateway.stack import CHAT, Stack, Stream, Tenant, running
 from tests.support.conditions import until
 

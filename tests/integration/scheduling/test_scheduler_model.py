@@ -27,7 +27,7 @@ from tests.support.effort import tries
 HISTORIES = tries(100)
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
-#: With these, leases, heartbeats and patience run out within a few seconds and tickets.
+#: With these, leases, heartbeats and the bounds of passing over run out within a few seconds and tickets.
 SHORT = Rules(LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2, FAIR_TURNS=0)
 #: And with these, not everything that waits is looked at, nor every counter kept.
 NARROW = replace(
