@@ -14,7 +14,6 @@ from lmaas.store.models import get_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_key
 from lmaas.types import Role
-from tests.integration.api.test_base_models import write_model
 from tests.integration.gateway.stack import Stack, running
 from tests.support.adapters import base, config, pack, tensors
 from tests.support.base_models import write_model
