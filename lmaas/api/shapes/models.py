@@ -132,7 +132,7 @@ class DeletedBaseModel(Shape, tag_field="object", tag="base_model.deleted", froz
 
 
 class Start(Shape, frozen=True, kw_only=True):
-    """Where the time of a replica's start went, in ms. `adapter_ms` runs beside `first_token_ms`. Records of other releases may lack some."""
+    """Where the time of a replica's start went, in ms. `adapter_ms` runs beside `first_token_ms`. Other releases may record fewer."""
 
     by: Literal["zygote", "plain"]
     spawn_ms: int | UnsetType = UNSET
