@@ -1,6 +1,6 @@
 """Handlers for replicas."""
 
-import msgspec
+from typing import Any
 
 from lmaas.api.context import Api, Call
 from lmaas.api.operation import page_of
@@ -25,8 +25,13 @@ def shown_replica(row: rows.Replica, names: dict[str, str]) -> Replica:
         created_at=row.created_at,
         ready_at=row.ready_at,
         ended_at=row.ended_at,
-        start=None if row.start is None else msgspec.convert(row.start, Start),
+        start=None if row.start is None else _shown_start(row.start),
     )
+
+
+def _shown_start(record: dict[str, Any]) -> Start:
+    # A supervisor of another release may have written other phases.
+    return Start(**{name: record[name] for name in Start.__struct_fields__ if name in record})
 
 
 async def list_replicas(api: Api, call: Call[None, ReplicaQuery]) -> Page[Replica]:

@@ -59,7 +59,7 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
     return [text, *([reason] if reason else [])]
 
 
-class Waiting:
+class WaitReasons:
     """Explains waits. It asks the database once a second for each pool, and only while requests wait for it."""
 
     def __init__(self, db: Database) -> None:
