@@ -148,7 +148,9 @@ async def _received(api: Api, call: Call[None, None], kind: type[Form]) -> Async
             yield fields, config, model
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("There is no disk space left for uploads.", code="disk_full", retry_after_s=60) from error
+            raise Unavailable(
+                "The gateway's disk is full, so uploads are not possible. Retry later.", code="disk_full", retry_after_s=60
+            ) from error
         raise
 
 
