@@ -70,6 +70,10 @@ class Names:
         """None."""
         return ""
 
+    def start_delay_s(self) -> float:
+        """Starts are never late."""
+        return 0.0
+
     async def capacity(self) -> Resources | None:
         """Unknown."""
         return None

@@ -19,8 +19,8 @@ from rich.console import Console
 from sqlalchemy import text
 
 from bench.frame import Bar, Say, attempted, interleaved, ratios, summary
+from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
-from lmaas.admission.terms import Terms, limited_scopes
 from lmaas.config import Settings
 from lmaas.gateway.auth import Authenticator
 from lmaas.gateway.catalog import Catalog
@@ -33,6 +33,7 @@ from lmaas.states import Observed, UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel
+from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import SYSTEM
 from lmaas.types import Principal, TokenCounts
 from lmaas.up.bootstrap import register_model
@@ -59,8 +60,8 @@ POPULATE = (
        FROM generate_series(0, :tenants - 1) n""",
     """INSERT INTO adapters (id, tenant_id, name, base_model_id, live_version)
        SELECT 'ada_' || n, 'ten_' || (n % :tenants), 'bot-' || (n / :tenants), :model, 1 FROM generate_series(0, :adapters - 1) n""",
-    """INSERT INTO adapter_versions (adapter_id, version, content_hash, rank, target_modules, size_bytes)
-       SELECT 'ada_' || n, 1, md5(n::text), 8, '[]'::jsonb, 1000000 FROM generate_series(0, :adapters - 1) n""",
+    """INSERT INTO adapter_versions (adapter_id, tenant_id, version, content_hash, rank, target_modules, size_bytes)
+       SELECT 'ada_' || n, 'ten_' || (n % :tenants), 1, md5(n::text), 8, '[]'::jsonb, 1000000 FROM generate_series(0, :adapters - 1) n""",
     """INSERT INTO usage_events (request_id, tenant_id, key_id, base_model, model, status, stream, prompt_tokens, cached_tokens,
          completion_tokens, queue_ms, load_ms, run_ms, created_at)
        SELECT 'req_' || n, 'ten_' || (n % :tenants), 'key_' || (n % :tenants), 'model', 'bot-0', 'completed', true, 100, 0, 50, 1, 0, 900,
@@ -138,7 +139,7 @@ class Door:
             new_id("req"), principal.tenant_id, principal.key_id, model.base.name, name, model.adapter, model.version, stream=True
         )
         ticket = _ticket(record, principal, self._place.model.id, model.adapter, self._leases.gateway)
-        async with self._leases.open(ticket, record, Terms(self._months, principal, BOUNDS), deadline_s=10) as opened:
+        async with self._leases.open(ticket, record, PrincipalLimits(self._months, principal, BOUNDS), deadline_s=10) as opened:
             lease = await opened.wait(5)
             if lease is None:
                 raise RuntimeError("a request was not admitted at once")
@@ -177,14 +178,16 @@ async def place(model: Path, folder: Path, tenants: int, adapters: int) -> Async
     with embedded_servers(given) as settings:
         await asyncio.to_thread(upgrade, str(settings.database_url))
         async with AsyncExitStack() as exits:
-            db = Database(str(settings.database_url))
+            db = Database(str(settings.database_url), DatabaseRole.GATEWAY)
             exits.push_async_callback(db.close)
+            admin = Database(str(settings.database_url))
+            exits.push_async_callback(admin.close)
             base = await register_model(settings, db, console)
             redis = connect(str(settings.redis_url))
             exits.push_async_callback(redis.aclose)
             numbers = {"tenants": tenants, "adapters": adapters, "events": EVENTS, "model": base.id, "prefix": PREFIX}
             for statement in POPULATE:
-                async with db.begin(SYSTEM) as connection:
+                async with admin.begin(SYSTEM) as connection:
                     used = {name: value for name, value in numbers.items() if f":{name}" in statement}
                     await connection.execute(text(statement), used)
             made = Place(db, Scheduler(redis), base, tenants, adapters)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from bench.client import Place
 from bench.engines import stopped
+from lmaas.api import table
 from lmaas.manifests.client import ApiClient
 from lmaas.process import bound_command
 
@@ -51,8 +52,8 @@ class Stack:
         """A new tenant."""
 
         def create() -> Tenant:
-            made = self._operator.call("POST", "/admin/v1/tenants", json={"name": name, **LIMITS})
-            key = self._operator.call("POST", self._operator.for_tenant(name).own("/keys"), json={"role": "inference"})
+            made = self._operator.send(table.CREATE_TENANT, {"name": name, **LIMITS})
+            key = self._operator.send(table.CREATE_KEY, {"role": "inference"}, tenant=name)
             return Tenant(made["id"], name, key["key"])
 
         return await asyncio.to_thread(create)
@@ -73,11 +74,11 @@ class Stack:
 
     async def replicas(self) -> list[dict[str, Any]]:
         """The replicas that have not ended, as the operator API shows them."""
-        return await asyncio.to_thread(self._operator.list, "/admin/v1/replicas")
+        return await asyncio.to_thread(self._operator.items, table.LIST_REPLICAS)
 
     async def keep_one_engine(self) -> None:
         """Keep an engine running. Requests straight to it are invisible to lmaas, which would stop it as idle."""
-        await asyncio.to_thread(self._operator.call, "PATCH", f"/admin/v1/base-models/{self.base_model}", json={"min_replicas": 1})
+        await asyncio.to_thread(self._operator.send, table.CHANGE_MODEL, {"min_replicas": 1}, model=self.base_model)
 
     async def engine_url(self) -> str:
         """Where the one engine that runs listens. Raises RuntimeError if none does: ask for something first."""

@@ -1,7 +1,7 @@
 """The service that tenants get of a simulated engine whose slots the real scheduler gives out, against the bound that VTC proves.
 
 "Fairness in Serving Large Language Models" (Sheng et al., OSDI'24): service is the weighted number of tokens, and two tenants that have
-requests waiting all the time differ by no more than 2·max(wp·Linput, wq·M), M being the most tokens that the running batch holds.
+requests waiting all the time differ by no more than 2·max(wp·Linput, wq·M), M being the most tokens that the running requests hold.
 """
 
 import itertools
@@ -23,7 +23,7 @@ _GATEWAY = "bench"
 
 
 @dataclass(eq=False)
-class Job:
+class Request:
     """A request: it stops after `completion` tokens, though it may have allowed more. `made` of them are made.
 
     Before it has run, its prompt is taken to have `guess` times as many tokens as it has.
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def held(self) -> int:
-        """Its tokens in the running batch."""
+        """The tokens that the engine holds for it."""
         return self.prompt + self.made if self.made else 0
 
 
@@ -52,34 +52,36 @@ class Calls:
         self._slots, self._adapter_slots = slots, adapter_slots
         self._tickets: dict[str, Ticket] = {}
 
-    async def submit(self, job: Job) -> bool:
-        """Queue a job; whether it runs at once."""
+    async def submit(self, request: Request) -> bool:
+        """Queue a request. Returns whether it runs at once."""
         # The scheduler gets estimates: the likely prompt length and the allowed completion. It cannot know the real ones.
         ticket = Ticket(
-            id=job.id,
+            id=request.id,
             pool=self._pool,
-            tenant=job.tenant,
+            tenant=request.tenant,
             gateway=_GATEWAY,
-            adapter=job.adapter,
+            adapter=request.adapter,
             source="s",
             weight=1,
             event="{}",
-            prompt_tokens=max(1, round(job.prompt * job.guess)),
-            completion_tokens=job.allowed,
+            prompt_tokens=max(1, round(request.prompt * request.guess)),
+            completion_tokens=request.allowed,
         )
-        self._tickets[job.id] = ticket
+        self._tickets[request.id] = ticket
         return bool((await self._scheduler.submit(ticket, Bounds(10_000, 10_000)))["state"] == TicketState.GRANTED)
 
-    async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
-        """Keep jobs alive and report their progress. Returns the ids of those that run."""
-        told = [(job.id, TokenCounts(job.prompt, 0, job.made) if progress and job.made else None) for job in jobs]
+    async def renew(self, requests: Iterable[Request], *, progress: bool) -> set[str]:
+        """Keep requests alive and report their progress. Returns the ids of those that run."""
+        told = [(request.id, TokenCounts(request.prompt, 0, request.made) if progress and request.made else None) for request in requests]
         reply = await self._scheduler.renew(self._pool, told)
         return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == TicketState.GRANTED}
 
-    async def release(self, job: Job) -> None:
-        """A job has ended."""
-        event = {"request_id": job.id, "prompt_tokens": job.prompt, "cached_tokens": 0, "completion_tokens": job.completion}
-        await self._scheduler.release(self._tickets.pop(job.id), json.dumps(event), 100, TokenCounts(job.prompt, 0, job.completion))
+    async def release(self, request: Request) -> None:
+        """A request has ended."""
+        event = {"request_id": request.id, "prompt_tokens": request.prompt, "cached_tokens": 0, "completion_tokens": request.completion}
+        await self._scheduler.release(
+            self._tickets.pop(request.id), json.dumps(event), 100, TokenCounts(request.prompt, 0, request.completion)
+        )
 
     async def beat(self, resident: list[str]) -> None:
         """The engine lives."""
@@ -129,43 +131,45 @@ async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int,
     calls = make(f"vtc-{seed}-{'scarce' if scarce else 'plain'}", slots, 2 if scarce else max(1, len(adapters)))
     await calls.beat(adapters)
     numbers = itertools.count()
-    queued: dict[str, Job] = {}
-    running: dict[str, Job] = {}
+    queued: dict[str, Request] = {}
+    running: dict[str, Request] = {}
     service = dict.fromkeys(kinds, 0)
-    differences, batch, longest = Differences(), 0, 1
+    differences, most_held, longest = Differences(), 0, 1
 
     async def submit(tenant: str) -> None:
         kind, completion = kinds[tenant], chance.randint(1, kinds[tenant].completion)
         allowed, guess = chance.randint(completion, kind.completion), chance.uniform(0.7, 1.5)
-        job = Job(f"r{next(numbers)}", tenant, chance.choice(kind.adapters), chance.randint(1, kind.prompt), completion, allowed, guess)
-        (running if await calls.submit(job) else queued)[job.id] = job
+        request = Request(
+            f"r{next(numbers)}", tenant, chance.choice(kind.adapters), chance.randint(1, kind.prompt), completion, allowed, guess
+        )
+        (running if await calls.submit(request) else queued)[request.id] = request
 
     for step in range(steps):
         for tenant, kind in kinds.items():
-            waits = sum(job.tenant == tenant for job in queued.values())
+            waits = sum(request.tenant == tenant for request in queued.values())
             for _ in range(slots + 2 - waits if kind.backlogged else chance.choice((1, 1, 5)) * (chance.random() < 0.1)):
                 await submit(tenant)
-        for job in list(running.values()):
-            longest = max(longest, job.prompt)
-            service[job.tenant] += WQ + (0 if job.made else WP * job.prompt)
-            job.made += 1
-        batch = max(batch, sum(job.held for job in running.values()))
-        ended = [job for job in running.values() if job.made == job.completion]
+        for request in list(running.values()):
+            longest = max(longest, request.prompt)
+            service[request.tenant] += WQ + (0 if request.made else WP * request.prompt)
+            request.made += 1
+        most_held = max(most_held, sum(request.held for request in running.values()))
+        ended = [request for request in running.values() if request.made == request.completion]
         # During this step, and below after its end has made room: a tenant that has nothing waiting in between starts anew.
-        differences.see(service, {job.tenant for job in queued.values()})
+        differences.see(service, {request.tenant for request in queued.values()})
         if step % every == 0:
             await calls.beat(adapters)
             await calls.renew(running.values(), progress=True)
-        for job in ended:
-            del running[job.id]
-            await calls.release(job)
+        for request in ended:
+            del running[request.id]
+            await calls.release(request)
         if ended or step % every == 0:
             for name in await calls.renew(queued.values(), progress=False):
                 running[name] = queued.pop(name)
-            differences.see(service, {job.tenant for job in queued.values()})
-    for job in [*running.values(), *queued.values()]:
-        await calls.release(job)
-    return differences.largest / (2 * max(WP * longest, WQ * batch))
+            differences.see(service, {request.tenant for request in queued.values()})
+    for request in [*running.values(), *queued.values()]:
+        await calls.release(request)
+    return differences.largest / (2 * max(WP * longest, WQ * most_held))
 
 
 def _tenants(chance: random.Random, *, scarce: bool) -> dict[str, Kind]:

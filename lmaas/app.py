@@ -10,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
 from lmaas.admission.months import Months
+from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
 from lmaas.config import Settings
@@ -37,11 +39,13 @@ from lmaas.gateway.catalog import Catalog
 from lmaas.gateway.cors import Cors
 from lmaas.gateway.grammars import Grammars
 from lmaas.gateway.idempotency import Idempotency
+from lmaas.gateway.openapi import SCHEMAS as OPENAI_SCHEMAS
+from lmaas.gateway.openapi import openai_paths
 from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
 from lmaas.gateway.server import server
-from lmaas.gateway.waiting import Waiting
+from lmaas.gateway.wait_reasons import WaitReasons
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
@@ -76,20 +80,25 @@ class Services:
 
 
 @asynccontextmanager
-async def connected(settings: Settings, role: DatabaseRole | None, *, pool_size: int = 5) -> AsyncIterator[Services]:
+async def connected(settings: Settings, role: DatabaseRole | None, *, connections: int = 5) -> AsyncIterator[Services]:
     """Connect a process with this database role to the services of `settings`, and close them at the end.
 
     Raises SettingsError if an address is missing.
     """
     if settings.database_url is None or settings.redis_url is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_REDIS_URL, or use `lmaas up`, which starts both servers.")
-    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, pool_size=pool_size)
+    db = Database(settings.database_url, role, prefix=settings.database_role_prefix, connections=connections)
     redis = connect(settings.redis_url)
     try:
         yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
     finally:
         await redis.aclose()
         await db.close()
+
+
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI document of the whole HTTP surface."""
+    return openapi.document(openai_paths(openapi.headers(), openapi.error_response), OPENAI_SCHEMAS)
 
 
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
@@ -103,7 +112,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     catalog = Catalog(db, changes)
     client = EngineClient()
     grammars = Grammars(services.redis, client, metrics)
-    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, Waiting(db))
+    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, WaitReasons(db))
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -136,7 +145,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                     keeper.cancel()
 
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api)],
+        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
@@ -221,7 +230,7 @@ async def run_controller(settings: Settings) -> None:
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life. Returns False if it failed."""
-    async with connected(settings, DatabaseRole.REPLICA, pool_size=1) as services, EngineClient() as client:
+    async with connected(settings, DatabaseRole.REPLICA, connections=1) as services, EngineClient() as client:
         row = await get_replica(services.db, replica_id)
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")

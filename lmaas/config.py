@@ -102,7 +102,7 @@ class Settings:
     share_quantum_s: float = setting(
         60.0, "When machines are full: time for which a pool is served before it makes room for another one that waits."
     )
-    start_timeout_s: float = setting(600.0, "Time that an engine has from its start to its first token.")
+    start_timeout_s: float = setting(600.0, "Time and processor time that an engine may take from its start to its first token.")
     orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")
     zygote: str = setting(
         "on", "`on`: engines are forked from a process that has imported vLLM, where possible. `off`: they start plainly."

@@ -42,7 +42,7 @@ def sources(target: Observed) -> list[Observed]:
 
 
 #: The phases of a replica's start, in ms, beside `by` ("zygote" or "plain") in its record; `adapter_ms` runs beside `first_token_ms`.
-START_PHASES = ("spawn_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
+START_PHASES = ("spawn_ms", "zygote_ms", "import_ms", "weights_ms", "kv_ms", "warmup_ms", "first_token_ms", "adapter_ms", "total_ms")
 
 
 class EnginePhase(StrEnum):
@@ -57,11 +57,19 @@ class EnginePhase(StrEnum):
     IDLE = "idle"
 
 
+class Dimension(StrEnum):
+    """What the lines of a report on costs may be grouped by. An adapter is named within its tenant."""
+
+    DAY = "day"
+    TENANT = "tenant"
+    ADAPTER = "adapter"
+
+
 class UsageStatus(StrEnum):
-    """How a request ended. Exactly one for every accepted request."""
+    """How a request ended. Every accepted request has exactly one."""
 
     COMPLETED = "completed"
-    #: The client went away.
+    #: The client closed the connection.
     ABORTED = "aborted"
     #: The engine, the adapter or the request itself failed.
     FAILED = "failed"

@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-#: Names of tenants, base models and adapters: lower case, so that look-alikes are few; no `@`, which pins a version.
+#: Names of tenants, base models and adapters: lower case, so that few names look alike; no `@`, which pins a version.
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 #: The prefix of base model ids. Names must not begin with it, so that a base model can be found by either.
 MODEL_ID_PREFIX = "mod_"
 
-#: A dtype that is decided where an engine starts.
+#: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
+#: Lua's JSON hold a price.
+MAX_PRICE = 4 * 10**9
+
+#: A dtype that is decided on the machine where an engine starts.
 AUTO = "auto"
 
 
@@ -22,7 +26,7 @@ def is_model_name(name: str) -> bool:
 
 
 class Role(StrEnum):
-    """What a key may do."""
+    """The permissions of a key."""
 
     OPERATOR = "operator"
     TENANT_ADMIN = "tenant_admin"
@@ -45,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The authenticated tenant and key. An operator's key has no tenant. A tenant's limits that are None are its tier's."""
+    """The authenticated tenant and key. An operator's key has no tenant. Where a tenant's limit is None, that of its tier holds."""
 
     key_id: str
     role: Role

@@ -6,6 +6,7 @@ import gevent
 from locust import between, constant, events, task
 from locust.env import Environment
 
+from lmaas.api.table import CHANGE_TENANT
 from loadtest.users import ChatUser
 
 POLITE_USERS = 4
@@ -20,7 +21,7 @@ def begin(environment: Environment, **_: object) -> None:
     options = environment.parsed_options
     if options and options.tenants:
         flooder = ChatUser.population.tenants[0]
-        ChatUser.service.operator.call("PATCH", f"/admin/v1/tenants/{flooder}", json={"max_queued": FLOOD_MAX_QUEUED})
+        ChatUser.service.operator.send(CHANGE_TENANT, {"max_queued": FLOOD_MAX_QUEUED}, tenant=flooder)
 
 
 class NoisyUser(ChatUser):

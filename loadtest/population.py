@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE, base_model_shapes
+from lmaas.api import table
 from lmaas.errors import SettingsError
 from loadtest.service import Service
 
@@ -63,7 +64,7 @@ def found(service: Service) -> list[Target]:
     """Return the models of the tenants in the credentials file. Raises SettingsError if there are none."""
     targets = []
     for tenant, key in service.keys.items():
-        adapters = [row["name"] for row in service.operator.for_tenant(tenant).list(f"/admin/v1/tenants/{tenant}/adapters")]
+        adapters = [row["name"] for row in service.operator.items(table.LIST_ADAPTERS, tenant=tenant)]
         targets += [Target(tenant, key, adapter, is_adapter=True) for adapter in adapters]
         targets.append(Target(tenant, key, service.model, is_adapter=False))
     if not targets:
@@ -79,9 +80,9 @@ def make(service: Service, tenants: int, adapters: int) -> list[Target]:
         folders = list(_written(Path(service.source), Path(scratch), adapters))
         for number in range(tenants):
             name = f"load-{number:03d}"
-            service.operator.call("POST", "/admin/v1/tenants", json={"name": name, "max_adapters": max(1, adapters)})
+            service.operator.send(table.CREATE_TENANT, {"name": name, "max_adapters": max(1, adapters)})
             owner = service.operator.for_tenant(name)
-            key = owner.call("POST", owner.own("/keys"), json={"role": "inference", "name": "load test"})["key"]
+            key = owner.send(table.CREATE_KEY, {"role": "inference", "name": "load test"})["key"]
             for folder in folders:
                 owner.upload(folder.name, service.model, folder)
                 targets.append(Target(name, key, folder.name, is_adapter=True))
@@ -91,9 +92,9 @@ def make(service: Service, tenants: int, adapters: int) -> list[Target]:
 
 def remove(service: Service) -> None:
     """Remove every tenant that a load test has created, with its keys and adapters."""
-    for row in service.operator.list("/admin/v1/tenants"):
+    for row in service.operator.items(table.LIST_TENANTS):
         if NAME.fullmatch(row["name"]):
-            service.operator.call("DELETE", f"/admin/v1/tenants/{row['id']}")
+            service.operator.send(table.DELETE_TENANT, tenant=row["id"])
 
 
 def _written(model: Path, scratch: Path, count: int) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.manifests.client import ApiClient
@@ -30,16 +31,16 @@ class Service:
     def to_zero(self, timeout_s: float) -> None:
         """Have every replica of the model drained and stopped, and wait until none is left. Raises SettingsError if one stays."""
         for row in self.replicas():
-            self.operator.call("DELETE", f"/admin/v1/replicas/{row['id']}")
+            self.operator.send(table.STOP_REPLICA, replica=row["id"])
         deadline = time.monotonic() + timeout_s
         while self.replicas():
             if time.monotonic() > deadline:
-                raise SettingsError(f"The pool of {self.model} is not empty after {timeout_s:g} s. Does somebody else use it?")
+                raise SettingsError(f"The pool of {self.model} is not empty after {timeout_s:g} s. Stop its other clients and try again.")
             time.sleep(POLL_S)
 
     def replicas(self) -> list[dict[str, Any]]:
         """The model's replicas that have not ended."""
-        return [row for row in self.operator.list("/admin/v1/replicas") if row["base_model"] == self.model]
+        return [row for row in self.operator.items(table.LIST_REPLICAS) if row["base_model"] == self.model]
 
     def in_flight(self) -> int:
         """Return the number of requests that the gateway holds, by its metrics."""
@@ -67,7 +68,7 @@ def connect(settings: Settings) -> Service:
                 "LMAAS_API_KEY to a service and an operator's key."
             ) from None
     operator = ApiClient(url, key)
-    models = operator.list("/admin/v1/base-models")
+    models = operator.items(table.LIST_MODELS)
     wanted = [row for row in models if settings.model_name in (None, row["name"])]
     if not wanted:
         raise SettingsError(f"The service has no base model {settings.model_name or ''}.")

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from bench.bill.service import Service
 from bench.client import Answer, Ask, Client, Place
 from bench.frame import Say
+from lmaas.api import table
 from lmaas.simulation.profile import Profile
 from lmaas.states import EnginePhase
 
@@ -40,7 +41,7 @@ async def fit(asker: Client, service: Service, say: Say) -> Profile:
         for tokens in PROMPTS:  # in turn: whatever else the machine does meanwhile is the same for all
             waits[tokens].append(await _ttft(asker, places[0], seed, tokens))
     first_s, token_s = line(PROMPTS, [median(each) for each in waits.values()])
-    await asyncio.to_thread(service.operator.call, "DELETE", f"/admin/v1/replicas/{replica.id}")
+    await asyncio.to_thread(service.operator.send, table.STOP_REPLICA, replica=replica.id)
     stopping = asyncio.get_running_loop().time()
     await service.gone()
     stopped_s = asyncio.get_running_loop().time() - stopping

@@ -14,6 +14,7 @@ from sqlalchemy import func, select
 
 from bench.client import Place
 from bench.gateways.processes import free_port, running
+from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.manifests.client import ApiClient
@@ -81,7 +82,7 @@ class Service:
 
     async def replicas(self, models: Sequence[BaseModel]) -> list[Replica]:
         """Return all replicas of these base models, ended ones too, the newest first."""
-        found = [await list_replicas(self.db, base_model_id=model.id, ended=True, limit=None) for model in models]
+        found = [await list_replicas(self.db, base_model_id=model.id, ended=True) for model in models]
         return sorted((replica for some in found for replica in some), key=lambda replica: replica.created_at, reverse=True)
 
 
@@ -111,23 +112,23 @@ async def service(model: Path, folder: Path, tenants: Sequence[str]) -> AsyncIte
                 yield Service(settings, db, operator, shared, own, places)
             finally:
                 for replica in await list_replicas(db):
-                    await asyncio.to_thread(operator.call, "DELETE", f"/admin/v1/replicas/{replica.id}")
+                    await asyncio.to_thread(operator.send, table.STOP_REPLICA, replica=replica.id)
                 await Service(settings, db, operator, shared, own, places).gone()
 
 
 def _ready(operator: ApiClient) -> None:
     for _ in range(300):
         with contextlib.suppress(SettingsError):
-            operator.call("GET", "/readyz")
+            operator.check_ready()
             return
         time.sleep(0.2)
     raise RuntimeError("the gateway does not start")
 
 
 def _tenant(settings: Settings, operator: ApiClient, name: str, shared: BaseModel, own: BaseModel) -> Places:
-    operator.call("POST", "/admin/v1/tenants", json={"name": name, **LIMITS})
+    operator.send(table.CREATE_TENANT, {"name": name, **LIMITS})
     owner = operator.for_tenant(name)
-    key = str(operator.call("POST", owner.own("/keys"), json={"role": "inference"})["key"])
+    key = str(owner.send(table.CREATE_KEY, {"role": "inference"})["key"])
     owner.upload("shared-bot", shared.name, ADAPTER)
     owner.upload("own-bot", own.name, ADAPTER)
     return Places(Place(settings.base_url, "shared-bot", key), Place(settings.base_url, "own-bot", key))

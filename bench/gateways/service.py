@@ -11,6 +11,7 @@ import aiohttp
 from rich.console import Console
 
 from bench.gateways.processes import START_S, Proxy, Running, free_port, running
+from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
 from lmaas.manifests.apply import apply, working_keys
@@ -69,7 +70,7 @@ class Service:
         client = ApiClient(gateway.url.partition("/chat/")[0], self.operator_key)
         keys = []
         for number in range(count):
-            client.call("POST", "/admin/v1/tenants", json={"name": f"waiting-{number}", **{name: LIMITS[name] for name in self.limits}})
+            client.send(table.CREATE_TENANT, {"name": f"waiting-{number}", **{name: LIMITS[name] for name in self.limits}})
             keys.append(working_keys(f"waiting-{number}", {}, client)["api_key"])
         client.close()
         return keys
@@ -125,13 +126,13 @@ def _prepare(client: ApiClient, gateway: Running) -> tuple[str, list[str]]:
     """Create the tenants. Returns the key of one, and the limits that the service accepts."""
     while gateway.process.returncode is None:
         with suppress(SettingsError):
-            client.call("GET", "/readyz")
+            client.check_ready()
             break
     apply(read_folder(TENANTS), client)
     taken = []
     for name, value in LIMITS.items():
         try:
-            client.call("PATCH", f"/admin/v1/tenants/{TENANT}", json={name: value})
+            client.send(table.CHANGE_TENANT, {name: value}, tenant=TENANT)
             taken.append(name)
         except ApiError as error:
             if error.status != 400:

@@ -1,162 +1,150 @@
-"""Adapters over HTTP: for a tenant under `/v1/adapters`, for an operator under `/admin/v1/tenants/{tenant}/adapters`."""
+"""Handlers for adapters: for a tenant under `/v1/adapters`, for an operator under `/admin/v1/tenants/{tenant}/adapters`."""
 
 import errno
 import hashlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import msgspec
+from msgspec import UNSET
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
-from starlette.requests import Request
-from starlette.responses import Response
 
 from lmaas.adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES
 from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.adapters.service import inspect
 from lmaas.adapters.validation import check_file_names
 from lmaas.api.base_models import defined_model
-from lmaas.api.context import Api, audited, json_body
+from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.decoding import decode
 from lmaas.api.forms import multipart_form
-from lmaas.audit import Action
+from lmaas.api.operation import page_of
+from lmaas.api.shapes.adapters import (
+    Activation,
+    Adapter,
+    AdapterCheck,
+    AdapterUpload,
+    AdapterVersion,
+    CheckedAdapter,
+    DeletedAdapter,
+    UploadedAdapter,
+)
+from lmaas.api.shapes.common import Page, Paging
+from lmaas.api.shapes.models import NewBaseModel
 from lmaas.engine.source import local_model_folder
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
-from lmaas.http import JsonResponse, parse_json
+from lmaas.http import parse_json
 from lmaas.store import adapters as rows
 from lmaas.store.models import get_base_model
+from lmaas.store.paging import Part
 
-#: `if_changed` has no effect any more: content that is there already never becomes a new version.
-FIELDS = ("name", "base_model", "activate", "if_changed", "sha256")
-#: `definition` is the JSON of a base model that does not exist yet, in place of the name of one.
-CHECK_FIELDS = ("base_model", "definition", "sha256")
 FORM_OVERHEAD_BYTES = MAX_CONFIG_BYTES + 256 * 1024
 MAX_VERSION = 10**9
+_FILES = ("adapter_config", "adapter_model")
+Form = TypeVar("Form", AdapterUpload, AdapterCheck)
 
 
-def shown_version(version: rows.AdapterVersion) -> dict[str, Any]:
-    """A version as the API shows it."""
-    return {
-        "version": version.version,
-        "content_hash": version.content_hash,
-        "rank": version.rank,
-        "target_modules": version.target_modules,
-        "size_bytes": version.size_bytes,
-        "created_at": version.created_at.isoformat(),
-    }
+def _version_values(version: rows.AdapterVersion) -> dict[str, Any]:
+    return {name: getattr(version, name) for name in rows.AdapterVersion.__slots__}
 
 
-def shown_adapter(adapter: rows.Adapter) -> dict[str, Any]:
-    """An adapter as the API shows it."""
-    return {
-        "object": "adapter",
-        "id": adapter.id,
-        "name": adapter.name,
-        "base_model": adapter.base_model,
-        "live_version": adapter.live_version,
-        "latest_version": adapter.latest_version,
-        "created_at": adapter.created_at.isoformat(),
-    }
+def _adapter_values(adapter: rows.Adapter) -> dict[str, Any]:
+    return {name: getattr(adapter, name) for name in rows.Adapter.__slots__}
 
 
-async def list_adapters(api: Api, request: Request) -> Response:
-    """Every adapter of the tenant."""
-    tenant_id, _ = await api.tenant(request, manage=False)
-    found = await rows.list_adapters(api.db, tenant_id)
-    return JsonResponse({"object": "list", "data": [shown_adapter(adapter) for adapter in found]})
+async def list_adapters(api: Api, call: Call[None, Paging]) -> Page[Adapter]:
+    """Return a page of the tenant's adapters, by name."""
+    found = await rows.list_adapters(api.db, call.tenant_id, Part(call.query.limit, call.query.after))
+    return page_of([Adapter(**_adapter_values(adapter)) for adapter in found], [adapter.id for adapter in found], call.query.limit)
 
 
-async def get_adapter(api: Api, request: Request) -> Response:
-    """One adapter."""
-    tenant_id, _ = await api.tenant(request, manage=False)
-    return JsonResponse(shown_adapter(await rows.get_adapter(api.db, tenant_id, request.path_params["name"])))
+async def get_adapter(api: Api, call: Call[None, None]) -> Adapter:
+    """Return one adapter."""
+    return Adapter(**_adapter_values(await rows.get_adapter(api.db, call.tenant_id, call.path["name"])))
 
 
-async def list_versions(api: Api, request: Request) -> Response:
-    """The versions of an adapter, oldest first."""
-    tenant_id, _ = await api.tenant(request, manage=False)
-    found = await rows.list_versions(api.db, tenant_id, request.path_params["name"])
-    return JsonResponse({"object": "list", "data": [shown_version(version) for version in found]})
+async def list_versions(api: Api, call: Call[None, Paging]) -> Page[AdapterVersion]:
+    """Return a page of the versions of an adapter, oldest first. The id of a version is the adapter's name, `@` and its number."""
+    name, after = call.path["name"], None
+    if call.query.after is not None:
+        number = call.query.after.removeprefix(f"{name}@")
+        if not number.isascii() or not number.isdigit() or len(number) > len(str(MAX_VERSION)):
+            raise InvalidRequest("'after' is not the id of a version of this adapter.", code="invalid_cursor", param="after")
+        after = int(number)
+    found = await rows.list_versions(api.db, call.tenant_id, name, after=after, limit=call.query.limit + 1)
+    ids = [f"{name}@{version.version}" for version in found]
+    shown = [AdapterVersion(id=version_id, **_version_values(version)) for version_id, version in zip(ids, found, strict=True)]
+    return page_of(shown, ids, call.query.limit)
 
 
-async def activate_version(api: Api, request: Request) -> Response:
+async def activate_version(api: Api, call: Call[Activation, None]) -> Adapter:
     """Make a version the live one."""
-    tenant_id, principal = await api.tenant(request, manage=True)
-    name = request.path_params["name"]
-    version = (await json_body(request, {"version": int}, ("version",)))["version"]
-    audit = audited(request, principal, Action.ADAPTER_ACTIVATE)
-    await rows.activate(api.db, tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=audit)
-    return JsonResponse(shown_adapter(await rows.get_adapter(api.db, tenant_id, name)))
+    name, version = call.path["name"], call.body.version
+    await rows.activate(api.db, call.tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=call.audit)
+    return Adapter(**_adapter_values(await rows.get_adapter(api.db, call.tenant_id, name)))
 
 
-async def delete_adapter(api: Api, request: Request) -> Response:
+async def delete_adapter(api: Api, call: Call[None, None]) -> DeletedAdapter:
     """Delete an adapter with all its versions and files."""
-    tenant_id, principal = await api.tenant(request, manage=True)
-    name = request.path_params["name"]
-    await api.adapters.delete(tenant_id, name, audit=audited(request, principal, Action.ADAPTER_DELETE))
-    return JsonResponse({"object": "adapter.deleted", "name": name, "deleted": True})
+    await api.adapters.delete(call.tenant_id, call.path["name"], audit=call.audit)
+    return DeletedAdapter(name=call.path["name"], deleted=True)
 
 
-async def upload_adapter(api: Api, request: Request) -> Response:
-    """Upload an adapter: 201 with its new version, or 200 with the earlier version that has the same content."""
-    tenant_id, principal = await api.tenant(request, manage=True)
-    async with _received(api, request, FIELDS, ("name", "base_model")) as (fields, config, model):
+async def upload_adapter(api: Api, call: Call[None, None]) -> UploadedAdapter | WithStatus:
+    """Store an adapter: 201 with its new version, or 200 with the version that has the same content already."""
+    async with _received(api, call, AdapterUpload) as (form, config, model):
         version, is_new = await api.adapters.upload(
-            tenant_id,
-            fields["name"],
-            fields["base_model"],
+            call.tenant_id,
+            form.name,
+            form.base_model,
             config,
             model,
-            activate=fields.get("activate", "true") == "true",
+            activate=form.activate == "true",
             base_folder=local_model_folder,
-            audit=audited(request, principal, Action.ADAPTER_UPLOAD),
+            audit=call.audit,
         )
-    name = fields["name"]
-    adapter = await rows.get_adapter(api.db, tenant_id, name)
-    versions = await rows.list_versions(api.db, tenant_id, name)
-    mine = next(shown_version(row) for row in versions if row.version == version)
-    return JsonResponse(shown_adapter(adapter) | mine, status_code=201 if is_new else 200)
+    adapter = await rows.get_adapter(api.db, call.tenant_id, form.name)
+    [mine] = await rows.list_versions(api.db, call.tenant_id, form.name, after=version - 1, limit=1)
+    shown = UploadedAdapter(**(_adapter_values(adapter) | _version_values(mine)))
+    return shown if is_new else WithStatus(shown, 200)
 
 
-async def check_adapter(api: Api, request: Request) -> Response:
-    """Check an adapter's files as an upload does, and store nothing. Operators see what `lmaas apply` would do by it."""
-    await api.operator(request)
-    async with _received(api, request, CHECK_FIELDS, ()) as (fields, config, model):
-        if ("base_model" in fields) == ("definition" in fields):
+async def check_adapter(api: Api, call: Call[None, None]) -> CheckedAdapter:
+    """Check an adapter's files as an upload does, and store nothing."""
+    async with _received(api, call, AdapterCheck) as (form, config, model):
+        if (form.base_model is UNSET) == (form.definition is UNSET):
             raise InvalidRequest("Give either 'base_model' or 'definition'.", code="missing_parameter", param="base_model")
-        if "definition" in fields:
-            base = await defined_model(api.settings, parse_json(fields["definition"].encode()))
+        if isinstance(form.definition, str):
+            base = await defined_model(api.settings, decode(NewBaseModel, parse_json(form.definition.encode())))
         else:
-            base = await get_base_model(api.db, fields["base_model"])
+            base = await get_base_model(api.db, str(form.base_model))
         content = await inspect(base, config, model, local_model_folder)
-    return JsonResponse(
-        {
-            "object": "adapter_check",
-            "content_hash": content.content_hash,
-            "rank": content.facts.rank,
-            "target_modules": list(content.facts.target_modules),
-            "size_bytes": content.size_bytes,
-        }
+    return CheckedAdapter(
+        content_hash=content.content_hash,
+        rank=content.facts.rank,
+        target_modules=list(content.facts.target_modules),
+        size_bytes=content.size_bytes,
     )
 
 
 @asynccontextmanager
-async def _received(
-    api: Api, request: Request, known: Collection[str], required: Collection[str]
-) -> AsyncIterator[tuple[dict[str, str], bytes, Path]]:
-    """Provide the text fields, the configuration and the path of the weights of a form; the files are removed after the block.
+async def _received(api: Api, call: Call[None, None], kind: type[Form]) -> AsyncIterator[tuple[Form, bytes, Path]]:
+    """Provide the fields, the configuration and the path of the weights of a form; the files are removed after the block.
 
     Raises InvalidRequest, InvalidAdapter, TooLarge or Unavailable.
     """
     # The files stream to disk, and are validated without executing anything.
     limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
     try:
-        async with multipart_form(request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
-            fields = _fields(form, known, required)
+        async with multipart_form(call.request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
+            fields = _fields(form, kind)
             config = await _config(form)
-            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, fields.get("sha256"))
+            sha256 = fields.sha256 if isinstance(fields.sha256, str) else None
+            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, sha256)
             yield fields, config, model
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -164,33 +152,29 @@ async def _received(
         raise
 
 
-def _fields(form: FormData, known: Collection[str], required: Collection[str]) -> dict[str, str]:
-    """Return the text fields. Raises InvalidRequest, or InvalidAdapter for files other than the two of an adapter."""
-    texts: dict[str, str] = {}
+def _fields(form: FormData, kind: type[Form]) -> Form:
+    """Return the text fields as `kind`, whose two files are left empty. Raises InvalidRequest, or InvalidAdapter for files other than the
+    two of an adapter."""
+    fields = {field.name: field.required for field in msgspec.structs.fields(kind) if field.name not in _FILES}
+    texts: dict[str, Any] = {}
     files: list[str] = []
     for field, value in form.multi_items():
         if isinstance(value, UploadFile):
             name = (value.filename or field).replace("\\", "/").rsplit("/", 1)[-1]
             files.append(name)
-            if field in ("adapter_config", "adapter_model") and not _unsafe(name):
+            if field in _FILES and not _unsafe(name):
                 # What the file is called on the uploader's disk does not matter.
                 files[-1] = CONFIG_FILE if field == "adapter_config" else MODEL_FILE
-        elif field not in known or field in texts:
+        elif field not in fields or field in texts:
             raise InvalidRequest(
                 f"The form field '{field[:100]}' is not known, or given twice.", code="unexpected_field", param=field[:100]
             )
         elif "\0" in value:
             raise InvalidRequest(f"The form field '{field}' holds the character NUL.", code="invalid_type", param=field)
-        else:
+        elif value or not fields[field]:
             texts[field] = value
     check_file_names(files)
-    for field in required:
-        if not texts.get(field):
-            raise InvalidRequest(f"The form field '{field}' is required.", code="missing_parameter", param=field)
-    for field in ("activate", "if_changed"):
-        if texts.get(field, "true") not in ("true", "false"):
-            raise InvalidRequest(f"'{field}' must be 'true' or 'false'.", code="invalid_type", param=field)
-    return texts
+    return decode(kind, texts | dict.fromkeys(_FILES, ""), text=True)
 
 
 def _unsafe(name: str) -> bool:

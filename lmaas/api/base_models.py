@@ -1,148 +1,144 @@
-"""Base models, and the pools of their replicas, over HTTP."""
+"""Handlers for base models and the pools of their replicas."""
 
 import asyncio
 from dataclasses import asdict
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from msgspec import UNSET, Struct
 
 from lmaas.adapters.safetensors import base_model_shapes
-from lmaas.api.context import Api, audited, check_body, in_range, is_dry_run, json_body
-from lmaas.audit import Action
+from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.operation import page_of
+from lmaas.api.shapes.common import DryRun, Page, Paging
+from lmaas.api.shapes.models import (
+    BaseModel,
+    BaseModelChange,
+    DeletedBaseModel,
+    FailedStarts,
+    KeepWarm,
+    NewBaseModel,
+    Pool,
+)
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
+from lmaas.engine.default_model import registered_name
 from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
 from lmaas.errors import InvalidRequest
-from lmaas.http import JsonResponse
 from lmaas.states import Desired, Observed
 from lmaas.store import models, pools, replicas
-from lmaas.types import AUTO, is_model_name
+from lmaas.store.paging import Part
+from lmaas.types import AUTO
 
-#: What an operator may set, with its bounds; None as a value means the setting's.
-BOUNDS: dict[str, tuple[type, float, float]] = {
-    "min_replicas": (int, 0, 1000),
-    "max_replicas": (int, 1, 1000),
-    "idle_timeout_s": (float, 1, 86400 * 7),
-    "cpus": (float, 0.01, 4096),
-    "accelerators": (int, 0, 64),
-    **dict.fromkeys(models.PRICES, (int, 0, models.MAX_PRICE)),
-}
-#: How an engine is run: for replicas that start after the change.
-ENGINE: dict[str, tuple[type, float, float]] = {
-    "max_loras": (int, 1, 1024),
-    "max_cpu_loras": (int, 1, 100_000),
-    "max_num_seqs": (int, 1, 4096),
-    "max_model_len": (int, 16, 10**7),
-    "kv_cache_bytes": (int, 2**20, 2**43),
-}
-#: What adapters are validated against.
-VALIDATED: dict[str, tuple[type, float, float]] = {"max_lora_rank": (int, 1, 512)}
-NUMBERS = BOUNDS | ENGINE | VALIDATED
-WORDS = {"source": str, "dtype": str, "engine_args": str}
-FIELDS: dict[str, type] = {name: kind for name, (kind, _, _) in NUMBERS.items()} | WORDS
-#: Null puts the default back: the setting's, or 0 for prices.
-NULLABLE = frozenset(FIELDS) - {"source"}
-MAX_WORDS = 1000
+#: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
+_FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
+_WORDS = ("source", "dtype", "engine_args")
 
 
-def shown_model(settings: Settings, model: models.BaseModel) -> dict[str, Any]:
-    """A base model as the API shows it: without its tensors, and with the bounds that hold."""
-    shown = {"object": "base_model"} | {name: getattr(model, name) for name in models.BaseModel.__slots__ if name != "linears"}
-    usual = {"min_replicas": 0, "max_replicas": settings.engine_max_replicas, "idle_timeout_s": settings.idle_timeout_s}
-    usual["cpus"] = settings.engine_cpus
-    if settings.engine_accelerators is not None:
-        usual["accelerators"] = settings.engine_accelerators
-    return shown | {name: value for name, value in usual.items() if shown[name] is None}
-
-
-async def shown_pools(api: Api, found: list[models.BaseModel]) -> list[dict[str, Any]]:
-    """Base models with what their pools do now, and why."""
+async def shown_models(api: Api, found: list[models.BaseModel]) -> list[BaseModel]:
+    """Return base models as the API shows them: with the values that hold, and what their pools do now, and why."""
     states = await pools.pool_states_by_id(api.db)
-    alive = await replicas.list_replicas(api.db, limit=None)
+    alive = await replicas.list_replicas(api.db)
     shown = []
     for model in found:
         failed = await replicas.failed_starts(api.db, model.id)
         mine = [row for row in alive if row.base_model_id == model.id]
-        shown.append(shown_model(api.settings, model) | {"pool": _shown_pool(model, mine, states.get(model.id), failed)})
+        pool = _shown_pool(model, mine, states.get(model.id), failed)
+        shown.append(BaseModel(**_effective(api.settings, model), pool=pool))
     return shown
+
+
+def _effective(settings: Settings, model: models.BaseModel) -> dict[str, Any]:
+    values = {name: getattr(model, name) for name in models.BaseModel.__slots__ if name != "linears"}
+    usual: dict[str, Any] = {
+        "min_replicas": 0,
+        "max_replicas": settings.engine_max_replicas,
+        "idle_timeout_s": settings.idle_timeout_s,
+        "cpus": settings.engine_cpus,
+        "accelerators": settings.engine_accelerators,
+    }
+    return values | {name: value for name, value in usual.items() if values[name] is None}
 
 
 def _shown_pool(
     model: models.BaseModel, alive: list[replicas.Replica], state: pools.PoolState | None, failed: replicas.FailedStarts | None
-) -> dict[str, Any]:
+) -> Pool:
     decision = state.decision if state is not None else {}
-    idle = decision.get("idle") or {}
-    hourly = model.engine_price
-    return {
-        "desired": sum(row.desired == Desired.RUNNING for row in alive),
-        **{name: sum(row.observed == name for row in alive) for name in (Observed.STARTING, Observed.READY, Observed.DRAINING)},
-        "wanted": decision.get("wanted", 0),
-        "reason": decision.get("reason"),
-        "waits_for_machine": bool(decision.get("blocked")),
-        "decided_at": state.decided_at.isoformat() if state is not None else None,
-        "start_s": decision.get("start_s"),
-        # What is done when the pool is idle, in seconds since its last request, and what that costs.
-        "keep_warm": {
-            "until_s": idle.get("keep_s"),
-            "again_from_s": idle.get("ready_s"),
-            "again_until_s": idle.get("until_s"),
-            "idle_times_seen": idle.get("gaps", 0),
-            "engine_s_per_idle_time": idle.get("idle_engine_s") if idle.get("gaps") else None,
-            "cold_share": idle.get("cold_share") if idle.get("gaps") else None,
-            "cost_per_hour_microusd": hourly,
-            "cost_per_idle_time_microusd": round(idle.get("idle_engine_s", 0) * hourly / 3600) if idle.get("gaps") else None,
-        },
-        "failed_starts": None
+    return Pool(
+        desired=sum(row.desired == Desired.RUNNING for row in alive),
+        starting=sum(row.observed == Observed.STARTING for row in alive),
+        ready=sum(row.observed == Observed.READY for row in alive),
+        draining=sum(row.observed == Observed.DRAINING for row in alive),
+        wanted=decision.get("wanted", 0),
+        reason=decision.get("reason"),
+        waits_for_machine=bool(decision.get("blocked")),
+        decided_at=state.decided_at if state is not None else None,
+        start_s=decision.get("start_s"),
+        keep_warm=_shown_idleness(decision.get("idle") or {}, model.engine_price),
+        failed_starts=None
         if failed is None
-        else {
-            "count": failed.count,
-            "reason": failed.reason,
-            "ago_s": round(failed.ago_s, 1),
-            "next_try_s": round(max(0.0, decision.get("backoff_s", 0.0) - failed.ago_s), 1),
-        },
-    }
+        else FailedStarts(
+            count=failed.count,
+            reason=failed.reason,
+            ago_s=round(failed.ago_s, 1),
+            next_try_s=round(max(0.0, decision.get("backoff_s", 0.0) - failed.ago_s), 1),
+        ),
+    )
 
 
-async def list_models(api: Api, request: Request) -> Response:
-    """Every base model with its pool's settings."""
-    await api.operator(request)
-    return JsonResponse({"object": "list", "data": await shown_pools(api, await models.list_base_models(api.db))})
+def _shown_idleness(idle: dict[str, Any], hourly: int) -> KeepWarm:
+    has_history = bool(idle.get("gaps"))
+    return KeepWarm(
+        until_s=idle.get("keep_s"),
+        again_from_s=idle.get("ready_s"),
+        again_until_s=idle.get("until_s"),
+        idle_times_seen=idle.get("gaps", 0),
+        engine_s_per_idle_time=idle.get("idle_engine_s") if has_history else None,
+        cold_share=idle.get("cold_share") if has_history else None,
+        cost_per_hour_microusd=hourly,
+        cost_per_idle_time_microusd=round(idle.get("idle_engine_s", 0) * hourly / 3600) if has_history else None,
+    )
 
 
-async def get_model(api: Api, request: Request) -> Response:
-    """One base model, by id or name: what its pool does, and why."""
-    await api.operator(request)
-    [shown] = await shown_pools(api, [await models.get_base_model(api.db, request.path_params["model"])])
-    return JsonResponse(shown)
+async def list_models(api: Api, call: Call[None, Paging]) -> Page[BaseModel]:
+    """Return a page of base models, by name."""
+    limit = call.query.limit
+    found = await models.list_base_models(api.db, Part(limit, call.query.after))
+    # What the pool of a model does is looked up only for those that are shown.
+    page = page_of(list(found), [model.id for model in found], limit)
+    return Page(data=await shown_models(api, page.data), first_id=page.first_id, last_id=page.last_id, has_more=page.has_more)
 
 
-async def create_model(api: Api, request: Request) -> Response:
-    """A new base model, and an empty pool for it. Its shapes are read from the headers of its weights."""
-    principal = await api.operator(request)
-    dry_run = is_dry_run(request)
-    body = await json_body(request, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
-    audit = audited(request, principal, Action.BASE_MODEL_CREATE)
-    model = await models.create_base_model(api.db, await defined_model(api.settings, body), dry_run=dry_run, audit=audit)
-    return JsonResponse((await shown_pools(api, [model]))[0], status_code=200 if dry_run else 201)
+async def get_model(api: Api, call: Call[None, None]) -> BaseModel:
+    """Return one base model, by id or name: what its pool does, and why."""
+    [shown] = await shown_models(api, [await models.get_base_model(api.db, call.path["model"])])
+    return shown
 
 
-def _defaults(settings: Settings) -> dict[str, Any]:
-    """Return the values of a base model that gives none, but for those that are null in the database."""
-    values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in (*ENGINE, *VALIDATED)}
-    # Engine arguments are not taken from the settings: those are for the default model.
-    return values | {"engine_args": "", "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
+async def create_model(api: Api, call: Call[NewBaseModel, DryRun]) -> BaseModel | WithStatus:
+    """Create a base model with an empty pool; a dry run has the status 200."""
+    defined = await defined_model(api.settings, call.body)
+    model = await models.create_base_model(api.db, defined, dry_run=call.query.dry_run, audit=call.audit)
+    [shown] = await shown_models(api, [model])
+    return WithStatus(shown, 200) if call.query.dry_run else shown
 
 
-async def defined_model(settings: Settings, body: dict[str, Any]) -> models.BaseModel:
+def _given(body: Struct) -> dict[str, Any]:
+    return {name: getattr(body, name) for name in body.__struct_fields__ if getattr(body, name) is not UNSET}
+
+
+def _defaults(settings: Settings, name: str) -> dict[str, Any]:
+    """Return the values of a base model of this name that gives none, but for those that are null in the database."""
+    values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in _FROM_SETTINGS}
+    # The engine arguments of the settings are for the base model of the settings.
+    engine_args = settings.engine_args if name == registered_name(settings) else ""
+    return values | {"engine_args": engine_args, "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
+
+
+async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseModel:
     """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
-    check_body(body, {"name": str, **FIELDS}, ("name", "source"), NULLABLE)
-    if not is_model_name(body["name"]):
-        words = "A model's name has 1 to 63 lower-case letters, digits, '.', '_' or '-', and does not begin with 'mod_', as ids do."
-        raise InvalidRequest(words, code="invalid_name", param="name")
-    body = {name: value for name, value in body.items() if value is not None}
+    body = {name: value for name, value in _given(new).items() if value is not None}
     _check(body)
-    values = _defaults(settings) | body
+    values = _defaults(settings, new.name) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
     read = await _read(values["source"], values["dtype"], settings)
@@ -153,15 +149,16 @@ async def defined_model(settings: Settings, body: dict[str, Any]) -> models.Base
     return models.BaseModel(**{"id": ""} | values | read)
 
 
-async def change_model(api: Api, request: Request) -> Response:
-    """Other values for a base model. Null puts a default back. Values of engines hold for replicas that start from now on; what adapters
-    were validated against (source, dtype, max_lora_rank) changes only while there are neither adapters nor replicas."""
-    principal = await api.operator(request)
-    dry_run = is_dry_run(request)
-    given = await json_body(request, FIELDS, nullable=NULLABLE)
+async def change_model(api: Api, call: Call[BaseModelChange, DryRun]) -> BaseModel:
+    """Change values of a base model. Null puts a default back.
+
+    Values of engines hold for replicas that start from now on; what adapters were validated against (source, dtype, max_lora_rank) changes
+    only while there are neither adapters nor replicas.
+    """
+    given = _given(call.body)
     _check(given)
-    model = await models.get_base_model(api.db, request.path_params["model"])
-    defaults = _defaults(api.settings)
+    model = await models.get_base_model(api.db, call.path["model"])
+    defaults = _defaults(api.settings, model.name)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
@@ -179,17 +176,15 @@ async def change_model(api: Api, request: Request) -> Response:
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
     _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
     if changes:
-        audit = audited(request, principal, Action.BASE_MODEL_CHANGE)
-        model = await models.change_base_model(api.db, model.id, changes, dry_run=dry_run, audit=audit)
-    return JsonResponse((await shown_pools(api, [model]))[0])
+        model = await models.change_base_model(api.db, model.id, changes, dry_run=call.query.dry_run, audit=call.audit)
+    [shown] = await shown_models(api, [model])
+    return shown
 
 
-async def delete_model(api: Api, request: Request) -> Response:
-    """End a base model that has neither adapters nor replicas. What it has cost stays for the bill."""
-    principal = await api.operator(request)
-    audit = audited(request, principal, Action.BASE_MODEL_DELETE)
-    model_id = await models.delete_base_model(api.db, request.path_params["model"], audit=audit)
-    return JsonResponse({"object": "base_model.deleted", "id": model_id, "deleted": True})
+async def delete_model(api: Api, call: Call[None, None]) -> DeletedBaseModel:
+    """Delete a base model that has neither adapters nor replicas."""
+    model_id = await models.delete_base_model(api.db, call.path["model"], audit=call.audit)
+    return DeletedBaseModel(id=model_id, deleted=True)
 
 
 async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
@@ -208,16 +203,13 @@ async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Check each value by itself; null is allowed. Raises InvalidRequest."""
-    for name, (_, low, high) in NUMBERS.items():
-        in_range(body, name, low, high)
-    for name in WORDS:
-        text = body.get(name) or ""
-        if len(text) > MAX_WORDS or not text.isprintable():
-            raise InvalidRequest(f"'{name}' may have {MAX_WORDS} printable characters at most.", code="out_of_range", param=name)
+    """Check what the types of the body do not say. Raises InvalidRequest."""
+    for name in _WORDS:
+        if not (body.get(name) or "").isprintable():
+            raise InvalidRequest(f"'{name}' has characters that cannot be printed.", code="out_of_range", param=name)
     source = body.get("source")
     if source is not None and (not source.strip() or source.startswith("-") or source != source.strip()):
-        raise InvalidRequest("'source' is a folder or a hub id.", code="out_of_range", param="source")
+        raise InvalidRequest("'source' must be a folder or a hub id.", code="out_of_range", param="source")
     if why := refusal(body.get("engine_args") or ""):
         raise InvalidRequest(f"'engine_args': {why}.", code="out_of_range", param="engine_args")
 

@@ -1,78 +1,108 @@
-"""The routes of the tenant and operator APIs."""
+"""The routes of the management API: each operation of the table with its handler, and the frame that all of them share."""
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, cogs, operations, tenants
-from lmaas.api.context import Api
-from lmaas.api.openapi import document
-from lmaas.http import JsonResponse
+from lmaas.api import adapters, base_models, replicas, table, tenants, usage
+from lmaas.api.context import Api, Call, Handler, WithStatus
+from lmaas.api.decoding import decode
+from lmaas.api.operation import Operation, Place
+from lmaas.audit import Audit
+from lmaas.http import JsonResponse, limited, parse_json
+from lmaas.types import Principal
 
-Handler = Callable[[Api, Request], Awaitable[Response]]
+MAX_JSON_BYTES = 64 * 1024
 
-ADAPTERS: list[tuple[str, str, Handler]] = [
-    ("GET", "/adapters", adapters.list_adapters),
-    ("POST", "/adapters", adapters.upload_adapter),
-    ("GET", "/adapters/{name}", adapters.get_adapter),
-    ("DELETE", "/adapters/{name}", adapters.delete_adapter),
-    ("GET", "/adapters/{name}/versions", adapters.list_versions),
-    ("POST", "/adapters/{name}/activate", adapters.activate_version),
-]
-KEYS: list[tuple[str, str, Handler]] = [
-    ("GET", "/keys", tenants.list_keys),
-    ("POST", "/keys", tenants.create_key),
-    ("DELETE", "/keys/{key}", tenants.revoke_key),
-]
-#: For tenants' keys only: the keys of operators have no limits.
-KEY_LIMITS: list[tuple[str, str, Handler]] = [("PATCH", "/keys/{key}", tenants.change_key)]
-USAGE: list[tuple[str, str, Handler]] = [
-    ("GET", "/usage", operations.usage_report),
-    ("GET", "/usage/events", operations.usage_events),
-]
-OPERATOR: list[tuple[str, str, Handler]] = [
-    ("GET", "/tenants", tenants.list_tenants),
-    ("POST", "/tenants", tenants.create_tenant),
-    ("GET", "/tenants/{tenant}", tenants.get_tenant),
-    ("PATCH", "/tenants/{tenant}", tenants.change_tenant),
-    ("DELETE", "/tenants/{tenant}", tenants.delete_tenant),
-    *((method, "/tenants/{tenant}" + path, handler) for method, path, handler in ADAPTERS + KEYS + KEY_LIMITS),
-    *KEYS,
-    ("POST", "/check-adapter", adapters.check_adapter),
-    ("GET", "/base-models", base_models.list_models),
-    ("POST", "/base-models", base_models.create_model),
-    ("GET", "/base-models/{model}", base_models.get_model),
-    ("PATCH", "/base-models/{model}", base_models.change_model),
-    ("DELETE", "/base-models/{model}", base_models.delete_model),
-    ("GET", "/replicas", operations.list_replicas),
-    ("GET", "/replicas/{replica}", operations.show_replica),
-    ("DELETE", "/replicas/{replica}", operations.stop_replica),
-    *USAGE,
-    ("GET", "/cogs", cogs.cogs_report),
-]
-#: Every operation of the two APIs: method, path, handler.
-OPERATIONS = [("/v1", *entry) for entry in ADAPTERS + KEYS + KEY_LIMITS + USAGE] + [("/admin/v1", *entry) for entry in OPERATOR]
+HANDLERS: Mapping[str, Handler] = {
+    operation.id: handler
+    for operation, handler in (
+        (table.LIST_ADAPTERS, adapters.list_adapters),
+        (table.UPLOAD_ADAPTER, adapters.upload_adapter),
+        (table.GET_ADAPTER, adapters.get_adapter),
+        (table.DELETE_ADAPTER, adapters.delete_adapter),
+        (table.LIST_VERSIONS, adapters.list_versions),
+        (table.ACTIVATE_VERSION, adapters.activate_version),
+        (table.CHECK_ADAPTER, adapters.check_adapter),
+        (table.LIST_KEYS, tenants.list_keys),
+        (table.CREATE_KEY, tenants.create_key),
+        (table.CHANGE_KEY, tenants.change_key),
+        (table.REVOKE_KEY, tenants.revoke_key),
+        (table.LIST_OPERATOR_KEYS, tenants.list_keys),
+        (table.CREATE_OPERATOR_KEY, tenants.create_key),
+        (table.REVOKE_OPERATOR_KEY, tenants.revoke_key),
+        (table.LIST_TENANTS, tenants.list_tenants),
+        (table.CREATE_TENANT, tenants.create_tenant),
+        (table.GET_TENANT, tenants.get_tenant),
+        (table.CHANGE_TENANT, tenants.change_tenant),
+        (table.DELETE_TENANT, tenants.delete_tenant),
+        (table.LIST_MODELS, base_models.list_models),
+        (table.CREATE_MODEL, base_models.create_model),
+        (table.GET_MODEL, base_models.get_model),
+        (table.CHANGE_MODEL, base_models.change_model),
+        (table.DELETE_MODEL, base_models.delete_model),
+        (table.LIST_REPLICAS, replicas.list_replicas),
+        (table.GET_REPLICA, replicas.get_replica),
+        (table.STOP_REPLICA, replicas.stop_replica),
+        (table.REPORT_USAGE, usage.report_usage),
+        (table.LIST_EVENTS, usage.list_events),
+        (table.REPORT_ALL_USAGE, usage.report_all_usage),
+        (table.LIST_ALL_EVENTS, usage.list_all_events),
+        (table.REPORT_COGS, usage.report_cogs),
+    )
+}
 
 
-def routes(api: Api) -> list[BaseRoute]:
-    """Return the routes of both APIs, and of the document that describes them."""
-    by_path: dict[str, dict[str, Handler]] = {}
-    for prefix, method, path, handler in OPERATIONS:
-        by_path.setdefault(prefix + path, {})[method] = handler
-    spec = document([(method, prefix + path, handler) for prefix, method, path, handler in OPERATIONS])
+def routes(api: Api, spec: dict[str, Any]) -> list[BaseRoute]:
+    """Return the routes of the management API, and of the OpenAPI document `spec`."""
+    by_path: dict[str, dict[str, Place]] = {}
+    for place in table.PLACES:
+        by_path.setdefault(place.path, {})[place.operation.method] = place
 
     async def openapi(_: Request) -> Response:
         return JsonResponse(spec)
 
     return [
         Route("/openapi.json", openapi),
-        *(Route(path, functools.partial(_dispatch, api, handlers), methods=list(handlers)) for path, handlers in by_path.items()),
+        *(Route(path, functools.partial(_dispatch, api, places), methods=list(places)) for path, places in by_path.items()),
     ]
 
 
-async def _dispatch(api: Api, handlers: dict[str, Handler], request: Request) -> Response:
+async def _dispatch(api: Api, places: Mapping[str, Place], request: Request) -> Response:
     # Starlette adds HEAD to GET.
-    return await handlers["GET" if request.method == "HEAD" else request.method](api, request)
+    return await serve(api, places["GET" if request.method == "HEAD" else request.method], request)
+
+
+async def serve(api: Api, place: Place, request: Request) -> Response:
+    """Serve one request: check its permission, decode its query and body, call the handler, and encode its answer.
+
+    Raises LmaasError.
+    """
+    operation = place.operation
+    owner, principal = await api.allowed(place, request)
+    query = None if operation.query is None else decode(operation.query, dict(request.query_params), text=True)
+    call: Call[Any, Any] = Call(
+        owner, request.path_params, await _body(operation, request), query, _audit(operation, principal, request), request
+    )
+    answered = await HANDLERS[operation.id](api, call)
+    answer, status = (answered.answer, answered.status) if isinstance(answered, WithStatus) else (answered, operation.status)
+    return Response(msgspec.json.encode(answer), status, media_type="application/json")
+
+
+async def _body(operation: Operation, request: Request) -> Any:
+    # The handler itself reads a form, whose files stream to disk.
+    if operation.body is None or operation.files:
+        return None
+    text = await Request(request.scope, limited(request.receive, request.scope, MAX_JSON_BYTES)).body()
+    return decode(operation.body, parse_json(text) if text.strip() else {})
+
+
+def _audit(operation: Operation, principal: Principal, request: Request) -> Audit | None:
+    if operation.audit is None:
+        return None
+    return Audit(operation.audit, principal.role.value, principal.key_id, request.scope["request_id"])

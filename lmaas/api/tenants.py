@@ -1,182 +1,139 @@
-"""Tenants and keys over HTTP."""
+"""Handlers for tenants and keys."""
 
 from dataclasses import asdict, fields
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from msgspec import UNSET, Struct
 
-from lmaas.admission.tiers import DEFAULT_TIER, TIERS, effective
-from lmaas.api.context import Api, audited, in_range, is_dry_run, json_body
-from lmaas.audit import Action
+from lmaas.admission.tiers import DEFAULT_TIER, effective
+from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.operation import page_of
+from lmaas.api.shapes import tenants as shapes
+from lmaas.api.shapes.common import DryRun, Page, Paging
+from lmaas.api.shapes.tenants import (
+    CreatedKey,
+    DeletedTenant,
+    Key,
+    KeyChange,
+    NewKey,
+    NewLimits,
+    NewOperatorKey,
+    NewTenant,
+    Revocation,
+    Tenant,
+    TenantChange,
+)
 from lmaas.errors import InvalidRequest, NotFound
-from lmaas.http import JsonResponse
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store import tenants as rows
-from lmaas.types import NAME_PATTERN, Limits, Principal, Role
+from lmaas.store.paging import Part
+from lmaas.types import Limits, Role
 
-#: Null: as the tier has it, or for a key, no limit.
-LIMITS: dict[str, type] = {field.name: int for field in fields(Limits)}
-FIELDS: dict[str, type] = {"tier": str, "max_queued": int, "max_adapters": int} | LIMITS
+_LIMITS = tuple(field.name for field in fields(Limits))
 #: What a new tenant gets unless the operator gives other values, and what null puts back.
 DEFAULTS: dict[str, Any] = {"tier": DEFAULT_TIER, "max_queued": 64, "max_adapters": 20}
-MAX_LIMIT = 10**15
 
 
-def shown_tenant(tenant: rows.Tenant) -> dict[str, Any]:
-    """A tenant as the API shows it."""
-    return {
-        "object": "tenant",
-        "id": tenant.id,
-        "name": tenant.name,
-        "tier": tenant.tier,
-        "max_queued": tenant.max_queued,
-        "max_adapters": tenant.max_adapters,
+def shown_tenant(tenant: rows.Tenant) -> Tenant:
+    """Return a tenant as the API shows it."""
+    return Tenant(
+        id=tenant.id,
+        name=tenant.name,
+        tier=tenant.tier,  # type: ignore[arg-type]  # the database has only names of tiers
+        max_queued=tenant.max_queued,
+        max_adapters=tenant.max_adapters,
+        effective_limits=shapes.Limits(**asdict(effective(tenant.limits, tenant.tier))),
+        created_at=tenant.created_at,
         **asdict(tenant.limits),
-        "effective_limits": asdict(effective(tenant.limits, tenant.tier)),
-        "created_at": tenant.created_at.isoformat(),
-    }
+    )
 
 
-def shown_key(key: rows.ApiKey) -> dict[str, Any]:
-    """A key as the API shows it: never the secret."""
-    return {
-        "object": "key",
-        "id": key.id,
-        "role": key.role,
-        "name": key.name,
-        "prefix": key.prefix,
-        "created_at": key.created_at.isoformat(),
-        "revoked_at": key.revoked_at.isoformat() if key.revoked_at else None,
-        **asdict(key.limits),
-    }
+def _key_values(key: rows.ApiKey) -> dict[str, Any]:
+    names = ("id", "role", "name", "prefix", "created_at", "revoked_at")
+    return {name: getattr(key, name) for name in names} | asdict(key.limits)
 
 
-def _check_limits(body: dict[str, Any]) -> None:
-    for name in LIMITS:
-        in_range(body, name, 1, MAX_LIMIT)
+def _given(body: Struct) -> dict[str, Any]:
+    """Return the values that a body gives, with defaults in place of null. A limit of 0 or null is none of its own: None."""
+    given = {name: getattr(body, name) for name in body.__struct_fields__ if getattr(body, name) is not UNSET}
+    return {name: (value or None) if name in _LIMITS else DEFAULTS.get(name) if value is None else value for name, value in given.items()}
 
 
-def _check_fields(body: dict[str, Any]) -> None:
-    if body.get("tier", DEFAULT_TIER) not in TIERS:
-        raise InvalidRequest(f"'tier' must be one of: {', '.join(TIERS)}.", code="out_of_range", param="tier")
-    in_range(body, "max_queued", 1, 100_000)
-    in_range(body, "max_adapters", 0, 100_000)
-    _check_limits(body)
+def _limits(body: NewLimits) -> Limits:
+    return Limits(**{name: value for name, value in _given(body).items() if name in _LIMITS})
 
 
-def _with_defaults(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the body with defaults in place of null. A limit that is null stays so: the tier's holds."""
-    return {name: DEFAULTS.get(name) if value is None else value for name, value in body.items()}
+async def list_tenants(api: Api, call: Call[None, Paging]) -> Page[Tenant]:
+    """Return a page of tenants, by name."""
+    found = await rows.list_tenants(api.db, Part(call.query.limit, call.query.after))
+    return page_of([shown_tenant(tenant) for tenant in found], [tenant.id for tenant in found], call.query.limit)
 
 
-def _limits(body: dict[str, Any]) -> Limits:
-    return Limits(**{name: body[name] for name in LIMITS if name in body})
+async def create_tenant(api: Api, call: Call[NewTenant, DryRun]) -> Tenant | WithStatus:
+    """Create a tenant; a dry run has the status 200."""
+    values = DEFAULTS | _given(call.body)
+    given = (values["name"], values["tier"], values["max_queued"], values["max_adapters"], _limits(call.body))
+    tenant = await rows.create_tenant(api.db, *given, dry_run=call.query.dry_run, audit=call.audit)
+    shown = shown_tenant(tenant)
+    return WithStatus(shown, 200) if call.query.dry_run else shown
 
 
-async def list_tenants(api: Api, request: Request) -> Response:
-    """Every tenant."""
-    await api.operator(request)
-    return JsonResponse({"object": "list", "data": [shown_tenant(tenant) for tenant in await rows.list_tenants(api.db)]})
+async def get_tenant(api: Api, call: Call[None, None]) -> Tenant:
+    """Return one tenant, by id or name."""
+    return shown_tenant(await rows.get_tenant(api.db, call.path["tenant"]))
 
 
-async def create_tenant(api: Api, request: Request) -> Response:
-    """A new tenant, without keys yet."""
-    principal = await api.operator(request)
-    dry_run = is_dry_run(request)
-    body = DEFAULTS | _with_defaults(await json_body(request, {"name": str, **FIELDS}, ("name",), FIELDS))
-    if NAME_PATTERN.fullmatch(body["name"]) is None:
-        raise InvalidRequest("A tenant's name has 1 to 63 lower-case letters, digits, '.', '_' or '-'.", code="invalid_name", param="name")
-    _check_fields(body)
-    audit = audited(request, principal, Action.TENANT_CREATE)
-    given = (body["name"], body["tier"], body["max_queued"], body["max_adapters"], _limits(body))
-    tenant = await rows.create_tenant(api.db, *given, dry_run=dry_run, audit=audit)
-    return JsonResponse(shown_tenant(tenant), status_code=200 if dry_run else 201)
+async def change_tenant(api: Api, call: Call[TenantChange, DryRun]) -> Tenant:
+    """Change values of a tenant. Null puts a default back."""
+    tenant = await rows.get_tenant(api.db, call.path["tenant"])
+    changes = _given(call.body)
+    if changes:
+        tenant = await rows.update_tenant(api.db, tenant.id, changes, dry_run=call.query.dry_run, audit=call.audit)
+    return shown_tenant(tenant)
 
 
-async def get_tenant(api: Api, request: Request) -> Response:
-    """One tenant, by id or name."""
-    await api.operator(request)
-    return JsonResponse(shown_tenant(await rows.get_tenant(api.db, request.path_params["tenant"])))
+async def delete_tenant(api: Api, call: Call[None, None]) -> DeletedTenant:
+    """Delete a tenant and then its files.
 
-
-async def change_tenant(api: Api, request: Request) -> Response:
-    """Another tier or other limits for a tenant. Null puts a default back."""
-    principal = await api.operator(request)
-    dry_run = is_dry_run(request)
-    tenant = await rows.get_tenant(api.db, request.path_params["tenant"])
-    body = _with_defaults(await json_body(request, FIELDS, nullable=FIELDS))
-    _check_fields(body)
-    if body:
-        audit = audited(request, principal, Action.TENANT_CHANGE)
-        tenant = await rows.update_tenant(api.db, tenant.id, body, dry_run=dry_run, audit=audit)
-    return JsonResponse(shown_tenant(tenant))
-
-
-async def delete_tenant(api: Api, request: Request) -> Response:
-    """End a tenant: keys stop at once, adapters and their files go, usage stays for the bill."""
-    principal = await api.operator(request)
-    asked = request.path_params["tenant"]
-    # The rows first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and the same
-    # request deletes them later: a tenant that has been deleted is found as long as it has files.
+    The rows go first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and the same
+    request deletes them later: a deleted tenant is found as long as it has files.
+    """
     try:
-        tenant = await rows.get_tenant(api.db, asked)
+        tenant = await rows.get_tenant(api.db, call.path["tenant"])
     except NotFound:
-        tenant = await rows.get_deleted_tenant(api.db, asked)
+        tenant = await rows.get_deleted_tenant(api.db, call.path["tenant"])
         if not await api.adapters.delete_all(tenant.id):
             raise
     else:
-        await rows.delete_tenant(api.db, tenant.id, audit=audited(request, principal, Action.TENANT_DELETE))
+        await rows.delete_tenant(api.db, tenant.id, audit=call.audit)
         await api.adapters.delete_all(tenant.id)
-    return JsonResponse({"object": "tenant.deleted", "id": tenant.id, "deleted": True})
+    return DeletedTenant(id=tenant.id, deleted=True)
 
 
-async def _owner(api: Api, request: Request) -> tuple[str | None, Principal]:
-    """Return whose keys are meant, a tenant's or under `/admin/v1/keys` the operators' (None), and who asks."""
-    if request.scope["path"].startswith("/admin/v1/keys"):
-        return None, await api.operator(request)
-    return await api.tenant(request, manage=True)
+async def list_keys(api: Api, call: Call[None, Paging]) -> Page[Key]:
+    """Return a page of the owner's keys, newest first, without their secrets."""
+    found = await rows.list_keys(api.db, call.owner, Part(call.query.limit, call.query.after))
+    return page_of([Key(**_key_values(key)) for key in found], [key.id for key in found], call.query.limit)
 
 
-async def list_keys(api: Api, request: Request) -> Response:
-    """The owner's keys, without their secrets."""
-    owner, _ = await _owner(api, request)
-    return JsonResponse({"object": "list", "data": [shown_key(key) for key in await rows.list_keys(api.db, owner)]})
-
-
-async def create_key(api: Api, request: Request) -> Response:
-    """A new key. Its secret is in this answer and nowhere else."""
-    owner, asker = await _owner(api, request)
-    body = await json_body(request, {"role": str, "name": str} | ({} if owner is None else LIMITS), nullable=LIMITS)
-    _check_limits(body)
-    allowed = [Role.OPERATOR] if owner is None else [Role.INFERENCE, Role.TENANT_ADMIN]
-    role = body.get("role", allowed[0].value)
-    if role not in allowed:
-        raise InvalidRequest(f"'role' must be one of: {', '.join(allowed)}.", code="out_of_range", param="role")
-    if len(body.get("name", "")) > 100:
-        raise InvalidRequest("'name' may have 100 characters at most.", code="out_of_range", param="name")
+async def create_key(api: Api, call: Call[NewKey | NewOperatorKey, None]) -> CreatedKey:
+    """Create a key of the owner. The answer has its secret."""
+    limits = Limits() if isinstance(call.body, NewOperatorKey) else _limits(call.body)
     secret = new_key()
-    given = (Role(role), body.get("name", ""), hash_key(secret), shown_prefix(secret), _limits(body))
-    key = await rows.create_key(api.db, owner, *given, audit=audited(request, asker, Action.KEY_CREATE))
-    return JsonResponse(shown_key(key) | {"key": secret}, status_code=201)
+    given = (Role(call.body.role), call.body.name, hash_key(secret), shown_prefix(secret), limits)
+    key = await rows.create_key(api.db, call.owner, *given, audit=call.audit)
+    return CreatedKey(key=secret, **_key_values(key))
 
 
-async def change_key(api: Api, request: Request) -> Response:
-    """Other limits for a tenant's key."""
-    tenant_id, principal = await api.tenant(request, manage=True)
-    body = await json_body(request, LIMITS, nullable=LIMITS)
-    _check_limits(body)
-    if not body:
-        raise InvalidRequest("Name at least one limit.", code="missing_parameter")
-    audit = audited(request, principal, Action.KEY_CHANGE)
-    key = await rows.change_key(api.db, tenant_id, request.path_params["key"], body, audit=audit)
-    return JsonResponse(shown_key(key))
+async def change_key(api: Api, call: Call[KeyChange, None]) -> Key:
+    """Change limits of a tenant's key."""
+    limits = _given(call.body)
+    if not limits:
+        raise InvalidRequest(f"Give at least one limit: {', '.join(_LIMITS)}.", code="missing_parameter")
+    return Key(**_key_values(await rows.change_key(api.db, call.tenant_id, call.path["key"], limits, audit=call.audit)))
 
 
-async def revoke_key(api: Api, request: Request) -> Response:
-    """Revoke a key: within a second it works nowhere. The last key of the operators is refused without `?force=true`."""
-    owner, asker = await _owner(api, request)
-    audit = audited(request, asker, Action.KEY_REVOKE)
-    force = request.query_params.get("force") == "true"
-    key = await rows.revoke_key(api.db, owner, request.path_params["key"], force=force, audit=audit)
-    return JsonResponse(shown_key(key))
+async def revoke_key(api: Api, call: Call[None, Revocation | None]) -> Key:
+    """Revoke a key of the owner."""
+    force = call.query is not None and call.query.force
+    return Key(**_key_values(await rows.revoke_key(api.db, call.owner, call.path["key"], force=force, audit=call.audit)))

@@ -9,14 +9,17 @@ import click
 
 from lmaas import config
 from lmaas.admission.tiers import TIERS
+from lmaas.api import table
 from lmaas.cli.apply import apply
-from lmaas.cli.context import Context, address, confirm, pass_context, yes_option
+from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
 from lmaas.errors import ApiError, LmaasError, SettingsError
 
+#: The latest events that `lmaas usage --events` shows.
+MOST_EVENTS = 100
 #: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
@@ -93,7 +96,7 @@ def tenant() -> None:
 @pass_context
 def tenant_list(context: Context) -> None:
     """List the tenants."""
-    context.show([_limited(row) for row in context.client().list("/admin/v1/tenants")], TENANT)
+    context.show([_limited(row) for row in context.client().items(table.LIST_TENANTS)], TENANT)
 
 
 @tenant.command("create")
@@ -103,7 +106,7 @@ def tenant_list(context: Context) -> None:
 def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
     """Create a tenant."""
     body: dict[str, Any] = {"name": name} | _given(limits)
-    context.show_one(_limited(context.client().call("POST", "/admin/v1/tenants", json=body)), TENANT)
+    context.show_one(_limited(context.client().send(table.CREATE_TENANT, body)), TENANT)
 
 
 @tenant.command("change")
@@ -113,7 +116,7 @@ def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
 def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
     """Change a tenant's tier or limits. If it has a manifest, the next `lmaas apply` puts the manifest's values back."""
     body = _some(limits)
-    context.show_one(_limited(context.client().call("PATCH", address("/admin/v1/tenants", name), json=body)), TENANT)
+    context.show_one(_limited(context.client().send(table.CHANGE_TENANT, body, tenant=name)), TENANT)
 
 
 @tenant.command("delete")
@@ -123,7 +126,7 @@ def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
 def tenant_delete(context: Context, name: str, yes: bool) -> None:
     """Delete a tenant with its keys and adapters. Its usage stays, for the bill."""
     confirm(f"Delete the tenant '{name}'? Its keys stop working at once, and its adapters are deleted. This cannot be undone.", yes=yes)
-    answer = context.client().call("DELETE", address("/admin/v1/tenants", name))
+    answer = context.client().send(table.DELETE_TENANT, tenant=name)
     context.show_done(answer, f"The tenant '{name}' is deleted.")
 
 
@@ -139,17 +142,16 @@ def key() -> None:
     """Manage API keys: a tenant's, or for an operator without --tenant those of operators."""
 
 
-def _keys(context: Context) -> str:
-    if context.tenant is None and context.is_operator():
-        return "/admin/v1/keys"
-    return context.client().own("/keys")
+def _of_operators(context: Context) -> bool:
+    return context.tenant is None and context.is_operator()
 
 
 @key.command("list")
 @pass_context
 def key_list(context: Context) -> None:
     """List the keys, without their secrets."""
-    context.show([_limited(row) for row in context.client().list(_keys(context))], KEY)
+    operation = table.LIST_OPERATOR_KEYS if _of_operators(context) else table.LIST_KEYS
+    context.show([_limited(row) for row in context.client().items(operation)], KEY)
 
 
 @key.command("create")
@@ -160,7 +162,7 @@ def key_list(context: Context) -> None:
 def key_create(context: Context, /, role: str | None, name: str, **limits: int | None) -> None:
     """Create a key, with limits of its own if given. The key itself is shown now and never again."""
     body = {"name": name} | ({"role": role} if role else {}) | _given(limits)
-    created = context.client().call("POST", _keys(context), json=body)
+    created = context.client().send(table.CREATE_OPERATOR_KEY if _of_operators(context) else table.CREATE_KEY, body)
     context.show_one(created, ("id", "role", "name", "key"), "Keep the key: it is not shown again.")
 
 
@@ -171,7 +173,7 @@ def key_create(context: Context, /, role: str | None, name: str, **limits: int |
 def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
     """Change the limits of a tenant's key."""
     body = _some(limits)
-    context.show_one(_limited(context.client().call("PATCH", address(_keys(context), key_id), json=body)), KEY)
+    context.show_one(_limited(context.tenant_client().send(table.CHANGE_KEY, body, key=key_id)), KEY)
 
 
 @key.command("revoke")
@@ -182,9 +184,9 @@ def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
 def key_revoke(context: Context, key_id: str, yes: bool, force: bool) -> None:
     """Revoke a key. It stops working within a second."""
     confirm(f"Revoke the key '{key_id}'? It stops working within a second, and cannot be restored.", yes=yes)
-    params = {"force": "true"} if force else {}
+    operation = table.REVOKE_OPERATOR_KEY if _of_operators(context) else table.REVOKE_KEY
     try:
-        answer = context.client().call("DELETE", address(_keys(context), key_id), params=params)
+        answer = context.client().send(operation, query={"force": force or None}, key=key_id)
     except ApiError as error:
         if error.code != "last_operator_key":
             raise
@@ -204,8 +206,7 @@ def adapter() -> None:
 @pass_context
 def adapter_list(context: Context) -> None:
     """List the adapters."""
-    client = context.tenant_client()
-    context.show(client.list(client.own("/adapters")), ADAPTER)
+    context.show(context.tenant_client().items(table.LIST_ADAPTERS), ADAPTER)
 
 
 @adapter.command("upload")
@@ -236,8 +237,7 @@ def adapter_upload(context: Context, name: str, folder: Path, base_model: str, n
 @pass_context
 def adapter_versions(context: Context, name: str) -> None:
     """List the versions of an adapter."""
-    client = context.tenant_client()
-    context.show(client.list(client.own(address("/adapters", name) + "/versions")), VERSION)
+    context.show(context.tenant_client().items(table.LIST_VERSIONS, name=name), VERSION)
 
 
 @adapter.command("activate")
@@ -246,9 +246,7 @@ def adapter_versions(context: Context, name: str) -> None:
 @pass_context
 def adapter_activate(context: Context, name: str, version: int) -> None:
     """Make a version the live one. An older one is a rollback."""
-    client = context.tenant_client()
-    path = client.own(address("/adapters", name) + "/activate")
-    context.show_one(client.call("POST", path, json={"version": version}), ADAPTER)
+    context.show_one(context.tenant_client().send(table.ACTIVATE_VERSION, {"version": version}, name=name), ADAPTER)
 
 
 @adapter.command("delete")
@@ -259,7 +257,7 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
     """Delete an adapter with all its versions."""
     client = context.tenant_client()
     confirm(f"Delete the adapter '{name}' with all its versions? This cannot be undone.", yes=yes)
-    context.show_done(client.call("DELETE", client.own(address("/adapters", name))), f"The adapter '{name}' is deleted.")
+    context.show_done(client.send(table.DELETE_ADAPTER, name=name), f"The adapter '{name}' is deleted.")
 
 
 @cli.command()
@@ -269,11 +267,14 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
     """Show requests, tokens and charges by day, tenant and model."""
-    path = "/admin/v1/usage" if context.is_operator() else "/v1/usage"
+    of_all = context.is_operator()
+    query = {"tenant": context.tenant} if of_all else {}
     if events:
-        context.show(context.client().list(f"{path}/events", tenant=context.tenant), EVENT)
+        operation = table.LIST_ALL_EVENTS if of_all else table.LIST_EVENTS
+        context.show(context.client().items(operation, most=MOST_EVENTS, query=query), EVENT)
     else:
-        context.show(context.client().list(path, tenant=context.tenant, since=since, until=until), USAGE)
+        operation = table.REPORT_ALL_USAGE if of_all else table.REPORT_USAGE
+        context.show(context.client().items(operation, query={**query, "since": since, "until": until}), USAGE)
 
 
 @cli.command()
@@ -283,7 +284,7 @@ def usage(context: Context, since: str | None, until: str | None, events: bool) 
 @pass_context
 def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
     """Compare what engines cost with what tenants are charged, for operators."""
-    answer = context.client().call("GET", "/admin/v1/cogs", params=_given({"since": since, "until": until, "by": by}))
+    answer = context.client().send(table.REPORT_COGS, query={"since": since, "until": until, "by": by})
     if context.as_json:
         context.show_one(answer, ())
         return

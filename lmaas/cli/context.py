@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import click
 
+from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
 
@@ -52,7 +52,7 @@ class Context:
         if not self.settings.api_key:
             return True
         try:
-            self.client().call("GET", "/admin/v1/keys")
+            self.client().send(table.LIST_OPERATOR_KEYS, query={"limit": 1})
         except ApiError as error:
             if error.status != HTTPStatus.FORBIDDEN:
                 raise
@@ -106,9 +106,3 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("This command asks for confirmation, and there is no terminal. Add --yes to confirm.")
     click.confirm(question, abort=True, err=True)
-
-
-def address(*parts: str) -> str:
-    """Return the path of a resource: the first part as it is, then names or ids, whatever characters they have."""
-    first, *names = parts
-    return "/".join((first, *(quote(name, safe="") for name in names)))

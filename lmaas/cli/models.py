@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
-from lmaas.cli.context import Context, address, confirm, pass_context, yes_option
+from lmaas.api import table
+from lmaas.cli.context import Context, confirm, pass_context, yes_option
 
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 #: The most important first: on a narrow terminal the last ones are left out.
@@ -54,7 +55,7 @@ def model() -> None:
 @pass_context
 def model_list(context: Context) -> None:
     """List the base models."""
-    rows = context.client().list("/admin/v1/base-models")
+    rows = context.client().items(table.LIST_MODELS)
     context.show([_flat(row) for row in rows], MODEL)
     if not context.as_json:
         for line in troubles(rows):
@@ -66,7 +67,7 @@ def model_list(context: Context) -> None:
 @pass_context
 def model_show(context: Context, name: str) -> None:
     """Show how a base model is run, what its pool does now, and why."""
-    row = context.client().call("GET", address("/admin/v1/base-models", name))
+    row = context.client().send(table.GET_MODEL, model=name)
     if context.as_json:
         context.show_one(row, ())
         return
@@ -90,7 +91,7 @@ def model_add(context: Context, /, name: str, source: str, **values: Any) -> Non
     if Path(source).is_dir():
         source = str(Path(source).resolve())
     body = {"name": name, "source": source} | _given(values)
-    context.show_one(_flat(context.client().call("POST", "/admin/v1/base-models", json=body)), MODEL)
+    context.show_one(_flat(context.client().send(table.CREATE_MODEL, body)), MODEL)
 
 
 @model.command("change")
@@ -102,7 +103,7 @@ def model_change(context: Context, /, name: str, **values: Any) -> None:
     """Change values of a base model. Those of engines hold for replicas that start from now on."""
     if not (body := _given(values)):
         raise click.UsageError("Give at least one option that says what to change; --help lists them.")
-    context.show_one(_flat(context.client().call("PATCH", address("/admin/v1/base-models", name), json=body)), MODEL)
+    context.show_one(_flat(context.client().send(table.CHANGE_MODEL, body, model=name)), MODEL)
 
 
 @model.command("delete")
@@ -112,7 +113,7 @@ def model_change(context: Context, /, name: str, **values: Any) -> None:
 def model_delete(context: Context, name: str, yes: bool) -> None:
     """Delete a base model that has neither adapters nor replicas. Its costs stay, for the bill."""
     confirm(f"Delete the base model '{name}'? Clients can no longer call it.", yes=yes)
-    context.show_done(context.client().call("DELETE", address("/admin/v1/base-models", name)), f"The base model '{name}' is deleted.")
+    context.show_done(context.client().send(table.DELETE_MODEL, model=name), f"The base model '{name}' is deleted.")
 
 
 def troubles(rows: list[dict[str, Any]]) -> list[str]:

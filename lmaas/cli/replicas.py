@@ -2,10 +2,13 @@
 
 import click
 
-from lmaas.cli.context import Context, address, pass_context
+from lmaas.api import table
+from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import troubles
 from lmaas.states import START_PHASES
 
+#: The latest replicas that `lmaas replica list --ended` shows.
+MOST_ENDED = 100
 #: The most important first: on a narrow terminal the last ones are left out.
 REPLICA = ("id", "base_model", "desired", "observed", "reason", "created_at", "ready_at", "url")
 
@@ -21,9 +24,9 @@ def replica() -> None:
 def replica_list(context: Context, ended: bool) -> None:
     """List the replicas that exist."""
     client = context.client()
-    context.show(client.list("/admin/v1/replicas", ended="true" if ended else None), REPLICA)
+    context.show(client.items(table.LIST_REPLICAS, most=MOST_ENDED if ended else None, query={"ended": ended}), REPLICA)
     if not context.as_json:
-        for line in troubles(client.list("/admin/v1/base-models")):
+        for line in troubles(client.items(table.LIST_MODELS)):
             click.echo(line)
 
 
@@ -32,7 +35,7 @@ def replica_list(context: Context, ended: bool) -> None:
 @pass_context
 def replica_show(context: Context, replica_id: str) -> None:
     """Show a replica, and where the time of its start went."""
-    row = context.client().call("GET", address("/admin/v1/replicas", replica_id))
+    row = context.client().send(table.GET_REPLICA, replica=replica_id)
     context.show_one(row, REPLICA)
     if row["start"] and not context.as_json:
         click.echo()
@@ -44,4 +47,4 @@ def replica_show(context: Context, replica_id: str) -> None:
 @pass_context
 def replica_stop(context: Context, replica_id: str) -> None:
     """Drain a replica and stop it. Its requests finish; if there is demand, another starts."""
-    context.show_one(context.client().call("DELETE", address("/admin/v1/replicas", replica_id)), ("id", "desired"))
+    context.show_one(context.client().send(table.STOP_REPLICA, replica=replica_id), ("id", "desired"))

@@ -13,10 +13,17 @@ import threading
 import time
 from pathlib import Path
 
+from lmaas.config import Settings
+
 #: The name by which tenants call it.
 NAME = "smollm2-135m-instruct"
 #: How long a conversion takes on a small machine, to guess how far one is: the libraries do not say.
 USUAL_S = 15.0
+
+
+def registered_name(settings: Settings) -> str:
+    """Return the name of the base model that `lmaas up` and `lmaas init` register: that of the settings, or of the default model."""
+    return settings.model_name or (Path(settings.model).name.lower() if settings.model else NAME)
 
 
 def gguf_path() -> Path:

@@ -155,7 +155,7 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
     """Have the zygote fork `lmaas` with these arguments. The process runs once `go` is called. None if that is not possible at once."""
     order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
-        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_PATIENCE_S)
+        return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_FORK_TIMEOUT_S)
     except NoZygote as error:
         log.info("the supervisor is started plainly", extra={"action": "start", "detail": str(error)})
         return None
@@ -179,6 +179,11 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
     )
 
 
+def url_of(host: str, port: int) -> str:
+    """The URL of an engine's server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class EngineProcess:
     """A running vLLM server."""
 
@@ -192,7 +197,7 @@ class EngineProcess:
         compiling_path: Path,
     ) -> None:
         self._process = process
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.url = url_of(host, port)
         self._log = engine_log
         self._marks_path, self._compiling_path = marks_path, compiling_path
         #: Whether the zygote forked it, or it was started plainly.

@@ -31,7 +31,7 @@ AGAIN_S = 1.0
 #: How long Postgres may take to claim a key, and how long the end of a response waits until Postgres has stored it.
 CLAIM_S = 5.0
 SETTLE_S = 2.0
-#: Claims, and settlements, in Postgres at a time. The other connections of the pool are for looking up keys and models.
+#: Claims, and settlements, in Postgres at a time. The other connections are for looking up keys and models.
 AT_ONCE = 3
 #: The `retry-after` of a repeat whose first request still runs.
 IN_PROGRESS_RETRY_S = 2.0

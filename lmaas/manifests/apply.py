@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lmaas.api.table import CREATE_KEY
 from lmaas.errors import ApiError, Conflict, LmaasError
 from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import Manifests
@@ -53,7 +54,7 @@ def execute(changes: Sequence[Change], client: ApiClient) -> None:
 
 def _send(request: Send | Upload, client: ApiClient) -> None:
     if isinstance(request, Send):
-        client.call(request.method, request.path, json=request.body)
+        client.send_to(request.operation, request.path, request.body)
         return
     tenant = client.for_tenant(request.tenant)
     answer = tenant.upload(request.adapter, request.base_model, request.folder, activate=request.activate)
@@ -78,7 +79,6 @@ def working_keys(tenant: str, known: dict[str, str], client: ApiClient) -> dict[
     for name, role in (("api_key", "inference"), ("admin_key", "tenant_admin")):
         key = known.get(name)
         if not key or not client.with_key(key).works():
-            path = f"/admin/v1/tenants/{tenant}/keys"
-            key = str(client.call("POST", path, json={"role": role, "name": "lmaas up"})["key"])
+            key = str(client.send(CREATE_KEY, {"role": role, "name": "lmaas up"}, tenant=tenant)["key"])
         keys[name] = key
     return keys

@@ -1,16 +1,19 @@
-"""A client of our own HTTP API, for the CLI and for manifests."""
+"""A client of the management API, for the CLI and for manifests. Methods and paths come from the table of operations."""
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE
+from lmaas.api.operation import Operation, filled
+from lmaas.api.shapes.common import MAX_PAGE
+from lmaas.api.table import CHECK_ADAPTER, UPLOAD_ADAPTER
 from lmaas.errors import ApiError, InvalidRequest, SettingsError
 
 Progress = Callable[[int], None]
@@ -40,25 +43,72 @@ class ApiClient:
     def works(self) -> bool:
         """Return whether the key is valid."""
         try:
-            self.call("GET", "/v1/models")
+            self._call("GET", "/v1/models")
         except ApiError as error:
             if error.status == 401:
                 return False
             raise
         return True
 
+    def check_ready(self) -> None:
+        """Raise ApiError unless the service is ready."""
+        self._call("GET", "/readyz")
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
 
-    def call(self, method: str, path: str, **options: Any) -> Any:
-        """Send a request and return the JSON of its response. Raises ApiError, or SettingsError if the service cannot be reached."""
+    def send(
+        self, operation: Operation, body: Mapping[str, Any] | None = None, *, query: Mapping[str, Any] | None = None, **path: str
+    ) -> dict[str, Any]:
+        """Call an operation and return the JSON of its answer; `path` has the parameters of its path. Otherwise as `send_to`."""
+        return self.send_to(operation, path, body, query)
+
+    def send_to(
+        self,
+        operation: Operation,
+        path: Mapping[str, str],
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Call an operation and return the JSON of its answer.
+
+        An operation on a tenant's resources is about the tenant in `path`, otherwise about the client's, otherwise about the key's own.
+        Values of the query that are None are not sent. Raises ApiError, or SettingsError if the service cannot be reached.
+        """
+        params = {name: _text(value) for name, value in (query or {}).items() if value is not None}
+        answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), params=params, json=body)
+        return answer
+
+    def items(
+        self, operation: Operation, *, most: int | None = None, query: Mapping[str, Any] | None = None, **path: str
+    ) -> list[dict[str, Any]]:
+        """Return all items of a list, or at most `most`, page by page. Raises as `send`."""
+        found: list[dict[str, Any]] = []
+        after = None
+        while True:
+            page = {"limit": MAX_PAGE if most is None else min(most - len(found), MAX_PAGE), "after": after} if operation.is_paged else {}
+            answer = self.send_to(operation, path, query={**(query or {}), **page})
+            found += answer["data"]
+            if not answer.get("has_more") or (most is not None and len(found) >= most):
+                return found
+            after = answer["last_id"]
+
+    def _address(self, operation: Operation, path: Mapping[str, str]) -> str:
+        owner = {} if self._tenant is None else {"tenant": self._tenant}
+        named = owner | dict(path)
+        of_tenant = operation.operator_path
+        return filled(of_tenant if of_tenant is not None and "tenant" in named else operation.path, named)
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
             response = self._http.request(method, self._root + path, **options)
         except ValueError as error:
             raise InvalidRequest(f"This cannot be sent: {error}") from error
         except httpx.TransportError as error:
-            raise SettingsError(f"The service at {self._root} does not answer: {error}") from error
+            raise SettingsError(
+                f"The service at {self._root} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
+            ) from error
         try:
             answer = response.json()
         except ValueError:
@@ -69,31 +119,20 @@ class ApiClient:
             raise ApiError(response.status_code, said.get("message", ""), said.get("code", ""), request_id, said.get("param"))
         return answer
 
-    def own(self, path: str) -> str:
-        """Return the path of a resource of the key's tenant, or of the tenant that the operator named."""
-        return f"/v1{path}" if self._tenant is None else f"/admin/v1/tenants/{quote(self._tenant, safe='')}{path}"
-
-    def list(self, path: str, **query: Any) -> list[dict[str, Any]]:
-        """Return the items of a list."""
-        data: list[dict[str, Any]] = self.call("GET", path, params={name: value for name, value in query.items() if value is not None})[
-            "data"
-        ]
-        return data
-
     def upload(
         self, name: str, base_model: str, folder: Path, *, activate: bool = True, progress: Progress | None = None
     ) -> dict[str, Any]:
         """Upload an adapter's folder as PEFT saves it; return the adapter with its version, which is an earlier one if it has the same
         content. Raises InvalidRequest if a file is missing."""
         fields = {"name": name, "base_model": base_model, "activate": str(activate).lower()}
-        return self._send_adapter(self.own("/adapters"), folder, fields, progress)
+        return self._send_adapter(UPLOAD_ADAPTER, folder, fields, progress)
 
     def check_adapter(self, folder: Path, base: dict[str, str]) -> dict[str, Any]:
         """Have the service check an adapter's folder without storing it; return what it would store. `base` has the name of the base model
         (`base_model`) or the JSON of one that does not exist yet (`definition`). Raises InvalidRequest if a file is missing."""
-        return self._send_adapter("/admin/v1/check-adapter", folder, base)
+        return self._send_adapter(CHECK_ADAPTER, folder, base)
 
-    def _send_adapter(self, path: str, folder: Path, fields: dict[str, str], progress: Progress | None = None) -> dict[str, Any]:
+    def _send_adapter(self, operation: Operation, folder: Path, fields: dict[str, str], progress: Progress | None = None) -> dict[str, Any]:
         config, model = folder / CONFIG_FILE, folder / MODEL_FILE
         for needed in (config, model):
             if not needed.is_file():
@@ -105,8 +144,13 @@ class ApiClient:
                 "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
                 "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),
             }
-            answer: dict[str, Any] = self.call("POST", path, data=fields | {"sha256": digest}, files=files)
+            address = self._address(operation, {})
+            answer: dict[str, Any] = self._call(operation.method, address, data=fields | {"sha256": digest}, files=files)
         return answer
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Counted(io.RawIOBase):

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from lmaas.api import table
 from lmaas.errors import ApiError, InvalidRequest
 from lmaas.manifests import models, tenants
 from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
-from lmaas.manifests.plan import MODELS, TENANTS, KnownAdapter, Observed, Shown, request_for
+from lmaas.manifests.plan import KnownAdapter, Observed, Shown, request_for
 from lmaas.manifests.tenants import AdapterManifest, TenantManifest
 
 #: The statuses of a refusal that is about the manifest; any other failure ends the observation.
@@ -20,7 +21,6 @@ _REFUSED = frozenset({
 })  # fmt: skip
 #: If one of these changes, an adapter is checked against the base model as it will be.
 _VALIDATED = ("source", "dtype", "max_lora_rank")
-DRY_RUN = {"dry_run": "true"}
 
 
 def observe(manifests: Manifests, client: ApiClient) -> Observed:
@@ -38,8 +38,8 @@ class _Observation:
     refusals: list[str] = field(default_factory=list)
 
     def run(self) -> Observed:
-        known_models = {row["name"]: row for row in self.client.list(MODELS)}
-        known_tenants = {row["name"]: row for row in self.client.list(TENANTS)}
+        known_models = {row["name"]: row for row in self.client.items(table.LIST_MODELS)}
+        known_tenants = {row["name"]: row for row in self.client.items(table.LIST_TENANTS)}
         proposed_models = self._proposed(self.manifests.models, known_models)
         proposed_tenants = self._proposed(self.manifests.tenants, known_tenants)
         adapters = {tenant.name: self._adapters(tenant) for tenant in self.manifests.tenants if tenant.name in known_tenants}
@@ -57,15 +57,15 @@ class _Observation:
         for manifest in manifests:
             request = request_for(manifest, exists=manifest.name in known)
             with self._refusing(f"{manifest.path}: ", models.FIELDS if isinstance(manifest, ModelManifest) else tenants.FIELDS):
-                proposed[manifest.name] = self.client.call(request.method, request.path, json=request.body, params=DRY_RUN)
+                proposed[manifest.name] = self.client.send_to(request.operation, request.path, request.body, {"dry_run": True})
         return proposed
 
     def _adapters(self, tenant: TenantManifest) -> dict[str, KnownAdapter]:
         client = self.client.for_tenant(tenant.name)
         mine = {entry.name for entry in tenant.adapters}
         found = {}
-        for row in client.list(client.own("/adapters")):
-            versions = client.list(client.own(f"/adapters/{row['name']}/versions")) if row["name"] in mine else []
+        for row in client.items(table.LIST_ADAPTERS):
+            versions = client.items(table.LIST_VERSIONS, name=row["name"]) if row["name"] in mine else []
             contents = {version["version"]: version["content_hash"] for version in versions}
             found[row["name"]] = KnownAdapter(row["base_model"], row["live_version"], contents)
         return found

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from lmaas.api import table
+from lmaas.api.operation import Operation
 from lmaas.errors import InvalidRequest
 from lmaas.manifests import models, tenants
 from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
 from lmaas.manifests.tenants import AdapterManifest, TenantManifest
 
-MODELS, TENANTS = "/admin/v1/base-models", "/admin/v1/tenants"
 #: What the API shows of a base model or a tenant.
 Shown = dict[str, Any]
 
@@ -62,11 +62,11 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A request with a JSON body."""
+    """A call of an operation with a JSON body. `path` has the parameters of its path."""
 
-    method: str
-    path: str
+    operation: Operation
     body: dict[str, Any]
+    path: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,11 @@ def plan(manifests: Manifests, observed: Observed) -> list[Change]:
 
 def request_for(manifest: ModelManifest | TenantManifest, *, exists: bool) -> Send:
     """Return the request that makes the service match. It has every value that a manifest may give, so that a removed one is a default."""
-    path = MODELS if isinstance(manifest, ModelManifest) else TENANTS
+    is_model = isinstance(manifest, ModelManifest)
     if exists:
-        return Send("PATCH", f"{path}/{quote(manifest.name, safe='')}", manifest.body)
-    return Send("POST", path, {"name": manifest.name} | manifest.body)
+        operation, parameter = (table.CHANGE_MODEL, "model") if is_model else (table.CHANGE_TENANT, "tenant")
+        return Send(operation, manifest.body, {parameter: manifest.name})
+    return Send(table.CREATE_MODEL if is_model else table.CREATE_TENANT, {"name": manifest.name} | manifest.body)
 
 
 def _resource(manifest: ModelManifest | TenantManifest, known: Shown | None, proposed: Shown, notes: tuple[str, ...] = ()) -> Change:
@@ -153,8 +154,7 @@ def _adapter(tenant: TenantManifest, entry: AdapterManifest, known: KnownAdapter
     if wanted != live:
         fields.append(FieldChange("live version", live, wanted))
         if entry.version or not folder:
-            path = f"{TENANTS}/{quote(tenant.name, safe='')}/adapters/{quote(entry.name, safe='')}/activate"
-            requests.append(Send("POST", path, {"version": wanted}))
+            requests.append(Send(table.ACTIVATE_VERSION, {"version": wanted}, {"tenant": tenant.name, "name": entry.name}))
     elif same and live not in same and entry.version is None:
         notes.append(
             f"Version {live} is live and stays so; the folder has the content of version {max(same)}. "
@@ -182,6 +182,11 @@ def _next(contents: Mapping[int, str]) -> int:
 def _problems(manifests: Manifests, observed: Observed) -> Iterator[str]:
     """What the service would refuse although each manifest by itself is right."""
     new_models = {model.name: model.path for model in manifests.models}
+    ids = {row["id"]: name for known in (observed.models, observed.tenants) for name, row in known.items()}
+    given = [(manifest.path, manifest.name) for manifest in manifests.models]
+    for path, name in (*given, *((manifest.path, manifest.name) for manifest in manifests.tenants)):
+        if name in ids:
+            yield f"{path}: 'name' is the id of '{ids[name]}'. Give the name instead."
     for tenant in manifests.tenants:
         known = observed.adapters.get(tenant.name, {})
         for entry in tenant.adapters:

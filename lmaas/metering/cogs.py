@@ -11,13 +11,13 @@ from datetime import date
 from typing import Any, TypeVar
 
 from lmaas.metering.pricing import PICOUSD_PER_MICROUSD
-from lmaas.states import EnginePhase
+from lmaas.states import Dimension, EnginePhase
 from lmaas.store.engine_time import Charge, Consumer, EngineTime, Work
 
 K = TypeVar("K", bound=Hashable)
 
-#: The fields that lines may be grouped by. An adapter is named within its tenant.
-DIMENSIONS = ("day", "tenant", "adapter")
+#: The fields that lines may be grouped by.
+DIMENSIONS = tuple(Dimension)
 MS_PER_HOUR = 3_600_000
 
 

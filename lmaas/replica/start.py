@@ -20,6 +20,8 @@ class Times:
     generated: float = 0.0
     resident: float = 0.0
     ready: float = 0.0
+    #: For how many seconds it has waited for a zygote that was still on its way.
+    waited: float = 0.0
 
 
 def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, int | str]:
@@ -29,7 +31,8 @@ def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, i
     loaded = marked.get(marks.LOADED, loading)
     cached = marked.get(marks.CACHED, loaded)
     spans = {
-        "spawn_ms": times.began - times.asked,
+        "spawn_ms": times.began - times.asked - times.waited,
+        "zygote_ms": times.waited,
         "import_ms": loading - times.began,
         "weights_ms": loaded - loading,
         "kv_ms": cached - loaded,

@@ -8,19 +8,21 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.config import Settings
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
-from lmaas.engine.launch import EngineProcess, launched, spec_of
+from lmaas.engine.launch import EngineProcess, EngineSpec, launched, spec_of, url_of
 from lmaas.errors import Unavailable
 from lmaas.metering.engine_time import phase_when_ready
 from lmaas.metering.usage import UsageRecord
+from lmaas.replica.address import address_of, free_port
+from lmaas.replica.progress import StartProgress
 from lmaas.replica.residency import Residency
 from lmaas.replica.start import Times, process_began, start_record
 from lmaas.replica.timesheet import TimeSheet
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 #: How often a starting engine is asked whether it is healthy.
-LOOK_S = 0.025
+HEALTH_POLL_S = 0.025
 #: Requests run but no token is made for this long: the engine is probed. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
@@ -82,13 +84,15 @@ class Supervisor:
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         self._wake = asyncio.Event()
         self._times = Times(process_began())
-        self._started = time.monotonic()
+        self._home = settings.home if settings.zygote == "on" else None
+        self._engine: EngineProcess | None = None
+        self._progress = StartProgress()
         self._ready = False
         #: How long such a start usually takes; None once it was reported after our own start.
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
-        self._looking: asyncio.Task[bool] | None = None
+        self._probing: asyncio.Task[bool] | None = None
         self._doubted = False
         self._controller_seen = time.monotonic()
         self._busy_seen = time.monotonic()
@@ -103,34 +107,29 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
-        settings = self._settings
-        home = settings.home if settings.zygote == "on" else None
         # An address instead of a name, so that gateways find the engine also while a name server is down or busy.
-        spec = spec_of(self._model, settings.engine_module, await _address(settings.engine_host))
-        async with self._sheet.kept(), launched(spec, _free_port(spec.host), self._folder / "engine.log", home) as engine:
-            self._times.began = engine.began
-            log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}, {engine.by}"))
+        spec = spec_of(self._model, self._settings.engine_module, await address_of(self._settings.engine_host))
+        port = free_port(spec.host)
+        url = url_of(spec.host, port)
+        async with self._sheet.kept(), AsyncExitStack() as stack:
             tasks: list[asyncio.Task[Any]] = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {
-                    "engine-exit": self._watch_engine(engine),
-                    "engine-start": self._get_ready(engine),
-                    "usual-start": self._learn_usual_start(engine),
-                    "heartbeat": self._beat(engine),
+                    "engine": self._run_engine(spec, port, stack),
+                    "usual-start": self._learn_usual_start("plain" if self._home is None else "zygote"),
+                    "heartbeat": self._beat(url),
                     "signals": self._listen(),
-                    "desire": self._watch_desire(engine),
-                    "liveness": self._watch_liveness(engine),
-                    "grammars": self._watch_grammars(engine),
+                    "desire": self._watch_desire(url),
                     "time-sheet": self._sheet.write_forever(),
                 }.items()
             ]
             try:
                 ending = await self._first_ending(tasks)
-                if ending.state is Observed.STOPPED:
-                    await self._drain(engine)
+                if ending.state is Observed.STOPPED and self._engine is not None:
+                    await self._drain(self._engine)
             finally:
-                if self._looking is not None:
-                    tasks.append(self._looking)
+                if self._probing is not None:
+                    tasks.append(self._probing)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -143,6 +142,21 @@ class Supervisor:
         level = logging.INFO if ending.state is Observed.STOPPED else logging.ERROR
         log.log(level, "replica ended", extra=self._extra("end", ending.reason))
         return ending
+
+    async def _run_engine(self, spec: EngineSpec, port: int, stack: AsyncExitStack) -> None:
+        """Start the engine, which `stack` stops in the end, get it ready, and watch it. Heartbeats go on beside that: the start may have to
+        wait for the zygote."""
+        launching = launched(spec, port, self._folder / "engine.log", self._home, self._progress.saw)
+        engine = self._engine = await stack.enter_async_context(launching)
+        self._progress.began(engine)
+        self._times.began, self._times.waited = engine.began, self._progress.waited_s
+        log.info("engine starting", extra=self._extra("start", f"pid {engine.pid}, {engine.by}"))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_engine(engine), name="engine-exit")
+            group.create_task(self._learn_usual_start(engine.by), name="usual-start")
+            group.create_task(self._get_ready(engine), name="engine-start")
+            group.create_task(self._watch_liveness(engine.url), name="liveness")
+            group.create_task(self._watch_grammars(engine), name="grammars")
 
     async def _first_ending(self, tasks: list["asyncio.Task[Any]"]) -> Ending:
         """Return the ending. The first unexpected failure of a task is raised, which ends the replica as well."""
@@ -162,12 +176,19 @@ class Supervisor:
 
     async def _get_ready(self, engine: EngineProcess) -> None:
         """Wait until the engine is ready, which means that it has generated a token, and report it."""
-        deadline = self._started + self._settings.start_timeout_s
-        while not await self._client.healthy(engine.url):
-            if time.monotonic() > deadline:
-                self.end(Observed.FAILED, f"the engine was not ready within {self._settings.start_timeout_s:.0f} s: {engine.last_words()}")
-                return
-            await asyncio.sleep(LOOK_S)
+        watching = asyncio.create_task(self._watch_start(engine), name="start-progress")
+        try:
+            await self._become_ready(engine)
+        finally:
+            watching.cancel()
+
+    async def _watch_start(self, engine: EngineProcess) -> None:
+        reason = await self._progress.until_stuck(engine, self._settings.start_timeout_s)
+        self.end(Observed.FAILED, f"{reason}: {engine.last_words()}")
+
+    async def _become_ready(self, engine: EngineProcess) -> None:
+        while not await self._client.healthy(engine.url):  # noqa: ASYNC110 (it is another process that gets healthy)
+            await asyncio.sleep(HEALTH_POLL_S)
         self._times.healthy = time.monotonic()
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
@@ -176,7 +197,7 @@ class Supervisor:
         warming = asyncio.create_task(self._warm(engine), name="warm")
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
-            if not await self._probe(engine, max(PROBE_TIMEOUT_S, deadline - time.monotonic())):
+            if not await self._probe(engine, max(PROBE_TIMEOUT_S, self._settings.start_timeout_s)):
                 self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
                 return
             self._times.generated = time.monotonic()
@@ -188,26 +209,27 @@ class Supervisor:
         self._ready = True
         self._sheet.observe(EnginePhase.IDLE)
         record = start_record(engine.by, self._times, engine.marks())
-        if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
+        if not await self._true_if_unavailable(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
             self.end(Observed.STOPPED, "this replica is not desired any more")
             return
         self._state = Observed.READY
         self._wake.set()
         log.info("engine ready", extra=self._extra("ready", f"after {record['total_ms']} ms"))
-        await self._learn_usual_start(engine)
+        await self._learn_usual_start(engine.by)
 
     async def _warm(self, engine: EngineProcess) -> None:
         if self._residency.awaits:
             engine.seal_log()  # these are tenants' adapters
         await self._residency.warm(engine.url)
 
-    async def _learn_usual_start(self, engine: EngineProcess) -> None:
-        """Find out how long a start usually takes, for clients that wait for one."""
+    async def _learn_usual_start(self, by: str) -> None:
+        """Find out how long a start by such means usually takes, for clients that wait for one."""
         with contextlib.suppress(Unavailable):
-            self._start_ms = await usual_start_ms(self._db, self._model.id, engine.by)
+            self._start_ms = await usual_start_ms(self._db, self._model.id, by)
+            self._progress.usual_s = None if self._start_ms is None else self._start_ms / 1000
 
-    async def _patiently(self, attempt: Awaitable[bool]) -> bool:
-        """The result of the database; while that is down, true: nothing has changed."""
+    async def _true_if_unavailable(self, attempt: Awaitable[bool]) -> bool:
+        """Return the result of `attempt`, or true while the database is away: then nothing has changed."""
         try:
             return await attempt
         except Unavailable:
@@ -229,12 +251,13 @@ class Supervisor:
             await self._scheduler.record_event(self._model.id, record.event())
         return True
 
-    async def _beat(self, engine: EngineProcess) -> None:
+    async def _beat(self, url: str) -> None:
         cleared = False
         while True:
             self._wake.clear()
+            left_ms, late_ms = self._progress.left_ms() if self._state is Observed.STARTING else (None, None)
             beat = Beat(
-                url=engine.url,
+                url=url,
                 slots=self._model.max_num_seqs,
                 adapter_slots=self._model.max_loras,
                 state=self._state,
@@ -242,13 +265,15 @@ class Supervisor:
                 cleared=cleared,
                 suspect=self._doubted,
                 start_ms=self._start_ms,
+                left_ms=left_ms,
+                late_ms=late_ms,
             )
             try:
                 reply = await self._scheduler.heartbeat(self._model.id, self._id, beat)
             except Unavailable:
                 # Requests that run go on; Redis may come back.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
-                moves = await self._moves(engine)
+                moves = await self._moves(url)
                 self._see(controller=False, busy=moves)
                 self._saw_load(int(moves), 0)
                 await asyncio.sleep(BEAT_S)
@@ -265,16 +290,17 @@ class Supervisor:
             if self._state is Observed.STARTING:
                 self._residency.prepare(reply.get("warm") or {})
             else:
-                self._residency.want(engine.url, reply["loads"], reply["used"])
-            if reply["suspect"] and self._looking is None:
+                self._residency.want(url, reply["loads"], reply["used"])
+            if reply["suspect"] and self._probing is None and self._engine is not None:
                 # Beside the heartbeats, which must go on: a busy engine may take its time.
-                self._looking = asyncio.create_task(self._works(engine), name="look")
-                self._looking.add_done_callback(lambda _: self._wake.set())
-            elif self._looking is not None and self._looking.done():
-                cleared, self._looking = self._looking.result(), None
+                self._probing = asyncio.create_task(self._works(self._engine), name="suspect-probe")
+                self._probing.add_done_callback(lambda _: self._wake.set())
+            elif self._probing is not None and self._probing.done():
+                cleared, self._probing = self._probing.result(), None
                 if cleared:
                     continue
-                self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
+                words = "" if self._engine is None else self._engine.last_words()
+                self.end(Observed.FAILED, f"the engine does not generate: {words}")
             # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
@@ -288,12 +314,12 @@ class Supervisor:
     async def _works(self, engine: EngineProcess) -> bool:
         """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one, but an engine whose
         server does not return its counters for MUTE_S seconds is."""
-        before, answered = await self._tokens(engine), time.monotonic()
+        before, answered = await self._tokens(engine.url), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:
             while not probe.done() and engine.running:
                 await asyncio.wait({probe}, timeout=BEAT_S)
-                now = await self._tokens(engine)
+                now = await self._tokens(engine.url)
                 if before is not None and now is not None and now > before:
                     return True
                 if now is not None:
@@ -305,15 +331,15 @@ class Supervisor:
             probe.cancel()
             await asyncio.gather(probe, return_exceptions=True)
 
-    async def _tokens(self, engine: EngineProcess) -> float | None:
+    async def _tokens(self, url: str) -> float | None:
         try:
-            return await self._client.generated_tokens(engine.url)
+            return await self._client.generated_tokens(url)
         except (EngineError, *CONNECTION_ERRORS):
             return None
 
-    async def _moves(self, engine: EngineProcess) -> bool:
+    async def _moves(self, url: str) -> bool:
         """Whether the engine has made tokens since the last call. Nothing else is known while Redis is down."""
-        before, self._counted = self._counted, await self._tokens(engine)
+        before, self._counted = self._counted, await self._tokens(url)
         return before is not None and self._counted is not None and self._counted > before
 
     def _see(self, *, controller: bool, busy: bool) -> None:
@@ -331,7 +357,7 @@ class Supervisor:
         async for _ in self._scheduler.listen(replica_channel(self._id)):
             self._wake.set()
 
-    async def _watch_desire(self, engine: EngineProcess) -> None:
+    async def _watch_desire(self, url: str) -> None:
         while True:
             with contextlib.suppress(Unavailable):
                 row = await get_replica(self._db, self._id)
@@ -340,15 +366,15 @@ class Supervisor:
                     return
                 if self._state is Observed.READY and row.observed == Observed.STARTING:
                     # Postgres was away when it was to be written.
-                    await observe(self._db, self._id, Observed.READY, url=engine.url)
+                    await observe(self._db, self._id, Observed.READY, url=url)
             await asyncio.sleep(BEAT_S)
 
-    async def _watch_liveness(self, engine: EngineProcess) -> None:
+    async def _watch_liveness(self, url: str) -> None:
         """Find an engine that makes no progress although its connections are open: it is stopped, or hangs."""
         tokens, moved, answered = None, time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(min(STALL_S / 6, MUTE_S / 4))
-            now = await self._tokens(engine)
+            now = await self._tokens(url)
             if now is not None or self._state is Observed.STARTING:
                 answered = time.monotonic()
             if self._state is Observed.STARTING or self._load == 0 or (now is not None and now != tokens):
@@ -385,14 +411,3 @@ class Supervisor:
         self._load = await self._scheduler.drain(self._model.id, self._id)
         if self._load >= 0:
             self._saw_load(self._load, 0)
-
-
-async def _address(host: str) -> str:
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return str(found[0][4][0])
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

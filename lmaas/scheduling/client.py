@@ -107,6 +107,9 @@ class Beat:
     suspect: bool = False
     #: The usual time of a start in this pool.
     start_ms: int | None = None
+    #: What is left of this replica's own start, and by how much it is late.
+    left_ms: int | None = None
+    late_ms: int | None = None
 
 
 def connect(url: str) -> Redis:
@@ -260,10 +263,10 @@ class Scheduler:
         """Remove a replica whose engine is gone."""
         await self.call("deregister", pool, replica)
 
-    async def stats(self, pool: str) -> dict[str, Any]:
+    async def stats(self, pool: str, delay_ms: int = 0) -> dict[str, Any]:
         """Return demand and replicas of a pool, and reap what has expired. Only the controller calls this: replicas see from it that there
-        is one."""
-        return await self._call_as_seen("stats", pool)
+        is one. `delay_ms` is by how much longer than usual a start takes at present."""
+        return await self._call_as_seen("stats", pool, delay_ms)
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""

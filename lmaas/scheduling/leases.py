@@ -44,7 +44,7 @@ class Usage(Protocol):
         """Return the usage event as JSON."""
 
 
-class Terms(Protocol):
+class AdmissionLimits(Protocol):
     """What a request is admitted under."""
 
     @property
@@ -96,10 +96,10 @@ class Standing:
 class OpenTicket:
     """An accepted request. It waits, runs, may wait and run once more, and is settled."""
 
-    def __init__(self, ticket: Ticket, usage: Usage, terms: Terms, deadline_s: float, scheduler: Scheduler) -> None:
+    def __init__(self, ticket: Ticket, usage: Usage, limits: AdmissionLimits, deadline_s: float, scheduler: Scheduler) -> None:
         self.ticket = ticket
         self.usage = usage
-        self.terms = terms
+        self.limits = limits
         #: The rest of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is back.
         self.left: Mapping[str, Sequence[int]] = {}
         self.opened = time.monotonic()
@@ -197,7 +197,7 @@ class OpenTicket:
             elif self._on_revoked is not None:
                 self._on_revoked()
         elif state in REFUSALS:
-            self._fail(self.terms.refusal(report))
+            self._fail(self.limits.refusal(report))
         elif state == TicketState.FAILED:
             self.give_up()
         elif state == TicketState.LOAD_FAILED:
@@ -241,18 +241,18 @@ class Leases:
         return len(self._open)
 
     @asynccontextmanager
-    async def open(self, ticket: Ticket, usage: Usage, terms: Terms, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
+    async def open(self, ticket: Ticket, usage: Usage, limits: AdmissionLimits, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
         """Accept a request. However the block ends, that frees the slot and records one usage event.
 
-        Raises the terms' refusal if it is over a limit, Unavailable if Redis is away; then nothing was accepted.
+        Raises the refusal of `limits` if it is over one, Unavailable if Redis is away; then nothing was accepted.
         """
-        opened = OpenTicket(ticket, usage, terms, deadline_s, self.scheduler)
+        opened = OpenTicket(ticket, usage, limits, deadline_s, self.scheduler)
         self._asked[ticket.id] = opened
         try:
-            report = await self.scheduler.submit(ticket, terms.bounds)
+            report = await self.scheduler.submit(ticket, limits.bounds)
             if report["state"] == NoTicket.UNSEEDED:
-                seeds = await terms.seeds(report["scopes"], report["month"])
-                report = await self.scheduler.submit(ticket, terms.bounds, seeds=seeds)
+                seeds = await limits.seeds(report["scopes"], report["month"])
+                report = await self.scheduler.submit(ticket, limits.bounds, seeds=seeds)
         except BaseException:
             # The server may have taken the ticket although its reply was lost, so it is released, without waiting for that.
             self._send_end(Settlement(ticket, "", None, None))
@@ -261,7 +261,7 @@ class Leases:
             del self._asked[ticket.id]
         self._see_epoch(ticket.pool, report.get("epoch"))
         if report["state"] in REFUSALS:
-            raise terms.refusal(report)
+            raise limits.refusal(report)
         self._open[ticket.id] = opened
         opened.left = report.get("left") or {}
         opened.apply(report)
@@ -378,7 +378,7 @@ class Leases:
         elif opened.attempts > 1:
             opened.give_up()
         else:
-            report = await self.scheduler.submit(opened.ticket, opened.terms.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
+            report = await self.scheduler.submit(opened.ticket, opened.limits.bounds, waited_ms=opened.waited_ms, attempts=opened.attempts)
             opened.apply(report)
             if opened.ticket.id not in self._open:
                 # It ended while it was being put back.

@@ -12,7 +12,8 @@ local function left_of(usual, elapsed)
 end
 
 -- Returns how long a ticket at this position may have to wait: {wait_ms, late_ms, phase, assumed}. `late_ms` is by how much the next
--- turn, or the start, is later than usual. If `assumed`, no start of this pool is known, and START_MS is used instead.
+-- turn, or the start, is later than usual; of a start, both are its supervisor's own report if there is one. If `assumed`, no start of
+-- this pool is known, and START_MS is used instead.
 local function estimate(pool, position)
   local run, slots, turn = var(pool, 'run_ms', TURN_MS), 0, 0
   for _, replica in pairs(pool.replicas) do
@@ -29,6 +30,9 @@ local function estimate(pool, position)
     for _, replica in pairs(pool.replicas) do
       if replica.state == REPLICA.STARTING then
         local mine, mine_late = left_of(usual, pool.now - replica.since)
+        if replica.left then
+          mine, mine_late = math.max(math.min(1000, replica.left), replica.left - (pool.now - replica.beat)), replica.late or 0
+        end
         if not left or mine < left or (mine == left and mine_late < late) then left, late, phase = mine, mine_late, PHASE.STARTING end
       end
     end
@@ -36,6 +40,8 @@ local function estimate(pool, position)
       -- No supervisor reports yet. An engine was asked for when the first ticket came.
       local first = redis.call('ZRANGE', pool.key .. ':queue', 0, 0)[1]
       left, late = left_of(usual, first and pool.now - get(pool, first).submitted or 0)
+      local delay = var(pool, 'delay_ms', 0) - (pool.now - var(pool, 'controller', 0))
+      if delay > 0 then left, late = delay + usual, 0 end
       phase = PHASE.ASKED
     end
   end
@@ -249,7 +255,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   return done
 end)
 
--- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect}, memory) →
+-- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect, start_ms, left_ms, late_ms}, memory) →
 -- {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
 -- used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
 redis.register_function('lmaas_heartbeat', function(keys, args)
@@ -270,6 +276,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   -- A drain is decided here, and a heartbeat that was already on its way does not undo it.
   if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
   replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
+  replica.left, replica.late = beat.left_ms, beat.late_ms
   if beat.cleared then replica.suspect = nil end
   if beat.suspect then replica.suspect = true end
   pool.dirty[replica.id] = true
@@ -379,8 +386,9 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats(memory), called by the controller, which shows that there is one → {memory, queued, load, idle_ms, run_ms, start_ms (the usual
--- times of a request and a start), replicas: {id → {state, load, slots, beat_ms, resident, running}}}
+-- stats(memory, delay_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual a start
+-- takes at present. → {memory, queued, load, idle_ms, run_ms, start_ms (the usual times of a request and a start), replicas: {id →
+-- {state, load, slots, beat_ms, resident, running}}}
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
@@ -388,7 +396,7 @@ register_always('lmaas_stats', function(keys, args)
   close(pool)
   -- A server that has lost its memory does not know how long the pool has been idle: idleness starts now.
   redis.call('HSETNX', pool.key .. ':vars', 'active', pool.now)
-  redis.call('HSET', pool.key .. ':vars', 'controller', pool.now)
+  redis.call('HSET', pool.key .. ':vars', 'controller', pool.now, 'delay_ms', args[2])
   local load, seen = 0, {}
   for id, replica in pairs(pool.replicas) do
     load = load + replica.load

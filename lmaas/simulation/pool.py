@@ -22,7 +22,7 @@ from lmaas.simulation.trace import Request
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 
-#: The controller looks, supervisors beat and gateways renew this often.
+#: The interval of the controller's ticks, the supervisors' heartbeats and the gateways' renewals.
 TICK_S = 1.0
 LOADS_AT_ONCE = 4
 GATEWAY = "simulated"
@@ -161,7 +161,7 @@ class Pool:
                 if channel == gateway_channel(GATEWAY):
                     self._hear_gateway(json.loads(text))
                 elif channel == CONTROL_CHANNEL:
-                    self._clock.after(0, self._look)
+                    self._clock.after(0, self._tick_pool)
                 else:
                     for replica in list(self._replicas.values()):
                         if channel == replica_channel(replica.id):
@@ -194,9 +194,9 @@ class Pool:
             self._hear()
             self._decide()
         else:
-            self._look()
+            self._tick_pool()
         quiet_s = 0.0 if self._open else self._quiet_s()
-        # Nothing can change until the next request comes, or for so long: looks that change nothing are left out.
+        # Nothing can change until the next request comes, or for so long: ticks that change nothing are left out.
         self._ticking = quiet_s is not None
         if quiet_s is not None:
             self._ticks += 1
@@ -209,7 +209,7 @@ class Pool:
         changing = any(replica.stopping or replica.state is not Observed.READY for replica in self._replicas.values())
         return None if policy.min_replicas == policy.max_replicas and not changing else 0.0
 
-    def _look(self) -> None:
+    def _tick_pool(self) -> None:
         """Do what the controller does for this pool in a tick."""
         if self._open or not self._stats:
             self._stats = self._queue.ask(self._queue.stats(self._name))

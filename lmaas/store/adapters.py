@@ -13,6 +13,7 @@ from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound, TooLarge
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.paging import Part, rows_of
 from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
 
 
@@ -69,10 +70,11 @@ def _adapters(tenant_id: str) -> Select[Any]:
     )
 
 
-async def list_adapters(db: Database, tenant_id: str) -> list[Adapter]:
-    """Return the tenant's adapters, by name."""
+async def list_adapters(db: Database, tenant_id: str, part: Part | None = None) -> list[Adapter]:
+    """Return the tenant's adapters, or a part of them, by name. Raises InvalidRequest for a part after an unknown one."""
     async with db.begin(tenant_id) as connection:
-        return [Adapter(*row) for row in await connection.execute(_adapters(tenant_id).order_by(adapters.c.name))]
+        owned = adapters.c.tenant_id == tenant_id
+        return [Adapter(*row) for row in await rows_of(connection, _adapters(tenant_id), part, adapters.c.name, adapters.c.id, owned)]
 
 
 async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
@@ -84,14 +86,19 @@ async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
     return Adapter(*row)
 
 
-async def list_versions(db: Database, tenant_id: str, name: str) -> list[AdapterVersion]:
-    """Return the versions of an adapter, oldest first. Raises NotFound."""
+async def list_versions(
+    db: Database, tenant_id: str, name: str, *, after: int | None = None, limit: int | None = None
+) -> list[AdapterVersion]:
+    """Return the versions of an adapter, or at most `limit` after the version `after`, oldest first. Raises NotFound."""
     adapter = await get_adapter(db, tenant_id, name)
     query = (
         select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
         .where(adapter_versions.c.adapter_id == adapter.id, adapter_versions.c.tenant_id == tenant_id)
         .order_by(adapter_versions.c.version)
+        .limit(limit)
     )
+    if after is not None:
+        query = query.where(adapter_versions.c.version > after)
     async with db.begin(tenant_id) as connection:
         return [AdapterVersion(*row) for row in await connection.execute(query)]
 

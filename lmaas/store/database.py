@@ -1,5 +1,6 @@
 """Connections to Postgres: short transactions, never open across a stream."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -48,15 +49,15 @@ class Database:
     a role, transactions have the login's own rights.
     """
 
-    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", pool_size: int = 5) -> None:
+    def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", connections: int = 5) -> None:
         self._role, self._prefix = role, prefix
         self._login = make_url(driver_url(url)).username
         #: What a transaction has to become, unless the login is it already.
         self._acts_as = None if role is None or role_name(prefix, role) == self._login else role
         self._engine = create_async_engine(
             driver_url(url),
-            pool_size=pool_size,
-            max_overflow=pool_size,
+            pool_size=connections,
+            max_overflow=connections,
             pool_timeout=5,
             # The driver begins no transaction by itself: ours begins with its scope, in one exchange.
             isolation_level="AUTOCOMMIT",
@@ -71,14 +72,14 @@ class Database:
 
         It is committed at the end of the block, and rolled back on an error.
         """
-        statement = begin_statement(scope, self._prefix, self._acts_as)
         try:
-            connection = await self._begun(statement)
+            connection = await self._begun(scope)
             try:
                 async with connection.begin():
                     yield connection
             finally:
-                await connection.close()
+                # Also if the task is cancelled meanwhile: the pool gets its connection back.
+                await asyncio.shield(connection.close())
         except (OperationalError, InterfaceError, PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise Unavailable("The database is not available. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from error
         except DBAPIError as error:
@@ -88,33 +89,41 @@ class Database:
                 ) from error
             raise
 
-    async def _begun(self, statement: str) -> AsyncConnection:
-        """Return a connection on which the transaction has begun. This exchange also finds out whether the connection still lives."""
+    async def _begun(self, scope: AnyScope) -> AsyncConnection:
+        """Return a connection on which the transaction has begun. That exchange also finds out whether the connection still works."""
         while True:
             connection = await self._engine.connect()
             try:
-                raw = await connection.get_raw_connection()
-                is_new = not raw.info.setdefault("lmaas_used", False)
-                raw.info["lmaas_used"] = True
-                driver: psycopg.AsyncConnection[Any] = raw.driver_connection  # type: ignore[assignment]
-                await driver.execute(statement.encode(), prepare=False)
+                info = (await connection.get_raw_connection()).info
+                is_new, info["lmaas_used"] = "lmaas_used" not in info, True
+                await self.start(connection, scope)
             except (psycopg.OperationalError, psycopg.InterfaceError):
-                # One that lay in the pool may have died meanwhile: the next one is asked, in the end a new one.
+                # A connection may have died in the pool. Then the next one is tried, in the end a new one.
                 await connection.invalidate()
                 await connection.close()
                 if is_new:
                     raise
-            except (InsufficientPrivilege, InvalidParameterValue) as error:
-                await connection.close()
-                raise SettingsError(
-                    f"The database login {self._login!r} may not act as a role that it needs: {str(error).splitlines()[0]}. Run "
-                    "`lmaas migrate` with a login that may grant it, or use the login of the role itself (docs/tenancy.md)."
-                ) from error
             except BaseException:
-                await connection.close()
+                await asyncio.shield(connection.close())
                 raise
             else:
                 return connection
+
+    async def start(self, connection: AsyncConnection, scope: AnyScope) -> None:
+        """Begin a transaction in `scope` on a connection that is in none, in one exchange.
+
+        Raises psycopg's own errors, and SettingsError if the login may not act as the role that the scope needs.
+        """
+        statement = begin_statement(scope, self._prefix, self._acts_as)
+        driver: psycopg.AsyncConnection[Any] = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+        try:
+            # Several statements in one message cannot be prepared.
+            await driver.execute(statement.encode(), prepare=False)
+        except (InsufficientPrivilege, InvalidParameterValue) as error:
+            raise SettingsError(
+                f"The database login {self._login!r} may not act as a role that it needs: {str(error).splitlines()[0]}. Run "
+                "`lmaas migrate` with a login that may grant it, or use the login of the role itself (docs/tenancy.md)."
+            ) from error
 
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator[AsyncConnection]:

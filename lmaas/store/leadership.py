@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+import psycopg
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -40,15 +41,15 @@ class LostLead(Exception):
 
 
 class Lead:
-    """Being the active controller: a connection for what only the active one may write. Each statement is its own transaction."""
+    """Being the active controller: a connection for what only the active one may write."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
+    def __init__(self, db: Database, connection: AsyncConnection) -> None:
+        self._db, self._connection = db, connection
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
-        """Provide the connection that holds the lock. Raises LostLead if it is gone: then nothing has been written.
+        """Provide a transaction on the connection that holds the lock. Raises LostLead if it is gone: then nothing has been written.
 
         The only scope is SYSTEM: what the active controller writes belongs to no tenant.
         """
@@ -59,12 +60,14 @@ class Lead:
                 # SQLAlchemy would connect anew: without the lock.
                 raise LostLead("the database session that held the controller's lock is gone")
             try:
-                yield self._connection
-            except DBAPIError as error:
-                if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
-                    await self._connection.invalidate()
-                    raise LostLead("the database session that held the controller's lock was cut") from error
-                raise
+                await self._db.start(self._connection, scope)
+                async with self._connection.begin():
+                    yield self._connection
+            except (DBAPIError, psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if isinstance(error, DBAPIError) and not _is_lost(error):
+                    raise
+                await self._connection.invalidate()
+                raise LostLead("the database session that held the controller's lock was cut") from error
 
     async def check(self) -> None:
         """Raises LostLead if the lock is not ours any more."""
@@ -78,6 +81,10 @@ class Lead:
             await self.check()
 
 
+def _is_lost(error: DBAPIError) -> bool:
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+
+
 @asynccontextmanager
 async def leading(db: Database, *, check_s: float = CHECK_S, silent_s: float = SILENT_S) -> AsyncIterator[Lead]:
     """Wait for the lock, and hold it for the block."""
@@ -87,6 +94,7 @@ async def leading(db: Database, *, check_s: float = CHECK_S, silent_s: float = S
                 connection = await stack.enter_async_context(db.autocommit())
                 try:
                     if (await connection.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": LOCK})).scalar_one():
+                        await connection.commit()
                         break
                     if (await connection.execute(_END_SILENT_HOLDER, {"lock": LOCK, "silent_s": silent_s})).first():
                         log.warning("the active controller has been silent; it is deposed", extra={"action": "lead"})
@@ -96,7 +104,7 @@ async def leading(db: Database, *, check_s: float = CHECK_S, silent_s: float = S
                 await stack.aclose()
             await asyncio.sleep(check_s)
         try:
-            yield Lead(connection)
+            yield Lead(db, connection)
         finally:
             # The lock goes with its session, whatever state that is in.
             with suppress(SQLAlchemyError):

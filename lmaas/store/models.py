@@ -13,6 +13,7 @@ from lmaas.errors import Conflict, NotFound
 from lmaas.states import TERMINAL
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import adapters, base_models, replicas
 from lmaas.types import AUTO, BaseModelShapes
@@ -74,9 +75,6 @@ VALIDATED = frozenset({"source", "linears", "dtype", "max_lora_rank"})
 #: Micro-dollars.
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators", *PRICES})
-#: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
-#: Lua's JSON hold a price.
-MAX_PRICE = 4 * 10**9
 
 
 def _stored(model: BaseModel) -> dict[str, Any]:
@@ -98,10 +96,11 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
         return BaseModel(*after)
 
 
-async def list_base_models(db: Database) -> list[BaseModel]:
-    """Every base model, by name."""
+async def list_base_models(db: Database, part: Part | None = None) -> list[BaseModel]:
+    """Return the base models, or a part of them, by name. Raises InvalidRequest for a part after an unknown one."""
+    query = select(*_COLUMNS).where(_IS_THERE)
     async with db.begin(SYSTEM) as connection:
-        return [BaseModel(*row) for row in await connection.execute(select(*_COLUMNS).where(_IS_THERE).order_by(base_models.c.name))]
+        return [BaseModel(*row) for row in await rows_of(connection, query, part, base_models.c.name, base_models.c.id)]
 
 
 async def list_pool_ids(db: Database) -> list[str]:

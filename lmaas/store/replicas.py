@@ -11,6 +11,7 @@ from lmaas.audit import Audit
 from lmaas.states import TERMINAL, Desired, Observed, sources
 from lmaas.store.audit import record
 from lmaas.store.database import Database, Writes
+from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import base_models, replicas
 
@@ -51,15 +52,19 @@ async def add_replica(db: Writes, replica_id: str, base_model_id: str) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, limit: int | None = 100) -> list[Replica]:
-    """Newest first; those that have ended only if `ended`."""
-    query = select(*_COLUMNS).order_by(replicas.c.created_at.desc()).limit(limit)
+async def list_replicas(db: Database, *, base_model_id: str | None = None, ended: bool = False, part: Part | None = None) -> list[Replica]:
+    """Return the replicas, or a part of them, newest first; those that have ended only if `ended`.
+
+    Raises InvalidRequest for a part after an unknown one.
+    """
+    query = select(*_COLUMNS)
     if base_model_id is not None:
         query = query.where(replicas.c.base_model_id == base_model_id)
     if not ended:
         query = query.where(replicas.c.observed.not_in(TERMINAL))
     async with db.begin(SYSTEM) as connection:
-        return [Replica(*row) for row in await connection.execute(query)]
+        rows = await rows_of(connection, query, part, replicas.c.created_at, replicas.c.id, newest_first=True)
+    return [Replica(*row) for row in rows]
 
 
 async def get_replica(db: Database, replica_id: str) -> Replica | None:
@@ -109,8 +114,10 @@ async def observe(
 
 
 async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 10) -> int | None:
-    """The median of the pool's last starts, in ms: of those that were made `by` the same means, or else of all; None if there was none."""
-    total = replicas.c.start["total_ms"].as_integer()
+    """Return the median of the pool's last starts in ms, without the time in which they waited for a zygote: of those that were made `by`
+    the same means, or else of all; None if there was none."""
+    waited = func.coalesce(replicas.c.start["zygote_ms"].as_integer(), 0)
+    total = replicas.c.start["total_ms"].as_integer() - waited
     for same in (replicas.c.start["by"].as_string() == by, true()):
         newest = (
             select(total.label("ms"))

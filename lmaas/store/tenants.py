@@ -11,6 +11,7 @@ from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
 from lmaas.store.tables import adapters, api_keys, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
@@ -146,11 +147,11 @@ async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
     return _tenant(row)
 
 
-async def list_tenants(db: Database) -> list[Tenant]:
-    """Every live tenant, by name."""
-    query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None)).order_by(tenants.c.name)
+async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
+    """Return the live tenants, or a part of them, by name. Raises InvalidRequest for a part after an unknown one."""
+    query = select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.deleted_at.is_(None))
     async with db.begin(OPERATOR) as connection:
-        return [_tenant(row) for row in await connection.execute(query)]
+        return [_tenant(row) for row in await rows_of(connection, query, part, tenants.c.name, tenants.c.id)]
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
@@ -196,11 +197,16 @@ async def create_key(
     return _key(row)
 
 
-async def list_keys(db: Database, tenant_id: str | None) -> list[ApiKey]:
-    """The keys of a tenant (or of the operators), newest first, revoked ones among them."""
-    query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.tenant_id.is_not_distinct_from(tenant_id)).order_by(api_keys.c.created_at.desc())
+async def list_keys(db: Database, tenant_id: str | None, part: Part | None = None) -> list[ApiKey]:
+    """Return the keys of a tenant (or of the operators), or a part of them, newest first, revoked ones among them.
+
+    Raises InvalidRequest for a part after an unknown one.
+    """
+    owned = api_keys.c.tenant_id.is_not_distinct_from(tenant_id)
+    query = select(*_KEY, *_KEY_LIMITS).where(owned)
     async with db.begin(scope_of(tenant_id)) as connection:
-        return [_key(row) for row in await connection.execute(query)]
+        rows = await rows_of(connection, query, part, api_keys.c.created_at, api_keys.c.id, owned, newest_first=True)
+    return [_key(row) for row in rows]
 
 
 def _one_key(tenant_id: str | None, key_id: str) -> Select[Any]:

@@ -9,6 +9,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from lmaas.states import UsageStatus
 from lmaas.store.database import Database
+from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import tenants, usage_events
 
@@ -134,10 +135,14 @@ async def month_total(db: Database, tenant_id: str, year: int, month: int, *, ke
     return int(tokens), int(cost)
 
 
-async def list_events(db: Database, scope: AnyScope, limit: int = 100) -> list[UsageEvent]:
-    """Return the latest events, newest first: of one tenant by its id, or with OPERATOR of all."""
-    query = select(*(usage_events.c[name] for name in UsageEvent.__slots__)).order_by(usage_events.c.created_at.desc()).limit(limit)
-    if isinstance(scope, str):
-        query = query.where(usage_events.c.tenant_id == scope)
+async def list_events(db: Database, scope: AnyScope, part: Part | None = None) -> list[UsageEvent]:
+    """Return the events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all.
+
+    Raises InvalidRequest for a part after an unknown one.
+    """
+    columns = usage_events.c
+    owned = [columns.tenant_id == scope] if isinstance(scope, str) else []
+    query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned)
     async with db.begin(scope) as connection:
-        return [UsageEvent(*row) for row in await connection.execute(query)]
+        rows = await rows_of(connection, query, part, columns.created_at, columns.request_id, *owned, newest_first=True)
+    return [UsageEvent(*row) for row in rows]

@@ -70,7 +70,7 @@ def _given_folder(source: str) -> Path:
 async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
     """Register the base model of the settings. Values that an operator has changed stay."""
     folder = _given_folder(settings.model) if settings.model else prepare_default_model(settings, console)
-    name = settings.model_name or (Path(settings.model).name.lower() if settings.model else default_model.NAME)
+    name = default_model.registered_name(settings)
     if not is_model_name(name):
         raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")
     dtype = engine_dtype(settings.engine_dtype, model_config(folder))

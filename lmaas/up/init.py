@@ -25,7 +25,7 @@ async def initialise(settings: Settings, console: Console) -> None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_OPERATOR_KEY.")
     key = check_given_key(settings.operator_key)
     # It does what an operator does, and looks up a key.
-    db = Database(settings.database_url, DatabaseRole.GATEWAY, prefix=settings.database_role_prefix, pool_size=1)
+    db = Database(settings.database_url, DatabaseRole.GATEWAY, prefix=settings.database_role_prefix, connections=1)
     try:
         model = await register_model(settings, db, console)
         console.print(f"base model {model.name}: registered")

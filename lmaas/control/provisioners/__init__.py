@@ -20,5 +20,8 @@ class Provisioner(Protocol):
     async def last_words(self, replica_id: str) -> str:
         """Return why a replica has disappeared from the list without reporting an end itself; empty if that is not known."""
 
+    def start_delay_s(self) -> float:
+        """Return by how many seconds a start takes longer at present than starts usually do."""
+
     async def capacity(self) -> Resources | None:
         """Return what all machines hold together, used or not. None if there is no known bound because machines can be added."""

@@ -77,6 +77,10 @@ class RayProvisioner:
         """Return why a replica is gone, as its supervisor or Ray reports it. Empty for one that another controller has started."""
         return await self._call(self._last_words, replica_id)
 
+    def start_delay_s(self) -> float:
+        """Return by how many seconds a start takes longer at present than starts usually do."""
+        return 0.0
+
     async def capacity(self) -> Resources | None:
         """Return the capacity that is set, else what the nodes hold now if their number is fixed, else None: Ray may add nodes."""
         settings = self._settings

@@ -40,7 +40,7 @@ QUESTION_S = 5.0
 NICENESS = 10
 #: What a child needs besides the grammar's memory: the stack of a thread, and address space that its allocator reserves.
 RESERVED_BYTES = 160 * 1024 * 1024
-LOOK_S = 1.0
+POLL_S = 1.0
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Checker:
                 poll.register(self._listener, select.POLLIN)
             for check in self._running.values():
                 poll.register(check.pidfd, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll(LOOK_S * 1000)}
+            ready = {fd for fd, _ in poll.poll(POLL_S * 1000)}
             for pid, check in list(self._running.items()):
                 if check.pidfd in ready:
                     self._finish(pid, check)

@@ -1,4 +1,4 @@
-"""Has grammars checked on this machine: one checker process for each base model, started when it is needed."""
+"""Checks grammars on this machine, with one checker process for each base model, started when needed."""
 
 import asyncio
 import contextlib
@@ -29,11 +29,11 @@ MODULE = "lmaas.engine.grammars.checker"
 IDLE_S = 300.0
 #: How long a checker may take to answer its socket, and one check to be answered. Several may be in line before it.
 START_S, ANSWER_S = 90.0, 60.0
-LOOK_S = 0.02
+POLL_S = 0.02
 
 
 def key_of_arguments(arguments: list[str]) -> str:
-    """What tells the checkers of engines with these arguments from others."""
+    """Return the key of the checker for engines with these arguments."""
     return hashlib.sha256(msgspec.json.encode(arguments)).hexdigest()[:16]
 
 
@@ -54,7 +54,7 @@ class Checkers:
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator["Checkers"]:
-        """Themselves; their processes are gone at the end of the block, or when this process dies."""
+        """Run the block. The checkers' processes end with it, or when this process dies."""
         await asyncio.to_thread(self._sweep)
         try:
             yield self
@@ -74,7 +74,7 @@ class Checkers:
                     shutil.rmtree(folder, ignore_errors=True)
 
     async def check(self, spec: EngineSpec, question: Question) -> Verdict:
-        """The verdict on a request to an engine like `spec`. Raises NoVerdict."""
+        """Return the verdict on a request to an engine like `spec`. Raises NoVerdict."""
         if spec.module != VLLM:
             return Verdict()  # an engine without a grammar library
         arguments = command_line(spec, 0)[3:]
@@ -124,7 +124,7 @@ class Checkers:
                     await self._listening(key)
                 else:
                     # It ends, since it was idle. A connection that is refused takes no turn of the loop, so this must.
-                    await asyncio.sleep(LOOK_S)
+                    await asyncio.sleep(POLL_S)
 
     async def _connect(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         with wire.short_path(self._socket(key)) as path:
@@ -140,7 +140,7 @@ class Checkers:
             while not path.exists():
                 if process.returncode is not None:
                     raise NoVerdict(f"the checker ended with code {process.returncode}; see {path.with_suffix('.log')}")
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
 
     async def _start(self, key: str, arguments: list[str], spec: EngineSpec) -> asyncio.subprocess.Process | ForkedProcess:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,7 +157,7 @@ class Checkers:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
             # Requests wait for an engine first: it imports alone.
             while plain_imports(self._home):  # noqa: ASYNC110 (another process's doing, seen in files)
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(POLL_S)
         with output.open("ab") as stream:
             return await asyncio.create_subprocess_exec(
                 *bound_command([sys.executable, "-m", self._module, *given]),

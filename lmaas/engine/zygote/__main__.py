@@ -9,10 +9,10 @@ from lmaas.engine.zygote.server import serve
 
 def main() -> None:
     """Serve; a forked process leaves here as what it was ordered to be."""
-    job = serve(Path(sys.argv[1]), float(sys.argv[2]))
-    if job is not None:
-        module = importlib.import_module(job.module)
-        sys.argv = [str(module.__file__), *job.arguments]
+    program = serve(Path(sys.argv[1]), float(sys.argv[2]))
+    if program is not None:
+        module = importlib.import_module(program.module)
+        sys.argv = [str(module.__file__), *program.arguments]
         module.main()
 
 

@@ -21,14 +21,14 @@ from lmaas.engine.zygote.progress import Sight, Watch
 
 log = logging.getLogger(__name__)
 
-#: One thread in every library: an OpenMP or BLAS pool does not survive a fork. Engines set their own numbers (see preload.py).
+#: One thread in every library: a thread pool of OpenMP or BLAS does not survive a fork. Engines set their own numbers (see preload.py).
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "SPT_NOENV": "1"}
 #: A process's name, as `ps` shows it, has no more room than its first command line had.
 ROOM_FOR_NAMES = " " * 400
 #: How long a supervisor waits for a zygote: it starts in about a second by itself.
-SUPERVISOR_PATIENCE_S = 0.3
+SUPERVISOR_FORK_TIMEOUT_S = 0.3
 #: How often a zygote that does not answer is looked at.
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 class NoZygote(Exception):
@@ -46,7 +46,7 @@ class _Differs(NoZygote):
 @dataclass(frozen=True, slots=True)
 class Order:
     """A process to fork: `main()` of `module` runs with these arguments, this environment and nothing of the zygote's own; what it prints
-    is appended to `log`. `kept`: it ends when whoever ordered it does."""
+    is appended to `log`. `kept`: it ends when the process that ordered it ends."""
 
     module: str
     arguments: list[str]
@@ -57,19 +57,19 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """A process that was forked. `connection` leads to its keeper if it is kept; whoever has it must close it."""
+    """A process that was forked. `connection` leads to its keeper if it is kept; the caller must close it."""
 
     pid: int
     connection: socket.socket
 
 
-async def fork(home: Path, order: Order, facts: Mapping[str, str], patience_s: float) -> Fork:
-    """Have the zygote of `home` fork a process, if it answers within `patience_s` seconds. One that is not kept waits until `go` is called.
+async def fork(home: Path, order: Order, facts: Mapping[str, str], timeout_s: float) -> Fork:
+    """Have the zygote of `home` fork a process, if it answers within `timeout_s` seconds. One that is not kept waits until `go` is called.
 
     Raises NoZygote.
     """
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             return await _fork(home, order, facts)
     except (TimeoutError, _NotThere) as error:
         raise NoZygote(f"the zygote did not answer: {error!r}") from error
@@ -84,7 +84,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
     while True:
         attempt = asyncio.create_task(_fork(home, order, facts), name="fork")
         try:
-            while not (await asyncio.wait({attempt}, timeout=LOOK_S))[0]:
+            while not (await asyncio.wait({attempt}, timeout=POLL_S))[0]:
                 _check_worth(watch, told)
         except BaseException:
             await _abandon(attempt)
@@ -98,7 +98,7 @@ async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], to
         except _NotThere:
             pass
         _check_worth(watch, told)
-        await asyncio.sleep(LOOK_S / 5)
+        await asyncio.sleep(POLL_S / 5)
 
 
 async def _abandon(attempt: "asyncio.Task[Fork]") -> None:
@@ -178,7 +178,7 @@ async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -
 
 
 class ForkedProcess:
-    """A kept process, seen as asyncio sees its own subprocesses. Its keeper reaps it and tells how it ended; if the keeper is killed, the
+    """A kept process, seen as asyncio sees its own subprocesses. Its keeper reaps it and reports how it ended; if the keeper is killed, the
     kernel kills the process as well."""
 
     def __init__(self, forked: Fork) -> None:
@@ -216,7 +216,7 @@ class ForkedProcess:
         self._ended.set_result(code)
 
     async def wait(self) -> int:
-        """Wait for the end; answers the exit code, negative for a signal."""
+        """Wait for the end. Returns the exit code, negative for a signal."""
         return await asyncio.shield(self._ended)
 
     def send_signal(self, number: int) -> None:
@@ -233,7 +233,7 @@ class ForkedProcess:
 
 def start(home: Path, environment: Mapping[str, str], idle_s: float, *, cpu: bool) -> subprocess.Popen[bytes]:
     """Start the zygote of `home`, unless one runs: then what is started here ends at once. It does not depend on us: it ends by itself
-    `idle_s` seconds after anybody last asked for it. `cpu`: for vLLM's CPU build. Raises OSError."""
+    `idle_s` seconds after its last request. `cpu`: for vLLM's CPU build. Raises OSError."""
     place = wire.folder(home)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     variables = dict(environment) | ONE_THREAD | ({"LD_PRELOAD": preloads(environment)} if cpu else {})

@@ -19,7 +19,7 @@ from lmaas.engine.zygote.progress import Sight, Watch, intend, is_zygote, plain_
 
 log = logging.getLogger(__name__)
 
-#: How often its owner looks after it.
+#: The interval at which its owner checks it.
 EVERY_S = 2.0
 #: One that ended is started again after this long, doubled for each that did not last.
 RESTART_S, RESTART_MAX_S = 1.0, 300.0
@@ -44,21 +44,21 @@ class ZygoteOwner:
     ) -> None:
         self._home, self._start, self._facts, self._clock = home, start, facts, clock
         self._child: subprocess.Popen[bytes] | None = None
-        self._looked = self._started = self._answered = self._knew = float("-inf")
+        self._checked_at = self._started = self._answered = self._knew = float("-inf")
         self._watch = Watch(home, clock)
         #: What was seen last of the zygote.
         self.seen = Sight()
         self._known: Mapping[str, str] = {}
         self._failures = 0
         self._intent = (float("-inf"), "")
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
 
     def tend(self) -> "asyncio.Task[None]":
         """Call `ensure` in a task, which is returned: for callers that must not wait for a zygote that is slow to answer."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self.ensure(), name="zygote")
-            self._looking.add_done_callback(_tell)
-        return self._looking
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self.ensure(), name="zygote")
+            self._checking.add_done_callback(_tell)
+        return self._checking
 
     async def ensure(self) -> None:
         """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed.
@@ -66,23 +66,23 @@ class ZygoteOwner:
         A call within EVERY_S seconds of the last one does nothing.
         """
         now = self._clock()
-        if now - self._looked < EVERY_S:
+        if now - self._checked_at < EVERY_S:
             return
-        self._looked = now
+        self._checked_at = now
         try:
-            await asyncio.to_thread(self._look)
+            await asyncio.to_thread(self._check)
         except OSError as error:
             # Engines start plainly meanwhile.
             log.warning("no zygote", extra={"action": "zygote", "detail": repr(error)})
 
     def stop(self) -> None:
-        """End the zygote, whoever started it."""
+        """End the zygote, also one that another process started."""
         stop(self._home)
         if self._child is not None:
             self._child.kill()
             self._child.wait(STOP_S)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._child is not None and self._child.poll() is not None:
             self._child = None
         self.seen = seen = self._watch.look()
@@ -145,9 +145,9 @@ class ZygoteOwner:
         return self._known
 
 
-def _tell(looking: "asyncio.Task[None]") -> None:
-    if not looking.cancelled() and (error := looking.exception()) is not None:
-        log.error("the zygote could not be looked after", exc_info=error, extra={"action": "zygote"})
+def _tell(checking: "asyncio.Task[None]") -> None:
+    if not checking.cancelled() and (error := checking.exception()) is not None:
+        log.error("the zygote could not be checked", exc_info=error, extra={"action": "zygote"})
 
 
 def peer(connection: socket.socket) -> int:

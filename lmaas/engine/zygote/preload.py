@@ -1,6 +1,6 @@
-"""What the zygote has in memory: vLLM's modules, our plugins, and what engines would compute again at each start.
+"""Loads what the zygote has in memory: vLLM's modules, the plugins of lmaas, and what engines would compute at each start.
 
-Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA: `Preloaded.unfit` says if that is not so.
+Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA: `Preloaded.unfit` reports violations.
 What is replaced in vLLM is what a fork needs; names and places are those of vLLM 0.32.0, and where one is missing, nothing is replaced.
 """
 
@@ -128,7 +128,7 @@ class Preloaded:
         return not reason
 
     def _prepare(self, command: list[str]) -> None:
-        """Load the model's configuration and tokenizer as the server would. What fails here fails there too, and tells."""
+        """Load the model's configuration and tokenizer as the server would. What fails here fails there too, with a message."""
         key = tuple(command)
         stamp = _stamp(command)
         if stamp is None or self._prepared.get(key, (None, None))[0] == stamp:
@@ -228,6 +228,6 @@ def bind_threads(number: str | None, processors: str | None) -> None:
     if threads < 2 or not order:
         return
     before = set(os.listdir("/proc/self/task"))
-    torch.ones(1 << 22).mul_(2.0)  # the pool's threads begin here
+    torch.ones(1 << 22).mul_(2.0)  # the threads of torch's thread pool begin here
     for place, thread in enumerate(sorted(set(os.listdir("/proc/self/task")) - before, key=int), start=1):
         os.sched_setaffinity(int(thread), {order[place % len(order)]})

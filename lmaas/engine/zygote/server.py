@@ -37,7 +37,7 @@ BACKLOG = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Program:
     """What a forked process is to become: `main()` of a module."""
 
     module: str
@@ -45,8 +45,8 @@ class Job:
 
 
 class Zygote:
-    """Serves the socket of one home folder. `unfit` tells why this process must not be forked any more, `learn` is told each engine's
-    command line once nobody waits, `idle_s` is how long it stays when nobody asks for it."""
+    """Serves the socket of one home folder. `unfit` returns why this process must not be forked any more, `learn` is called with each
+    engine's command line when no client waits, and without requests the zygote ends after `idle_s`."""
 
     def __init__(
         self,
@@ -68,8 +68,9 @@ class Zygote:
         self._seen: list[list[str]] = []
         self._forked = 0.0
 
-    def serve(self, listener: socket.socket) -> Job | None:
-        """Fork until nobody needs us. In a forked process it returns what that is to become; in the zygote, None at the end."""
+    def serve(self, listener: socket.socket) -> Program | None:
+        """Fork until the zygote is not needed any more. Returns in a forked process, with what it is to become, and in the zygote with
+        None."""
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         needed = time.monotonic()
@@ -88,13 +89,13 @@ class Zygote:
             connection, _ = listener.accept()
             with connection:
                 try:
-                    job = self._answer(connection, listener)
+                    program = self._answer(connection, listener)
                 except (OSError, ValueError, KeyError, TypeError) as error:
-                    # Whoever asked went away, or is no client of ours.
+                    # The client left, or is not a client of lmaas.
                     log.warning("a client was not served: %r", error)
                     continue
-                if job is not None:
-                    return job
+                if program is not None:
+                    return program
             if self._ends():
                 return None
         log.info("nobody has needed the zygote for %.0f s", self._idle_s)
@@ -105,7 +106,7 @@ class Zygote:
             log.error("the zygote ends: %s", reason)
         return bool(reason)
 
-    def _answer(self, connection: socket.socket, listener: socket.socket) -> Job | None:
+    def _answer(self, connection: socket.socket, listener: socket.socket) -> Program | None:
         connection.settimeout(REQUEST_S)
         wire.send(connection, {"facts": self._facts, "pid": os.getpid()})
         request = wire.receive(connection)
@@ -120,10 +121,10 @@ class Zygote:
             case _:
                 return None
 
-    def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Job | None:
-        job, kept = Job(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
-        if kept and job.module == SERVER and job.arguments not in self._seen:
-            self._seen.append(job.arguments)
+    def _fork(self, request: dict[str, Any], connection: socket.socket, listener: socket.socket) -> Program | None:
+        program, kept = Program(str(request["module"]), [str(argument) for argument in request["arguments"]]), bool(request["kept"])
+        if kept and program.module == SERVER and program.arguments not in self._seen:
+            self._seen.append(program.arguments)
         self._forked = time.monotonic()
         if os.fork():
             return None
@@ -141,15 +142,15 @@ class Zygote:
                 wire.send(connection, {"pid": os.getpid()})
                 _hear(connection)
             connection.close()
-            _become(job, order, self._added if kept else {})
+            _become(program, order, self._added if kept else {})
         except BaseException:
             log.exception("a forked process could not begin")
             os._exit(1)  # never back into the loop of the zygote
-        return job
+        return program
 
 
 def _hear(connection: socket.socket) -> dict[str, Any]:
-    """The next message. Whoever gave up waiting has started it in another way; then this process ends."""
+    """Return the next message. A client that gave up has started the process plainly; then this process ends."""
     message = wire.receive(connection)
     if message is None:
         os._exit(0)
@@ -157,7 +158,7 @@ def _hear(connection: socket.socket) -> dict[str, Any]:
 
 
 def _settle() -> None:
-    """So that a collection of garbage in a forked process does not copy every page."""
+    """Exempt existing objects from garbage collection, so that it does not copy every page in a forked process."""
     gc.collect()
     gc.freeze()
 
@@ -202,7 +203,7 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _become(job: Job, order: dict[str, Any], added: Mapping[str, str]) -> None:
+def _become(program: Program, order: dict[str, Any], added: Mapping[str, str]) -> None:
     """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
     environment = {str(name): str(value) for name, value in order["environment"].items()}
     os.environ.clear()
@@ -216,8 +217,8 @@ def _become(job: Job, order: dict[str, Any], added: Mapping[str, str]) -> None:
     logging.getLogger().handlers.clear()
     importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
     # As if it had been started plainly.
-    module = job.module.removesuffix(".__main__")
-    setproctitle(" ".join([sys.executable, "-m", module, *job.arguments]))
+    module = program.module.removesuffix(".__main__")
+    setproctitle(" ".join([sys.executable, "-m", module, *program.arguments]))
 
 
 @contextmanager
@@ -246,10 +247,10 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
         yield listener
 
 
-def serve(home: Path, idle_s: float) -> Job | None:
+def serve(home: Path, idle_s: float) -> Program | None:
     """Be the zygote of `home`. Returns in forked processes, with what they are to become, and in the zygote itself at its end."""
     logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
-    # Nobody waits for the processes that are forked; the kernel forgets them.
+    # The zygote does not wait for forked processes; the kernel removes them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with listening(home) as listener:

@@ -1,5 +1,6 @@
 """Readers: functions that check one value of a request and return what the engine receives for it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,16 +48,18 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 def number(low: float, high: float) -> Reader:
     """Return a reader for a number between two bounds."""
+    # A partial object, whose bounds the OpenAPI document reads, as those of `integer` and `one_of`.
+    return functools.partial(read_number, low, high)
 
-    def read(name: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong_type(name, "a number")
-        # Also false for NaN, infinity and integers of any size.
-        if not low <= value <= high:
-            raise out_of_range(name, f"between {low:g} and {high:g}")
-        return value
 
-    return read
+def read_number(low: float, high: float, name: str, value: Any) -> Any:
+    """Read a number between two bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong_type(name, "a number")
+    # Also false for NaN, infinity and integers of any size.
+    if not low <= value <= high:
+        raise out_of_range(name, f"between {low:g} and {high:g}")
+    return value
 
 
 def whole(name: str, value: Any) -> int:
@@ -70,14 +73,15 @@ def whole(name: str, value: Any) -> int:
 
 def integer(low: int, high: int) -> Reader:
     """Return a reader for an integer between two bounds."""
+    return functools.partial(read_integer, low, high)
 
-    def read(name: str, value: Any) -> Any:
-        found = whole(name, value)
-        if not low <= found <= high:
-            raise out_of_range(name, f"between {low} and {high}")
-        return found
 
-    return read
+def read_integer(low: int, high: int, name: str, value: Any) -> int:
+    """Read an integer between two bounds."""
+    found = whole(name, value)
+    if not low <= found <= high:
+        raise out_of_range(name, f"between {low} and {high}")
+    return found
 
 
 def boolean(name: str, value: Any) -> Any:
@@ -89,13 +93,14 @@ def boolean(name: str, value: Any) -> Any:
 
 def one_of(*allowed: str) -> Reader:
     """Return a reader for one of several strings."""
+    return functools.partial(read_one_of, allowed)
 
-    def read(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or value not in allowed:
-            raise out_of_range(name, f"one of: {', '.join(allowed)}")
-        return value
 
-    return read
+def read_one_of(allowed: tuple[str, ...], name: str, value: Any) -> Any:
+    """Read one of several strings."""
+    if not isinstance(value, str) or value not in allowed:
+        raise out_of_range(name, f"one of: {', '.join(allowed)}")
+    return value
 
 
 def anything(_: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store.tenants import create_key
 from lmaas.types import Role
 from tests.integration.gateway.stack import Stack
+from tests.integration.schemas import CHECKED
 
 
 @pytest.fixture
@@ -20,5 +21,6 @@ async def operator_key(stack: Stack) -> str:
 
 @pytest.fixture
 async def operator(stack: Stack, operator_key: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {operator_key}"}, timeout=60) as client:
+    headers = {"authorization": f"Bearer {operator_key}"}
+    async with httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=60, event_hooks=CHECKED) as client:
         yield client

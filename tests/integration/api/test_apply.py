@@ -17,9 +17,10 @@ from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import read_folder
 from lmaas.manifests.plan import Change
 from lmaas.store.scopes import SYSTEM
-from tests.integration.api.test_base_models import lmaas, write_model
+from tests.integration.api.test_base_models import lmaas
 from tests.integration.gateway.stack import Stack, running
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 MODELS, TENANTS = "/admin/v1/base-models", "/admin/v1/tenants"
 BOT = "adapters: [{name: bot, base_model: tiny, path: bot}]\n"
@@ -175,15 +176,15 @@ Break = Callable[[Folder], object]
 BROKEN: dict[str, tuple[Break, list[str]]] = {
     "not YAML": (lambda folder: folder.write("z.yaml", "name: ["), ["z.yaml: line 1"]),
     "two manifests": (lambda folder: folder.write("z.yaml", "name: acme\n"), ["acme.yaml", "z.yaml", "are both for the tenant 'acme'"]),
-    "name": (lambda folder: folder.write("z.yaml", "name: Zeta\n"), ["z.yaml: 'name': A tenant's name has 1 to 63"]),
+    "name": (lambda folder: folder.write("z.yaml", "name: Zeta\n"), ["z.yaml: 'name' must be 1 to 63"]),
     "tier": (lambda folder: folder.write("z.yaml", "name: z\ntier: gold\n"), ["z.yaml: 'tier' must be one of"]),
     "range": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {max_queued: 0}\n"),
-        ["z.yaml: 'limits.max_queued' must be between 1 and 100000"],
+        ["z.yaml: 'limits.max_queued' must be a whole number from 1 to 100,000"],
     ),
     "negative": (
         lambda folder: folder.write("z.yaml", "name: z\nlimits: {tokens_per_month: -1}\n"),
-        ["z.yaml: 'limits.tokens_per_month' must be between 1"],
+        ["z.yaml: 'limits.tokens_per_month' must be a whole number from 0"],
     ),
     "no base model": (
         lambda folder: folder.write("z.yaml", "name: z\nadapters: [{name: b, base_model: none, path: bot}]\n"),

@@ -9,11 +9,14 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store.models import get_base_model
 from lmaas.store.scopes import SYSTEM
-from tests.integration.api.test_base_models import write_model
+from lmaas.store.tenants import create_key
+from lmaas.types import Role
 from tests.integration.gateway.stack import Stack, running
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 MODELS, TENANTS, CHECK = "/admin/v1/base-models", "/admin/v1/tenants", "/admin/v1/check-adapter"
 DRY = {"dry_run": "true"}
@@ -136,3 +139,18 @@ async def test_an_adapter_is_checked_as_an_upload_and_not_stored(stack: Stack, o
         assert (refused.status_code // 100, refused.json()["error"]["code"]) == (4, code), refused.text
     async with stack.client(tenant) as client:
         assert (await client.post(CHECK, data={"base_model": "tiny"}, files=files)).status_code == 403
+
+
+async def test_the_engine_arguments_of_the_settings_are_a_default_of_their_base_model_only(
+    postgres_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    folder, key = write_model(tmp_path / "tiny"), new_key()
+    async with (
+        running(postgres_url, valkey_url, tmp_path / "home", model_name="mine", engine_args="--chat-template x") as stack,
+        httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}) as client,
+    ):
+        await create_key(stack.db, None, Role.OPERATOR, "test", hash_key(key), shown_prefix(key))
+        for name, usual in (("mine", "--chat-template x"), ("other", "")):
+            body = {"name": name, "source": str(folder), "engine_args": "--enforce-eager"}
+            assert (await client.post(MODELS, json=body)).json()["engine_args"] == "--enforce-eager"
+            assert (await client.patch(f"{MODELS}/{name}", json={"engine_args": None})).json()["engine_args"] == usual

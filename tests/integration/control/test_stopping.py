@@ -22,6 +22,9 @@ class Nowhere:
         """Nothing."""
         return {}
 
+    def start_delay_s(self) -> float:
+        return 0.0
+
     async def capacity(self) -> None:
         """No bound."""
 

@@ -38,6 +38,7 @@ from lmaas.store.scopes import scope_of
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.store.usage import UsageEvent, list_events
 from lmaas.types import Role
+from tests.integration.schemas import CHECKED
 from tests.support.conditions import until
 from tests.support.databases import login_url, new_database
 from tests.support.processes import free_port
@@ -233,8 +234,9 @@ class Stack:
             await task
 
     def client(self, tenant: Tenant | None = None, url: str = "") -> httpx.AsyncClient:
-        """An HTTP client with the tenant's key."""
-        return httpx.AsyncClient(base_url=url or self.url, headers=tenant.headers if tenant else {}, timeout=60)
+        """Return an HTTP client with the tenant's key, which compares what it receives with the OpenAPI document."""
+        headers = tenant.headers if tenant else {}
+        return httpx.AsyncClient(base_url=url or self.url, headers=headers, timeout=60, event_hooks=CHECKED)
 
     async def stream(
         self,
@@ -281,7 +283,7 @@ class Stack:
         """The ledger, after the metering writer's work."""
         while await write_events(self.redis, self.database(DatabaseRole.CONTROLLER), model.id):
             pass
-        return await list_events(self.db, scope_of(tenant.id if tenant else None), 1000)
+        return await list_events(self.db, scope_of(tenant.id if tenant else None))
 
     async def idle(self, model: BaseModel) -> None:
         """Wait until nothing is queued and no slot is taken."""

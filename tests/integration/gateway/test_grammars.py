@@ -14,7 +14,6 @@ from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Verdict
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.gateway import grammars as module
 from lmaas.gateway.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars, NoCheckerError
-from lmaas.gateway.schemas import depth
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
 from tests.integration.gateway.checker import Checker, serving
@@ -192,11 +191,6 @@ async def test_what_is_too_large_is_not_even_checked(checker: Checker, grammars:
         await admit(grammars, "a", MODEL, CHAT, {"response_format": form})
     assert (refused.value.error_code, refused.value.param) == ("invalid_schema", "response_format")
     assert checker.asked == []
-
-
-def test_depth_needs_no_recursion() -> None:
-    assert depth(deep(5000)) == 5002
-    assert depth("x") == 1
 
 
 async def test_one_tenants_slow_checks_do_not_hold_up_anothers_same_grammar(checker: Checker, grammars: Grammars) -> None:

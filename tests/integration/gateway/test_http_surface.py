@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lmaas.api.routes import OPERATIONS
+from lmaas.api.table import PLACES
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store.tenants import create_key
 from lmaas.types import Role
@@ -90,7 +90,7 @@ async def test_slashes_lead_to_the_same_place(service: Service, path: str) -> No
 
 
 def readable() -> list[str]:
-    paths = {prefix + path for prefix, method, path, _ in OPERATIONS if method == "GET"}
+    paths = {place.path for place in PLACES if place.operation.method == "GET"}
     others = ("/v1/models", "/v1/models/base", "/v1/models/none", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json", "/none")
     return [*sorted(re.sub("{.*?}", "none", path) for path in paths), *others]
 

@@ -22,6 +22,10 @@ async def test_the_usual_start_is_the_median_of_the_last_ones_of_its_kind(db: Da
     assert await usual_start_ms(db, model, "zygote") == 1_700
     assert await usual_start_ms(db, model, "zygote", last=4) == 1_650
     assert await usual_start_ms(db, model, "plain") == 19_000
+    # What it waited for a zygote says nothing of the next start.
+    await add_replica(db, "rep_w", model)
+    assert await observe(db, "rep_w", Observed.READY, start={"by": "zygote", "zygote_ms": 9_000, "total_ms": 10_600})
+    assert await usual_start_ms(db, model, "zygote", last=1) == 1_600
     row = await get_replica(db, "rep_0")
     assert row is not None
     assert row.start == {"by": "plain", "total_ms": 19_000}

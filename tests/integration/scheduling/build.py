@@ -128,7 +128,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Room:
-    """Terms that refuse with what they are told."""
+    """Limits whose refusal is the state of the report."""
 
     bounds: Bounds
 

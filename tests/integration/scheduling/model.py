@@ -90,6 +90,9 @@ class Replica:
     adapter_slots: int = 0
     state: Observed = Observed.STARTING
     beat: int = 0
+    #: What is left of its start by its supervisor's last heartbeat, and how late it is.
+    left: int | None = None
+    late: int = 0
     #: When a slot of it was taken last, or it became ready.
     turn: int | None = None
     suspect: bool = False
@@ -143,7 +146,7 @@ class Model:
         self.reaped: int | None = None
         self.spare_until = 0
         self.active: int | None = None
-        self.controller = 0
+        self.controller = self.delay_ms = 0
         #: Usage events; what was published (channel, message); who was placed (for whoever watches).
         self.events: list[dict[str, Any]] = []
         self.said: list[tuple[str, Any]] = []
@@ -453,23 +456,33 @@ class Model:
     def estimate(self, now: int, position: int) -> Reply:
         """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
         ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
-        starting = [now - replica.since for replica in self.replicas.values() if replica.state == Observed.STARTING]
+        starting = [replica for replica in self.replicas.values() if replica.state == Observed.STARTING]
         usual = self.rules.START_MS if self.start_ms is None else self.start_ms
         if slots := sum(replica.slots for replica in ready):
             phase, usual = WaitPhase.BUSY, self.run_ms
             elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
+            left, late = self.left(usual, elapsed), max(0, elapsed - usual)
         elif starting:
             phase, slots = WaitPhase.STARTING, 16
-            elapsed = min(starting, key=lambda each: (self.left(usual, each), each))
+            left, late = min(self.left_of_start(replica, usual, now) for replica in starting)
         else:
             phase, slots = WaitPhase.ASKED, 16
             elapsed = now - self.queue()[0].submitted if self.queue() else 0
+            left, late = self.left(usual, elapsed), max(0, elapsed - usual)
+            if (delay := self.delay_ms - (now - self.controller)) > 0:
+                left, late = delay + usual, 0
         return {
-            "wait_ms": self.left(usual, elapsed) + (-(-position // slots) - 1) * self.run_ms,
-            "late_ms": max(0, elapsed - usual),
+            "wait_ms": left + (-(-position // slots) - 1) * self.run_ms,
+            "late_ms": late,
             "phase": phase,
             "assumed": phase != WaitPhase.BUSY and self.start_ms is None,
         }
+
+    def left_of_start(self, replica: Replica, usual: int, now: int) -> tuple[int, int]:
+        """What is left of a start and how late it is: as its supervisor said, or by the clock."""
+        if replica.left is None:
+            return self.left(usual, now - replica.since), max(0, now - replica.since - usual)
+        return max(min(1000, replica.left), replica.left - (now - replica.beat)), replica.late
 
     @staticmethod
     def left(usual: int, elapsed: int) -> int:
@@ -600,6 +613,7 @@ class Model:
         if replica.state != Observed.DRAINING:
             replica.state = beat.state
         replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, now
+        replica.left, replica.late = beat.left_ms, beat.late_ms or 0
         replica.suspect = beat.suspect or (replica.suspect and not beat.cleared)
         self.reap(now)
         self.dispatch(now)
@@ -665,10 +679,10 @@ class Model:
         self.dispatch(now)
         self.ask_for_replica()
 
-    def stats(self, now: int) -> Reply:
+    def stats(self, now: int, delay_ms: int = 0) -> Reply:
         self.reap(now)
         self.dispatch(now)
-        self.controller = now
+        self.controller, self.delay_ms = now, delay_ms
         self.active = now if self.active is None else self.active
         replicas = {
             name: {

@@ -192,9 +192,9 @@ class Both:
             self.model.deregister(self.now, replica)
             self.reply(None, self.scheduler.deregister(POOL, replica))
 
-    def stats(self) -> Any:
+    def stats(self, delay_ms: int = 0) -> Any:
         with self.compared():
-            return self.reply(self.model.stats(self.now), self.scheduler.stats(POOL))
+            return self.reply(self.model.stats(self.now, delay_ms), self.scheduler.stats(POOL, delay_ms))
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
@@ -297,6 +297,7 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
         "spare": model.spare_until,
         "active": model.active,
         "controller": model.controller,
+        "delay_ms": model.delay_ms,
         "last": model.last_to_leave,
         "floor": model.least_counter,
     }

@@ -125,6 +125,38 @@ def test_after_a_failed_start_the_wait_is_late(waits: Waits) -> None:
     assert waits.told() == ("starting", 5, 0), "a new start has begun"
 
 
+def test_a_supervisor_knows_better_what_is_left_of_its_start(waits: Waits) -> None:
+    waits.submit(1)
+    waits.beat(start_ms=2000)
+
+    def beat(left_s: float, late_s: float = 0.0) -> None:
+        left_ms, late_ms = round(1000 * left_s), round(1000 * late_s)
+        waits.both.heartbeat("x", Beat("http://engine", 2, 1, Observed.STARTING, [], left_ms=left_ms, late_ms=late_ms))
+
+    beat(250)  # the zygote has just begun to import on a busy machine
+    assert waits.told() == ("starting", 250, 0)
+    waits.after(3, beats=False)
+    assert waits.told() == ("starting", 247, 0), "it counts down between two reports"
+    beat(80)
+    assert waits.told() == ("starting", 80, 0)
+    beat(30, late_s=10)
+    assert waits.told() == ("starting", 30, 10)
+    beat(0.4)
+    assert waits.told() == ("starting", 0.4, 0)
+    waits.beat()
+    assert waits.told() == ("starting", 1, 1), "by the clock again"
+
+
+def test_before_an_engine_starts_a_delay_of_all_starts_counts(waits: Waits) -> None:
+    waits.both.stats(delay_ms=9000)
+    waits.submit(1)
+    assert waits.told() == ("asked", START_S + 9, 0)
+    waits.after(2, beats=False)
+    assert waits.told() == ("asked", START_S + 9 - 2, 0)
+    waits.both.stats()
+    assert waits.told() == ("asked", START_S - 2, 0)
+
+
 def test_the_start_that_ends_first_counts(waits: Waits) -> None:
     waits.submit(1)
     waits.beat()

@@ -214,7 +214,7 @@ async def test_a_request_of_the_base_model_that_waits_keeps_no_adapter_slot(pool
     await pool.beat(slots=3, adapter_slots=1, resident=("A",))
     await pool.submit(ticket(0, "a", adapter="A"))
     assert await pool.submit(ticket(1, "a", weight=3)) == ["queued"]
-    for number in range(2, 2 + 63):  # most of its patience
+    for number in range(2, 2 + 63):  # nearly as often as it may be passed over
         assert await pool.submit(ticket(number, f"t{number}", adapter="A")) == ["granted"]
         await pool.release(number)
 

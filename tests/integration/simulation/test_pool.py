@@ -7,7 +7,7 @@ from redis import Redis
 
 from lmaas.simulation.generate import Day, generate
 from lmaas.simulation.replay import Arrangement, Options, replay
-from lmaas.simulation.tally import Span, engines_over_time
+from lmaas.simulation.tally import Span
 from lmaas.simulation.trace import Request
 from tests.integration.simulation.conftest import Replay
 
@@ -168,10 +168,6 @@ def test_cost_is_the_engines_time_at_their_price(play: Replay) -> None:
     result = play(ALWAYS, ask(0), ask(3598.8), engine_price=400_000)
     assert result.tally.engine_s == pytest.approx(3600.0)
     assert result.cost_microusd == 400_000
-
-
-def test_how_many_engines_there_are_over_time() -> None:
-    assert engines_over_time([Span(0, 10), Span(5, 20), Span(10, 12)]) == [(0, 1), (5, 2), (10, 2), (12, 1), (20, 0)]
 
 
 def test_percentiles_are_of_nothing_if_nothing_was_completed(play: Replay) -> None:

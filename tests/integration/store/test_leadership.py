@@ -4,11 +4,14 @@ import asyncio
 from contextlib import suppress
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from lmaas.store.database import Database
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.replicas import add_replica, list_replicas
 from lmaas.store.rights import DatabaseRole
+from lmaas.store.scopes import SYSTEM
 from tests.integration.store.build import base_model
 from tests.support.conditions import until
 from tests.support.databases import login_url
@@ -69,6 +72,22 @@ async def test_a_holder_that_speaks_is_not_deposed(controller_db: Database, data
     await until(taken.is_set)
     await task
     await other.close()
+
+
+async def test_what_the_active_one_writes_it_writes_as_its_role(database_url: str) -> None:
+    one_for_all = Database(database_url, DatabaseRole.CONTROLLER)
+    async with leading(one_for_all) as lead:
+        for _ in range(2):
+            async with lead.begin(SYSTEM) as connection:
+                assert (await connection.execute(text("SELECT current_user"))).scalar_one() == "lmaas_controller"
+        with pytest.raises(ValueError, match="SYSTEM"):
+            async with lead.begin("ten_a"):
+                pytest.fail("that is not for it")
+        with pytest.raises(ProgrammingError):
+            async with lead.begin(SYSTEM) as connection:
+                await connection.execute(text("SELECT nothing"))
+        await lead.check()
+    await one_for_all.close()
 
 
 async def test_a_lock_in_another_database_is_another(controller_db: Database, postgres_url: str) -> None:

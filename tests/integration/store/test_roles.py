@@ -1,6 +1,9 @@
 """Roles, rights and policies come into databases of all kinds: new ones, older ones, a superuser's and others'."""
 
+import asyncio
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import psycopg
@@ -12,7 +15,7 @@ from sqlalchemy import create_engine, make_url, text
 from lmaas.errors import SettingsError
 from lmaas.store import adapters, tenants, usage
 from lmaas.store.database import Database, driver_url
-from lmaas.store.migrate import MIGRATIONS, parse_passwords, upgrade
+from lmaas.store.migrate import MIGRATIONS, upgrade
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from tests.support.catalogue import faults
@@ -159,6 +162,39 @@ async def test_the_migrators_login_is_enough_once_the_roles_exist(new_database: 
     await admin.close()
 
 
+async def test_databases_of_one_cluster_are_migrated_at_once(new_database: NewDatabase) -> None:
+    urls = [new_database() for _ in range(3)]
+    prefix = f"many_{next(_numbers)}"
+    variables = os.environ | {"LMAAS_DATABASE_ROLE_PREFIX": prefix, "LMAAS_DATABASE_PASSWORDS": "gateway=secret,controller=secret"}
+    command = [sys.executable, "-m", "lmaas", "migrate"]
+    processes = [await asyncio.create_subprocess_exec(*command, env=variables | {"LMAAS_DATABASE_URL": url}) for url in urls]
+    assert [await process.wait() for process in processes] == [0, 0, 0]
+    for url in urls:
+        admin = Database(url)
+        async with admin.begin(SYSTEM) as connection:
+            assert await faults(connection, prefix) == []
+        await admin.close()
+
+
+def test_tables_of_others_are_left_alone(new_database: NewDatabase) -> None:
+    url = new_database()
+    look = "SELECT relacl::text, relowner, relrowsecurity FROM pg_class WHERE relname = 'theirs'"
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE theirs (id int, tenant_id int)")
+        connection.execute("GRANT ALL ON theirs TO PUBLIC")
+        before = connection.execute(look).fetchone()
+    upgrade(url)
+    with psycopg.connect(url) as connection:
+        assert connection.execute(look).fetchone() == before
+
+
+def test_a_process_login_cannot_migrate(new_database: NewDatabase) -> None:
+    url = new_database()
+    upgrade(url)
+    with pytest.raises(SettingsError, match="lmaas_migrator"):
+        upgrade(login_url(url, DatabaseRole.GATEWAY))
+
+
 async def test_what_was_changed_by_hand_is_put_right(new_database: NewDatabase) -> None:
     url = new_database()
     upgrade(url)
@@ -212,15 +248,3 @@ async def test_a_login_that_may_not_act_as_its_role_says_so(new_database: NewDat
                 async with db.begin(scope):
                     pytest.fail("it has no rights")
         await db.close()
-
-
-def test_passwords_are_read() -> None:
-    assert parse_passwords("") == {}
-    assert parse_passwords("gateway=a=b, controller=c") == {DatabaseRole.GATEWAY: "a=b", DatabaseRole.CONTROLLER: "c"}
-
-
-@pytest.mark.parametrize("given", ["gateway", "gateway=", "=x", "owner=x", "operator=x", "gateway=a,secret"])
-def test_what_is_no_password_is_refused_without_being_shown(given: str) -> None:
-    with pytest.raises(SettingsError, match=r"Entry \d of LMAAS_DATABASE_PASSWORDS") as caught:
-        parse_passwords(given)
-    assert "secret" not in caught.value.message

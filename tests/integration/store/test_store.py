@@ -334,7 +334,7 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     assert await usage.report(db, OPERATOR, since=date(2026, 1, 3)) == [next_day]
     assert await usage.report(db, other.id, since=day, until=day) == [others]
     assert {event.request_id for event in await usage.list_events(db, acme.id)} == {"r1", "r2", "r3", "r4"}
-    assert [event.request_id for event in await usage.list_events(db, OPERATOR, limit=1)] == ["r4"]
+    assert (await usage.list_events(db, OPERATOR))[0].request_id == "r4"
     await tenants.delete_tenant(db, acme.id)
     assert await usage.report(db, acme.id) == [next_day, both, bot]  # for the bill
 

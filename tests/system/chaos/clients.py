@@ -85,10 +85,10 @@ class Worker:
         self.attempts.append(attempt)
         self.current = attempt
         url = self._service.url(gateway) + ("/v1/chat/completions" if "messages" in body else "/v1/completions")
-        patience_s = {"cut while waiting": self._random.uniform(0.005, 0.2), "cut plain": self._random.uniform(0.2, 1.0)}.get(kind)
+        cut_after_s = {"cut while waiting": self._random.uniform(0.005, 0.2), "cut plain": self._random.uniform(0.2, 1.0)}.get(kind)
         cut_after = self._random.randint(1, 40) if kind == "cut mid-stream" else None
         try:
-            async with asyncio.timeout(patience_s or HANG_S):
+            async with asyncio.timeout(cut_after_s or HANG_S):
                 headers = {"authorization": f"Bearer {key}"}
                 async with session.post(url, json=body, headers=headers) as response:
                     attempt.status, attempt.request_id = response.status, response.headers["x-request-id"]
@@ -97,7 +97,7 @@ class Worker:
                     else:
                         self._whole(await response.json(), attempt)
         except TimeoutError:
-            attempt.cut, attempt.hung = patience_s is not None, patience_s is None
+            attempt.cut, attempt.hung = cut_after_s is not None, cut_after_s is None
         except aiohttp.ClientConnectorError:
             attempt.broken = attempt.refused = True
         except (aiohttp.ClientError, ConnectionError):

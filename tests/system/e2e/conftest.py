@@ -152,7 +152,7 @@ def started(home: Path, log: Path, **settings: str) -> Iterator[Stack]:
             stop(stack)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stack]:
     """A stack with the real engine and the real model."""
     assert model_folder.exists()

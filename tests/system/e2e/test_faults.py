@@ -98,9 +98,9 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
                 if pieces == leave_after:
                     return
 
-    async def impatient(client: AsyncOpenAI, model: str, patience_s: float) -> None:
+    async def impatient(client: AsyncOpenAI, model: str, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(timeout_s):
                 await client.completions.create(
                     model=model, prompt=f"Wait for {next(words)}", max_tokens=100, extra_body={"ignore_eos": True}
                 )

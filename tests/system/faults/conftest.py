@@ -70,9 +70,7 @@ class Caller:
         found: dict[str, UsageEvent] = {}
 
         async def there() -> bool:
-            found.update(
-                {event.request_id: event for event in await list_events(self.service.db, OPERATOR, 10_000) if event.request_id in ids}
-            )
+            found.update({event.request_id: event for event in await list_events(self.service.db, OPERATOR) if event.request_id in ids})
             return len(found) == len(ids)
 
         await until(there)

@@ -16,7 +16,7 @@ from tests.system.e2e.conftest import ROOT, Stack, start, stop, wait_for
 
 TOKEN_MS = 20
 #: For a machine that is busy; a run ends by itself long before.
-PATIENCE_S = 200
+MARGIN_S = 200
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def loadtest(environment: dict[str, str], folder: Path, scenario: str, seconds: 
     report = folder / "report.html"
     command = [sys.executable, "-m", "locust", "-f", f"loadtest/{scenario}.py", "--headless", "--only-summary", "--html", str(report)]
     command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds}s", "--stop-timeout", "60", *options]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds + PATIENCE_S)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds + MARGIN_S)
     said = done.stdout + done.stderr
     if not report.exists():
         return Run(done.returncode, said, {}, "")
@@ -73,9 +73,9 @@ def tenants(stack: Stack) -> set[str]:
     return {row["name"] for row in stack.cli("tenant", "list")}
 
 
-def test_thirty_seconds_of_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
+def test_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
     before = tenants(fake_stack)
-    run = loadtest(fake_stack.environment, tmp_path, "steady", 30, 16, "--tenants", "6", "--adapters", "2")
+    run = loadtest(fake_stack.environment, tmp_path, "steady", 12, 16, "--tenants", "6", "--adapters", "2")
     assert run.code == 0, run.said
     assert run.total()["num_failures"] == 0
     answered = 0
@@ -164,7 +164,7 @@ def test_no_service_no_run(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     run = loadtest({"LMAAS_URL": url, "LMAAS_API_KEY": "key"}, tmp_path, "steady", 4, 2)
     assert run.code == 1
-    assert f"The service at {url} does not answer" in run.said
+    assert f"The service at {url} cannot be reached" in run.said
     assert "Traceback" not in run.said
     with pytest.raises(httpx.TransportError):
         httpx.get(url)

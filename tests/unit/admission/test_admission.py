@@ -8,8 +8,8 @@ import pytest
 
 from lmaas.admission import months
 from lmaas.admission.estimate import MESSAGE_TOKENS, USUAL_COMPLETION, estimate
+from lmaas.admission.limits import PrincipalLimits, limited_scopes, rate_limit_headers
 from lmaas.admission.months import Months
-from lmaas.admission.terms import Terms, limited_scopes, rate_limit_headers
 from lmaas.admission.tiers import SERVICE_TIERS, TIERS, effective
 from lmaas.errors import OverQuota, Unavailable
 from lmaas.scheduling.client import Bounds, Seed
@@ -90,7 +90,7 @@ def test_refusals(
     no_database: Database, report: dict[str, Any], status: int, code: str, retry_after: str | None, should_retry: str
 ) -> None:
     limited = {"state": "limited", "scope": "key", "left": {"requests": [3, 0, 12_500]}} | report
-    error = Terms(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal(limited)
+    error = PrincipalLimits(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal(limited)
     headers = error.headers()
     assert (error.status, error.error_code, headers["x-should-retry"]) == (status, code, should_retry)
     if retry_after == "month":
@@ -126,11 +126,11 @@ def test_refusals(
 )
 def test_a_refusal_says_what_is_wrong_and_what_to_do(no_database: Database, report: dict[str, Any], message: str) -> None:
     refused = {"state": "limited", "scope": "key"} | report
-    assert Terms(Months(no_database), PRINCIPAL, Bounds(64, 900)).refusal(refused).message == message
+    assert PrincipalLimits(Months(no_database), PRINCIPAL, Bounds(64, 900)).refusal(refused).message == message
 
 
 def test_a_month_that_nobody_knows_is_unavailable(no_database: Database) -> None:
-    assert isinstance(Terms(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
+    assert isinstance(PrincipalLimits(Months(no_database), PRINCIPAL, Bounds(1, 1)).refusal({"state": "unseeded"}), Unavailable)
 
 
 def test_headers() -> None:

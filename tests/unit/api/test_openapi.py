@@ -1,38 +1,112 @@
-"""The OpenAPI document describes what is served."""
+"""The OpenAPI document is valid, complete, and says the same as the code."""
 
+from dataclasses import fields
+from typing import Any, get_args
+
+import jsonschema
+import pytest
 from openapi_spec_validator import validate
 
-from lmaas.api.openapi import QUERIES, SCHEMAS, SHAPES, document
-from lmaas.api.routes import OPERATIONS
+from lmaas.admission.tiers import TIERS
+from lmaas.api.shapes import models, tenants, usage
+from lmaas.api.table import OPERATIONS, PLACES
+from lmaas.app import openapi_document
+from lmaas.gateway.parameters.table import BY_NAME, Endpoint
+from lmaas.states import START_PHASES, EnginePhase
+from lmaas.types import Limits
+
+SPEC = openapi_document()
+OTHERS = {
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    *((path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")),
+}
+
+
+def references(value: Any) -> set[str]:
+    """Return the names of all schemas that are referred to."""
+    if isinstance(value, dict):
+        own = {value["$ref"].rpartition("/")[2]} if isinstance(value.get("$ref"), str) else set()
+        return own.union(*(references(item) for item in value.values()))
+    return set().union(*(references(item) for item in value)) if isinstance(value, list) else set()
 
 
 def test_the_document_is_valid_and_complete() -> None:
-    spec = document([(method, prefix + path, handler) for prefix, method, path, handler in OPERATIONS])
-    validate(spec)
-    described = {(path, method.upper()) for path, operations in spec["paths"].items() for method in operations}
-    served = {(prefix + path, method) for prefix, method, path, _ in OPERATIONS}
-    openai = {(f"/v1/{path}", "POST") for path in ("chat/completions", "completions")} | {
-        ("/v1/models", "GET"),
-        ("/v1/models/{model}", "GET"),
-    }
-    assert described == served | openai
-    for path in ("/v1/chat/completions", "/v1/completions"):
-        [header] = spec["paths"][path]["post"]["parameters"]
-        assert (header["name"], header["in"], header["required"]) == ("Idempotency-Key", "header", False)
-        assert "409" in spec["paths"][path]["post"]["responses"]
-    names = [operation["operationId"] for operations in spec["paths"].values() for operation in operations.values()]
+    validate(SPEC)
+    described = {(path, method.upper()) for path, operations in SPEC["paths"].items() for method in operations}
+    assert described == {(place.path, place.operation.method) for place in PLACES} | OTHERS
+    names = [operation["operationId"] for operations in SPEC["paths"].values() for operation in operations.values()]
     assert len(names) == len(set(names))
 
 
 def test_nothing_in_it_is_left_over() -> None:
-    handlers = {handler.__name__ for _, _, _, handler in OPERATIONS}
-    assert set(SHAPES) == handlers
-    assert set(QUERIES) <= handlers
-    used = {name for takes, gives, _ in SHAPES.values() for name in (takes, gives)} | {
-        "Error",
-        "Model",
-        "ChatRequest",
-        "CompletionRequest",
-        "OpenAIAnswer",
-    }
-    assert set(SCHEMAS) == used - {None}
+    components = set(SPEC["components"]["schemas"]) | set(SPEC["components"]["headers"])
+    assert references(SPEC) == components
+
+
+def test_our_objects_have_no_other_fields() -> None:
+    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage"}
+    for name, schema in SPEC["components"]["schemas"].items():
+        if schema.get("type") == "object" and name not in theirs:
+            assert schema["additionalProperties"] is False, name
+
+
+def test_every_field_of_an_answer_is_required_unless_it_may_be_missing() -> None:
+    for operation in OPERATIONS:
+        name = operation.answer.__name__
+        if name in SPEC["components"]["schemas"]:
+            schema = SPEC["components"]["schemas"][name]
+            assert set(schema["required"]) == set(schema["properties"]), name
+
+
+def test_changes_have_an_audit_action_and_reads_have_none() -> None:
+    for operation in OPERATIONS:
+        assert (operation.audit is None) == (operation.method == "GET" or operation.id == "check_adapter"), operation.id
+    create = SPEC["paths"]["/admin/v1/tenants"]["post"]
+    assert (create["x-audit-action"], create["x-permission"]) == ("tenant.create", "operator")
+
+
+def test_shapes_agree_with_what_they_are_made_from() -> None:
+    limits = tuple(field.name for field in fields(Limits))
+    assert tenants.Limits.__struct_fields__ == tenants.NewLimits.__struct_fields__ == limits
+    assert set(get_args(tenants.Tier)) == set(TIERS)
+    assert models.Start.__struct_fields__ == ("by", *START_PHASES)
+    assert usage.EngineMs.__struct_fields__ == ("total", *EnginePhase)
+
+
+def test_every_parameter_of_the_gateway_is_described() -> None:
+    for name, endpoint in (("ChatRequest", Endpoint.CHAT), ("CompletionRequest", Endpoint.COMPLETION)):
+        schema = SPEC["components"]["schemas"][name]
+        assert set(schema["properties"]) == {"model", *BY_NAME[endpoint]}
+        untyped = {
+            parameter.name
+            for parameter in BY_NAME[endpoint].values()
+            if not schema["properties"][parameter.name].keys() & {"type", "enum", "anyOf"} and parameter.treatment == "forwarded"
+        }
+        assert untyped == set()
+
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "valid"),
+    [
+        ("ChatRequest", CHAT, True),
+        ("ChatRequest", CHAT | {"temperature": 0.5, "stop": ["a"], "tools": [], "stream": True, "seed": None}, True),
+        ("ChatRequest", CHAT | {"use_beam_search": False}, True),
+        ("ChatRequest", CHAT | {"use_beam_search": True}, False),
+        ("ChatRequest", CHAT | {"temperature": 3}, False),
+        ("ChatRequest", CHAT | {"tempurature": 1}, False),
+        ("ChatRequest", {"model": "base"}, False),
+        ("CompletionRequest", {"model": "base", "prompt": [[1, 2], [3]], "echo": True, "max_tokens": 0}, True),
+        ("CompletionRequest", {"model": "base", "prompt": 5}, False),
+        ("NewTenant", {"name": "acme", "tier": None, "requests_per_minute": 0}, True),
+        ("NewTenant", {"name": "Acme"}, False),
+        ("TenantChange", {"max_queued": 0}, False),
+        ("NewBaseModel", {"name": "mod_1", "source": "x"}, False),
+    ],
+)
+def test_bodies(name: str, body: dict[str, Any], valid: bool) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": SPEC["components"]}
+    assert jsonschema.Draft202012Validator(schema).is_valid(body) is valid

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from bench.vtc import WP, WQ, Calls, Differences, Job, history
+from bench.vtc import WP, WQ, Calls, Differences, Request, history
 
 
 class Plain(Calls):
@@ -14,31 +14,31 @@ class Plain(Calls):
     def __init__(self, pool: str, slots: int, adapter_slots: int) -> None:
         del pool, adapter_slots
         self.free = slots
-        self.queued: list[Job] = []
+        self.queued: list[Request] = []
         self.running: dict[str, int] = {}
         self.counters: dict[str, int] = defaultdict(int)
 
-    async def submit(self, job: Job) -> bool:
+    async def submit(self, request: Request) -> bool:
         waiting = {each.tenant for each in self.queued}
-        if waiting and job.tenant not in waiting:
-            self.counters[job.tenant] = max(self.counters[job.tenant], min(self.counters[name] for name in waiting))
-        self.queued.append(job)
+        if waiting and request.tenant not in waiting:
+            self.counters[request.tenant] = max(self.counters[request.tenant], min(self.counters[name] for name in waiting))
+        self.queued.append(request)
         self.dispatch()
-        return job.id in self.running
+        return request.id in self.running
 
-    async def renew(self, jobs: Iterable[Job], *, progress: bool) -> set[str]:
-        told = list(jobs)
-        for job in told:
+    async def renew(self, requests: Iterable[Request], *, progress: bool) -> set[str]:
+        told = list(requests)
+        for request in told:
             if progress:
-                self.settle(job)
-        return {job.id for job in told if job.id in self.running}
+                self.settle(request)
+        return {request.id for request in told if request.id in self.running}
 
-    async def release(self, job: Job) -> None:
-        if job in self.queued:
-            self.queued.remove(job)
+    async def release(self, request: Request) -> None:
+        if request in self.queued:
+            self.queued.remove(request)
             return
-        self.settle(job)
-        del self.running[job.id]
+        self.settle(request)
+        del self.running[request.id]
         self.free += 1
         self.dispatch()
 
@@ -47,27 +47,27 @@ class Plain(Calls):
 
     def dispatch(self) -> None:
         while self.free and self.queued:
-            job = min(self.queued, key=lambda each: self.counters[each.tenant])
-            self.queued.remove(job)
-            self.running[job.id] = 0
+            request = min(self.queued, key=lambda each: self.counters[each.tenant])
+            self.queued.remove(request)
+            self.running[request.id] = 0
             self.free -= 1
-            self.charge(job)
+            self.charge(request)
 
-    def charge(self, job: Job) -> None:
-        self.counters[job.tenant] += WP * job.prompt
+    def charge(self, request: Request) -> None:
+        self.counters[request.tenant] += WP * request.prompt
 
-    def settle(self, job: Job) -> None:
-        self.counters[job.tenant] += WQ * (job.made - self.running[job.id])
-        self.running[job.id] = job.made
+    def settle(self, request: Request) -> None:
+        self.counters[request.tenant] += WQ * (request.made - self.running[request.id])
+        self.running[request.id] = request.made
 
 
 class Turns(Plain):
     """Each request is a turn, whatever its length."""
 
-    def charge(self, job: Job) -> None:
-        self.counters[job.tenant] += 1
+    def charge(self, request: Request) -> None:
+        self.counters[request.tenant] += 1
 
-    def settle(self, job: Job) -> None:
+    def settle(self, request: Request) -> None:
         pass
 
 

@@ -1,28 +1,32 @@
 """The changes of a plan are made in order, and a failure says what was done before."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmaas.api import table
+from lmaas.api.operation import Operation
 from lmaas.errors import ApiError, SettingsError
 from lmaas.manifests.apply import PartlyApplied, execute
 from lmaas.manifests.client import ApiClient
 from lmaas.manifests.plan import Change, Outcome, Send, Upload
 
 FILE, FOLDER = Path("tenants/acme.yaml"), Path("bot")
-TENANT = Change("tenant", "acme", Outcome.CREATED, FILE, requests=(Send("POST", "/admin/v1/tenants", {"name": "acme"}),))
+BOT = {"tenant": "acme", "name": "bot"}
+TENANT = Change("tenant", "acme", Outcome.CREATED, FILE, requests=(Send(table.CREATE_TENANT, {"name": "acme"}),))
 SAME = Change("tenant", "globex", Outcome.UNCHANGED, Path("tenants/globex.yaml"))
 
 
 def bot(version: int, *, pinned: bool) -> Change:
     upload = Upload("acme", "bot", "base", FOLDER, version, activate=not pinned)
-    activation = (Send("POST", "/activate", {"version": version}),) if pinned else ()
+    activation = (Send(table.ACTIVATE_VERSION, {"version": version}, BOT),) if pinned else ()
     return Change("adapter", "acme/bot", Outcome.CHANGED, FILE, requests=(upload, *activation))
 
 
 class Service(ApiClient):
-    """A client whose answers are given, by path; `upload` for uploads. A missing one is an empty answer."""
+    """A client whose answers are given, by operation; `upload` for uploads. A missing one is an empty answer."""
 
     def __init__(self, **answers: Any) -> None:
         super().__init__("http://127.0.0.1:1", "")
@@ -36,10 +40,18 @@ class Service(ApiClient):
             raise answer
         return answer
 
-    def call(self, method: str, path: str, **options: Any) -> Any:
+    def send_to(
+        self,
+        operation: Operation,
+        path: Mapping[str, str],
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Answer a request."""
-        self.calls.append((method, path, options))
-        return self._answer(path.rpartition("/")[2])
+        assert query is None
+        self.calls.append((operation.id, dict(path), body))
+        answer: dict[str, Any] = self._answer(operation.id)
+        return answer
 
     def for_tenant(self, tenant: str) -> "Service":
         """Return the same client for any tenant."""
@@ -57,10 +69,10 @@ def test_requests_are_sent_in_the_order_of_the_plan() -> None:
     service = Service(upload={"version": 2})
     execute([TENANT, SAME, bot(2, pinned=True)], service)
     assert service.calls == [
-        ("POST", "/admin/v1/tenants", {"json": {"name": "acme"}}),
+        ("create_tenant", {}, {"name": "acme"}),
         ("tenant", "acme"),
         ("upload", "bot", "base", FOLDER, False),
-        ("POST", "/activate", {"json": {"version": 2}}),
+        ("activate_version", BOT, {"version": 2}),
     ]
 
 
@@ -72,7 +84,7 @@ REFUSED = ApiError(503, "The adapter store is away.", "object_store_unavailable"
     [
         (
             [TENANT],
-            {"tenants": SettingsError("The service does not answer.")},
+            {"create_tenant": SettingsError("The service does not answer.")},
             "tenant acme: The service does not answer.",
             "Nothing was changed before.",
         ),
@@ -84,7 +96,7 @@ REFUSED = ApiError(503, "The adapter store is away.", "object_store_unavailable"
         ),
         (
             [bot(1, pinned=True)],
-            {"upload": {"version": 1}, "activate": REFUSED},
+            {"upload": {"version": 1}, "activate_version": REFUSED},
             "adapter acme/bot: The adapter store is away. (object_store_unavailable, req_1)",
             "Done before: adapter acme/bot in part.",
         ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lmaas.api import table
 from lmaas.errors import InvalidRequest
 from lmaas.manifests.apply import described
 from lmaas.manifests.folder import Manifests
@@ -24,7 +25,6 @@ MODEL = {
     "max_loras": 8, "max_lora_rank": 16, "max_cpu_loras": 64, "max_num_seqs": 16, "max_model_len": 512, "kv_cache_bytes": 2**30,
     "engine_args": "", "prompt_price": 0, "cached_price": 0, "completion_price": 0, "engine_price": 0,
 }  # fmt: skip
-ACTIVATE = "/admin/v1/tenants/acme/adapters/bot/activate"
 
 
 def tenant(*adapters: AdapterManifest, **settings: Any) -> TenantManifest:
@@ -40,9 +40,9 @@ def observed(
 ) -> Observed:
     """A service with the base model `base` and the tenant `acme`, whose settings are these before and after."""
     contents = {} if content is None else {("acme", "bot"): content}
-    known = {} if before is None else {"acme": before}
+    known = {} if before is None else {"acme": {"id": "ten_1"} | before}
     there = {"acme": adapters or {}} if before is not None else {}
-    return Observed({"base": MODEL}, known, there, {}, {"acme": after}, contents, **other)
+    return Observed({"base": {"id": "mod_1"} | MODEL}, known, there, {}, {"acme": after}, contents, **other)
 
 
 def known(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
@@ -54,7 +54,7 @@ def upload(version: int, *, activate: bool) -> Upload:
 
 
 def activation(version: int) -> Send:
-    return Send("POST", ACTIVATE, {"version": version})
+    return Send(table.ACTIVATE_VERSION, {"version": version}, {"tenant": "acme", "name": "bot"})
 
 
 def live(old: int | None, new: int) -> FieldChange:
@@ -72,7 +72,7 @@ def test_what_a_manifest_does_not_name_becomes_a_default() -> None:
         FieldChange("limits.max_adapters", 20, 7),
         FieldChange("limits.tokens_per_month", 9, None),
     )
-    assert change.requests == (Send("PATCH", "/admin/v1/tenants/acme", dict.fromkeys(USUAL) | {"max_adapters": 7}),)
+    assert change.requests == (Send(table.CHANGE_TENANT, dict.fromkeys(USUAL) | {"max_adapters": 7}, {"tenant": "acme"}),)
     assert described(change) == [
         "tenant acme: changed",
         "  tier: free → standard",
@@ -98,7 +98,7 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
     new = ModelManifest(FILE, "new", {"source": "/new"})
     state = replace(
         observed(before=None),
-        models={"base": MODEL | {"idle_timeout_s": 9, "engine_args": "--x"}},
+        models={"base": MODEL | {"id": "mod_1", "idle_timeout_s": 9, "engine_args": "--x"}},
         proposed_models={"base": MODEL | {"max_replicas": 3}, "new": MODEL},
     )
     first, second, third, fourth = plan(Manifests((model, new), (tenant(bot(base_model="new")),)), state)
@@ -110,9 +110,9 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
     )
     assert described(first)[-1] == "  engine.args: --x → none"
     wanted = dict.fromkeys(MODEL) | {"source": "/tiny", "max_replicas": 3}
-    assert first.requests == (Send("PATCH", "/admin/v1/base-models/base", wanted),)
-    assert second.requests == (Send("POST", "/admin/v1/base-models", {"name": "new"} | dict.fromkeys(MODEL) | {"source": "/new"}),)
-    assert third.requests == (Send("POST", "/admin/v1/tenants", {"name": "acme"} | dict.fromkeys(USUAL)),)
+    assert first.requests == (Send(table.CHANGE_MODEL, wanted, {"model": "base"}),)
+    assert second.requests == (Send(table.CREATE_MODEL, {"name": "new"} | dict.fromkeys(MODEL) | {"source": "/new"}),)
+    assert third.requests == (Send(table.CREATE_TENANT, {"name": "acme"} | dict.fromkeys(USUAL)),)
     assert fourth.requests == (Upload("acme", "bot", "new", FOLDER, 1, activate=True),)
 
 
@@ -197,6 +197,16 @@ def test_what_would_be_refused_is_said_before_anything_changes(
     for line, complaint in zip(lines, complaints, strict=True):
         assert complaint in line
         assert line.startswith((f"{FILE}: ", "a: wrong"))
+
+
+def test_an_id_is_no_name() -> None:
+    other = TenantManifest(Path("b.yaml"), "mod_1", {}, ())
+    with pytest.raises(InvalidRequest) as raised:
+        plan(Manifests((ModelManifest(FILE, "ten_1", {}),), (other,)), observed())
+    assert raised.value.message.splitlines() == [
+        "b.yaml: 'name' is the id of 'base'. Give the name instead.",
+        f"{FILE}: 'name' is the id of 'acme'. Give the name instead.",
+    ]
 
 
 def test_a_limit_below_what_exists_is_allowed_as_long_as_nothing_is_uploaded() -> None:

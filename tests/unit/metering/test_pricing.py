@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lmaas.metering.pricing import Prices, charge_picousd, microusd
 from lmaas.metering.usage import UsageRecord, parse_event
 from lmaas.states import UsageStatus
-from lmaas.store.models import MAX_PRICE
+from lmaas.types import MAX_PRICE
 
 PRICES = Prices(prompt=150_000, cached=15_000, completion=600_000)
 

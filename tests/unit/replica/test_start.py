@@ -7,14 +7,14 @@ import pytest
 from lmaas.replica.start import Times, process_began, start_record
 from lmaas.states import START_PHASES
 
-TIMES = Times(asked=10.0, began=10.2, healthy=12.0, generated=12.1, resident=12.05, ready=12.11)
+TIMES = Times(asked=10.0, began=10.2, healthy=12.0, generated=12.1, resident=12.05, ready=12.11, waited=0.05)
 
 
 MARKS = {"loading": 10.6, "loaded": 11.1, "cached": 11.3}
 
 
 WITH_MARKS = {
-    "spawn_ms": 200, "import_ms": 400, "weights_ms": 500, "kv_ms": 200, "warmup_ms": 700, "first_token_ms": 100,
+    "spawn_ms": 150, "zygote_ms": 50, "import_ms": 400, "weights_ms": 500, "kv_ms": 200, "warmup_ms": 700, "first_token_ms": 100,
     "adapter_ms": 50, "total_ms": 2110,
 }  # fmt: skip
 

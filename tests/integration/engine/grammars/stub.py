@@ -45,7 +45,7 @@ class Stub:
 def main() -> None:
     """Serve."""
     compiler: Any = Stub()
-    vars(checker).update(WALL_S=3.0, CPU_S=0.5, LOOK_S=0.1)
+    vars(checker).update(WALL_S=3.0, CPU_S=0.5, POLL_S=0.1)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen(64)

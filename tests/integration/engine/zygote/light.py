@@ -46,5 +46,5 @@ if __name__ == "__main__":
     from lmaas.engine.zygote import server
     from lmaas.engine.zygote.__main__ import main
 
-    vars(server).update(LEARN_AFTER_S=0.0, SERVER="tests.integration.engine.zygote.job")  # it learns what that is started with
+    vars(server).update(LEARN_AFTER_S=0.0, SERVER="tests.integration.engine.zygote.program")  # it learns what that is started with
     main()

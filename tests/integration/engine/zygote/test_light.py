@@ -24,7 +24,7 @@ from tests.integration.engine.zygote.light import SLOW
 from tests.support.clocks import Clock
 from tests.support.conditions import until
 
-JOB = "tests.integration.engine.zygote.job"
+PROGRAM = "tests.integration.engine.zygote.program"
 IDLE_S = 60.0
 
 
@@ -45,8 +45,8 @@ def answers(home: Path) -> bool:
 
 
 def order(home: Path, *arguments: str) -> Order:
-    """An order of a job that is kept."""
-    return Order(JOB, list(arguments), os.environ | {"SECRET": ""}, home / "job.log", kept=True)
+    """An order of a program that is kept."""
+    return Order(PROGRAM, list(arguments), os.environ | {"SECRET": ""}, home / "program.log", kept=True)
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Light:
     home: Path
     process: "subprocess.Popen[bytes]"
 
-    async def fork(self, *arguments: str, kept: bool, secret: str = "", patience_s: float = 30.0) -> Fork:
-        """Have it fork a job. Raises NoZygote."""
-        order = Order(JOB, list(arguments), os.environ | {"SECRET": secret}, self.home / "job.log", kept)
-        return await fork(self.home, order, {}, patience_s)
+    async def fork(self, *arguments: str, kept: bool, secret: str = "", timeout_s: float = 30.0) -> Fork:
+        """Have it fork a program. Raises NoZygote."""
+        order = Order(PROGRAM, list(arguments), os.environ | {"SECRET": secret}, self.home / "program.log", kept)
+        return await fork(self.home, order, {}, timeout_s)
 
     def said(self) -> str:
         """What the jobs printed."""
-        path = self.home / "job.log"
+        path = self.home / "program.log"
         return path.read_text() if path.exists() else ""
 
     def children(self) -> list[psutil.Process]:
@@ -115,7 +115,7 @@ async def test_who_gives_up_after_the_fork_leaves_nothing(zygote: Light) -> None
             with wire.short_path(wire.folder(zygote.home) / wire.SOCKET) as path:
                 connection.connect(path)
             wire.receive(connection)
-            wire.send(connection, {"do": "fork", "module": JOB, "arguments": [], "kept": kept})
+            wire.send(connection, {"do": "fork", "module": PROGRAM, "arguments": [], "kept": kept})
             assert wire.receive(connection) == {"forked": True}
             assert zygote.children()
         await until(lambda: not zygote.children())
@@ -134,7 +134,7 @@ async def test_a_full_disk_does_not_end_a_zygote_that_learns(zygote: Light) -> N
 async def test_those_that_went_away_while_a_zygote_stood_still_are_no_trouble(zygote: Light) -> None:
     os.kill(zygote.process.pid, signal.SIGSTOP)
     with pytest.raises(NoZygote):
-        await zygote.fork(kept=False, patience_s=0.2)
+        await zygote.fork(kept=False, timeout_s=0.2)
     os.kill(zygote.process.pid, signal.SIGCONT)
     process = ForkedProcess(await zygote.fork("afterwards", kept=True))
     assert await process.wait() == 0
@@ -189,7 +189,7 @@ async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
         zygote = running(tmp_path)
         starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "patient"), {}, looks.append))
         # Several times as long as one may stand still.
-        await until(lambda: sum(client.LOOK_S for _ in looks) > 3 * policy.STILL_S)
+        await until(lambda: sum(client.POLL_S for _ in looks) > 3 * policy.STILL_S)
         assert not starting.done()
         assert "killed" not in caplog.text
         assert all(look.pid == zygote and not look.serves for look in looks)
@@ -198,7 +198,7 @@ async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
         process = ForkedProcess(await starting)
         assert await process.wait() == 0
         assert running(tmp_path) == zygote
-    assert "patient" in (tmp_path / "job.log").read_text()
+    assert "patient" in (tmp_path / "program.log").read_text()
 
 
 async def test_a_start_waits_for_the_zygote_that_replaces_a_stopped_one(
@@ -347,7 +347,7 @@ async def test_nobody_waits_for_a_look_on_the_side(zygote: Light, caplog: pytest
     looking = ZygoteOwner(zygote.home, lambda: light(zygote.home), broken).tend()
     with pytest.raises(ValueError, match="no facts"):
         await looking
-    await until(lambda: "could not be looked after" in caplog.text)
+    await until(lambda: "could not be checked" in caplog.text)
 
 
 async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ class Place:
     home: Path
     taker: ZygoteOwner
 
-    async def fork(self, module: str, arguments: list[str], log: Path, *, kept: bool, patience_s: float = IMPORTED_S) -> Fork:
+    async def fork(self, module: str, arguments: list[str], log: Path, *, kept: bool, timeout_s: float = IMPORTED_S) -> Fork:
         """Have a process forked. Raises NoZygote."""
         order = Order(module, arguments, {"PATH": "/usr/bin:/bin"}, log, kept)
-        return await fork(self.home, order, wire.facts(shared_environment()), patience_s)
+        return await fork(self.home, order, wire.facts(shared_environment()), timeout_s)
 
     @property
     def pid(self) -> int:

@@ -25,6 +25,7 @@ SILENT_S = 5.0
 CAUSES = {
     "the engine ended": "its process ended early",
     "the engine was not ready within": "it was not ready in time",
+    "the engine stood still": "it was not ready in time",
     "the engine does not generate": "it does not generate",
     "its supervisor could not be started": "no process could be started for it",
     "its supervisor is gone": "its process ended early",
@@ -58,7 +59,7 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
     return [text, *([reason] if reason else [])]
 
 
-class Waiting:
+class WaitReasons:
     """Explains waits. It asks the database once a second for each pool, and only while requests wait for it."""
 
     def __init__(self, db: Database) -> None:

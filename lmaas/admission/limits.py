@@ -1,4 +1,4 @@
-"""The terms of one request: the limits that hold for it, and the error if one of them refuses it."""
+"""The limits that hold for a request, and the errors of those that refuse it."""
 
 import functools
 import math
@@ -39,8 +39,8 @@ def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """The terms under which a request of this principal is admitted."""
+class PrincipalLimits:
+    """The limits under which a request of this principal is admitted."""
 
     months: Months
     principal: Principal

@@ -1,0 +1,287 @@
+"""The one table of operations of the management API.
+
+Routes, permission checks, the decoding of bodies and queries, the OpenAPI document, the client and the audit records follow from it. The
+handlers are in `lmaas.api.routes`, so that clients import this module without the server.
+"""
+
+from lmaas.api.operation import Operation, Permission
+from lmaas.api.shapes import adapters, models, tenants, usage
+from lmaas.api.shapes.common import DryRun, List, Page, Paging
+from lmaas.audit import Action
+
+_OPERATOR, _ADMIN, _ANY = Permission.OPERATOR, Permission.TENANT_ADMIN, Permission.TENANT
+_ADAPTER_FILES = ("adapter_config", "adapter_model")
+_DRY_RUN = {200: "A dry run: what would have been created."}
+
+# A tenant's own resources, and for operators those of any tenant.
+LIST_ADAPTERS = Operation("list_adapters", "GET", "/v1/adapters", _ANY, "List the adapters, by name.", Page[adapters.Adapter], query=Paging)
+UPLOAD_ADAPTER = Operation(
+    "upload_adapter",
+    "POST",
+    "/v1/adapters",
+    _ADMIN,
+    "Upload an adapter, which becomes a new version unless a version has the same content.",
+    adapters.UploadedAdapter,
+    body=adapters.AdapterUpload,
+    files=_ADAPTER_FILES,
+    status=201,
+    also={200: "A version has this content already: this one."},
+    audit=Action.ADAPTER_UPLOAD,
+)
+GET_ADAPTER = Operation("get_adapter", "GET", "/v1/adapters/{name}", _ANY, "Show an adapter.", adapters.Adapter)
+DELETE_ADAPTER = Operation(
+    "delete_adapter",
+    "DELETE",
+    "/v1/adapters/{name}",
+    _ADMIN,
+    "Delete an adapter with all its versions and files.",
+    adapters.DeletedAdapter,
+    audit=Action.ADAPTER_DELETE,
+)
+LIST_VERSIONS = Operation(
+    "list_versions",
+    "GET",
+    "/v1/adapters/{name}/versions",
+    _ANY,
+    "List the versions of an adapter, oldest first.",
+    Page[adapters.AdapterVersion],
+    query=Paging,
+)
+ACTIVATE_VERSION = Operation(
+    "activate_version",
+    "POST",
+    "/v1/adapters/{name}/activate",
+    _ADMIN,
+    "Make a version the live one.",
+    adapters.Adapter,
+    body=adapters.Activation,
+    audit=Action.ADAPTER_ACTIVATE,
+)
+LIST_KEYS = Operation(
+    "list_keys", "GET", "/v1/keys", _ADMIN, "List the tenant's keys, newest first, without their secrets.", Page[tenants.Key], query=Paging
+)
+CREATE_KEY = Operation(
+    "create_key",
+    "POST",
+    "/v1/keys",
+    _ADMIN,
+    "Create a key of the tenant. Its secret is in this response and nowhere else.",
+    tenants.CreatedKey,
+    body=tenants.NewKey,
+    status=201,
+    audit=Action.KEY_CREATE,
+)
+CHANGE_KEY = Operation(
+    "change_key",
+    "PATCH",
+    "/v1/keys/{key}",
+    _ADMIN,
+    "Change the limits of a key.",
+    tenants.Key,
+    body=tenants.KeyChange,
+    audit=Action.KEY_CHANGE,
+)
+REVOKE_KEY = Operation(
+    "revoke_key",
+    "DELETE",
+    "/v1/keys/{key}",
+    _ADMIN,
+    "Revoke a key. It stops working within a second.",
+    tenants.Key,
+    audit=Action.KEY_REVOKE,
+)
+REPORT_USAGE = Operation(
+    "report_usage",
+    "GET",
+    "/v1/usage",
+    _ANY,
+    "Report requests, tokens and charges by day and model.",
+    List[usage.Usage],
+    query=usage.Period,
+    for_operators=False,
+)
+LIST_EVENTS = Operation(
+    "list_events",
+    "GET",
+    "/v1/usage/events",
+    _ANY,
+    "List the events of the ledger, one for each request, newest first.",
+    Page[usage.UsageEvent],
+    query=Paging,
+    for_operators=False,
+)
+
+# For operators.
+LIST_TENANTS = Operation(
+    "list_tenants", "GET", "/admin/v1/tenants", _OPERATOR, "List the tenants, by name.", Page[tenants.Tenant], query=Paging
+)
+CREATE_TENANT = Operation(
+    "create_tenant",
+    "POST",
+    "/admin/v1/tenants",
+    _OPERATOR,
+    "Create a tenant, without keys yet.",
+    tenants.Tenant,
+    body=tenants.NewTenant,
+    query=DryRun,
+    status=201,
+    also=_DRY_RUN,
+    audit=Action.TENANT_CREATE,
+)
+GET_TENANT = Operation("get_tenant", "GET", "/admin/v1/tenants/{tenant}", _OPERATOR, "Show a tenant, by id or name.", tenants.Tenant)
+CHANGE_TENANT = Operation(
+    "change_tenant",
+    "PATCH",
+    "/admin/v1/tenants/{tenant}",
+    _OPERATOR,
+    "Change the tier or limits of a tenant. Null puts a default back.",
+    tenants.Tenant,
+    body=tenants.TenantChange,
+    query=DryRun,
+    audit=Action.TENANT_CHANGE,
+)
+DELETE_TENANT = Operation(
+    "delete_tenant",
+    "DELETE",
+    "/admin/v1/tenants/{tenant}",
+    _OPERATOR,
+    "Delete a tenant: keys stop at once, adapters and their files go, usage stays for the bill.",
+    tenants.DeletedTenant,
+    audit=Action.TENANT_DELETE,
+)
+LIST_OPERATOR_KEYS = Operation(
+    "list_operator_keys",
+    "GET",
+    "/admin/v1/keys",
+    _OPERATOR,
+    "List the operators' keys, newest first, without their secrets.",
+    Page[tenants.Key],
+    query=Paging,
+)
+CREATE_OPERATOR_KEY = Operation(
+    "create_operator_key",
+    "POST",
+    "/admin/v1/keys",
+    _OPERATOR,
+    "Create a key of an operator. Its secret is in this response and nowhere else.",
+    tenants.CreatedKey,
+    body=tenants.NewOperatorKey,
+    status=201,
+    audit=Action.KEY_CREATE,
+)
+REVOKE_OPERATOR_KEY = Operation(
+    "revoke_operator_key",
+    "DELETE",
+    "/admin/v1/keys/{key}",
+    _OPERATOR,
+    "Revoke a key of an operator. The last one is refused with 409 last_operator_key, unless force is true.",
+    tenants.Key,
+    query=tenants.Revocation,
+    audit=Action.KEY_REVOKE,
+)
+LIST_MODELS = Operation(
+    "list_base_models", "GET", "/admin/v1/base-models", _OPERATOR, "List the base models, by name.", Page[models.BaseModel], query=Paging
+)
+CREATE_MODEL = Operation(
+    "create_base_model",
+    "POST",
+    "/admin/v1/base-models",
+    _OPERATOR,
+    "Create a base model with an empty pool. Its shapes are read from the headers of its weights.",
+    models.BaseModel,
+    body=models.NewBaseModel,
+    query=DryRun,
+    status=201,
+    also=_DRY_RUN,
+    audit=Action.BASE_MODEL_CREATE,
+)
+GET_MODEL = Operation(
+    "get_base_model",
+    "GET",
+    "/admin/v1/base-models/{model}",
+    _OPERATOR,
+    "Show a base model, by id or name: what its pool does, and why.",
+    models.BaseModel,
+)
+CHANGE_MODEL = Operation(
+    "change_base_model",
+    "PATCH",
+    "/admin/v1/base-models/{model}",
+    _OPERATOR,
+    "Change values of a base model. Null puts a default back. Values of engines hold for replicas that start from now on; source, dtype "
+    "and max_lora_rank change only while there are neither adapters nor replicas.",
+    models.BaseModel,
+    body=models.BaseModelChange,
+    query=DryRun,
+    audit=Action.BASE_MODEL_CHANGE,
+)
+DELETE_MODEL = Operation(
+    "delete_base_model",
+    "DELETE",
+    "/admin/v1/base-models/{model}",
+    _OPERATOR,
+    "Delete a base model that has neither adapters nor replicas. What it has cost stays for the bill.",
+    models.DeletedBaseModel,
+    audit=Action.BASE_MODEL_DELETE,
+)
+CHECK_ADAPTER = Operation(
+    "check_adapter",
+    "POST",
+    "/admin/v1/check-adapter",
+    _OPERATOR,
+    "Check an adapter's files as an upload does, and store nothing.",
+    adapters.CheckedAdapter,
+    body=adapters.AdapterCheck,
+    files=_ADAPTER_FILES,
+)
+LIST_REPLICAS = Operation(
+    "list_replicas",
+    "GET",
+    "/admin/v1/replicas",
+    _OPERATOR,
+    "List the replicas, newest first.",
+    Page[models.Replica],
+    query=models.ReplicaQuery,
+)
+GET_REPLICA = Operation(
+    "get_replica", "GET", "/admin/v1/replicas/{replica}", _OPERATOR, "Show a replica, also one that has ended.", models.Replica
+)
+STOP_REPLICA = Operation(
+    "stop_replica",
+    "DELETE",
+    "/admin/v1/replicas/{replica}",
+    _OPERATOR,
+    "Drain a replica and stop it. If there is demand, the controller starts another.",
+    models.StoppingReplica,
+    audit=Action.REPLICA_STOP,
+)
+REPORT_ALL_USAGE = Operation(
+    "report_all_usage",
+    "GET",
+    "/admin/v1/usage",
+    _OPERATOR,
+    "Report requests, tokens and charges by day, tenant and model.",
+    List[usage.Usage],
+    query=usage.OperatorPeriod,
+)
+LIST_ALL_EVENTS = Operation(
+    "list_all_events",
+    "GET",
+    "/admin/v1/usage/events",
+    _OPERATOR,
+    "List the events of the ledger, one for each request, newest first.",
+    Page[usage.OperatorUsageEvent],
+    query=usage.OperatorEvents,
+)
+REPORT_COGS = Operation(
+    "report_cogs",
+    "GET",
+    "/admin/v1/cogs",
+    _OPERATOR,
+    "Report engine time, its cost, the charge and the margin, by day, tenant and adapter, or only some of these.",
+    usage.Cogs,
+    query=usage.CogsQuery,
+)
+
+OPERATIONS = tuple(value for value in tuple(globals().values()) if isinstance(value, Operation))
+PLACES = tuple(place for operation in OPERATIONS for place in operation.places)

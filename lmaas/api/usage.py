@@ -1,0 +1,112 @@
+"""Handlers for usage and costs."""
+
+import asyncio
+from typing import Any
+
+from lmaas.api.context import Api, Call
+from lmaas.api.operation import page_of
+from lmaas.api.shapes.common import List, Page, Paging
+from lmaas.api.shapes.usage import (
+    Cogs,
+    CogsLine,
+    CogsQuery,
+    CogsTotal,
+    EngineMs,
+    OperatorEvents,
+    OperatorPeriod,
+    OperatorUsageEvent,
+    Period,
+    Reconciliation,
+    Usage,
+    UsageEvent,
+)
+from lmaas.errors import InvalidRequest
+from lmaas.metering import cogs
+from lmaas.metering.pricing import microusd
+from lmaas.states import Dimension
+from lmaas.store import engine_time, usage
+from lmaas.store.paging import Part
+from lmaas.store.scopes import OPERATOR, AnyScope
+from lmaas.store.tenants import get_tenant
+
+
+async def _scope_of(api: Api, tenant: str | None) -> AnyScope:
+    """Return the scope of the tenant that an operator asks for, or of all."""
+    return OPERATOR if tenant is None else (await get_tenant(api.db, tenant)).id
+
+
+async def report_usage(api: Api, call: Call[None, Period]) -> List[Usage]:
+    """Report the use of one's own tenant."""
+    return await _report(api, call.tenant_id, call.query)
+
+
+async def report_all_usage(api: Api, call: Call[None, OperatorPeriod]) -> List[Usage]:
+    """Report the use of one tenant or of all."""
+    return await _report(api, await _scope_of(api, call.query.tenant), call.query)
+
+
+async def _report(api: Api, scope: AnyScope, period: Period) -> List[Usage]:
+    rows = await usage.report(api.db, scope, since=period.since, until=period.until)
+    names = [name for name in usage.UsageRow.__slots__ if name != "charge_picousd"]
+    return List(data=[Usage(**{name: getattr(row, name) for name in names}, charge_microusd=microusd(row.charge_picousd)) for row in rows])
+
+
+async def list_events(api: Api, call: Call[None, Paging]) -> Page[UsageEvent]:
+    """Return a page of the events of one's own tenant, newest first, without what only operators see."""
+    return await _events(api, call.tenant_id, call.query, UsageEvent)
+
+
+async def list_all_events(api: Api, call: Call[None, OperatorEvents]) -> Page[OperatorUsageEvent]:
+    """Return a page of the events of one tenant or of all, newest first."""
+    return await _events(api, await _scope_of(api, call.query.tenant), call.query, OperatorUsageEvent)
+
+
+async def _events(api: Api, scope: AnyScope, asked: Paging, kind: type[UsageEvent]) -> Page[Any]:
+    rows = await usage.list_events(api.db, scope, Part(asked.limit, asked.after))
+    shown = [kind(**{name: getattr(row, name) for name in kind.__struct_fields__}) for row in rows]
+    return page_of(shown, [row.request_id for row in rows], asked.limit)
+
+
+async def report_cogs(api: Api, call: Call[None, CogsQuery]) -> Cogs:
+    """Report engine time, its cost, the charge and the margin, by some of the dimensions."""
+    asked = call.query.by.split(",")
+    if not set(asked) <= set(Dimension):
+        raise InvalidRequest(f"'by' must name some of: {','.join(Dimension)}.", code="out_of_range", param="by")
+    # An adapter's name is unique only within its tenant.
+    by = [name for name in Dimension if name in asked or (name is Dimension.TENANT and Dimension.ADAPTER in asked)]
+    since, until = call.query.since, call.query.until
+    # In a thread, because every tenant's stream waits for the event loop.
+    found = await asyncio.to_thread(
+        cogs.report,
+        await engine_time.list_engine_time(api.db, since=since, until=until),
+        await engine_time.list_work(api.db, since=since, until=until),
+        await engine_time.list_charges(api.db, since=since, until=until),
+        by,
+    )
+    return Cogs(
+        by=by,
+        data=[CogsLine(**_who(line, by), **_money(line)) for line in found.lines],
+        total=CogsTotal(**_money(found.total)),
+        reconciliation=Reconciliation(engine_ms=found.engine_ms, allocated_ms=found.allocated_ms, unallocated_ms=found.unallocated_ms),
+    )
+
+
+def _who(line: cogs.Shown, by: list[Dimension]) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    if Dimension.DAY in by:
+        shown["day"] = line.day
+    if Dimension.TENANT in by and line.consumer is not None:
+        shown |= {"tenant_id": line.consumer.tenant_id, "tenant": line.consumer.tenant}
+    if Dimension.ADAPTER in by and line.consumer is not None:
+        shown |= {"base_model": line.consumer.base_model, "adapter": line.consumer.adapter}
+    return shown
+
+
+def _money(line: cogs.Shown) -> dict[str, Any]:
+    return {
+        "engine_ms": EngineMs(total=sum(line.ms.values()), **{phase.value: ms for phase, ms in line.ms.items()}),
+        "cost_microusd": line.cost_microusd,
+        "charge_microusd": line.charge_microusd,
+        "margin_microusd": line.margin_microusd,
+        "margin_ratio": line.margin_ratio,
+    }
