@@ -25,11 +25,11 @@ from lmaas.store.tables import audit_log
 from lmaas.store.tenants import create_key, find_principal, revoke_key
 from lmaas.store.usage import record_events
 from lmaas.types import Role
-from tests.integration.api.test_base_models import write_model
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.schemas import CHECKED, SPEC
 from tests.integration.store.build import usage_event
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 BY_ID = {place.id: place for place in PLACES}
 
