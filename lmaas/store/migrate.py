@@ -8,7 +8,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, pool, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.store.database import driver_url
@@ -18,14 +18,14 @@ from lmaas.store.roles import adopt, guard, prepare_roles
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-#: Any constant that nobody else uses.
+#: The key of the lock: any constant that is not used elsewhere.
 LOCK = 0x6C6D6161
-#: How long a migration waits for a table's lock: whoever wants the table meanwhile waits behind it, so not for long.
+#: How long a migration waits for a table's lock. Other queries of the table wait behind it, so the time is short.
 LOCK_TIMEOUT_S = 3.0
 #: For how long that is tried again, with pauses in which the others get through: doubled each time, up to the last.
 RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
-#: Postgres' codes for a lock that did not come, and for two who wait for each other.
+#: Postgres' codes for a lock timeout and a deadlock.
 LOCKED = ("55P03", "40P01")
 NO_PASSWORDS: Mapping[DatabaseRole, str] = {}
 
@@ -103,7 +103,14 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
     connection.commit()
     adopt(connection, prefix)
     # What is made from here on belongs to the owner.
-    connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
+    try:
+        connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
+    except ProgrammingError as error:
+        migrator = role_name(prefix, DatabaseRole.MIGRATOR)
+        raise SettingsError(
+            f"The database login may not migrate: {str(error.orig).splitlines()[0]}. Use the login {migrator}, "
+            "or the one that ran `lmaas migrate` first (docs/tenancy.md)."
+        ) from error
     connection.commit()
     command.upgrade(config, to)
     if to == "head":

@@ -14,13 +14,16 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import InternalError, ProgrammingError
 
 from lmaas.errors import SettingsError
-from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, TABLES, DatabaseRole, policies, privileges, role_name
+from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, SEQUENCES, TABLES, DatabaseRole, policies, privileges, role_name
 
 #: Postgres' code for what the login may not do.
 _FORBIDDEN = "42501"
 #: Postgres' words for two changes of one role, which have no code of their own.
 _CONCURRENTLY = "tuple concurrently updated"
 ATTEMPTS = 20
+
+#: Other things in the schema are not ours to change.
+_OURS = [*TABLES, *SEQUENCES]
 
 _ROLES = text("SELECT rolname, rolcanlogin, rolinherit, rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = ANY(:names)")
 #: Since Postgres 16, whoever creates a role is a member of it that may not act as it.
@@ -30,7 +33,7 @@ _MAY_ACT_AS = text(
 _OBJECTS = text(
     """
     SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, quote_ident(relname) FROM pg_class
-    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S') AND pg_get_userbyid(relowner) <> :owner
+    WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names) AND pg_get_userbyid(relowner) <> :owner
       -- A column's own sequence follows its table.
       AND NOT (relkind = 'S' AND EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype IN ('a', 'i')))
     UNION ALL
@@ -42,18 +45,18 @@ _OBJECTS = text(
 _PRIVILEGES = text(
     """
     SELECT relname, CASE grantee WHEN 0 THEN 'public' ELSE pg_get_userbyid(grantee) END, privilege_type, ''
-    FROM pg_class, aclexplode(relacl) WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'S', 'v', 'm')
+    FROM pg_class, aclexplode(relacl) WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names)
     UNION ALL
     SELECT relname, CASE grantee WHEN 0 THEN 'public' ELSE pg_get_userbyid(grantee) END, privilege_type, attname
     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid, aclexplode(attacl)
-    WHERE relnamespace = 'public'::regnamespace AND attnum > 0 AND NOT attisdropped
+    WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names) AND attnum > 0 AND NOT attisdropped
     """
 )
 _POLICIES = text(
     """
-    SELECT relname, relrowsecurity AND relforcerowsecurity, polname, obj_description(pg_policy.oid, 'pg_policy')
+    SELECT relname, relrowsecurity, relforcerowsecurity, polname, obj_description(pg_policy.oid, 'pg_policy')
     FROM pg_class LEFT JOIN pg_policy ON polrelid = pg_class.oid
-    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+    WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names)
     """
 )
 
@@ -75,6 +78,7 @@ def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[Databa
 def adopt(connection: Connection, prefix: str) -> None:
     """Give every table to the owner's role."""
     owner = role_name(prefix, DatabaseRole.OWNER)
+    objects = {"owner": owner, "names": _OURS}
     database = connection.execute(text("SELECT quote_ident(current_database())")).scalar_one()
     needs = [(name, "has_schema_privilege(:role, 'public', 'USAGE')", "USAGE ON SCHEMA public") for name in _names(prefix)]
     needs += [(owner, "has_schema_privilege(:role, 'public', 'CREATE')", "CREATE ON SCHEMA public")]
@@ -83,25 +87,24 @@ def adopt(connection: Connection, prefix: str) -> None:
     statements = [
         f"GRANT {right} TO {name}" for name, has, right in needs if not connection.execute(text(f"SELECT {has}"), {"role": name}).scalar()
     ]
-    statements += [f"ALTER {kind} public.{name} OWNER TO {owner}" for kind, name in connection.execute(_OBJECTS, {"owner": owner})]
+    statements += [f"ALTER {kind} public.{name} OWNER TO {owner}" for kind, name in connection.execute(_OBJECTS, objects)]
     _run(connection, statements, "give the tables to their owner's role")
 
 
 def guard(connection: Connection, prefix: str) -> None:
     """Bring policies and rights to what `lmaas.store.rights` says. The connection acts as the owner's role."""
     found: dict[str, dict[str, str]] = {}
-    forced = set()
-    for table, is_forced, name, digest in connection.execute(_POLICIES):
+    security: dict[str, tuple[bool, bool]] = {}
+    for table, enabled, forced, name, digest in connection.execute(_POLICIES, {"names": list(TABLES)}):
+        security[table] = enabled, forced
         found.setdefault(table, {})
         if name is not None:
             found[table][name] = digest or ""
-        if is_forced:
-            forced.add(table)
     connection.commit()
-    for table in sorted(found.keys() & TABLES.keys()):
+    for table in sorted(found):
         wanted = policies(prefix, table)
         digests = {name: hashlib.sha256(clauses.encode()).hexdigest() for name, clauses in wanted.items()}
-        if digests == found[table] and (table in forced) == (table in GUARDED):
+        if digests == found[table] and security[table] == (table in GUARDED, table in GUARDED):
             continue
         # Whole or not at all: at no moment does a running process see less than before.
         with connection.begin():
@@ -121,7 +124,7 @@ def _grant(connection: Connection, prefix: str) -> None:
         sequences = {row[0] for row in connection.execute(text("SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"))}
         # A right that is taken from a table is taken from its columns too: what is left is read again.
         for verb, joint in (("REVOKE", "FROM"), ("GRANT", "TO")):
-            found = {tuple(row) for row in connection.execute(_PRIVILEGES) if row[1] in ours}
+            found = {tuple(row) for row in connection.execute(_PRIVILEGES, {"names": _OURS}) if row[1] in ours}
             for thing, role, command, column in sorted(found - wanted if verb == "REVOKE" else wanted - found):
                 kind = "SEQUENCE" if thing in sequences else "TABLE"
                 columns = f" ({column})" if column else ""

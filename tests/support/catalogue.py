@@ -16,7 +16,7 @@ OF_ALL_TENANTS = {
 }
 
 _TABLES = """
-    SELECT relname, pg_get_userbyid(relowner), relrowsecurity AND relforcerowsecurity,
+    SELECT relname, pg_get_userbyid(relowner), relrowsecurity, relrowsecurity AND relforcerowsecurity,
       EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'tenant_id' AND NOT attisdropped)
     FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'f')
 """
@@ -47,13 +47,15 @@ async def _faults(connection: AsyncConnection, prefix: str):  # type: ignore[no-
     ours = {role_name(prefix, role): role for role in DatabaseRole}
     owner = role_name(prefix, DatabaseRole.OWNER)
     rows = (await connection.execute(text(_TABLES))).all()
-    for table, table_owner, forced, has_tenant in rows:
+    for table, table_owner, enabled, forced, has_tenant in rows:
         if table not in TABLES:
             yield f"the table {table} is not in lmaas.store.rights"
         if has_tenant and table not in TENANTS:
             yield f"the table {table} has a tenant and is not among TENANTS"
         if not forced and (has_tenant or table in GUARDED):
             yield f"the table {table} has no forced row-level security"
+        if enabled and table in TABLES and table not in GUARDED:
+            yield f"the table {table} has row-level security and no policies"
         if table_owner != owner:
             yield f"the table {table} belongs to {table_owner}"
     for table in TABLES.keys() - {row[0] for row in rows}:

@@ -176,6 +176,25 @@ async def test_databases_of_one_cluster_are_migrated_at_once(new_database: NewDa
         await admin.close()
 
 
+def test_tables_of_others_are_left_alone(new_database: NewDatabase) -> None:
+    url = new_database()
+    look = "SELECT relacl::text, relowner, relrowsecurity FROM pg_class WHERE relname = 'theirs'"
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE theirs (id int, tenant_id int)")
+        connection.execute("GRANT ALL ON theirs TO PUBLIC")
+        before = connection.execute(look).fetchone()
+    upgrade(url)
+    with psycopg.connect(url) as connection:
+        assert connection.execute(look).fetchone() == before
+
+
+def test_a_process_login_cannot_migrate(new_database: NewDatabase) -> None:
+    url = new_database()
+    upgrade(url)
+    with pytest.raises(SettingsError, match="lmaas_migrator"):
+        upgrade(login_url(url, DatabaseRole.GATEWAY))
+
+
 async def test_what_was_changed_by_hand_is_put_right(new_database: NewDatabase) -> None:
     url = new_database()
     upgrade(url)

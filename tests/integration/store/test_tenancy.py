@@ -14,10 +14,12 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
 
 from lmaas.audit import Action, Audit
+from lmaas.errors import InvalidRequest
 from lmaas.store import adapters, audit, idempotency, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
+from lmaas.store.paging import Part
 from lmaas.store.rights import TENANTS, DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
 from lmaas.store.tables import metadata
@@ -114,6 +116,7 @@ async def test_the_catalogue_is_as_the_table_of_rights_says(db: Database) -> Non
         ("CREATE VIEW files AS SELECT * FROM usage_events", "the table files is not in lmaas.store.rights"),
         ("ALTER TABLE adapters NO FORCE ROW LEVEL SECURITY", "the table adapters has no forced row-level security"),
         ("ALTER TABLE usage_events DISABLE ROW LEVEL SECURITY", "the table usage_events has no forced row-level security"),
+        ("ALTER TABLE replicas ENABLE ROW LEVEL SECURITY", "the table replicas has row-level security and no policies"),
         ("ALTER POLICY gateway_select ON adapters USING (true)", "lets gateway see other tenants: true"),
         ("CREATE POLICY more ON adapters TO lmaas_gateway USING (true)", "the policy more of adapters lets gateway see other tenants"),
         ("CREATE POLICY more ON adapters TO PUBLIC USING (true)", "is not for one of our roles"),
@@ -399,6 +402,18 @@ async def test_a_forgotten_where_returns_nothing_of_others(both: Both, name: str
     if changes_nothing:
         assert result == right
     assert await both.rows_of_theirs() == before
+
+
+async def test_a_list_does_not_go_on_after_an_item_of_others(both: Both) -> None:
+    lists: list[Awaitable[object]] = [
+        tenants.list_keys(both.gateway, both.mine.id, Part(10, both.theirs.key_id)),
+        usage.list_events(both.gateway, both.mine.id, Part(10, "req-other")),
+        adapters.list_adapters(both.gateway, both.mine.id, Part(10, both.theirs.adapter)),
+    ]
+    with forgetting(both):
+        for listed in lists:
+            with pytest.raises(InvalidRequest, match="'after'"):
+                await listed
 
 
 @pytest.mark.parametrize("name", ["adapters.list_adapters", "tenants.list_keys", "usage.list_events"])
