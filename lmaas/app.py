@@ -45,7 +45,7 @@ from lmaas.gateway.pipeline import Gateway
 from lmaas.gateway.routes import completions
 from lmaas.gateway.routes import routes as gateway_routes
 from lmaas.gateway.server import server
-from lmaas.gateway.waiting import Waiting
+from lmaas.gateway.wait_reasons import WaitReasons
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.observability import GatewayMetrics
 from lmaas.replica.supervisor import Supervisor
@@ -112,7 +112,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     catalog = Catalog(db, changes)
     client = EngineClient()
     grammars = Grammars(services.redis, client, metrics)
-    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, Waiting(db))
+    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, WaitReasons(db))
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:

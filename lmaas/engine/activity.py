@@ -1,4 +1,4 @@
-"""How much processes have done, by the kernel's counters: to tell a slow process from one that stands still."""
+"""Measures the activity of processes by the kernel's counters, to distinguish a slow process from a stalled one."""
 
 import contextlib
 import os

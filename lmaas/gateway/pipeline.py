@@ -24,7 +24,7 @@ from lmaas.gateway.grammars import Grammars, unavailable
 from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.gateway.relay import Delivery, Endpoint
-from lmaas.gateway.waiting import COMMENT_EVERY_S, FIRST_COMMENT_S, Waiting, comments
+from lmaas.gateway.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
 from lmaas.http import parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
@@ -52,7 +52,7 @@ class Gateway:
     grammars: Grammars
     client: EngineClient
     metrics: GatewayMetrics
-    waiting: Waiting
+    wait_reasons: WaitReasons
 
 
 async def complete(gateway: Gateway, call: Call, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
@@ -134,7 +134,7 @@ async def _run(
     delivery = Delivery(call, endpoint, request, model, record, gateway.client)
     call.on_gone(opened.wake)
     while True:
-        lease = await _leased(call, opened, gateway.waiting, streaming=request.stream)
+        lease = await _leased(call, opened, gateway.wait_reasons, streaming=request.stream)
         if lease is None:
             return  # the client went away while it waited
         if check is Check.NO_HOST:
@@ -173,19 +173,19 @@ async def _run(
         await call.finish(rest)
 
 
-async def _leased(call: Call, opened: OpenTicket, waiting: Waiting, *, streaming: bool) -> Lease | None:
+async def _leased(call: Call, opened: OpenTicket, wait_reasons: WaitReasons, *, streaming: bool) -> Lease | None:
     """Wait for a lease and return it; None if the client has gone. Meanwhile a streaming client gets comments about its wait."""
     pause_s = FIRST_COMMENT_S
     while not call.gone.is_set():
         try:
             lease = await opened.wait(pause_s)
         except Unavailable as late:
-            raise await waiting.explained(late, opened.ticket.pool) from None
+            raise await wait_reasons.explained(late, opened.ticket.pool) from None
         if lease is not None:
             return None if call.gone.is_set() else lease
         pause_s = COMMENT_EVERY_S
         if streaming and not call.gone.is_set():
-            reason = await waiting.why(opened.ticket.pool)
+            reason = await wait_reasons.why(opened.ticket.pool)
             await call.start(200, STREAM_HEADERS)
             await call.write(b"".join(map(sse.comment, comments(opened.standing, reason, time.monotonic()))))
     return None

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 #: How often a starting engine is asked whether it is healthy.
-LOOK_S = 0.025
+HEALTH_POLL_S = 0.025
 #: Requests run but no token is made for this long: the engine is probed. A long prefill is not a dead engine.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
@@ -92,7 +92,7 @@ class Supervisor:
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
-        self._looking: asyncio.Task[bool] | None = None
+        self._probing: asyncio.Task[bool] | None = None
         self._doubted = False
         self._controller_seen = time.monotonic()
         self._busy_seen = time.monotonic()
@@ -128,8 +128,8 @@ class Supervisor:
                 if ending.state is Observed.STOPPED and self._engine is not None:
                     await self._drain(self._engine)
             finally:
-                if self._looking is not None:
-                    tasks.append(self._looking)
+                if self._probing is not None:
+                    tasks.append(self._probing)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -188,7 +188,7 @@ class Supervisor:
 
     async def _become_ready(self, engine: EngineProcess) -> None:
         while not await self._client.healthy(engine.url):  # noqa: ASYNC110 (it is another process that gets healthy)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(HEALTH_POLL_S)
         self._times.healthy = time.monotonic()
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
@@ -209,7 +209,7 @@ class Supervisor:
         self._ready = True
         self._sheet.observe(EnginePhase.IDLE)
         record = start_record(engine.by, self._times, engine.marks())
-        if not await self._patiently(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
+        if not await self._true_if_unavailable(observe(self._db, self._id, Observed.READY, url=engine.url, start=record)):
             self.end(Observed.STOPPED, "this replica is not desired any more")
             return
         self._state = Observed.READY
@@ -228,8 +228,8 @@ class Supervisor:
             self._start_ms = await usual_start_ms(self._db, self._model.id, by)
             self._progress.usual_s = None if self._start_ms is None else self._start_ms / 1000
 
-    async def _patiently(self, attempt: Awaitable[bool]) -> bool:
-        """The result of the database; while that is down, true: nothing has changed."""
+    async def _true_if_unavailable(self, attempt: Awaitable[bool]) -> bool:
+        """Return the result of `attempt`, or true while the database is away: then nothing has changed."""
         try:
             return await attempt
         except Unavailable:
@@ -291,12 +291,12 @@ class Supervisor:
                 self._residency.prepare(reply.get("warm") or {})
             else:
                 self._residency.want(url, reply["loads"], reply["used"])
-            if reply["suspect"] and self._looking is None and self._engine is not None:
+            if reply["suspect"] and self._probing is None and self._engine is not None:
                 # Beside the heartbeats, which must go on: a busy engine may take its time.
-                self._looking = asyncio.create_task(self._works(self._engine), name="look")
-                self._looking.add_done_callback(lambda _: self._wake.set())
-            elif self._looking is not None and self._looking.done():
-                cleared, self._looking = self._looking.result(), None
+                self._probing = asyncio.create_task(self._works(self._engine), name="suspect-probe")
+                self._probing.add_done_callback(lambda _: self._wake.set())
+            elif self._probing is not None and self._probing.done():
+                cleared, self._probing = self._probing.result(), None
                 if cleared:
                     continue
                 words = "" if self._engine is None else self._engine.last_words()

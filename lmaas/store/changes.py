@@ -1,4 +1,4 @@
-"""Whether anything has changed that gateways keep answers of."""
+"""The change number: tells gateways whether cached data has changed."""
 
 from sqlalchemy import func, select
 
@@ -8,6 +8,6 @@ from lmaas.store.tables import changes
 
 
 async def change_number(db: Database) -> int:
-    """A number that has grown whenever a tenant, a key, a base model or an adapter has changed. Raises Unavailable."""
+    """Return a number that grows whenever a tenant, a key, a base model or an adapter changes. Raises Unavailable."""
     async with db.begin(SYSTEM) as connection:
         return int((await connection.execute(select(func.sum(changes.c.number)))).scalar_one() or 0)

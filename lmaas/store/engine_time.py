@@ -1,4 +1,4 @@
-"""Engine time: how long each engine was in which phase, and what ran on it meanwhile."""
+"""Engine time: the time of each engine by phase, and the work that ran on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class EngineTime:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """Whose use it is: a tenant's, of one of its adapters (by its name, all versions) or of a base model (`adapter` is None).
+    """The owner of a use: a tenant, with one of its adapters (by its name, all versions) or of a base model (`adapter` is None).
 
-    With `tenant_id` None it is nobody's.
+    With `tenant_id` None it belongs to no tenant.
     """
 
     tenant_id: str | None

@@ -1,6 +1,6 @@
-"""Claims on idempotency keys, and the answers that are kept under them. The only user of their table but for the tenant's deletion.
+"""Claims on idempotency keys, and the responses that are kept for them. Only this module and the deletion of tenants use their table.
 
-A claim runs until its owner keeps an answer or gives the key up. Every moment is Postgres' own: gateways' clocks do not matter.
+A claim runs until its owner keeps a response or gives the key up. All times are those of Postgres, so the clocks of gateways do not matter.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from lmaas.store.scopes import CLAIMS, SYSTEM
 from lmaas.store.tables import idempotency as rows
 from lmaas.store.tables import tenants
 
-#: How long an answer is kept.
+#: How long a response is kept.
 KEPT_FOR = timedelta(hours=24)
-#: The gateway of a claim that was not seen for this long has died: somebody else may run the request.
+#: A claim that was not renewed for this long is abandoned: another request may take it over.
 ABANDONED_AFTER = timedelta(seconds=30)
-#: After a restart nobody could be seen for a while, and those who live say so first.
+#: After a restart of Postgres, claims could not be renewed for a while. Living gateways renew theirs within this time.
 SERVER_STARTED: ColumnElement[Any] = func.pg_postmaster_start_time()
-#: When nobody came to take it over.
+#: The time after which an abandoned claim is deleted.
 FORGOTTEN_AFTER = timedelta(hours=1)
-#: What is kept of one tenant: beyond that, its oldest answers go before their day is over.
+#: The most that is kept of one tenant. Beyond it, its oldest responses are deleted early.
 MAX_ANSWERS = 20_000
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 #: Rows that one statement deletes.
@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 100
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One request's claim on a tenant's key. `body_hash` is the SHA-256 of what was asked; the request id fences out earlier owners."""
+    """One request's claim on a tenant's key. `body_hash` is the SHA-256 of path and body; the request id fences out earlier owners."""
 
     tenant_id: str
     key: str
@@ -43,7 +43,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer as the client got it. `body` is None if it was too large to be kept."""
+    """A response as the client received it. `body` is None if it was too large to be kept."""
 
     status: int
     content_type: str
@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The request that has the key. `answer` is None while it runs, and if it asked for something else (`same` is False)."""
+    """The request that holds the key. `answer` is None while it runs, and if its body was different (`same` is False)."""
 
     request_id: str
     same: bool
@@ -64,15 +64,15 @@ def _not_seen_for(age: timedelta) -> ColumnElement[bool]:
 
 
 def _of(claim: Claim) -> ColumnElement[bool]:
-    """Its row, as long as nobody has taken it over."""
+    """Return the condition for the row of a claim, as long as no other request has taken it over."""
     return and_(rows.c.tenant_id == claim.tenant_id, rows.c.key == claim.key, rows.c.request_id == claim.request_id)
 
 
 async def take(db: Database, claim: Claim) -> Earlier | None:
-    """Claim the key; None if it is ours now, else who has it. Of any number at once, one gets it.
+    """Claim a key. Returns None on success, otherwise the request that holds it. Of several concurrent claims, one succeeds.
 
-    An answer past its day and a claim whose gateway died are as good as gone. A deleted tenant gets nothing: that looks like a
-    request that is still running.
+    An expired response, and a claim whose gateway died, do not count. For a deleted tenant the result is that of a request that
+    still runs.
     """
     values = {"tenant_id": tenants.c.id, "key": literal(claim.key), "body_hash": literal(claim.body_hash)}
     values |= {"request_id": literal(claim.request_id), "state": literal(ClaimState.RUNNING.value)}
@@ -98,7 +98,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
             return None
         row = (await connection.execute(looking)).first()
     if row is None:
-        # Given up just now, or the tenant's end: the client tries again, and then gets the key, or hears that its own has stopped.
+        # The claim was given up just now, or the tenant was deleted. A retry of the client gets the key, or the error about its API key.
         return Earlier("", True, None)
     request_id, is_same, state, status, content_type, body = row
     answer = Answer(status, content_type, body) if is_same and state == ClaimState.DONE else None
@@ -106,7 +106,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
 
 
 async def keep(db: Database, claim: Claim, answer: Answer) -> bool:
-    """Keep the answer for a day from now; twice is no error. False if the claim is somebody else's by now, or gone with its tenant."""
+    """Keep the response for a day from now. Doing so twice is not an error. Returns False if the claim was taken over or deleted."""
     values = {"state": ClaimState.DONE.value, "seen_at": func.now(), "status": answer.status, "content_type": answer.content_type}
     query = update(rows).where(_of(claim)).values(values | {"answer": answer.body}).returning(rows.c.key)
     async with db.begin(claim.tenant_id) as connection:
@@ -114,13 +114,13 @@ async def keep(db: Database, claim: Claim, answer: Answer) -> bool:
 
 
 async def give_up(db: Database, claim: Claim) -> None:
-    """The request has no answer worth keeping: the next one with its key runs anew."""
+    """Delete the claim of a request whose response is not kept, so that the next request with its key runs."""
     async with db.begin(claim.tenant_id) as connection:
         await connection.execute(delete(rows).where(_of(claim)))
 
 
 async def seen(db: Database, claims: list[Claim]) -> None:
-    """The gateway of these claims lives."""
+    """Renew these claims, as a sign that their gateway lives."""
     for start in range(0, len(claims), 1000):
         ids = [(claim.tenant_id, claim.key, claim.request_id) for claim in claims[start : start + 1000]]
         own = tuple_(rows.c.tenant_id, rows.c.key, rows.c.request_id).in_(ids)
@@ -129,12 +129,12 @@ async def seen(db: Database, claims: list[Claim]) -> None:
 
 
 async def delete_old(db: Database) -> int:
-    """Delete some of answers past their day and of claims that nobody wants any more; how many were deleted, at most ROWS_AT_ONCE."""
+    """Delete some expired responses and abandoned claims. Returns how many were deleted, at most ROWS_AT_ONCE."""
     old = or_(
         and_(rows.c.state == ClaimState.DONE, _not_seen_for(KEPT_FOR)),
         and_(rows.c.state == ClaimState.RUNNING, _not_seen_for(FORGOTTEN_AFTER)),
     )
-    # Whoever takes one over at this moment has it.
+    # A claim that is taken over at the same time stays.
     portion = select(rows.c.tenant_id, rows.c.key).where(old).limit(ROWS_AT_ONCE).with_for_update(skip_locked=True)
     async with db.begin(SYSTEM) as connection:
         gone = await connection.execute(delete(rows).where(tuple_(rows.c.tenant_id, rows.c.key).in_(portion)))
@@ -142,7 +142,7 @@ async def delete_old(db: Database) -> int:
 
 
 async def delete_surplus(db: Database) -> int:
-    """Delete some of each tenant's oldest answers beyond MAX_ANSWERS and MAX_ANSWER_BYTES; how many were deleted."""
+    """Delete some of each tenant's oldest answers beyond MAX_ANSWERS and MAX_ANSWER_BYTES. Returns how many were deleted."""
     size, done = func.coalesce(func.octet_length(rows.c.answer), 0), rows.c.state == ClaimState.DONE
     over = select(rows.c.tenant_id).where(done).group_by(rows.c.tenant_id)
     over = over.having(or_(func.count() > MAX_ANSWERS, func.sum(size) > MAX_ANSWER_BYTES))

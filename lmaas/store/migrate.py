@@ -18,14 +18,14 @@ from lmaas.store.roles import adopt, guard, prepare_roles
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
-#: Any constant that nobody else uses.
+#: The key of the lock: any constant that is not used elsewhere.
 LOCK = 0x6C6D6161
-#: How long a migration waits for a table's lock: whoever wants the table meanwhile waits behind it, so not for long.
+#: How long a migration waits for a table's lock. Other queries of the table wait behind it, so the time is short.
 LOCK_TIMEOUT_S = 3.0
 #: For how long that is tried again, with pauses in which the others get through: doubled each time, up to the last.
 RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
-#: Postgres' codes for a lock that did not come, and for two who wait for each other.
+#: Postgres' codes for a lock timeout and a deadlock.
 LOCKED = ("55P03", "40P01")
 NO_PASSWORDS: Mapping[DatabaseRole, str] = {}
 

@@ -1,4 +1,4 @@
-"""What the wrapper has to be told and vLLM does not tell it: ranks at activation, and whose prompt's logits are computed."""
+"""Passes to the wrapper what vLLM does not: ranks at activation, and the rows whose prompt logits are computed."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""RMS normalisation in one pass instead of seven. vLLM's CPU build has it compiled, but tells its layers that it is for GPUs only.
+"""RMS normalisation in one pass instead of seven. vLLM's CPU build contains it, but registers it for GPUs only.
 
 That is 4 % of a small model's step. Like everything here it is used by engines with LoRA only.
 """

@@ -1,4 +1,4 @@
-"""Has grammars checked on this machine: one checker process for each base model, started when it is needed."""
+"""Checks grammars on this machine, with one checker process for each base model, started when needed."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ POLL_S = 0.02
 
 
 def key_of_arguments(arguments: list[str]) -> str:
-    """What tells the checkers of engines with these arguments from others."""
+    """Return the key of the checker for engines with these arguments."""
     return hashlib.sha256(msgspec.json.encode(arguments)).hexdigest()[:16]
 
 
@@ -54,7 +54,7 @@ class Checkers:
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator["Checkers"]:
-        """Themselves; their processes are gone at the end of the block, or when this process dies."""
+        """Run the block. The checkers' processes end with it, or when this process dies."""
         await asyncio.to_thread(self._sweep)
         try:
             yield self
@@ -74,7 +74,7 @@ class Checkers:
                     shutil.rmtree(folder, ignore_errors=True)
 
     async def check(self, spec: EngineSpec, question: Question) -> Verdict:
-        """The verdict on a request to an engine like `spec`. Raises NoVerdict."""
+        """Return the verdict on a request to an engine like `spec`. Raises NoVerdict."""
         if spec.module != VLLM:
             return Verdict()  # an engine without a grammar library
         arguments = command_line(spec, 0)[3:]

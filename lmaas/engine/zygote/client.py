@@ -46,7 +46,7 @@ class _Differs(NoZygote):
 @dataclass(frozen=True, slots=True)
 class Order:
     """A process to fork: `main()` of `module` runs with these arguments, this environment and nothing of the zygote's own; what it prints
-    is appended to `log`. `kept`: it ends when whoever ordered it does."""
+    is appended to `log`. `kept`: it ends when the process that ordered it ends."""
 
     module: str
     arguments: list[str]
@@ -57,7 +57,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """A process that was forked. `connection` leads to its keeper if it is kept; whoever has it must close it."""
+    """A process that was forked. `connection` leads to its keeper if it is kept; the caller must close it."""
 
     pid: int
     connection: socket.socket
@@ -178,7 +178,7 @@ async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -
 
 
 class ForkedProcess:
-    """A kept process, seen as asyncio sees its own subprocesses. Its keeper reaps it and tells how it ended; if the keeper is killed, the
+    """A kept process, seen as asyncio sees its own subprocesses. Its keeper reaps it and reports how it ended; if the keeper is killed, the
     kernel kills the process as well."""
 
     def __init__(self, forked: Fork) -> None:
@@ -216,7 +216,7 @@ class ForkedProcess:
         self._ended.set_result(code)
 
     async def wait(self) -> int:
-        """Wait for the end; answers the exit code, negative for a signal."""
+        """Wait for the end. Returns the exit code, negative for a signal."""
         return await asyncio.shield(self._ended)
 
     def send_signal(self, number: int) -> None:
@@ -233,7 +233,7 @@ class ForkedProcess:
 
 def start(home: Path, environment: Mapping[str, str], idle_s: float, *, cpu: bool) -> subprocess.Popen[bytes]:
     """Start the zygote of `home`, unless one runs: then what is started here ends at once. It does not depend on us: it ends by itself
-    `idle_s` seconds after anybody last asked for it. `cpu`: for vLLM's CPU build. Raises OSError."""
+    `idle_s` seconds after its last request. `cpu`: for vLLM's CPU build. Raises OSError."""
     place = wire.folder(home)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     variables = dict(environment) | ONE_THREAD | ({"LD_PRELOAD": preloads(environment)} if cpu else {})

@@ -1,4 +1,4 @@
-"""A keeper holds one engine: forked by the zygote, it outlives it, ends the engine with whoever ordered it, and tells how it ended."""
+"""The keeper of one engine: forked by the zygote, it ends the engine when its supervisor ends, and reports the engine's exit code."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ def keep(engine: int, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             if wire.receive(connection) is not None:
                 continue
-        # Whoever ordered it is gone, and this engine is nobody's.
+        # The supervisor is gone, so the engine must end.
         wanted = False
         kill_group(engine)
         poll.unregister(connection)

@@ -76,7 +76,7 @@ class ZygoteOwner:
             log.warning("no zygote", extra={"action": "zygote", "detail": repr(error)})
 
     def stop(self) -> None:
-        """End the zygote, whoever started it."""
+        """End the zygote, also one that another process started."""
         stop(self._home)
         if self._child is not None:
             self._child.kill()

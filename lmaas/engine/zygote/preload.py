@@ -1,6 +1,6 @@
-"""What the zygote has in memory: vLLM's modules, our plugins, and what engines would compute again at each start.
+"""Loads what the zygote has in memory: vLLM's modules, the plugins of lmaas, and what engines would compute at each start.
 
-Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA: `Preloaded.unfit` says if that is not so.
+Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA: `Preloaded.unfit` reports violations.
 What is replaced in vLLM is what a fork needs; names and places are those of vLLM 0.32.0, and where one is missing, nothing is replaced.
 """
 
@@ -46,7 +46,7 @@ MODULES = (
 #: On a CPU besides.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
 #: What a checker of grammars and a supervisor import.
-OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli")
+OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli", "lmaas.app")
 #: Beside the file with the command lines to prepare for: those that leave a thread or CUDA behind. Their engines are forked all the same.
 AVOIDED = "commands-avoided.json"
 
@@ -128,7 +128,7 @@ class Preloaded:
         return not reason
 
     def _prepare(self, command: list[str]) -> None:
-        """Load the model's configuration and tokenizer as the server would. What fails here fails there too, and tells."""
+        """Load the model's configuration and tokenizer as the server would. What fails here fails there too, with a message."""
         key = tuple(command)
         stamp = _stamp(command)
         if stamp is None or self._prepared.get(key, (None, None))[0] == stamp:

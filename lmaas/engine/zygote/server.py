@@ -45,8 +45,8 @@ class Program:
 
 
 class Zygote:
-    """Serves the socket of one home folder. `unfit` tells why this process must not be forked any more, `learn` is told each engine's
-    command line once nobody waits, `idle_s` is how long it stays when nobody asks for it."""
+    """Serves the socket of one home folder. `unfit` returns why this process must not be forked any more, `learn` is called with each
+    engine's command line when no client waits, and without requests the zygote ends after `idle_s`."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class Zygote:
         self._forked = 0.0
 
     def serve(self, listener: socket.socket) -> Program | None:
-        """Fork until nobody needs us. In a forked process it returns what that is to become; in the zygote, None at the end."""
+        """Fork until the zygote is not needed any more. Returns in a forked process, with what it is to become, and in the zygote with
+        None."""
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         needed = time.monotonic()
@@ -90,7 +91,7 @@ class Zygote:
                 try:
                     program = self._answer(connection, listener)
                 except (OSError, ValueError, KeyError, TypeError) as error:
-                    # Whoever asked went away, or is no client of ours.
+                    # The client left, or is not a client of lmaas.
                     log.warning("a client was not served: %r", error)
                     continue
                 if program is not None:
@@ -149,7 +150,7 @@ class Zygote:
 
 
 def _hear(connection: socket.socket) -> dict[str, Any]:
-    """The next message. Whoever gave up waiting has started it in another way; then this process ends."""
+    """Return the next message. A client that gave up has started the process plainly; then this process ends."""
     message = wire.receive(connection)
     if message is None:
         os._exit(0)
@@ -157,7 +158,7 @@ def _hear(connection: socket.socket) -> dict[str, Any]:
 
 
 def _settle() -> None:
-    """So that a collection of garbage in a forked process does not copy every page."""
+    """Exempt existing objects from garbage collection, so that it does not copy every page in a forked process."""
     gc.collect()
     gc.freeze()
 
@@ -249,7 +250,7 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
 def serve(home: Path, idle_s: float) -> Program | None:
     """Be the zygote of `home`. Returns in forked processes, with what they are to become, and in the zygote itself at its end."""
     logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
-    # Nobody waits for the processes that are forked; the kernel forgets them.
+    # The zygote does not wait for forked processes; the kernel removes them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with listening(home) as listener:
@@ -264,7 +265,7 @@ def serve(home: Path, idle_s: float) -> Program | None:
 
         preloaded = Preloaded(wire.folder(home) / wire.COMMANDS, reporter.report)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        _settle()
+        gc.freeze()  # without a collection, which would take half a second of the first start and find little
         gc.enable()
         used = os.times()
         reporter.imported(sum(used[:4]))

@@ -1,4 +1,4 @@
-"""What the zygote, its clients and the keepers of its engines say to each other: small JSON messages over a Unix socket."""
+"""The messages between the zygote, its clients and the keepers of engines: small JSON objects over a Unix socket."""
 
 import contextlib
 import hashlib
@@ -32,8 +32,8 @@ def folder(home: Path) -> Path:
 
 
 def facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """What has to be the same for a fork to be as good as a start: the interpreter, our code, versions, and every variable that a library
-    may have read while it was imported (as digests: some are secret)."""
+    """Return what must be the same for a fork to equal a plain start: the interpreter, the code of lmaas, versions, and every variable
+    that a library may have read while it was imported (as digests: some are secret)."""
     found = {"python": sys.executable, "lmaas": _code()}
     for name in DISTRIBUTIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -45,7 +45,7 @@ def facts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """The names of what differs; empty if nothing does."""
+    """Return the names of the facts that differ; empty if none does."""
     return ", ".join(sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)))
 
 
@@ -55,7 +55,7 @@ def digest(facts: Mapping[str, str]) -> str:
 
 
 def _code() -> str:
-    """Changes with every change of our own modules: a zygote must not fork yesterday's."""
+    """Return a digest of the modules of lmaas: a zygote must not fork code that has changed since."""
     root = Path(__file__).parents[2]
     stamps = sorted((str(path), path.stat().st_mtime_ns) for path in root.rglob("*.py"))
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
@@ -77,7 +77,7 @@ def channel() -> socket.socket:
 
 
 def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises OSError if nobody listens any more."""
+    """Send one message. Raises OSError if the other side is gone."""
     connection.send(json.dumps(message).encode())
 
 

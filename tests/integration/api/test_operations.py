@@ -3,32 +3,33 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from lmaas.api import table
-from lmaas.api.operation import Place, filled
+from lmaas.api.operation import Permission, Place, filled
 from lmaas.api.table import PLACES
 from lmaas.errors import Unavailable
-from lmaas.keys import hash_key
+from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.manifests import client
 from lmaas.states import Observed
 from lmaas.store.adapters import add_version
 from lmaas.store.replicas import add_replica, observe
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import audit_log
-from lmaas.store.tenants import find_principal
+from lmaas.store.tenants import create_key, find_principal, revoke_key
 from lmaas.store.usage import record_events
-from tests.integration.api.test_base_models import write_model
+from lmaas.types import Role
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.schemas import CHECKED, SPEC
 from tests.integration.store.build import usage_event
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 BY_ID = {place.id: place for place in PLACES}
 
@@ -39,9 +40,59 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIter
         yield stack
 
 
+@pytest.fixture(scope="module")
+async def everyone(
+    postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
+    """A client for each kind of key, of a service of which nothing is changed."""
+    async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("everyone")) as stack, AsyncExitStack() as clients:
+        acme = await stack.tenant()
+        found = {}
+        for name, owner, role in (
+            ("operator", None, Role.OPERATOR),
+            ("tenant_admin", acme.id, Role.TENANT_ADMIN),
+            ("inference", acme.id, Role.INFERENCE),
+            ("revoked", acme.id, Role.TENANT_ADMIN),
+            ("nobody", None, None),
+        ):
+            key = new_key()
+            if role is not None:
+                row = await create_key(stack.db, owner, role, name, hash_key(key), shown_prefix(key))
+                if name == "revoked":
+                    await revoke_key(stack.db, owner, row.id)
+            headers = {"authorization": f"Bearer {key}"}
+            client = httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=60, event_hooks=CHECKED)
+            found[name] = await clients.enter_async_context(client)
+        yield found
+
+
 async def records(stack: Stack) -> list[Any]:
     async with stack.db.begin(SYSTEM) as connection:
         return list(await connection.execute(select(audit_log).order_by(audit_log.c.id)))
+
+
+#: What operations change.
+TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas")
+
+
+async def everything(stack: Stack) -> dict[str, list[str]]:
+    """Return every row that an operation may change, and the files of adapters."""
+    found = {"files": sorted(str(path) for path in (stack.settings.home / "objects").rglob("*.*"))}
+    async with stack.db.begin(SYSTEM) as connection:
+        for table_name in TABLES:
+            rows = await connection.execute(text(f"SELECT t::text FROM {table_name} t ORDER BY 1"))  # noqa: S608 (our own names)
+            found[table_name] = list(rows.scalars())
+    return found
+
+
+@asynccontextmanager
+async def refusing_log(stack: Stack) -> AsyncIterator[None]:
+    """Have the database refuse every audit record during the block."""
+    async with stack.db.begin(SYSTEM) as connection:
+        await connection.execute(text("ALTER TABLE audit_log ADD CONSTRAINT refused CHECK (false) NOT VALID"))
+    yield
+    async with stack.db.begin(SYSTEM) as connection:
+        await connection.execute(text("ALTER TABLE audit_log DROP CONSTRAINT refused"))
 
 
 class Walker:
@@ -52,25 +103,36 @@ class Walker:
         self.walked: set[str] = set()
         self.path: dict[str, str] = {}
 
-    async def __call__(self, place_id: str, body: Any = None, *, changes: bool = True, form: Any = None, **query: str) -> dict[str, Any]:
-        """Call an operation with `self.key` and the parameters of `self.path`; `changes` says whether it has something to change."""
-        place: Place = BY_ID[place_id]
-        operation = place.operation
-        before = len(await records(self.stack))
+    async def _send(self, place: Place, body: Any, form: Any, query: dict[str, str]) -> httpx.Response:
         async with httpx.AsyncClient(base_url=self.stack.url, event_hooks=CHECKED, timeout=60) as http:
-            answer = await http.request(
-                operation.method,
+            return await http.request(
+                place.operation.method,
                 filled(place.path, self.path),
                 headers={"authorization": f"Bearer {self.key}"},
                 params=query,
                 json=body,
                 **({"data": form[0], "files": form[1]} if form else {}),
             )
-        assert answer.status_code == operation.status, (place_id, answer.text)
-        new = (await records(self.stack))[before:]
-        if operation.audit is None or not changes:
-            assert new == [], place_id
-        else:
+
+    async def __call__(self, place_id: str, body: Any = None, *, changes: bool = True, form: Any = None, **query: str) -> dict[str, Any]:
+        """Call an operation with `self.key` and the parameters of `self.path`; `changes` says whether it has something to change.
+
+        A change is tried first while its record cannot be written: then nothing is changed.
+        """
+        place, before = BY_ID[place_id], await everything(self.stack)
+        operation = place.operation
+        recorded = operation.audit is not None and changes
+        if recorded:
+            async with refusing_log(self.stack):
+                assert (await self._send(place, body, form, query)).is_error, place_id
+            assert await everything(self.stack) == before, place_id
+        old = len(await records(self.stack))
+        answer = await self._send(place, body, form, query)
+        assert answer.status_code == (200 if query.get("dry_run") else operation.status), (place_id, answer.text)
+        new = (await records(self.stack))[old:]
+        assert (await everything(self.stack) != before) == recorded, place_id
+        assert len(new) == recorded, place_id
+        if recorded:
             principal = await find_principal(self.stack.db, hash_key(self.key))
             assert principal is not None
             [record] = new
@@ -95,6 +157,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await walk("change_tenant", {"max_queued": 7}, changes=False)
     await walk("change_tenant", {}, changes=False)
     await walk("change_tenant", {"max_queued": 8}, changes=False, dry_run="true")
+    await walk("create_tenant", {"name": "globex"}, changes=False, dry_run="true")
     admin = (await walk("create_key_of_tenant", {"role": "tenant_admin", "name": "admin"}))["key"]
     other = await walk("create_key_of_tenant", {"tokens_per_month": 5})
     walk.path |= {"key": other["id"]}
@@ -118,6 +181,10 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await add_replica(stack.db, "rep_1", model["id"])
     assert len((await walk("list_replicas", ended="true"))["data"]) == 1
     assert (await walk("get_replica"))["desired"] == "running"
+    # As a supervisor of another release may write it.
+    start: dict[str, int | str] = {"by": "plain", "total_ms": 5, "of_another_release_ms": 1}
+    await observe(stack.db, "rep_1", Observed.READY, url="http://e", start=start)
+    assert (await walk("get_replica"))["start"] == {"by": "plain", "total_ms": 5}
     await walk("stop_replica")
     await walk("stop_replica", changes=False)
     await observe(stack.db, "rep_1", Observed.STOPPED)
@@ -156,6 +223,24 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await walk("delete_base_model")
     await walk("delete_tenant")
     assert walk.walked == set(BY_ID)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.id)
+async def test_permissions(everyone: dict[str, httpx.AsyncClient], place: Place) -> None:
+    allowed = {
+        Permission.OPERATOR: {"operator"},
+        Permission.TENANT_ADMIN: {"tenant_admin"},
+        Permission.TENANT: {"tenant_admin", "inference"},
+    }[place.permission]
+    path = filled(place.path, dict.fromkeys(place.parameters, "none"))
+    for name, http in everyone.items():
+        answer = await http.request(place.operation.method, path)
+        code = answer.json()["error"]["code"] if answer.is_error else None
+        if name in ("nobody", "revoked"):
+            assert (answer.status_code, code) == (401, "invalid_api_key")
+        else:
+            assert (code != "insufficient_permissions") == (name in allowed), (name, answer.text)
+            assert answer.status_code < 500
 
 
 async def test_a_refused_operation_leaves_no_record(stack: Stack, operator: httpx.AsyncClient, operator_key: str) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sqlalchemy import select
 
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.keys import hash_key, new_key
 from lmaas.store.database import Database
 from lmaas.store.models import list_base_models
+from lmaas.store.scopes import SYSTEM
+from lmaas.store.tables import audit_log
 from lmaas.store.tenants import create_key, create_tenant, find_principal, list_keys, revoke_key
 from lmaas.types import Role
 from lmaas.up.init import initialise, put_operator_key
@@ -47,6 +50,18 @@ async def test_refused_before_anything_is_done(settings: Settings, db: Database,
         await initialise(replace(settings, operator_key=key), Console())
     assert await list_base_models(db) == []
     assert await list_keys(db, None) == []
+
+
+async def test_the_audit_log_names_the_system(settings: Settings, db: Database, model_folder: Path) -> None:
+    settings = replace(settings, operator_key=new_key(), model=str(model_folder), model_name="first")
+    for _ in range(2):  # the second run changes nothing
+        await initialise(settings, Console(file=io.StringIO()))
+    await put_operator_key(db, new_key())
+    async with db.begin(SYSTEM) as connection:
+        columns = (audit_log.c.action, audit_log.c.actor, audit_log.c.key_id, audit_log.c.request_id)
+        rows = [tuple(row) for row in await connection.execute(select(*columns).order_by(audit_log.c.id))]
+    actions = ("base_model.register", "key.create", "key.create", "key.revoke")
+    assert rows == [(action, "system", None, None) for action in actions]
 
 
 async def test_another_key_replaces_the_last_one(db: Database) -> None:

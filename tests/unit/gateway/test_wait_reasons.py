@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmaas.gateway.waiting import LOADING, NO_MACHINE, SILENT, Waiting, comments
+from lmaas.gateway.wait_reasons import LOADING, NO_MACHINE, SILENT, WaitReasons, comments
 from lmaas.scheduling.leases import Standing
 from lmaas.scheduling.states import WaitPhase
 from lmaas.store.database import Database
@@ -39,4 +39,4 @@ def test_how_a_stream_stands(standing: Standing, reason: str, age_s: float, expe
 
 
 async def test_without_a_database_there_is_no_explanation_and_no_wait(no_database: Database) -> None:
-    assert await Waiting(no_database).why("mod_1") == ""
+    assert await WaitReasons(no_database).why("mod_1") == ""

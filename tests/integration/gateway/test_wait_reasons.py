@@ -9,7 +9,7 @@ import pytest
 
 from lmaas.errors import Unavailable
 from lmaas.gateway import pipeline
-from lmaas.gateway.waiting import CAUSES, NO_MACHINE, Waiting
+from lmaas.gateway.wait_reasons import CAUSES, NO_MACHINE, WaitReasons
 from lmaas.scheduling.states import WaitPhase
 from lmaas.states import Observed
 from lmaas.store.database import Database
@@ -84,7 +84,7 @@ async def test_every_cause_has_words_and_nothing_of_the_reason(db: Database) -> 
     model = await base_model(db)
     for number, begins in enumerate([*CAUSES, "something else entirely"]):
         await fail(db, model.id, number, f"{begins} 7: {SECRET}")
-        why = await Waiting(db).why(model.id)
+        why = await WaitReasons(db).why(model.id)
         assert CAUSES.get(begins, "an error on our side") in why
         assert "operator" not in why
 
@@ -92,9 +92,9 @@ async def test_every_cause_has_words_and_nothing_of_the_reason(db: Database) -> 
 async def test_full_machines_are_a_reason_too(db: Database) -> None:
     model = await base_model(db)
     late = Unavailable("late", retry_after_s=5)
-    assert await Waiting(db).explained(late, model.id) is late
+    assert await WaitReasons(db).explained(late, model.id) is late
     await save_pool_state(db, model.id, {"blocked": True}, [])
-    assert await Waiting(db).why(model.id) == NO_MACHINE
-    assert NO_MACHINE in (await Waiting(db).explained(late, model.id)).message
+    assert await WaitReasons(db).why(model.id) == NO_MACHINE
+    assert NO_MACHINE in (await WaitReasons(db).explained(late, model.id)).message
     await save_pool_state(db, model.id, {"blocked": False}, [])
-    assert await Waiting(db).why(model.id) == ""
+    assert await WaitReasons(db).why(model.id) == ""
