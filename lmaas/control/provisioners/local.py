@@ -18,7 +18,7 @@ from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.engine.zygote.owner import ZygoteOwner
-from lmaas.engine.zygote.policy import import_left_s
+from lmaas.engine.zygote.policy import start_delay_s
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -105,7 +105,7 @@ class LocalProvisioner:
     def start_delay_s(self) -> float:
         """Return by how many seconds a start takes longer at present than starts usually do."""
         # Starts wait for a zygote that still imports.
-        return 0.0 if self._zygote is None else import_left_s(self._zygote.seen)
+        return 0.0 if self._zygote is None else start_delay_s(self._zygote.seen)
 
     async def capacity(self) -> Resources:
         """What this machine offers to replicas: by setting, or all of it."""
