@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
+import httpx
 import pytest
 
 from lmaas.store.database import Database
+from tests.unit.unreachable import OPERATOR, TENANT, UnreachableGateway, unreachable_gateway
 
 #: What a command line contains that starts a server or an engine.
 PROGRAMS = {"initdb", "pg_ctl", "postgres", "redis-server", "valkey-server", "vllm"}
@@ -78,6 +80,27 @@ async def no_database() -> AsyncIterator[Database]:
     database = Database("postgresql://nobody@127.0.0.1:1/none")
     yield database
     await database.close()
+
+
+@pytest.fixture(scope="module")
+async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[UnreachableGateway]:
+    """A gateway without a database and a queue, for what it refuses by itself."""
+    async with unreachable_gateway(tmp_path_factory.mktemp("home")) as found:
+        yield found
+
+
+@pytest.fixture
+async def operator(gateway: UnreachableGateway) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of that gateway with an operator's key."""
+    async with gateway.client(OPERATOR) as client:
+        yield client
+
+
+@pytest.fixture
+async def tenant(gateway: UnreachableGateway) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of that gateway with the key of a tenant's administrator."""
+    async with gateway.client(TENANT) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

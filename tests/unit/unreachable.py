@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.app import Services, build_gateway, object_store_url
@@ -16,26 +18,39 @@ from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.database import Database
 from lmaas.types import Principal, Role
 
-TENANT = Principal("key_1", Role.TENANT_ADMIN, "ten_1", "acme", 10, "standard")
-OPERATOR = Principal("key_2", Role.OPERATOR, None, None, 0, "standard")
+OPERATOR = Principal("key_1", Role.OPERATOR, None, None, 0, "standard")
+TENANT = Principal("key_2", Role.TENANT_ADMIN, "ten_1", "acme", 10, "standard")
+INFERENCE = Principal("key_3", Role.INFERENCE, "ten_1", "acme", 10, "standard")
+
+
+@dataclass(frozen=True)
+class UnreachableGateway:
+    """The gateway, and the key of each principal that it knows."""
+
+    app: ASGIApp
+    keys: dict[Principal, str]
+
+    def client(self, principal: Principal) -> httpx.AsyncClient:
+        """A client with the key of a principal."""
+        headers = {"authorization": f"Bearer {self.keys[principal]}"}
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway", headers=headers)
 
 
 @asynccontextmanager
-async def client_of(principal: Principal, home: Path, **changes: object) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a key of `principal`, which is all that the gateway knows. `changes` are other settings."""
-    settings = Settings(home=home, **changes)  # type: ignore[arg-type]
+async def unreachable_gateway(home: Path) -> AsyncIterator[UnreachableGateway]:
+    """A gateway that knows three keys, and nothing else."""
+    settings = Settings(home=home)
     db = Database("postgresql://nobody@127.0.0.1:1/none")
     redis = connect(f"unix://{home}/none.sock")
-    key = new_key()
+    keys = {principal: new_key() for principal in (OPERATOR, TENANT, INFERENCE)}
+    known = {hash_key(key): principal for principal, key in keys.items()}
 
-    async def known(_: Database, key_hash: str) -> Principal | None:
-        return principal if key_hash == hash_key(key) else None
+    async def find(_: Database, key_hash: str) -> Principal | None:
+        return known.get(key_hash)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auth, "find_principal", known)
+        patch.setattr(auth, "find_principal", find)
         app, _ = build_gateway(settings, Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings))))
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers={"authorization": f"Bearer {key}"}) as client:
-            yield client
+        yield UnreachableGateway(app, keys)
     await redis.aclose()
     await db.close()

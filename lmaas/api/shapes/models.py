@@ -132,17 +132,18 @@ class DeletedBaseModel(Shape, tag_field="object", tag="base_model.deleted", froz
 
 
 class Start(Shape, frozen=True, kw_only=True):
-    """Where the time of a replica's start went, in ms. `adapter_ms` runs beside `first_token_ms`."""
+    """Where the time of a replica's start went, in ms. `adapter_ms` runs beside `first_token_ms`. Other releases may record fewer."""
 
     by: Literal["zygote", "plain"]
-    spawn_ms: int
-    import_ms: int
-    weights_ms: int
-    kv_ms: int
-    warmup_ms: int
-    first_token_ms: int
-    adapter_ms: int
-    total_ms: int
+    spawn_ms: int | UnsetType = UNSET
+    zygote_ms: int | UnsetType = UNSET
+    import_ms: int | UnsetType = UNSET
+    weights_ms: int | UnsetType = UNSET
+    kv_ms: int | UnsetType = UNSET
+    warmup_ms: int | UnsetType = UNSET
+    first_token_ms: int | UnsetType = UNSET
+    adapter_ms: int | UnsetType = UNSET
+    total_ms: int | UnsetType = UNSET
 
 
 class Replica(Shape, tag_field="object", tag="replica", frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.engine.zygote.owner import ZygoteOwner
-from lmaas.engine.zygote.policy import import_left_s
+from lmaas.engine.zygote.policy import start_delay_s
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -67,7 +67,7 @@ class LocalProvisioner:
                     self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, devices))
                     go(forked)
                     return
-        # Written before there is a process: if this one is killed between the two, its accelerators must not be given to another replica.
+        # Before there is a process: if we are killed between the two, its accelerators must not be given to another.
         self._note(replica_id, _Facts(NO_PID, time.monotonic(), _boot(), pool_id, devices))
         try:
             with log_path.open("ab") as log:
@@ -105,10 +105,10 @@ class LocalProvisioner:
     def start_delay_s(self) -> float:
         """Return by how many seconds a start takes longer at present than starts usually do."""
         # Starts wait for a zygote that still imports.
-        return 0.0 if self._zygote is None else import_left_s(self._zygote.seen)
+        return 0.0 if self._zygote is None else start_delay_s(self._zygote.seen)
 
     async def capacity(self) -> Resources:
-        """Return what this machine offers to replicas: what is set, else all of it."""
+        """What this machine offers to replicas: by setting, or all of it."""
         return self._capacity
 
     async def kill(self, replica_id: str) -> None:
@@ -128,7 +128,7 @@ class LocalProvisioner:
         return await asyncio.to_thread(self._list)
 
     async def last_words(self, replica_id: str) -> str:
-        """Return the last line of the supervisor's log that explains its end; empty if there is none."""
+        """Why its supervisor has ended, if it said so; else empty."""
         return last_words(self._folder / replica_id / "supervisor.log")
 
     def _list(self) -> dict[str, str]:
@@ -137,7 +137,7 @@ class LocalProvisioner:
                 del self._children[replica_id]
         running = self._running()
         ended = [path.parent for path in self._folder.glob("*/process.json") if path.parent.name not in running]
-        # The logs of the last replicas that ended stay, so that the cause can be read.
+        # The logs of the last replicas that ended stay: they say why.
         for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-20]:
             shutil.rmtree(folder, ignore_errors=True)
         return {replica_id: facts.pool for replica_id, facts in running.items()}
@@ -181,8 +181,7 @@ def _boot() -> str:
 
 
 def _may_begin(facts: _Facts) -> bool:
-    """Return whether a start was under way and may have happened. If its pid was never noted, the replica is recorded as lost, and ends
-    with its drain."""
+    """Whether a controller was about to start it, and may have: if its pid was never noted, it is written off, and ends with its drain."""
     return facts.pid == NO_PID and facts.boot == _boot() and time.monotonic() - facts.started < MAY_BEGIN_S
 
 

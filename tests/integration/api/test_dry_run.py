@@ -14,9 +14,9 @@ from lmaas.store.models import get_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_key
 from lmaas.types import Role
-from tests.integration.api.test_base_models import write_model
 from tests.integration.gateway.stack import Stack, running
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 MODELS, TENANTS, CHECK = "/admin/v1/base-models", "/admin/v1/tenants", "/admin/v1/check-adapter"
 DRY = {"dry_run": "true"}

@@ -25,11 +25,11 @@ from lmaas.store.tables import audit_log
 from lmaas.store.tenants import create_key, find_principal, revoke_key
 from lmaas.store.usage import record_events
 from lmaas.types import Role
-from tests.integration.api.test_base_models import write_model
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.schemas import CHECKED, SPEC
 from tests.integration.store.build import usage_event
 from tests.support.adapters import base, config, pack, tensors
+from tests.support.base_models import write_model
 
 BY_ID = {place.id: place for place in PLACES}
 
@@ -181,6 +181,10 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await add_replica(stack.db, "rep_1", model["id"])
     assert len((await walk("list_replicas", ended="true"))["data"]) == 1
     assert (await walk("get_replica"))["desired"] == "running"
+    # As a supervisor of another release may write it.
+    start: dict[str, int | str] = {"by": "plain", "total_ms": 5, "of_another_release_ms": 1}
+    await observe(stack.db, "rep_1", Observed.READY, url="http://e", start=start)
+    assert (await walk("get_replica"))["start"] == {"by": "plain", "total_ms": 5}
     await walk("stop_replica")
     await walk("stop_replica", changes=False)
     await observe(stack.db, "rep_1", Observed.STOPPED)

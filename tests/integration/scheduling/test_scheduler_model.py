@@ -1,6 +1,6 @@
 """Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
 
-It tries 100 histories, times LMAAS_TEST_EFFORT. Each has up to 80 steps, and a step a few calls. After each call everything is compared.
+It tries 60 histories, times LMAAS_TEST_EFFORT. Each has up to 80 steps, and a step a few calls. After each call everything is compared.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.integration.scheduling.model_limits import Tokens, month_of
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
 from tests.support.effort import tries
 
-HISTORIES = tries(100)
+HISTORIES = tries(60)
 #: Whether a history that fails is made as short as it can be; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
 #: With these, leases, heartbeats and the bounds of passing over run out within a few seconds and tickets.

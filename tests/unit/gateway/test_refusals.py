@@ -4,34 +4,18 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from lmaas.config import Settings
-from lmaas.types import Principal, Role
-from tests.unit.unreachable import OPERATOR, TENANT, client_of
+from tests.unit.unreachable import INFERENCE, UnreachableGateway
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
 HI = [{"role": "user", "content": "Hi"}]
 MAX_BODY_BYTES = Settings().max_body_bytes
-
-
-@pytest.fixture
-async def tenant(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with the key of a tenant's administrator."""
-    async with client_of(TENANT, tmp_path) as client:
-        yield client
-
-
-@pytest.fixture
-async def operator(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with an operator's key."""
-    async with client_of(OPERATOR, tmp_path) as client:
-        yield client
 
 
 def check(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
@@ -167,8 +151,8 @@ async def test_an_operators_key_calls_no_models(operator: httpx.AsyncClient) -> 
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/admin/v1/tenants"), ("POST", "/v1/keys"), ("POST", "/v1/adapters")])
-async def test_a_key_for_inference_manages_nothing(tmp_path: Path, method: str, path: str) -> None:
-    async with client_of(Principal("key_3", Role.INFERENCE, "ten_1", "acme", 10, "standard"), tmp_path) as client:
+async def test_a_key_for_inference_manages_nothing(gateway: UnreachableGateway, method: str, path: str) -> None:
+    async with gateway.client(INFERENCE) as client:
         check(await client.request(method, path), 403, "insufficient_permissions")
 
 

@@ -15,6 +15,7 @@ import pytest
 from lmaas.config import Settings
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.launch import EngineProcess, EngineSpec, has_cpu_build
+from tests.support.effort import tries
 from tests.system.engine.cpu_lora.tiny import ADAPTERS, MAX_LEN, MAX_RANK, VOCAB, Reference, build_adapter, build_model, upload
 from tests.system.engine.running import running
 
@@ -188,13 +189,14 @@ async def test_each_alone_and_all_together_generate_the_same(server: Server) -> 
     assert all(answer.cached_tokens == 2 * BLOCK for answer in together if answer.request.prompt == shared)
 
 
+@pytest.mark.search
 @pytest.mark.parametrize(
     "names",
     [["rank-8"], ["rank-64", "rank-1"], ["rank-33", "only-v_proj", "everything", "patterns"], [*ADAPTERS]],
     ids=["one adapter", "two adapters", "as many adapters as slots", "all adapters"],
 )
 async def test_mixed_batches(server: Server, names: list[str]) -> None:
-    for number in range(5):
+    for number in range(tries(2)):
         before = await server.steps()
         answers = await server.ask_all(some_requests(names, number))
         server.check(answers)
