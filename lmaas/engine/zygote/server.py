@@ -98,7 +98,7 @@ class Zygote:
                     return program
             if self._ends():
                 return None
-        log.info("nobody has needed the zygote for %.0f s", self._idle_s)
+        log.info("the zygote has not been used for %.0f s and ends", self._idle_s)
         return None
 
     def _ends(self) -> bool:
