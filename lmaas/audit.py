@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 #: The actor of what no API key asked for, such as the base model that `lmaas up` registers.
-SYSTEM = "system"
+SYSTEM_ACTOR = "system"
 
 
 class Action(StrEnum):
@@ -35,6 +35,6 @@ class Audit:
     """
 
     action: Action
-    actor: str = SYSTEM
+    actor: str = SYSTEM_ACTOR
     key_id: str | None = None
     request_id: str | None = None

@@ -19,7 +19,7 @@ from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.adapters.service import inspect
 from lmaas.adapters.validation import check_file_names
 from lmaas.api.base_models import defined_model
-from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.context import Api, ApiCall, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.forms import multipart_form
 from lmaas.api.operation import page_of
@@ -56,18 +56,18 @@ def _adapter_values(adapter: rows.Adapter) -> dict[str, Any]:
     return {name: getattr(adapter, name) for name in rows.Adapter.__slots__}
 
 
-async def list_adapters(api: Api, call: Call[None, Paging]) -> Page[Adapter]:
+async def list_adapters(api: Api, call: ApiCall[None, Paging]) -> Page[Adapter]:
     """Return a page of the tenant's adapters, by name."""
     found = await rows.list_adapters(api.db, call.tenant_id, Part(call.query.limit, call.query.after))
     return page_of([Adapter(**_adapter_values(adapter)) for adapter in found], [adapter.id for adapter in found], call.query.limit)
 
 
-async def get_adapter(api: Api, call: Call[None, None]) -> Adapter:
+async def get_adapter(api: Api, call: ApiCall[None, None]) -> Adapter:
     """Return one adapter."""
     return Adapter(**_adapter_values(await rows.get_adapter(api.db, call.tenant_id, call.path["name"])))
 
 
-async def list_versions(api: Api, call: Call[None, Paging]) -> Page[AdapterVersion]:
+async def list_versions(api: Api, call: ApiCall[None, Paging]) -> Page[AdapterVersion]:
     """Return a page of the versions of an adapter, oldest first. The id of a version is the adapter's name, `@` and its number."""
     name, after = call.path["name"], None
     if call.query.after is not None:
@@ -81,20 +81,20 @@ async def list_versions(api: Api, call: Call[None, Paging]) -> Page[AdapterVersi
     return page_of(shown, ids, call.query.limit)
 
 
-async def activate_version(api: Api, call: Call[Activation, None]) -> Adapter:
+async def activate_version(api: Api, call: ApiCall[Activation, None]) -> Adapter:
     """Make a version the live one."""
     name, version = call.path["name"], call.body.version
     await rows.activate(api.db, call.tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=call.audit)
     return Adapter(**_adapter_values(await rows.get_adapter(api.db, call.tenant_id, name)))
 
 
-async def delete_adapter(api: Api, call: Call[None, None]) -> DeletedAdapter:
+async def delete_adapter(api: Api, call: ApiCall[None, None]) -> DeletedAdapter:
     """Delete an adapter with all its versions and files."""
     await api.adapters.delete(call.tenant_id, call.path["name"], audit=call.audit)
     return DeletedAdapter(name=call.path["name"], deleted=True)
 
 
-async def upload_adapter(api: Api, call: Call[None, None]) -> UploadedAdapter | WithStatus:
+async def upload_adapter(api: Api, call: ApiCall[None, None]) -> UploadedAdapter | WithStatus:
     """Store an adapter: 201 with its new version, or 200 with the version that has the same content already."""
     async with _received(api, call, AdapterUpload) as (form, config, model):
         version, is_new = await api.adapters.upload(
@@ -113,7 +113,7 @@ async def upload_adapter(api: Api, call: Call[None, None]) -> UploadedAdapter | 
     return shown if is_new else WithStatus(shown, 200)
 
 
-async def check_adapter(api: Api, call: Call[None, None]) -> CheckedAdapter:
+async def check_adapter(api: Api, call: ApiCall[None, None]) -> CheckedAdapter:
     """Check an adapter's files as an upload does, and store nothing."""
     async with _received(api, call, AdapterCheck) as (form, config, model):
         if (form.base_model is UNSET) == (form.definition is UNSET):
@@ -132,7 +132,7 @@ async def check_adapter(api: Api, call: Call[None, None]) -> CheckedAdapter:
 
 
 @asynccontextmanager
-async def _received(api: Api, call: Call[None, None], kind: type[Form]) -> AsyncIterator[tuple[Form, bytes, Path]]:
+async def _received(api: Api, call: ApiCall[None, None], kind: type[Form]) -> AsyncIterator[tuple[Form, bytes, Path]]:
     """Provide the fields, the configuration and the path of the weights of a form; the files are removed after the block.
 
     Raises InvalidRequest, InvalidAdapter, TooLarge or Unavailable.
@@ -148,7 +148,9 @@ async def _received(api: Api, call: Call[None, None], kind: type[Form]) -> Async
             yield fields, config, model
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("There is no disk space left for uploads.", code="disk_full", retry_after_s=60) from error
+            raise Unavailable(
+                "The gateway's disk is full, so uploads are not possible. Retry later.", code="disk_full", retry_after_s=60
+            ) from error
         raise
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import UNSET, Struct
 
 from lmaas.adapters.safetensors import base_model_shapes
-from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.context import Api, ApiCall, WithStatus
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import DryRun, Page, Paging
 from lmaas.api.shapes.models import (
@@ -99,7 +99,7 @@ def _shown_idleness(idle: dict[str, Any], hourly: int) -> KeepWarm:
     )
 
 
-async def list_models(api: Api, call: Call[None, Paging]) -> Page[BaseModel]:
+async def list_models(api: Api, call: ApiCall[None, Paging]) -> Page[BaseModel]:
     """Return a page of base models, by name."""
     limit = call.query.limit
     found = await models.list_base_models(api.db, Part(limit, call.query.after))
@@ -108,13 +108,13 @@ async def list_models(api: Api, call: Call[None, Paging]) -> Page[BaseModel]:
     return Page(data=await shown_models(api, page.data), first_id=page.first_id, last_id=page.last_id, has_more=page.has_more)
 
 
-async def get_model(api: Api, call: Call[None, None]) -> BaseModel:
+async def get_model(api: Api, call: ApiCall[None, None]) -> BaseModel:
     """Return one base model, by id or name: what its pool does, and why."""
     [shown] = await shown_models(api, [await models.get_base_model(api.db, call.path["model"])])
     return shown
 
 
-async def create_model(api: Api, call: Call[NewBaseModel, DryRun]) -> BaseModel | WithStatus:
+async def create_model(api: Api, call: ApiCall[NewBaseModel, DryRun]) -> BaseModel | WithStatus:
     """Create a base model with an empty pool; a dry run has the status 200."""
     defined = await defined_model(api.settings, call.body)
     model = await models.create_base_model(api.db, defined, dry_run=call.query.dry_run, audit=call.audit)
@@ -149,7 +149,7 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     return models.BaseModel(**{"id": ""} | values | read)
 
 
-async def change_model(api: Api, call: Call[BaseModelChange, DryRun]) -> BaseModel:
+async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> BaseModel:
     """Change values of a base model. Null puts a default back.
 
     Values of engines hold for replicas that start from now on; what adapters were validated against (source, dtype, max_lora_rank) changes
@@ -181,7 +181,7 @@ async def change_model(api: Api, call: Call[BaseModelChange, DryRun]) -> BaseMod
     return shown
 
 
-async def delete_model(api: Api, call: Call[None, None]) -> DeletedBaseModel:
+async def delete_model(api: Api, call: ApiCall[None, None]) -> DeletedBaseModel:
     """Delete a base model that has neither adapters nor replicas."""
     model_id = await models.delete_base_model(api.db, call.path["model"], audit=call.audit)
     return DeletedBaseModel(id=model_id, deleted=True)

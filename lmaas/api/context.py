@@ -51,7 +51,7 @@ class Api:
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[Body, Asked]):
+class ApiCall(Generic[Body, Asked]):
     """One call of an operation. `owner` is the tenant whose resources it is about, None for an operator's own. `audit` is for the store
     function that makes the change, None for an operation that makes none."""
 
@@ -78,4 +78,4 @@ class WithStatus:
     status: int
 
 
-Handler = Callable[[Api, Call[Any, Any]], Awaitable[Struct | WithStatus]]
+Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | WithStatus]]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lmaas.api.context import Api, Call
+from lmaas.api.context import Api, ApiCall
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import Page
 from lmaas.api.shapes.models import Replica, ReplicaQuery, Start, StoppingReplica
@@ -34,7 +34,7 @@ def _shown_start(record: dict[str, Any]) -> Start:
     return Start(**{name: record[name] for name in Start.__struct_fields__ if name in record})
 
 
-async def list_replicas(api: Api, call: Call[None, ReplicaQuery]) -> Page[Replica]:
+async def list_replicas(api: Api, call: ApiCall[None, ReplicaQuery]) -> Page[Replica]:
     """Return a page of the replicas, newest first; with `ended` also those that have ended."""
     query = call.query
     names = await rows.model_names(api.db)
@@ -42,7 +42,7 @@ async def list_replicas(api: Api, call: Call[None, ReplicaQuery]) -> Page[Replic
     return page_of([shown_replica(row, names) for row in found], [row.id for row in found], query.limit)
 
 
-async def get_replica(api: Api, call: Call[None, None]) -> Replica:
+async def get_replica(api: Api, call: ApiCall[None, None]) -> Replica:
     """Return one replica, also one that has ended."""
     row = await rows.get_replica(api.db, call.path["replica"])
     if row is None:
@@ -50,7 +50,7 @@ async def get_replica(api: Api, call: Call[None, None]) -> Replica:
     return shown_replica(row, await rows.model_names(api.db))
 
 
-async def stop_replica(api: Api, call: Call[None, None]) -> StoppingReplica:
+async def stop_replica(api: Api, call: ApiCall[None, None]) -> StoppingReplica:
     """Drain a replica and stop it. If there is demand, the controller starts another."""
     replica_id = call.path["replica"]
     if not await rows.desire_stop(api.db, replica_id, OPERATOR, audit=call.audit):

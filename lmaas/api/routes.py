@@ -10,11 +10,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from lmaas.api import adapters, base_models, replicas, table, tenants, usage
-from lmaas.api.context import Api, Call, Handler, WithStatus
+from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
 from lmaas.audit import Audit
-from lmaas.http import JsonResponse, limited, parse_json
+from lmaas.http import limited, parse_json
 from lmaas.types import Principal
 
 MAX_JSON_BYTES = 64 * 1024
@@ -64,8 +64,11 @@ def routes(api: Api, spec: dict[str, Any]) -> list[BaseRoute]:
     for place in table.PLACES:
         by_path.setdefault(place.path, {})[place.operation.method] = place
 
+    # Encoded once: the document is large, and needs no key.
+    encoded = msgspec.json.encode(spec)
+
     async def openapi(_: Request) -> Response:
-        return JsonResponse(spec)
+        return Response(encoded, media_type="application/json")
 
     return [
         Route("/openapi.json", openapi),
@@ -86,7 +89,7 @@ async def serve(api: Api, place: Place, request: Request) -> Response:
     operation = place.operation
     owner, principal = await api.allowed(place, request)
     query = None if operation.query is None else decode(operation.query, dict(request.query_params), text=True)
-    call: Call[Any, Any] = Call(
+    call: ApiCall[Any, Any] = ApiCall(
         owner, request.path_params, await _body(operation, request), query, _audit(operation, principal, request), request
     )
     answered = await HANDLERS[operation.id](api, call)

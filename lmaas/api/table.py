@@ -2,6 +2,10 @@
 
 Routes, permission checks, the decoding of bodies and queries, the OpenAPI document, the client and the audit records follow from it. The
 handlers are in `lmaas.api.routes`, so that clients import this module without the server.
+
+A new operation needs a row here, its types in `lmaas.api.shapes`, and its handler in `lmaas.api.routes.HANDLERS`. A test fails until it
+is called in the walk of tests/integration/api/test_operations.py, which compares its answer with its schema and its audit record with
+its row.
 """
 
 from lmaas.api.operation import Operation, Permission

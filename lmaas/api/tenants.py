@@ -6,7 +6,7 @@ from typing import Any
 from msgspec import UNSET, Struct
 
 from lmaas.admission.tiers import DEFAULT_TIER, effective
-from lmaas.api.context import Api, Call, WithStatus
+from lmaas.api.context import Api, ApiCall, WithStatus
 from lmaas.api.operation import page_of
 from lmaas.api.shapes import tenants as shapes
 from lmaas.api.shapes.common import DryRun, Page, Paging
@@ -63,13 +63,13 @@ def _limits(body: NewLimits) -> Limits:
     return Limits(**{name: value for name, value in _given(body).items() if name in _LIMITS})
 
 
-async def list_tenants(api: Api, call: Call[None, Paging]) -> Page[Tenant]:
+async def list_tenants(api: Api, call: ApiCall[None, Paging]) -> Page[Tenant]:
     """Return a page of tenants, by name."""
     found = await rows.list_tenants(api.db, Part(call.query.limit, call.query.after))
     return page_of([shown_tenant(tenant) for tenant in found], [tenant.id for tenant in found], call.query.limit)
 
 
-async def create_tenant(api: Api, call: Call[NewTenant, DryRun]) -> Tenant | WithStatus:
+async def create_tenant(api: Api, call: ApiCall[NewTenant, DryRun]) -> Tenant | WithStatus:
     """Create a tenant; a dry run has the status 200."""
     values = DEFAULTS | _given(call.body)
     given = (values["name"], values["tier"], values["max_queued"], values["max_adapters"], _limits(call.body))
@@ -78,12 +78,12 @@ async def create_tenant(api: Api, call: Call[NewTenant, DryRun]) -> Tenant | Wit
     return WithStatus(shown, 200) if call.query.dry_run else shown
 
 
-async def get_tenant(api: Api, call: Call[None, None]) -> Tenant:
+async def get_tenant(api: Api, call: ApiCall[None, None]) -> Tenant:
     """Return one tenant, by id or name."""
     return shown_tenant(await rows.get_tenant(api.db, call.path["tenant"]))
 
 
-async def change_tenant(api: Api, call: Call[TenantChange, DryRun]) -> Tenant:
+async def change_tenant(api: Api, call: ApiCall[TenantChange, DryRun]) -> Tenant:
     """Change values of a tenant. Null puts a default back."""
     tenant = await rows.get_tenant(api.db, call.path["tenant"])
     changes = _given(call.body)
@@ -92,7 +92,7 @@ async def change_tenant(api: Api, call: Call[TenantChange, DryRun]) -> Tenant:
     return shown_tenant(tenant)
 
 
-async def delete_tenant(api: Api, call: Call[None, None]) -> DeletedTenant:
+async def delete_tenant(api: Api, call: ApiCall[None, None]) -> DeletedTenant:
     """Delete a tenant and then its files.
 
     The rows go first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and the same
@@ -110,13 +110,13 @@ async def delete_tenant(api: Api, call: Call[None, None]) -> DeletedTenant:
     return DeletedTenant(id=tenant.id, deleted=True)
 
 
-async def list_keys(api: Api, call: Call[None, Paging]) -> Page[Key]:
+async def list_keys(api: Api, call: ApiCall[None, Paging]) -> Page[Key]:
     """Return a page of the owner's keys, newest first, without their secrets."""
     found = await rows.list_keys(api.db, call.owner, Part(call.query.limit, call.query.after))
     return page_of([Key(**_key_values(key)) for key in found], [key.id for key in found], call.query.limit)
 
 
-async def create_key(api: Api, call: Call[NewKey | NewOperatorKey, None]) -> CreatedKey:
+async def create_key(api: Api, call: ApiCall[NewKey | NewOperatorKey, None]) -> CreatedKey:
     """Create a key of the owner. The answer has its secret."""
     limits = Limits() if isinstance(call.body, NewOperatorKey) else _limits(call.body)
     secret = new_key()
@@ -125,7 +125,7 @@ async def create_key(api: Api, call: Call[NewKey | NewOperatorKey, None]) -> Cre
     return CreatedKey(key=secret, **_key_values(key))
 
 
-async def change_key(api: Api, call: Call[KeyChange, None]) -> Key:
+async def change_key(api: Api, call: ApiCall[KeyChange, None]) -> Key:
     """Change limits of a tenant's key."""
     limits = _given(call.body)
     if not limits:
@@ -133,7 +133,7 @@ async def change_key(api: Api, call: Call[KeyChange, None]) -> Key:
     return Key(**_key_values(await rows.change_key(api.db, call.tenant_id, call.path["key"], limits, audit=call.audit)))
 
 
-async def revoke_key(api: Api, call: Call[None, Revocation | None]) -> Key:
+async def revoke_key(api: Api, call: ApiCall[None, Revocation | None]) -> Key:
     """Revoke a key of the owner."""
     force = call.query is not None and call.query.force
     return Key(**_key_values(await rows.revoke_key(api.db, call.owner, call.path["key"], force=force, audit=call.audit)))

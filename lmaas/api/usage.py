@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from lmaas.api.context import Api, Call
+from lmaas.api.context import Api, ApiCall
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import List, Page, Paging
 from lmaas.api.shapes.usage import (
@@ -35,12 +35,12 @@ async def _scope_of(api: Api, tenant: str | None) -> AnyScope:
     return OPERATOR if tenant is None else (await get_tenant(api.db, tenant)).id
 
 
-async def report_usage(api: Api, call: Call[None, Period]) -> List[Usage]:
+async def report_usage(api: Api, call: ApiCall[None, Period]) -> List[Usage]:
     """Report the use of one's own tenant."""
     return await _report(api, call.tenant_id, call.query)
 
 
-async def report_all_usage(api: Api, call: Call[None, OperatorPeriod]) -> List[Usage]:
+async def report_all_usage(api: Api, call: ApiCall[None, OperatorPeriod]) -> List[Usage]:
     """Report the use of one tenant or of all."""
     return await _report(api, await _scope_of(api, call.query.tenant), call.query)
 
@@ -51,12 +51,12 @@ async def _report(api: Api, scope: AnyScope, period: Period) -> List[Usage]:
     return List(data=[Usage(**{name: getattr(row, name) for name in names}, charge_microusd=microusd(row.charge_picousd)) for row in rows])
 
 
-async def list_events(api: Api, call: Call[None, Paging]) -> Page[UsageEvent]:
+async def list_events(api: Api, call: ApiCall[None, Paging]) -> Page[UsageEvent]:
     """Return a page of the events of one's own tenant, newest first, without what only operators see."""
     return await _events(api, call.tenant_id, call.query, UsageEvent)
 
 
-async def list_all_events(api: Api, call: Call[None, OperatorEvents]) -> Page[OperatorUsageEvent]:
+async def list_all_events(api: Api, call: ApiCall[None, OperatorEvents]) -> Page[OperatorUsageEvent]:
     """Return a page of the events of one tenant or of all, newest first."""
     return await _events(api, await _scope_of(api, call.query.tenant), call.query, OperatorUsageEvent)
 
@@ -67,7 +67,7 @@ async def _events(api: Api, scope: AnyScope, asked: Paging, kind: type[UsageEven
     return page_of(shown, [row.request_id for row in rows], asked.limit)
 
 
-async def report_cogs(api: Api, call: Call[None, CogsQuery]) -> Cogs:
+async def report_cogs(api: Api, call: ApiCall[None, CogsQuery]) -> Cogs:
     """Report engine time, its cost, the charge and the margin, by some of the dimensions."""
     asked = call.query.by.split(",")
     if not set(asked) <= set(Dimension):

@@ -13,11 +13,13 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from lmaas.config import Settings
 
 #: The name by which tenants call it.
 NAME = "smollm2-135m-instruct"
-#: How long a conversion takes on a small machine, to guess how far one is: the libraries do not say.
+#: The duration of a conversion on a small machine. Progress is estimated by it, since the libraries do not report theirs.
 USUAL_S = 15.0
 
 
@@ -40,6 +42,10 @@ def convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 (slow, and only needed here)
 
     source = gguf_path()
+    for left in folder.parent.glob(f"{folder.name}.partial-*"):
+        # Of a conversion that was killed.
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     options = {"gguf_file": source.name}

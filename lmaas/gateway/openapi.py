@@ -195,16 +195,16 @@ _STREAM = (
     "in the queue."
 )
 _ERRORS = {
-    "400": "The request is malformed, or asks for what is not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
-    "401": "There is no valid key (`invalid_api_key`).",
+    "400": "The request is malformed, or asks for something not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
+    "401": "The API key is missing or not valid (`invalid_api_key`).",
     "403": "An operator's key cannot call models (`insufficient_permissions`).",
     "404": "The model does not exist, or belongs to another tenant (`model_not_found`).",
-    "409": "Nothing runs for this Idempotency-Key: its request is still running (`idempotency_in_progress`: try again), it was another one "
-    "(`idempotency_mismatch`), or its answer was too large to be kept (`idempotency_answer_too_large`).",
+    "409": "The Idempotency-Key belongs to a request that is still running (`idempotency_in_progress`: retry), had another body "
+    "(`idempotency_mismatch`), or had a response that was too large to be kept (`idempotency_answer_too_large`).",
     "413": "The body is too large (`request_too_large`).",
-    "429": "The tenant or the key is over a limit (`rate_limit_exceeded`, `insufficient_quota`, …).",
+    "429": "The tenant or the key has reached a limit (`rate_limit_exceeded`, `insufficient_quota`, …).",
     "502": "The engine failed, also after one retry (`engine_failed`).",
-    "503": "There was no capacity in time, or a part of the service is away (`no_capacity`, …).",
+    "503": "No engine had room in time, or a part of the service cannot be reached (`no_capacity`, …).",
 }
 
 

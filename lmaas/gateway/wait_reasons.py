@@ -1,4 +1,4 @@
-"""What tenants are told of a waiting request: its position and why it waits, without paths, machines or an engine's own messages."""
+"""The reports about a waiting request: its position and why it waits, without paths, machines or an engine's own messages."""
 
 import asyncio
 import math
@@ -21,7 +21,7 @@ GRACE_S = 10.0
 EXPLAIN_S = 0.2
 #: The scheduler reports every second. After this time without a report, its last estimate is no longer passed on.
 SILENT_S = 5.0
-#: How the reasons of failed replicas begin, and what tenants are told instead.
+#: How the reasons of failed replicas begin, and the words for tenants in their place.
 CAUSES = {
     "the engine ended": "its process ended early",
     "the engine was not ready within": "it was not ready in time",
@@ -36,7 +36,7 @@ LOADING = "loading the adapter"
 
 
 def comments(standing: Standing, reason: str, now: float) -> list[str]:
-    """Return the comments of a stream that waits at `now` (monotonic seconds): where it stands, and what keeps its engine from starting.
+    """Return the comments of a stream that waits at `now` (monotonic seconds): its position, and what keeps its engine from starting.
 
     The first is `queued position=<n> estimated_wait_s=<s>`, followed by ` late_s=<s>` if the start or the turn takes longer than usual,
     and by ` start=unknown` if no start of this model has been seen yet.
@@ -67,7 +67,7 @@ class WaitReasons:
         self._reasons = ReadCache[str, str](self._ask, fresh_s=FRESH_S, grace_s=GRACE_S)
 
     async def why(self, pool_id: str) -> str:
-        """Return what keeps this pool's engines from starting; empty if nothing does, or the database does not say in time."""
+        """Return what keeps this pool's engines from starting; empty if nothing does, or the database does not respond in time."""
         try:
             async with asyncio.timeout(EXPLAIN_S):
                 return await self._reasons.get(pool_id) or ""
@@ -79,7 +79,7 @@ class WaitReasons:
         reason = await self.why(pool_id)
         if not reason:
             return late
-        message = f"There was no capacity for this request before its deadline: {reason}. Please try again later."
+        message = f"No engine had room for this request before its deadline: {reason}. Retry later."
         return Unavailable(message, code=late.error_code, retry_after_s=max(30.0, late.retry_after_s or 0.0))
 
     async def _ask(self, pool_id: str) -> str:

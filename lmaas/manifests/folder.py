@@ -32,7 +32,7 @@ def read_folder(folder: Path) -> Manifests:
         models = _read_all(yaml_files(folder if in_models else folder / FOLDER), read_model, problems)
         tenants = [] if in_models else _read_all(yaml_files(folder), read_tenant, problems)
     elif not folder.is_file():
-        raise InvalidRequest(f"There is no folder or file {folder}.")
+        raise InvalidRequest(f"The folder or file {folder} does not exist.")
     elif folder.resolve().parent.name == FOLDER:
         models, tenants = _read_all([folder], read_model, problems), []
     else:

@@ -1,7 +1,7 @@
 """One active controller: a lock that Postgres gives back when its holder's session ends.
 
-What the active controller writes goes through that very session, so that a write by somebody who has lost the lock fails, however long the
-process stood still in between. A holder whose session is silent is taken for stuck: whoever stands by ends that session and takes over.
+The active controller writes through that session, so a write after the loss of the lock fails, however long the process was paused in
+between. A holder whose session is silent counts as stuck: a controller that stands by ends that session and takes over.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LOCK = 0x6C6D6162
 CHECK_S = 2.0
-#: A holder that has not said a word to Postgres for so long is stuck.
+#: A holder whose session was silent for this long counts as stuck.
 SILENT_S = 15.0
 
 #: A 64-bit key is split into two fields; locks of other databases of the server are others.
@@ -37,7 +37,7 @@ _END_SILENT_HOLDER = text(
 
 
 class LostLead(Exception):
-    """The session that held the lock is gone: another controller may be active now."""
+    """The session that held the lock has ended, so another controller may be active."""
 
 
 class Lead:
@@ -70,12 +70,12 @@ class Lead:
                 raise LostLead("the database session that held the controller's lock was cut") from error
 
     async def check(self) -> None:
-        """Raises LostLead if the lock is not ours any more."""
+        """Raise LostLead if this process has lost the lock."""
         async with self.begin(SYSTEM) as connection:
             await connection.execute(text("SELECT 1"))
 
     async def lost(self) -> None:
-        """Returns never; raises LostLead once the lock's session is gone. Shows others that we are alive."""
+        """Raise LostLead once the lock's session has ended. Until then, keep the session active for others to see."""
         while True:
             await asyncio.sleep(CHECK_S)
             await self.check()

@@ -33,7 +33,7 @@ class BaseModel:
     dtype: str
     linears: dict[str, list[int]]
     max_lora_rank: int
-    #: Distinct adapters in one batch.
+    #: Different adapters that an engine runs at the same time.
     max_loras: int
     #: Adapters resident on an engine.
     max_cpu_loras: int
@@ -53,14 +53,14 @@ class BaseModel:
     prompt_price: int = 0
     cached_price: int = 0
     completion_price: int = 0
-    #: What an engine costs us: micro-dollars per hour.
+    #: The cost of an engine: micro-dollars per hour.
     engine_price: int = 0
     #: Set by the database; None for one that is not stored yet.
     created_at: datetime | None = field(default=None, compare=False)
 
     @property
     def shapes(self) -> BaseModelShapes:
-        """What an adapter must fit."""
+        """The properties that an adapter must fit."""
         # Decided where an engine starts: whatever that will be, what is finite in the narrowest is finite in it.
         dtype = NARROWEST if self.dtype == AUTO else self.dtype
         return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, dtype, self.max_lora_rank)
@@ -78,7 +78,7 @@ CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus"
 
 
 def _stored(model: BaseModel) -> dict[str, Any]:
-    """Return the columns that are written: all but the moment of creation, which the database sets."""
+    """Return the columns that are written: all but the time of creation, which the database sets."""
     return {name: value for name, value in asdict(model).items() if name != "created_at"}
 
 
@@ -104,14 +104,14 @@ async def list_base_models(db: Database, part: Part | None = None) -> list[BaseM
 
 
 async def list_pool_ids(db: Database) -> list[str]:
-    """Every pool that may still have something to tell: also those that were deleted in the last day."""
+    """Return every pool that may still have usage events, including those deleted in the last day."""
     lately = base_models.c.deleted_at > func.now() - func.make_interval(0, 0, 0, 1)
     async with db.begin(SYSTEM) as connection:
         return list((await connection.execute(select(base_models.c.id).where(_IS_THERE | lately))).scalars())
 
 
 async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
-    """By id or by name. Raises NotFound."""
+    """Return a base model by id or by name. Raises NotFound."""
     query = select(*_COLUMNS).where((base_models.c.name == id_or_name) | (base_models.c.id == id_or_name), _IS_THERE)
     # A name of an older release may be another's id, which counts more.
     query = query.order_by((base_models.c.id == id_or_name).desc()).limit(1)
@@ -161,7 +161,8 @@ async def change_base_model(
 
 
 async def delete_base_model(db: Database, name: str, *, audit: Audit | None = None) -> str:
-    """End a base model; return its id. Its row stays for the bill. Raises NotFound, and Conflict while it has adapters or replicas."""
+    """Delete a base model and return its id. Its row stays for usage reports. Raises NotFound, and Conflict while it has adapters or
+    replicas."""
     async with db.begin(OPERATOR) as connection:
         found = await _locked(connection, name)
         await _refuse_if_used(connection, found.id, "deleted")

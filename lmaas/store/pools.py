@@ -1,4 +1,4 @@
-"""What the controller has decided last for each pool, and the idle times that it decides by. Only the controller writes them."""
+"""The last decision for each pool, and its idle times. Only the controller writes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +35,13 @@ async def save_pool_state(db: Writes, base_model_id: str, decision: dict[str, An
 
 
 async def pool_states_by_id(db: Database) -> dict[str, PoolState]:
-    """Every pool's last decision, by the base model's id. A new pool has none."""
+    """Return every pool's last decision by the base model's id. A new pool has none."""
     async with db.begin(SYSTEM) as connection:
         return {row.base_model_id: PoolState(*row) for row in await connection.execute(select(*_COLUMNS))}
 
 
 async def is_blocked(db: Database, base_model_id: str) -> bool:
-    """Whether the pool waits for a machine, as the controller saw it last."""
+    """Return whether the pool waits for a machine, by the controller's last decision."""
     query = select(pool_states.c.decision["blocked"].as_boolean()).where(pool_states.c.base_model_id == base_model_id)
     async with db.begin(SYSTEM) as connection:
         return bool((await connection.execute(query)).scalar_one_or_none())

@@ -39,8 +39,7 @@ _COLUMNS = [replicas.c[name] for name in Replica.__slots__]
 
 
 async def add_replica(db: Writes, replica_id: str, base_model_id: str) -> bool:
-    """Desire one more replica; False if its base model has been deleted. Called before it is started, so that nothing runs that no row
-    knows of."""
+    """Add a replica; return False if its base model has been deleted. Called before the start, so that every process has a row."""
     # Locked, as deleting it does: one waits for the other, and sees what it did.
     known = (
         select(literal(replica_id), base_models.c.id, literal(Desired.RUNNING.value), literal(Observed.STARTING.value))
@@ -68,7 +67,7 @@ async def list_replicas(db: Database, *, base_model_id: str | None = None, ended
 
 
 async def get_replica(db: Database, replica_id: str) -> Replica | None:
-    """The replica, or None if nobody ever desired it."""
+    """Return the replica, or None if it does not exist."""
     async with db.begin(SYSTEM) as connection:
         row = (await connection.execute(select(*_COLUMNS).where(replicas.c.id == replica_id))).one_or_none()
     return None if row is None else Replica(*row)
@@ -134,7 +133,7 @@ async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 
 
 
 async def recent_failures(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> tuple[int, float]:
-    """How many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
+    """Return how many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
     became ready, and how long ago the last did."""
     ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
     since = select(func.max(replicas.c.ready_at)).where(replicas.c.base_model_id == base_model_id).scalar_subquery()
@@ -151,7 +150,7 @@ async def recent_failures(db: Database, base_model_id: str, within_s: float = FA
 
 @dataclass(frozen=True, slots=True)
 class FailedStarts:
-    """Starts of a pool's engines that failed in a row: how many, what the last one's reason was, and how long ago."""
+    """Starts of a pool's engines that failed in a row: their number, the reason of the last one, and how long ago it was."""
 
     count: int
     reason: str
@@ -159,7 +158,7 @@ class FailedStarts:
 
 
 async def failed_starts(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> FailedStarts | None:
-    """The starts that failed in the last `within_s` seconds and since the last that did not; None if there are none."""
+    """Return the starts that failed in the last `within_s` seconds and since the last that did not; None if there are none."""
     count, ago_s = await recent_failures(db, base_model_id, within_s)
     if count == 0:
         return None
@@ -178,6 +177,6 @@ async def failed_starts(db: Database, base_model_id: str, within_s: float = FAIL
 
 
 async def model_names(db: Database) -> dict[str, str]:
-    """Base model id → name, for tables that people read."""
+    """Return the names of base models by id."""
     async with db.begin(SYSTEM) as connection:
         return {row.id: row.name for row in await connection.execute(select(base_models.c.id, base_models.c.name))}

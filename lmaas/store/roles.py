@@ -11,15 +11,15 @@ from typing import Any
 
 from psycopg.sql import Literal
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import InternalError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, InternalError, ProgrammingError
 
 from lmaas.errors import SettingsError
 from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, SEQUENCES, TABLES, DatabaseRole, policies, privileges, role_name
 
 #: Postgres' code for what the login may not do.
 _FORBIDDEN = "42501"
-#: Postgres' words for two changes of one role, which have no code of their own.
-_CONCURRENTLY = "tuple concurrently updated"
+#: Postgres' words for two changes of one role or membership, which have no code of their own.
+_CONCURRENTLY = ("tuple concurrently updated", "pg_auth_members")
 ATTEMPTS = 20
 
 #: Other things in the schema are not ours to change.
@@ -185,8 +185,8 @@ def _execute(connection: Connection, statement: str) -> None:
         try:
             with connection.begin():
                 connection.exec_driver_sql(_quietly(statement))
-        except InternalError as error:
-            if _CONCURRENTLY not in str(error.orig) or attempt == ATTEMPTS - 1:
+        except (InternalError, IntegrityError) as error:
+            if not any(words in str(error.orig) for words in _CONCURRENTLY) or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(0.05)
         else:

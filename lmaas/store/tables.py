@@ -1,4 +1,4 @@
-"""The tables. Migrations make them; this module only describes them to SQLAlchemy."""
+"""The tables, as SQLAlchemy needs them. Migrations create them."""
 
 from dataclasses import fields
 
@@ -52,7 +52,7 @@ tenants = Table(
     Column("tier", Text, nullable=False),
     Column("max_queued", Integer, nullable=False),
     Column("max_adapters", Integer, nullable=False),
-    # Null: as the tier has it.
+    # Null: the limit of the tier.
     *_limits(),
     _created(),
     Column("deleted_at", DateTime(timezone=True)),
@@ -69,7 +69,7 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("hash", Text, nullable=False, unique=True),
     Column("prefix", Text, nullable=False),
-    # Null: none of its own.
+    # Null: no limit of its own.
     *_limits(),
     _created(),
     Column("revoked_at", DateTime(timezone=True)),
@@ -106,7 +106,7 @@ base_models = Table(
     Column("engine_price", BigInteger, nullable=False, server_default=text("0")),
     Column("engine_args", Text, nullable=False),
     _created(),
-    # A deleted one stays for the bill.
+    # A deleted base model stays for usage reports.
     Column("deleted_at", DateTime(timezone=True)),
     Index("base_models_name_key", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
 )
@@ -116,9 +116,9 @@ pool_states = Table(
     "pool_states",
     metadata,
     Column("base_model_id", ForeignKey("base_models.id"), primary_key=True),
-    # The last decision, for people.
+    # The last decision, as it is shown.
     Column("decision", JSONB, nullable=False),
-    # Pairs of bin and count: experience that a new controller begins with.
+    # Pairs of bin and count: the history with which a new controller begins.
     Column("idle_times", JSONB, nullable=False),
     Column("decided_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
@@ -192,7 +192,7 @@ usage_events = Table(
     metadata,
     # Idempotent on the request id.
     Column("request_id", Text, primary_key=True),
-    # Null for probes, which are nobody's.
+    # Null for probes, which belong to no tenant.
     Column("tenant_id", ForeignKey("tenants.id")),
     Column("key_id", Text),
     Column("base_model", Text, nullable=False),
@@ -226,10 +226,10 @@ idempotency = Table(
     Column("key", Text, nullable=False),
     # SHA-256 of the endpoint and the request's body.
     Column("body_hash", LargeBinary, nullable=False),
-    # Whose claim it is.
+    # The request that holds the claim.
     Column("request_id", Text, nullable=False),
     Column("state", Text, nullable=False),
-    # While it runs: when its gateway last said so. Then: when it was done.
+    # While the request runs: the last renewal by its gateway. Then: its end.
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     # The answer, once there is one; without bytes if it was too large.
     Column("status", Integer),

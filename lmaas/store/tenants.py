@@ -121,7 +121,7 @@ async def update_tenant(
 
 
 async def get_tenant(db: Database, id_or_name: str) -> Tenant:
-    """By id or by name. Raises NotFound."""
+    """Return a tenant by id or by name. Raises NotFound."""
     query = select(*_TENANT, *_TENANT_LIMITS).where(
         (tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None)
     )
@@ -155,7 +155,7 @@ async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
-    """End a tenant: its keys stop at once, its adapters' rows and its kept answers go; its usage stays, for the bill. Raises NotFound."""
+    """Delete a tenant, its keys, its adapters' rows and its kept responses. Its usage stays in the ledger. Raises NotFound."""
     async with db.begin(OPERATOR) as connection:
         gone = await connection.execute(
             update(tenants)
@@ -185,7 +185,7 @@ async def create_key(
     *,
     audit: Audit | None = None,
 ) -> ApiKey:
-    """Store a new key's hash. `tenant_id` is None for operators only. Raises Conflict for a hash that is or was somebody's."""
+    """Store a new key's hash. `tenant_id` is None for operators only. Raises Conflict for a hash that exists or was revoked."""
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
     values |= asdict(limits)
     try:
@@ -226,7 +226,7 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force:
             working = select(api_keys.c.id).where(api_keys.c.tenant_id.is_(None), api_keys.c.revoked_at.is_(None)).order_by(api_keys.c.id)
             if list((await connection.execute(working.with_for_update())).scalars()) == [key_id]:
                 raise Conflict(
-                    "This is the last key of an operator: without it nobody can administer the service. Make another key first, or set "
+                    "This is the last key of an operator: without it, the service cannot be managed. Make another key first, or set "
                     "force=true to revoke it all the same.",
                     code="last_operator_key",
                 )
@@ -256,7 +256,7 @@ async def change_key(
 
 
 async def find_principal(db: Database, key_hash: str) -> Principal | None:
-    """Who holds the key with this hash, or None if nobody does any more."""
+    """Return the principal of the key with this hash, or None if there is none."""
     query = (
         select(
             api_keys.c.id,

@@ -16,7 +16,7 @@ from lmaas.store.tables import tenants, usage_events
 
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
-    """How one request ended and what it used. Tokens are as the engine reported them; times are whole milliseconds.
+    """The end and the use of one request. Tokens are those that the engine reported; times are whole milliseconds.
 
     `tenant_id` is None for a probe. `model` is the name that the client asked for, `adapter` the engine's name of the weights.
     """
@@ -60,7 +60,7 @@ class UsageRow:
 
 
 class UnrecordableEventError(Exception):
-    """The ledger cannot hold one of these events, now or later: its tenant is unknown, or a value is out of range."""
+    """One of these events can never be recorded: its tenant is unknown, or a value is out of range."""
 
 
 async def record_events(db: Database, events: list[UsageEvent]) -> None:
@@ -70,7 +70,7 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
     """
     if not events:
         return
-    # The last word about a request among these; Postgres refuses to touch a row twice in one statement.
+    # The last event of each request: Postgres refuses to change a row twice in one statement.
     latest: dict[str, UsageEvent] = {}
     for event in events:
         if event.request_id not in latest or latest[event.request_id].status is UsageStatus.LOST:
@@ -122,7 +122,7 @@ async def report(db: Database, scope: AnyScope, *, since: date | None = None, un
 
 
 async def month_total(db: Database, tenant_id: str, year: int, month: int, *, key_id: str | None = None) -> tuple[int, int]:
-    """What a tenant (or one of its keys) has used in a calendar month, UTC: tokens, and picodollars."""
+    """Return the tokens and picodollars that a tenant, or one of its keys, has used in a calendar month (UTC)."""
     columns = usage_events.c
     begin, end = datetime(year, month, 1, tzinfo=UTC), datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
     query = select(

@@ -1,5 +1,6 @@
 """What a new stack needs before its first request: a base model, an operator's key, credentials in a file."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from lmaas.types import Role, is_model_name
 from lmaas.up.keeping import ending
 
 
-def prepare_default_model(settings: Settings, console: Console) -> Path:
-    """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails."""
+def prepare_default_model(settings: Settings, console: Console, stopped: Callable[[], bool] = lambda: False) -> Path:
+    """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails, or is `stopped` meanwhile."""
     try:
         folder = settings.cache.expanduser() / "models" / default_model.NAME
         if folder.exists():
@@ -52,6 +54,9 @@ def prepare_default_model(settings: Settings, console: Console) -> Path:
         for line in process.stdout or ():
             with contextlib.suppress(ValueError):
                 progress.update(task, completed=float(line))
+            if stopped():
+                process.kill()
+                raise SettingsError("Stopped before the base model was prepared.")
         if process.wait() == 0 and folder.exists():
             progress.update(task, completed=100)
             return folder
@@ -67,9 +72,12 @@ def _given_folder(source: str) -> Path:
     return model_folder(str(here.resolve()) if here.is_dir() else source)
 
 
-async def register_model(settings: Settings, db: Database, console: Console) -> BaseModel:
+async def register_model(settings: Settings, db: Database, console: Console, stopped: Callable[[], bool] = lambda: False) -> BaseModel:
     """Register the base model of the settings. Values that an operator has changed stay."""
-    folder = _given_folder(settings.model) if settings.model else prepare_default_model(settings, console)
+    if settings.model:
+        folder = _given_folder(settings.model)
+    else:
+        folder = await asyncio.to_thread(prepare_default_model, settings, console, stopped)
     name = default_model.registered_name(settings)
     if not is_model_name(name):
         raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")

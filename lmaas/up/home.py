@@ -67,10 +67,19 @@ def _prepare(home: Path) -> None:
         raise SettingsError(f"{home} is not a folder. Set LMAAS_HOME to one.")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     status, user = home.stat(), os.geteuid()
-    if user not in (0, status.st_uid):
-        raise SettingsError(
-            f"{home} belongs to {user_name(status.st_uid)}, and you are {user_name(user)}. Set LMAAS_HOME to a folder of your own."
-        )
+    if user != 0:
+        _check_owner(home, status.st_uid, user)
+    used = (home / LOCK).exists()
+    if used:
+        # Root may take an empty folder of another user, but not that user's stack, whose files would become root's.
+        _check_owner(home, (home / LOCK).stat().st_uid, user)
     # Never take the rights of others away from a folder that serves other purposes, such as /tmp.
-    if status.st_mode & OTHERS and not (home / LOCK).exists() and {path.name for path in home.iterdir()} - FOREIGN:
+    if status.st_mode & OTHERS and not used and {path.name for path in home.iterdir()} - FOREIGN:
         raise SettingsError(f"{home} holds files of others, and lmaas would make it private. Set LMAAS_HOME to a new or an empty folder.")
+
+
+def _check_owner(home: Path, owner: int, user: int) -> None:
+    if owner != user:
+        name = user_name(owner)
+        message = f"{home} belongs to {name}, and you are {user_name(user)}. Run lmaas as {name}, or set LMAAS_HOME to another folder."
+        raise SettingsError(message)

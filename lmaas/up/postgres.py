@@ -69,7 +69,7 @@ class Postgres(Server):
     def prepare(self) -> None:
         """End what a killed server has left, and create the data folder if there is none. Raises SettingsError."""
         super().prepare()
-        self._check_owner()
+        self._check_user()
         found = self.folder / "PG_VERSION"
         if not found.exists():
             self._create()
@@ -86,9 +86,14 @@ class Postgres(Server):
         target = f"host={self.sockets} user=postgres dbname=postgres connect_timeout=2"
         return pq.PGconn.ping(target.encode()) == pq.Ping.OK
 
-    def _check_owner(self) -> None:
+    def _check_user(self) -> None:
         owner = self.folder.stat().st_uid
         if self.user() is None:
+            try:
+                pwd.getpwuid(os.geteuid())
+            except KeyError:
+                message = f"The user {os.geteuid()} has no entry in /etc/passwd, which Postgres needs. Add one, or set LMAAS_DATABASE_URL."
+                raise SettingsError(message) from None
             return
         system = system_user()
         if owner not in (0, system.pw_uid):

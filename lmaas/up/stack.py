@@ -92,7 +92,7 @@ class Stack:
         logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
         db = logins.database(DatabaseRole.GATEWAY)
         try:
-            model = await register_model(settings, db, self._console)
+            model = await register_model(settings, db, self._console, self._stop.is_set)
             return logins, model, await ensure_operator_key(settings, db)
         finally:
             await db.close()

@@ -18,7 +18,7 @@ from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.engine.zygote.owner import ZygoteOwner
-from lmaas.engine.zygote.policy import import_left_s
+from lmaas.engine.zygote.policy import start_delay_s
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -67,7 +67,7 @@ class LocalProvisioner:
                     self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, devices))
                     go(forked)
                     return
-        # Before there is a process: if we are killed between the two, nobody else may be given its accelerators.
+        # Before there is a process: if we are killed between the two, its accelerators must not be given to another.
         self._note(replica_id, _Facts(NO_PID, time.monotonic(), _boot(), pool_id, devices))
         try:
             with log_path.open("ab") as log:
@@ -105,7 +105,7 @@ class LocalProvisioner:
     def start_delay_s(self) -> float:
         """Return by how many seconds a start takes longer at present than starts usually do."""
         # Starts wait for a zygote that still imports.
-        return 0.0 if self._zygote is None else import_left_s(self._zygote.seen)
+        return 0.0 if self._zygote is None else start_delay_s(self._zygote.seen)
 
     async def capacity(self) -> Resources:
         """What this machine offers to replicas: by setting, or all of it."""
@@ -137,7 +137,7 @@ class LocalProvisioner:
                 del self._children[replica_id]
         running = self._running()
         ended = [path.parent for path in self._folder.glob("*/process.json") if path.parent.name not in running]
-        # The logs of the last replicas that ended stay, for whoever asks why.
+        # The logs of the last replicas that ended stay: they say why.
         for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-20]:
             shutil.rmtree(folder, ignore_errors=True)
         return {replica_id: facts.pool for replica_id, facts in running.items()}
@@ -181,7 +181,7 @@ def _boot() -> str:
 
 
 def _may_begin(facts: _Facts) -> bool:
-    """Whether somebody was about to start it, and may have: if its pid was never noted, it is written off, and ends with its drain."""
+    """Whether a controller was about to start it, and may have: if its pid was never noted, it is written off, and ends with its drain."""
     return facts.pid == NO_PID and facts.boot == _boot() and time.monotonic() - facts.started < MAY_BEGIN_S
 
 

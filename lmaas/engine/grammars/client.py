@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from lmaas.engine.activity import Standstill, activity_of, family_of
 from lmaas.engine.grammars.verdict import Question, Verdict, decode_verdict, encode
 from lmaas.engine.launch import VLLM, EngineSpec, command_line, environment, shared_environment
 from lmaas.engine.zygote import client as zygote
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 MODULE = "lmaas.engine.grammars.checker"
 #: How long a checker stays when it is not asked.
 IDLE_S = 300.0
-#: How long a checker may take to answer its socket, and one check to be answered. Several may be in line before it.
+#: How long a check waits for a checker that starts, and for its answer. Several may be in line before it.
 START_S, ANSWER_S = 90.0, 60.0
+#: A checker that starts and makes no progress for so long stands still. One that makes progress goes on when no check waits for it.
+STILL_S, LOOK_S = 15.0, 1.0
 POLL_S = 0.02
 
 
@@ -49,6 +52,8 @@ class Checkers:
         self._root, self._folder, self._home, self._module = root, root / str(os.getpid()), home, module
         self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
+        #: Those that do not listen yet, by process id.
+        self._standstills: dict[int, Standstill] = {}
         #: When each last answered, by time.monotonic().
         self._answered: dict[str, float] = {}
 
@@ -104,9 +109,11 @@ class Checkers:
             writer.close()
 
     def _give_up_on(self, key: str) -> None:
-        """Kill a checker that has answered nothing for as long as one answer may take: the next check starts another."""
+        """Kill a checker that listens and has answered nothing for as long as one answer may take: the next check starts another."""
         process = self._processes.get(key)
-        if process is not None and process.returncode is None and time.monotonic() - self._answered.get(key, 0.0) > ANSWER_S:
+        if process is None or process.returncode is not None or process.pid in self._standstills:
+            return
+        if time.monotonic() - self._answered.get(key, 0.0) > ANSWER_S:
             log.error("a grammar checker stands still and is killed", extra={"action": "grammar", "detail": f"pid {process.pid}"})
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -120,7 +127,9 @@ class Checkers:
                     return await self._connect(key)
                 process = self._processes.get(key)
                 if process is None or process.returncode is not None:
-                    self._processes[key] = await self._start(key, arguments, spec)
+                    process = self._processes[key] = await self._start(key, arguments, spec)
+                    self._standstills[process.pid] = Standstill()
+                if process.pid in self._standstills:
                     await self._listening(key)
                 else:
                     # It ends, since it was idle. A connection that is refused takes no turn of the loop, so this must.
@@ -134,13 +143,24 @@ class Checkers:
         return self._folder / f"{key}.sock"
 
     async def _listening(self, key: str) -> None:
-        """Wait until the checker listens. Raises NoVerdict if it ends before that."""
-        process, path = self._processes[key], self._socket(key)
-        async with asyncio.timeout(START_S):
-            while not path.exists():
-                if process.returncode is not None:
-                    raise NoVerdict(f"the checker ended with code {process.returncode}; see {path.with_suffix('.log')}")
-                await asyncio.sleep(POLL_S)
+        """Wait until the checker listens. Raises NoVerdict if it ends before that, or stands still."""
+        process, path, looked = self._processes[key], self._socket(key), float("-inf")
+        standstill = self._standstills[process.pid]
+        while not path.exists():
+            if process.returncode is not None:
+                del self._standstills[process.pid]
+                raise NoVerdict(f"the checker ended with code {process.returncode}; see {path.with_suffix('.log')}")
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                standstill.look("", activity_of(family_of(process.pid)), looked)
+            if standstill.still_s > STILL_S:
+                del self._standstills[process.pid]
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+                raise NoVerdict(f"the checker stood still for {standstill.still_s:.0f} s while it started, and is killed")
+            await asyncio.sleep(POLL_S)
+        del self._standstills[process.pid]
 
     async def _start(self, key: str, arguments: list[str], spec: EngineSpec) -> asyncio.subprocess.Process | ForkedProcess:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

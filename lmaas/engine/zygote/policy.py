@@ -48,3 +48,8 @@ def import_left_s(seen: Sight) -> float:
         return 0.0
     left_s = max(min(1.0, seen.usual_s), seen.usual_s - seen.used_s, seen.used_s - seen.usual_s)
     return left_s / seen.share + seen.still_s + (seen.next_s or 0.0 if not seen.pid else 0.0)
+
+
+def start_delay_s(seen: Sight) -> float:
+    """Return by how many seconds starts are delayed at present: they wait for a zygote that imports, if they wait for it at all."""
+    return 0.0 if why_plain(seen) else import_left_s(seen)

@@ -46,7 +46,7 @@ MODULES = (
 #: On a CPU besides.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
 #: What a checker of grammars and a supervisor import.
-OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli")
+OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli", "lmaas.app")
 #: Beside the file with the command lines to prepare for: those that leave a thread or CUDA behind. Their engines are forked all the same.
 AVOIDED = "commands-avoided.json"
 

@@ -84,7 +84,9 @@ class Watch:
         self._last_seen = now
         report = _read(wire.folder(self._home) / REPORT)
         done, stages = (int(report.get("done", 0)), int(report.get("stages", 0))) if report.get("pid") == pid else (0, 0)
-        activity = activity_of(session_of(pid))
+        # While it imports, helpers of it may do the work. Once it serves, it does all by itself, and this is asked every two seconds.
+        serves = 0 < stages <= done
+        activity = activity_of([pid] if serves else session_of(pid))
         self._standstill.look((pid, done), activity, now)
         return Sight(
             pid=pid,

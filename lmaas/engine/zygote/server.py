@@ -98,7 +98,7 @@ class Zygote:
                     return program
             if self._ends():
                 return None
-        log.info("nobody has needed the zygote for %.0f s", self._idle_s)
+        log.info("the zygote has not been used for %.0f s and ends", self._idle_s)
         return None
 
     def _ends(self) -> bool:
@@ -265,7 +265,7 @@ def serve(home: Path, idle_s: float) -> Program | None:
 
         preloaded = Preloaded(wire.folder(home) / wire.COMMANDS, reporter.report)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        _settle()
+        gc.freeze()  # without a collection, which would take half a second of the first start and find little
         gc.enable()
         used = os.times()
         reporter.imported(sum(used[:4]))

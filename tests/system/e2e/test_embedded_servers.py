@@ -1,6 +1,9 @@
 """The embedded servers of `lmaas up` are killed while it runs. The engine is the fake one; everything else is as users have it."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -10,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.support.processes import command_of, free_port
 from tests.system.e2e.conftest import MODEL, Stack, started, wait_for
 
 FAKE = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_ORPHAN_TIMEOUT_S": "3"}
@@ -62,6 +66,25 @@ def test_a_server_that_is_killed_is_started_again(stack: Stack, name: str, whole
         wait_for(lambda: status(stack) == 200, 20, "requests are served again")
     assert stack.cli("tenant", "list") == tenants
     assert "was ended by SIGKILL. It is started again now." in log.read_text()
+
+
+def test_nobody_else_can_read_anything_in_the_home(stack: Stack) -> None:
+    assert status(stack) == 200
+    modes = {path: path.lstat().st_mode for path in [stack.home, *stack.home.rglob("*")] if not path.is_symlink()}
+    assert any(path.name == "supervisor.log" for path in modes)
+    assert not [path for path, mode in modes.items() if mode & 0o077]
+
+
+def test_a_manifest_that_cannot_be_applied_stops_everything(stack: Stack, tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants"
+    tenants.mkdir()
+    (tenants / "broken.yaml").write_text("name: broken\ntier: nonsense\n")
+    settings = {"LMAAS_HOME": str(tmp_path / "home"), "LMAAS_PORT": str(free_port()), "LMAAS_TENANTS": str(tenants)}
+    command = [sys.executable, "-m", "lmaas", "up"]
+    done = subprocess.run(command, env=stack.environment | settings, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, "is up" in done.stdout) == (1, False)
+    assert re.fullmatch(r"lmaas: .*broken\.yaml: 'tier' .*\n", done.stderr)
+    assert not [one for one in psutil.process_iter() if str(tmp_path) in " ".join(command_of(one))]
 
 
 @pytest.mark.parametrize("name", ["valkey-server", "postgres"])

@@ -178,5 +178,5 @@ def test_every_wrong_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="There is no folder or file"):
+    with pytest.raises(InvalidRequest, match="does not exist"):
         read_folder(tmp_path / "none")

@@ -98,6 +98,18 @@ def test_what_cannot_be_a_home_is_refused_in_one_line(home: Callable[[Path], Pat
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+def test_root_does_not_take_over_the_stack_of_another_user(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    os.chown(home, 65534, 65534)
+    with held(home):
+        assert (home / LOCK).stat().st_uid == 0, "an empty folder may be used"
+    os.chown(home / LOCK, 65534, 65534)
+    with pytest.raises(SettingsError, match=r"belongs to nobody, and you are root. Run lmaas as nobody, or set LMAAS_HOME"), held(home):
+        pass
+
+
 @pytest.mark.parametrize("before", [(), ("lost+found",)], ids=["empty", "a new disk"])
 def test_an_empty_folder_is_taken(before: tuple[str, ...], tmp_path: Path) -> None:
     home = tmp_path / "home"

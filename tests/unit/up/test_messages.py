@@ -62,6 +62,16 @@ def test_a_cache_that_cannot_be_used_is_said_in_one_line(cache: str) -> None:
         prepare_default_model(replace(Settings(), cache=Path(cache)), Console(file=io.StringIO()))
 
 
+def test_a_preparation_that_is_told_to_stop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In place of the conversion, a program that makes progress and never ends.
+    (tmp_path / "endless.py").write_text("import time\nwhile True: print(1, flush=True); time.sleep(0.01)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("lmaas.up.bootstrap.default_model.__name__", "endless")
+    looks = iter([False, False, True])
+    with pytest.raises(SettingsError, match="Stopped before the base model was prepared"):
+        prepare_default_model(replace(Settings(), cache=tmp_path / "cache"), Console(file=io.StringIO()), lambda: next(looks))
+
+
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 1 << 20), ("203.0.113.1", 18080)])
 def test_an_address_that_cannot_be_used_is_said_in_one_line(host: str, port: int) -> None:
     with pytest.raises(SettingsError, match=rf"The address {host}, port {port}, cannot be used \(.+\)\. Set LMAAS_PORT or LMAAS_HOST\."):

@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from lmaas.engine.grammars import client
-from lmaas.engine.grammars.client import Checkers
+from lmaas.engine.grammars.client import Checkers, NoVerdict
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
 from lmaas.engine.launch import VLLM, EngineSpec
-from tests.integration.engine.grammars.stub import LINGERS
+from tests.integration.engine.grammars.stub import LINGERS, SLOW
 from tests.support.conditions import until
 from tests.support.processes import command_of
 
@@ -178,3 +178,29 @@ async def test_a_question_that_died_with_its_checker_is_asked_again(tmp_path: Pa
         assert {verdict.code for verdict in await asyncio.gather(*asked)} == {UNKNOWN}
         assert len(running()) == 1
         assert killed not in running()
+
+
+async def test_one_that_starts_slowly_is_left_alone_and_one_that_stands_still_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"START_S": 1.0, "ANSWER_S": 0.5, "STILL_S": 2.0, "LOOK_S": 0.2}.items():
+        monkeypatch.setattr(client, name, seconds)
+    spec, question = spec_of(SLOW), Question("/v1/chat/completions", {"do": "pass"})
+    async with Checkers(tmp_path, None, module=STUB).kept() as checkers:
+        for _ in range(4):  # longer than one may stand still
+            with pytest.raises(NoVerdict, match="TimeoutError"):
+                await checkers.check(spec, question)
+        (slow,) = running()
+        slow.suspend()
+
+        async def found() -> bool:
+            with pytest.raises(NoVerdict) as error:
+                await checkers.check(spec, question)
+            return "stood still" in str(error.value)
+
+        await until(found)
+        (tmp_path / "go").touch()
+        monkeypatch.setattr(client, "START_S", 60.0)
+        monkeypatch.setattr(client, "ANSWER_S", 60.0)
+        assert (await checkers.check(spec, question)).code == ""
+        assert slow not in running()

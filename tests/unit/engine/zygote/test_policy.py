@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lmaas.engine.zygote.policy import CIRCLES_IMPORTS, CIRCLES_S, REPLACED_S, STILL_S, import_left_s, stuck, why_plain
+from lmaas.engine.zygote.policy import CIRCLES_IMPORTS, CIRCLES_S, REPLACED_S, STILL_S, import_left_s, start_delay_s, stuck, why_plain
 from lmaas.engine.zygote.progress import Sight
 
 IMPORTS = Sight(pid=7, done=3, stages=20, used_s=4.0, age_s=5.0, usual_s=8.0, next_s=0.0)
@@ -80,3 +80,17 @@ def test_a_start_waits_as_long_as_that_is_quicker(seen: Sight, expected: str) ->
 )
 def test_what_is_left_of_an_import(seen: Sight, expected: float) -> None:
     assert import_left_s(seen) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (SERVES, 0.0),
+        (replace(IMPORTS, age_s=4.0), 4.0),
+        (GONE, 8.0),
+        (replace(GONE, next_s=300.0), 0.0),  # starts are plain
+        (replace(GONE, next_s=None), 0.0),
+    ],
+)
+def test_starts_are_delayed_by_an_import_that_they_wait_for(seen: Sight, expected: float) -> None:
+    assert start_delay_s(seen) == pytest.approx(expected)
