@@ -143,6 +143,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
             finally:
                 for keeper in keepers:
                     keeper.cancel()
+                # They give their connections back before the pool of connections is closed.
+                await asyncio.gather(*keepers, return_exceptions=True)
 
     app = Starlette(
         routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],

@@ -144,7 +144,7 @@ class Settings:
         None, "Accelerators that a replica takes from its machine.", unset="one where machines have any"
     )
     engine_max_num_seqs: int = setting(16, "Sequences that an engine runs at once.")
-    engine_max_loras: int = setting(8, "Different adapters in one batch of an engine.")
+    engine_max_loras: int = setting(8, "Different adapters that an engine runs at the same time.")
     engine_max_lora_rank: int = setting(16, "Highest rank of an adapter.")
     engine_max_cpu_loras: int = setting(64, "Adapters that an engine holds in main memory.")
     engine_max_model_len: int = setting(2048, "Context length in tokens, prompt and completion together.")

@@ -35,7 +35,7 @@ class Usage(Protocol):
 
     @property
     def run_ms(self) -> int | None:
-        """How long the request ran in ms, or None if it never ran."""
+        """Milliseconds for which the request ran, or None if it never ran."""
 
     def progress(self) -> TokenCounts | None:
         """Return the tokens so far, or None before the engine has reported any."""
@@ -45,11 +45,11 @@ class Usage(Protocol):
 
 
 class AdmissionLimits(Protocol):
-    """What a request is admitted under."""
+    """The limits under which a request is admitted."""
 
     @property
     def bounds(self) -> Bounds:
-        """How many may wait."""
+        """The number of tickets that may wait."""
 
     async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
         """Return what these scopes have used in that month. Raises Unavailable."""

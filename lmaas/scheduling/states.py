@@ -61,7 +61,7 @@ REFUSALS = frozenset({NoTicket.REFUSED, NoTicket.REFUSED_BY_POOL, NoTicket.LIMIT
 
 
 class WaitPhase(StrEnum):
-    """What a waiting ticket waits for."""
+    """The cause of a ticket's wait."""
 
     #: Engines are ready, and all slots are taken.
     BUSY = "busy"
@@ -74,7 +74,7 @@ class WaitPhase(StrEnum):
 
 
 class RetryReason(StrEnum):
-    """Why a gateway gives a lease back."""
+    """The reason for which a gateway gives a lease back."""
 
     #: The engine failed.
     ENGINE = "engine"

@@ -40,12 +40,12 @@ class Tally:
         return math.fsum(span.ended_s - span.launched_s for span in self.spans)
 
     def most_engines(self) -> int:
-        """How many engines there were at the same time, at most."""
+        """The most engines that there were at the same time."""
         return max((count for _, count in engines_over_time(self.spans)), default=0)
 
 
 def engines_over_time(spans: Sequence[Span]) -> list[tuple[float, int]]:
-    """When the number of engines changes, and what it is from then on."""
+    """Return the times at which the number of engines changes, each with the number from then on."""
     changes: dict[float, int] = {}
     for span in spans:
         changes[span.launched_s] = changes.get(span.launched_s, 0) + 1

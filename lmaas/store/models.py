@@ -33,7 +33,7 @@ class BaseModel:
     dtype: str
     linears: dict[str, list[int]]
     max_lora_rank: int
-    #: Distinct adapters in one batch.
+    #: Different adapters that an engine runs at the same time.
     max_loras: int
     #: Adapters resident on an engine.
     max_cpu_loras: int

@@ -33,7 +33,9 @@ class BaseModelChange(Shape, frozen=True, kw_only=True):
     source: Source | UnsetType = UNSET
     dtype: Dtype | UnsetType | None = UNSET
     max_lora_rank: Annotated[int, Meta(ge=1, le=512)] | UnsetType | None = UNSET
-    max_loras: Annotated[int, Meta(ge=1, le=1024, description="Distinct adapters in one batch.")] | UnsetType | None = UNSET
+    max_loras: (
+        Annotated[int, Meta(ge=1, le=1024, description="Different adapters that an engine runs at the same time.")] | UnsetType | None
+    ) = UNSET
     max_cpu_loras: Annotated[int, Meta(ge=1, le=100_000, description="Adapters in an engine's memory.")] | UnsetType | None = UNSET
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="Sequences that an engine runs at once.")] | UnsetType | None = UNSET
     max_model_len: Annotated[int, Meta(ge=16, le=10**7, description="Context, in tokens.")] | UnsetType | None = UNSET
