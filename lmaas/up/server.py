@@ -23,6 +23,8 @@ STOP_S = 20.0
 ADDRESS_BYTES = 107 - len("/.s.PGSQL.5432")
 #: What needs no quoting in a URL, and is no separator in Postgres' list of hosts.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@-]+")
+#: The name of its folder for a server, whose user need not be able to reach the folder by its path.
+HERE = "/proc/self/cwd"
 #: With less space than this on its disk, a server that fails has most likely failed for that reason.
 FULL_BYTES = 32 * 1024 * 1024
 
@@ -126,7 +128,8 @@ class Server:
         except OSError:
             return ""
         complaints = [match[1] for line in lines if (match := self.complaint.search(line))]
-        return complaints[0] if complaints else lines[-1] if lines else ""
+        found = complaints[0] if complaints else lines[-1] if lines else ""
+        return found.replace(HERE, str(self.folder))
 
     def _short(self, folder: Path) -> Path:
         if _is_plain(folder):

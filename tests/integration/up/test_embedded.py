@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -185,5 +186,6 @@ def test_a_postgres_that_cannot_start_quotes_its_log(tmp_path: Path, stack: Exit
     with started(Postgres(tmp_path / "data", tmp_path / "log")):
         pass
     (tmp_path / "data" / "postgresql.conf").write_text("no_such_setting = 1\n")
-    with pytest.raises(SettingsError, match=r"The database \(Postgres\) did not start: .*configuration file.*contains errors"):
+    complaint = f'The database (Postgres) did not start: configuration file "{tmp_path}/data/postgresql.conf" contains errors'
+    with pytest.raises(SettingsError, match=re.escape(complaint)):
         stack.enter_context(started(Postgres(tmp_path / "data", tmp_path / "log")))
