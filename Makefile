@@ -27,7 +27,7 @@ test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-de
 
 # The tests that need no server and no engine: about a minute.
 test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m tests tests/unit
 
 # The tests that search at random, for 30 times as long: about an hour. CI does not run it.
 test-long: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev

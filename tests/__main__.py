@@ -28,7 +28,13 @@ class Failed:
 def main(arguments: list[str]) -> int:
     """Run pytest, and again with what failed; return the exit code. An option takes its value after a `=`."""
     failed = Failed()
-    code = int(pytest.main(arguments, plugins=[failed]))
+    try:
+        code = int(pytest.main(arguments, plugins=[failed]))
+    except pytest.PytestUnraisableExceptionWarning:
+        # What a failed test held is closed at the end only, since its traceback is kept. That is no error of its own.
+        if not failed.tests:
+            raise
+        code = int(pytest.ExitCode.TESTS_FAILED)
     if code != pytest.ExitCode.TESTS_FAILED or not 0 < len(failed.tests) <= AT_MOST:
         return code
     print(f"\n{len(failed.tests)} failed. They run a second time, by themselves:\n", flush=True)  # noqa: T201

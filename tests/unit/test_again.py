@@ -20,12 +20,22 @@ def test_once(number, request):
 def test_fine():
     pass
 """
+HOLDS = """
+import pathlib, pytest, socket
+def test_holds(request):
+    seen = pathlib.Path(request.fspath).with_name("seen")
+    held = socket.create_server(("127.0.0.1", 0))
+    if not seen.exists():
+        seen.touch()
+        pytest.fail("the machine stood still")
+    held.close()
+"""
 ALWAYS = "def test_always():\n    assert 1 == 2\n"
 
 
 def run(folder: Path, **files: str) -> tuple[int, str]:
     """Return the exit code and the output of `make test` for these tests."""
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
     command = [sys.executable, "-m", "tests", "--basetemp=base"]
@@ -41,6 +51,12 @@ def test_what_fails_once_is_told_and_counts_as_passed(tmp_path: Path) -> None:
     assert "2 passed" in said
     assert said.index("the machine stood still") < said.index("Failed the first time (see above)")
     assert said.rstrip().endswith("test_once.py::test_once[1]")
+
+
+def test_what_a_failed_test_leaves_open_is_no_error_of_its_own(tmp_path: Path) -> None:
+    code, said = run(tmp_path, holds=HOLDS)
+    assert code == 0, said
+    assert said.rstrip().endswith("test_holds.py::test_holds")
 
 
 @pytest.mark.parametrize("once", [0, 2])
