@@ -1,4 +1,4 @@
-"""`make test`: run all tests, then run the failed ones a second time if they are few.
+"""`make test`: run all tests, print where the time went, then run the failed tests a second time if they are few.
 
 Many tests kill, stall and time out processes. On a shared machine everything can stand still for seconds, which looks the same to such a
 test. A failure that comes back counts. One that does not is in the output in full, and named at the end.
@@ -6,42 +6,57 @@ test. A failure that comes back counts. One that does not is in the output in fu
 
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
 #: More failures than this are not the machine's.
 AT_MOST = 5
+#: What `make test` may take on two cores. Longer proofs belong into `make test-long`.
+BUDGET_S = 35 * 60
 
 
-class Failed:
-    """A pytest plugin that collects the ids of the tests that failed."""
+class Record:
+    """A pytest plugin that collects the ids of the tests that failed, and the seconds that each folder took."""
 
     def __init__(self) -> None:
-        self.tests: list[str] = []
+        self.failed: list[str] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a failed setup, call or teardown."""
-        if report.failed and report.nodeid not in self.tests:
-            self.tests.append(report.nodeid)
+        """Note a setup, a call or a teardown."""
+        folder = "/".join(report.nodeid.split("::")[0].split("/")[1:-1][:2])
+        self.seconds[folder] += report.duration
+        if report.failed and report.nodeid not in self.failed:
+            self.failed.append(report.nodeid)
+
+    def table(self) -> str:
+        """The folders that took longest."""
+        total = sum(self.seconds.values())
+        longest = sorted(self.seconds.items(), key=lambda item: item[1], reverse=True)[:12]
+        rows = [f"{seconds:7.0f} s  {folder}" for folder, seconds in longest if seconds >= 1]
+        more = f". The budget is {BUDGET_S} s: shorten what takes longest, or move it to make test-long" if total > BUDGET_S else ""
+        return "\n".join([f"The tests took {total:.0f} s{more}.", *rows])
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest, and again with what failed; return the exit code. An option takes its value after a `=`."""
-    failed = Failed()
+    record = Record()
     try:
-        code = int(pytest.main(arguments, plugins=[failed]))
+        code = int(pytest.main(arguments, plugins=[record]))
     except pytest.PytestUnraisableExceptionWarning:
         # What a failed test held is closed at the end only, since its traceback is kept. That is no error of its own.
-        if not failed.tests:
+        if not record.failed:
             raise
         code = int(pytest.ExitCode.TESTS_FAILED)
-    if code != pytest.ExitCode.TESTS_FAILED or not 0 < len(failed.tests) <= AT_MOST:
+    print(f"\n{record.table()}")  # noqa: T201
+    if code != pytest.ExitCode.TESTS_FAILED or not 0 < len(record.failed) <= AT_MOST:
         return code
-    print(f"\n{len(failed.tests)} failed. They run a second time, by themselves:\n", flush=True)  # noqa: T201
+    print(f"\n{len(record.failed)} failed. They run a second time, by themselves:\n", flush=True)  # noqa: T201
     options = [argument for argument in arguments if argument.startswith("-")]
-    code = subprocess.run([sys.executable, "-m", "pytest", *options, *failed.tests], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "pytest", *options, *record.failed], check=False).returncode
     if code == 0:
-        print("\nFailed the first time (see above) and passed the second time:", *failed.tests, sep="\n  ")  # noqa: T201
+        print("\nFailed the first time (see above) and passed the second time:", *record.failed, sep="\n  ")  # noqa: T201
     return code
 
 

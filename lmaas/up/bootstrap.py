@@ -1,4 +1,4 @@
-"""What a new stack needs before its first request: a base model, an operator's key, credentials in a file."""
+"""Prepare a stack for its first request: the base model, the operator's key and the credentials file."""
 
 import asyncio
 import contextlib

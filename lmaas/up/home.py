@@ -25,17 +25,19 @@ def held(home: Path) -> Iterator[int]:
     """
     try:
         _prepare(home)
-        with os.fdopen(os.open(home / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"Another `lmaas up` runs in {home}. Set LMAAS_HOME and LMAAS_PORT for a second one."
-                raise SettingsError(message) from None
-            tightened = make_private(home)
-            yield tightened
+        file = os.fdopen(os.open(home / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        where = error.filename or home
-        raise SettingsError(f"{where} cannot be used: {error.strerror}. Set LMAAS_HOME to a folder that you may write to.") from error
+        raise _unusable(home, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tightened = make_private(home)
+        except BlockingIOError:
+            message = f"Another `lmaas up` runs in {home}. Set LMAAS_HOME and LMAAS_PORT for a second one."
+            raise SettingsError(message) from None
+        except OSError as error:
+            raise _unusable(home, error) from error
+        yield tightened
 
 
 def make_private(folder: Path) -> int:
@@ -83,3 +85,8 @@ def _check_owner(home: Path, owner: int, user: int) -> None:
         name = user_name(owner)
         message = f"{home} belongs to {name}, and you are {user_name(user)}. Run lmaas as {name}, or set LMAAS_HOME to another folder."
         raise SettingsError(message)
+
+
+def _unusable(home: Path, error: OSError) -> SettingsError:
+    where = error.filename or home
+    return SettingsError(f"{where} cannot be used: {error.strerror}. Set LMAAS_HOME to a folder that you may write to.")

@@ -1,4 +1,4 @@
-"""`lmaas init`: what a service on servers of its own needs before its first request, as `lmaas up` does for one machine."""
+"""`lmaas init`: register the base model and the operator's key of a service that runs without `lmaas up`."""
 
 from rich.console import Console
 
@@ -12,14 +12,14 @@ from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_ke
 from lmaas.types import Role
 from lmaas.up.bootstrap import register_model
 
-#: The name of the key, by which a later run knows the one that it replaces.
+#: The name of the key. A later run finds the key that it replaces by this name.
 KEY_NAME = "LMAAS_OPERATOR_KEY"
 
 
 async def initialise(settings: Settings, console: Console) -> None:
-    """Prepare and register the base model, and make the operator's key of the settings known. May be run again at any time.
+    """Prepare and register the base model, and register the operator's key of the settings. It may be run again at any time.
 
-    Raises SettingsError without a database, for a key that could be guessed, or for a model that cannot be had.
+    Raises SettingsError without a database, for a key that could be guessed, or for a model that is not available.
     """
     if settings.database_url is None or settings.operator_key is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_OPERATOR_KEY.")
@@ -35,9 +35,9 @@ async def initialise(settings: Settings, console: Console) -> None:
 
 
 async def put_operator_key(db: Database, key: str) -> str:
-    """Have this key work, and no other one that came the same way; answers `created` or `unchanged`.
+    """Register the key and revoke the one that an earlier call registered; return `created` or `unchanged`.
 
-    Raises SettingsError if the key was revoked, or is somebody's who is no operator.
+    Raises SettingsError if the key was revoked, or is a tenant's key.
     """
     known = await find_principal(db, hash_key(key))
     if known is not None and known.role is not Role.OPERATOR:
@@ -47,7 +47,7 @@ async def put_operator_key(db: Database, key: str) -> str:
         try:
             await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))
         except Conflict:
-            raise SettingsError("LMAAS_OPERATOR_KEY was revoked, and stays so. Set another one.") from None
+            raise SettingsError("LMAAS_OPERATOR_KEY was revoked and cannot be used again. Set another one.") from None
     for entry in mine:
         if known is None or entry.id != known.key_id:
             await revoke_key(db, None, entry.id, audit=Audit(Action.KEY_REVOKE))

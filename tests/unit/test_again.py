@@ -1,4 +1,4 @@
-"""`make test` runs a few failed tests a second time."""
+"""`make test` says where the time went, and runs a few failed tests a second time."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.__main__ import AT_MOST
+from tests.__main__ import AT_MOST, BUDGET_S, Record
 
 ONCE = """
 import pathlib, pytest
@@ -75,3 +75,21 @@ def test_many_failures_are_not_the_machines(tmp_path: Path) -> None:
 
 def test_what_cannot_be_collected_is_not_run_again(tmp_path: Path) -> None:
     assert run(tmp_path, broken="import nonsense_that_is_not_there")[0] == pytest.ExitCode.INTERRUPTED
+
+
+def report_of(test: str, seconds: float) -> pytest.TestReport:
+    return pytest.TestReport(test, ("", None, ""), {}, "passed", None, "call", duration=seconds)
+
+
+def test_the_folders_that_took_longest_are_listed() -> None:
+    record = Record()
+    for test, seconds in (
+        ("tests/unit/api/test_x.py::test_a", 2),
+        ("tests/system/e2e/test_y.py::test_b", 90),
+        ("tests/unit/test_z.py::c", 0.1),
+    ):
+        record.pytest_runtest_logreport(report_of(test, seconds))
+    assert record.table().splitlines() == ["The tests took 92 s.", "     90 s  system/e2e", "      2 s  unit/api"]
+    record.pytest_runtest_logreport(report_of("tests/system/engine/log/test_x.py::test_d", BUDGET_S))
+    assert "The budget is 2100 s: shorten what takes longest" in record.table()
+    assert f"{BUDGET_S} s  system/engine\n" in record.table()

@@ -69,6 +69,11 @@ def test_a_second_one_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_an_error_of_the_block_is_not_taken_for_one_of_the_home(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), held(tmp_path / "home"):
+        raise ConnectionError
+
+
 def shared(tmp_path: Path) -> Path:
     """A folder that serves other purposes, such as /tmp."""
     tmp_path.chmod(0o755)
