@@ -18,7 +18,9 @@ class Condition(StrEnum):
     STOPPING = "stopping"
     #: Its process runs, and no row of a replica that has not ended has its id.
     STRAY = "stray"
-    #: It is ready, and its supervisor sends no heartbeats.
+    #: It is starting, and its supervisor has sent a heartbeat.
+    BEGUN = "begun"
+    #: It is ready or has begun, and its supervisor sends no heartbeats any more.
     SILENT = "silent"
     #: It is starting, and its supervisor has not sent a heartbeat yet, for instance because no machine has room for it.
     UNHEARD = "unheard"
@@ -64,19 +66,22 @@ def observe_replicas(
     for replica_id in (*by_id, *sorted({*processes, *loads} - by_id.keys())):
         row, has_process, load = by_id.get(replica_id), replica_id in processes, loads.get(replica_id)
         before = previous[replica_id].since if replica_id in previous else {}
-        since = {condition: before.get(condition, now) for condition in _conditions(row, has_process, load)}
+        since = {condition: before.get(condition, now) for condition in _conditions(row, has_process, load, before)}
         found[replica_id] = ReplicaObservation(replica_id, row, has_process, load, since)
     return found
 
 
-def _conditions(row: Replica | None, has_process: bool, load: int | None) -> list[Condition]:
+def _conditions(row: Replica | None, has_process: bool, load: int | None, before: Collection[Condition]) -> list[Condition]:
     if row is None:
         return [Condition.STRAY] if has_process else []
+    starting, known = row.observed == Observed.STARTING, load is not None
+    begun = starting and (known or Condition.BEGUN in before)
     facts = {
         Condition.RECORDED: True,
         Condition.READY: row.observed == Observed.READY,
         Condition.STOPPING: row.desired == Desired.STOPPED,
-        Condition.SILENT: row.observed == Observed.READY and load is None,
-        Condition.UNHEARD: row.observed == Observed.STARTING and load is None,
+        Condition.BEGUN: begun,
+        Condition.SILENT: (begun or row.observed == Observed.READY) and not known,
+        Condition.UNHEARD: starting and not begun,
     }
     return [condition for condition, holds in facts.items() if holds]

@@ -8,7 +8,7 @@ from lmaas.states import TERMINAL, Desired, Observed
 
 #: How long beyond the drain timeout a replica may take to end before its process is killed.
 STOP_GRACE_S = 20.0
-#: How long the supervisor of a ready replica may be silent before it counts as stuck.
+#: How long a supervisor may be silent once it has sent heartbeats before it counts as stuck.
 SILENT_S = 90.0
 #: How long a process may run whose replica has ended or has no row. One that has just written that it ended may still be exiting.
 STRAY_GRACE_S = 15.0

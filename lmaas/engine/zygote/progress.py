@@ -21,8 +21,8 @@ REPORT, IMPORTS, INTENT = "progress.json", "imports.json", "owner.json"
 PLAIN = "plain"
 #: How many imports are remembered, and what one takes as long as none is: seconds of processor time.
 REMEMBERED, FIRST_IMPORT_S = 5, 10.0
-#: No process gets less of a processor than this when the time that is left is estimated.
-LEAST_SHARE = 0.02
+#: A process is taken to have had a whole processor for so long before it began: the first moments say little about its share.
+PRIOR_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Sight:
     @property
     def share(self) -> float:
         """The share of a processor that it gets."""
-        return 1.0 if self.age_s <= 0 else min(1.0, max(LEAST_SHARE, self.used_s / self.age_s))
+        return min(1.0, (PRIOR_S + self.used_s) / (PRIOR_S + self.age_s))
 
 
 class Watch:

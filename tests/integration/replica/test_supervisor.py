@@ -107,7 +107,7 @@ async def test_a_replica_that_waits_for_the_zygote_beats_says_what_is_left_and_c
     async def launched(spec: EngineSpec, port: int, log: Path, home: Path | None, told: Callable[[Sight], None]) -> AsyncIterator[Any]:
         while not imported.is_set():
             # A twentieth of a processor.
-            told(Sight(pid=1, done=1, stages=20, used_s=(spent := next(used)) / 100, age_s=spent / 5, usual_s=10.0))
+            told(Sight(pid=1, done=1, stages=20, used_s=(spent := next(used)) / 20, age_s=spent, usual_s=10.0))
             await asyncio.sleep(0.02)
         async with really_launched(spec, port, log, home) as engine:
             yield engine

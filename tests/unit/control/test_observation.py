@@ -9,7 +9,7 @@ from lmaas.states import Desired, Observed
 from lmaas.store.replicas import Replica
 
 RECORDED, READY, STOPPING = Condition.RECORDED, Condition.READY, Condition.STOPPING
-STRAY, SILENT, UNHEARD = Condition.STRAY, Condition.SILENT, Condition.UNHEARD
+STRAY, BEGUN, SILENT, UNHEARD = Condition.STRAY, Condition.BEGUN, Condition.SILENT, Condition.UNHEARD
 
 
 def row(name: str, observed: Observed, desired: Desired = Desired.RUNNING) -> Replica:
@@ -21,7 +21,7 @@ def row(name: str, observed: Observed, desired: Desired = Desired.RUNNING) -> Re
     [
         pytest.param(row("a", Observed.STARTING), True, None, {RECORDED, UNHEARD}, id="has not begun"),
         pytest.param(row("a", Observed.STARTING), False, None, {RECORDED, UNHEARD}, id="has no process either"),
-        pytest.param(row("a", Observed.STARTING), True, 0, {RECORDED}, id="starts"),
+        pytest.param(row("a", Observed.STARTING), True, 0, {RECORDED, BEGUN}, id="starts"),
         pytest.param(row("a", Observed.READY), True, 3, {RECORDED, READY}, id="ready"),
         pytest.param(row("a", Observed.READY), True, None, {RECORDED, READY, SILENT}, id="ready and silent"),
         pytest.param(
@@ -48,8 +48,9 @@ def test_a_condition_keeps_its_beginning_and_one_that_ends_is_forgotten() -> Non
     steps = [
         (10.0, starting, {}, {RECORDED: 10.0, UNHEARD: 10.0}),
         (11.0, starting, {}, {RECORDED: 10.0, UNHEARD: 10.0}),
-        (12.0, starting, {"a": 0}, {RECORDED: 10.0}),
-        (13.0, starting, {}, {RECORDED: 10.0, UNHEARD: 13.0}),
+        (12.0, starting, {"a": 0}, {RECORDED: 10.0, BEGUN: 12.0}),
+        (13.0, starting, {}, {RECORDED: 10.0, BEGUN: 12.0, SILENT: 13.0}),
+        (13.5, starting, {"a": 0}, {RECORDED: 10.0, BEGUN: 12.0}),
         (14.0, ready, {"a": 1}, {RECORDED: 10.0, READY: 14.0}),
         (15.0, ready, {}, {RECORDED: 10.0, READY: 14.0, SILENT: 15.0}),
         (16.0, stopping, {"a": 0}, {RECORDED: 10.0, READY: 14.0, STOPPING: 16.0}),

@@ -91,6 +91,7 @@ def test_nothing_starts_while_it_backs_off(rows: list[Replica], processes: str) 
         pytest.param("d", Condition.STOPPING, 51, [kill("d")], id="it does not stop"),
         pytest.param("a", Condition.SILENT, 90, [], id="its supervisor may be silent for so long"),
         pytest.param("a", Condition.SILENT, 91, [kill("a")], id="its supervisor is stuck"),
+        pytest.param("s", Condition.SILENT, 91, [kill("s")], id="its supervisor is stuck while its engine starts"),
         pytest.param("s", Condition.UNHEARD, 600, [], id="it may take so long to begin"),
         pytest.param("s", Condition.UNHEARD, 601, [Action(Verb.GIVE_UP, "s")], id="it never begins"),
         pytest.param("x", Condition.STRAY, 15, [], id="it may be on its way out"),

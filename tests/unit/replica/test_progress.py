@@ -59,7 +59,7 @@ def test_the_estimate_falls_while_the_zygote_imports_and_the_engine_starts() -> 
     told = []
     # It gets half a processor: 16 s in all for an import of 8 s, and 4 s for the start after it.
     for used_s in (1.0, 3.0, 5.0, 7.0):
-        progress.saw(Sight(pid=1, stages=20, used_s=used_s, age_s=2 * used_s, usual_s=8.0))
+        progress.saw(Sight(pid=1, stages=20, used_s=used_s, age_s=2 * used_s + 1, usual_s=8.0))
         told.append(progress.left_ms())
         clock.now += 4.0
     assert told == [(18_000, 0), (14_000, 0), (10_000, 0), (6_000, 0)]
@@ -73,7 +73,7 @@ def test_the_estimate_falls_while_the_zygote_imports_and_the_engine_starts() -> 
 def test_an_import_that_takes_longer_than_ever_is_late() -> None:
     progress = StartProgress(Clock())
     progress.usual_s = 2.0
-    progress.saw(Sight(pid=1, stages=20, used_s=20.0, age_s=200.0, usual_s=8.0))
+    progress.saw(Sight(pid=1, stages=20, used_s=20.0, age_s=209.0, usual_s=8.0))
     assert progress.left_ms() == (140_000, 120_000)
 
 

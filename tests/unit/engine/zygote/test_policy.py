@@ -65,9 +65,12 @@ def test_a_start_waits_as_long_as_that_is_quicker(seen: Sight, expected: str) ->
     [
         (SERVES, 0.0),
         (replace(IMPORTS, used_s=4.0, age_s=4.0), 4.0),
-        # Half of a processor: twice as long.
-        (replace(IMPORTS, used_s=4.0, age_s=8.0), 8.0),
-        (replace(IMPORTS, used_s=4.0, age_s=80.0), 80.0),
+        # About half of a processor: about twice as long.
+        (replace(IMPORTS, used_s=4.0, age_s=9.0), 8.0),
+        (replace(IMPORTS, used_s=4.0, age_s=99.0), 80.0),
+        # The first moments say little.
+        (replace(IMPORTS, used_s=0.0, age_s=0.0), 8.0),
+        (replace(IMPORTS, used_s=0.0, age_s=0.25), 10.0),
         # It falls to the last second, and an import that is late needs as long again.
         (replace(IMPORTS, used_s=7.9, age_s=7.9), 1.0),
         (replace(IMPORTS, used_s=20.0, age_s=20.0), 12.0),
