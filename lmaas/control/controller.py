@@ -10,6 +10,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from lmaas.cancellation import unswallowed
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Scale, ScalingState, decide
 from lmaas.control.idleness import Idleness, IdleTimes
@@ -20,7 +21,7 @@ from lmaas.control.provisioners import Provisioner
 from lmaas.control.sharing import SharingRules, WaitingSince, share
 from lmaas.errors import Unavailable
 from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
-from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler, unswallowed
+from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
 from lmaas.store.database import Database, Writes, new_id
 from lmaas.store.idempotency import delete_old, delete_surplus

@@ -19,6 +19,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from lmaas.cancellation import unswallowed
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient
 from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode, key_of
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
@@ -217,7 +218,8 @@ class Grammars:
         found, url = self._addresses.get(model_id, (-math.inf, ""))
         if now - found > ADDRESS_S:
             try:
-                url = str(await self._redis.get(key_of()) or await self._redis.get(key_of(model_id)) or "")
+                with unswallowed():
+                    url = str(await self._redis.get(key_of()) or await self._redis.get(key_of(model_id)) or "")
             except RedisError as error:
                 raise unavailable() from error
             if not url:

@@ -1,10 +1,9 @@
 """The one Python client of the scheduler's function library."""
 
 import asyncio
-import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from lmaas.cancellation import unswallowed
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.scheduling.pipelining import PipelinedConnection
 from lmaas.scheduling.states import RetryReason
@@ -294,18 +294,6 @@ class Scheduler:
             except RedisError as error:
                 log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
                 await asyncio.sleep(0.5)
-
-
-@contextlib.contextmanager
-def unswallowed() -> Iterator[None]:
-    """Raise a cancellation that the block swallowed: redis-py sends with asyncio.wait_for, which can do that on Python 3.11."""
-    task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
-    try:
-        yield
-    finally:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
 
 
 def _counts(tokens: TokenCounts | None) -> bytes:

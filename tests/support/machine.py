@@ -2,7 +2,7 @@
 
 
 class Machine:
-    """A provisioner whose replicas end when they are asked twice whether they still run, unless they are deaf."""
+    """A provisioner. Its replicas end once it has been asked for them twice, except when they are `deaf`."""
 
     def __init__(self, *replicas: str, deaf: bool = False) -> None:
         self.replicas, self.deaf = dict.fromkeys(replicas, "mod"), deaf
@@ -10,13 +10,13 @@ class Machine:
         self.killed: list[str] = []
 
     async def list(self) -> dict[str, str]:
-        """Those that run."""
+        """Return the replicas that run."""
         self.asked += 1
         if self.asked > 2 and not self.deaf:
             self.replicas.clear()
         return dict(self.replicas)
 
     async def kill(self, replica_id: str) -> None:
-        """It is gone."""
+        """Note that the replica was killed."""
         self.killed.append(replica_id)
         del self.replicas[replica_id]

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lmaas.cancellation import unswallowed
 from lmaas.config import Settings
 from lmaas.engine.grammars.client import Checkers, NoVerdict
 from lmaas.engine.grammars.verdict import decode_question, encode, key_of
@@ -73,8 +74,9 @@ async def _keep_known(redis: Redis, key: str, url: str) -> None:
     try:
         while True:
             try:
-                if await redis.get(key) in (None, url):
-                    await redis.set(key, url, ex=ADDRESS_S)
+                with unswallowed():
+                    if await redis.get(key) in (None, url):
+                        await redis.set(key, url, ex=ADDRESS_S)
             except RedisError as error:
                 log.warning("the address of the grammar checker is not known", extra={"action": "grammar", "detail": repr(error)})
             await asyncio.sleep(RENEW_S)
