@@ -44,7 +44,7 @@ async def _cold_start(name: str, model: Path, folder: Path, beside: AbstractCont
     say(f"{name}: a service with an empty pool, and stock servers started one after the other")
     records: list[dict[str, Any]] = []
     with beside:
-        async with stack(model, folder, idle_timeout_s=IDLE_S) as running, client() as asker:
+        async with stack(model, folder / "home", idle_timeout_s=IDLE_S) as running, client() as asker:
             place = running.base(await running.tenant("cold"))
 
             async def ours(number: int) -> float:

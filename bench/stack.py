@@ -126,8 +126,9 @@ class _Log:
     """The output of `lmaas up`."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        self._path = home / "up.log"
+        home.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the home folder: `lmaas up` takes none that has files of others in it.
+        self._path = home.with_name(f"{home.name}.up.log")
 
     def open(self) -> BinaryIO:
         """The file, to write to."""
