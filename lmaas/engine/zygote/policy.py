@@ -11,6 +11,8 @@ from lmaas.engine.zygote.progress import Sight
 STILL_S = 15.0
 #: A zygote that uses so much processor time without answering or finishing a stage runs in circles. Longer if imports usually take long.
 CIRCLES_S, CIRCLES_IMPORTS = 60.0, 3.0
+#: How long a start takes, in seconds, if none of its base model has been seen: forked, and plain.
+FIRST_START_S = {"zygote": 3.0, "plain": 20.0}
 #: How long a start goes on waiting for a zygote that stands still or is gone: its owner needs seconds to notice and to start another.
 REPLACED_S = 8.0
 
@@ -53,3 +55,8 @@ def import_left_s(seen: Sight) -> float:
 def start_delay_s(seen: Sight) -> float:
     """Return by how many seconds starts are delayed at present: they wait for a zygote that imports, if they wait for it at all."""
     return 0.0 if why_plain(seen) else import_left_s(seen)
+
+
+def first_start_s(seen: Sight) -> float:
+    """Return how long a start takes, without its delay, if none of its base model has been seen."""
+    return FIRST_START_S["plain" if why_plain(seen) else "zygote"]
