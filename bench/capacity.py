@@ -74,6 +74,10 @@ class Names:
         """Starts are never late."""
         return 0.0
 
+    def first_start_s(self) -> float:
+        """As of a plain start."""
+        return 20.0
+
     async def capacity(self) -> Resources | None:
         """Unknown."""
         return None

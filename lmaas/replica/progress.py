@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lmaas.engine.activity import Activity, Standstill, activity_of, family_of
 from lmaas.engine.launch import EngineProcess
-from lmaas.engine.zygote.policy import import_left_s
+from lmaas.engine.zygote.policy import FIRST_START_S, import_left_s
 from lmaas.engine.zygote.progress import Sight
 
 #: How often a starting engine's processes are looked at.
@@ -14,8 +14,6 @@ EVERY_S = 1.0
 #: A starting engine whose processes have made no progress for so long stands still. Some wait for a while for a file that another process
 #: downloads or compiles.
 STILL_S = 60.0
-#: How long a start usually takes if none has been seen yet.
-FIRST_START_S = {"zygote": 3.0, "plain": 20.0}
 
 
 def stuck(standstill_s: float, used_s: float, elapsed_s: float, timeout_s: float) -> str:

@@ -23,5 +23,8 @@ class Provisioner(Protocol):
     def start_delay_s(self) -> float:
         """Return by how many seconds a start takes longer at present than starts usually do."""
 
+    def first_start_s(self) -> float:
+        """Return how many seconds a start takes, without that delay, if none of its base model is known."""
+
     async def capacity(self) -> Resources | None:
         """Return what all machines hold together, used or not. None if there is no known bound because machines can be added."""

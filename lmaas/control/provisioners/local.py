@@ -18,7 +18,7 @@ from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.engine.zygote.owner import ZygoteOwner
-from lmaas.engine.zygote.policy import start_delay_s
+from lmaas.engine.zygote.policy import FIRST_START_S, first_start_s, start_delay_s
 from lmaas.process import last_words
 from lmaas.types import Resources
 
@@ -106,6 +106,10 @@ class LocalProvisioner:
         """Return by how many seconds a start takes longer at present than starts usually do."""
         # Starts wait for a zygote that still imports.
         return 0.0 if self._zygote is None else start_delay_s(self._zygote.seen)
+
+    def first_start_s(self) -> float:
+        """Return how many seconds a start takes, without that delay, if none of its base model is known."""
+        return FIRST_START_S["plain"] if self._zygote is None else first_start_s(self._zygote.seen)
 
     async def capacity(self) -> Resources:
         """What this machine offers to replicas: by setting, or all of it."""

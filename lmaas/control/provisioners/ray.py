@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from lmaas.config import Settings
 from lmaas.control.provisioners.ray_node import NodeReplica
 from lmaas.control.provisioners.resources import parse_resources
+from lmaas.engine.zygote.policy import FIRST_START_S
 from lmaas.errors import Unavailable
 from lmaas.types import Resources
 
@@ -80,6 +81,10 @@ class RayProvisioner:
     def start_delay_s(self) -> float:
         """Return by how many seconds a start takes longer at present than starts usually do."""
         return 0.0
+
+    def first_start_s(self) -> float:
+        """Return how many seconds a start takes, without that delay, if none of its base model is known. Nodes keep no zygote."""
+        return FIRST_START_S["plain"]
 
     async def capacity(self) -> Resources | None:
         """Return the capacity that is set, else what the nodes hold now if their number is fixed, else None: Ray may add nodes."""

@@ -12,6 +12,8 @@ STILL_S = 15.0
 #: A zygote that uses this much processor time without answering or finishing a stage is in an endless loop. The limit is higher if imports
 #: usually take long.
 CIRCLES_S, CIRCLES_IMPORTS = 60.0, 3.0
+#: The duration of a start, forked or plain, in seconds, until one of its base model has been seen.
+FIRST_START_S = {"zygote": 3.0, "plain": 20.0}
 #: The time for which a start continues to wait for a zygote that has stalled or ended. The owner needs some seconds to notice and to start
 #: another.
 REPLACED_S = 8.0
@@ -59,3 +61,8 @@ def start_delay_s(seen: Sight) -> float:
     """Return the seconds by which engine starts are delayed at present, because they wait for a zygote that is importing. 0 if they do not
     wait."""
     return 0.0 if why_plain(seen) else import_left_s(seen)
+
+
+def first_start_s(seen: Sight) -> float:
+    """Return the duration of a start without its delay, for a base model without earlier starts."""
+    return FIRST_START_S["plain" if why_plain(seen) else "zygote"]
