@@ -62,6 +62,7 @@ def test_a_full_disk_is_said_of_an_answer_too(tmp_path: Path) -> None:
     for arguments, unbuffered in (
         (["--json", "tenant", "list"], ""),
         (["tenant", "list"], ""),
+        (["tenant", "delete", "acme", "--yes"], ""),
         (["tenant", "delete", "acme", "--yes"], "1"),
     ):
         code, err = lmaas(*arguments, redirect=">/dev/full", PYTHONPATH=path, PYTHONUNBUFFERED=unbuffered)
