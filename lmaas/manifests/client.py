@@ -85,7 +85,7 @@ class ApiClient:
         the service cannot be reached, and InvalidRequest for what cannot be sent.
         """
         params = {name: _text(value) for name, value in (query or {}).items() if value is not None}
-        return self._answer(operation, path, params=params, json=body)
+        return self._checked(operation, path, params=params, json=body)
 
     def items(
         self, operation: Operation, *, most: int | None = None, query: Mapping[str, Any] | None = None, **path: str
@@ -107,7 +107,7 @@ class ApiClient:
         of_tenant = operation.operator_path
         return filled(of_tenant if of_tenant is not None and "tenant" in named else operation.path, named)
 
-    def _answer(self, operation: Operation, path: Mapping[str, str], **options: Any) -> dict[str, Any]:
+    def _checked(self, operation: Operation, path: Mapping[str, str], **options: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), **options)
         if not _fits(answer, operation.answer):
             raise self._foreign(operation.status)
@@ -188,7 +188,7 @@ class ApiClient:
                 "adapter_config": (CONFIG_FILE, settings, "application/json"),
                 "adapter_model": (MODEL_FILE, _Counted(model, file, progress or (lambda _: None)), "application/octet-stream"),
             }
-            return self._answer(operation, {}, data=fields | {"sha256": digest}, files=files)
+            return self._checked(operation, {}, data=fields | {"sha256": digest}, files=files)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
@@ -86,13 +87,14 @@ def test_a_value_that_is_not_text_is_said() -> None:
         client.send(table.LIST_ALL_EVENTS, query={"tenant": "\udcff"})
 
 
+STRANGE: list[Any] = [[], 5, None, "x", {"ok": True}, {"error": "bad"}, {"data": 5}, {"data": [5]}]
 ROW = {"object": "tenant", "id": "ten_1", "name": "acme"}
 
 
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        *((200, json.dumps(value)) for value in ([], 5, None, "x", {"ok": True}, {"error": "bad"}, {"data": 5}, {"data": [5]})),
+        *((200, json.dumps(value)) for value in STRANGE),
         (200, json.dumps({"data": [ROW], "first_id": None, "last_id": None, "has_more": False})),
         (200, ""),
         (200, "<html>"),
