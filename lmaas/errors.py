@@ -136,7 +136,7 @@ class TooLarge(LmaasError):
 
 
 class OverLimit(LmaasError):
-    """The tenant or its key has reached a limit. `extra_headers` report what is left of which limit."""
+    """The tenant or its key has reached a limit. `extra_headers` report the rest of each limit."""
 
     kind, status, type, code, retryable = "over_limit", HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", True
 

@@ -203,8 +203,9 @@ class Controller:
             case Verb.START:
                 replica_id = new_id("rep")
                 log.info("starting a replica", extra=extra | {"replica_id": replica_id})
-                # The row comes first: a crash between the two leaves a row without a process, which the next tick records as lost. If
-                # this process is suspended there until another controller has done that, the supervisor started later ends by itself.
+                # The row is written first. A crash between the two leaves a row without a process, which the next tick records as lost. If
+                # this process is suspended there until another controller has done that, the supervisor that is started later finds this
+                # and ends.
                 if not await add_replica(self._writes, replica_id, model.id):
                     return
                 try:
@@ -233,7 +234,7 @@ class Controller:
                 await self._scheduler.deregister(model.id, action.replica)
 
     async def _kill(self, replica_id: str) -> None:
-        # The provisioner does not check who leads, unlike the database.
+        # Unlike the database, the provisioner does not check which controller has the lead.
         await self._writes.check()
         await self._provisioner.kill(replica_id)
 
@@ -254,11 +255,11 @@ class Controller:
         while True:
             moved = 0
             try:
-                # A swallowed cancellation would leave this process neither active nor standing by.
+                # If a cancellation were swallowed, this process would be neither active nor standing by.
                 with unswallowed():
                     for pool_id in await list_pool_ids(self._db):
                         if pool_id not in checked:
-                            # The controller before may have been of an older release than the gateways.
+                            # The previous controller may have been of an older release than the gateways.
                             await take_back(self._scheduler.redis, pool_id)
                             checked.add(pool_id)
                         count = await write_events(self._scheduler.redis, self._db, pool_id)

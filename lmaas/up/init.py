@@ -38,7 +38,7 @@ async def initialise(settings: Settings, console: Console) -> None:
 async def put_operator_key(db: Database, key: str) -> str:
     """Register the key and revoke the one that an earlier call registered; return `created` or `unchanged`.
 
-    The audit log knows which keys that are: a key that an operator made stays, whatever its name.
+    Keys that earlier calls registered are found in the audit log. A key that an operator created is kept, even if it has the same name.
 
     Raises SettingsError if the key was revoked, or is a tenant's key.
     """
