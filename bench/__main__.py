@@ -1,4 +1,5 @@
-"""`python -m bench [BAR …]`: measure all bars, or those named. Fails if a bar could not be measured, not if its value is too low."""
+"""Measures all bars, or those that are named: `python -m bench [BAR …]`. Fails if a bar could not be measured, not if its value is too
+low."""
 
 import asyncio
 import signal
@@ -41,7 +42,7 @@ async def _measure(model: Path, wanted: tuple[str, ...], console: Console) -> li
     def add(bar: Bar) -> None:
         console.log(f"{bar.name}: {bar.detail['why'] if bar.value is None else round(bar.value, 3)}")
         measured.append(bar)
-        frame.write(measured, RESULTS)  # at once: measuring all takes long
+        frame.write(measured, RESULTS)  # written after each bar, because measuring all takes long
 
     for group in GROUPS:
         mine = [name for name in group.NAMES if name in wanted]

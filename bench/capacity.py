@@ -1,6 +1,6 @@
 """Measures figures of docs/capacity.md: `python -m bench.capacity`.
 
-They are CPU times of one core of each server, which other work on the machine changes little. Medians of three rounds.
+The figures are CPU times on one core of each server, which other work on the machine changes little. Each is the median of three rounds.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ WAITING = 20_000
 EVENTS = 10_000
 POOLS, REPLICAS_EACH = 100, 10
 BOUNDS = Bounds(10**9, 10**9)
-#: A tenant's and a key's, as most requests have them: high enough to refuse nothing.
+#: The limits of a tenant and of a key, as most requests have them, high enough to refuse nothing.
 SCOPES = (
     LimitedScope("ten_1", "tenant", 10**9, 10**12, 10**6, 10**14, 10**14),
     LimitedScope("key_1", "key", 10**9, None, None, None, None),
@@ -55,32 +55,36 @@ class Names:
         self.replicas: dict[str, str] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
-        """Remember it."""
+        """Add the replica."""
         self.replicas[replica_id] = pool_id
 
     async def kill(self, replica_id: str) -> None:
-        """Forget it."""
+        """Remove the replica."""
         self.replicas.pop(replica_id, None)
 
     async def list(self) -> dict[str, str]:
-        """All."""
+        """Return all replicas."""
         return dict(self.replicas)
 
     async def last_words(self, replica_id: str) -> str:
-        """None."""
+        """Return no reason."""
         return ""
 
     def start_delay_s(self) -> float:
-        """Starts are never late."""
+        """Return 0, because starts are never delayed."""
         return 0.0
 
+    def first_start_s(self) -> float:
+        """Return the duration of a plain start."""
+        return 20.0
+
     async def capacity(self) -> Resources | None:
-        """Unknown."""
+        """Return None, because the capacity is unknown."""
         return None
 
 
 def record(number: int, tenant: str, round_: int = 0) -> str:
-    """A usage event as a gateway writes it."""
+    """Return a usage event in the form that a gateway writes."""
     found = UsageRecord(f"req_{round_:04}{number:028}", tenant, "key_0123456789abcdef", "base", "support-bot", None, None, stream=True)
     found.start("rep_0123456789abcdef", 1, 2)
     found.count({"prompt_tokens": 700, "completion_tokens": 200, "prompt_tokens_details": {"cached_tokens": 300}})
@@ -89,7 +93,7 @@ def record(number: int, tenant: str, round_: int = 0) -> str:
 
 
 def ticket(number: int) -> Ticket:
-    """A request of a tenant with an adapter and limits."""
+    """Return a request of a tenant with an adapter and limits."""
     event = record(number, "ten_1")
     source = "ten_1/" + "a" * 64
     limits: dict[str, Any] = {"prompt_tokens": 700, "completion_tokens": 200, "prices": (150_000, 75_000, 600_000), "limits": SCOPES}
@@ -97,7 +101,7 @@ def ticket(number: int) -> Ticket:
 
 
 async def many(calls: int, call: Callable[[int], Awaitable[Any]]) -> None:
-    """Run calls, as many at once as in a busy gateway."""
+    """Run calls concurrently, as many at once as in a busy gateway."""
     for first in range(0, calls, AT_ONCE):
         await asyncio.gather(*(call(number) for number in range(first, min(first + AT_ONCE, calls))))
 
@@ -123,7 +127,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     figures = {}
 
     async def first(one: Ticket) -> None:
-        """Submit the first ticket of a month, with the use so far."""
+        """Submit the first ticket of a month, with the usage so far."""
         for _ in range(len(SCOPES)):
             await scheduler.submit(one, BOUNDS, seeds=seeds)
         await scheduler.release(one, one.event, 1000)
@@ -151,7 +155,7 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     await measure("heartbeat", 2000, lambda number: scheduler.heartbeat(POOL, "rep_0", beat))
     await measure("stats", 200, lambda number: scheduler.stats(POOL))
     await measure("release, with its event", CALLS, release)
-    # One slot: all wait.
+    # With one slot, all requests wait.
     await redis.flushall()
     await scheduler.heartbeat(POOL, "rep_0", Beat("http://10.0.0.1:8000", 1, 8, Observed.READY, [adapter]))
     await first(tickets[0])
@@ -192,10 +196,10 @@ async def ledger(redis: Redis, db: Database, owner: Tenant, server: Callable[[],
 
 
 async def ticks(settings: Settings, redis: Redis, db: Database, server: Callable[[], float]) -> dict[str, float]:
-    """Measure a tick of the controller with many pools and replicas that need nothing."""
+    """Measure a tick of the controller with many pools and replicas that need no action."""
     await redis.flushall()
     async with db.begin(SYSTEM) as connection:
-        await connection.execute(text("TRUNCATE replicas CASCADE"))  # the last round's
+        await connection.execute(text("TRUNCATE replicas CASCADE"))  # remove the rows of the last round
     scheduler, names = Scheduler(redis), Names()
     for pool in range(POOLS):
         bounds: dict[str, Any] = {"min_replicas": REPLICAS_EACH, "max_replicas": REPLICAS_EACH}

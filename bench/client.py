@@ -1,4 +1,4 @@
-"""A streaming client of OpenAI's API that measures times, for lmaas and for an engine without it."""
+"""A streaming client of OpenAI's API that measures times, with lmaas or directly at an engine."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request for exactly so many tokens: a chat's message if `prompt` is text, a completion if it is token ids."""
+    """A request for an exact number of tokens. A text `prompt` is sent as a chat's message, token ids as a completion."""
 
     place: Place
     prompt: str | Sequence[int]
@@ -33,7 +33,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """The times of the first visible token and of the last one, in seconds after the request was sent."""
+    """The times of the first visible token and of the last one, in seconds since the request was sent."""
 
     ttft_s: float
     total_s: float
@@ -42,23 +42,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """The answers to a load, and the time of all of them together."""
+    """The answers to a load, and its total time."""
 
     answers: Sequence[Answer]
     took_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        """Completion tokens a second."""
+        """Completion tokens per second."""
         return sum(answer.completion_tokens for answer in self.answers) / self.took_s
 
     def ttft_s(self, percent: float) -> float:
-        """This percentile of the times to first token: the smallest that so many of a hundred do not exceed."""
+        """Return this percentile of the times to first token."""
         return percentile([answer.ttft_s for answer in self.answers], percent)
 
 
 def percentile(figures: Sequence[float], percent: float) -> float:
-    """The smallest of the figures that `percent` of a hundred do not exceed (nearest rank)."""
+    """Return the percentile of the figures by nearest rank."""
     return sorted(figures)[max(0, math.ceil(len(figures) * percent / 100) - 1)]
 
 
@@ -69,7 +69,7 @@ class Client:
         self._http = http
 
     async def ask(self, ask: Ask) -> Answer:
-        """Send a request and read its stream to the end. Raises RuntimeError unless it was answered in full."""
+        """Send a request and read its stream to the end. Raises RuntimeError if the answer is incomplete."""
         place, chat = ask.place, isinstance(ask.prompt, str)
         said = {"messages": [{"role": "user", "content": ask.prompt}]} if chat else {"prompt": list(ask.prompt)}
         body = {"model": place.model, "max_tokens": ask.completion_tokens, "temperature": 0, "ignore_eos": True, **said}
@@ -93,7 +93,7 @@ class Client:
         return Answer(first - sent, ended - sent, ask.completion_tokens)
 
     async def run(self, asks: Sequence[Ask], at_once: int) -> Run:
-        """Send all of them in their order, `at_once` at any time: each answer is followed by the next request."""
+        """Send all requests in order, with `at_once` of them open at any time. Each answer is followed by the next request."""
         waiting = iter(asks)
         answers: list[Answer] = []
 
@@ -119,8 +119,8 @@ def _says_something(line: bytes) -> bool:
 
 @asynccontextmanager
 async def client() -> AsyncIterator[Client]:
-    """A client whose connections are closed at the end."""
-    # vLLM closes an idle connection after 5 s: sooner, so that no request meets one that is being closed.
+    """Yield a client whose connections are closed at the end."""
+    # vLLM closes an idle connection after 5 s. A shorter timeout ensures that no request uses a connection that is being closed.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as http:
         yield Client(http)

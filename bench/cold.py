@@ -17,21 +17,21 @@ from bench.stack import Stack, stack
 from lmaas.process import bound_command
 
 NAMES = ("cold_start", "cold_start_busy", "first_request", "first_request_busy")
-#: As soon as an empty pool may be empty again.
+#: The shortest timeout after which a pool becomes empty.
 IDLE_S = 1
-#: What is asked for; a stock server is asked for less.
+#: The request to the service. Stock servers get a shorter one.
 PROMPT, TOKENS = "What is the capital of France? This is question {}.", 4
-#: What `lmaas` gives its own engines by default.
+#: The options that lmaas gives its own engines by default.
 OPTIONS = ("--enable-lora", "--max-loras", "8", "--max-cpu-loras", "64", "--max-lora-rank", "16")
 SIZES = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 30))
-#: Other work on a busy machine: so many processes that never sleep.
+#: The number of processes that never sleep, which simulate other work on a busy machine.
 BUSY_LOOPS = 2
-#: The tenant of a service that was just started.
+#: The tenant of a service that has just been started.
 TENANT = "first"
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted."""
+    """Measure the requested bars of NAMES."""
     for name in NAMES:
         if name in wanted:
             beside = _busy_loops() if name.endswith("_busy") else contextlib.nullcontext()
@@ -40,7 +40,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 
 
 async def _cold_start(name: str, model: Path, folder: Path, beside: AbstractContextManager[None], say: Say) -> Bar:
-    """A stock server's start to its first token ÷ a request on an empty pool to its first token."""
+    """Measure the time from a stock server's start to its first token ÷ the time from a request on an empty pool to its first token."""
     say(f"{name}: a service with an empty pool, and stock servers started one after the other")
     records: list[dict[str, Any]] = []
     with beside:
@@ -57,7 +57,7 @@ async def _cold_start(name: str, model: Path, folder: Path, beside: AbstractCont
                 await _empty(running)
                 return await _stock_start(model, folder / f"stock-{number}.log")
 
-            # The first one finds nothing in the machine's caches; and the zygote has imported by then.
+            # The first round fills the machine's caches, and the zygote finishes its imports.
             await interleaved(1, {"stock": stock, "ours": ours}, first=-1)
             records.clear()
             figures = await interleaved(ROUNDS, {"stock": stock, "ours": ours})
@@ -67,9 +67,9 @@ async def _cold_start(name: str, model: Path, folder: Path, beside: AbstractCont
 
 
 async def _first_request(name: str, model: Path, folder: Path, beside: AbstractContextManager[None], say: Say) -> Bar:
-    """From "is up" of a service that has just been started to the first token of a request sent at once ÷ a stock server's start to its
-    first token. The service is started in a home of its own (`new`) and in one that has been used before (`again`), where it is up sooner
-    and has had less time to prepare; the larger of the two counts."""
+    """Measure the time from the message "is up" of a service to the first token of an immediate request ÷ the time from a stock server's
+    start to its first token. The service is started in a new home (`new`), and in a used one (`again`), where it is up sooner and has had
+    less time to prepare. The larger ratio counts."""
     say(f"{name}: services and stock servers started one after the other")
     tenants, records = _one_tenant(folder / "tenants"), {"new": list[dict[str, Any]](), "again": list[dict[str, Any]]()}
 
@@ -119,7 +119,7 @@ def _busy_loops() -> Iterator[None]:
 
 
 async def _stock_start(model: Path, log: Path) -> float:
-    """Return the seconds from the start of a stock server to its first token. It is asked repeatedly."""
+    """Return the seconds from the start of a stock server to its first token. The server is polled."""
     began = time.perf_counter()
     async with engines.server(model, log, *OPTIONS, *SIZES, plugins=False):
         return time.perf_counter() - began

@@ -24,9 +24,9 @@ _START_S, _STOP_S = 300, 30
 
 @dataclass(frozen=True)
 class Load:
-    """Requests, `at_once` of them at any time: each has `prompt_tokens` random tokens, and gets exactly `completion_tokens`.
+    """A load of requests, `at_once` of them at any time. Each has `prompt_tokens` random tokens and gets exactly `completion_tokens`.
 
-    They use `models` in turn.
+    The requests use `models` in turn.
     """
 
     requests: int
@@ -37,7 +37,7 @@ class Load:
 
 
 class Engine:
-    """A running vLLM server. It listens at `url`."""
+    """A running vLLM server at `url`."""
 
     def __init__(self, url: str, http: aiohttp.ClientSession, log: Path) -> None:
         self.url = url
@@ -45,7 +45,7 @@ class Engine:
         self._log = log
 
     def log(self) -> str:
-        """The output of the server."""
+        """Return the output of the server."""
         return self._log.read_text(errors="replace")
 
     async def post(self, path: str, body: object) -> bytes:
@@ -57,12 +57,12 @@ class Engine:
             return content
 
     async def complete(self, model: str, prompt: "str | list[int]", completion_tokens: int) -> str:
-        """A greedy completion of exactly so many tokens."""
+        """Request a greedy completion of exactly this many tokens."""
         body = {"model": model, "prompt": prompt, "max_tokens": completion_tokens, "temperature": 0, "ignore_eos": True}
         return (await self.post("/v1/completions", body)).decode()
 
     async def load(self, adapters: Mapping[str, Path]) -> None:
-        """Load adapters and run each once, so that it is in a slot as long as there are enough of them."""
+        """Load adapters and run each once, so that each is in a slot if there are enough slots."""
         for name, folder in adapters.items():
             await self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         await self.warm(list(adapters))
@@ -73,7 +73,8 @@ class Engine:
             await self.complete(model, "Once", 1)
 
     async def tokens_per_s(self, load: Load, seed: int) -> float:
-        """Completion tokens a second, or prompt tokens if only one token is completed. The same seed gives the same prompts."""
+        """Run the load and return completion tokens per second, or prompt tokens per second if only one token is completed. The same seed
+        gives the same prompts."""
         tokens = random.Random(seed)  # noqa: S311 (prompts, not secrets)
         prompts = [[tokens.randrange(1000, 40000) for _ in range(load.prompt_tokens)] for _ in range(load.requests)]
         models = [load.models[i % len(load.models)] for i in range(load.requests)]
@@ -91,7 +92,7 @@ class Engine:
 
 @asynccontextmanager
 async def server(model: Path, log: Path, *options: str, plugins: bool = True) -> AsyncIterator[Engine]:
-    """Start a vLLM server over `model` and wait for its first token. Without `plugins` it is stock vLLM, without those of lmaas."""
+    """Start a vLLM server over `model` and wait for its first token. Without `plugins` it is stock vLLM, without lmaas's plugins."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,7 +112,7 @@ async def server(model: Path, log: Path, *options: str, plugins: bool = True) ->
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(512 << 20)]
     command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log", *options]
     variables = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # Each server's processes end with it. Stock vLLM is one that may load no plugin but that.
+    # The processes of each server end with it. Stock vLLM may load only the plugin for that.
     variables |= {"LMAAS_DIE_WITH_PARENT": "1"} | ({} if plugins else {"VLLM_PLUGINS": "lmaas_die_with_parent"})
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*bound_command(command), stdout=output, stderr=output, env=variables)
@@ -127,7 +128,7 @@ async def server(model: Path, log: Path, *options: str, plugins: bool = True) ->
 
 
 async def stopped(process: asyncio.subprocess.Process, number: signal.Signals, within_s: float) -> None:
-    """Have a process end by this signal; kill it if that takes longer than `within_s` seconds."""
+    """End a process with this signal, and kill it if that takes longer than `within_s` seconds."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(number)
     try:

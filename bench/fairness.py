@@ -1,4 +1,4 @@
-"""Measures how a tenant's requests are affected by others, and how evenly waiting tenants are served."""
+"""Measures how other tenants' load affects a tenant's requests, and how evenly waiting tenants are served."""
 
 import asyncio
 import random
@@ -18,19 +18,19 @@ from lmaas.up import embedded
 
 NAMES = ("fairness_ttft", "fairness_bound")
 
-#: The crowd keeps the fake engine's slots full: so many tenants, each with some more requests open than its share of the slots.
+#: The crowd keeps the fake engine's slots full: TENANTS tenants, each with more open requests than its share of the slots.
 SLOTS, TENANTS, OPEN = 16, 8, 3
 FLOOD = 50
 TOKEN_MS = 20
-#: Requests of the polite tenant in a round; the first ones, while the load begins, do not count.
+#: The number of the polite tenant's requests in a round. The first ones are sent while the load builds up, and do not count.
 ASKED, UNCOUNTED = 30, 5
 
-#: Histories in a round, and steps of the engine in a history: ten times the bound of service and more.
+#: The number of histories in a round, and of the engine's steps in a history, which serve more than ten times the bound.
 HISTORIES, STEPS = 8, 1500
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """Measure the bars of NAMES that are wanted."""
+    """Measure the requested bars of NAMES."""
     if "fairness_ttft" in wanted:
         yield await attempted("fairness_ttft", _ttft(model, folder / "home", say))
     if "fairness_bound" in wanted:
@@ -38,7 +38,8 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 
 
 async def _ttft(model: Path, home: Path, say: Say) -> Bar:
-    """The polite tenant has one request open at a time, and the engine is full; one of the others has 50 times its share open, or not."""
+    """Measure the polite tenant's time to first token on a full engine, with and without one of the others having 50 times its share of
+    requests open. The polite tenant has one request open at a time."""
     say("starting lmaas with a fake engine")
     settings = {"engine_module": "lmaas.testing.fake_engine", "engine_args": f"--fake-token-ms {TOKEN_MS}", "engine_max_num_seqs": SLOTS}
     async with stack(model, home, **settings) as running, client() as asker:
@@ -57,7 +58,8 @@ async def _ttft(model: Path, home: Path, say: Say) -> Bar:
 
 
 async def _among(asker: Client, polite: Place, crowd: dict[Place, int], number: int) -> list[tuple[float, float]]:
-    """(Time to first token, total time) of the polite tenant's requests while each place of the crowd has so many open."""
+    """Return the (time to first token, total time) of the polite tenant's requests while each tenant of the crowd has its number of
+    requests open."""
     chance = random.Random(number)  # noqa: S311 (lengths, not secrets)
     over = asyncio.Event()
 
@@ -72,7 +74,7 @@ async def _among(asker: Client, polite: Place, crowd: dict[Place, int], number: 
         try:
             answers = [await asker.ask(Ask(polite, [1], 8)) for _ in range(ASKED)]
         finally:
-            over.set()  # what is open is answered, so that the next round finds an idle engine
+            over.set()  # open requests are completed, so that the next round starts with an idle engine
     return [(answer.ttft_s, answer.total_s) for answer in answers[UNCOUNTED:]]
 
 
@@ -89,6 +91,6 @@ async def _bound(folder: Path, say: Say) -> Bar:
             runs = {"plain": partial(largest, scarce=False), "scarce": partial(largest, scarce=True)}
             figures = await interleaved(ROUNDS, runs)
     detail: dict[str, Any] = summary(figures["plain"]) | {"histories": ROUNDS * HISTORIES, "steps": STEPS, "wp": vtc.WP, "wq": vtc.WQ}
-    # Not VTC's case, for which there is no bound: whose adapter has no slot is passed over.
+    # VTC has no bound for this case, where a tenant is skipped if its adapter has no slot.
     detail |= {"more adapters than slots": summary(figures["scarce"])}
     return Bar("fairness_bound", max(figures["plain"]), "<=", 1, detail)

@@ -18,14 +18,14 @@ Say = Callable[[str], None]
 Figure = TypeVar("Figure")
 Run = Callable[[int], Awaitable[Figure]]
 Op = Literal[">=", "<=", "="]
-#: Machines are shared and noisy: fewer rounds than this make no claim.
+#: The minimum number of rounds for a claim, because machines are shared and noisy.
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured claim. A `value` of None means that it could not be measured, for the reason in `detail["why"]`; a `bar` of None that
-    it is only reported."""
+    """One measured claim. A `value` of None means that it could not be measured, for the reason in `detail["why"]`. A `bar` of None means
+    that the value is only reported."""
 
     name: str
     value: float | None
@@ -35,14 +35,14 @@ class Bar:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value reaches the bar; None if there is none to reach or nothing was measured."""
+        """Return whether the value reaches the bar. None if there is no bar or no value."""
         if self.value is None or self.bar is None:
             return None
         return {">=": self.value >= self.bar, "<=": self.value <= self.bar, "=": self.value == self.bar}[self.op]
 
 
 async def interleaved(rounds: int, runs: Mapping[str, Run[Figure]], first: int = 0) -> dict[str, list[Figure]]:
-    """Measure each of `runs` once in every round, in an order that rotates: what disturbs the machine disturbs all of them.
+    """Measure each of `runs` once in every round, in a rotating order, so that other work on the machine affects all of them.
 
     A run gets the number of its round, counted from `first`, and returns its figure. Returns the figures by name, one for each round.
     """
@@ -56,17 +56,17 @@ async def interleaved(rounds: int, runs: Mapping[str, Run[Figure]], first: int =
 
 
 def summary(figures: Sequence[float]) -> dict[str, float | int]:
-    """Median, minimum, maximum and number of rounds. Not rounded: bars are judged by these."""
+    """Return median, minimum, maximum and number of rounds. They are not rounded, because bars are compared with them."""
     return {"median": statistics.median(figures), "min": min(figures), "max": max(figures), "rounds": len(figures)}
 
 
 async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
-    """Measure a bar, or return the reason why that failed. Other bars are measured all the same."""
+    """Measure a bar. If that fails, return a bar with the reason, so that other bars are still measured."""
     try:
         return await measuring
     except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
         first: BaseException = error
-        while isinstance(first, BaseExceptionGroup):  # a load's requests are tasks of a group: what the first said is the reason
+        while isinstance(first, BaseExceptionGroup):  # the requests of a load are tasks of a group; the first exception is the reason
             first = first.exceptions[0]
         return Bar(name, None, ">=", None, {"why": f"{type(first).__name__}: {first}"})
 
@@ -116,9 +116,9 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit that was measured, with a mark if the tree had changes; "unknown" outside a clone."""
+    """Return the measured commit, with a mark if the tree had changes, or "unknown" outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # hours of measuring are not lost over this
+        return "unknown"  # this must not discard hours of measurements

@@ -1,9 +1,9 @@
-"""Measures the gateway's cost: CPU time per request of one gateway process with everything on, and of other proxies.
+"""Measures the gateway's cost: the CPU time per request of one gateway process with all features on, and of other proxies.
 
-One engine that costs nothing answers all of them; CONNECTIONS clients ask one proxy at a time, as fast as it answers, and the CPU time that
-its process used meanwhile is divided by the requests. The CPU time of other processes (engine, clients, Postgres, Valkey, controller) is
-not counted. Other work on the machine makes a round slower, but hardly changes its CPU time. Memory and commands to Valkey are measured
-too.
+One engine that costs almost nothing answers all of them. CONNECTIONS clients send requests to one proxy at a time, as fast as it answers.
+The CPU time of the proxy's process is divided by the number of requests. The CPU time of other processes (engine, clients, Postgres,
+Valkey, controller) is not counted. Other work on the machine makes a round slower, but hardly changes its CPU time. Memory and commands to
+Valkey are measured too.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.models import put_base_model
 
 KINDS = ("plain", "stream")
-#: What each is compared with, and the ratio that must be reached; for a peer the other way round, and for the router only reported.
+#: The proxy to compare with, and the ratio to reach. For LiteLLM the ratio is inverted. For the router it is only reported.
 BARS: dict[str, tuple[str, Op, float | None]] = {
     "gateway_cost_vs_bare_plain": ("bare", "<=", 2.5),
     "gateway_cost_vs_bare_stream": ("bare", "<=", 2.5),
@@ -43,19 +43,19 @@ AT_REST, PER_WAITING = "gateway_memory_at_rest_mb", "gateway_memory_per_waiting_
 NAMES = (*BARS, ADMISSION, COMMANDS, AT_REST, PER_WAITING)
 
 CONNECTIONS = 32
-#: This bar is closer to 1 than five rounds tell on a machine with other work.
+#: This bar is too close to 1 for five rounds on a machine with other work.
 ADMISSION_ROUNDS = 11
-#: A round with one proxy: long enough for CPU times, which the system counts in hundredths of a second.
+#: The length of a round with one proxy, long enough for CPU times, which the system counts in hundredths of a second.
 ROUND_S, WARM_S = 3.0, 1.0
-#: What a real engine's step takes at least. Tokens then come one at a time; without a pause, several wait when a proxy looks.
+#: The least duration of a real engine's step. Tokens then arrive one at a time; without a pause, a proxy receives several at once.
 PACED_MS = 5.0
-#: Long streams, for what is said to Valkey while they last, and how many of them there are.
+#: The pace of the tokens of long streams, and their number, for counting commands to Valkey while streams run.
 LONG_MS, STREAMS = 100.0, 50
 WAITING, WAITING_TENANTS, WAITING_MODEL = 5000, 10, "never-served"
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """Measure the bars of NAMES that are wanted."""
+    """Measure the requested bars of NAMES."""
     if not wanted:
         return
     if PER_WAITING in wanted:
@@ -76,7 +76,8 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 
 
 async def _cost_bars(load: Load, ours: Service, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """Ours and all that it is compared with, in the same rounds. A peer that does not run takes its own bars away, no others."""
+    """Measure the gateway and all proxies that it is compared with, in the same rounds. A proxy that does not run fails only its own
+    bars."""
     starts: dict[str, Callable[[], Awaitable[Proxy]]] = {
         "ours": partial(ours.gateway, "gateway", "lmaas", "gateway"),
         "bare": partial(_bare, ours, folder),
@@ -123,12 +124,12 @@ async def _peer(name: str, start: Callable[[Service, Path, Path], Awaitable[Prox
 
 
 async def _costs(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say) -> dict[str, list[float]]:
-    """CPU milliseconds per request of each proxy, round by round."""
+    """Return the CPU milliseconds per request of each proxy, round by round."""
     return {name: [cpu_ms for cpu_ms, _ in each] for name, each in (await _loaded(load, proxies, kind, say, ROUNDS)).items()}
 
 
 async def _loaded(load: Load, proxies: Mapping[str, Proxy], kind: str, say: Say, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU milliseconds per request and requests a second of each proxy, round by round."""
+    """Return the CPU milliseconds per request and the requests per second of each proxy, round by round."""
 
     async def run(name: str, _: int) -> tuple[float, float]:
         proxy = proxies[name]
@@ -157,17 +158,17 @@ async def _paced(load: Load, ours: Service, proxies: Mapping[str, Proxy], say: S
 
 
 def _compared(figures: Mapping[str, Sequence[float]], peer: str) -> dict[str, Any]:
-    """Ours ÷ the other's; for LiteLLM its ÷ ours."""
+    """Return the gateway's figures ÷ the peer's. For LiteLLM, return the peer's ÷ the gateway's."""
     above, below = ("litellm", "ours") if peer == "litellm" else ("ours", peer)
     return summary(ratios(figures[above], figures[below])) | {"cpu_ms": {name: summary(figures[name]) for name in (above, below)}}
 
 
 async def _admission(load: Load, ours: Service, say: Say) -> Bar:
-    """The gateway's requests a second, which are as many as its one process has CPU time for, with admission ÷ without.
+    """Measure the gateway's requests per second with admission ÷ without, limited by the CPU time of its one process.
 
-    Each gateway has a core of its own, as it would beside a Redis on another machine: sharing one with Valkey, it also pays for what the
-    functions that Valkey runs for it push out of the core's caches. That ratio, of half the rounds, is in the detail, and so are requests a
-    second by the clock, to which gateway, engine, clients and Valkey contribute.
+    Each gateway has its own core, as it would with a Redis on another machine. On a core shared with Valkey, the functions that Valkey runs
+    for the gateway evict the gateway's data from the core's caches. The ratio on shared cores, from half the rounds, is in the detail, and
+    so are requests per second by the clock, to which gateway, engine, clients and Valkey contribute.
     """
     say("starting a gateway without admission")
     proxies = {
@@ -197,10 +198,10 @@ def _kept(figures: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any
 
 
 async def _commands(load: Load, ours: Service, folder: Path) -> Bar:
-    """What one streamed request adds to the commands that a gateway sends to Valkey, short or long.
+    """Measure the commands that one streamed request, short or long, adds to those that a gateway sends to Valkey.
 
-    A gateway renews all its leases together once a second, and does so for a while after the last: a window with one stream is taken off
-    the same window with many.
+    A gateway renews all its leases together once a second, and continues for a while after the last one. The count of a window with one
+    stream is therefore subtracted from that of the same window with many.
     """
     async with counted(folder / "counted.sock", Path(str(ours.settings.redis_url).removeprefix("unix://"))) as counts:
         gateway = await ours.gateway("commands", "lmaas", "gateway", redis_url=f"unix://{folder / 'counted.sock'}")
@@ -208,17 +209,17 @@ async def _commands(load: Load, ours: Service, folder: Path) -> Bar:
         windows: dict[str, list[Counter[str]]] = {}
 
         async def sent(streams: int, pace_ms: float, _: int) -> float:
-            """The gateway's commands in a window in which so many streams begin and end."""
+            """Return the number of the gateway's commands in a window in which this many streams begin and end."""
             until = asyncio.get_running_loop().time() + pace_ms * TOKENS / 1000 + 2
             before = counts.copy()
             await ours.pace(pace_ms)
             await load.ask(gateway.order(stream=True, connections=streams, seconds=0))
-            await asyncio.sleep(until - asyncio.get_running_loop().time())  # what is told after the answer, and as many renewals
+            await asyncio.sleep(until - asyncio.get_running_loop().time())  # covers reports after the answer, and equal renewals
             windows.setdefault(f"{streams} at {pace_ms}", []).append(counts - before)
             return float((counts - before).total())
 
         try:
-            await sent(STREAMS + 1, LONG_MS, 0)  # from now on every connection that is needed is there
+            await sent(STREAMS + 1, LONG_MS, 0)  # opens all connections that are needed
             runs = {(streams, pace): partial(sent, streams, pace) for pace in (0, LONG_MS) for streams in (1, STREAMS + 1)}
             figures = await interleaved(ROUNDS, {f"{streams} at {pace}": run for (streams, pace), run in runs.items()})
         finally:
@@ -238,7 +239,7 @@ def _readable(commands: Counter[Any]) -> dict[str, int]:
 
 
 async def _at_rest(load: Load, ours: Service) -> Bar:
-    """Resident memory of a gateway that has answered a load and has nothing to do any more."""
+    """Measure the resident memory of a gateway that is idle after a load."""
     gateway = await ours.gateway("rest", "lmaas", "gateway")
     await load.until_right(gateway)
     started = gateway.running.resident_mb()
@@ -250,7 +251,7 @@ async def _at_rest(load: Load, ours: Service) -> Bar:
 
 
 async def _per_waiting(load: Load, ours: Service, say: Say) -> Bar:
-    """How much the resident memory of a gateway grows with each streaming request that waits, its client's connection included."""
+    """Measure the growth of a gateway's resident memory for each waiting streaming request, including its client's connection."""
     say(f"{WAITING} requests wait")
     model = await put_base_model(ours.db, replace(ours.model, id="", name=WAITING_MODEL, min_replicas=0, max_replicas=0))
     gateway = await ours.gateway("waiting", "lmaas", "gateway")
@@ -260,7 +261,7 @@ async def _per_waiting(load: Load, ours: Service, say: Say) -> Bar:
     try:
         before = gateway.running.resident_mb()
         async with waiting(gateway, WAITING_MODEL, keys, WAITING):
-            await asyncio.sleep(5)  # they are renewed and told how they stand meanwhile
+            await asyncio.sleep(5)  # meanwhile, the requests are renewed and get reports of their position
             queued = (await scheduler.stats(model.id))["queued"]
             during = gateway.running.resident_mb()
     finally:

@@ -1,4 +1,4 @@
-"""Measures the cost of checking grammars, and the effect on a tenant while another sends schemas that explode."""
+"""Measures the cost of checking grammars, and the effect on a tenant while another one sends schemas that take very long to compile."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ KNOWN, INNOCENT = "grammar_known_cost", "grammar_innocent_p99"
 NAMES = (KNOWN, INNOCENT)
 
 CONNECTIONS, ROUND_S, WARM_S = 32, 3.0, 1.0
-#: The bar is closer to 1 than a machine with other work lets a few rounds tell.
+#: The bar is too close to 1 for a few rounds on a machine with other work.
 KNOWN_ROUNDS = 15
 #: A typical schema: a flat object with a few kinds of fields.
 SCHEMA = {
@@ -38,9 +38,9 @@ SCHEMA = {
 }
 FORM = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
-#: The innocent tenant's requests in a round, how many at once, and their tokens. Both kinds: plain chat, and a schema that is known.
+#: The innocent tenant's requests in a round, how many at once, and their tokens. Both kinds: plain chat, and a known schema.
 REQUESTS, AT_ONCE, TOKENS = 60, 4, 16
-#: How many connections of the other tenant send one schema after the other.
+#: The number of connections on which the other tenant sends one schema after the other.
 ATTACKERS = 4
 ATTACK_WARM_S = 3.0
 
@@ -50,13 +50,13 @@ class KnownProxy(Proxy):
     """A gateway whose requests have a schema."""
 
     def order(self, *, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
-        """The order, with the schema."""
+        """Return the order, with the schema."""
         order = super().order(stream=stream, connections=connections, seconds=seconds)
         return order | {"body": order["body"] | {"response_format": FORM}}
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """Measure the bars of NAMES that are wanted."""
+    """Measure the requested bars of NAMES."""
     if KNOWN in wanted:
         yield await attempted(KNOWN, _known(folder, say))
     if INNOCENT in wanted:
@@ -64,7 +64,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 
 
 async def _known(folder: Path, say: Say) -> Bar:
-    """The gateway's CPU time for a request with a known schema, with the check ÷ without."""
+    """Measure the gateway's CPU time for a request with a known schema, with the check ÷ without."""
     say("starting a gateway that does not check grammars, and one that does")
     async with loading() as load, service(folder) as ours:
         plain = {
@@ -82,14 +82,14 @@ async def _known(folder: Path, say: Say) -> Bar:
 
 
 async def _cost(load: Load, proxy: Proxy, _: int) -> float:
-    """CPU milliseconds per request."""
+    """Return the CPU milliseconds per request."""
     before = proxy.running.cpu_s()
     result = await load.ask(proxy.order(stream=False, connections=CONNECTIONS, seconds=ROUND_S))
     return (proxy.running.cpu_s() - before) * 1000 / int(result["requests"])
 
 
 async def _innocent(model: Path, home: Path, say: Say) -> Bar:
-    """A tenant's p99 from request to last token while another sends schemas that explode ÷ quiet, in the same rounds."""
+    """Measure a tenant's p99 from request to last token while another one sends expensive schemas ÷ without that, in the same rounds."""
     say("starting lmaas")
     async with stack(model, home) as running, client() as asker:
         await running.keep_one_engine()
@@ -104,7 +104,7 @@ async def _innocent(model: Path, home: Path, say: Say) -> Bar:
             return await _p99(asker, place, number)
 
         async def attacked(number: int) -> float:
-            attacker = await running.tenant(f"attacker-{number}")  # its limits are fresh
+            attacker = await running.tenant(f"attacker-{number}")  # a new tenant, which has not used its limits
             attacks = [asyncio.create_task(_attack(running, attacker, numbers, refusals)) for _ in range(ATTACKERS)]
             try:
                 await asyncio.sleep(ATTACK_WARM_S)
@@ -130,7 +130,7 @@ async def _p99(asker: Client, place: Place, number: int) -> float:
 
 
 async def _known_schemas(place: Place) -> list[float]:
-    """Seconds for each of some requests with a schema that the service knows, one after the other."""
+    """Return the seconds of each of some consecutive requests with a known schema."""
     return [await _known_schema(place) for _ in range(REQUESTS // 10)]
 
 
@@ -144,7 +144,7 @@ async def _known_schema(place: Place) -> float:
 
 
 async def _attack(running: Stack, tenant: Tenant, numbers: "itertools.count[int]", answers: dict[str, int]) -> None:
-    """Send schemas that explode, each another one, until cancelled."""
+    """Send expensive schemas, each a new one, until cancelled."""
     place = running.base(tenant)
     while True:
         number = next(numbers)
@@ -156,7 +156,7 @@ async def _attack(running: Stack, tenant: Tenant, numbers: "itertools.count[int]
             await asyncio.sleep(0.05)
 
 
-#: Each another kind of explosion, and another schema for each number.
+#: Different kinds of expensive schemas, each with a new schema for every number.
 _EXPLODING = (
     lambda number: {"type": "integer", "multipleOf": 2147483648 + number},
     lambda number: {"type": "string", "maxLength": 1_000_000 + number},

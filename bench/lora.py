@@ -18,26 +18,26 @@ from bench.frame import ROUNDS, Bar, Say, attempted, interleaved, ratios, summar
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 
 NAMES = ("lora_isolation", "lora_decode", "lora_prefill", "adapters_vs_base", "lora_rank_padding", "lora_never_slower")
-#: Each with servers that allow this rank and no more; the first is vLLM's default and lmaas's.
+#: The maximum ranks of the servers. The first is the default of vLLM and lmaas.
 MAX_RANKS = (16, 8, 64)
-#: Adapters of this rank, the most usual one, where a bar does not say another.
+#: The rank of the adapters where a bar does not name another one. It is the most common rank.
 RANK = 8
 
 DECODE = Load(32, at_once=32, prompt_tokens=32, completion_tokens=48)
 PREFILL = Load(8, at_once=8, prompt_tokens=512, completion_tokens=1)
-#: The mixes of `lora_never_slower`: (decode, prefill) for each number at a time.
+#: The mixes of `lora_never_slower`: (decode, prefill) for each number of concurrent requests.
 GRID = {
     1: (Load(8, at_once=1, prompt_tokens=8, completion_tokens=6), Load(8, at_once=1, prompt_tokens=64, completion_tokens=1)),
     8: (Load(8, at_once=8, prompt_tokens=8, completion_tokens=16), Load(8, at_once=8, prompt_tokens=64, completion_tokens=1)),
     32: (Load(32, at_once=32, prompt_tokens=8, completion_tokens=12), Load(32, at_once=32, prompt_tokens=16, completion_tokens=1)),
 }
-#: A mix this close to the bar gets more rounds: its median would be noise.
+#: A mix this close to the bar gets more rounds, because noise would decide its median.
 CLOSE, CLOSE_ROUNDS = 1.1, 25
 KINDS = ("ours", "stock")
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted. Two servers run at a time, or three; all but the one that is asked sleep."""
+    """Measure the requested bars of NAMES. Two or three servers run at a time; all are idle except the one that is measured."""
     mixes: dict[str, dict[str, Any]] = {}
     for max_rank in MAX_RANKS:
         here = set(wanted) & ({"lora_never_slower"} | set(NAMES[:4] if max_rank == MAX_RANKS[0] else NAMES[4:5] if max_rank == 64 else ()))
@@ -68,7 +68,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 
 @asynccontextmanager
 async def _server(model: Path, folder: Path, kind: str, max_rank: int, say: Say) -> AsyncIterator[Engine]:
-    """A server with LoRA, with our plugin or without: which, its log must confirm."""
+    """Start a server with LoRA, with or without lmaas's plugin. Its log must confirm which."""
     say(f"starting vLLM, max_lora_rank {max_rank}: {kind}")
     options = ("--enable-lora", "--max-lora-rank", str(max_rank), "--max-loras", "8", "--max-cpu-loras", "16")
     async with server(model, folder / f"{kind}-{max_rank}.log", *options, plugins=kind == "ours") as engine:
@@ -120,7 +120,7 @@ async def _against_base(model: Path, folder: Path, ours: Engine, models: Sequenc
 
 
 async def _grid(rank: int, engines: dict[str, Engine], models: Sequence[str], say: Say) -> dict[str, dict[str, Any]]:
-    """Ratios of every mix of these adapters and of base requests, by the mix's description."""
+    """Return the ratios of every mix of these adapters and of base requests, by the mix's description."""
     whose = {
         "base requests": [BASE], "1 adapter": models[:1], "2 adapters": models[:2], "8 adapters": models,
         "8 adapters and base requests": [name for model in models for name in (model, BASE)],
@@ -139,7 +139,8 @@ async def _grid(rank: int, engines: dict[str, Engine], models: Sequence[str], sa
 
 
 async def _isolation(engines: dict[str, Engine], models: Sequence[str]) -> Bar:
-    """The share of greedy answers that are the same alone and among others, half of them the base model's, the rest of all adapters."""
+    """Measure the share of greedy answers that are the same alone and in a batch. Half of them are the base model's, the others use all
+    adapters."""
     places = ("Paris", "Rome", "the Nile", "Japan", "the Moon", "Peru", "Oslo", "the Alps", "Mars", "Cairo", "Lima", "Texas", "Kyoto", "Ur")
     prompts = [f"The history of {place} begins with" for place in places] + ["Once upon a time", "A recipe for bread:"]
     asks = [(model, prompt) for i, prompt in enumerate(prompts) for model in (BASE, models[i % len(models)])]
@@ -155,7 +156,7 @@ async def _isolation(engines: dict[str, Engine], models: Sequence[str]) -> Bar:
 
     shares = await interleaved(ROUNDS, {kind: partial(share, kind) for kind in engines})
     detail = {**summary(shares["ours"]), "answers": ROUNDS * len(asks), "changed_by_adapters": changed, "stock": summary(shares["stock"])}
-    # Of all rounds together: one answer that differs in any of them is a defect.
+    # The share over all rounds, because an answer that differs in any round is a defect.
     return Bar("lora_isolation", sum(shares["ours"]) / ROUNDS, "=", 1, detail)
 
 

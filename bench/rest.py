@@ -1,7 +1,7 @@
 """Measures the cost of idle tenants: the time to admit a request among many idle tenants ÷ among a few.
 
-The path from a key to a lease, as a gateway runs it (key, model name, limits, fair queue, lease), against a real Postgres and a real Valkey
-of its own for each size. All tenants have sent requests before: the ledger has their events, and Valkey the remains of their requests.
+It measures the path from a key to a lease, as a gateway runs it (key, model name, limits, fair queue, lease), with a separate Postgres and
+Valkey for each size. All tenants have sent requests before: the ledger has their events, and Valkey the remaining keys of their requests.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ from lmaas.up.embedded import embedded_servers
 
 NAME = "tenants_at_rest"
 NAMES = (NAME,)
-#: Tenants, and adapters of all of them.
+#: The numbers of tenants, and of all their adapters.
 FEW, MANY = (10, 100), (10_000, 100_000)
-#: In a round, each of so many tenants asks for each of so many adapters: once for the first time, and once more.
+#: In a round, each of ASKING tenants sends requests to each of ADAPTERS adapters: a first one, and another one.
 ASKING, ADAPTERS = 10, 10
 ROUNDS = 11
-#: Events of each tenant in the ledger.
+#: The number of each tenant's events in the ledger.
 EVENTS = 10
 AT_ONCE = 250
 BOUNDS = Bounds(10_000, 20_000)
@@ -79,11 +79,11 @@ class Place:
     model: BaseModel
     tenants: int
     adapters: int
-    #: The replica that runs what is admitted now.
+    #: The replica that runs the requests admitted now.
     replica: str = ""
 
     async def round(self, number: int) -> tuple[float, float]:
-        """Milliseconds of an admission, in the median: the first of a tenant with an adapter, and the next."""
+        """Return the median milliseconds of an admission: of a tenant's first request with an adapter, and of the next."""
         chance = random.Random(number)  # noqa: S311
         pairs = [
             (tenant, adapter)
@@ -91,7 +91,7 @@ class Place:
             for adapter in chance.sample(range(self.adapters // self.tenants), ADAPTERS)
         ]
         chance.shuffle(pairs)
-        # Nothing is known here yet, as in a gateway that has just started.
+        # Its caches are empty, as in a gateway that has just started.
         gateway = Door(self)
         await self.run_all(await asyncio.gather(*(gateway.adapter(*pair) for pair in pairs)), number)
         gateway = Door(self)
@@ -126,12 +126,12 @@ class Door:
         self._leases = Leases(place.scheduler, new_id("gw"))
 
     async def adapter(self, tenant: int, adapter: int) -> str:
-        """The engine's name of an adapter."""
+        """Return the engine's name of an adapter."""
         return (await self._catalog.resolve(f"ten_{tenant}", f"bot-{adapter}")).adapter
 
     @asynccontextmanager
     async def admitted(self, tenant: int, adapter: int) -> AsyncIterator[None]:
-        """A request of this tenant with its key, from the key to the lease; it ends with the block."""
+        """Admit a request of this tenant with its key, from the key to the lease. The request ends with the block."""
         principal = await self.authenticate(_key(tenant))
         name = f"bot-{adapter}"
         model = await self._catalog.resolve(principal.tenant_id or "", name)
@@ -171,7 +171,7 @@ def _ticket(record: UsageRecord, principal: Principal, pool: str, adapter: str, 
 
 @asynccontextmanager
 async def place(model: Path, folder: Path, tenants: int, adapters: int) -> AsyncIterator[Place]:
-    """Start servers with so many tenants, each of which has sent requests before."""
+    """Start servers with this many tenants, each of which has sent requests before."""
     given = Settings(home=folder / "home", model=str(model))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)
@@ -196,7 +196,7 @@ async def place(model: Path, folder: Path, tenants: int, adapters: int) -> Async
 
 
 async def _all_asked(made: Place) -> None:
-    """One request of each tenant, so that Valkey has what requests leave behind."""
+    """Run one request of each tenant, so that Valkey has the keys that requests leave behind."""
     await made.run_all([], 0)
     door = Door(made)
     for start in range(0, made.tenants, AT_ONCE):
@@ -215,7 +215,7 @@ async def _asked(made: Place, door: "Door", tenant: int) -> None:
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bar, if it is wanted."""
+    """Measure the bar if it is requested."""
     if wanted:
         yield await attempted(NAME, _at_rest(model, folder, say))
 
@@ -223,7 +223,7 @@ async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) ->
 async def _at_rest(model: Path, folder: Path, say: Say) -> Bar:
     say(f"making {MANY[0]:,} tenants with {MANY[1]:,} adapters")
     async with place(model, folder / "few", *FEW) as few, place(model, folder / "many", *MANY) as many:
-        await interleaved(1, {"few": few.round, "many": many.round})  # connections, and the servers' own caches
+        await interleaved(1, {"few": few.round, "many": many.round})  # opens connections and fills the servers' caches
         figures = await interleaved(ROUNDS, {"few": partial(_later, few), "many": partial(_later, many)})
     detail: dict[str, Any] = {}
     for index, name in enumerate(("first request", "next request")):

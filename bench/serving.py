@@ -1,4 +1,4 @@
-"""Compares requests through a whole service with the same requests straight to its vLLM."""
+"""Compares requests through a whole service with the same requests sent directly to its vLLM."""
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,25 +15,25 @@ from bench.frame import ROUNDS, Bar, Op, Say, attempted, interleaved, ratios, su
 from bench.stack import Adapter, Stack, stack
 
 NAMES = ("added_ttft_ms", "engine_kept_busy", "slot_aware_ttft_p50", "slot_aware_throughput", "slot_aware_ttft_p99")
-#: The most usual rank.
+#: The most common rank.
 RANK = 8
-#: Prompts differ, but a prompt that is measured twice, once on each way, must not be cached the second time.
+#: A prompt that is measured twice, once on each way, must not be cached the second time.
 ENGINE_ARGS = "--no-enable-prefix-caching"
 
-#: The bar is closer to 1 than a machine with other work lets one round tell.
+#: The bar is too close to 1 for one round on a machine with other work.
 BUSY_ROUNDS = 11
 
-#: Pairs of requests, one each way, in a round of `added_ttft_ms`.
+#: The number of pairs of requests, one on each way, in a round of `added_ttft_ms`.
 PAIRS = 24
 
 ADAPTERS, SLOTS = 8, 2
-#: To the very engine that lmaas uses, and to one as anyone starts it, which is what a user has without lmaas.
+#: The ways to compare with: directly to the engine that lmaas uses, and to stock vLLM, which users have without lmaas.
 STRAIGHT, STOCK = "the same engine", "stock vLLM"
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests, `at_once` of them at any time. Prompts are random tokens; lengths are as likely anything between the bounds."""
+    """A load of requests, `at_once` of them at any time. Prompts are random tokens. Lengths are uniform between the bounds."""
 
     requests: int
     at_once: int
@@ -41,7 +41,7 @@ class Load:
     completion_tokens: tuple[int, int]
 
     def asks(self, places: Sequence[Place], seed: int) -> list[Ask]:
-        """The requests, to these places in turn. The same seed gives the same prompts and lengths."""
+        """Return the requests, for these places in turn. The same seed gives the same prompts and lengths."""
         chance = random.Random(seed)  # noqa: S311 (prompts, not secrets)
         asks = []
         for number in range(self.requests):
@@ -50,17 +50,17 @@ class Load:
         return asks
 
     async def run(self, asker: Client, places: Sequence[Place], seed: int) -> Run:
-        """Send them, and wait for all answers."""
+        """Send the requests, and wait for all answers."""
         return await asker.run(self.asks(places, seed), self.at_once)
 
 
-#: Twice as many clients as the engine runs at once: a finished request is replaced at once.
+#: Twice as many clients as the engine runs at once, so that a finished request is replaced immediately.
 BUSY = Load(96, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
 SCARCE = Load(112, at_once=32, prompt_tokens=(16, 48), completion_tokens=(16, 48))
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted, each on one engine: asked through lmaas and without."""
+    """Measure the requested bars of NAMES, each on one engine, through lmaas and directly."""
     if not wanted:
         return
     made = adapters.make(model, folder, RANK, ADAPTERS)
@@ -88,7 +88,7 @@ async def _serving(model: Path, home: Path, say: Say, **settings: object) -> Asy
 
 
 async def _straight(asker: Client, running: Stack, used: Sequence[Adapter]) -> list[Place]:
-    """The same adapters without lmaas between. Asking for each through lmaas has started the engine and loaded them."""
+    """Return the same adapters for direct requests. A request to each through lmaas has started the engine and loaded them."""
     for adapter in used:
         await asker.ask(Ask(adapter.through, "Hello", 2))
     url = await running.engine_url()
@@ -99,7 +99,7 @@ async def _straight(asker: Client, running: Stack, used: Sequence[Adapter]) -> l
 
 
 async def _added_ttft(asker: Client, through: Place, straight: Place) -> Bar:
-    """The median of the differences between two requests that follow each other, one each way; which goes first alternates."""
+    """Measure the median difference between two consecutive requests, one on each way. The order alternates."""
 
     async def pairs(number: int) -> list[tuple[float, float]]:
         figures = []
@@ -111,7 +111,7 @@ async def _added_ttft(asker: Client, through: Place, straight: Place) -> Bar:
             figures.append((ours.ttft_s * 1000, bare.ttft_s * 1000))
         return figures
 
-    await pairs(ROUNDS)  # the first ones open connections
+    await pairs(ROUNDS)  # opens connections
     rounds = (await interleaved(ROUNDS, {"pairs": pairs}))["pairs"]
     detail: dict[str, Any] = summary([median(ours - bare for ours, bare in each) for each in rounds])
     detail |= {"pairs": ROUNDS * PAIRS, "through_ms": summary([median(ours for ours, _ in each) for each in rounds])}
@@ -132,10 +132,10 @@ async def _kept_busy(asker: Client, through: Place, straight: Place) -> Bar:
 
 
 async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say) -> list[Bar]:
-    """Eight adapters in turn on two slots: of one tenant and of as many tenants. The worse of the two counts.
+    """Measure eight adapters in turn on two slots, for one tenant and for eight tenants. The worse ratio counts.
 
-    "Straight to vLLM" is to stock vLLM. What is gained there is lmaas's LoRA kernels and the order of requests together; the ratio to the
-    same engine without lmaas between, which is due to the order alone, is in the detail.
+    The comparison is with stock vLLM, so it includes lmaas's LoRA kernels and the order of requests. The ratio to direct requests on the
+    same engine, which shows the effect of the order alone, is in the detail.
     """
     async with _serving(model, folder / "scarce", say, engine_max_loras=SLOTS) as (asker, running), _stock(model, folder, say) as stock:
         one = await running.tenant("one")
@@ -159,14 +159,14 @@ async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say
 
 
 def _stock(model: Path, folder: Path, say: Say) -> AbstractAsyncContextManager[engines.Engine]:
-    """A vLLM server of the same sizes as pip installs it: without lmaas's kernels."""
+    """Start a vLLM server of the same sizes as pip installs it, without lmaas's kernels."""
     say("starting stock vLLM")
     sizes = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(SLOTS), "--max-cpu-loras", "64", "--max-num-seqs", "16")
     return engines.server(model, folder / "stock.log", *sizes, plugins=False)
 
 
 def worse(name: str, op: Op, bar: float, figures: dict[str, list[Run]], figure: Callable[[Run], float]) -> Bar:
-    """The bar of the worse of our ways ÷ stock vLLM, with all ratios and figures beside."""
+    """Return the bar of the worse way through lmaas ÷ stock vLLM, with all ratios and figures in the detail."""
     seen = {way: [figure(run) for run in runs] for way, runs in figures.items()}
     ours = [way for way in seen if way not in (STRAIGHT, STOCK)]
     by_way = {other: {way: summary(ratios(seen[way], seen[other])) for way in ours} for other in (STOCK, STRAIGHT)}

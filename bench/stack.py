@@ -1,4 +1,4 @@
-"""A whole service to measure: `lmaas up` in a home of its own, with tenants and adapters made for it."""
+"""A whole service to measure: `lmaas up` in a new home, with tenants and adapters created for it."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from lmaas.manifests.client import ApiClient
 from lmaas.process import bound_command
 
 _READY_S, _STOP_S = 180, 120
-#: Limits of the tenants here: none that a load could meet, since the scheduler and the engine are measured, not the limits.
+#: Limits that no load reaches, because the scheduler and the engine are measured, not the limits.
 LIMITS = {"max_queued": 10_000, "max_adapters": 100}
 
 
@@ -34,14 +34,14 @@ class Tenant:
 
 
 class Stack:
-    """A running service. `base_model` is the name of its one base model."""
+    """A running service. `base_model` is the name of its only base model."""
 
     def __init__(self, credentials: dict[str, Any], base_model: str, up_s: float) -> None:
         self._url = str(credentials["base_url"])
         self._operator = ApiClient(self._url, credentials["operator_key"])
         self._credentials = credentials
         self.base_model = base_model
-        #: How long `lmaas up` took until it said that it is up.
+        #: The seconds that `lmaas up` took until it reported that it is up.
         self.up_s = up_s
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Stack:
         self._operator.close()
 
     async def tenant(self, name: str) -> Tenant:
-        """A new tenant."""
+        """Create a tenant."""
 
         def create() -> Tenant:
             made = self._operator.send(table.CREATE_TENANT, {"name": name, **LIMITS})
@@ -59,11 +59,11 @@ class Stack:
         return await asyncio.to_thread(create)
 
     def base(self, tenant: Tenant) -> Place:
-        """The base model, as this tenant reaches it."""
+        """Return the base model, with this tenant's key."""
         return Place(self._url, self.base_model, tenant.key)
 
     def known(self, tenant: str) -> Place:
-        """The base model, as a tenant of the manifests reaches it."""
+        """Return the base model, with the key of a tenant of the manifests."""
         return Place(self._url, self.base_model, self._credentials["tenants"][tenant]["api_key"])
 
     async def adapter(self, tenant: Tenant, name: str, folder: Path) -> "Adapter":
@@ -73,15 +73,15 @@ class Stack:
         return Adapter(Place(self._url, name, tenant.key), f"{tenant.id}-{made['content_hash']}")
 
     async def replicas(self) -> list[dict[str, Any]]:
-        """The replicas that have not ended, as the operator API shows them."""
+        """Return the replicas that have not ended, as the management API shows them."""
         return await asyncio.to_thread(self._operator.items, table.LIST_REPLICAS)
 
     async def keep_one_engine(self) -> None:
-        """Keep an engine running. Requests straight to it are invisible to lmaas, which would stop it as idle."""
+        """Keep an engine running. lmaas does not see direct requests to it, and would stop it as idle."""
         await asyncio.to_thread(self._operator.send, table.CHANGE_MODEL, {"min_replicas": 1}, model=self.base_model)
 
     async def engine_url(self) -> str:
-        """Where the one engine that runs listens. Raises RuntimeError if none does: ask for something first."""
+        """Return the URL of the only running engine. Raises RuntimeError if none runs; send a request first."""
         ready = [str(row["url"]) for row in await self.replicas() if row["observed"] == "ready"]
         if len(ready) != 1:
             raise RuntimeError(f"one engine should run, but {len(ready)} do")
@@ -90,19 +90,19 @@ class Stack:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An uploaded adapter: where its tenant reaches it, and its name on the engine once it has been used."""
+    """An uploaded adapter: its model for the tenant, and its name on the engine once it has been used."""
 
     through: Place
     engine_name: str
 
     def straight(self, engine_url: str) -> Place:
-        """The same adapter on the same engine, without lmaas between."""
+        """The same adapter on the same engine, for direct requests."""
         return Place(f"{engine_url}/v1", self.engine_name)
 
 
 @asynccontextmanager
 async def stack(model: Path, home: Path, **settings: object) -> AsyncIterator[Stack]:
-    """Run a service over `model` with its state in `home` and these settings (`engine_max_loras=2`). Its tenants are yet to be made."""
+    """Run a service over `model` with its state in `home` and these settings (`engine_max_loras=2`). It has no tenants yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -127,11 +127,11 @@ class _Log:
 
     def __init__(self, home: Path) -> None:
         home.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the home folder: `lmaas up` takes none that has files of others in it.
+        # Beside the home folder, because `lmaas up` refuses a home with other files.
         self._path = home.with_name(f"{home.name}.up.log")
 
     def open(self) -> BinaryIO:
-        """The file, to write to."""
+        """Return the file, opened for writing."""
         return self._path.open("wb")
 
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Measures what row-level security costs: store functions on a database with policies ÷ on one without, call by call in turn.
+"""Measures the cost of row-level security: store functions on a database with policies ÷ on one without, alternating call by call.
 
 Both databases are on one Postgres server and have the same rows, roles, rights and scopes. Each call is a whole transaction, as a gateway
 or the metering writer runs it.
@@ -54,7 +54,7 @@ POPULATE = (
 
 @dataclass
 class Place:
-    """One database, as a gateway and as a controller see it."""
+    """One database, with the rights of a gateway and of a controller."""
 
     gateway: Database
     controller: Database
@@ -85,7 +85,7 @@ HOT: dict[str, Callable[[Place, int], Awaitable[object]]] = {
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bar, if it is wanted."""
+    """Measure the bar if it is requested."""
     del model
     if wanted:
         yield await attempted(NAME, _policy_cost(folder, say))
@@ -105,7 +105,7 @@ async def _policy_cost(folder: Path, say: Say) -> Bar:
                             began = time.perf_counter()
                             await call((bare, guarded)[which], number)
                             took[which].append(time.perf_counter() - began)
-                    if turn:  # before that, connections are opened and statements are prepared
+                    if turn:  # the first calls open connections and prepare statements
                         figures[name].append(median(took[1]) / median(took[0]))
                         milliseconds[name].append(1000 * median(took[1]))
     detail: dict[str, Any] = {name: summary(each) | {"ms": summary(milliseconds[name])} for name, each in figures.items()}
@@ -115,7 +115,7 @@ async def _policy_cost(folder: Path, say: Say) -> Bar:
 
 @asynccontextmanager
 async def place(url: str, name: str, *, guarded: bool) -> AsyncIterator[Place]:
-    """Make a database with rows of many tenants, and with or without policies."""
+    """Create a database with rows of many tenants, with or without policies."""
     async with AsyncExitStack() as exits:
         admin = await _opened(exits, url, None, None)
         async with admin.autocommit() as connection:

@@ -1,7 +1,7 @@
-"""The service that tenants get of a simulated engine whose slots the real scheduler gives out, against the bound that VTC proves.
+"""Compares the service that tenants get from a simulated engine, whose slots the real scheduler grants, with the bound that VTC proves.
 
 "Fairness in Serving Large Language Models" (Sheng et al., OSDI'24): service is the weighted number of tokens, and two tenants that have
-requests waiting all the time differ by no more than 2·max(wp·Linput, wq·M), M being the most tokens that the running requests hold.
+requests waiting all the time differ by no more than 2·max(wp·Linput, wq·M), where M is the most tokens that the running requests hold.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from lmaas.scheduling.states import TicketState
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 
-#: What a prompt token and a completion token count.
+#: The weights of a prompt token and of a completion token.
 WP, WQ = 1, 2
 SLOT_CHOICES = (2, 4, 8)
 REPLICA = "engine"
@@ -24,9 +24,9 @@ _GATEWAY = "bench"
 
 @dataclass(eq=False)
 class Request:
-    """A request: it stops after `completion` tokens, though it may have allowed more. `made` of them are made.
+    """A request that stops after `completion` tokens, although it may have allowed more. `made` of them are generated.
 
-    Before it has run, its prompt is taken to have `guess` times as many tokens as it has.
+    Before it has run, the scheduler's estimate of its prompt is `guess` times the true length.
     """
 
     id: str
@@ -40,12 +40,12 @@ class Request:
 
     @property
     def held(self) -> int:
-        """The tokens that the engine holds for it."""
+        """The number of tokens that the engine holds for the request."""
         return self.prompt + self.made if self.made else 0
 
 
 class Calls:
-    """The calls of a gateway and a supervisor to the scheduler, for one pool. Only this class knows the arguments of its functions."""
+    """The calls of a gateway and a supervisor to the scheduler, for one pool."""
 
     def __init__(self, scheduler: Scheduler, pool: str, slots: int, adapter_slots: int) -> None:
         self._scheduler, self._pool = scheduler, pool
@@ -53,8 +53,8 @@ class Calls:
         self._tickets: dict[str, Ticket] = {}
 
     async def submit(self, request: Request) -> bool:
-        """Queue a request. Returns whether it runs at once."""
-        # The scheduler gets estimates: the likely prompt length and the allowed completion. It cannot know the real ones.
+        """Queue a request. Returns whether it runs immediately."""
+        # The scheduler gets estimates: the likely prompt length and the allowed completion. It has no access to the true lengths.
         ticket = Ticket(
             id=request.id,
             pool=self._pool,
@@ -77,14 +77,14 @@ class Calls:
         return {name for (name, _), report in zip(told, reply["tickets"], strict=True) if report["state"] == TicketState.GRANTED}
 
     async def release(self, request: Request) -> None:
-        """A request has ended."""
+        """Report the end of a request."""
         event = {"request_id": request.id, "prompt_tokens": request.prompt, "cached_tokens": 0, "completion_tokens": request.completion}
         await self._scheduler.release(
             self._tickets.pop(request.id), json.dumps(event), 100, TokenCounts(request.prompt, 0, request.completion)
         )
 
     async def beat(self, resident: list[str]) -> None:
-        """The engine lives."""
+        """Send a heartbeat of the engine."""
         await self._scheduler.heartbeat(
             self._pool, REPLICA, Beat("http://engine", self._slots, self._adapter_slots, Observed.READY, resident)
         )
@@ -92,7 +92,7 @@ class Calls:
 
 @dataclass
 class Kind:
-    """The requests of a tenant: lengths up to these bounds, and whether it always has more waiting."""
+    """The requests of a tenant: the maximum lengths, and whether some are always waiting."""
 
     prompt: int
     completion: int
@@ -108,7 +108,7 @@ class Differences:
     _ranges: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     def see(self, service: dict[str, int], waiting: set[str]) -> None:
-        """Take the service so far, and who has something waiting."""
+        """Record the service so far and the tenants with waiting requests."""
         for pair in itertools.combinations(sorted(service), 2):
             if not waiting.issuperset(pair):
                 self._ranges.pop(pair, None)
@@ -120,9 +120,10 @@ class Differences:
 
 
 async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int, *, scarce: bool = False) -> float:
-    """Run a random history. Returns the largest difference of service ÷ the bound. `scarce`: more adapters than adapter slots.
+    """Run a random history. Returns the largest difference of service ÷ the bound. With `scarce`, there are more adapters than adapter
+    slots.
 
-    `make` gives the calls of a new pool with so many slots and adapter slots.
+    `make` returns the calls of a new pool with these numbers of slots and adapter slots.
     """
     chance = random.Random(seed)  # noqa: S311 (a history, not a secret)
     slots, every = chance.choice(SLOT_CHOICES), chance.randint(5, 40)
@@ -155,7 +156,8 @@ async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int,
             request.made += 1
         most_held = max(most_held, sum(request.held for request in running.values()))
         ended = [request for request in running.values() if request.made == request.completion]
-        # During this step, and below after its end has made room: a tenant that has nothing waiting in between starts anew.
+        # Checked during this step, and again below after ended requests have made room. A pair's range starts anew when one of its tenants
+        # has nothing waiting.
         differences.see(service, {request.tenant for request in queued.values()})
         if step % every == 0:
             await calls.beat(adapters)
@@ -173,7 +175,7 @@ async def history(make: Callable[[str, int, int], Calls], seed: int, steps: int,
 
 
 def _tenants(chance: random.Random, *, scarce: bool) -> dict[str, Kind]:
-    """Two to five tenants; the first two always wait, and ask for very different things more often than not."""
+    """Create two to five tenants. The first two always have waiting requests, usually of very different lengths."""
     names = [f"t{number}" for number in range(chance.randint(2, 5))]
     return {
         name: Kind(

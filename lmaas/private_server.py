@@ -10,16 +10,16 @@ from starlette.types import ASGIApp
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the process that it runs in."""
+    """A server that does not handle signals, because the process that it runs in does."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Change nothing."""
+        """Leave the signal handlers unchanged."""
         yield
 
 
 async def serve_privately(app: ASGIApp, host: str, port: int, listener: socket.socket | None = None) -> None:
-    """Serve `app` on this address, or on a socket that is bound already, until cancelled."""
+    """Serve `app` on this address, or on a socket that is already bound, until cancelled."""
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="off"
     )
@@ -28,6 +28,6 @@ async def serve_privately(app: ASGIApp, host: str, port: int, listener: socket.s
     try:
         await asyncio.shield(serving)
     finally:
-        # Cancelled, it would leave its sockets open.
+        # The server would leave its sockets open if it were cancelled.
         server.should_exit = server.force_exit = True
         await serving

@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, private files, and the last line that a process has written."""
+"""Child processes that end with their parent, private files, and the last line of a process's log."""
 
 import ctypes
 import os
@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-#: In a wrapped command, in place of a user or a folder that is not given.
+#: A placeholder in a wrapped command for a user or a folder that is not given.
 _NONE = "-"
 
 
 def private_files() -> None:
-    """Create all files of this process and its children for their owner only, whatever umask they were started with."""
+    """Make all files of this process and its children accessible to their owner only, regardless of the inherited umask."""
     os.umask(0o077)
 
 
 def die_with_parent(parent_pid: int | None = None, with_signal: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux only; elsewhere nothing happens).
+    """Have the kernel send this process a signal when its parent ends (Linux only; elsewhere this has no effect).
 
-    With `parent_pid`, exit at once if that parent is gone already. The setting survives exec, but neither fork nor a change of user.
+    With `parent_pid`, exit immediately if that parent has ended already. The setting survives exec, but neither fork nor a change of user.
     """
     if sys.platform != "linux":
         return
@@ -34,7 +34,7 @@ def bound_command(
 ) -> list[str]:
     """Return `command`, wrapped so that it gets `with_signal` when the thread that starts it ends.
 
-    With `user`, it runs as that user (only root may ask for that). `folder` is its working folder, which that user need not be able to
+    With `user`, it runs as that user, which only root may request. `folder` is its working folder, which that user need not be able to
     reach by its path.
     """
     wrapper = [sys.executable, "-m", __name__, str(os.getpid()), str(int(with_signal)), user or _NONE, str(folder or _NONE)]
@@ -54,8 +54,8 @@ def _run_bound(parent_pid: int, with_signal: int, user: str, folder: str, comman
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log file, which says why a process of ours ended early. Return an empty string if that line is a record of
-    the structured log, or if there is none, as after a kill."""
+    """Return the last line of a log file, which explains why a process of the service ended early. Return an empty string if that line is a
+    record of the structured log, or if there is none, as after a kill."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))

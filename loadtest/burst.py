@@ -1,4 +1,5 @@
-"""Bursts from zero: all users send a request at once while no engine runs. When all are answered, the pool is emptied for the next one."""
+"""Bursts from zero: all users send a request at the same time while no engine runs. When all are answered, the pool is emptied for the next
+burst."""
 
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ EMPTY_WITHIN_S = 120.0
 
 
 class Gate:
-    """Lets users through together. The last one to arrive empties the pool and opens the gate."""
+    """Releases users together. The last one to arrive empties the pool and opens the gate."""
 
     def __init__(self, service: Service, users: int) -> None:
         self._service, self._users, self._waiting, self._opened, self._closed = service, users, 0, Event(), False
@@ -55,7 +56,7 @@ class BurstUser(ChatUser):
 
 @events.init.add_listener
 def begin(environment: Environment, **_: object) -> None:
-    """Make the gate for all users of the run."""
+    """Create the gate for all users of the run."""
     options = environment.parsed_options
     BurstUser.gate = Gate(BurstUser.service, (options and options.num_users) or 1)
     environment.events.test_stopping.add_listener(BurstUser.gate.close)

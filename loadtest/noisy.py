@@ -1,4 +1,4 @@
-"""Noisy neighbour: one tenant floods the service, others send requests now and then. For comparison, the first third has no flood."""
+"""Noisy neighbour: one tenant floods the service while others send occasional requests. For comparison, the first third has no flood."""
 
 import time
 
@@ -49,7 +49,7 @@ class PoliteUser(NoisyUser):
 
 
 class FloodUser(NoisyUser):
-    """A user of the flooding tenant, which sends the next request at once whatever the response."""
+    """A user of the flooding tenant, which sends the next request immediately after any response."""
 
     expects_429 = True
     wait_time = constant(0.02)

@@ -1,4 +1,4 @@
-"""The tenants and adapters of a run, created for it or found, and how popular each is."""
+"""The tenants and adapters of a run, created for it or found, and the popularity of each."""
 
 import json
 import random
@@ -39,9 +39,9 @@ class Target:
 
 
 class Population:
-    """All targets by popularity. That of rank r is called in proportion to 1/r**s (Zipf's law).
+    """All targets by popularity. The target of rank r is called in proportion to 1/r**s (Zipf's law).
 
-    Ranks are dealt with a fixed seed, so every run of the same size has the same favourites.
+    Ranks are assigned with a fixed seed, so every run of the same size has the same favourites.
     """
 
     def __init__(self, targets: Sequence[Target], s: float) -> None:
@@ -98,7 +98,7 @@ def remove(service: Service) -> None:
 
 
 def _written(model: Path, scratch: Path, count: int) -> Iterator[Path]:
-    """Folders of adapters as PEFT saves them, with random, small weights. Only their cost matters, not their effect."""
+    """Yield folders of adapters as PEFT saves them, with small random weights. Only their cost matters, not their effect."""
     if count and not model.is_dir():
         raise SettingsError(f"Adapters are made to fit the base model, whose folder {model} is not on this machine. Use --adapters 0.")
     shapes = base_model_shapes(model) if count else {}

@@ -20,7 +20,7 @@ def rows(stats: RequestStats) -> list[tuple[str, ...]]:
     Times are as precise as Locust keeps them: two digits. Those of E2E are also of requests that failed. `tok/s each` is the median
     request's decoding, `tok/s all` that of all answered requests of this name together over the whole run.
     """
-    # A look-up that finds nothing would make an entry.
+    # A look-up of a missing name would create an entry.
     entries = dict(stats.entries)
     found = []
     for name in sorted({name for name, kind in entries if kind in ("E2E", "429", "cut")}):

@@ -1,4 +1,4 @@
-"""The service under load, as its operator sees it."""
+"""The service under load, with its operator's access."""
 
 import json
 import re
@@ -23,13 +23,13 @@ class Service:
     root: str
     operator: ApiClient
     keys: dict[str, str]
-    #: The base model that the load is for.
+    #: The base model under load.
     model: str
-    #: Its folder, on the service's machine.
+    #: Its folder on the service's machine.
     source: str
 
     def to_zero(self, timeout_s: float) -> None:
-        """Have every replica of the model drained and stopped, and wait until none is left. Raises SettingsError if one stays."""
+        """Drain and stop every replica of the model, and wait until none is left. Raises SettingsError if one remains."""
         for row in self.replicas():
             self.operator.send(table.STOP_REPLICA, replica=row["id"])
         deadline = time.monotonic() + timeout_s
@@ -39,7 +39,7 @@ class Service:
             time.sleep(POLL_S)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """The model's replicas that have not ended."""
+        """Return the model's replicas that have not ended."""
         return [row for row in self.operator.items(table.LIST_REPLICAS) if row["base_model"] == self.model]
 
     def in_flight(self) -> int:

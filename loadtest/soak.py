@@ -10,10 +10,11 @@ from locust.env import Environment
 from loadtest.users import ChatUser
 
 CUT_SHARE = 0.5
-#: Cuts come after a time between these, as often in one decade as in the next: in the queue, before the first token, in mid-stream.
+#: The range of times after which a client disconnects, with equal probability per decade: in the queue, before the first token, in
+#: mid-stream.
 CUT_S = (0.002, 5.0)
 SAMPLE_S = 1.0
-#: The gateway has an engine end a cut request, and waits for the end, within 3 s.
+#: The time within which a cut request disappears. The gateway asks the engine to end it, and waits up to 3 s.
 GONE_WITHIN_S = 10.0
 
 
@@ -24,7 +25,7 @@ class SoakUser(ChatUser):
 
     @task
     def ask(self) -> None:
-        """Send a request."""
+        """Send a request, and cut half of them."""
         target = self.population.choose(self.chance)
         low, high = CUT_S
         cut_after_s = low * (high / low) ** self.chance.random() if self.chance.random() < CUT_SHARE else None

@@ -1,4 +1,4 @@
-"""Steady: users of many tenants call adapters and the base model, some far more popular than others, with pauses between requests."""
+"""Steady load: users of many tenants call adapters and the base model, some far more popular than others, with pauses between requests."""
 
 from locust import between, task
 
@@ -6,7 +6,7 @@ from loadtest.users import ChatUser
 
 
 class SteadyUser(ChatUser):
-    """A user whose every request is for a random target."""
+    """A user whose requests each go to a random target."""
 
     wait_time = between(0.1, 1.0)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Stream:
-    """One streamed chat completion as its client sees it. Times are seconds of one monotonic clock.
+    """One streamed chat completion from its client's view. Times are seconds of one monotonic clock.
 
-    TTFT is the time to the first token with text, not to the headers: those come with the first comment of a cold start.
+    TTFT is the time to the first token with text, not to the headers, which are sent with the first comment of a cold start.
     """
 
     sent_at: float
@@ -16,15 +16,15 @@ class Stream:
     last_at: float | None = None
     #: Seconds between one event with text and the next.
     gaps_s: list[float] = field(default_factory=list)
-    #: Completion tokens as the engine counts them: an event may hold several.
+    #: Completion tokens as the engine counts them. An event may contain several.
     tokens: int = 0
-    #: Whether `[DONE]` arrived, without which a stream is no success.
+    #: True once `[DONE]` has arrived. Without it, a stream is not a success.
     done: bool = False
     #: The code and text of an error event.
     error: str | None = None
 
     def read(self, line: bytes, now: float) -> None:
-        """Take one line of the stream, which arrived at `now`. Raises ValueError if it is not a line of OpenAI's API."""
+        """Read one line of the stream, which arrived at `now`. Raises ValueError if it is not a line of OpenAI's API."""
         if not line or line.startswith(b":"):
             return
         if not line.startswith(b"data: "):
@@ -52,7 +52,7 @@ class Stream:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """How fast it decoded, 1/TPOT: the tokens after the first over the time they took; None if there are too few."""
+        """The speed of decoding, 1/TPOT: the tokens after the first, divided by their time. None if there are too few."""
         if self.first_at is None or self.last_at is None or self.tokens < 2 or self.last_at <= self.first_at:
             return None
         return (self.tokens - 1) / (self.last_at - self.first_at)

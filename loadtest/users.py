@@ -25,7 +25,7 @@ from loadtest.stream import Stream
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-#: A request may wait for a cold start as long as the service allows. A stream that is silent for longer is dead.
+#: The silence after which a stream counts as dead. A request may wait for a cold start as long as the service allows.
 SILENCE_S = 330.0
 PROMPT_WORDS = (8, 120)
 ANSWER_TOKENS = (8, 96)
@@ -44,9 +44,9 @@ class ChatUser(User):
     abstract = True
     service: ClassVar[Service]
     population: ClassVar[Population]
-    #: Whether the scenario goes over its limits on purpose.
+    #: True if the scenario exceeds its limits on purpose.
     expects_429: ClassVar[bool] = False
-    #: Whether an engine must run at the beginning, so that the figures contain no cold start.
+    #: True if an engine must run at the beginning, so that the figures contain no cold start.
     starts_warm: ClassVar[bool] = True
 
     def __init__(self, environment: Environment) -> None:
@@ -72,7 +72,7 @@ class ChatUser(User):
                 self._http.post(url, data=body, headers=headers, stream=True, timeout=(CONNECT_S, SILENCE_S)) as response,
             ):
                 if response.status_code == 200:
-                    # requests hands out each chunk when it arrives. (Locust's faster client waits for 1024 bytes: no TTFT with it.)
+                    # requests returns each chunk when it arrives. Locust's faster client waits for 1024 bytes, so it cannot measure TTFT.
                     for line in response.iter_lines():
                         stream.read(line, time.perf_counter())
                     problem = stream.error or (None if stream.done else "the stream ended without [DONE]")
@@ -120,7 +120,7 @@ def question(model: str, chance: random.Random) -> dict[str, Any]:
 
 
 def warm(service: Service, target: Target) -> None:
-    """Make sure that an engine runs. Raises requests.RequestException."""
+    """Ensure that an engine runs. Raises requests.RequestException."""
     body = json.dumps(question(service.model, random.Random()))
     headers = {"authorization": f"Bearer {target.key}"}
     requests.post(f"{service.root}/v1/chat/completions", data=body, headers=headers, timeout=SILENCE_S).raise_for_status()
@@ -136,12 +136,12 @@ def add_arguments(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener
 def prepare(environment: Environment, runner: object, **_: object) -> None:
-    """Find the service and make the population; both go to the users' class, since Locust gives users nothing else."""
+    """Find the service and create the population. Both are stored in the users' class, because Locust passes nothing else to users."""
     if not isinstance(runner, LocalRunner):
         sys.exit("These load tests run in one Locust process: each one would make the same tenants.")
     options = environment.parsed_options
     assert options is not None  # noqa: S101 (a program's environment has them)
-    # Not a line for each call of ours.
+    # Suppresses a log line for each request of this process.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         with ExitStack() as undo:
@@ -165,5 +165,5 @@ def prepare(environment: Environment, runner: object, **_: object) -> None:
         with at_end:
             report.show(environment.stats, options.html_file)
 
-    # By then no user runs any more, and Locust has printed its tables and written its HTML.
+    # At that time no user runs any more, and Locust has printed its tables and written its HTML.
     environment.events.quit.add_listener(finish)

@@ -1,4 +1,4 @@
-"""Real servers for the tests: one Postgres and one Valkey a session, a new database and an empty keyspace a test."""
+"""Fixtures with real servers: one Postgres and one Valkey per session, a new database and an empty keyspace per test."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("lmaas")
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Postgres with a migrated template database."""
+    """The URL of a running Postgres with a migrated template database."""
     with embedded.postgres(tmp_path_factory.mktemp("postgres") / "data") as url:
         prepare(url)
         yield url
@@ -32,14 +32,14 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def database_url(postgres_url: str) -> Iterator[str]:
-    """The URL of a new, migrated database of this test's own."""
+    """The URL of a new, migrated database for this test."""
     with new_database(postgres_url) as url:
         yield url
 
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    """A database of this test's own, as the superuser: for what a test looks up or prepares by itself."""
+    """The test's database with the rights of the superuser, for whatever a test looks up or prepares itself."""
     database = Database(database_url)
     yield database
     await database.close()
@@ -63,7 +63,7 @@ async def controller_db(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Valkey."""
+    """The URL of a running Valkey."""
     with embedded.valkey(tmp_path_factory.mktemp("valkey")) as url:
         yield url
 
@@ -85,11 +85,11 @@ def scheduler(redis: Redis) -> Scheduler:
 
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
-    """The default base model, converted if this machine has not done so yet."""
+    """The folder of the default base model, which is converted if this machine has not done so yet."""
     return prepare_default_model(config.load({}), Console())
 
 
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str, valkey_url: str) -> Settings:
-    """Settings of a stack of this test's own."""
+    """The settings of a stack for this test."""
     return Settings(home=tmp_path, database_url=database_url, redis_url=valkey_url)

@@ -1,4 +1,4 @@
-"""Measures the cost of shared engines ÷ that of an engine for each tenant: a day simulated with the real policies, and a short trace on
+"""Measures the cost of shared engines ÷ that of one engine per tenant, for a day simulated with the real policies, and for a short trace on
 real engines and in the simulation."""
 
 from collections.abc import AsyncIterator, Sequence
@@ -20,12 +20,12 @@ from lmaas.simulation.replay import Arrangement, Options, replay
 
 ALWAYS_ON, DEDICATED = "cogs_vs_always_on", "cogs_vs_dedicated_zero"
 NAMES = (ALWAYS_ON, DEDICATED)
-#: A made-up day of 50 tenants: described in docs/simulation.md.
+#: An invented day of 50 tenants, which docs/simulation.md describes.
 DAY = Day()
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:
-    """The bars of NAMES that are wanted: with this machine's engines, over several days."""
+    """Measure the requested bars of NAMES, with this machine's engines, over several days."""
     if not wanted:
         return
     profile = await measured(model, folder / "fit", say)
@@ -49,7 +49,7 @@ async def measured(model: Path, folder: Path, say: Say) -> Profile:
 
 
 async def check(model: Path, folder: Path, profile: Profile, arrangement: Arrangement, say: Say) -> dict[str, Any]:
-    """The short trace on real engines, and in the simulation with this profile."""
+    """Run the short trace on real engines, and in the simulation with this profile."""
     say(f"a short trace, {arrangement}")
     async with service(model, folder, TENANTS) as running, client() as asker:
         real = await really(asker, running, arrangement)
@@ -66,7 +66,7 @@ def _day(seed: int, profile: Profile, redis: Redis, say: Say) -> dict[str, Any]:
     requests = generate(replace(DAY, seed=seed))
     shared = replay(requests, Arrangement.SHARED, Options(profile=profile), redis)
     own = replay(requests, Arrangement.SCALE_TO_ZERO, Options(profile=profile), redis)
-    # One engine for each of all tenants, also those that never asked, for the length of the day.
+    # One engine for each tenant, including those without requests, for the length of the day.
     always_on_s = DAY.tenants * DAY.length_s
     day = {
         "seed": seed,
@@ -83,7 +83,7 @@ def _day(seed: int, profile: Profile, redis: Redis, say: Say) -> dict[str, Any]:
 
 
 def on_engines_of(name: str, checks: dict[str, Any]) -> dict[str, Any]:
-    """The same ratio on the short trace: really, and as simulated."""
+    """Return the same ratio for the short trace, as measured and as simulated."""
     shared, own = checks[Arrangement.SHARED], checks[Arrangement.SCALE_TO_ZERO]
     requests = trace()
     below = {way: len(TENANTS) * requests.span_s if name == ALWAYS_ON else own[way]["engine_s"] for way in ("real", "simulated")}

@@ -1,4 +1,4 @@
-"""`python -m bench.bill PROFILE.json`: measure this machine's engines for `lmaas simulate --profile`, and check how accurate it is."""
+"""Measures this machine's engines for `lmaas simulate --profile`, and checks the accuracy: `python -m bench.bill PROFILE.json`."""
 
 import asyncio
 import json

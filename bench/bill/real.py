@@ -18,7 +18,7 @@ from lmaas.simulation.trace import Request, Trace
 from lmaas.store.models import BaseModel
 
 TENANTS = ("tenant-01", "tenant-02", "tenant-03")
-#: A hundred seconds of three tenants, each in bursts: all sizes are those of a day, but shorter.
+#: A hundred seconds of three tenants, each in bursts. All sizes are those of a day, but shorter.
 SHORT_DAY = Day(
     seed=8,
     tenants=len(TENANTS),
@@ -36,7 +36,7 @@ SHORT_DAY = Day(
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a trace, in seconds: the engines' time (by phase where it is known), and the median of the times to first token."""
+    """The outcome of a trace, in seconds: the engines' time (by phase where it is known), and the median time to first token."""
 
     engine_s: float
     ttft_p50_s: float
@@ -45,14 +45,14 @@ class Outcome:
     phases_s: Mapping[str, float]
 
     def shown(self) -> dict[str, Any]:
-        """For the results."""
+        """Return the outcome in the form of the results file."""
         figures = {"engine_s": self.engine_s, "ttft_p50_s": self.ttft_p50_s, "ttft_p95_s": self.ttft_p95_s}
         shown: dict[str, Any] = {name: round(value, 3) for name, value in figures.items()} | {"starts": self.starts}
         return shown | ({"phases_s": {name: round(value, 1) for name, value in self.phases_s.items()}} if self.phases_s else {})
 
 
 def trace() -> Trace:
-    """The short day."""
+    """Return the trace of the short day."""
     made = generate(SHORT_DAY)
     if set(made.tenants) != set(TENANTS):
         raise RuntimeError(f"the short day has only {made.tenants}")
@@ -60,7 +60,7 @@ def trace() -> Trace:
 
 
 async def really(asker: Client, service: Service, arrangement: Arrangement) -> Outcome:
-    """Replay the short day on real engines, from none to none."""
+    """Replay the short day on real engines, from no engine to no engine."""
     shared = arrangement is Arrangement.SHARED
     places = {tenant: each.shared if shared else each.own for tenant, each in service.places.items()}
     models: Sequence[BaseModel] = [service.shared] if shared else list(service.own.values())
@@ -86,7 +86,7 @@ async def really(asker: Client, service: Service, arrangement: Arrangement) -> O
 
 
 def simulated(profile: Profile, arrangement: Arrangement, redis: Redis) -> Outcome:
-    """The same in the simulation."""
+    """Replay the short day in the simulation."""
     options = Options(profile=profile, idle_timeout_s=IDLE_TIMEOUT_S, max_replicas=1)
     result = replay(trace(), arrangement, options, redis)
     tally = result.tally
@@ -94,7 +94,7 @@ def simulated(profile: Profile, arrangement: Arrangement, redis: Redis) -> Outco
 
 
 def compared(real: Outcome, model: Outcome) -> dict[str, Any]:
-    """Both, and by how much of the real one the simulation is off (0.1: a tenth too much)."""
+    """Return both outcomes and the relative error of the simulation (0.1 means a tenth too much)."""
     error = {
         "engine_s": round(model.engine_s / real.engine_s - 1, 3),
         "ttft_p50_s": round(model.ttft_p50_s / real.ttft_p50_s - 1, 3),

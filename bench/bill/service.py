@@ -1,4 +1,4 @@
-"""A service with real engines and several pools: one that all tenants share, and one of its own for each tenant."""
+"""A service with real engines and several pools: one that all tenants share, and a separate one for each tenant."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from lmaas.up.bootstrap import ensure_operator_key, register_model
 from lmaas.up.embedded import embedded_servers
 
 ADAPTER = Path(__file__).parents[2] / "tenants" / "adapters" / "acme-json"
-#: A long one would only have a run wait for its end.
+#: A longer timeout would only make each run wait for its end.
 IDLE_TIMEOUT_S = 10.0
 GONE_S = 120.0
 LIMITS = {"max_queued": 10_000, "max_adapters": 100}
@@ -38,7 +38,7 @@ LIMITS = {"max_queued": 10_000, "max_adapters": 100}
 
 @dataclass(frozen=True)
 class Places:
-    """Where a tenant asks: its adapter in the shared pool, and in the pool of its own."""
+    """The models that a tenant calls: its adapter in the shared pool, and its own pool."""
 
     shared: Place
     own: Place
@@ -46,8 +46,8 @@ class Places:
 
 @dataclass
 class Service:
-    """A running service. `shared` is the base model of all, `own` has one for each tenant, and `places` are where each sends its
-    requests."""
+    """A running service. `shared` is the base model of all tenants, `own` has one for each tenant, and `places` are the models that each
+    tenant calls."""
 
     settings: Settings
     db: Database
@@ -57,12 +57,12 @@ class Service:
     places: dict[str, Places]
 
     def sizes(self) -> Profile:
-        """A profile with the sizes of the engines, and times that are yet to be measured."""
+        """Return a profile with the sizes of the engines. Its times are not measured yet."""
         model = self.shared
         return Profile(slots=model.max_num_seqs, adapter_slots=model.max_loras, adapters_resident=max(model.max_cpu_loras, model.max_loras))
 
     async def engine_ms(self, models: Sequence[BaseModel]) -> dict[EnginePhase, int]:
-        """The time of all engines of these base models so far, by phase, in ms."""
+        """Return the total time of all engines of these base models by phase, in ms."""
         query = (
             select(engine_time.c.phase, func.sum(engine_time.c.ms))
             .where(engine_time.c.base_model_id.in_([model.id for model in models]))
@@ -81,7 +81,7 @@ class Service:
                 await asyncio.sleep(0.2)
 
     async def replicas(self, models: Sequence[BaseModel]) -> list[Replica]:
-        """Return all replicas of these base models, ended ones too, the newest first."""
+        """Return all replicas of these base models, including ended ones, newest first."""
         found = [await list_replicas(self.db, base_model_id=model.id, ended=True) for model in models]
         return sorted((replica for some in found for replica in some), key=lambda replica: replica.created_at, reverse=True)
 
@@ -90,7 +90,7 @@ class Service:
 async def service(model: Path, folder: Path, tenants: Sequence[str]) -> AsyncIterator[Service]:
     """Run a service over this model for these tenants. No engine runs until the first request."""
     given = Settings(home=folder / "home", model=str(model), idle_timeout_s=IDLE_TIMEOUT_S, drain_timeout_s=5, log_level="WARNING")
-    # Each tenant may have its engine at the same time, whatever the machine has.
+    # The capacity is set so that every tenant can have its engine at the same time, on any machine.
     given = replace(given, engine_args="--no-enable-prefix-caching", port=free_port(), local_cpus=float(1 + len(tenants)))
     given.home.mkdir(parents=True)
     console = Console(quiet=True)

@@ -1,4 +1,4 @@
-"""The least that a proxy of Starlette and aiohttp can do: `python -m bench.gateways.bare ENGINE_URL PORT`."""
+"""A minimal proxy of Starlette and aiohttp, as a lower bound: `python -m bench.gateways.bare ENGINE_URL PORT`."""
 
 import sys
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 
 def build(engine_url: str) -> Starlette:
-    """The proxy's application."""
+    """Return the proxy's application."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

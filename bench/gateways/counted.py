@@ -1,6 +1,6 @@
-"""A relay between a gateway and Valkey that counts the commands that go through.
+"""A relay between a gateway and Valkey that counts the commands.
 
-Valkey's own counters also count what a function does inside, and do not distinguish clients of a Unix socket in every list.
+Valkey's own counters also count the commands inside a function, and do not always distinguish clients of a Unix socket.
 """
 
 import asyncio
@@ -10,18 +10,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-#: Commands that call a function or a script: what they call is their second word.
+#: Commands that call a function or a script, whose name is the second word.
 CALLS = frozenset({"FCALL", "FCALL_RO", "EVALSHA", "EVALSHA_RO"})
 
 
 class Commands:
-    """Finds the commands in what a client sends, however the bytes arrive: RESP arrays of strings."""
+    """Finds the commands in a client's bytes, however they are split: RESP arrays of strings."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def __call__(self, data: bytes) -> list[str]:
-        """The commands that `data` completes, by name; for a call, `FCALL name`. Raises ValueError for anything but commands."""
+        """Return the commands that `data` completes, by name, and `FCALL name` for a call. Raises ValueError for anything but commands."""
         self._rest += data
         names = []
         while (found := self._first()) is not None:
@@ -53,7 +53,7 @@ class Commands:
 
 @asynccontextmanager
 async def counted(socket: Path, valkey: Path) -> AsyncIterator[Counter[str]]:
-    """Listen on `socket` in front of Valkey's own; gives how often each command has come."""
+    """Listen on `socket` in front of Valkey's own socket, and yield the number of times that each command was sent."""
     counts: Counter[str] = Counter()
     relays: set[asyncio.Task[None]] = set()
 
@@ -77,7 +77,7 @@ async def counted(socket: Path, valkey: Path) -> AsyncIterator[Counter[str]]:
                 group.create_task(answer())
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A task of ours: asyncio's own complains about each connection that is still open at the end.
+        # An explicit task, because asyncio's own logs an error for each connection that is still open at the end.
         relays.add(asyncio.create_task(relay(reader, writer)))
 
     async with await asyncio.start_unix_server(accept, str(socket)):

@@ -1,8 +1,8 @@
-"""An engine that costs next to nothing, so that a proxy before it can be loaded fully: `python -m bench.gateways.engine`.
+"""An engine that costs almost nothing, so that a proxy in front of it can be fully loaded: `python -m bench.gateways.engine`.
 
-It speaks the part of vLLM's HTTP that gateways and supervisors use, and takes vLLM's command line. Every answer has TOKENS tokens. A
-streamed one comes token by token: in each step every running stream gets one event, in a write of its own. Steps follow one another at
-once, or every so many milliseconds (`POST /pace`).
+It implements the part of vLLM's HTTP API that gateways and supervisors use, and accepts vLLM's command line. Every answer has TOKENS
+tokens. A stream sends them one at a time: in each step, every running stream gets one event in a separate write. Steps follow one another
+immediately, or at an interval (`POST /pace`).
 """
 
 import argparse
@@ -17,14 +17,14 @@ import uvloop
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 
 TOKENS = 32
-#: Each token, as it stands in JSON.
+#: The JSON of each token.
 TOKEN = b'" token"'
 PROMPT_TOKENS = 48
 _USAGE = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + TOKENS, "completion_tokens": TOKENS}
 
 
 def compact(value: Any) -> bytes:
-    """JSON without spaces, as vLLM writes it."""
+    """Return a value as JSON without spaces, as vLLM writes it."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -34,7 +34,7 @@ def _event(model: str, choices: list[Any], usage: dict[str, int] | None) -> byte
 
 
 def stream(model: str, *, include: bool, continuous: bool) -> list[bytes]:
-    """The writes of one streamed answer, in HTTP's chunks: its head and the first event, an event for each token, the end."""
+    """Return the writes of one streamed answer in HTTP's chunks: its head and the first event, an event for each token, the end."""
 
     def so_far(made: int) -> dict[str, int] | None:
         running = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + made, "completion_tokens": made}
@@ -54,7 +54,7 @@ def stream(model: str, *, include: bool, continuous: bool) -> list[bytes]:
 
 
 def whole(model: str, *, chat: bool) -> bytes:
-    """A plain answer, with its head."""
+    """Return a plain answer with its head."""
     text = json.loads(TOKEN) * TOKENS
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     choices = [{"index": 0, **said, "logprobs": None, "finish_reason": "length"}]
@@ -63,12 +63,12 @@ def whole(model: str, *, chat: bool) -> bytes:
 
 
 def answer(body: bytes, status: bytes = b"200 OK", kind: bytes = b"application/json") -> bytes:
-    """A response with its head."""
+    """Return a response with its head."""
     return b"HTTP/1.1 %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (status, kind, len(body), body)
 
 
 class Engine:
-    """All connections' state: what runs, how fast, and answers that are written once."""
+    """The state of all connections: the running streams, their pace, and answers that are built once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,20 +79,20 @@ class Engine:
         self._ready: dict[Any, Any] = {}
 
     def once(self, key: Any, write: Callable[[], Any]) -> Any:
-        """The answer for `key`, written the first time."""
+        """Return the answer for `key`, which is built on first use."""
         if key not in self._ready:
             self._ready[key] = write()
         return self._ready[key]
 
     def start(self, connection: "Connection", writes: list[bytes]) -> None:
-        """Have a stream come."""
+        """Start a stream."""
         self._running[connection] = writes[::-1]
         if not self._stepping:
             self._stepping = True
             self._later()
 
     def stop(self, connection: "Connection") -> None:
-        """The client has gone."""
+        """End the stream of a client that has disconnected."""
         self._running.pop(connection, None)
 
     def _later(self) -> None:
@@ -113,7 +113,7 @@ class Engine:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection: requests one after the other."""
+    """A client's connection, which sends one request after the other."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -121,16 +121,16 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """Handle the opened connection."""
         self._transport = transport  # type: ignore[assignment]
         self.write = self._transport.write
 
     def connection_lost(self, error: Exception | None) -> None:
-        """It is closed."""
+        """Handle the closed connection."""
         self._engine.stop(self)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request: its head with a content-length, then its body."""
+        """Handle the bytes of a request: its head with a content-length, then its body."""
         self._got += data
         while (end := self._got.find(b"\r\n\r\n")) >= 0:
             head = self._got[:end].lower()
@@ -166,11 +166,11 @@ class Connection(asyncio.Protocol):
             engine.pace_s = json.loads(body)["ms"] / 1000
             self.write(answer(b"{}"))
         else:
-            self.write(answer(b"{}"))  # health, adapters to load and unload, aborts
+            self.write(answer(b"{}"))  # health checks, loading and unloading of adapters, aborts
 
 
 async def serve(name: str, host: str, port: int) -> None:
-    """Serve until told to stop."""
+    """Serve until stopped."""
     engine = Engine(name)
     server = await asyncio.get_running_loop().create_server(lambda: Connection(engine), host, port, backlog=1024)
     async with server:
@@ -178,7 +178,7 @@ async def serve(name: str, host: str, port: int) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Parse the command line and serve."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--host", default="127.0.0.1")

@@ -1,8 +1,8 @@
-"""A load that costs little: `python -m bench.gateways.load`, a process of its own beside the proxies.
+"""A load generator that costs little, in a separate process beside the proxies: `python -m bench.gateways.load`.
 
-Reads orders from standard input, one JSON object a line: `url`, `headers`, `body`, `connections`, `seconds`. Each connection sends one
-request after the other, as long as there is time. Writes one line for each order: `{"requests": n, "seconds": s}`, or
-`{"error": "..."}` if one answer was not right: an error is never counted as speed.
+Reads orders from standard input, one JSON object per line: `url`, `headers`, `body`, `connections`, `seconds`. Each connection sends one
+request after the other until the time is over. Writes one line for each order: `{"requests": n, "seconds": s}`, or `{"error": "..."}` if an
+answer was wrong, so that an error never counts as speed.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ import uvloop
 
 from bench.gateways.engine import TOKEN, TOKENS
 
-#: An answer that takes longer than this never comes.
+#: The time after which an answer counts as missing.
 STUCK_S = 60
 
 
 def unchunked(body: bytes) -> bytes:
-    """The content of HTTP's chunks. Raises ValueError if that is not what they are."""
+    """Return the content of HTTP's chunks. Raises ValueError for other bytes."""
     parts: list[bytes] = []
     at = 0
     while True:
@@ -34,7 +34,7 @@ def unchunked(body: bytes) -> bytes:
 
 
 def complaint(status: bytes, content: bytes, *, streamed: bool) -> str | None:
-    """Return what is wrong with an answer, or None if it has every token that the engine sends."""
+    """Return the fault of an answer, or None if it has every token that the engine sends."""
     if status != b"200":
         return f"status {status.decode()}: {content[:300]!r}"
     if streamed and (content.count(TOKEN) != TOKENS or not content.rstrip().endswith(b"data: [DONE]")):
@@ -45,7 +45,7 @@ def complaint(status: bytes, content: bytes, *, streamed: bool) -> str | None:
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection, with one request after the other until `until`."""
+    """A keep-alive connection that sends one request after the other until `until`."""
 
     def __init__(self, request: bytes, until: float, *, streamed: bool) -> None:
         self._request, self._until, self._streamed = request, until, streamed
@@ -57,12 +57,12 @@ class Client(asyncio.Protocol):
         self.requests = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open: the first request."""
+        """Send the first request on the opened connection."""
         self._transport = transport  # type: ignore[assignment]
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """It is closed, which is right only when we did it."""
+        """Handle the closed connection, which is an error unless this client closed it."""
         if not self.done.done():
             self.done.set_exception(ConnectionError(f"the proxy closed a connection: {error}"))
 
@@ -72,7 +72,7 @@ class Client(asyncio.Protocol):
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of an answer."""
+        """Handle the bytes of an answer."""
         self._got += data
         if self._body < 0:
             end = self._got.find(b"\r\n\r\n")
@@ -103,7 +103,7 @@ class Client(asyncio.Protocol):
 
 
 async def run(order: dict[str, Any]) -> dict[str, Any]:
-    """Carry out one order. Raises ValueError or ConnectionError for a wrong answer, TimeoutError if one does not come."""
+    """Carry out one order. Raises ValueError or ConnectionError for a wrong answer, TimeoutError for a missing one."""
     url = urlsplit(order["url"])
     body = json.dumps(order["body"]).encode()
     headers = {"host": url.netloc, "content-type": "application/json", "content-length": str(len(body)), **order["headers"]}
@@ -128,7 +128,7 @@ async def run(order: dict[str, Any]) -> dict[str, Any]:
 
 
 async def serve() -> None:
-    """Carry out orders until there are no more."""
+    """Carry out orders until the input ends."""
     for line in iter(sys.stdin.readline, ""):
         try:
             result = await run(json.loads(line))

@@ -1,7 +1,7 @@
-"""A gateway without admission: `python -m bench.gateways.open_gateway ENGINE_URL`, with a gateway's settings.
+"""A gateway without admission, with a gateway's settings: `python -m bench.gateways.open_gateway ENGINE_URL`.
 
-It has no limits, queue or leases: every request goes to one engine at once. Everything else is the same, metering included: the usage event
-of each request is written to Redis at its end, and remembered, by the same code.
+It has no limits, queue or leases: every request is sent to one engine immediately. Everything else is the same, including metering: the
+same code writes the usage event of each request to Redis at its end.
 """
 
 import asyncio
@@ -25,26 +25,26 @@ class OpenDoor:
 
     def __init__(self, ticket: Any, usage: Any, lease: Lease) -> None:
         self.ticket, self.usage, self.lease = ticket, usage, lease
-        #: The rest of limits, which are not counted.
+        #: The rest of each limit. Empty, because limits are not counted.
         self.left: dict[str, Any] = {}
 
     async def wait(self, _: float) -> Lease:
-        """The lease."""
+        """Return the lease."""
         return self.lease
 
     def wake(self) -> None:
         """Do nothing, because no request waits."""
 
     def on_revoked(self, callback: Callable[[], None]) -> None:
-        """Nothing is revoked."""
+        """Do nothing, because no lease is revoked."""
 
     async def retry(self, lost: Lease, reason: str) -> None:
-        """Raises RuntimeError: the engine of a bench does not fail."""
+        """Raise RuntimeError, because the engine of a benchmark does not fail."""
         raise RuntimeError(f"{lost.url}: {reason}")
 
 
 class EventsOnly(Scheduler):
-    """Releases nothing, and only writes usage events."""
+    """Writes usage events, and releases nothing."""
 
     def send_release(self, ticket: Any, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """Write the usage event to the pool's stream."""
@@ -56,7 +56,7 @@ class EventsOnly(Scheduler):
 
 
 class OpenDoors(Leases):
-    """In the place of `Leases`: grants everything, on one replica."""
+    """A replacement for `Leases` that grants everything, on one replica."""
 
     def __init__(self, engine_url: str, scheduler: Scheduler, gateway: str) -> None:
         super().__init__(EventsOnly(scheduler.redis), gateway)
@@ -64,7 +64,7 @@ class OpenDoors(Leases):
 
     @asynccontextmanager
     async def open(self, ticket: Any, usage: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
-        """Grant."""
+        """Return a granted ticket."""
         door = OpenDoor(ticket, usage, self._lease)
         yield door
         if not door.settled:
@@ -77,7 +77,7 @@ class OpenDoors(Leases):
 
 
 if __name__ == "__main__":
-    # The gateway's own command builds it, so that it runs as any other; only its leases are not its own.
+    # The gateway's own command builds the application, so that only its leases differ.
     vars(app)["Leases"] = functools.partial(OpenDoors, sys.argv.pop(1))
     sys.argv.append("gateway")
     main()

@@ -1,4 +1,4 @@
-"""Proxies of other projects, each installed into an environment of its own from pinned versions."""
+"""Proxies of other projects, each installed into its own environment from pinned versions."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,8 @@ _KEY = "sk-bench"
 
 
 async def installed(name: str, cache: Path, say: Say) -> Path:
-    """The folder of the peer's commands; installs it unless that was done before. Raises RuntimeError if it cannot be."""
+    """Return the folder of the peer's commands, and install the peer if that has not been done. Raises RuntimeError if it cannot be
+    installed."""
     pins = PINS / f"{name}.txt"
     folder = cache / f"{name}-{hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]}"
     if not (folder / "complete").exists():
@@ -38,21 +39,21 @@ async def _run(*command: str) -> None:
 
 
 async def litellm(ours: Service, binaries: Path, folder: Path) -> Proxy:
-    """LiteLLM's proxy: one worker, one key, no database, nothing printed for a request."""
+    """Start LiteLLM's proxy with one worker, one key, no database, and no output per request."""
     port = free_port()
     model = {"model": f"openai/{ours.model.name}", "api_base": f"{ours.engine_url}/v1", "api_key": "none"}
     config = {"model_list": [{"model_name": ours.model.name, "litellm_params": model}], "general_settings": {"master_key": _KEY}}
     path = folder / "litellm.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [str(binaries / "litellm"), "--config", str(path), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
-    # Prices from its own package, not from the network.
+    # Use the prices in its package, not those on the network.
     variables = {"LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     process = await ours.exits.enter_async_context(running(command, folder / "litellm.log", variables))
     return Proxy(process, f"http://127.0.0.1:{port}/v1/chat/completions", ours.model.name, {"authorization": f"Bearer {_KEY}"})
 
 
 async def vllm_router(ours: Service, binaries: Path, folder: Path) -> Proxy:
-    """vLLM's router, before one engine."""
+    """Start vLLM's router in front of one engine."""
     port = free_port()
     command = [str(binaries / "vllm-router"), "--worker-urls", ours.engine_url, "--policy", "round_robin", "--log-level", "error"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]

@@ -1,4 +1,4 @@
-"""The processes that are measured, and the process that sends the load."""
+"""The measured processes, and the process that generates the load."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from lmaas.process import bound_command
 
 STOP_S = 20
 START_S = 180
-#: What every proxy is asked.
+#: The messages of the request to every proxy.
 MESSAGES = [
     {"role": "system", "content": "You are a helpful assistant of a small shop. Answer in one or two sentences."},
     {"role": "user", "content": "Good morning! My order has not arrived yet, although it was sent a week ago. What can I do now?"},
@@ -27,37 +27,37 @@ MESSAGES = [
 
 
 def free_port() -> int:
-    """Return a port that is free."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Running:
-    """A process of ours with its log."""
+    """A process of the benchmark with its log."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self.process, self._log = process, log
         self._observed = psutil.Process(process.pid)
 
     def cpu_s(self) -> float:
-        """The CPU time of the process and its children so far, in seconds."""
+        """Return the CPU time of the process and its children so far, in seconds."""
         family = [self._observed, *self._observed.children(recursive=True)]
         return float(sum(sum(member.cpu_times()[:4]) for member in family))
 
     def resident_mb(self) -> float:
-        """Its resident memory, in MB of a million bytes."""
+        """Return its resident memory, in MB of a million bytes."""
         return float(self._observed.memory_info().rss) / 1e6
 
     def last_words(self) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return self._log.read_text(errors="replace")[-2000:]
 
 
 @contextmanager
 def core_of_its_own(measured: Sequence[Running]) -> Iterator[bool]:
-    """Leave the machine's last core to these, who must not work at the same time, and the rest to our other children; Postgres, which is
-    not a child process, keeps its cores. Returns False where that is not possible."""
+    """Reserve the machine's last core for the measured processes, of which only one may work at a time, and the other cores for the other
+    children of this process. Postgres, which is not a child process, keeps its cores. Yields False if this is not possible."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     if len(cores) < 2:
         yield False
@@ -81,7 +81,7 @@ def _keep_to(theirs: set[int], measured: Sequence[int], others: set[int]) -> Non
 
 @asynccontextmanager
 async def running(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> AsyncIterator[Running]:
-    """Run a command until the end of the block; it dies with us in any case."""
+    """Run a command until the end of the block. It also ends if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
@@ -107,7 +107,7 @@ async def running(command: Sequence[str], log: Path, variables: Mapping[str, str
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy before the engine, or the engine itself: with the request to send and its headers."""
+    """A proxy in front of the engine, or the engine itself, with the request to send and its headers."""
 
     running: Running
     url: str
@@ -115,7 +115,7 @@ class Proxy:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def order(self, *, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
-        """The load process's order. What is asked is the same for all."""
+        """Return an order for the load process. The request is the same for all proxies."""
         body: dict[str, Any] = {"model": self.model, "messages": MESSAGES, "max_tokens": 32, "temperature": 0}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -123,7 +123,7 @@ class Proxy:
 
 
 class Load:
-    """The process that asks. Made by `loading`."""
+    """The load process. Created by `loading`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -144,7 +144,8 @@ class Load:
         return result
 
     async def until_right(self, proxy: Proxy, timeout_s: float = START_S) -> None:
-        """Wait until the proxy answers right, plain and streaming. Raises RuntimeError if it does not in time, or ends."""
+        """Wait until the proxy's answers are correct, plain and streaming. Raises RuntimeError if they are not in time, or if the proxy
+        ends."""
         for stream in (False, True):
             order = proxy.order(stream=stream, connections=1, seconds=0)
             try:
@@ -164,7 +165,7 @@ class Load:
 
 @asynccontextmanager
 async def loading() -> AsyncIterator[Load]:
-    """Run a load process."""
+    """Run a load process for the block."""
     process = await asyncio.create_subprocess_exec(
         *bound_command([sys.executable, "-m", "bench.gateways.load"]),
         stdin=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A service whose parts are processes of their own: real Postgres and Valkey, a controller, a replica, gateways."""
+"""A service whose parts are separate processes: real Postgres and Valkey, a controller, a replica, gateways."""
 
 import asyncio
 import sys
@@ -27,7 +27,7 @@ from lmaas.up.embedded import embedded_servers
 
 TENANT, ADAPTER = "acme", "json-bot"
 TENANTS = Path(__file__).parents[2] / "tenants"
-#: More than any load has connections, so that a grant never waits.
+#: More slots than the connections of any load, so that no request waits for a grant.
 SLOTS = 256
 #: Limits that are checked for every request and never reached.
 LIMITS = {
@@ -42,7 +42,7 @@ LIMITS = {
 
 @dataclass
 class Service:
-    """A running service with one tenant's adapter. `limits` are those of LIMITS that its API takes."""
+    """A running service with one tenant's adapter. `limits` are those of LIMITS that its API accepts."""
 
     settings: Settings
     db: Database
@@ -55,18 +55,18 @@ class Service:
     exits: AsyncExitStack
 
     async def pace(self, step_ms: float) -> None:
-        """Have the engine make a token every so many milliseconds; 0 is as fast as it can."""
+        """Set the milliseconds between the engine's tokens. With 0 it generates as fast as it can."""
         async with aiohttp.ClientSession() as http, http.post(f"{self.engine_url}/pace", json={"ms": step_ms}) as response:
             response.raise_for_status()
 
     async def gateway(self, name: str, *command: str, redis_url: str | None = None) -> Proxy:
-        """Start one more gateway, `python -m` with `command`. It ends with the service, and may not be ready yet."""
+        """Start another gateway, `python -m` with `command`. It ends with the service, and may not be ready when this returns."""
         settings = replace(self.settings, redis_url=redis_url or self.settings.redis_url)
         process, settings = await _gateway(settings, self.folder, name, command, self.exits)
         return Proxy(process, f"{settings.base_url}/chat/completions", ADAPTER, {"authorization": f"Bearer {self.api_key}"})
 
     def tenants(self, gateway: Proxy, count: int) -> list[str]:
-        """Make so many more tenants with generous limits, through this gateway; their keys."""
+        """Create this many tenants with generous limits, through this gateway, and return their keys."""
         client = ApiClient(gateway.url.partition("/chat/")[0], self.operator_key)
         keys = []
         for number in range(count):
@@ -106,7 +106,7 @@ async def service(folder: Path) -> AsyncIterator[Service]:
             controller = [sys.executable, "-m", "lmaas", "controller"]
             await exits.enter_async_context(running(controller, folder / "controller.log", settings.environment()))
             engine_url = await _engine_url(db)
-            # For the tenants only: what is measured starts afresh.
+            # Only for creating the tenants. The measured processes are started later.
             async with AsyncExitStack() as first:
                 process, at = await _gateway(settings, folder, "first", ("lmaas", "gateway"), first)
                 api_key, limits = await asyncio.to_thread(_prepare, ApiClient(at.base_url, operator_key), process)

@@ -1,4 +1,4 @@
-"""Requests that wait: many clients whose base model has no replica, and never will."""
+"""Waiting requests: many clients of a base model that never has a replica."""
 
 import asyncio
 import contextlib
@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 
 from bench.gateways.processes import MESSAGES, Proxy
 
-#: Clients that connect each second, so that connecting is not what is measured.
+#: The number of clients that connect per second, low enough that connecting does not affect the measurement.
 COMING = 200
-#: Descriptors beyond one for each client.
+#: File descriptors in addition to one for each client.
 SPARE_FILES = 500
 
 
 def allow_files(clients: int) -> None:
-    """Let this process, and those that it starts from now on, have so many connections. Raises RuntimeError if they may not."""
+    """Raise the limit of connections for this process and its later children. Raises RuntimeError if that is not allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = clients + SPARE_FILES
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -28,7 +28,7 @@ def allow_files(clients: int) -> None:
 
 @asynccontextmanager
 async def waiting(gateway: Proxy, model: str, keys: Sequence[str], clients: int) -> AsyncIterator[None]:
-    """Have `clients` streaming requests for `model` wait, with these keys in turn. Each has received a comment about its wait."""
+    """Keep `clients` streaming requests for `model` waiting, with these keys in turn. Each has received a comment about its wait."""
     url = urlsplit(gateway.url)
     body = json.dumps({"model": model, "messages": MESSAGES, "max_tokens": 32, "stream": True}).encode()
     readers: set[asyncio.Task[None]] = set()
@@ -58,7 +58,7 @@ async def waiting(gateway: Proxy, model: str, keys: Sequence[str], clients: int)
 
 
 async def _drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Take what comes, as a client does, until the gateway ends it."""
+    """Read and discard bytes until the gateway ends the connection."""
     with contextlib.closing(writer):
         while await reader.read(2**16):
             pass

@@ -174,7 +174,8 @@ class Controller:
                     self._scaling[model.id] = ScalingState(idleness=Idleness(IdleTimes.of(stored)))
 
     async def _read(self, model: BaseModel, processes: dict[str, str], capacity: Resources | None) -> PoolObservation:
-        stats = await self._scheduler.stats(model.id, round(1000 * self._provisioner.start_delay_s()))
+        delay_s, first_s = self._provisioner.start_delay_s(), self._provisioner.first_start_s()
+        stats = await self._scheduler.stats(model.id, round(1000 * delay_s), round(1000 * first_s))
         rows = await list_replicas(self._db, base_model_id=model.id)
         failures, failed_ago_s = await recent_failures(self._db, model.id)
         mine = frozenset(replica for replica, pool_id in processes.items() if pool_id == model.id)

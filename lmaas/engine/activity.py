@@ -11,18 +11,18 @@ import psutil
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
-#: Less than this is not progress: a process that waits for ever may still wake up now and then to look at a clock.
+#: Smaller differences do not count as progress. A process that waits forever may still wake up occasionally to check a clock.
 LEAST_S, LEAST_FAULTS, LEAST_BYTES = 0.1, 10, 1 << 20
-#: A gap between two looks counts for at most this long: the process that looks may have been stopped or starved itself.
+#: A gap between two checks counts for at most this long, because the checking process may itself have been stopped or starved.
 MAX_GAP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What some processes have done together since each of them began.
+    """The combined activity of some processes since each of them started.
 
-    `used_s` is processor time, `wanted_s` the same and the time in which they could have run while others ran. `faults` counts pages that
-    were read from a disk, `read_bytes` what was read from files.
+    `used_s` is processor time. `wanted_s` adds the time in which they were ready to run while others ran. `faults` counts pages that were
+    read from disk, `read_bytes` the bytes read from files.
     """
 
     used_s: float = 0.0
@@ -31,7 +31,7 @@ class Activity:
     read_bytes: int = 0
 
     def differs_from(self, before: "Activity") -> bool:
-        """Whether more has happened in between than in a process that waits. A process that ended counts as well."""
+        """Return whether more happened since `before` than in an idle process. The end of a process counts as well."""
         return (
             abs(self.wanted_s - before.wanted_s) >= LEAST_S
             or abs(self.used_s - before.used_s) >= LEAST_S
@@ -41,7 +41,7 @@ class Activity:
 
 
 class Standstill:
-    """Measures for how long something has made no progress, from looks at its stage and its activity.
+    """Measures how long something has made no progress, from repeated checks of its stage and its activity.
 
     `still_s` is the time since the last progress, and `stage_used_s` the processor time used since the stage changed.
     """
@@ -54,7 +54,7 @@ class Standstill:
         self._looked = 0.0
 
     def look(self, stage: object, activity: Activity, now: float) -> None:
-        """Take a look at `now`, in seconds of any clock that goes forward."""
+        """Record the stage and the activity at `now`, in seconds of any monotonic clock."""
         gap_s, self._looked = min(MAX_GAP_S, now - self._looked), now
         if self._moved is None or stage != self._stage:
             self._stage, self._began_stage = stage, activity.used_s
@@ -67,7 +67,7 @@ class Standstill:
 
 
 def activity_of(pids: Iterable[int]) -> Activity:
-    """The activity of these processes, and of the children that they have waited for. Processes that have ended count nothing."""
+    """Return the activity of these processes and of their reaped children. Processes that have ended are not counted."""
     used = wanted = 0.0
     faults = read_bytes = 0
     for pid in pids:
@@ -81,7 +81,7 @@ def activity_of(pids: Iterable[int]) -> Activity:
 
 
 def session_of(leader: int) -> list[int]:
-    """The processes of the session that this process leads."""
+    """Return the processes of the session that this process leads."""
     found = []
     for name in os.listdir(_PROC):
         if name.isdigit():
@@ -92,7 +92,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def family_of(pid: int) -> Sequence[int]:
-    """A process and all that descend from it; empty if it is gone."""
+    """Return a process and all its descendants. Empty if the process has ended."""
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
@@ -100,19 +100,19 @@ def family_of(pid: int) -> Sequence[int]:
 
 
 def age_s(pid: int) -> float:
-    """How long ago a process began, to 10 ms. Raises OSError if it is gone."""
+    """Return the age of a process in seconds, to 10 ms. Raises OSError if it has ended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(pid)[19]) / _TICKS_PER_S
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on: the second, a name in parentheses, may hold anything."""
+    """Return the fields of /proc/PID/stat from the third on. The second field, a name in parentheses, may contain anything."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
 
 
 def _waited_s(thread: Path) -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int((thread / "schedstat").read_text().split()[1]) / 1e9
-    return 0.0  # a kernel that does not count it
+    return 0.0  # this kernel does not record it
 
 
 def _read_bytes(pid: int) -> int:

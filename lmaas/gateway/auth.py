@@ -22,7 +22,7 @@ class Authenticator:
 
     async def __call__(self, key: str | None) -> Principal:
         """Return the principal of an API key. Raises Unauthenticated, or Unavailable if the key is not cached and Postgres is away."""
-        # The database is not queried for text that cannot be a key.
+        # Text that cannot be a key is rejected without a database query.
         if key is None or not key.startswith(PREFIX) or len(key) > MAX_KEY_LENGTH:
             raise Unauthenticated
         principal = await self._principals.get(hash_key(key))

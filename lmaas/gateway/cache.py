@@ -26,10 +26,10 @@ Value = TypeVar("Value")
 
 
 class Changes:
-    """Polls once for all keys whether cached data has changed, so that keys in use need not be read again every half second.
+    """Polls for all keys together whether cached data has changed, so that keys in use need not be read again every half second.
 
     `ask` returns a number that changes whenever cached data changes. While the number is unknown (`run` does not run, or the database is
-    away), entries age as if there were no such number, so a change is never seen later than without it.
+    unavailable), entries age as if there were no such number, so a change is never seen later than without it.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[int]], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -91,7 +91,7 @@ class ReadCache(Generic[Key, Value]):
 
     @property
     def pending(self) -> int:
-        """The number of questions that have no answer yet."""
+        """The number of reads that have no result yet."""
         return len(self._asking)
 
     async def get(self, key: Key) -> Value | None:
@@ -131,7 +131,7 @@ class ReadCache(Generic[Key, Value]):
 
     async def _refresh(self, key: Key) -> Value | None:
         asked = self._clock()
-        # The timeout covers dead connections, which would block the key for ever.
+        # The timeout covers dead connections, which would block the key forever.
         try:
             async with asyncio.timeout(UNKNOWN_WAIT_S):
                 value = await self._ask(key)

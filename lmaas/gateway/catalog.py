@@ -84,7 +84,7 @@ class Catalog:
         if found is None or found.base_model_id not in bases:
             raise ModelNotFound(name)
         base = bases[found.base_model_id]
-        # A name never stands for different weights: the engine keys its prefix cache by it.
+        # A name always stands for the same weights, because the engine keys its prefix cache by the name.
         adapter = f"{tenant_id}-{found.content_hash}"
         source = source_of(tenant_id, found.content_hash)
         return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at))

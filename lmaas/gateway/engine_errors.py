@@ -1,4 +1,4 @@
-"""Classifies an engine's errors: the client's mistake, a missing adapter, a request that fails by itself, or a lost engine."""
+"""Classifies an engine's errors: a mistake of the client, a missing adapter, a request that cannot be processed, or a lost engine."""
 
 import json
 import re
@@ -24,8 +24,8 @@ _MAX_MESSAGE = 500
 
 
 class EngineLost(Exception):
-    """A delivery failed. `reason` is for the scheduler; `revoked` says that the replica was taken out of service
-    while its connection was open, as happens to an engine that stalls."""
+    """A delivery failed. `reason` is for the scheduler. `revoked` is true if the replica was taken out of service while its connection was
+    open, as happens to an engine that stalls."""
 
     def __init__(self, reason: RetryReason, detail: str, *, revoked: bool = False) -> None:
         super().__init__(detail)
@@ -50,19 +50,19 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, 
         # 501 is vLLM's answer to a request for something that the model's engine does not have.
         return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
     if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
-        # vLLM's API server failed on this request before the engine had it: every engine would.
+        # vLLM's API server failed on this request before it reached the engine core. It would fail in the same way on every engine.
         return RequestFailed()
     return EngineLost(RetryReason.ENGINE, message)
 
 
 def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest, max_model_len: int) -> InvalidRequest:
-    # Tenants know their own names only.
+    # Tenants use only their own names for models.
     message = _SUFFIX.sub("", message.replace(engine_name, request.model))
     if param in ("input_tokens", "input_text") or _PROMPT_TOO_LONG.match(message):
         return context_exceeded(request.prompt_name, max_model_len, _counted(message))
     name = _clients_name(param, request)
     if _VALIDATOR.match(message):
-        # The text of a validator inside the engine, with names of its own.
+        # The text comes from a validator inside the engine and contains internal names.
         blamed = f"The value of '{name}'" if name else "The request"
         return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
     code, text = None, _shown(message)
@@ -83,7 +83,7 @@ def _refusal(message: str, param: str | None, engine_name: str, request: EngineR
 
 
 def _counted(message: str) -> str:
-    """Return how long the engine found the prompt to be, as the end of a sentence."""
+    """Return the prompt's length as the engine counted it, as the end of a sentence."""
     found = re.search(r"contains (?:at least )?\d+ (?:input tokens|characters)", message)
     length = re.match(r"Input length \((\d+)\)", message)
     return found[0] if found else f"contains {length[1]} input tokens" if length else "leaves no room for an answer"

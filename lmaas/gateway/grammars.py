@@ -1,8 +1,9 @@
-"""Grammars that engines compile for requests: schemas, patterns, tools. Each new one is checked before any engine sees it.
+"""Checks of the grammars that engines compile for requests: schemas, patterns, tools. Each new grammar is checked before an engine receives
+it.
 
-An engine compiles the grammars of all tenants in one thread, and a schema of fifty bytes can keep that thread busy for ever. So a host
-that runs engines compiles each new grammar first, in a disposable process under limits (lmaas/engine/grammars). The verdict is kept here
-by the grammar's digest, so that a known grammar costs a look-up.
+An engine compiles the grammars of all tenants in one thread, and a schema of fifty bytes can block that thread forever. A host that runs
+engines therefore compiles each new grammar first, in a disposable process with limits (lmaas/engine/grammars). The verdict is cached here
+by the grammar's digest, so that a known grammar costs one look-up.
 """
 
 import asyncio
@@ -27,34 +28,35 @@ from lmaas.gateway.schemas import MAX_DEPTH, depth
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
 
-#: The largest grammar of a request, tools included, as JSON; and its levels: the request's own around a schema.
+#: The largest grammar of a request, tools included, as JSON, and its maximum depth, which includes the request's own levels around a
+#: schema.
 MAX_BYTES = 256 * 1024
 MAX_LEVELS = MAX_DEPTH + 8
-#: The most that is checked for a tenant in a minute: new grammars, and seconds of CPU time for them.
+#: The limits of a tenant's checks in one minute: the number of new grammars, and the seconds of CPU time for them.
 WINDOW_S = 60.0
 MAX_NEW = 300
 MAX_CPU_S = 20.0
-#: Grammars that take longer to check count for that time also when they are used, unless the tenant has used them lately: an engine may
-#: have to compile them again.
+#: Expensive grammars also count when they are used, unless the tenant has used them recently, because an engine may have to compile them
+#: again.
 EXPENSIVE_S, MAX_LATELY = 0.25, 16
-#: How long the verdict "too complex" is kept. It is measured in time, and a busy machine is slower.
+#: The lifetime of the verdict "too complex". It depends on measured time, which is longer on a busy machine.
 TOO_COMPLEX_S = 600.0
-#: Verdicts that are kept, and tenants whose checks are counted.
+#: The maximum numbers of cached verdicts, and of tenants whose checks are counted.
 KNOWN_VERDICTS = 20_000
 KNOWN_TENANTS = 10_000
-#: How long a checker's address is cached, and how long a check may take once it is the tenant's turn.
+#: The time for which a checker's address is cached, and the time that a check may take once it is the tenant's turn.
 ADDRESS_S = 5.0
 CHECK_S = 150.0
 CONNECT_S = 2.0
-#: For how long, and how often, a checker that cannot be reached is tried again.
+#: The time for which an unreachable checker is tried again, and the interval between attempts.
 RETRY_S, AGAIN_S = 15.0, 0.25
 
 Key = tuple[str, str, bytes]
 
 
 class Lookup(msgspec.Struct, frozen=True):
-    """The grammar of a request to an engine of `model_id`: its question to a checker, as JSON, and the verdict if it is known. One is made
-    for every request with a grammar, so it is a msgspec.Struct."""
+    """The grammar of a request to an engine of `model_id`: the question for a checker, as JSON, and the verdict if it is known. A
+    msgspec.Struct, because one is created for every request with a grammar."""
 
     model_id: str
     key: Key
@@ -64,19 +66,19 @@ class Lookup(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Checks:
-    """A tenant's checks of the last minute: when each began, and when each ended with how much CPU time. They run one at a time."""
+    """A tenant's checks of the last minute: the start of each, and its end with the CPU time. They run one at a time."""
 
     began: deque[float] = field(default_factory=deque)
     ended: deque[tuple[float, float]] = field(default_factory=deque)
-    #: Expensive grammars that were used last.
+    #: The expensive grammars that were used most recently.
     lately: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     asking: "dict[Key, asyncio.Task[Verdict]]" = field(default_factory=dict)
-    #: Requests that wait for a check.
+    #: The number of requests that wait for a check.
     waiting: int = 0
 
     def begin(self, now: float) -> None:
-        """Count a check that begins at `now`. Raises OverLimit if it is one too many."""
+        """Count a check that begins at `now`. Raises OverLimit if the tenant has reached the limit."""
         while self.began and self.began[0] <= now - WINDOW_S:
             self.began.popleft()
         if len(self.began) >= MAX_NEW:
@@ -85,7 +87,7 @@ class Checks:
         self.began.append(now)
 
     def spend(self, now: float) -> None:
-        """Raises OverLimit if the tenant's checks have used up their time in the minute before `now`."""
+        """Raise OverLimit if the tenant's checks have used up their CPU time in the minute before `now`."""
         while self.ended and self.ended[0][0] <= now - WINDOW_S:
             self.ended.popleft()
         spent = sum(cpu_s for _, cpu_s in self.ended)
@@ -111,7 +113,7 @@ class NoCheckerError(Exception):
 
 
 class Grammars:
-    """The verdicts of one gateway about grammars, and its client of the checkers."""
+    """The verdicts of one gateway about grammars, and its client for the checkers."""
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class Grammars:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._redis, self._client, self._metrics, self._clock = redis, client, metrics, clock
-        #: Each with the time at which it expires.
+        #: Each verdict with the time at which it expires.
         self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
         self._addresses: dict[str, tuple[float, str]] = {}
@@ -129,7 +131,7 @@ class Grammars:
     def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any]) -> Lookup:
         """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name.
 
-        Raises InvalidRequest if it is too large, and OverLimit `too_many_new_schemas` if the tenant uses too many expensive ones in turn.
+        Raises InvalidRequest if it is too large, and OverLimit `too_many_new_schemas` if the tenant uses too many expensive ones.
         """
         text = encode(Question(path, parameters))
         key = (model.id, model.engine_args, hashlib.sha256(text).digest())
@@ -176,7 +178,7 @@ class Grammars:
 
     async def _ask(self, checks: Checks, lookup: Lookup) -> Verdict:
         async with checks.turn:
-            # Another tenant may have had it checked meanwhile, and the tenant's earlier checks may have used its time up.
+            # Another tenant may have had the grammar checked meanwhile, and the tenant's earlier checks may have used up its time.
             known = self._verdicts.get(lookup.key)
             if known is not None and known[1] > self._clock():
                 return known[0]
@@ -192,7 +194,7 @@ class Grammars:
         return verdict
 
     async def _verdict(self, lookup: Lookup) -> Verdict:
-        """Ask a checker; for RETRY_S more than once, since another host takes over when one ends. Raises Unavailable."""
+        """Ask a checker. For RETRY_S, ask repeatedly, because another host takes over when one ends. Raises Unavailable."""
         deadline = time.monotonic() + RETRY_S
         while True:
             try:

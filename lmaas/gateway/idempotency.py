@@ -1,6 +1,6 @@
-"""Requests with an `Idempotency-Key`: the first one runs, and for a day repeats get its response.
+"""Requests with an `Idempotency-Key`: the first one runs, and repeats get its response for a day.
 
-A request without the header only costs a search of its headers.
+A request without the header costs only a search of its headers.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from lmaas.store.idempotency import Answer, Claim, Earlier, give_up, keep, seen,
 log = logging.getLogger(__name__)
 
 MAX_KEY_LENGTH = 255
-#: How often claims are renewed in Postgres: three times within the period after which a claim counts as abandoned.
+#: The interval at which claims are renewed in Postgres. It is a third of the period after which a claim counts as abandoned.
 SEEN_EVERY_S = 10.0
-#: How soon a settlement that failed is tried again.
+#: The delay before a failed settlement is tried again.
 AGAIN_S = 1.0
-#: How long Postgres may take to claim a key, and how long the end of a response waits until Postgres has stored it.
+#: The time that Postgres may take to claim a key, and the time for which the end of a response waits until Postgres has stored it.
 CLAIM_S = 5.0
 SETTLE_S = 2.0
-#: Claims, and settlements, in Postgres at a time. The other connections are for looking up keys and models.
+#: The maximum number of claims, and of settlements, in Postgres at a time. The other connections are for looking up keys and models.
 AT_ONCE = 3
 #: The `retry-after` of a repeat whose first request still runs.
 IN_PROGRESS_RETRY_S = 2.0
-#: Responses that are kept: successful ones, and refusals of the engine, which would refuse the same request again.
+#: The statuses of responses that are kept: successes, and refusals of the engine, which would refuse the same request again.
 KEPT_STATUSES = frozenset({200, 400})
 END_OF_STREAM = b"data: [DONE]\n\n"
 
@@ -211,7 +211,7 @@ class Idempotency:
                 elif not await keep(self._db, claim, answer):
                     log.warning("the idempotency key belongs to another request by now, or its tenant was deleted", extra=extra)
         except (Unavailable, TimeoutError) as error:
-            # The client gets its response all the same. `run` tries again later.
+            # The client gets its response anyway. `run` tries again later.
             log.warning("an idempotency key cannot be settled now", extra=extra | {"detail": repr(error)})
             if not again:
                 self._unsettled.append((claim, answer))

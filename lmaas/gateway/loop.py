@@ -14,11 +14,11 @@ Question = tuple[Any, Any, int, int, int, int]
 
 
 class Loop(uvloop.Loop):
-    """Looks up each host name in a thread of its own, once for all that wait for it, and does not look up addresses.
+    """Looks up each host name in a separate thread, once for all callers that wait for it. Addresses are not looked up.
 
-    uvloop looks up two names at a time, and for each connection of aiohttp its address too. A name without an answer (of a stopped
-    container, for example) takes ten seconds and more, in which the gateway could not reach any other engine. The threads are daemons, so
-    that the process need not wait for them when it ends. `create_connection`, which redis-py uses, still looks up names as uvloop does.
+    uvloop looks up two names at a time, and for each connection of aiohttp also its address. A name that does not resolve (of a stopped
+    container, for example) takes ten seconds or more, during which the gateway could not reach any other engine. The threads are daemons,
+    so that the process need not wait for them when it ends. `create_connection`, which redis-py uses, still looks up names as uvloop does.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Loop(uvloop.Loop):
             waiting.set_result(found or [])
         else:
             waiting.set_exception(error)
-            waiting.exception()  # it is not logged as unretrieved if all that waited were cancelled
+            waiting.exception()  # prevents a log line about an unretrieved exception if all waiting callers were cancelled
 
 
 def _is_address(host: object) -> bool:

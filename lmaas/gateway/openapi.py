@@ -18,7 +18,7 @@ _LIST_OF_TEXT: Schema = {"type": "array", "items": _TEXT}
 _TOKEN_IDS: Schema = {"type": "array", "items": _COUNT}
 _MAYBE_IDS: Schema = {"type": ["array", "null"], "items": _COUNT}
 
-#: The types of parameters that have a reader of their own; the readers know the rest of the rule.
+#: The types of parameters that have their own reader, which contains the rest of the rule.
 _OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}},
     "prompt": {"anyOf": [_TEXT, _LIST_OF_TEXT, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
@@ -84,7 +84,7 @@ def _request(endpoint: Endpoint, required: str) -> Schema:
 
 
 def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
-    # These objects are the engine's; further fields of vLLM's come with them.
+    # These objects come from the engine and may have further fields of vLLM's.
     return {"type": "object", "properties": properties, "required": list(required)}
 
 

@@ -35,7 +35,7 @@ from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
-#: A request that has run for less time is not the reason why its engine stalled: a stall takes longer to be noticed.
+#: A request that has run for less time did not cause its engine to stall, because detecting a stall takes longer.
 SUSPECT_S = 8.0
 
 
@@ -138,7 +138,7 @@ async def _run(
         if lease is None:
             return  # the client went away while it waited
         if check is Check.NO_HOST:
-            # On a Ray cluster without replicas there was no checker before; the new replica's host has one.
+            # On a Ray cluster without replicas, no checker was available earlier. The new replica's host has one.
             check = await _check(gateway, call, endpoint, principal, request, model)
             if check is Check.CLIENT_GONE:
                 return
@@ -157,7 +157,7 @@ async def _run(
                 raise EngineFailed(
                     "The engine failed after it had sent a part of the answer, which is charged. Send the request again for a whole answer."
                 ) from lost
-            # Nothing of it has reached the client.
+            # The client has received nothing of this attempt.
             record.count({})
             if lost.revoked and request.constrained and time.monotonic() - began > SUSPECT_S:
                 # The engine may have stalled on the request's grammar, so the request is not sent to another engine.

@@ -1,4 +1,4 @@
-"""Deliver one request: send it to an engine and pass the answer on to the client, streamed or whole."""
+"""Delivers one request: sends it to an engine and passes the answer on to the client, streamed or whole."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
-#: How long an engine may take to end a request whose client has gone. After that its connection is cut.
+#: The time that an engine may take to end a request whose client has disconnected. After that, its connection is closed.
 ABORT_GRACE_S = 3.0
 ABORT_AGAIN_S = 0.2
 LAST = sse.DONE + b"\n\n"
@@ -47,14 +47,14 @@ class Endpoint:
 
 
 class Interrupt:
-    """A block that another task can end, like asyncio.timeout without a time limit: after `fire` the block raises EngineLost."""
+    """A block that another task can end, like asyncio.timeout without a time limit. After `fire`, the block raises EngineLost."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
         self._detail: str | None = None
 
     def fire(self, detail: str) -> None:
-        """End the block, if it is still being run."""
+        """End the block, if it is still running."""
         if self._task is not None and self._detail is None:
             self._detail = detail
             self._task.cancel()
@@ -77,7 +77,7 @@ class Delivery:
     ) -> None:
         self._call, self._endpoint, self._request, self._model = call, endpoint, request, model
         self._record, self._client = record, client
-        #: Whether the client has received a byte of an answer. From then on the request cannot be tried again.
+        #: True once the client has received a byte of an answer. From then on, the request cannot be tried again.
         self.begun = False
         tier = "default" if request.service_tier in ("auto", "scale") else request.service_tier
         #: Fields about the service that every response has.
@@ -117,7 +117,7 @@ class Delivery:
                     self._client.let_go(response, complete=complete)
 
     async def _abort(self, lease: Lease, interrupt: Interrupt) -> None:
-        """Have the engine end the request, because the client has gone. Its answer still arrives, with the exact usage."""
+        """Have the engine end the request after the client has disconnected. Its answer still arrives, with the exact usage."""
         ids = self._endpoint.engine_ids(self._call.request_id, self._request.prompts)
         deadline = asyncio.get_running_loop().time() + ABORT_GRACE_S
         while asyncio.get_running_loop().time() < deadline:
@@ -167,7 +167,7 @@ class Delivery:
             raise EngineLost(RetryReason.ENGINE, "the engine ended the request")
 
     def _in_clients_form(self, events: bytes) -> bytes:
-        """Return the events as the client expects them; nearly all requests take them as they are."""
+        """Return the events in the form that the client expects. For nearly all requests they are unchanged."""
         if events and (self._request.legacy_functions or self._request.only_echo):
             return answers.events_in_clients_form(events, self._request)
         return events

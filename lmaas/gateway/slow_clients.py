@@ -57,9 +57,9 @@ class SlowClientProtocol(UpgradeIgnoringProtocol):
     _awaits_body = False
     #: The exchange during which the timer was started.
     _deadline_cycle: RequestResponseCycle | None = None
-    #: Whether the number of connections was above the limit when this one was made.
+    #: True if the number of connections was above the limit when this one was accepted.
     _surplus = False
-    #: Bytes received since the timer was started, and whether reading was paused in that time.
+    #: The bytes received since the timer was started, and whether reading was paused in that time.
     _came = 0
     _paused = False
 

@@ -64,7 +64,7 @@ class Rewriter:
         self._has_facts = bool(facts)
         self._include_usage, self._continuous_usage = include_usage, continuous_usage
         self._n = n
-        #: With one choice an event's usage is that of the request, and most events can be changed together.
+        #: With one choice, an event's usage is that of the request, and most events can be changed together.
         self._simple = n == 1 and prompts == 1 and not continuous_usage
         self._choices: dict[int, dict[str, Any]] = {}
         self._rest = b""
@@ -76,7 +76,7 @@ class Rewriter:
         self.done = False
         #: The JSON of the engine's error event, if one has come.
         self.error: bytes | None = None
-        #: Whether the engine has aborted a choice. Later events still count for the usage, and are not sent to the client.
+        #: True if the engine has aborted a choice. Later events still count for the usage, but are not sent to the client.
         self.aborted = False
 
     @property
@@ -108,7 +108,7 @@ class Rewriter:
         return self.feed(b"\n\n") if self._rest.strip() else b""
 
     def _plain_until(self, block: bytes) -> int:
-        """Return the place of the first event that must be read by itself."""
+        """Return the position of the first event that must be parsed individually."""
         if not self._simple or self.done or self.aborted or self.error is not None:
             return 0
         place = min((place for mark in _SPECIAL if (place := block.find(mark)) >= 0), default=-1)
@@ -124,7 +124,7 @@ class Rewriter:
             part = parts[number]
             end = part.find(b"}")
             if end < 0 or part.find(b"{", 0, end) >= 0:
-                # Not as flat as vLLM writes it while a stream runs.
+                # The JSON has nested objects, unlike the events that vLLM writes while a stream runs.
                 return self._each(events)
             parts[number] = part[end + 1 :]
         if len(parts) > 1:
@@ -169,7 +169,7 @@ class Rewriter:
         return event.replace(self._internal, self._asked, 1)
 
     def _total(self, event: bytes, usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the usage of all choices: while a stream runs, vLLM reports that of the event's own choice and prompt only."""
+        """Return the usage of all choices. While a stream runs, vLLM reports only the usage of the event's own choice and prompt."""
         found = _INDEX.search(event)
         self._choices[int(found[1]) if found else 0] = usage
         if len(self._choices) == 1:

@@ -1,4 +1,4 @@
-"""The reports about a waiting request: its position and why it waits, without paths, machines or an engine's own messages."""
+"""The reports about a waiting request: its position and the reason for its wait, without paths, machines or an engine's own messages."""
 
 import asyncio
 import math
@@ -11,17 +11,17 @@ from lmaas.store.database import Database
 from lmaas.store.pools import is_blocked
 from lmaas.store.replicas import failed_starts
 
-#: When a streaming client gets its first comment while it waits, and how often after that. Proxies close connections that are silent
-#: for a minute.
+#: The time until a waiting streaming client gets its first comment, and the interval of later ones. Proxies close connections that are
+#: silent for a minute.
 FIRST_COMMENT_S = 1.0
 COMMENT_EVERY_S = 10.0
 FRESH_S = 1.0
 GRACE_S = 10.0
-#: How long an explanation may take.
+#: The time that an explanation may take.
 EXPLAIN_S = 0.2
 #: The scheduler reports every second. After this time without a report, its last estimate is no longer passed on.
 SILENT_S = 5.0
-#: How the reasons of failed replicas begin, and the words for tenants in their place.
+#: The beginnings of failed replicas' reasons, and the texts for tenants in their place.
 CAUSES = {
     "the engine ended": "its process ended early",
     "the engine was not ready within": "it was not ready in time",
@@ -60,14 +60,14 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
 
 
 class WaitReasons:
-    """Explains waits. It asks the database once a second for each pool, and only while requests wait for it."""
+    """Explains waits. It queries the database once a second for each pool, and only while requests wait for it."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
         self._reasons = ReadCache[str, str](self._ask, fresh_s=FRESH_S, grace_s=GRACE_S)
 
     async def why(self, pool_id: str) -> str:
-        """Return what keeps this pool's engines from starting; empty if nothing does, or the database does not respond in time."""
+        """Return the reason why this pool's engines do not start. Empty if there is none, or if the database does not respond in time."""
         try:
             async with asyncio.timeout(EXPLAIN_S):
                 return await self._reasons.get(pool_id) or ""
@@ -75,7 +75,7 @@ class WaitReasons:
             return ""
 
     async def explained(self, late: Unavailable, pool_id: str) -> Unavailable:
-        """Return the error of a request past its deadline, with what kept its engines from starting."""
+        """Return the error of a request past its deadline, with the reason why its engines did not start."""
         reason = await self.why(pool_id)
         if not reason:
             return late

@@ -1,4 +1,4 @@
-"""Where a replica's engine listens."""
+"""The addresses and ports of replicas' engines."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ async def address_of(host: str) -> str:
 
 
 def free_port(host: str) -> int:
-    """Return a port of this machine's address `host` that is free now."""
+    """Return a free port of this machine's address `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""How far the start of an engine has come: what is left of it, for those that wait for it, and whether it stands still."""
+"""The progress of an engine's start: the estimated remaining time, for waiting requests, and whether the start has stalled."""
 
 import asyncio
 import time
@@ -6,22 +6,21 @@ from collections.abc import Callable
 
 from lmaas.engine.activity import Activity, Standstill, activity_of, family_of
 from lmaas.engine.launch import EngineProcess
-from lmaas.engine.zygote.policy import import_left_s
+from lmaas.engine.zygote.policy import FIRST_START_S, import_left_s
 from lmaas.engine.zygote.progress import Sight
 
-#: How often a starting engine's processes are looked at.
+#: The interval between checks of a starting engine's processes.
 EVERY_S = 1.0
-#: A starting engine whose processes have made no progress for so long stands still. Some wait for a while for a file that another process
-#: downloads or compiles.
+#: The time without progress after which a starting engine's processes count as stalled. Some wait for a file that another process downloads
+#: or compiles.
 STILL_S = 60.0
-#: How long a start usually takes if none has been seen yet.
-FIRST_START_S = {"zygote": 3.0, "plain": 20.0}
 
 
 def stuck(standstill_s: float, used_s: float, elapsed_s: float, timeout_s: float) -> str:
-    """Return why a start has failed that makes no progress, or runs in circles; empty if it goes on.
+    """Return the reason why a start counts as failed, because it has stalled or takes too long, or an empty string if it continues.
 
-    It is not enough that it takes longer than `timeout_s`: on a busy machine it must have used as much processor time, too.
+    A start takes too long if both its duration and its processor time exceed `timeout_s`. On a busy machine the duration alone proves
+    nothing.
     """
     if standstill_s > STILL_S:
         return f"the engine stood still for {standstill_s:.0f} s while it started"
@@ -31,21 +30,21 @@ def stuck(standstill_s: float, used_s: float, elapsed_s: float, timeout_s: float
 
 
 def start_left_s(usual_s: float, activity: Activity, elapsed_s: float) -> tuple[float, float]:
-    """Return what is left of a start in seconds, and by how much it is later than expected.
+    """Return the remaining time of a start, and the time by which it is late, in seconds.
 
-    While processes have to wait for a processor, everything takes longer in proportion. A start that is late is taken to need as long again
-    as it is late.
+    The expected duration grows in proportion to the time that processes wait for a processor. A start that is late is estimated to need the
+    same time again by which it is late.
     """
     expected_s = usual_s * (activity.wanted_s / activity.used_s if activity.used_s > 0 else 1.0)
     return max(min(1.0, expected_s), expected_s - elapsed_s, elapsed_s - expected_s), max(0.0, elapsed_s - expected_s)
 
 
 class StartProgress:
-    """The progress of one start. `clock` gives seconds that go forward."""
+    """The progress of one start. `clock` returns monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        #: How long such a start usually takes from the fork, or from the plain start, in seconds; None if it is not known.
+        #: The usual duration of such a start, from the fork or from the plain start, in seconds. None if it is not known.
         self.usual_s: float | None = None
         self._engine: EngineProcess | None = None
         self._seen: tuple[Sight, float] | None = None
@@ -53,22 +52,22 @@ class StartProgress:
         self._activity = Activity()
 
     def saw(self, seen: Sight) -> None:
-        """The start waits for a zygote that looks like this."""
+        """Record the state of the zygote that the start waits for."""
         now = self._clock()
         self._first_seen = now if self._seen is None else self._first_seen
         self._seen = (seen, now)
 
     def began(self, engine: EngineProcess) -> None:
-        """There is a process of the engine now."""
+        """Record that a process of the engine has started."""
         self._engine, self._began = engine, self._clock()
 
     @property
     def waited_s(self) -> float:
-        """How long the start has waited for a zygote."""
+        """The seconds for which the start has waited for a zygote."""
         return 0.0 if self._seen is None else (self._began or self._clock()) - self._first_seen
 
     def left_ms(self) -> tuple[int, int]:
-        """What is left of the start, and by how much it is late, in milliseconds."""
+        """Return the remaining time of the start, and the time by which it is late, in milliseconds."""
         now = self._clock()
         usual_s = self.usual_s or FIRST_START_S["zygote" if self._engine is None else self._engine.by]
         if self._engine is not None:
@@ -82,7 +81,7 @@ class StartProgress:
         return round(1000 * left_s), round(1000 * late_s)
 
     async def until_stuck(self, engine: EngineProcess, timeout_s: float) -> str:
-        """Watch a start, and return the reason once it has failed. Cancel it when the engine is ready."""
+        """Watch a start, and return the reason once it counts as failed. Cancel this when the engine is ready."""
         standstill = Standstill()
         while True:
             self._activity = await asyncio.to_thread(lambda: activity_of(family_of(engine.pid)))

@@ -1,4 +1,4 @@
-"""The adapters on one engine: fetched, loaded, and unloaded when others need their place."""
+"""The adapters on one engine: fetches, loads, and unloads them."""
 
 import asyncio
 import contextlib
@@ -18,10 +18,10 @@ LOADS_AT_ONCE = 4
 
 
 class Residency:
-    """Loads the adapters that the scheduler asks for. At most `capacity` stay on the engine; the least recently used one is unloaded first.
+    """Loads the adapters that the scheduler requests. At most `capacity` stay on the engine; the least recently used one is unloaded first.
 
-    The files lie in `folder`, one folder an adapter, for as long as the engine may read them. `on_granted` is called when requests that
-    waited for a load have begun to run.
+    The files are in `folder`, one folder for each adapter, for as long as the engine may read them. `on_granted` is called when requests
+    that waited for a load have started to run.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Residency:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._awaited: dict[str, str] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        #: Adapters that are being loaded. Room is made for all of them.
+        #: Adapters that are being loaded. They count towards the capacity.
         self._arriving: set[str] = set()
         self.resident: set[str] = set()
 
     def prepare(self, awaited: dict[str, str]) -> None:
-        """While the engine starts: fetch the files of the adapters that it will be asked for first."""
+        """Fetch the files of the adapters that requests are waiting for, while the engine starts."""
         self._awaited = awaited
         for adapter, source in awaited.items():
             if adapter not in self._fetching:
@@ -60,7 +60,7 @@ class Residency:
 
     @property
     def awaits(self) -> bool:
-        """Whether adapters were prepared that `warm` will load."""
+        """True if there are prepared adapters for `warm` to load."""
         return bool(self._awaited)
 
     async def warm(self, url: str) -> None:
@@ -70,7 +70,8 @@ class Residency:
             await asyncio.wait(self._loading.values())
 
     def want(self, url: str, loads: dict[str, str], used_ms_ago: dict[str, float]) -> None:
-        """Start what is not loading yet. `loads` maps adapters to their place in the store, `used_ms_ago` when each was last granted."""
+        """Start the loads that are missing. `loads` maps adapters to their place in the store, `used_ms_ago` to the time since each was
+        last granted."""
         for adapter, source in loads.items():
             if adapter not in self._loading:
                 task = asyncio.create_task(self._load(url, adapter, source, dict(used_ms_ago)), name=f"load-{adapter}")
@@ -81,7 +82,7 @@ class Residency:
         del self._loading[adapter]
         self._arriving.discard(adapter)
         if not task.cancelled() and task.exception() is not None:
-            # Redis was away when the load was to be reported. The next heartbeat asks for it again.
+            # Redis was unavailable when the load was reported. The next heartbeat repeats the request.
             log.warning("a load was not reported", extra={"action": "load", "adapter": adapter, "detail": repr(task.exception())})
 
     async def _load(self, url: str, adapter: str, source: str, used_ms_ago: dict[str, float]) -> None:
@@ -101,10 +102,11 @@ class Residency:
                 self._on_granted()
             log.info("adapter loaded", extra=extra | {"detail": f"{granted} requests waited for it"})
         except CONNECTION_ERRORS as error:
-            # The engine failed, not the adapter. Waiting requests go elsewhere when the replica ends, or the next heartbeat asks again.
+            # The engine failed, not the adapter. The requests move to another replica when this one ends, or the next heartbeat repeats the
+            # request.
             log.warning("a load was cut", extra=extra | {"detail": repr(error)})
         except (OSError, EngineError) as error:
-            # Its own requests fail; the paths in the error are not for tenants.
+            # Only requests for this adapter fail. The error contains paths, which tenants must not see.
             log.error("adapter could not be loaded", extra=extra | {"detail": repr(error)})  # noqa: TRY400 (expected: no trace)
             reason = "its files are missing" if isinstance(error, FileNotFoundError) else "the engine rejected it"
             await self._scheduler.load_failed(self._pool, self._replica, adapter, reason)
@@ -138,6 +140,6 @@ class Residency:
 
 
 def _seen(task: "asyncio.Task[None]") -> None:
-    """Ignore the error of a fetch ahead of time. The load tries again, and reports it."""
+    """Ignore the error of an early fetch. The load tries again and reports it."""
     if not task.cancelled() and task.exception() is not None:
         log.warning("an adapter could not be fetched yet", extra={"action": "fetch", "detail": repr(task.exception())})

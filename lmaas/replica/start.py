@@ -1,4 +1,4 @@
-"""Divides the time of a start into stages. Pure."""
+"""Divides the duration of a start into stages. Pure."""
 
 import time
 from dataclasses import dataclass
@@ -10,9 +10,15 @@ from lmaas.states import START_PHASES
 
 @dataclass(slots=True)
 class Times:
-    """When a start reached what, by time.monotonic(), in seconds. `asked`: its supervisor's process began; `began`: there is a process of
-    the engine; `healthy`: its server answers; `generated`: it made a token; `resident`: the adapters that were waited for are loaded;
-    `ready`: requests may come."""
+    """The times of a start, by time.monotonic(), in seconds.
+
+    - `asked`: the supervisor's process started.
+    - `began`: the engine's process started.
+    - `healthy`: the engine's server answered.
+    - `generated`: the engine generated a token.
+    - `resident`: the adapters that requests waited for were loaded.
+    - `ready`: the replica accepted requests.
+    """
 
     asked: float
     began: float = 0.0
@@ -20,13 +26,13 @@ class Times:
     generated: float = 0.0
     resident: float = 0.0
     ready: float = 0.0
-    #: For how many seconds it has waited for a zygote that was still on its way.
+    #: The seconds for which the start waited for a zygote.
     waited: float = 0.0
 
 
 def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, int | str]:
-    """What is kept of a start. `by`: "zygote" or "plain". `marked` are the engine's own marks; where it wrote none, all the time until its
-    server answered is in `import_ms`, which holds imports, configuration and the start of the engine's processes."""
+    """Return the record of a start. `by` is "zygote" or "plain". `marked` are the engine's own marks. Without them, `import_ms` contains
+    all the time until the server answered; otherwise it contains imports, configuration and the start of the engine's processes."""
     loading = marked.get(marks.LOADING, times.healthy)
     loaded = marked.get(marks.LOADED, loading)
     cached = marked.get(marks.CACHED, loaded)
@@ -36,7 +42,7 @@ def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, i
         "import_ms": loading - times.began,
         "weights_ms": loaded - loading,
         "kv_ms": cached - loaded,
-        # The engine's own warm-up, and its HTTP server.
+        # Includes the start of the engine's HTTP server.
         "warmup_ms": times.healthy - cached,
         "first_token_ms": times.generated - times.healthy,
         "adapter_ms": times.resident - times.healthy,
@@ -46,8 +52,8 @@ def start_record(by: str, times: Times, marked: dict[str, float]) -> dict[str, i
 
 
 def process_began() -> float:
-    """When this process began, by time.monotonic(); for one that was forked, when it was forked. To 10 ms."""
-    # The 22nd field; the second, the name in parentheses, may hold anything.
+    """Return the time at which this process started (for a forked process, the time of the fork), by time.monotonic(), to 10 ms."""
+    # The 22nd field. The second field, the name in parentheses, may contain anything.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / 100
     return time.monotonic() - age

@@ -1,6 +1,6 @@
-"""One replica's life: start the engine, see it generate, report it to the scheduler, drain it, stop it.
+"""The life of one replica: start the engine, wait until it generates, report it to the scheduler, drain it, stop it.
 
-The supervisor restarts nothing. If its engine ends, it records the reason and ends too. The controller decides whether to start another
+The supervisor restarts nothing. If its engine ends, it records the reason and ends as well. The controller decides whether to start another
 replica.
 """
 
@@ -35,18 +35,19 @@ from lmaas.store.replicas import get_replica, observe, usual_start_ms
 log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-#: How often a starting engine is asked whether it is healthy.
+#: The interval between health checks of a starting engine.
 HEALTH_POLL_S = 0.025
-#: Requests run but no token is made for this long: the engine is probed. A long prefill is not a dead engine.
+#: If requests run but no token is generated for this long, the engine is probed. A long prefill alone does not mean that it has failed.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
-#: The engine's server does not respond at all for this long: it gets no new work and is probed. After as long again it counts as dead.
+#: If the engine's server does not respond for this long, the engine gets no new work and is probed. After the same time again it counts as
+#: failed.
 MUTE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a replica ends, and in which state that leaves it."""
+    """The reason for a replica's end, and the state in which the replica ends."""
 
     state: Observed
     reason: str
@@ -88,7 +89,7 @@ class Supervisor:
         self._engine: EngineProcess | None = None
         self._progress = StartProgress()
         self._ready = False
-        #: How long such a start usually takes; None once it was reported after our own start.
+        #: The usual duration of such a start. None once it has been reported, after this engine's start.
         self._start_ms: int | None = None
         self._load = 0
         self._counted: float | None = None
@@ -98,16 +99,16 @@ class Supervisor:
         self._busy_seen = time.monotonic()
 
     def end(self, state: Observed, reason: str) -> None:
-        """End the replica. The first reason counts."""
+        """End the replica. Only the first call has an effect."""
         if not self._ending.done():
             self._ending.set_result(Ending(state, reason))
 
     async def run(self) -> Ending:
-        """Run the replica until it is to stop or its engine has ended. Its process has ended and its memory is free afterwards."""
+        """Run the replica until it is told to stop or its engine ends. The engine has exited and its memory is free when this returns."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
-        # An address instead of a name, so that gateways find the engine also while a name server is down or busy.
+        # An address instead of a name, so that gateways reach the engine even while a name server is down or busy.
         spec = spec_of(self._model, self._settings.engine_module, await address_of(self._settings.engine_host))
         port = free_port(spec.host)
         url = url_of(spec.host, port)
@@ -133,7 +134,7 @@ class Supervisor:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                # Stopping the engine may take a while. Requests that wait on this replica can go elsewhere before that.
+                # Stopping the engine may take a while. Requests that wait on this replica can move elsewhere before that.
                 with contextlib.suppress(Unavailable):
                     await self._scheduler.deregister(self._model.id, self._id)
         await self._residency.close()
@@ -144,7 +145,7 @@ class Supervisor:
         return ending
 
     async def _run_engine(self, spec: EngineSpec, port: int, stack: AsyncExitStack) -> None:
-        """Start the engine, which `stack` stops in the end, get it ready, and watch it. Heartbeats go on beside that: the start may have to
+        """Start the engine, prepare it, and watch it. `stack` stops it in the end. Heartbeats run at the same time, because the start may
         wait for the zygote."""
         launching = launched(spec, port, self._folder / "engine.log", self._home, self._progress.saw)
         engine = self._engine = await stack.enter_async_context(launching)
@@ -159,7 +160,7 @@ class Supervisor:
             group.create_task(self._watch_grammars(engine), name="grammars")
 
     async def _first_ending(self, tasks: list["asyncio.Task[Any]"]) -> Ending:
-        """Return the ending. The first unexpected failure of a task is raised, which ends the replica as well."""
+        """Return the reason and state of the end. The first unexpected failure of a task is raised, which ends the replica as well."""
         waiting: set[asyncio.Future[Any]] = {self._ending, *tasks}
         while not self._ending.done():
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +176,7 @@ class Supervisor:
         self.end(Observed.FAILED, f"the engine ended with code {code}: {engine.last_words()}")
 
     async def _get_ready(self, engine: EngineProcess) -> None:
-        """Wait until the engine is ready, which means that it has generated a token, and report it."""
+        """Wait until the engine is ready, that is, until it has generated a token, and report it."""
         watching = asyncio.create_task(self._watch_start(engine), name="start-progress")
         try:
             await self._become_ready(engine)
@@ -193,7 +194,7 @@ class Supervisor:
         if not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
-        # Requests that wait for an adapter find it loaded.
+        # Load adapters that requests wait for before the replica becomes ready.
         warming = asyncio.create_task(self._warm(engine), name="warm")
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
@@ -219,24 +220,24 @@ class Supervisor:
 
     async def _warm(self, engine: EngineProcess) -> None:
         if self._residency.awaits:
-            engine.seal_log()  # these are tenants' adapters
+            engine.seal_log()  # the adapters belong to tenants
         await self._residency.warm(engine.url)
 
     async def _learn_usual_start(self, by: str) -> None:
-        """Find out how long a start by such means usually takes, for clients that wait for one."""
+        """Read the usual duration of a start of this kind, for clients that wait for one."""
         with contextlib.suppress(Unavailable):
             self._start_ms = await usual_start_ms(self._db, self._model.id, by)
             self._progress.usual_s = None if self._start_ms is None else self._start_ms / 1000
 
     async def _true_if_unavailable(self, attempt: Awaitable[bool]) -> bool:
-        """Return the result of `attempt`, or true while the database is away: then nothing has changed."""
+        """Return the result of `attempt`, or true if the database is unavailable, since nothing then shows a lost race."""
         try:
             return await attempt
         except Unavailable:
             return True
 
     async def _probe(self, engine: EngineProcess, timeout_s: float) -> bool:
-        """Have the engine generate a token. The ledger gets its usage, without a tenant."""
+        """Have the engine generate a token. Its usage is recorded in the ledger without a tenant."""
         record = UsageRecord(new_id("probe"), None, None, self._model.name, self._model.name, None, None, stream=False)
         record.start(self._id, 0, 0)
         try:
@@ -271,7 +272,7 @@ class Supervisor:
             try:
                 reply = await self._scheduler.heartbeat(self._model.id, self._id, beat)
             except Unavailable:
-                # Requests that run go on; Redis may come back.
+                # Running requests continue, and Redis may recover.
                 log.warning("no heartbeat: the queue is away", extra=self._extra("heartbeat"))
                 moves = await self._moves(url)
                 self._see(controller=False, busy=moves)
@@ -281,10 +282,10 @@ class Supervisor:
             cleared = False
             self._doubted = self._doubted and not beat.suspect
             if beat.state is not Observed.STARTING and beat.start_ms == self._start_ms:
-                # Once is enough: replicas that started in another way would report another time each second.
+                # Reported once only, because replicas that were started by the other means would overwrite it every second.
                 self._start_ms = None
             self._load = int(reply["load"])
-            # Tickets, not slots: one of several sequences that waits for an adapter passes for one that runs.
+            # Counts tickets, not slots: if one of a request's sequences waits for an adapter, all of them do.
             self._saw_load(self._load, sum(reply["running"].get(adapter, 0) for adapter in reply["loads"]))
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             if self._state is Observed.STARTING:
@@ -292,7 +293,7 @@ class Supervisor:
             else:
                 self._residency.want(url, reply["loads"], reply["used"])
             if reply["suspect"] and self._probing is None and self._engine is not None:
-                # Beside the heartbeats, which must go on: a busy engine may take its time.
+                # In a separate task, because heartbeats must continue while a busy engine responds slowly.
                 self._probing = asyncio.create_task(self._works(self._engine), name="suspect-probe")
                 self._probing.add_done_callback(lambda _: self._wake.set())
             elif self._probing is not None and self._probing.done():
@@ -307,13 +308,13 @@ class Supervisor:
                     await self._wake.wait()
 
     def _saw_load(self, load: int, waiting: int) -> None:
-        """Note for the time sheet that `load` slots are taken, `waiting` of them by requests that wait for an adapter."""
+        """Record in the time sheet that `load` slots are taken, `waiting` of them by requests that wait for an adapter."""
         if self._ready:
             self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:
-        """Whether the engine makes tokens: its counters move, or it answers a probe. A busy engine is not a dead one, but an engine whose
-        server does not return its counters for MUTE_S seconds is."""
+        """Return whether the engine generates tokens: its counters increase, or it completes a probe. A busy engine is given time, but an
+        engine whose server does not return its counters for MUTE_S seconds has failed."""
         before, answered = await self._tokens(engine.url), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
         try:
@@ -338,12 +339,13 @@ class Supervisor:
             return None
 
     async def _moves(self, url: str) -> bool:
-        """Whether the engine has made tokens since the last call. Nothing else is known while Redis is down."""
+        """Return whether the engine has generated tokens since the last call. Used while Redis is down, when no other information is
+        available."""
         before, self._counted = self._counted, await self._tokens(url)
         return before is not None and self._counted is not None and self._counted > before
 
     def _see(self, *, controller: bool, busy: bool) -> None:
-        """Stop the replica if no controller has been there and no request has run for the orphan timeout."""
+        """Stop the replica if there has been neither a controller nor a running request for the orphan timeout."""
         now = time.monotonic()
         if controller:
             self._controller_seen = now
@@ -365,12 +367,12 @@ class Supervisor:
                     self.end(Observed.STOPPED, "this replica is not desired any more")
                     return
                 if self._state is Observed.READY and row.observed == Observed.STARTING:
-                    # Postgres was away when it was to be written.
+                    # Postgres was unavailable when the state changed.
                     await observe(self._db, self._id, Observed.READY, url=url)
             await asyncio.sleep(BEAT_S)
 
     async def _watch_liveness(self, url: str) -> None:
-        """Find an engine that makes no progress although its connections are open: it is stopped, or hangs."""
+        """Find an engine that makes no progress although its connections are open, because it is suspended or hangs."""
         tokens, moved, answered = None, time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(min(STALL_S / 6, MUTE_S / 4))
@@ -380,14 +382,14 @@ class Supervisor:
             if self._state is Observed.STARTING or self._load == 0 or (now is not None and now != tokens):
                 tokens, moved = now, time.monotonic()
             if time.monotonic() - moved > STALL_S or time.monotonic() - answered > MUTE_S:
-                # The heartbeat starts a probe. Until it has ended, no new request is sent here.
+                # The heartbeat starts a probe. Until the probe ends, this replica gets no new requests.
                 self._doubted = True
                 self._wake.set()
                 tokens, moved, answered = now, time.monotonic(), time.monotonic()
 
     async def _watch_grammars(self, engine: EngineProcess) -> None:
-        """Find an engine that compiles one grammar for ever. It still makes tokens for requests without a grammar, so its liveness does not
-        show it."""
+        """Find an engine whose compilation of a grammar never ends. It still generates tokens for requests without a grammar, so the
+        liveness check does not detect it."""
         while True:
             if reason := engine.stuck_grammar():
                 self.end(Observed.FAILED, reason)
@@ -395,14 +397,14 @@ class Supervisor:
             await asyncio.sleep(BEAT_S)
 
     async def _drain(self, engine: EngineProcess) -> None:
-        """Take no new work, and let running requests end within the drain timeout."""
+        """Accept no new work, and let running requests end within the drain timeout."""
         self._state = Observed.DRAINING
         deadline = time.monotonic() + self._settings.drain_timeout_s
         with contextlib.suppress(Unavailable):
             await observe(self._db, self._id, Observed.DRAINING)
         with contextlib.suppress(Unavailable):
             await self._drain_queue()
-            # -1 while Redis has lost its memory and does not know this replica: gateways will report what runs here.
+            # The load is -1 while Redis has lost its data and does not list this replica. Gateways then report what runs here.
             while self._load != 0 and time.monotonic() < deadline and engine.running:
                 await asyncio.sleep(0.1)
                 await self._drain_queue()

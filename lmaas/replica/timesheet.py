@@ -1,4 +1,4 @@
-"""The time sheet of one engine: observed by its supervisor, kept in Postgres."""
+"""The time sheet of one engine. Its supervisor records it and stores it in Postgres."""
 
 import asyncio
 import contextlib
@@ -17,28 +17,30 @@ from lmaas.store.models import BaseModel
 
 log = logging.getLogger(__name__)
 
-#: A supervisor that is killed loses this much of its engine's time at most.
+#: The interval between writes, which is the most time that is lost if a supervisor is killed.
 WRITE_EVERY_S = 5.0
-#: How long the supervisor tries to write the rest if Postgres is away. Its engine has ended by then.
+#: The time for which the supervisor tries to write the rest while Postgres is unavailable, after its engine has ended.
 LAST_WORD_S = 600.0
 RETRY_S = 1.0
 
 
 class TimeSheet:
-    """Counts an engine's time by phase in the block `kept()`, which is the engine's life, and writes it to Postgres, its only writer.
+    """Counts an engine's time by phase during the block `kept()`, and writes it to Postgres as the only writer. The block lasts as long as
+    the engine.
 
-    What is written is the whole so far, so it may be written again, and nothing is lost while Postgres is away.
+    Each write contains the totals so far, so it can be repeated, and nothing is lost while Postgres is unavailable.
     """
 
     def __init__(self, db: Database, replica_id: str, model: BaseModel, clock: Callable[[], float] = time.monotonic) -> None:
         self._db, self._replica, self._model, self._clock = db, replica_id, model, clock
-        #: From the launch on.
+        #: Created at the launch.
         self._meter: EngineMeter
         self._written: dict[Span, int] = {}
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """The engine's life: it is launched in this block, and gone at its end. The rest is written however the block ends."""
+        """Run the block that contains the engine's life, from before its launch until after its end. The rest is written however the block
+        ends."""
         self._meter = EngineMeter(datetime.now(UTC), self._clock(), self._model.engine_price)
         try:
             yield
@@ -51,11 +53,11 @@ class TimeSheet:
         self._meter.observe(self._clock(), phase=phase)
 
     async def write_forever(self) -> None:
-        """Keep the rows in Postgres at most WRITE_EVERY_S old, while Postgres is there."""
+        """Keep the rows in Postgres at most WRITE_EVERY_S old, while Postgres is available."""
         while True:
             await asyncio.sleep(WRITE_EVERY_S)
             with contextlib.suppress(Unavailable):
-                # An operator may have changed it; what went before stays at the old price.
+                # An operator may have changed the price. Earlier time keeps the old price.
                 price = await engine_price(self._db, self._model.id)
                 self._meter.observe(self._clock(), price=price)
                 await self._write()

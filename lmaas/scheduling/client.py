@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 PARTS = ("state", "limits", "fairness", "placement", "scheduler")
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
+#: How long a start takes if none of the pool is known and the controller expects nothing else (START_MS in state.lua).
+FIRST_START_MS = 20_000
 _ENCODE = msgspec.json.Encoder().encode
 _DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -263,10 +265,11 @@ class Scheduler:
         """Remove a replica whose engine is gone."""
         await self.call("deregister", pool, replica)
 
-    async def stats(self, pool: str, delay_ms: int = 0) -> dict[str, Any]:
+    async def stats(self, pool: str, delay_ms: int = 0, first_ms: int = FIRST_START_MS) -> dict[str, Any]:
         """Return demand and replicas of a pool, and reap what has expired. Only the controller calls this: replicas see from it that there
-        is one. `delay_ms` is by how much longer than usual a start takes at present."""
-        return await self._call_as_seen("stats", pool, delay_ms)
+        is one. `delay_ms` is by how much longer than usual a start takes at present, `first_ms` how long one takes if none of this pool is
+        known."""
+        return await self._call_as_seen("stats", pool, delay_ms, first_ms)
 
     async def record_event(self, pool: str, event: str) -> None:
         """Hand a usage event to the metering writer."""

@@ -13,7 +13,7 @@ end
 
 -- Returns how long a ticket at this position may have to wait: {wait_ms, late_ms, phase, assumed}. `late_ms` is by how much the next
 -- turn, or the start, is later than usual; of a start, both are its supervisor's own report if there is one. If `assumed`, no start of
--- this pool is known, and START_MS is used instead.
+-- this pool is known, and what the controller expects of a first start is used instead.
 local function estimate(pool, position)
   local run, slots, turn = var(pool, 'run_ms', TURN_MS), 0, 0
   for _, replica in pairs(pool.replicas) do
@@ -26,7 +26,7 @@ local function estimate(pool, position)
     left, late = left_of(run, pool.now - turn)
   else
     slots, known = 16, var(pool, 'start_ms', nil)
-    local usual = known or START_MS
+    local usual = known or var(pool, 'first_ms', START_MS)
     for _, replica in pairs(pool.replicas) do
       if replica.state == REPLICA.STARTING then
         local mine, mine_late = left_of(usual, pool.now - replica.since)
@@ -386,8 +386,8 @@ redis.register_function('lmaas_deregister', function(keys, args)
   return 1
 end)
 
--- stats(memory, delay_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual a start
--- takes at present. → {memory, queued, load, idle_ms, run_ms, start_ms (the usual times of a request and a start), replicas: {id →
+-- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual a
+-- start takes at present, `first_ms` how long one takes if none of this pool is known. → {memory, queued, load, idle_ms, run_ms, start_ms (the usual times of a request and a start), replicas: {id →
 -- {state, load, slots, beat_ms, resident, running}}}
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
@@ -396,7 +396,7 @@ register_always('lmaas_stats', function(keys, args)
   close(pool)
   -- A server that has lost its memory does not know how long the pool has been idle: idleness starts now.
   redis.call('HSETNX', pool.key .. ':vars', 'active', pool.now)
-  redis.call('HSET', pool.key .. ':vars', 'controller', pool.now, 'delay_ms', args[2])
+  redis.call('HSET', pool.key .. ':vars', 'controller', pool.now, 'delay_ms', args[2], 'first_ms', args[3])
   local load, seen = 0, {}
   for id, replica in pairs(pool.replicas) do
     load = load + replica.load

@@ -10,9 +10,8 @@ from lmaas.store.tables import audit_log
 async def record(connection: AsyncConnection, audit: Audit | None, tenant_id: str | None, target: str) -> None:
     """Write the record of a change on the connection that makes the change, so that both are committed or neither is.
 
-    `tenant_id` is the tenant that the change is about, None for what belongs to the operators; `target` names what was changed. Without
-    an `audit` nothing is written: the changes that the service makes for itself all the time, such as replicas that it stops, are not
-    recorded.
+    `tenant_id` is the tenant that the change concerns, None for changes that concern only operators. `target` names the changed object.
+    Without an `audit` nothing is written: routine changes by the service, such as stopping a replica, are not recorded.
     """
     if audit is not None:
         values = {"actor": audit.actor, "key_id": audit.key_id, "request_id": audit.request_id}

@@ -1,4 +1,4 @@
-"""The change number: tells gateways whether cached data has changed."""
+"""The change number, from which gateways learn that cached data has changed."""
 
 from sqlalchemy import func, select
 

@@ -13,7 +13,7 @@ from lmaas.store.database import Database
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import base_models, engine_time, replicas, tenants, usage_events
 
-#: No request waits longer than this for its replica.
+#: The longest time that a request waits for its replica.
 LONGEST_WAIT = timedelta(days=1)
 MS_PER_HOUR = 3_600_000
 
@@ -32,9 +32,9 @@ class EngineTime:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """The owner of a use: a tenant, with one of its adapters (by its name, all versions) or of a base model (`adapter` is None).
+    """The owner of a use: a tenant, with one of its adapters (by name, for all versions) or with a base model (`adapter` is None).
 
-    With `tenant_id` None it belongs to no tenant.
+    With `tenant_id` None, the use belongs to no tenant.
     """
 
     tenant_id: str | None
@@ -45,7 +45,7 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a consumer's requests did on one replica on the day (UTC) on which they began to run there."""
+    """The work of a consumer's requests on one replica, by the day (UTC) on which they started to run there."""
 
     replica_id: str
     day: date
@@ -56,7 +56,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a consumer is charged for the requests that arrived on one day (UTC), in picodollars."""
+    """The charge of a consumer for the requests that arrived on one day (UTC), in picodollars."""
 
     day: date
     consumer: Consumer
@@ -64,7 +64,8 @@ class Charge:
 
 
 async def record_engine_time(db: Database, replica_id: str, base_model_id: str, spans: Mapping[tuple[date, EnginePhase, int], int]) -> None:
-    """Write milliseconds by day, phase and price, each the whole so far: writing the same again, or something older, changes nothing."""
+    """Write milliseconds by day, phase and price. Each value is the total so far, so writing the same or an older value again changes
+    nothing."""
     if not spans:
         return
     values = [
@@ -80,13 +81,13 @@ async def record_engine_time(db: Database, replica_id: str, base_model_id: str, 
 
 
 async def engine_price(db: Database, base_model_id: str) -> int:
-    """What an hour of the base model's engines costs now, in micro-dollars."""
+    """Return the current price of an hour of the base model's engines, in micro-dollars."""
     async with db.begin(SYSTEM) as connection:
         return int((await connection.execute(select(base_models.c.engine_price).where(base_models.c.id == base_model_id))).scalar_one())
 
 
 async def list_engine_time(db: Database, *, since: date | None = None, until: date | None = None) -> list[EngineTime]:
-    """Every engine's time on these days, both inclusive."""
+    """Return every engine's time on these days, both inclusive."""
     columns = engine_time.c
     query = select(columns.replica_id, base_models.c.name, columns.day, columns.phase, columns.price, columns.ms)
     query = _within(query.join_from(engine_time, base_models), columns.day, since, until)
@@ -97,7 +98,7 @@ async def list_engine_time(db: Database, *, since: date | None = None, until: da
 
 @dataclass(frozen=True, slots=True)
 class PoolTime:
-    """A pool's whole time in one phase, and what it cost."""
+    """The total time of a pool in one phase, and its cost."""
 
     base_model: str
     phase: EnginePhase
@@ -106,7 +107,7 @@ class PoolTime:
 
 
 async def pool_times(db: Database) -> list[PoolTime]:
-    """Engine time of all days by base model and phase."""
+    """Return the engine time of all days by base model and phase."""
     columns = engine_time.c
     cost = func.sum(columns.ms * columns.price) / MS_PER_HOUR
     query = select(base_models.c.name, columns.phase, func.sum(columns.ms), cost).join_from(engine_time, base_models)
@@ -116,7 +117,7 @@ async def pool_times(db: Database) -> list[PoolTime]:
 
 
 async def list_work(db: Database, *, since: date | None = None, until: date | None = None) -> list[Work]:
-    """What all tenants' requests did on the engines that were there on these days: also what they did there on other days."""
+    """Return the work of all tenants' requests on the engines that existed on these days, including their work on other days."""
     columns = usage_events.c
     there = _within(select(engine_time.c.replica_id), engine_time.c.day, since, until)
     first = select(func.min(replicas.c.created_at) - LONGEST_WAIT).where(replicas.c.id.in_(there)).scalar_subquery()
@@ -126,7 +127,7 @@ async def list_work(db: Database, *, since: date | None = None, until: date | No
     query = (
         select(columns.replica_id, day, *consumer, func.sum(columns.run_ms), func.sum(columns.load_ms))
         .join_from(usage_events, tenants)
-        # Two ways to say it: the ledger has an index of moments, and none of replicas.
+        # The second condition follows from the first. The ledger has an index on times, and none on replicas.
         .where(columns.replica_id.in_(there), columns.created_at >= first)
         .group_by(columns.replica_id, day, *consumer)
     )
@@ -136,7 +137,7 @@ async def list_work(db: Database, *, since: date | None = None, until: date | No
 
 
 async def list_charges(db: Database, *, since: date | None = None, until: date | None = None) -> list[Charge]:
-    """What all tenants are charged for the requests of these days, both inclusive."""
+    """Return the charges of all tenants for the requests of these days, both inclusive."""
     columns = usage_events.c
     day = cast(func.timezone("UTC", columns.created_at), Date)
     consumer = _consumer()
@@ -148,7 +149,8 @@ async def list_charges(db: Database, *, since: date | None = None, until: date |
 
 
 def _consumer() -> list[ColumnElement[Any]]:
-    """The fields of a Consumer. A tenant may have asked for `name@version`; `adapter` itself is the engine's name of one upload."""
+    """Return the fields of a Consumer. A tenant may have requested `name@version`. The column `adapter` is the engine's name of one
+    upload."""
     columns = usage_events.c
     adapter = case((columns.adapter.is_not(None), func.split_part(columns.model, "@", 1)))
     return [tenants.c.id, tenants.c.name, columns.base_model, adapter]

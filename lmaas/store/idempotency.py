@@ -1,6 +1,7 @@
-"""Claims on idempotency keys, and the responses that are kept for them. Only this module and the deletion of tenants use their table.
+"""Claims on idempotency keys, and their stored responses. Only this module and the deletion of tenants use their table.
 
-A claim runs until its owner keeps a response or gives the key up. All times are those of Postgres, so the clocks of gateways do not matter.
+A claim lasts until its owner stores a response or gives up the key. All times are those of Postgres, so the clocks of gateways do not
+matter.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from lmaas.store.scopes import CLAIMS, SYSTEM
 from lmaas.store.tables import idempotency as rows
 from lmaas.store.tables import tenants
 
-#: How long a response is kept.
+#: The time for which a response is kept.
 KEPT_FOR = timedelta(hours=24)
-#: A claim that was not renewed for this long is abandoned: another request may take it over.
+#: The time without a renewal after which a claim is abandoned, and another request may take it over.
 ABANDONED_AFTER = timedelta(seconds=30)
 #: After a restart of Postgres, claims could not be renewed for a while. Living gateways renew theirs within this time.
 SERVER_STARTED: ColumnElement[Any] = func.pg_postmaster_start_time()
 #: The time after which an abandoned claim is deleted.
 FORGOTTEN_AFTER = timedelta(hours=1)
-#: The most that is kept of one tenant. Beyond it, its oldest responses are deleted early.
+#: The limits of one tenant. Beyond them, its oldest responses are deleted early.
 MAX_ANSWERS = 20_000
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 #: Rows that one statement deletes.
@@ -76,7 +77,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
     """
     values = {"tenant_id": tenants.c.id, "key": literal(claim.key), "body_hash": literal(claim.body_hash)}
     values |= {"request_id": literal(claim.request_id), "state": literal(ClaimState.RUNNING.value)}
-    # The lock waits for a deletion of the tenant that is under way; after it nothing of the tenant's may come into being.
+    # The lock waits for a running deletion of the tenant. After a deletion, no new row of the tenant may be created.
     alive = select(*values.values()).where(tenants.c.id == claim.tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
     query = insert(rows).from_select(list(values), alive)
     changes: dict[str, Any] = {name: query.excluded[name] for name in ("body_hash", "request_id", "state", "seen_at", "created_at")}
@@ -89,7 +90,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
         ),
     ).returning(rows.c.request_id)
     same = rows.c.body_hash == claim.body_hash
-    # Megabytes are not fetched for a request that asks for something else.
+    # The stored body, which may be megabytes, is not fetched for a different request.
     looking = select(rows.c.request_id, same, rows.c.state, rows.c.status, rows.c.content_type, case((same, rows.c.answer))).where(
         rows.c.tenant_id == claim.tenant_id, rows.c.key == claim.key
     )
@@ -98,7 +99,7 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
             return None
         row = (await connection.execute(looking)).first()
     if row is None:
-        # The claim was given up just now, or the tenant was deleted. A retry of the client gets the key, or the error about its API key.
+        # The claim has just been given up, or the tenant was deleted. A retry of the client gets the key, or the error about its API key.
         return Earlier("", True, None)
     request_id, is_same, state, status, content_type, body = row
     answer = Answer(status, content_type, body) if is_same and state == ClaimState.DONE else None
@@ -160,6 +161,6 @@ async def delete_surplus(db: Database) -> int:
             surplus = (
                 select(own.c.tenant_id, own.c.key).where(or_(own.c.place > MAX_ANSWERS, own.c.bytes > MAX_ANSWER_BYTES)).limit(ROWS_AT_ONCE)
             )
-            # One that was claimed anew at this moment runs: it stays.
+            # A key that has just been claimed again is skipped, because its request is running.
             deleted += (await connection.execute(delete(rows).where(done, tuple_(rows.c.tenant_id, rows.c.key).in_(surplus)))).rowcount
     return deleted

@@ -1,7 +1,7 @@
-"""One active controller: a lock that Postgres gives back when its holder's session ends.
+"""The election of one active controller, by a lock that Postgres releases when its holder's session ends.
 
 The active controller writes through that session, so a write after the loss of the lock fails, however long the process was paused in
-between. A holder whose session is silent counts as stuck: a controller that stands by ends that session and takes over.
+between. A holder whose session is silent counts as stuck: a standby controller ends that session and takes over.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 LOCK = 0x6C6D6162
 CHECK_S = 2.0
-#: A holder whose session was silent for this long counts as stuck.
+#: The time of silence after which a holder's session counts as stuck.
 SILENT_S = 15.0
 
-#: A 64-bit key is split into two fields; locks of other databases of the server are others.
+#: Postgres splits a 64-bit key into two fields. The database is compared too, because locks of other databases on the server are separate.
 _END_SILENT_HOLDER = text(
     """
     SELECT pg_terminate_backend(holder.pid) FROM pg_locks AS held JOIN pg_stat_activity AS holder USING (pid)
@@ -41,7 +41,7 @@ class LostLead(Exception):
 
 
 class Lead:
-    """Being the active controller: a connection for what only the active one may write."""
+    """The role of active controller, with the connection for what only the active controller may write."""
 
     def __init__(self, db: Database, connection: AsyncConnection) -> None:
         self._db, self._connection = db, connection
@@ -49,15 +49,15 @@ class Lead:
 
     @asynccontextmanager
     async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
-        """Provide a transaction on the connection that holds the lock. Raises LostLead if it is gone: then nothing has been written.
+        """Provide a transaction on the connection that holds the lock. Raises LostLead if the lock is lost; nothing has been written then.
 
-        The only scope is SYSTEM: what the active controller writes belongs to no tenant.
+        The only scope is SYSTEM, because the active controller's writes belong to no tenant.
         """
         if scope is not SYSTEM:
             raise ValueError(f"The controller's own connection writes in the scope SYSTEM only, not {scope!r}.")
         async with self._turn:
             if self._connection.invalidated:
-                # SQLAlchemy would connect anew: without the lock.
+                # SQLAlchemy would open a new connection, which does not hold the lock.
                 raise LostLead("the database session that held the controller's lock is gone")
             try:
                 await self._db.start(self._connection, scope)
@@ -75,7 +75,8 @@ class Lead:
             await connection.execute(text("SELECT 1"))
 
     async def lost(self) -> None:
-        """Raise LostLead once the lock's session has ended. Until then, keep the session active for others to see."""
+        """Raise LostLead once the lock's session has ended. Until then, keep the session active, so that other controllers do not end
+        it."""
         while True:
             await asyncio.sleep(CHECK_S)
             await self.check()
@@ -99,13 +100,13 @@ async def leading(db: Database, *, check_s: float = CHECK_S, silent_s: float = S
                     if (await connection.execute(_END_SILENT_HOLDER, {"lock": LOCK, "silent_s": silent_s})).first():
                         log.warning("the active controller has been silent; it is deposed", extra={"action": "lead"})
                 except DBAPIError as error:
-                    # Postgres went away meanwhile, or does not let us end sessions: we go on waiting.
+                    # Postgres became unavailable, or does not allow ending the session. Try again.
                     log.warning("the controller's lock cannot be had", extra={"action": "lead", "detail": str(error.orig)})
                 await stack.aclose()
             await asyncio.sleep(check_s)
         try:
             yield Lead(db, connection)
         finally:
-            # The lock goes with its session, whatever state that is in.
+            # Ending the session releases the lock in any state of the connection.
             with suppress(SQLAlchemyError):
                 await connection.invalidate()

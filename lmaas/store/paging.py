@@ -1,4 +1,4 @@
-"""Lists in parts: a part begins after an item that the caller knows, in an order that does not change."""
+"""Lists in parts. Each part begins after an item that the caller names, in an order that does not change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ from lmaas.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a list: the rows after the one with the id `after`, or the first ones.
+    """A part of a list: the rows after the one with the id `after`, or the first rows.
 
-    It has `limit` rows, and one more if the list goes on.
+    It has `limit` rows, and one more if the list continues.
     """
 
     limit: int
@@ -29,10 +29,10 @@ async def rows_of(
     *owned: ColumnElement[bool],
     newest_first: bool = False,
 ) -> list[Any]:
-    """Return the rows of a part of a list, or all if `part` is None, ordered by `key` and `item_id`.
+    """Return the rows of a part of a list, or all rows if `part` is None, ordered by `key` and `item_id`.
 
-    `owned` are the conditions on whose items may be named by `after`. An item that has left the list, such as a replica that has ended,
-    still marks a place. Raises InvalidRequest `invalid_cursor` if there is no such item.
+    `owned` are the conditions on the items that `after` may name. An item that has left the list, such as a replica that has ended, still
+    marks a position. Raises InvalidRequest `invalid_cursor` if there is no such item.
     """
     order = tuple_(key, item_id)
     if part is not None:

@@ -15,7 +15,7 @@ from lmaas.store.tables import pool_states
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """`decision` is for people: see `lmaas.control.controller`. `idle_times` are pairs of bin and count."""
+    """The stored state of a pool. `decision` is for display: see `lmaas.control.controller`. `idle_times` are pairs of bin and count."""
 
     base_model_id: str
     decision: dict[str, Any]

@@ -15,7 +15,7 @@ from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import base_models, replicas
 
-#: Starts that failed longer ago than this, in seconds, are forgiven.
+#: Failed starts older than this, in seconds, are ignored.
 FAILURE_WINDOW_S = 1800.0
 
 
@@ -40,7 +40,7 @@ _COLUMNS = [replicas.c[name] for name in Replica.__slots__]
 
 async def add_replica(db: Writes, replica_id: str, base_model_id: str) -> bool:
     """Add a replica; return False if its base model has been deleted. Called before the start, so that every process has a row."""
-    # Locked, as deleting it does: one waits for the other, and sees what it did.
+    # Locked, as in the deletion of a base model: each waits for the other and sees its result.
     known = (
         select(literal(replica_id), base_models.c.id, literal(Desired.RUNNING.value), literal(Observed.STARTING.value))
         .where(base_models.c.id == base_model_id, base_models.c.deleted_at.is_(None))
@@ -74,7 +74,7 @@ async def get_replica(db: Database, replica_id: str) -> Replica | None:
 
 
 async def desire_stop(db: Writes, replica_id: str, scope: AnyScope = SYSTEM, *, audit: Audit | None = None) -> bool:
-    """Desire that the replica drains and stops; return False if it has ended already. The scope is OPERATOR for an operator's wish."""
+    """Request that the replica drains and stops. Return False if it has ended already. The scope is OPERATOR for an operator's request."""
     present = select(replicas.c.desired).where(replicas.c.id == replica_id, replicas.c.observed.not_in(TERMINAL)).with_for_update()
     async with db.begin(scope) as connection:
         desired = (await connection.execute(present)).scalar_one_or_none()
@@ -93,7 +93,7 @@ async def observe(
     reason: str | None = None,
     start: Mapping[str, int | str] | None = None,
 ) -> bool:
-    """Move the replica to `state` if the transition table allows it. False means a lost race: it has moved on already."""
+    """Move the replica to `state` if the transition table allows it. False means a lost race: the replica is already in a later state."""
     values: dict[str, object] = {"observed": state}
     if start is not None:
         values["start"] = dict(start)
@@ -113,8 +113,8 @@ async def observe(
 
 
 async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 10) -> int | None:
-    """Return the median of the pool's last starts in ms, without the time in which they waited for a zygote: of those that were made `by`
-    the same means, or else of all; None if there was none."""
+    """Return the median duration of the pool's last starts in ms, without the time in which they waited for a zygote. Uses the starts made
+    `by` the same means, or else all starts. None if there were none."""
     waited = func.coalesce(replicas.c.start["zygote_ms"].as_integer(), 0)
     total = replicas.c.start["total_ms"].as_integer() - waited
     for same in (replicas.c.start["by"].as_string() == by, true()):
@@ -133,8 +133,8 @@ async def usual_start_ms(db: Database, base_model_id: str, by: str, last: int = 
 
 
 async def recent_failures(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> tuple[int, float]:
-    """Return how many replicas of the pool failed before they were ever ready in the last `within_s` seconds, since the last that
-    became ready, and how long ago the last did."""
+    """Return the number of replicas of the pool that failed before they became ready, in the last `within_s` seconds and since the last one
+    that became ready, and the time since the last failure."""
     ago = func.extract("epoch", func.now() - func.max(replicas.c.ended_at))
     since = select(func.max(replicas.c.ready_at)).where(replicas.c.base_model_id == base_model_id).scalar_subquery()
     query = select(func.count(), func.coalesce(ago, within_s)).where(
@@ -150,7 +150,7 @@ async def recent_failures(db: Database, base_model_id: str, within_s: float = FA
 
 @dataclass(frozen=True, slots=True)
 class FailedStarts:
-    """Starts of a pool's engines that failed in a row: their number, the reason of the last one, and how long ago it was."""
+    """A pool's consecutive failed starts: their number, the reason of the last one, and the time since then."""
 
     count: int
     reason: str
@@ -158,7 +158,7 @@ class FailedStarts:
 
 
 async def failed_starts(db: Database, base_model_id: str, within_s: float = FAILURE_WINDOW_S) -> FailedStarts | None:
-    """Return the starts that failed in the last `within_s` seconds and since the last that did not; None if there are none."""
+    """Return the starts that failed in the last `within_s` seconds and since the last success; None if there are none."""
     count, ago_s = await recent_failures(db, base_model_id, within_s)
     if count == 0:
         return None

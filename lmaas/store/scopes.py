@@ -1,4 +1,4 @@
-"""The scope of a transaction: whose rows it may see and change. Every transaction names one."""
+"""The scope of a transaction: the rows that it may see and change. Every transaction names one."""
 
 from dataclasses import dataclass
 
@@ -9,28 +9,28 @@ from lmaas.store.rights import DatabaseRole, role_name
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A scope that belongs to no tenant. `role` is what the transaction acts as instead of the process's own role."""
+    """A scope that belongs to no tenant. `role` is the database role of the transaction, instead of the process's own."""
 
     name: str
     role: DatabaseRole | None = None
 
 
-#: A process's own work: tables without tenants, and what its database role may do for all tenants.
+#: The scope of a process's own work: tables without tenants, and what its database role may do for all tenants.
 SYSTEM = Scope("system")
-#: An operator's work: the rows of all tenants.
+#: The scope of an operator's work: the rows of all tenants.
 OPERATOR = Scope("operator", DatabaseRole.OPERATOR)
-#: Signs of life for the running idempotency claims of all tenants.
+#: The scope for renewing the running idempotency claims of all tenants.
 CLAIMS = Scope("claims", DatabaseRole.CLAIMS)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyScope:
-    """The lookup of one API key, before its tenant is known: that key and its tenant."""
+    """The scope for looking up one API key before its tenant is known: that key and its tenant."""
 
     key_hash: str
 
 
-#: A tenant's id stands for the scope of this tenant.
+#: A string is a tenant's id and means the scope of this tenant.
 AnyScope = str | Scope | KeyScope
 
 

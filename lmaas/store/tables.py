@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy needs them. Migrations create them."""
+"""The tables in SQLAlchemy's form. Migrations create them."""
 
 from dataclasses import fields
 
@@ -84,7 +84,7 @@ base_models = Table(
     # A folder or a hub id, as the engine takes it.
     Column("source", Text, nullable=False),
     Column("dtype", Text, nullable=False),
-    # Module path → [out_features, in_features]: what adapters are validated against.
+    # Module path → [out_features, in_features], against which adapters are validated.
     Column("linears", JSONB, nullable=False),
     Column("max_lora_rank", Integer, nullable=False),
     Column("max_loras", Integer, nullable=False),
@@ -92,11 +92,11 @@ base_models = Table(
     Column("max_num_seqs", Integer, nullable=False),
     Column("max_model_len", Integer, nullable=False),
     Column("kv_cache_bytes", BigInteger, nullable=False),
-    # An operator's own values; null means the setting's.
+    # An operator's own values. Null means the value of the setting.
     Column("min_replicas", Integer),
     Column("max_replicas", Integer),
     Column("idle_timeout_s", Float),
-    # What a replica takes from its machine.
+    # The resources that a replica takes from its machine.
     Column("cpus", Float),
     Column("accelerators", Integer),
     # Micro-dollars per million tokens, and per hour of an engine.
@@ -111,14 +111,14 @@ base_models = Table(
     Index("base_models_name_key", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
 )
 
-# The controller alone writes them.
+# Written only by the controller.
 pool_states = Table(
     "pool_states",
     metadata,
     Column("base_model_id", ForeignKey("base_models.id"), primary_key=True),
-    # The last decision, as it is shown.
+    # The last decision, in the form in which it is shown.
     Column("decision", JSONB, nullable=False),
-    # Pairs of bin and count: the history with which a new controller begins.
+    # Pairs of bin and count: the history with which a new controller starts.
     Column("idle_times", JSONB, nullable=False),
     Column("decided_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
@@ -134,7 +134,7 @@ adapters = Table(
     Column("live_version", Integer),
     _created(),
     UniqueConstraint("tenant_id", "name"),
-    # What its versions refer to.
+    # The target of the foreign key of versions.
     UniqueConstraint("id", "tenant_id"),
 )
 
@@ -142,7 +142,7 @@ adapter_versions = Table(
     "adapter_versions",
     metadata,
     Column("adapter_id", Text, nullable=False),
-    # The adapter's own, so that a policy needs no other table.
+    # The adapter's tenant, repeated here so that a policy needs no other table.
     Column("tenant_id", Text, nullable=False),
     Column("version", Integer, nullable=False),
     Column("content_hash", Text, nullable=False),
@@ -166,12 +166,12 @@ replicas = Table(
     _created(),
     Column("ready_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
-    # Where the time of its start went (lmaas/replica/start.py), once it is ready.
+    # The duration of each stage of its start (lmaas/replica/start.py), once it is ready.
     Column("start", JSONB),
     Index(None, "base_model_id", "observed"),
 )
 
-# How long each engine was in which phase. Its supervisor alone writes it.
+# The time of each engine by phase. Written only by its supervisor.
 engine_time = Table(
     "engine_time",
     metadata,
@@ -180,7 +180,7 @@ engine_time = Table(
     # UTC.
     Column("day", Date, nullable=False),
     Column("phase", Text, nullable=False),
-    # Micro-dollars per engine-hour. Part of the key: it may change while the engine runs.
+    # Micro-dollars per engine-hour. Part of the key, because it may change while the engine runs.
     Column("price", BigInteger, nullable=False),
     Column("ms", BigInteger, nullable=False),
     PrimaryKeyConstraint("replica_id", "day", "phase", "price"),
@@ -196,7 +196,7 @@ usage_events = Table(
     Column("tenant_id", ForeignKey("tenants.id")),
     Column("key_id", Text),
     Column("base_model", Text, nullable=False),
-    # The name that the client asked for.
+    # The name that the client requested.
     Column("model", Text, nullable=False),
     Column("adapter", Text),
     Column("adapter_version", Integer),
@@ -212,7 +212,7 @@ usage_events = Table(
     Column("replica_id", Text),
     # When the request arrived.
     Column("created_at", DateTime(timezone=True), nullable=False),
-    # Picodollars, at the prices that held then.
+    # Picodollars, at the prices of that time.
     Column("charge_picousd", BigInteger, nullable=False, server_default=text("0")),
     Index(None, "tenant_id", "created_at"),
     Index(None, "created_at"),
@@ -229,9 +229,9 @@ idempotency = Table(
     # The request that holds the claim.
     Column("request_id", Text, nullable=False),
     Column("state", Text, nullable=False),
-    # While the request runs: the last renewal by its gateway. Then: its end.
+    # While the request runs, the last renewal by its gateway; afterwards, its end.
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    # The answer, once there is one; without bytes if it was too large.
+    # The response, once there is one, without its body if it was too large.
     Column("status", Integer),
     Column("content_type", Text),
     Column("answer", LargeBinary),
@@ -240,7 +240,7 @@ idempotency = Table(
     Index(None, "state", "seen_at"),
 )
 
-# Their sum grows with every change of a tenant, a key, a base model or an adapter: triggers see to that (migration 0005).
+# Triggers increase the sum of these numbers with every change of a tenant, a key, a base model or an adapter (migration 0005).
 changes = Table(
     "changes",
     metadata,
@@ -253,7 +253,7 @@ audit_log = Table(
     metadata,
     Column("id", BigInteger, primary_key=True, autoincrement=True),
     Column("tenant_id", Text),
-    # The role of the key, or `system`. Null in records of releases that did not write it, as `request_id`.
+    # The role of the key, or `system`. Null in records of releases that did not write it. The same holds for `request_id`.
     Column("actor", Text),
     Column("key_id", Text),
     Column("request_id", Text),

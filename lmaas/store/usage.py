@@ -16,9 +16,9 @@ from lmaas.store.tables import tenants, usage_events
 
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
-    """The end and the use of one request. Tokens are those that the engine reported; times are whole milliseconds.
+    """The end and the usage of one request. Tokens are those that the engine reported. Times are whole milliseconds.
 
-    `tenant_id` is None for a probe. `model` is the name that the client asked for, `adapter` the engine's name of the weights.
+    `tenant_id` is None for a probe. `model` is the name that the client requested, `adapter` the engine's name of the weights.
     """
 
     request_id: str
@@ -45,7 +45,7 @@ class UsageEvent:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """One line of a usage report: a tenant's use of one model on one day (UTC). `tenant` is None for probes."""
+    """One line of a usage report: a tenant's usage of one model on one day (UTC). `tenant` is None for probes."""
 
     day: date
     tenant: str | None
@@ -70,7 +70,7 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
     """
     if not events:
         return
-    # The last event of each request: Postgres refuses to change a row twice in one statement.
+    # Only the last event of each request, because Postgres refuses to change a row twice in one statement.
     latest: dict[str, UsageEvent] = {}
     for event in events:
         if event.request_id not in latest or latest[event.request_id].status is UsageStatus.LOST:
@@ -86,7 +86,7 @@ async def record_events(db: Database, events: list[UsageEvent]) -> None:
 
 
 async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:
-    """Return use by day, tenant and model, newest day first: of one tenant by its id, or with OPERATOR of all, probes included.
+    """Return usage by day, tenant and model, newest day first: for one tenant by its id, or with OPERATOR for all, including probes.
 
     Days are UTC, both inclusive.
     """

@@ -1,4 +1,4 @@
-"""The fake engine's answers, byte for byte as vLLM 0.32 writes them except for the text."""
+"""The fake engine's responses, which equal those of vLLM 0.32 byte for byte except for the text."""
 
 import json
 import time
@@ -10,12 +10,12 @@ FINGERPRINT = "vllm-0.32.0-fake"
 
 
 def compact(value: Any) -> bytes:
-    """JSON without spaces."""
+    """Return a value as JSON without spaces."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class Answer:
-    """Writes the answer to one request, which has a list of choices for each of its prompts."""
+    """Writes the response to one request, which has a list of choices for each of its prompts."""
 
     def __init__(self, answer_id: str, model: str, prompts: list[list[Sequence]], *, chat: bool) -> None:
         self._id, self._model, self._prompts, self._chat = answer_id, model, prompts, chat
@@ -28,7 +28,7 @@ class Answer:
             created,
             compact(model),
         )
-        # Everything that a token does not change is written once.
+        # The parts that are the same in every event are written once.
         if chat:
             self._open, self._middle = b'{"index":%d,"delta":{"content":"', b'"},"logprobs":null,"finish_reason":'
             self._plain_end, self._details = b'null,"token_ids":null}]', b',"completion_tokens_details":null'
@@ -40,7 +40,7 @@ class Answer:
         self._begun = False
 
     def chunks(self, *, continuous: bool, usage: bool) -> bytes:
-        """What has been made since the last time, an event for each token."""
+        """Return the new tokens since the last call, one event for each."""
         parts: list[bytes] = []
         if self._chat and not self._begun:
             for sequence in self.sequences:
@@ -70,26 +70,26 @@ class Answer:
         return b"".join(parts)
 
     def _call(self, sequence: Sequence) -> bytes:
-        """The whole call and the finish in one event, as vLLM writes them when they come together."""
+        """Return the whole call and the finish in one event, as vLLM does when both are ready at the same time."""
         function = {"name": sequence.call[0], "arguments": sequence.call[1]} if sequence.call else {}
         call = {"id": f"chatcmpl-tool-{sequence.index}", "type": "function", "index": 0, "function": function}
         choice = {"index": sequence.index, "delta": {"tool_calls": [call]}, "logprobs": None, "finish_reason": "tool_calls"}
         return compact(choice | {"stop_reason": None, "token_ids": None}) + b"]"
 
     def _usage(self, sequence: Sequence, made: int, continuous: bool) -> bytes:
-        """The running usage, as vLLM has it: of this choice and its prompt alone."""
+        """Return the running usage, which in vLLM counts this choice and its prompt alone."""
         if not continuous:
             return b""
         prompt = sequence.prompt_tokens
         return b',"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}' % (prompt, prompt + made, made, self._details)
 
     def _total(self) -> tuple[int, int, int]:
-        """Prompt, completion and cached tokens of the whole request: a prompt counts once for all its choices."""
+        """Return the prompt, completion and cached tokens of the whole request. A prompt counts once for all its choices."""
         prompt = sum(choices[0].prompt_tokens for choices in self._prompts)
         return prompt, sum(sequence.made for sequence in self.sequences), self.sequences[0].cached_tokens
 
     def last(self) -> bytes:
-        """The event with the usage of the whole request."""
+        """Return the event with the usage of the whole request."""
         prompt, made, cached = self._total()
         created = b',"created_cache_tokens":0' if self._chat else b""
         usage = b'"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d' % (prompt, prompt + made, made)
@@ -97,7 +97,7 @@ class Answer:
         return self._head + b'],"usage":{%b,%b},"system_fingerprint":"%b"}\n\n' % (usage, details, FINGERPRINT.encode())
 
     def whole(self) -> bytes:
-        """The answer in one piece."""
+        """Return the response in one piece."""
         choices: list[dict[str, Any]] = []
         for sequence in self.sequences:
             text = b"".join(sequence.pieces[: sequence.made]).decode()

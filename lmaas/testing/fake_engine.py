@@ -1,8 +1,9 @@
-"""A stand-in for vLLM: the part of vLLM 0.32's HTTP that lmaas uses, without a model. For tests, and for benchmarks of the gateway.
+"""A stand-in for vLLM without a model: the part of vLLM 0.32's HTTP API that lmaas uses. For tests, and for benchmarks of the gateway.
 
-`tests/system/engine/test_contract.py` makes the same assertions here and against vLLM. It takes vLLM's command line and some `--fake-*`
-arguments. Every `--fake-token-ms` each running sequence makes one token, a word; the words depend on the model's name and the prompt
-only, so two adapters visibly differ. Up to `--max-num-seqs` sequences run at once, with at most `--max-loras` adapters; others wait.
+`tests/system/engine/test_contract.py` makes the same assertions about it and about vLLM. It accepts vLLM's command line and some `--fake-*`
+arguments. Every `--fake-token-ms`, each running sequence generates one token, which is a word. The words depend only on the model's name
+and the prompt, so two adapters give visibly different text. Up to `--max-num-seqs` sequences run at once, with at most `--max-loras`
+adapters; others wait.
 """
 
 import argparse
@@ -36,7 +37,7 @@ log = logging.getLogger("lmaas.testing.fake_engine")
 
 
 class Refused(Exception):
-    """An error in vLLM's words."""
+    """An error in vLLM's format."""
 
     def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -44,9 +45,9 @@ class Refused(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-#: Words in a request on which vLLM's API server would raise an error of its own, as it does for some values.
+#: A text in a request that makes this server return an internal error, as some values do in vLLM's API server.
 FAILS_ON = b"fail on this request"
-#: The answer to requests that run when the engine is stopped.
+#: The response to requests that are running when the engine is stopped.
 DIED = Refused(500, "InternalServerError", "EngineCore encountered an issue. See stack trace (above) for the root cause.")
 
 
@@ -56,13 +57,13 @@ async def _answer_refused(_: Request, error: Exception) -> Response:
 
 
 class Completions:
-    """An ASGI endpoint: chat completions or completions, plain or streaming."""
+    """An ASGI endpoint for chat completions or completions, plain or streaming."""
 
     def __init__(self, engine: Engine, accept_s: float, poison: bytes, *, chat: bool) -> None:
         self._engine, self._accept_s, self._poison, self._chat = engine, accept_s, poison, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. A client that goes away ends it."""
+        """Serve one request. It ends if the client disconnects."""
         request = Request(scope, receive)
         wake = asyncio.Event()
         text = await request.body()
@@ -125,7 +126,7 @@ class Completions:
             await send({"type": "http.response.body", "body": chunks, "more_body": True})
 
     def _sequences(self, body: dict[str, Any], wake: asyncio.Event) -> list[list[Sequence]]:
-        """For each prompt its choices. Raises Refused."""
+        """Return the choices for each prompt. Raises Refused."""
         model = body.get("model")
         if model != self._engine.name and model not in self._engine.adapters:
             aliases = self._engine.name
@@ -154,7 +155,7 @@ class Completions:
             if size == length:
                 raise Refused(400, "BadRequestError", "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)", "max_tokens")
             blocks = prompt_blocks((model, body.get("cache_salt")), tokens)
-            # What does not fit is cut off, without an error.
+            # A completion beyond the context length is cut off without an error.
             fits = min(length if limit is None else limit, length - size)
             choices = []
             for choice in range(count):
@@ -245,7 +246,7 @@ async def _metrics(engine: Engine, _: Request) -> Response:
 
 
 def build(engine: Engine, accept_s: float, poison: bytes) -> Starlette:
-    """The server's application."""
+    """Return the server's application."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -270,20 +271,20 @@ def build(engine: Engine, accept_s: float, poison: bytes) -> Starlette:
 
 
 class Server(uvicorn.Server):
-    """A server that fails what still runs when it is told to stop, as vLLM does."""
+    """A server that fails running requests when it is stopped, as vLLM does."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop."""
+        """Stop the server."""
         self._engine.die()
         await super().shutdown(sockets)
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve until stopped."""
     parser = argparse.ArgumentParser(description="A fake vLLM server.", allow_abbrev=False)
     parser.add_argument("--model", default="fake")
     parser.add_argument("--served-model-name", default="")

@@ -1,4 +1,4 @@
-"""The fake engine's generation: sequences that grow by a word a step, their queue, a prefix cache and counters."""
+"""The fake engine's generation: sequences that grow by one word per step, their queue, a prefix cache and counters."""
 
 import asyncio
 import json
@@ -10,17 +10,17 @@ from typing import Any
 
 #: Cached prompts are counted in whole blocks of this many tokens, as on vLLM's CPU backend.
 BLOCK = 128
-#: A request that sets no limit ends by itself after so many tokens and up to as many again.
+#: A request without a limit ends after this many tokens plus a number below it that depends on the prompt.
 NATURAL_LENGTH = 24
 _SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "ti", "vo", "wu", "ya", "zo")
 _WORDS = tuple(f" {a}{b}{c}".encode() for c in ("", *_SYLLABLES) for b in _SYLLABLES for a in _SYLLABLES)
-#: Twice: any slice that begins in the first half is whole.
+#: The words twice, so that every slice from the first half has its full length.
 WORDS = _WORDS + _WORDS
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one prompt. `pieces` is its whole text, one piece a token; `made` of them are generated, `sent` are sent."""
+    """One choice of one prompt. `pieces` is its whole text, one piece per token. `made` of them are generated and `sent` are sent."""
 
     index: int
     model: str
@@ -34,17 +34,17 @@ class Sequence:
     sent: int = 0
     cached_tokens: int = 0
     finish: bytes | None = None
-    #: Whether the finish has been sent to its client.
+    #: True once the finish has been sent to the client.
     told: bool = False
-    #: The id that the request came with.
+    #: The request id that the client sent.
     request: str = ""
-    #: The name and the arguments of the function that is called instead of saying `pieces`.
+    #: The name and the arguments of the function that is called instead of generating `pieces`.
     call: tuple[str, str] | None = None
 
 
 @dataclass(slots=True)
 class Engine:
-    """The sequences that run and those that are queued, the adapters and the counters."""
+    """The running and the queued sequences, the adapters and the counters."""
 
     name: str
     max_model_len: int
@@ -52,11 +52,11 @@ class Engine:
     max_loras: int
     token_s: float
     adapters: dict[str, str] = field(default_factory=dict)
-    #: Is called for each sequence that arrives and each token that is generated, before a client can see it.
+    #: Called for each sequence that arrives and each token that is generated, before a client can see it.
     truth: Callable[[Sequence], None] | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    #: By the engine's id of a request, to abort it.
+    #: The sequences of each request, by the engine's request id, for aborts.
     requests: dict[str, list[Sequence]] = field(default_factory=dict)
     _running: dict[Sequence, None] = field(default_factory=dict)
     _waiting: deque[Sequence] = field(default_factory=deque)
@@ -64,7 +64,7 @@ class Engine:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences, first come first served."""
+        """Queue sequences in the order of their arrival."""
         for sequence in sequences:
             self._waiting.append(sequence)
             if self.truth is not None:
@@ -72,14 +72,14 @@ class Engine:
         self._arrived.set()
 
     def finish(self, sequence: Sequence, reason: bytes) -> None:
-        """End a sequence, wherever it is, unless it has ended."""
+        """End a running or queued sequence, unless it has ended."""
         if sequence.finish is None:
             sequence.finish = reason
             self._running.pop(sequence, None)
             sequence.wake.set()
 
     def die(self) -> None:
-        """End all sequences, as an engine does that is told to stop."""
+        """End all sequences with an error, as a stopped engine does."""
         for sequence in [*self._running, *self._waiting]:
             self.finish(sequence, b"error")
 
@@ -108,7 +108,7 @@ class Engine:
                 continue
             if sequence.model != self.name:
                 if sequence.model not in adapters and len(adapters) >= self.max_loras:
-                    passed.append(sequence)  # as vLLM does: sequences behind it that fit go first
+                    passed.append(sequence)  # as in vLLM, later sequences that fit run first
                     continue
                 adapters.add(sequence.model)
             self._running[sequence] = None
@@ -131,7 +131,7 @@ class Engine:
             self.finish(sequence, sequence.end)
 
     def metrics(self) -> str:
-        """The counters in Prometheus' text format."""
+        """Return the counters in Prometheus' text format."""
         label = f'{{engine="0",model_name="{self.name}"}}'
         waiting = sum(sequence.finish is None for sequence in self._waiting)
         lines = []
@@ -146,7 +146,7 @@ class Engine:
 
 
 def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
-    """The chained hashes of a prompt's whole blocks: the keys of the prefix cache."""
+    """Return the chained hashes of a prompt's whole blocks, which are the keys of the prefix cache."""
     blocks, key = [], hash(seed)
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
         key = hash((key, *tokens[start : start + BLOCK]))
@@ -155,9 +155,9 @@ def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
 
 
 def called(body: dict[str, Any]) -> tuple[str, str] | None:
-    """The function that is called, with the least arguments that its schema allows, or None.
+    """Return the function to call, with the smallest arguments that its schema allows, or None.
 
-    That is a function that must be called, or the first one while the conversation asks to "use the tool" and has no result of one.
+    It is the function that must be called, or the first one if the last message of the conversation is a user's and asks to "use the tool".
     """
     tools, choice = body.get("tools"), body.get("tool_choice", "auto")
     if not tools or choice == "none":
@@ -181,9 +181,9 @@ def _least(schema: dict[str, Any]) -> Any:
 
 
 def write(seed: int, limit: int, body: dict[str, Any], echo: str, chat: bool) -> tuple[tuple[bytes, ...], bytes, bytes]:
-    """A sequence's tokens as pieces of a JSON string, why it ends, and the stop string that ended it."""
+    """Return a sequence's tokens as pieces of a JSON string, the reason why it ends, and the stop string that ended it."""
     if limit == 0:
-        # vLLM generates one token all the same, and does not return it.
+        # vLLM generates one token even in this case, but does not return it.
         return (json.dumps(echo)[1:-1].encode(),), b"length", b"null"
     natural = max(NATURAL_LENGTH + seed % NATURAL_LENGTH, body.get("min_tokens") or 0)
     count, end = (limit, b"length") if body.get("ignore_eos") or limit <= natural else (natural, b"stop")

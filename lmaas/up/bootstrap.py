@@ -1,4 +1,4 @@
-"""Prepare a stack for its first request: the base model, the operator's key and the credentials file."""
+"""Prepares a stack for its first request: the base model, the operator's key and the credentials file."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ from lmaas.up.keeping import ending
 
 
 def prepare_default_model(settings: Settings, console: Console, stopped: Callable[[], bool] = lambda: False) -> Path:
-    """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails, or is `stopped` meanwhile."""
+    """Convert the default model if it is not in the cache yet. Raises SettingsError if that fails, or if `stopped` is set meanwhile."""
     try:
         folder = settings.cache.expanduser() / "models" / default_model.NAME
         if folder.exists():
@@ -73,7 +73,7 @@ def _given_folder(source: str) -> Path:
 
 
 async def register_model(settings: Settings, db: Database, console: Console, stopped: Callable[[], bool] = lambda: False) -> BaseModel:
-    """Register the base model of the settings. Values that an operator has changed stay."""
+    """Register the base model of the settings. Values that an operator has changed are kept."""
     if settings.model:
         folder = _given_folder(settings.model)
     else:
@@ -100,7 +100,7 @@ async def register_model(settings: Settings, db: Database, console: Console, sto
 
 
 def read_credentials(settings: Settings) -> dict[str, Any]:
-    """The credentials file, or an empty one. Raises SettingsError if it cannot be read."""
+    """Return the contents of the credentials file, or an empty one. Raises SettingsError if it cannot be read."""
     try:
         found: dict[str, Any] = json.loads(settings.credentials_path.read_text())
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def write_credentials(settings: Settings, credentials: dict[str, Any]) -> None:
 
 
 async def ensure_operator_key(settings: Settings, db: Database) -> str:
-    """The operator's key of this stack: the one in the credentials file if it works, otherwise a new one."""
+    """Return the operator's key of this stack: the one in the credentials file if it works, otherwise a new one."""
     credentials = read_credentials(settings)
     key = credentials.get("operator_key")
     if not isinstance(key, str) or (await find_principal(db, hash_key(key))) is None:

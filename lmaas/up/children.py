@@ -13,7 +13,7 @@ from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 
-#: A controller that could not start would have ended by then.
+#: The time after which a controller counts as started. One that cannot start ends earlier.
 SETTLED_S = 3.0
 
 
@@ -57,18 +57,18 @@ class Child:
             return False
 
     def failure(self) -> str:
-        """Return the last line of its log and where that is."""
+        """Return the last line of the process's log and the path of the log."""
         return f"{self.last_words(1).rstrip('.') or 'it has not written why'}. Its log is {self._log}."
 
     def last_words(self, lines: int = 8) -> str:
-        """Return the end of its log."""
+        """Return the end of the process's log."""
         try:
             return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         except OSError as error:
             return f"{self._log} cannot be read: {error.strerror}"
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """Ask it to stop, and kill it after `grace_s` seconds or once `hurry` is set."""
+        """Ask the process to stop, and kill it after `grace_s` seconds or once `hurry` is set."""
         if self.process is None:
             return
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The embedded servers of a stack, and embedded servers for a block, which tests, benchmarks and simulations use."""
+"""The embedded servers of a stack, and context managers that run one for a block, for tests, benchmarks and simulations."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from lmaas.up.valkey import Valkey
 
 
 def servers(settings: Settings) -> tuple[Settings, list[Server]]:
-    """Return a server, not started yet, for each address that is not set, and the settings with all addresses."""
+    """Return a server, not started yet, for each address that the settings leave empty, and the settings with all addresses."""
     found: list[Server] = []
     logs = settings.home / "logs"
     if settings.database_url is None:
@@ -26,7 +26,7 @@ def servers(settings: Settings) -> tuple[Settings, list[Server]]:
 
 @contextmanager
 def embedded_servers(settings: Settings) -> Iterator[Settings]:
-    """Run embedded servers for the addresses that are not set, and give the settings with their addresses."""
+    """Run embedded servers for the addresses that the settings leave empty, and yield the settings with their addresses."""
     with ExitStack() as exits:
         settings, found = servers(settings)
         for server in found:
@@ -36,14 +36,14 @@ def embedded_servers(settings: Settings) -> Iterator[Settings]:
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """Run Postgres with its data in `folder`, and give its URL. Raises SettingsError if it does not start."""
+    """Run Postgres with its data in `folder`, and yield its URL. Raises SettingsError if it does not start."""
     with started(Postgres(folder, folder.with_name(f"{folder.name}.log"))) as server:
         yield server.url
 
 
 @contextmanager
 def valkey(folder: Path) -> Iterator[str]:
-    """Run Valkey with its append-only file in `folder`, and give its URL. Raises SettingsError if it does not start."""
+    """Run Valkey with its append-only file in `folder`, and yield its URL. Raises SettingsError if it does not start."""
     with started(Valkey(folder, folder / "valkey.log")) as server:
         yield server.url
 

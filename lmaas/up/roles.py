@@ -1,4 +1,5 @@
-"""Who may connect to the embedded Postgres: each process with its own role and password, and the superuser from this user's processes."""
+"""Authentication of the embedded Postgres: each process of the service has its own role and password, and the user that runs `lmaas up` may
+connect as the superuser."""
 
 import json
 import os
@@ -25,12 +26,12 @@ local all all scram-sha-256
 
 
 def require_authentication(folder: Path) -> None:
-    """Have the server with this data folder ask for a password, or for the user that runs this process as the superuser.
+    """Configure the server with this data folder to require a password, or, for the superuser, the user that runs this process.
 
-    Called before the server starts. Other users of the machine cannot connect, even where they reach its socket.
+    Called before the server starts. Other users of the machine cannot connect, even if they can reach its socket.
     """
     user = pwd.getpwuid(os.geteuid()).pw_name.replace('"', '""')
-    # The files are there since initdb: their owner and mode stay.
+    # initdb has created both files, so their owner and mode are kept.
     (folder / "pg_hba.conf").write_text(HBA)
     (folder / "pg_ident.conf").write_text(f'# Written by lmaas at every start.\n{MAP} "{user}" postgres\n')
 
@@ -71,7 +72,8 @@ def prepare_database(settings: Settings, *, embedded: bool) -> Logins:
 
 
 def _passwords(path: Path) -> dict[DatabaseRole, str]:
-    """Read the roles' passwords, and make those that are missing. Replicas of an earlier start may go on with them."""
+    """Read the roles' passwords, and create those that are missing. Existing ones are kept, because replicas of an earlier start may still
+    use them."""
     try:
         known = json.loads(path.read_text())
     except FileNotFoundError:

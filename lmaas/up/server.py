@@ -15,38 +15,39 @@ from typing import ClassVar
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 
-#: Recovery after a crash takes its time.
+#: The time that a start may take, including recovery after a crash.
 START_S = 120.0
-#: How long a server may take to stop before it is killed.
+#: The time that a server may take to stop before it is killed.
 STOP_S = 20.0
-#: A Unix socket's address has room for 107 bytes. The longest name in a folder is that of Postgres' socket.
+#: The maximum length of the path of a folder with a socket, whose address has room for 107 bytes. The longest name of a socket is that of
+#: Postgres.
 ADDRESS_BYTES = 107 - len("/.s.PGSQL.5432")
-#: What needs no quoting in a URL, and is no separator in Postgres' list of hosts.
+#: Characters that need no quoting in a URL and do not separate hosts for Postgres.
 PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+@-]+")
-#: The name of its folder for a server, whose user need not be able to reach the folder by its path.
+#: The server's name for its working folder. The server's user need not be able to reach the folder by its path.
 HERE = "/proc/self/cwd"
-#: With less space than this on its disk, a server that fails has most likely failed for that reason.
+#: With less free space than this on its disk, a failure of a server is most likely caused by the full disk.
 FULL_BYTES = 32 * 1024 * 1024
 
 
 class Server:
-    """A Postgres or a Valkey of this stack. The caller holds the folder for itself.
+    """A Postgres or a Valkey of this stack. The caller holds the folder's lock.
 
-    The server is bound to the thread that starts it: it ends when that thread does. Its address stays the same when it is started again.
+    The server is bound to the thread that starts it, and ends with that thread. Its address stays the same after a restart.
     """
 
-    #: What it is called in messages.
+    #: The name of the server in messages.
     title: ClassVar[str]
-    #: Ends it in an orderly way, without waiting for its clients.
+    #: The signal for an orderly shutdown that does not wait for clients.
     stop_signal: ClassVar[int] = signal.SIGTERM
-    #: The lines of its log that say why it failed.
+    #: The pattern of log lines that explain a failure.
     complaint: ClassVar[re.Pattern[str]]
 
     def __init__(self, folder: Path, log: Path) -> None:
         self.folder, self.log = folder, log
         self.process: subprocess.Popen[bytes] | None = None
         self._exits = ExitStack()
-        #: A short and plain name of the folder for clients, which the socket is in.
+        #: A short alias of the folder, without special characters, for the socket's address.
         self.sockets = self._short(folder)
         self._log_began = 0
 
@@ -60,11 +61,11 @@ class Server:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make the folder ready for a start. Called before each start, when the server does not run. Raises SettingsError."""
+        """Prepare the folder for a start. Called before each start, while the server does not run. Raises SettingsError."""
         _make_folder(self.folder)
 
     def user(self) -> str | None:
-        """Return the user that the server has to run as, or None for the one that runs `lmaas up`."""
+        """Return the user that the server has to run as, or None for the user that runs `lmaas up`."""
         return None
 
     def answers(self) -> bool:
@@ -72,7 +73,7 @@ class Server:
         raise NotImplementedError
 
     def launch(self) -> None:
-        """Start the process and return before it answers. Raises SettingsError if it cannot be started."""
+        """Start the process and return without waiting until it answers. Raises SettingsError if it cannot be started."""
         try:
             self.prepare()
             _make_folder(self.log.parent)
@@ -100,17 +101,17 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the process exists."""
+        """True while the process exists."""
         return self.process is not None and self.process.poll() is None
 
     def failure(self) -> str:
-        """Return why the server ended or does not answer, in its own words, and where its log is."""
+        """Return the reason why the server ended or does not answer, from its log, and the path of the log."""
         full = f"The disk of {self.folder} is full. " if is_full(self.folder) else ""
         why = self._complaint() or ("" if full else "it has not written why")
         return f"{full}{why.rstrip('.')}{'. ' if why else ''}Its log is {self.log}."
 
     def stop(self) -> None:
-        """End the server in an orderly way, or kill it after STOP_S seconds, and free its address."""
+        """Stop the server in an orderly way, or kill it after STOP_S seconds, and remove its address."""
         if self.process is not None:
             self.process.send_signal(self.stop_signal)
             try:
@@ -142,7 +143,7 @@ class Server:
         else:
             raise SettingsError(f"The temporary folder {tempfile.gettempdir()} has a long or unusual name. Set TMPDIR to another one.")
         (short / "data").symlink_to(folder)
-        # systemd-tmpfiles removes old files from temporary folders, but leaves folders alone that are locked.
+        # systemd-tmpfiles removes old files from temporary folders, but skips locked folders.
         held = os.open(short, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._exits.callback(os.close, held)
         fcntl.flock(held, fcntl.LOCK_SH)

@@ -1,4 +1,4 @@
-"""Run the whole service on this machine until it is told to stop, and then leave no process behind."""
+"""Runs the whole service on this machine until it is told to stop, and then ends every process of it."""
 
 import asyncio
 import shlex
@@ -40,7 +40,7 @@ DISK_LOOK_S = 5.0
 
 
 class Stack:
-    """One stack: `home` holds its state, so two with different homes and ports run side by side."""
+    """One stack, whose state is in `home`. Stacks with different homes and ports can run side by side."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self._settings, self._console = settings, console
@@ -49,7 +49,7 @@ class Stack:
         self._keepers: list[asyncio.Task[NoReturn]] = []
 
     async def run(self) -> None:
-        """Start everything, say where it is, and stop everything when told to (SIGINT, SIGTERM, SIGHUP). Told twice, it does not drain."""
+        """Start everything, print the addresses, and stop everything on SIGINT, SIGTERM or SIGHUP. A second signal skips the drain."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._told_to_stop)
@@ -59,7 +59,7 @@ class Stack:
             check_port(self._settings)
             if (zygote := zygote_of(self._settings)) is not None:
                 exits.callback(zygote.stop)
-                await zygote.ensure()  # its imports take longest, so they begin first
+                await zygote.ensure()  # its imports take longest, so they start first
             settings, servers = _embedded(self._settings)
             for server in servers:
                 exits.callback(server.stop)
@@ -88,7 +88,7 @@ class Stack:
         return True
 
     async def _prepare(self, settings: Settings) -> tuple[Logins, BaseModel, str]:
-        """Prepare the database; return how processes log in to it, the base model and the operator's key."""
+        """Prepare the database. Return the processes' database logins, the base model and the operator's key."""
         logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
         db = logins.database(DatabaseRole.GATEWAY)
         try:
@@ -103,14 +103,14 @@ class Stack:
             keeper.cancel()
 
     def _keep(self, kept: Kept) -> "asyncio.Task[NoReturn]":
-        """Start it again whenever it ends. An unexpected error in that stops the stack."""
+        """Restart the process whenever it ends. An unexpected error in this task stops the stack."""
         task = asyncio.create_task(keep_running(kept, self._warn), name=kept.title)
         self._keepers.append(task)
         task.add_done_callback(lambda _: self._stop.set())
         return task
 
     async def _watch_disk(self) -> None:
-        """Say when the disk of the home folder becomes full, and when it has space again."""
+        """Report when the disk of the home folder becomes full, and when it has space again."""
         home, was_full = self._settings.home, False
         while True:
             full = is_full(home)
@@ -122,7 +122,7 @@ class Stack:
             await asyncio.sleep(DISK_LOOK_S)
 
     def _say(self, text: str, style: str = "") -> None:
-        # Folded by the terminal: what is copied from it has no line breaks of ours.
+        # The terminal wraps the lines, so text copied from it has no extra line breaks.
         self._console.print(Text(text, style), soft_wrap=True)
 
     def _warn(self, text: str) -> None:
@@ -160,9 +160,9 @@ class Stack:
             self._let_go(keepers)
             ready.unlink(missing_ok=True)
             await gateway.stop(settings.drain_timeout_s + 5, self._hurry)
-            # No controller: nothing new is started while the replicas end.
+            # Stop the controller first, so that nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
-            where = LocalProvisioner(replace(settings, zygote="off"))  # nothing new is started
+            where = LocalProvisioner(replace(settings, zygote="off"))  # it starts nothing new
             db = logins.database(DatabaseRole.CONTROLLER)
             try:
                 await end_replicas(db, where, settings.drain_timeout_s + END_GRACE_S, self._hurry)
@@ -174,7 +174,7 @@ class Stack:
                 await db.close()
 
     async def _until_serving(self, settings: Settings, gateway: Child) -> bool:
-        """Wait until only what this stack sets up is missing for the gateway to be ready; return False if told to stop.
+        """Wait until the gateway is ready except for what this stack still has to set up. Return False if told to stop.
 
         Raises SettingsError.
         """
@@ -194,7 +194,7 @@ class Stack:
         return False
 
     def _apply(self, settings: Settings, operator_key: str) -> None:
-        """Apply the manifests, and see that the credentials file has working keys of their tenants."""
+        """Apply the manifests, and ensure that the credentials file has working keys of their tenants."""
         if not settings.tenants.exists():
             return
         manifests = read_folder(settings.tenants)
@@ -224,7 +224,7 @@ class Stack:
 
 
 def example(settings: Settings, tenant: str, model: str) -> str:
-    """Return shell commands that send a tenant's request, in lines for a narrow terminal."""
+    """Return shell commands that send a tenant's request, in lines that fit a narrow terminal."""
     return f"""\
 KEY=$(python3 -c \\
   'import json; print(json.load(open(0))["tenants"]["{tenant}"]["api_key"])' \\

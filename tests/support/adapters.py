@@ -1,4 +1,4 @@
-"""Adapters made by hand, good and bad, for a tiny invented base model."""
+"""Handmade adapters, valid and invalid, for a tiny invented base model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ ALL = (*ATTENTION, *MLP)
 
 
 def base(dtype: str = "bfloat16", max_lora_rank: int = 16, layers: int = 2) -> BaseModelShapes:
-    """A two-layer llama of width 16 with grouped key and value heads."""
+    """Return a two-layer llama of width 16 with grouped key and value heads."""
     linears: dict[str, tuple[int, int]] = {}
     for layer in range(layers):
         linears |= {f"model.layers.{layer}.self_attn.{leaf}": shape for leaf, shape in ATTENTION.items()}
@@ -35,7 +35,7 @@ def base(dtype: str = "bfloat16", max_lora_rank: int = 16, layers: int = 2) -> B
 
 
 def encode(values: Array, dtype: str) -> Array:
-    """Numbers as a safetensors dtype stores them; BF16 is cut to its upper 16 bits."""
+    """Return numbers in the format of a safetensors dtype. BF16 is cut to its upper 16 bits."""
     if dtype == "BF16":
         return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16, "I32": np.int32, "U8": np.uint8}[dtype])
@@ -49,7 +49,7 @@ def tensors(
     layers: Iterable[int] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> Tensors:
-    """The A and B of a good adapter, random and small. `ranks` gives modules another rank, by path."""
+    """Return the A and B of a valid adapter, random and small. `ranks` gives modules another rank, by path."""
     random = np.random.default_rng(7)
     made: Tensors = {}
     wanted = None if layers is None else set(layers)
@@ -64,7 +64,7 @@ def tensors(
 
 
 def pack(content: Mapping[str, tuple[str, Array]], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file."""
+    """Return a safetensors file."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     data = b""
     for name, (dtype, array) in content.items():
@@ -75,18 +75,18 @@ def pack(content: Mapping[str, tuple[str, Array]], metadata: dict[str, str] | No
 
 
 def frame(header: object, data: bytes = b"") -> bytes:
-    """A file with this header, given as bytes or as a value to write as JSON, whatever it says."""
+    """Return a file with this header, valid or not, given as bytes or as a value to encode as JSON."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
 
 def config(**changes: object) -> bytes:
-    """The `adapter_config.json` of a good adapter of rank 4, with some keys changed."""
+    """Return the `adapter_config.json` of a valid adapter of rank 4, with some keys changed."""
     return json.dumps(config_dict(**changes)).encode()
 
 
 def config_dict(**changes: object) -> dict[str, Any]:
-    """What `config` writes."""
+    """Return the contents of `config` as a dictionary."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,13 +102,13 @@ def config_dict(**changes: object) -> dict[str, Any]:
 
 
 def check(file: Path, config_bytes: bytes, content: Tensors | bytes, shapes: BaseModelShapes | None = None) -> AdapterFacts:
-    """Writes the file and validates it."""
+    """Write the file and validate it."""
     file.write_bytes(content if isinstance(content, bytes) else pack(content, {"format": "pt"}))
     return validate(config_bytes, file, shapes or base())
 
 
 def refused(file: Path, config_bytes: bytes, content: Tensors | bytes, shapes: BaseModelShapes | None = None) -> InvalidAdapter:
-    """The refusal of a bad adapter, which must be presentable."""
+    """Return the refusal of an invalid adapter, and assert that a client may see it."""
     with pytest.raises(InvalidAdapter) as caught:
         check(file, config_bytes, content, shapes)
     error = caught.value

@@ -1,4 +1,4 @@
-"""A base model's folder, as small as one can be."""
+"""The folder of a very small base model."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ LINEARS = {"model.layers.0.self_attn.q_proj": [64, 32], "model.layers.0.mlp.up_p
 
 
 def write_model(folder: Path, linears: dict[str, list[int]] = LINEARS, **config: Any) -> Path:
-    """A base model's folder, as far as its headers go."""
+    """Create a base model's folder, whose weights are all zero."""
     folder.mkdir()
     header, offset = {}, 0
     for name, shape in {**linears, "model.embed_tokens": [100, 32]}.items():

@@ -1,4 +1,4 @@
-"""What a database's own catalogue says of tenancy, compared with `lmaas.store.rights`."""
+"""Compares tenancy in a database's catalogue with `lmaas.store.rights`."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, SHARED, TABLES, TENANTS, DatabaseRole, policies, privileges, role_name
 
-#: Roles that may see rows of all tenants, and why.
+#: The roles that may see rows of all tenants, with the reasons.
 OF_ALL_TENANTS = {
     "owner": "data migrations and foreign keys",
     "operator": "an operator's requests",
@@ -39,7 +39,7 @@ _MEMBERS = """
 
 
 async def faults(connection: AsyncConnection, prefix: str = "lmaas") -> list[str]:
-    """Return what is not as `lmaas.store.rights` says, in sentences; none if tenancy holds."""
+    """Return the differences from `lmaas.store.rights` as sentences. Empty if tenancy is correct."""
     return [fault async for fault in _faults(connection, prefix)]
 
 

@@ -1,8 +1,8 @@
-"""A clock that a test moves."""
+"""A clock that the test advances."""
 
 
 class Clock:
-    """A clock that the test moves; it remembers when it was first asked."""
+    """A clock that the test advances. It records the time of its first call."""
 
     def __init__(self) -> None:
         self.now, self.first = 1000.0, -1.0

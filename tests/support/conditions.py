@@ -1,4 +1,4 @@
-"""Waiting for a condition, and a bound on how long a block takes."""
+"""Waiting for a condition, and a limit on the duration of a block."""
 
 import asyncio
 import time
@@ -10,7 +10,8 @@ import pytest
 
 @asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[None]:
-    """What must be done in so many seconds. Of a time in which this process did not get to run, 20 ms count; one that works has run."""
+    """Fail if the block takes `seconds` or longer. Time in which this process was not scheduled counts for at most 20 ms at once, so that a
+    busy machine does not fail the test. Processor time counts in full."""
     spent = 0.0
 
     async def run() -> None:
@@ -31,7 +32,7 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 async def until(condition: object, timeout_s: float = 60.0, every_s: float = 0.05) -> None:
-    """Wait until `condition()` (plain or async) is true; fails the test after `timeout_s` seconds."""
+    """Wait until `condition()` (plain or async) is true. Fails the test after `timeout_s` seconds."""
     assert callable(condition)
     deadline = asyncio.get_running_loop().time() + timeout_s
     while True:

@@ -15,15 +15,15 @@ ROLE_PASSWORD = "no-secret"
 
 
 def prepare(postgres_url: str) -> None:
-    """Make the template, and have the server wait for no disk: no test of this server is about what survives a loss of power, and creating
-    and dropping databases takes a fifth of the time."""
+    """Create the template, and turn off the server's waits for the disk. No test of this server loses power, and creating and dropping
+    databases then takes a fifth of the time."""
     _execute(postgres_url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()", f"CREATE DATABASE {TEMPLATE}")
     upgrade(_of(postgres_url, TEMPLATE), passwords=dict.fromkeys(LOGINS, ROLE_PASSWORD))
 
 
 @contextmanager
 def new_database(postgres_url: str) -> Iterator[str]:
-    """The URL of a new, migrated database, which is dropped after the block."""
+    """Yield the URL of a new, migrated database, which is dropped after the block."""
     name = f"test_{secrets.token_hex(6)}"
     _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
     yield _of(postgres_url, name)
@@ -31,7 +31,7 @@ def new_database(postgres_url: str) -> Iterator[str]:
 
 
 def login_url(database_url: str, role: DatabaseRole) -> str:
-    """Return the URL of a test's database for the login of one of our processes."""
+    """Return the URL of a test's database for the login of a process of the service."""
     url = make_url(driver_url(database_url)).set(username=f"lmaas_{role}", password=ROLE_PASSWORD)
     return url.render_as_string(hide_password=False)
 

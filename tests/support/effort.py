@@ -1,11 +1,11 @@
-"""How long the tests try that search at random. `make test-long` gives them far more time than CI has."""
+"""The number of tries of tests that search at random. `make test-long` makes far more than CI."""
 
 import os
 
-#: Times the usual number of examples, histories and seconds.
+#: The factor for the usual number of examples, histories and seconds.
 EFFORT = int(os.environ.get("LMAAS_TEST_EFFORT", "1"))
 
 
 def tries(usual: int) -> int:
-    """Return how many examples a test tries, from how many it usually does."""
+    """Return the number of examples that a test tries, from its usual number."""
     return usual * EFFORT

@@ -1,8 +1,8 @@
-"""A machine whose replicas end, or do not, when they are asked to."""
+"""A provisioner for tests, whose replicas end or ignore the request to end."""
 
 
 class Machine:
-    """A provisioner. Its replicas end once it has been asked for them twice, except when they are `deaf`."""
+    """A provisioner. Its replicas end at the third call of `list`, unless they are `deaf`."""
 
     def __init__(self, *replicas: str, deaf: bool = False) -> None:
         self.replicas, self.deaf = dict.fromkeys(replicas, "mod"), deaf

@@ -6,7 +6,7 @@ import psutil
 
 
 def command_of(process: psutil.Process) -> list[str]:
-    """A process's command line; empty of one that is gone."""
+    """Return a process's command line, or an empty one if the process has ended."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -14,7 +14,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

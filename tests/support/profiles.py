@@ -1,8 +1,8 @@
-"""A profile of an engine in numbers that can be added up by hand."""
+"""An engine's profile in round numbers, so that expected times can be added up by hand."""
 
 from lmaas.simulation.profile import Profile
 
-#: A tenth of a second a step, and for a hundred prompt tokens.
+#: A tenth of a second per step, and per hundred prompt tokens.
 ROUND = Profile(
     spawn_s=1.0,
     start_s=2.0,

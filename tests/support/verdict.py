@@ -1,18 +1,18 @@
-"""What must hold between the clients' experience, the engines' truth and the ledger: a pure function.
+"""Compares the clients' observations, the engines' records (the truth) and the ledger. Pure.
 
-`complaints` finds every line of the ledger that is not as it must be:
+`complaints` lists each line of the ledger that breaks a rule:
 
-| the ledger says | then |
+| status in the ledger | rule |
 | --- | --- |
-| completed | ledger == truth, prompt and completion; and == what the client saw, unless it cut the connection or its gateway was killed |
-| aborted | the client had cut. Ledger == truth; if the engine was killed too: what the client saw <= ledger <= truth |
-| failed | an engine that worked on it was killed, and the client was told. Ledger == what the client saw |
-| expired | nobody was charged anything |
-| lost | its gateway was killed. Ledger <= truth, and of a stream, ledger >= what the engine had made CHECKPOINT_S before the kill |
+| completed | ledger == truth, for prompt and completion, and == what the client saw, unless it disconnected or its gateway was killed |
+| aborted | The client had disconnected. Ledger == truth; if the engine was killed too, what the client saw <= ledger <= truth |
+| failed | An engine that worked on it was killed, and the client got an error. Ledger == what the client saw |
+| expired | There is no charge |
+| lost | Its gateway was killed. Ledger <= truth, and of a stream, ledger >= what the engine had made CHECKPOINT_S before the kill |
 
-and, about the requests: each that was accepted has one line; each that an engine has seen has one; each that was rejected has none; no
-line belongs to nobody. A request that was answered with 503 `queue_unavailable` may have a line without tokens: the queue had taken it, and
-died before it could say so.
+Each accepted request has one line, each request that an engine received has one, and each rejected request has none. Each line belongs to
+a request. A request that was answered with 503 `queue_unavailable` may have a line without tokens: the queue had accepted it, and failed
+before its reply.
 """
 
 from collections import Counter
@@ -24,17 +24,17 @@ from lmaas.states import UsageStatus
 from lmaas.store.usage import UsageEvent
 from lmaas.testing.truth import Delivery
 
-#: A checkpoint is a second old at most; and what a busy machine of two cores adds to that.
+#: The maximum age of a checkpoint is one second. A busy machine with two cores adds up to 1.5 s.
 CHECKPOINT_S = 1.0 + 1.5
-#: A gateway that is killed just after the client has had its answer cannot settle any more.
+#: The time in which a gateway settles a request. If it is killed that soon after the client's answer, it may not have settled.
 SETTLE_S = 2.0
-#: Rejected before anything was accepted.
+#: Statuses of requests that were rejected before anything was accepted.
 REJECTED = {400, 401, 404, 429}
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One HTTP request, and what its client saw of it. Times are of the wall clock, in seconds."""
+    """One HTTP request, as its client saw it. Times are wall-clock seconds."""
 
     kind: str
     key_id: str
@@ -46,23 +46,23 @@ class Attempt:
     request_id: str | None = None
     status: int | None = None
     code: str | None = None
-    #: Tokens that came, and the usage that the answer named.
+    #: The number of tokens received, and the usage that the response named.
     tokens: int = 0
     usage: dict[str, Any] | None = None
-    #: It ended as a success.
+    #: The request ended successfully.
     done: bool = False
-    #: The client itself cut it.
+    #: The client itself disconnected.
     cut: bool = False
-    #: The connection broke without a word.
+    #: The connection was lost without a response.
     broken: bool = False
-    #: There was no connection at all.
+    #: No connection was made.
     refused: bool = False
     hung: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that the test did. `target` is a gateway's name or an engine's pid; times are of the wall clock, in seconds."""
+    """A fault that the test caused. `target` is a gateway's name or an engine's pid. Times are wall-clock seconds."""
 
     kind: str
     target: str
@@ -72,7 +72,7 @@ class Fault:
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found. `oldest_checkpoint_s` is the largest loss to a killed gateway, in seconds of its stream."""
+    """The result. `oldest_checkpoint_s` is the largest loss to a killed gateway, in seconds of its stream."""
 
     complaints: list[str] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -82,7 +82,7 @@ class Verdict:
 
 
 def judge(attempts: list[Attempt], ledger: list[UsageEvent], truth: dict[str, list[Delivery]], faults: list[Fault]) -> Verdict:
-    """Compare everything with everything."""
+    """Compare the ledger, the engines' records and the clients' observations."""
     verdict = Verdict()
     say = verdict.complaints.append
     events = {event.request_id: event for event in ledger if event.status != UsageStatus.PROBE}
@@ -125,7 +125,7 @@ def _rejected(attempt: Attempt) -> bool:
 
 
 def _owners(attempts: list[Attempt], events: Iterable[UsageEvent], say: Callable[[str], None]) -> dict[str, Attempt]:
-    """Request id → who sent it. One that never heard its id is found by its key, which is its worker's own, and the time."""
+    """Return the attempt for each request id. An attempt that never received its id is found by its worker's key and by the time."""
     known = {attempt.request_id: attempt for attempt in attempts if attempt.request_id}
     nameless = [attempt for attempt in attempts if attempt.request_id is None and not attempt.refused]
     found: dict[str, Attempt] = {}
@@ -138,7 +138,7 @@ def _owners(attempts: list[Attempt], events: Iterable[UsageEvent], say: Callable
             if not fits:
                 say(f"nobody sent this request: {event}")
                 continue
-            # A gateway may read a request that its client has given up already: else the last before it.
+            # A gateway may read a request after its client has given it up. Without a request that was open then, take the last one before.
             attempt = min(fits, key=lambda one: (one.ended < at, -one.began))
             nameless.remove(attempt)
         found[event.request_id] = attempt
@@ -174,7 +174,7 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
             if attempt.tokens > charged or (not lost_engine and charged != last.tokens):
                 yield "not what was made for a client that went"
         case UsageStatus.FAILED if event.code == "engine_failed":
-            # Engines write a request down with its first token: two that were killed before that have not.
+            # An engine records a request with its first token. If two engines were killed before that, there is no record.
             if (
                 not lost_engine
                 and len([fault for fault in faults if fault.kind == "engine" and attempt.began <= fault.began <= attempt.ended]) < 2
@@ -185,8 +185,8 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
             if charged < attempt.tokens or (charged != attempt.tokens and not attempt.cut):
                 yield "not what was delivered"
         case UsageStatus.FAILED | UsageStatus.EXPIRED if event.code in ("queue_unavailable", "no_capacity", "grammar_check_unavailable"):
-            # The queue was away when this was to be delivered once more; the service was away for longer than the deadline; or no host
-            # checked grammars.
+            # Possible reasons: the queue was unavailable for a second delivery, the service was unavailable for longer than the deadline,
+            # or no host checked grammars.
             if charged or attempt.tokens or not (attempt.cut or attempt.code == event.code):
                 yield "the client saw something else"
         case UsageStatus.LOST:
@@ -202,7 +202,7 @@ def _judge_lost(attempt: Attempt, event: UsageEvent, last: Delivery, faults: lis
             yield "its gateway lived"
         return
     if not attempt.stream:
-        return  # its engine had not said anything
+        return  # the response was not a stream, so its engine had sent nothing
     later = sorted(at for times in last.made.values() for at in times)[event.completion_tokens :]
     age_s = max(0.0, fault.began - later[0]) if later else 0.0
     verdict.oldest_checkpoint_s = max(verdict.oldest_checkpoint_s, age_s)
@@ -211,7 +211,7 @@ def _judge_lost(attempt: Attempt, event: UsageEvent, last: Delivery, faults: lis
 
 
 def _killed_gateway(attempt: Attempt, faults: list[Fault]) -> Fault | None:
-    """The kill that ended this attempt's gateway, if one did."""
+    """Return the kill that ended this attempt's gateway, if there was one."""
     for fault in faults:
         if (
             fault.kind == "gateway"

@@ -18,29 +18,29 @@ from lmaas.config import Settings
 from lmaas.engine.launch import VLLM, forked_supervisor, zygote_owner
 from lmaas.engine.zygote.client import NoZygote, go
 from lmaas.engine.zygote.owner import ZygoteOwner
-from lmaas.engine.zygote.policy import start_delay_s
+from lmaas.engine.zygote.policy import FIRST_START_S, first_start_s, start_delay_s
 from lmaas.process import last_words
 from lmaas.types import Resources
 
-#: A process's start, in seconds since the boot, is known with this much error.
+#: The error of a process's start time, in seconds since the boot.
 SAME_START_S = 0.5
-#: In the note of one that is about to be started; `started` is then the time of the note.
+#: The pid in the note of a replica that is about to be started. `started` is then the time of the note.
 NO_PID = 0
-#: How long its accelerators are kept for one whose pid was never noted.
+#: The time for which accelerators stay reserved for a replica whose pid was never noted.
 MAY_BEGIN_S = 120.0
-#: The variable by which an engine sees its accelerators.
+#: The variable that selects the accelerators of an engine.
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/proc/driver/nvidia/gpus")
-#: What supervisors have no use for.
+#: Variables that supervisors do not need.
 FOR_OTHERS = frozenset({"LMAAS_OPERATOR_KEY", "LMAAS_API_KEY", "LMAAS_DATABASE_PASSWORDS", "LMAAS_REPLICA_DATABASE_URL"})
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LocalProvisioner:
-    """Each supervisor leads a session of its own, so that a signal to our terminal does not reach it.
+    """Starts each supervisor in its own session, so that a signal to the terminal does not reach it.
 
-    `$LMAAS_HOME/replicas/<id>/process.json` remembers it across restarts of the controller: the pid with the process's start time,
-    since pids are used again, and the accelerators that it was given. What no replica that runs was given is free.
+    `$LMAAS_HOME/replicas/<id>/process.json` keeps each replica across restarts of the controller: its pid with the process's start time,
+    since pids are reused, and its accelerators. Accelerators that belong to no running replica are free.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,9 +53,9 @@ class LocalProvisioner:
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
         """Start the supervisor of a replica, with accelerators of its own. Raises OSError if it cannot be started."""
-        # Starts come one after the other (the controller's), so no other takes the same accelerators meanwhile.
+        # The controller starts one replica at a time, so no other start takes the same accelerators meanwhile.
         devices = self._take(needs.accelerators)
-        # Without any of its own it must not touch another's; where the machine has none, nothing is hidden.
+        # A replica without accelerators must not use those of another. On a machine without accelerators, the variable is not set.
         variables = self._environment | ({VISIBLE: ",".join(devices)} if self._devices else {})
         folder = self._folder / replica_id
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class LocalProvisioner:
                     self._note(replica_id, _Facts(forked.pid, _started(forked.pid), _boot(), pool_id, devices))
                     go(forked)
                     return
-        # Before there is a process: if we are killed between the two, its accelerators must not be given to another.
+        # Written before the process exists. If this process is killed in between, the accelerators must not be given to another replica.
         self._note(replica_id, _Facts(NO_PID, time.monotonic(), _boot(), pool_id, devices))
         try:
             with log_path.open("ab") as log:
@@ -92,7 +92,7 @@ class LocalProvisioner:
         partial.rename(folder / "process.json")
 
     def _take(self, count: int) -> list[str]:
-        """So many accelerators that no running replica has. Raises OSError if there are fewer."""
+        """Return `count` accelerators that no running replica has. Raises OSError if there are fewer."""
         if count == 0:
             return []
         noted = filter(None, (self._facts(path.parent.name) for path in self._folder.glob("*/process.json")))
@@ -103,32 +103,36 @@ class LocalProvisioner:
         return free[:count]
 
     def start_delay_s(self) -> float:
-        """Return by how many seconds a start takes longer at present than starts usually do."""
-        # Starts wait for a zygote that still imports.
+        """Return the seconds that a start takes longer at present than usual."""
+        # Starts wait for a zygote that is still importing.
         return 0.0 if self._zygote is None else start_delay_s(self._zygote.seen)
 
+    def first_start_s(self) -> float:
+        """Return the duration of a start in seconds, without that delay, for a base model without earlier starts."""
+        return FIRST_START_S["plain"] if self._zygote is None else first_start_s(self._zygote.seen)
+
     async def capacity(self) -> Resources:
-        """What this machine offers to replicas: by setting, or all of it."""
+        """Return the capacity that is set, or else that of the whole machine."""
         return self._capacity
 
     async def kill(self, replica_id: str) -> None:
-        """End a replica's processes now, without drain. Killing one that is gone is no error."""
+        """End a replica's processes now, without a drain. Killing a replica that has ended is no error."""
         facts = self._facts(replica_id)
         if facts is not None and _alive(facts):
-            # An engine that was started plainly is in the supervisor's process group; one that the zygote forked is killed by its keeper,
-            # which sees the supervisor's connection close.
+            # A plainly started engine is in the supervisor's process group. A forked engine is killed by its keeper when the supervisor's
+            # connection closes.
             with suppress(ProcessLookupError):
                 os.killpg(facts.pid, signal.SIGKILL)
 
     async def list(self) -> dict[str, str]:
-        """The replicas whose supervisor runs: replica id → pool id. Forgets the folders of those that ended long ago. Called at each look
-        of the controller, which is also when the zygote is looked after."""
+        """Return the replicas whose supervisor runs: replica id → pool id. Also deletes the folders of replicas that ended long ago, and
+        checks the zygote, because the controller calls this regularly."""
         if self._zygote is not None:
-            self._zygote.tend()  # no start waits for that
+            self._zygote.tend()  # runs in a task, so that this call does not wait for the zygote
         return await asyncio.to_thread(self._list)
 
     async def last_words(self, replica_id: str) -> str:
-        """Why its supervisor has ended, if it said so; else empty."""
+        """Return the reason why the supervisor ended, if its log contains one, or an empty string."""
         return last_words(self._folder / replica_id / "supervisor.log")
 
     def _list(self) -> dict[str, str]:
@@ -137,7 +141,7 @@ class LocalProvisioner:
                 del self._children[replica_id]
         running = self._running()
         ended = [path.parent for path in self._folder.glob("*/process.json") if path.parent.name not in running]
-        # The logs of the last replicas that ended stay: they say why.
+        # Keep the folders of the last replicas that ended, because their logs contain the reason.
         for folder in sorted(ended, key=lambda path: path.stat().st_mtime)[:-20]:
             shutil.rmtree(folder, ignore_errors=True)
         return {replica_id: facts.pool for replica_id, facts in running.items()}
@@ -149,14 +153,15 @@ class LocalProvisioner:
     def _facts(self, replica_id: str) -> "_Facts | None":
         try:
             found = json.loads((self._folder / replica_id / "process.json").read_text())
-            # Another release may have noted more.
+            # Another release may have written further fields.
             return _Facts(**{name: found[name] for name in _Facts.__slots__ if name in found})
         except (OSError, ValueError, TypeError):
             return None
 
 
 def zygote_of(settings: Settings) -> ZygoteOwner | None:
-    """The owner of this home folder's zygote, which starts none until its `ensure` is called; None if engines here are started without."""
+    """Return the owner of this home folder's zygote, or None if engines are started without one. No zygote starts before its `ensure` is
+    called."""
     if settings.zygote == "on" and settings.provisioner == "local" and settings.engine_module == VLLM:
         return zygote_owner(settings.home, settings.orphan_timeout_s)
     return None
@@ -165,7 +170,7 @@ def zygote_of(settings: Settings) -> ZygoteOwner | None:
 @dataclass(frozen=True, slots=True)
 class _Facts:
     pid: int
-    #: Since the boot: the wall clock may be set.
+    #: Seconds since the boot, because the wall clock may be changed.
     started: float
     boot: str
     pool: str
@@ -181,7 +186,8 @@ def _boot() -> str:
 
 
 def _may_begin(facts: _Facts) -> bool:
-    """Whether a controller was about to start it, and may have: if its pid was never noted, it is written off, and ends with its drain."""
+    """Return whether the replica may be starting: a controller was about to start it, and its pid is not noted. If the pid is never noted,
+    the controller gives the replica up, and its supervisor drains and ends if it runs."""
     return facts.pid == NO_PID and facts.boot == _boot() and time.monotonic() - facts.started < MAY_BEGIN_S
 
 
@@ -196,7 +202,7 @@ def _alive(facts: _Facts) -> bool:
 
 
 def visible_devices(offered: int | None, visible: str | None, folder: Path) -> list[str]:
-    """The accelerators that replicas may be given, as CUDA names them: those that we see ourselves, at most as many as are `offered`."""
+    """Return the accelerators for replicas, by CUDA's names: those that this process may use, at most `offered`."""
     if visible is not None:
         found = [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     elif folder.is_dir():

@@ -1,6 +1,6 @@
-"""Replicas as Ray actors: Ray places each on a node, and its autoscaler adds nodes for those that do not fit yet.
+"""Runs replicas as Ray actors. Ray places each actor on a node, and its autoscaler adds nodes for actors that do not fit yet.
 
-Every replica is a detached actor named `<pool id>/<replica id>` in the stack's namespace, so that it outlives the controller and the next
+Each replica is a detached actor named `<pool id>/<replica id>` in the stack's namespace, so that it outlives the controller and the next
 controller finds it. Ray never restarts an actor: the controller decides whether there is another replica. An actor that waits for a node is
 listed as well, because it will run.
 """
@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from lmaas.config import Settings
 from lmaas.control.provisioners.ray_node import NodeReplica
 from lmaas.control.provisioners.resources import parse_resources
+from lmaas.engine.zygote.policy import FIRST_START_S
 from lmaas.errors import Unavailable
 from lmaas.types import Resources
 
@@ -28,17 +29,18 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How long Ray may take for a call, including the connection.
+#: The time that a call to Ray may take, including the connection.
 CALL_S = 30.0
-#: Settings that do not go to nodes: each has its own home and its own address for its engine, and replicas do not need people's keys.
+#: Settings that nodes do not get. Each node has its own home and its own engine address, and replicas do not need operators' or tenants'
+#: keys.
 NOT_FOR_NODES = frozenset({"LMAAS_HOME", "LMAAS_ENGINE_HOST", "LMAAS_OPERATOR_KEY", "LMAAS_API_KEY"})
-#: There is no zygote on a node: Ray would not account for its memory.
+#: Nodes run no zygote, because Ray would not account for its memory.
 ON_NODES = {"LMAAS_ZYGOTE": "off"}
-#: How long the reason of an actor's end may take to arrive here. It is known on the node when the actor has gone.
+#: The time that the reason of an actor's end may take to arrive. The node knows it when the actor has ended.
 WORDS_S = 2.0
-#: The number of ended replicas whose reason is kept until it is asked for.
+#: The number of ended replicas whose reason is kept until it is read.
 ENDS_KEPT = 100
-#: What Ray raises when it cannot be reached, or when it refuses.
+#: The exceptions that Ray raises when it cannot be reached or refuses a call.
 FAILURES = (RayError, OSError, RuntimeError, ValueError)
 
 
@@ -54,35 +56,40 @@ class RayProvisioner:
         self._environment = {name: value for name, value in settings.environment().items() if name not in NOT_FOR_NODES} | ON_NODES
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        #: The ends of the replicas started by this process: what their actors return, or what Ray reports. Used by the thread only.
+        #: The results of the replicas started by this process: what their actors return, or what Ray reports. Used only by the thread.
         self._ends: dict[str, ObjectRef[str]] = {}
 
     async def start(self, replica_id: str, pool_id: str, needs: Resources) -> None:
-        """Have an actor started on a node that has what the replica needs, now or later. Raises OSError if Ray refuses."""
+        """Start an actor on a node with the needed resources, now or when there is one. Raises OSError if Ray refuses."""
         try:
             await self._call(self._start, replica_id, pool_id, needs)
         except Unavailable as error:
             raise OSError(error.message) from error
 
     async def kill(self, replica_id: str) -> None:
-        """End a replica's processes now, or take it from Ray's queue. Killing a replica that is gone is no error."""
+        """End a replica's processes now, or remove it from Ray's queue. Killing a replica that has ended is no error."""
         await self._call(self._kill, replica_id)
 
     async def list(self) -> dict[str, str]:
         """Return the replicas that have an actor, on a node or waiting for one: replica id → pool id. Raises Unavailable if Ray does not
-        respond, since it is not known then what runs."""
+        respond, because the running replicas are then unknown."""
         return await self._call(self._list)
 
     async def last_words(self, replica_id: str) -> str:
-        """Return why a replica is gone, as its supervisor or Ray reports it. Empty for one that another controller has started."""
+        """Return the reason why a replica has ended, as its supervisor or Ray reports it. Empty for a replica that another controller
+        started."""
         return await self._call(self._last_words, replica_id)
 
     def start_delay_s(self) -> float:
-        """Return by how many seconds a start takes longer at present than starts usually do."""
+        """Return the seconds that a start takes longer at present than usual."""
         return 0.0
 
+    def first_start_s(self) -> float:
+        """Return the duration of a start in seconds, without that delay, for a base model without earlier starts. Nodes run no zygote."""
+        return FIRST_START_S["plain"]
+
     async def capacity(self) -> Resources | None:
-        """Return the capacity that is set, else what the nodes hold now if their number is fixed, else None: Ray may add nodes."""
+        """Return the configured capacity, or else the nodes' capacity if their number is fixed, or else None, because Ray may add nodes."""
         settings = self._settings
         if settings.ray_cpus is not None:
             return Resources(settings.ray_cpus, settings.ray_accelerators or 0)
@@ -92,7 +99,8 @@ class RayProvisioner:
         future: Future[T] = Future()
         self._calls.put((future, functools.partial(self._connected, function, *arguments)))
         if self._thread is None:
-            # A daemon thread: the threads of an executor are joined at exit, so a call that hangs would keep the controller from ending.
+            # A daemon thread, because the threads of an executor are joined at exit, and a call that hangs would keep the controller from
+            # exiting.
             self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
             self._thread.start()
         try:
@@ -104,7 +112,7 @@ class RayProvisioner:
     def _work(self) -> None:
         while True:
             future, call = self._calls.get()
-            # A call that was queued behind one that hung may have been given up.
+            # The caller may have given up a call that was queued behind one that hung.
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -120,7 +128,7 @@ class RayProvisioner:
                 ray.init(self._settings.ray_address, log_to_driver=False, configure_logging=False)
             return function(*arguments)
         except FAILURES as error:
-            # After a failure the connection may be to a cluster that is gone.
+            # After a failure, the connection may belong to a cluster that has gone.
             ray.shutdown()
             self._ends.clear()
             raise Unavailable(f"Ray: {error}") from error

@@ -1,4 +1,4 @@
-"""The same arithmetic with torch's matrix products, one after the other for each adapter: where there is no compiled kernel for it."""
+"""The LoRA arithmetic with torch's matrix products, one adapter after the other, for layers and machines without a compiled kernel."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Passes to the wrapper what vLLM does not: ranks at activation, and the rows whose prompt logits are computed."""
+"""Passes information to the wrapper that vLLM does not pass: ranks at activation, and the rows whose prompt logits are computed."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _MARK = "_lmaas_cpu_lora"
 
 
 def install() -> None:
-    """Put the hooks into vLLM's classes, once for each process."""
+    """Install the hooks in vLLM's classes, once for each process."""
     _wrap(LoRAModelManager, "activate_adapter", _activate_adapter)
     _wrap(GPUModelRunner, "_get_prompt_logprobs_dict", prompt_logprobs)
 
@@ -36,7 +36,7 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
     try:
         activated = original(manager, lora_id)
     except BaseException:
-        # vLLM has named the slot's owner before it copies, and would take a copy that failed half way for done.
+        # vLLM records the slot's owner before it copies, and would take a partial copy for a complete one.
         if lora_id in manager.lora_index_to_id:
             for wrapper in manager.punica_wrapper_mapping.values():
                 wrapper.emptied(manager.lora_index_to_id.index(lora_id))
@@ -51,8 +51,10 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
 
 
 def prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    """vLLM computes the logits of a prompt's tokens one request at a time, without saying whose they are; the LoRA layer of the logits
-    would take them for the step's sampled rows. They are a view of the whole step's hidden states, and where it begins tells.
+    """Tell the wrapper which rows the logits of a prompt belong to.
+
+    vLLM computes the logits of a prompt's tokens one request at a time, without passing the request. The LoRA layer of the logits would
+    take them for the step's sampled rows. They are a view of the whole step's hidden states, and the offset of the view gives the rows.
     """
     if not runner.num_prompt_logprobs:
         return original(runner, hidden_states, num_scheduled_tokens)

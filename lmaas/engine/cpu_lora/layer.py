@@ -1,4 +1,4 @@
-"""One layer's LoRA weights, as vLLM stacks them by slot, with the true rank of each."""
+"""The LoRA weights of one layer, as vLLM stacks them by slot, with the true rank of each adapter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,11 @@ import torch
 
 
 class StackedLoRA:
-    """The weights of one layer for all slots. A merged layer (q/k/v, gate/up) has a slice for each projection in it.
+    """The weights of one layer for all slots. A merged layer (q/k/v, gate/up) has a slice for each of its projections.
 
-    `a[i]` [slots, 1, R, in], `b[i]` [slots, 1, outᵢ, R]; `a` is empty for an embedding, whose A vLLM looks up itself.
-    `rank` [slices, slots]: how many of the R ranks count; 0 where the adapter leaves the projection alone. It may be too large,
-    never too small: vLLM keeps zeros in what an adapter does not fill.
+    `a[i]` [slots, 1, R, in], `b[i]` [slots, 1, outᵢ, R]. `a` is empty for an embedding, whose A vLLM looks up itself. `rank` [slices,
+    slots] is the number of ranks in use, 0 for a projection that the adapter does not change. It may be too large, never too small: vLLM
+    fills unused ranks with zeros.
     """
 
     def __init__(self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
@@ -22,11 +22,12 @@ class StackedLoRA:
         self.widths = [min(size, bi.shape[2]) for size, bi in zip(sizes, b, strict=True)]
         self.rank = np.zeros((len(b), b[0].shape[0]), dtype=np.int64)
         self.highest_rank = 0
-        self.native: Any = None  # what native.py keeps with it
+        self.native: Any = None  # state of native.py
 
     @classmethod
     def of(cls, module: Any) -> "StackedLoRA | None":
-        """The weights of one of vLLM's LoRA layers, or None if it is of another kind. Stores each B rank by rank, see `rank_major`."""
+        """Return the weights of one of vLLM's LoRA layers, or None for another kind of layer. Stores each B rank by rank, see
+        `rank_major`."""
         a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
         if isinstance(b, torch.Tensor) and b.dim() == 4 and isinstance(a, torch.Tensor):
             module.lora_b_stacked = rank_major(b)
@@ -37,7 +38,8 @@ class StackedLoRA:
         return None
 
     def activate(self, slot: int, lora_b: "torch.Tensor | Sequence[torch.Tensor | None] | None") -> None:
-        """Note the ranks of the adapter that vLLM has copied into `slot`: its B, one for each projection, None where there is none."""
+        """Record the ranks of the adapter that vLLM has copied into `slot`. `lora_b` is its B, one for each projection, or None for
+        none."""
         parts = [lora_b] if lora_b is None or isinstance(lora_b, torch.Tensor) else list(lora_b)
         ranks = [0 if part is None else part.shape[-1] for part in parts]
         # Where vLLM splits one B over several projections, they share its rank.
@@ -47,9 +49,10 @@ class StackedLoRA:
 
 
 def rank_major(b: torch.Tensor) -> torch.Tensor:
-    """`b` [slots, 1, out, R] with `out` as its fastest dimension: the weights of one rank are then adjacent, as the kernels read them.
+    """Return `b` [slots, 1, out, R] with `out` as its fastest dimension. The weights of one rank are then adjacent, as the kernels read
+    them.
 
-    Shape and contents stay, so vLLM writes through the same indices.
+    Shape and contents are unchanged, so vLLM writes through the same indices.
     """
     if b.dim() != 4 or b.shape[1] != 1 or b.stride(2) == 1:
         return b

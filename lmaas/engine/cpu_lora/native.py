@@ -1,4 +1,4 @@
-"""The compiled kernel (kernel.cpp), which pip builds with lmaas where there is a C++ compiler. Elsewhere fallback.py does its work."""
+"""The compiled kernel (kernel.cpp), which pip builds with lmaas if there is a C++ compiler. Otherwise fallback.py is used."""
 
 import ctypes
 import importlib.util
@@ -11,7 +11,7 @@ from lmaas.engine.cpu_lora.layer import StackedLoRA
 from lmaas.engine.cpu_lora.plugin import logger
 from lmaas.engine.cpu_lora.rows import Groups, Integers
 
-#: "torch" uses the kernels of fallback.py even where there is a compiled one.
+#: The environment variable that selects the kernel. "torch" selects fallback.py even if there is a compiled kernel.
 CHOICE = "LMAAS_CPU_LORA_KERNEL"
 _MODULE = "lmaas.engine.cpu_lora._kernel"
 
@@ -41,9 +41,9 @@ class _Call(ctypes.Structure):
 
 
 class NativeKernel:
-    """The functions of the library at `path`. `choice`: of the instruction sets that this processor has, 0 is the best.
+    """The functions of the library at `path`. `choice` selects one of the instruction sets that this processor supports; 0 is the best.
 
-    Raises OSError if the library cannot be loaded, ValueError if there is no such choice.
+    Raises OSError if the library cannot be loaded, and ValueError for an unknown choice.
     """
 
     def __init__(self, path: str, choice: int = 0) -> None:
@@ -63,7 +63,7 @@ class NativeKernel:
         return f"compiled kernel, {self.instructions}"
 
     def takes(self, y: torch.Tensor, x: torch.Tensor, layer: StackedLoRA) -> bool:
-        """Whether these tensors are of a kind that the kernel knows."""
+        """Return whether the kernel supports tensors of these types and layouts."""
         if layer.native is None:
             layer.native = _PreparedLayer(layer) if _is_plain(layer) else False
         if not layer.native:
@@ -81,7 +81,7 @@ class NativeKernel:
         )
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: StackedLoRA, groups: Groups, scale: float) -> None:
-        """What fallback.add does, for tensors that this `takes`."""
+        """Do the same as fallback.add, for tensors that `takes` accepts."""
         if groups.native is None:
             groups.native = _Groups(len(groups.slot), *(_address(part) for part in (groups.slot, groups.start, groups.rows)))
         h_row = layer.highest_rank
@@ -122,7 +122,7 @@ def _is_plain(layer: StackedLoRA) -> bool:
 
 
 def _floats(n: int) -> torch.Tensor:
-    return torch.empty(n, dtype=torch.float32, device="cpu")  # whatever torch's defaults are at the moment
+    return torch.empty(n, dtype=torch.float32, device="cpu")  # independent of torch's current defaults
 
 
 def _adjacent(t: torch.Tensor, dim: int) -> bool:
@@ -134,25 +134,24 @@ def _address(numbers: Integers) -> int:
 
 
 def library() -> Path | None:
-    """The compiled library, unless there is none or its source, where that lies beside it, is newer: a clone that was updated, but not
-    installed again.
-    """
+    """Return the path of the compiled library. None if there is none, or if a newer source file lies beside it, as in a clone that was
+    updated but not installed again."""
     found = importlib.util.find_spec(_MODULE)
     if found is None or found.origin is None:
         return None
     path, source = Path(found.origin), Path(__file__).with_name("kernel.cpp")
-    # Within a minute they were copied together.
+    # Files that were copied together differ by less than a minute.
     outdated = source.exists() and source.stat().st_mtime > path.stat().st_mtime + 60
     return None if outdated else path
 
 
 def load() -> NativeKernel | None:
-    """The compiled kernel, or None where there is none or it is not wanted."""
+    """Return the compiled kernel, or None if there is none or it is not selected."""
     if os.environ.get(CHOICE) == "torch":
         return None
     path = library()
     if path is None:
-        # No warning at every start: the installation has said it, and what it costs.
+        # This is not a warning, because the installation has already reported it and its cost.
         logger.info("the compiled LoRA kernel is missing or older than its source; torch's matrix products are used, which is slower")
         return None
     try:

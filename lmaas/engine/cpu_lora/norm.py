@@ -1,6 +1,6 @@
 """RMS normalisation in one pass instead of seven. vLLM's CPU build contains it, but registers it for GPUs only.
 
-That is 4 % of a small model's step. Like everything here it is used by engines with LoRA only.
+It saves 4 % of a small model's step. Like the rest of this package, it is used by engines with LoRA only.
 """
 
 import torch
@@ -8,14 +8,13 @@ from vllm.ir.op import IrOpImpl
 from vllm.ir.ops.layernorm import fused_add_rms_norm, rms_norm
 
 PROVIDER = "lmaas"
-#: Numbers of the widest vector: the compiled functions take whole vectors only.
+#: The number of elements in the widest vector. The compiled functions process whole vectors only.
 WIDTH = 32
 _KNOWN = frozenset({torch.float32, torch.bfloat16})
 
 
 def install() -> None:
-    """Have this process's layers normalise with vLLM's compiled functions wherever this build has them and they know the
-    tensors."""
+    """Make this process's layers normalise with vLLM's compiled functions, where this build has them and they support the tensors."""
     for operation, function, takes, in_place in ((rms_norm, _norm, _takes, False), (fused_add_rms_norm, _add_norm, _takes_both, True)):
         if PROVIDER not in operation.impls:
             built = hasattr(torch.ops._C, operation.name)
@@ -23,7 +22,7 @@ def install() -> None:
         operation.set_default([PROVIDER, "native"])
 
 
-# The names are vLLM's, which checks them.
+# vLLM checks the parameters' names.
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:

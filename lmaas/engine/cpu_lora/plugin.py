@@ -1,38 +1,38 @@
-"""The entry point that vLLM calls, and the check of vLLM's version. Imports neither vLLM nor torch by itself.
+"""The entry point that vLLM calls, and the check of vLLM's version. Importing this module imports neither vLLM nor torch.
 
-The plugin replaces the class that vLLM's CPU platform names as its "punica wrapper", which is built only when LoRA is on. That is
-also where an unknown vLLM is refused: without LoRA this plugin changes nothing.
+The plugin replaces the class that vLLM's CPU platform names as its "punica wrapper", which is built only if LoRA is enabled. An unknown
+vLLM is refused there too, so without LoRA this plugin changes nothing.
 """
 
 import importlib
 import logging
 import os
 
-#: The vLLM versions whose source was read and tested against what is replaced here.
+#: The vLLM versions whose source was reviewed and tested with these replacements.
 PATCHED_VERSIONS = frozenset({"0.32.0"})
 OVERRIDE = "LMAAS_ALLOW_UNKNOWN_VLLM"
-#: In the engine's log when the plugin is active: a supervisor looks for it before its engine gets any work.
+#: The text in the engine's log that shows that the plugin is active. A supervisor checks for it before its engine gets any work.
 ACTIVE_MARK = "lmaas cpu_lora active"
 
 logger = logging.getLogger("vllm.lmaas.cpu_lora")
 
 
 class UnknownVllmError(RuntimeError):
-    """This vLLM, or this way of running it, was never checked against the replacement: its LoRA answers could be another tenant's."""
+    """The replacement was never checked with this vLLM, or with these options. Its LoRA answers could use another tenant's adapter."""
 
 
 def register() -> None:
-    """Entry point (`vllm.general_plugins`), called by each vLLM process; may be called again. Does nothing except on CPU."""
+    """Entry point (`vllm.general_plugins`), called by each vLLM process. May be called again. Has no effect except on CPU."""
     from vllm.platforms import current_platform  # noqa: PLC0415 (only inside an engine)
 
     if current_platform.is_cpu():
-        # Asked for by vllm.lora.punica_wrapper.get_punica_wrapper, once per LoRA manager. Raising here stops an engine that would
-        # serve LoRA, whatever vLLM does with exceptions of a plugin's function.
+        # vllm.lora.punica_wrapper.get_punica_wrapper calls this once for each LoRA manager. An exception here stops an engine that would
+        # serve LoRA, however vLLM treats exceptions of a plugin's function.
         type(current_platform).get_punica_wrapper = classmethod(lambda _cls: wrapper_name())
 
 
 def wrapper_name() -> str:
-    """The qualified name that vLLM imports in place of its own wrapper. Raises UnknownVllmError on what was not checked."""
+    """Return the qualified name of the class that vLLM uses in place of its own wrapper. Raises UnknownVllmError for an unchecked vLLM."""
     version = str(importlib.import_module("vllm").__version__)
     if version.partition("+")[0] not in PATCHED_VERSIONS:
         known = ", ".join(sorted(PATCHED_VERSIONS))

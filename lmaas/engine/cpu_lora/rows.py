@@ -11,10 +11,10 @@ Integers = npt.NDArray[np.int64]
 
 
 class Groups:
-    """The rows of a step that belong to each slot; rows without an adapter belong to none.
+    """The rows of a step, grouped by slot. Rows without an adapter belong to no group.
 
-    `slots` [n]: slot of each row, -1 for none. `slot` [groups] ascending, `start` [groups + 1] into `rows`, `rows` in the order of the step
-    within each group. Made once per step and used by every layer.
+    `slots` [n] is the slot of each row, -1 for none. `slot` [groups] is ascending, `start` [groups + 1] are indices into `rows`, and `rows`
+    keeps the order of the step within each group. Created once for each step and used by every layer.
     """
 
     def __init__(self, slots: Integers) -> None:
@@ -24,11 +24,11 @@ class Groups:
         self.rows: Integers = own[order]
         self.slot, first = np.unique(slots[self.rows], return_index=True)
         self.start: Integers = np.append(first, len(self.rows)).astype(np.int64)
-        self.native: Any = None  # what native.py keeps with it
+        self.native: Any = None  # state of native.py
 
     @functools.cached_property
     def by_slot(self) -> "list[tuple[int, slice | torch.Tensor]]":
-        """(slot, its rows as an index of tensors) for each group."""
+        """Each group as its slot and its rows, the rows as an index of tensors."""
         result: list[tuple[int, slice | torch.Tensor]] = []
         for slot, first, end in zip(self.slot.tolist(), self.start[:-1], self.start[1:], strict=True):
             rows = self.rows[first:end]

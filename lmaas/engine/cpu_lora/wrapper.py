@@ -1,4 +1,4 @@
-"""The class that vLLM uses in place of its own."""
+"""The replacement for vLLM's LoRA wrapper class on CPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from lmaas.engine.cpu_lora.rows import Groups
 
 
 class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy does not follow vLLM
-    """vLLM's CPU wrapper, where a row gets its own adapter or none.
+    """vLLM's CPU wrapper, corrected so that each row uses its own adapter or none.
 
-    Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with -1 for rows without an adapter, and -1 is the last
-    slot: tenants leak into each other and into the base model (vllm#48421, #49656). Inherited: the metadata, and
+    Stock vLLM (`lora/ops/torch_ops/lora_ops.py`) indexes the stacked weights with -1 for rows without an adapter, and -1 is the last slot.
+    Adapters of tenants are thus applied to other tenants' rows and to the base model's (vllm#48421, #49656). Inherited: the metadata, and
     `apply_lora_full_linear`, which masks rows without an adapter itself. The signatures are vLLM's.
     """
 
@@ -23,25 +23,25 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         super().__init__(*args, **kwargs)
         self._kernel = native.load()
         logger.info("%s: every token gets its own adapter or none (%s)", ACTIVE_MARK, self._kernel or "torch's matrix products, slower")
-        self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM hands over, which the layer keeps alive
+        self._layers: dict[int, StackedLoRA] = {}  # by id of the B that vLLM passes, which the layer keeps alive
         self._groups: dict[object, Groups] = {}
-        #: Rows of the step whose logits are being computed, where they are not the sampled ones. Set by hooks.py.
+        #: The rows of the step whose logits are being computed, if they are not the sampled rows. Set by hooks.py.
         self.prompt_rows: slice | None = None
 
     def prepare(self, module: Any) -> None:
-        """Get the weights of one of vLLM's LoRA layers ready, once, before anything is copied into them."""
+        """Prepare the weights of one of vLLM's LoRA layers, once, before any adapter is copied into them."""
         if id(getattr(module, "lora_b_stacked", None)) not in self._layers and (layer := StackedLoRA.of(module)):
             self._layers[id(module.lora_b_stacked)] = layer
-            if len(layer.b) == 1:  # classification heads hand over the tensor that is in the tuple
+            if len(layer.b) == 1:  # classification heads pass the tensor in the tuple
                 self._layers[id(layer.b[0])] = layer
 
     def emptied(self, slot: int) -> None:
-        """Called when a slot's weights are no adapter's: rows that use it get nothing."""
+        """Record that a slot no longer holds an adapter. Rows with this slot are left unchanged."""
         for layer in self._layers.values():
             layer.activate(slot, None)
 
     def activated(self, module: Any, slot: int, lora_b: Any) -> None:
-        """Called when an adapter's B for this module, None if it has none, has been copied into a slot."""
+        """Record that an adapter's B for this module, or None if it has none, has been copied into a slot."""
         if layer := self._layers.get(id(getattr(module, "lora_b_stacked", None))):
             layer.activate(slot, lora_b)
 
@@ -50,11 +50,11 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         self._groups.clear()
 
     def _tokens(self, n: int) -> Groups | None:
-        """The groups of the step's n rows, or None if none of them has an adapter."""
+        """Return the groups of the step's n rows, or None if no row has an adapter."""
         return self._matching("token", n, lambda: self.token_lora_indices)
 
     def _samples(self, n: int) -> Groups | None:
-        """The same for the n rows whose logits are computed."""
+        """Return the groups of the n rows whose logits are computed, or None if no row has an adapter."""
         if self.prompt_rows is not None:
             prompt = self.prompt_rows
             return self._matching((prompt.start, prompt.stop), n, lambda: self.token_lora_indices[prompt])
@@ -66,7 +66,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
             groups = self._groups[key] = Groups(slots().numpy())
         if not len(groups.rows):
             return None
-        if groups.n != n:  # guessing here could hand a row to the wrong tenant
+        if groups.n != n:  # a guess could apply another tenant's adapter to a row
             raise RuntimeError(f"LoRA routing has {groups.n} rows ({key}), the layer has {n}")
         return groups
 
@@ -101,7 +101,8 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         if groups := self._samples(x.shape[0]):
             self._add(y, x, self.layer_of(lora_b_stacked), groups, scale)
 
-    # The two steps apart: embeddings, whose A vLLM looks up itself, and layers that are sharded between them. Torch serves there.
+    # The two steps separately, computed by torch: for embeddings, whose A vLLM looks up itself, and for layers that are sharded between the
+    # steps.
 
     def add_lora_embedding(self, y: Any, x: Any, lora_b_stacked: Any, add_inputs: bool = True, **_: Any) -> None:
         if not add_inputs:
@@ -117,7 +118,7 @@ class IsolatedPunicaWrapper(PunicaWrapperCPU):  # type: ignore[misc]  # mypy doe
         for h, a in zip(y, lora_a_stacked, strict=True):
             out = h.view(-1, h.shape[-1])
             out.zero_()
-            # All of A's ranks: which of them count is known for B alone, and A may be one shard of them.
+            # Use all ranks of A, because the true ranks are known for B only, and A may be one shard of them.
             for slot, rows in groups.by_slot if groups else ():
                 out[rows, : a.shape[2]] = (scale * (x[rows].to(a.dtype) @ a[slot, 0].t())).to(out.dtype)
 

@@ -1,8 +1,8 @@
-"""The checker of one base model: `main` listens on a Unix socket and has each grammar checked in a child process of its own.
+"""The checker of one base model: `main` listens on a Unix socket and checks each grammar in a separate child process.
 
-A client connects, sends one Question and ends its side of the connection; it gets one Verdict. The child has limits of CPU time, memory and
-files. If it dies, of a limit or anything else, the parent sends the verdict. The parent has a single thread, so that it may fork, and ends
-after some idle time.
+A client connects, sends one Question, closes its side of the connection, and receives one Verdict. The child has limits on CPU time, memory
+and files. If it dies, from a limit or for another reason, the parent sends the verdict. The parent has a single thread, so that it can
+fork, and ends after some idle time.
 
 Started as `python -m lmaas.engine.grammars.checker SOCKET IDLE_S ENGINE_ARGUMENT...`, or forked by the zygote.
 """
@@ -30,22 +30,22 @@ from lmaas.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
-#: How many checks run at once; further clients wait in line.
+#: The number of checks that run at once. Further clients wait in the socket's queue.
 AT_ONCE = 2
 BACKLOG = 256
 MAX_QUESTION_BYTES = 8 * 1024 * 1024
-#: How long a client may take to send its question.
+#: The time that a client may take to send its question.
 QUESTION_S = 5.0
-#: Engines that serve go first.
+#: The scheduling priority of a checker, below that of engines that serve.
 NICENESS = 10
-#: What a child needs besides the grammar's memory: the stack of a thread, and address space that its allocator reserves.
+#: Memory of a child besides the grammar's: a thread's stack, and address space that its allocator reserves.
 RESERVED_BYTES = 160 * 1024 * 1024
 POLL_S = 1.0
 
 
 @dataclass(slots=True)
 class Check:
-    """A running check: its process, its client, and when it began (time.monotonic())."""
+    """A running check: its process, its client, and its start by time.monotonic()."""
 
     pidfd: int
     client: socket.socket
@@ -62,7 +62,7 @@ class Checker:
         self._asked = time.monotonic()
 
     def serve(self) -> None:
-        """Run until idle."""
+        """Serve until idle."""
         while self._running or time.monotonic() - self._asked < self._idle_s:
             poll = select.poll()
             if len(self._running) < AT_ONCE:
@@ -94,13 +94,13 @@ class Checker:
         _, status, usage = os.wait4(pid, 0)
         with check.client:
             if status == 0:
-                return  # it has answered
+                return  # the child has sent its verdict
             verdict = _died(os.waitstatus_to_exitcode(status), check, usage.ru_utime + usage.ru_stime)
             with contextlib.suppress(OSError):
                 check.client.sendall(encode(verdict))
 
     def _answer(self, client: socket.socket, parent: int) -> None:
-        """In the child: read the question, check it within the limits, answer, and end."""
+        """Read the question in the child process, check it within the limits, send the verdict, and exit."""
         try:
             die_with_parent(parent)
             self._listener.close()
@@ -110,17 +110,17 @@ class Checker:
             client.sendall(encode(self._compiler.check(question)))
             os._exit(0)
         except (OSError, msgspec.DecodeError, RecursionError):
-            os._exit(1)  # no client of ours, or one that has gone
+            os._exit(1)  # the client has disconnected, or is not a client of lmaas
         except BaseException:  # noqa: BLE001 (a forked process must never return into its parent's loop)
             os._exit(2)
 
 
 def _died(code: int, check: Check, cpu_s: float) -> Verdict:
-    """The verdict on a grammar whose check ended with this exit code (negative: by this signal)."""
+    """Return the verdict on a grammar whose check ended with this exit code, which is negative for a signal."""
     if check.stopped:
         return Verdict(UNKNOWN, "Its check took too long on this machine.", cpu_s=cpu_s)
     if code == 1 or -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        # Killed from outside, as by a machine without memory: nothing is known of the grammar.
+        # Killed from outside, for example because the machine is out of memory. This says nothing about the grammar.
         return Verdict(UNKNOWN, "It could not be checked.", cpu_s=cpu_s)
     if code in (-signal.SIGPROF, -signal.SIGXCPU):
         return Verdict(TOO_COMPLEX, f"Compiling this request's grammar takes more than {CPU_S:g} s. {ADVICE}", cpu_s=cpu_s)
@@ -141,10 +141,10 @@ def _read(client: socket.socket) -> bytes:
 
 
 def _limit() -> None:
-    """Bound what this process may use from now on. It dies of a signal beyond that, or raises MemoryError."""
+    """Limit the resources that this process may use from now on. Beyond a limit, it is killed by a signal, or MemoryError is raised."""
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
-        os.dup2(quiet, stream)  # the grammar library writes a tenant's text there, without a bound
+        os.dup2(quiet, stream)  # the grammar library prints tenants' text, without a bound
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     seconds = int(CPU_S) + 1
@@ -156,10 +156,10 @@ def _limit() -> None:
 
 
 def main() -> None:
-    """Serve. Prints nothing of what is checked."""
+    """Run the checker. Prints nothing about the grammars."""
     path, idle_s, arguments = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     name = arguments[arguments.index("--served-model-name") + 1]
-    sys.argv = [sys.argv[0], *arguments]  # where a prepared tokenizer is looked up
+    sys.argv = [sys.argv[0], *arguments]  # the key of the prepared tokenizer
     os.nice(NICENESS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     compiler = Compiler(arguments)

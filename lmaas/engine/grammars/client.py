@@ -1,4 +1,4 @@
-"""Checks grammars on this machine, with one checker process for each base model, started when needed."""
+"""Checks grammars on this machine, with one checker process for each base model, started on demand."""
 
 import asyncio
 import contextlib
@@ -26,11 +26,12 @@ from lmaas.process import bound_command
 log = logging.getLogger(__name__)
 
 MODULE = "lmaas.engine.grammars.checker"
-#: How long a checker stays when it is not asked.
+#: The time after which an idle checker ends.
 IDLE_S = 300.0
-#: How long a check waits for a checker that starts, and for its answer. Several may be in line before it.
+#: The time that a check waits for a checker that is starting, and for its verdict. Several checks may be queued before it.
 START_S, ANSWER_S = 90.0, 60.0
-#: A checker that starts and makes no progress for so long stands still. One that makes progress goes on when no check waits for it.
+#: A checker that makes no progress for this long during its start has stalled. One that makes progress continues to start even if no check
+#: waits for it.
 STILL_S, LOOK_S = 15.0, 1.0
 POLL_S = 0.02
 
@@ -45,16 +46,16 @@ class NoVerdict(Exception):
 
 
 class Checkers:
-    """The checkers of one machine for one process. `root` holds a folder for each such process, with sockets and logs; with a `home`, that
-    folder's zygote forks the checkers if it can. `module` is what a checker's process runs."""
+    """The checkers of one machine for one process. `root` contains a folder with sockets and logs for each such process. With a `home`, its
+    zygote forks the checkers if it can. `module` is the program of a checker's process."""
 
     def __init__(self, root: Path, home: Path | None, *, module: str = MODULE) -> None:
         self._root, self._folder, self._home, self._module = root, root / str(os.getpid()), home, module
         self._processes: dict[str, asyncio.subprocess.Process | ForkedProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
-        #: Those that do not listen yet, by process id.
+        #: The checkers that do not listen yet, by process id.
         self._standstills: dict[int, Standstill] = {}
-        #: When each last answered, by time.monotonic().
+        #: The time of each checker's last verdict, by time.monotonic().
         self._answered: dict[str, float] = {}
 
     @asynccontextmanager
@@ -88,7 +89,7 @@ class Checkers:
             try:
                 verdict = await self._exchange(key, arguments, spec, question)
             except (ConnectionError, msgspec.DecodeError):
-                # It ended just now, perhaps with our question in its line. The next one is asked.
+                # The checker has just ended, perhaps with this question in its queue. Ask the next one.
                 verdict = await self._exchange(key, arguments, spec, question)
         except (OSError, msgspec.DecodeError) as error:
             if isinstance(error, TimeoutError):
@@ -109,7 +110,7 @@ class Checkers:
             writer.close()
 
     def _give_up_on(self, key: str) -> None:
-        """Kill a checker that listens and has answered nothing for as long as one answer may take: the next check starts another."""
+        """Kill a checker that listens but has sent no verdict for as long as one may take. The next check starts another one."""
         process = self._processes.get(key)
         if process is None or process.returncode is not None or process.pid in self._standstills:
             return
@@ -132,7 +133,7 @@ class Checkers:
                 if process.pid in self._standstills:
                     await self._listening(key)
                 else:
-                    # It ends, since it was idle. A connection that is refused takes no turn of the loop, so this must.
+                    # The checker is ending because it was idle. A refused connection does not yield to the event loop, so this must.
                     await asyncio.sleep(POLL_S)
 
     async def _connect(self, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -143,7 +144,7 @@ class Checkers:
         return self._folder / f"{key}.sock"
 
     async def _listening(self, key: str) -> None:
-        """Wait until the checker listens. Raises NoVerdict if it ends before that, or stands still."""
+        """Wait until the checker listens. Raises NoVerdict if it ends or stalls before that."""
         process, path, looked = self._processes[key], self._socket(key), float("-inf")
         standstill = self._standstills[process.pid]
         while not path.exists():
@@ -168,14 +169,14 @@ class Checkers:
         path.unlink(missing_ok=True)
         given = [str(path), str(IDLE_S), *arguments]
         output = path.with_suffix(".log")
-        output.write_bytes(b"")  # that of the last one: what it prints is about its own start
+        output.write_bytes(b"")  # remove the log of the previous checker
         if self._home is not None:
             order = Order(self._module, given, environment(spec), output, kept=True)
             try:
                 return ForkedProcess(await zygote.fork_when_there(self._home, order, wire.facts(shared_environment())))
             except (NoZygote, ProcessLookupError) as error:
                 log.info("the grammar checker is started plainly", extra={"action": "start", "detail": str(error)})
-            # Requests wait for an engine first: it imports alone.
+            # Requests wait for an engine first, so the engine imports alone.
             while plain_imports(self._home):  # noqa: ASYNC110 (another process's doing, seen in files)
                 await asyncio.sleep(POLL_S)
         with output.open("ab") as stream:

@@ -1,4 +1,4 @@
-"""Compiles a request's grammar exactly as the engine with the same command line would: with vLLM's own request types, tool parsers,
+"""Compiles a request's grammar exactly as the engine with the same command line does, with vLLM's own request types, tool parsers,
 validation and grammar library. Names and places are those of vLLM 0.32.0."""
 
 import random
@@ -10,16 +10,16 @@ from lmaas.engine.grammars.features import unsupported_feature
 from lmaas.engine.grammars.verdict import COMPILATION_S, INVALID, MASK_S, TOO_COMPLEX, VALIDATION_S, Question, Verdict
 
 CHAT = "/v1/chat/completions"
-#: How many tokens of an answer are tried.
+#: The number of tokens of an answer that are tried.
 STEPS = 64
 MAX_MESSAGE = 500
-#: What the grammar library puts before its reasons: the time, a place in its source, and the condition that failed.
+#: The prefix of the grammar library's errors: the time, a place in its source, and the failed condition.
 _SOURCE = re.compile(r"^\[[0-9:]+\] \S+?:\d+: (?:Check failed: \(.*?\) is false: )?", re.DOTALL)
 ADVICE = "Use smaller counts in patterns, lengths and items, or fewer alternatives."
 
 
 class Rejected(Exception):
-    """The grammar cannot be used, for the reason given."""
+    """The grammar cannot be used, for the given reason."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -27,10 +27,11 @@ class Rejected(Exception):
 
 
 class Compiler:
-    """Holds what compiling needs of one base model: its configuration, its tokenizer, its tool parser and the grammar library."""
+    """Holds the state that compilation needs for one base model: its configuration, its tokenizer, its tool parser and the grammar
+    library."""
 
     def __init__(self, arguments: list[str]) -> None:
-        # Imported here: the control plane reads this module's constants without vLLM.
+        # Imported here, because the control plane reads this module's constants without vLLM.
         import xgrammar  # noqa: PLC0415 (only where the engine is)
         from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 (only where the engine is)
         from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415 (only where the engine is)
@@ -43,7 +44,7 @@ class Compiler:
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         self._config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         self._model = self._config.model_config
-        # Through its module: in a process that the zygote forked, that gives the tokenizer which is in memory already.
+        # Looked up through its module: in a process that the zygote forked, this returns the tokenizer that is already in memory.
         renderer = async_llm.renderer_from_config(self._config)
         self._tokenizer = renderer.get_tokenizer()
         self._parser = OnlineRenderer(
@@ -59,14 +60,15 @@ class Compiler:
         ).parser
         self._end = int(self._tokenizer.eos_token_id)
         usual = xgrammar.GrammarCompiler
-        # As in the engine (without its cache the library takes other paths, and accepts more), but with one thread.
+        # The same settings as in the engine, except for a single thread. Without its cache, the library takes other paths and accepts more.
         xgrammar.GrammarCompiler = lambda info, **given: usual(info, **(given | {"max_threads": 1}))
         self._backend = XgrammarBackend(self._config, tokenizer=self._tokenizer, vocab_size=self._model.get_vocab_size())
         xgrammar.GrammarCompiler = usual
         self.check(Question(CHAT, {"response_format": {"type": "json_object"}}))  # imports the rest, once for all checks
 
     def check(self, question: Question) -> Verdict:
-        """Return the verdict on one request's grammar. A grammar that explodes never returns: call this under limits of time and memory."""
+        """Return the verdict on one request's grammar. Some grammars never finish compiling, so call this under limits of time and
+        memory."""
         began = time.process_time()
         try:
             request, param = self._request(question)
@@ -94,7 +96,7 @@ class Compiler:
         return request, _first(question.parameters) if request.extract_structured_outputs() == before else "tools"
 
     def _try(self, request: Any) -> None:
-        """Validate, compile, and try the first tokens of an answer. Raises Rejected."""
+        """Validate and compile the grammar, and try the first tokens of an answer. Raises Rejected."""
         from vllm.v1.serial_utils import MsgpackEncoder  # noqa: PLC0415 (only where the engine is)
         from vllm.v1.structured_output.request import get_structured_output_key  # noqa: PLC0415 (only where the engine is)
 
@@ -106,7 +108,7 @@ class Compiler:
             params.verify(self._model, None, self._config.structured_outputs_config, self._tokenizer)
             validated = time.process_time()
             _within(VALIDATION_S, validated - began, "reading it")
-            MsgpackEncoder().encode(params)  # as it travels from the engine's server to its core
+            MsgpackEncoder().encode(params)  # as it is sent from the engine's server to its core
             kind, text = get_structured_output_key(params.structured_outputs)
             grammar = self._backend.compile_grammar(kind, text, stop_token_ids=params.all_stop_token_ids)
             _within(COMPILATION_S, time.process_time() - validated, "compiling it")
@@ -121,7 +123,7 @@ class Compiler:
             raise Rejected(INVALID, unsupported(request) or reason_of(error)) from error
 
     def _walk(self, grammar: Any) -> None:
-        """Take some tokens that the grammar allows, each time after its mask was made. Raises Rejected."""
+        """Accept some tokens that the grammar allows, computing the mask before each. Raises Rejected."""
         mask = self._backend.allocate_token_bitmask(1)
         choose = random.Random(0)  # noqa: S311 (the same grammar shall always have the same verdict)
         for step in range(STEPS):
@@ -141,7 +143,7 @@ class Compiler:
                 raise Rejected(INVALID, "the grammar library does not follow it")
 
     def _blamed(self, question: Question, param: str) -> str:
-        """The parameter at fault, where a grammar was made of tools and an answer's format together."""
+        """Return the parameter at fault, for a grammar that was made of tools and a response format together."""
         others = {name: value for name, value in question.parameters.items() if name not in ("tools", "tool_choice")}
         if param != "tools" or not _first(others):
             return param
@@ -158,24 +160,24 @@ def _within(limit_s: float, spent_s: float, what: str) -> None:
 
 
 def _first(parameters: dict[str, Any]) -> str:
-    """The parameter that asks for a grammar: the engine lets a response_format overrule structured_outputs."""
+    """Return the parameter that requests a grammar. As in the engine, response_format takes precedence over structured_outputs."""
     if (parameters.get("response_format") or {}).get("type", "text") != "text":
         return "response_format"
     return next((name for name in ("structured_outputs", "tools") if parameters.get(name)), "")
 
 
 def unsupported(request: Any) -> str:
-    """Return in words which part of the JSON schema the grammar library cannot enforce; empty if it can enforce all."""
+    """Describe the part of the JSON schema that the grammar library cannot enforce. Empty if it can enforce all of it."""
     structured = request.extract_structured_outputs()
     feature = unsupported_feature(structured.json) if structured is not None and isinstance(structured.json, dict) else ""
     return f"the grammar library of this service cannot enforce {feature}" if feature else ""
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the grammar library's reason, without its source file and without vLLM's sentence around it."""
+    """Return the grammar library's reason without its source location and without vLLM's sentence around it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    if callable(found := getattr(error, "errors", None)):  # pydantic's, which shows types and addresses otherwise
+    if callable(found := getattr(error, "errors", None)):  # pydantic's errors, whose text otherwise includes types and addresses
         first = found()[0]
         place = ".".join(str(step) for step in first["loc"])
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"[:MAX_MESSAGE].removeprefix(": ")

@@ -1,12 +1,12 @@
 """Names the part of a JSON schema that the engine's grammar library (xgrammar) cannot enforce.
 
-vLLM refuses such schemas as a whole (`has_xgrammar_unsupported_json_features`, vLLM 0.32); a client needs to know what to change.
+vLLM refuses such schemas as a whole (`has_xgrammar_unsupported_json_features`, vLLM 0.32), but a client needs to know what to change.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-#: Formats of strings that the library enforces (vLLM's STRING_SUPPORTED_FORMATS).
+#: The string formats that the library enforces (vLLM's STRING_SUPPORTED_FORMATS).
 FORMATS = frozenset({
     "email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference", "uri-template",
     "json-pointer", "relative-json-pointer",
@@ -15,7 +15,7 @@ _OF_ARRAYS = ("uniqueItems", "contains", "minContains", "maxContains")
 
 
 def unsupported_feature(schema: Any) -> str:
-    """The first feature that cannot be enforced, in words, with its place as a JSON pointer; empty if there is none."""
+    """Describe the first feature that cannot be enforced, with its place as a JSON pointer. Empty if there is none."""
     for place, part in _parts(schema):
         feature = _feature(part)
         if feature:

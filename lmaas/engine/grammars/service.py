@@ -1,8 +1,8 @@
-"""Grammar checks over HTTP, for gateways: they have no engine installed, and may run on other machines.
+"""Grammar checks over HTTP, for gateways, which have no engine installed and may run on other machines.
 
-Hosts that run engines serve `POST /check?model=ID` on a free port of their private address: the controller where engines run beside it,
-otherwise the replicas' supervisors, each for its own base model. One of them at a time has its address in Redis for a few seconds, under
-the key of its model or of all models; gateways ask that one.
+Hosts that run engines serve `POST /check?model=ID` on a free port of their private address. If engines run beside the controller, the
+controller is this host; otherwise each replica's supervisor is, for its own base model. One host at a time publishes its address in Redis
+for a few seconds, under the key of its model or of all models, and gateways send their questions there.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from lmaas.store.models import get_base_model
 
 log = logging.getLogger(__name__)
 
-#: How long an address stays there, and how often its host writes it again.
+#: The lifetime of an address in Redis, and the interval at which its host renews it.
 ADDRESS_S, RENEW_S = 6, 1.5
 
 
 async def serve_checks(settings: Settings, db: Database, redis: Redis, model_id: str = "") -> None:
-    """Serve checks, and keep the address known, until cancelled. With `model_id`, for that base model only."""
+    """Serve checks, and keep the address published, until cancelled. With `model_id`, for that base model only."""
     home = settings.home if settings.zygote == "on" else None
     family = socket.AF_INET6 if ":" in settings.engine_host else socket.AF_INET
     async with Checkers(settings.home / "grammars", home).kept() as checkers:
@@ -57,7 +57,7 @@ async def _check(settings: Settings, db: Database, checkers: Checkers, request: 
         model = await get_base_model(db, request.query_params.get("model", ""))
         verdict = await checkers.check(spec_of(model, settings.engine_module, settings.engine_host), question)
     except (msgspec.DecodeError, LmaasError, NoVerdict) as error:
-        # What was checked is a tenant's, and is not logged.
+        # The grammar is a tenant's text and is not logged.
         log.warning("a grammar could not be checked", extra={"action": "grammar", "detail": str(error)[:500]})
         return _json({"error": "it could not be checked"}, 503)
     except ClientDisconnect:
@@ -70,7 +70,7 @@ def _json(value: Any, status: int) -> Response:
 
 
 async def _keep_known(redis: Redis, key: str, url: str) -> None:
-    """Keep this host's address in Redis while no other host's is there, and remove it at the end."""
+    """Keep this host's address in Redis unless another host's is there, and remove it at the end."""
     try:
         while True:
             try:

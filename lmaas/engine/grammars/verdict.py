@@ -1,31 +1,31 @@
-"""The messages between gateways and grammar checkers, and the limits of a check. Imports nothing of the engine."""
+"""The messages between gateways and grammar checkers, and the limits of a check. This module does not import the engine."""
 
 import msgspec
 
 #: CPU time of one check: validation, compilation and the first masks, in seconds.
 CPU_S = 2.0
-#: CPU time of the validation alone. The engine's server repeats it in its event loop, where every other stream waits for it.
+#: CPU time of the validation alone. The engine's server repeats it in its event loop, which delays every other stream.
 VALIDATION_S = 0.5
 #: CPU time of the compilation alone. The engine repeats it once, in a thread that the grammars of all tenants share.
 COMPILATION_S = 1.0
 #: CPU time of one mask. The engine computes one for each token, between two steps of all its requests.
 MASK_S = 0.1
-#: Address space that a check may use beyond what it had at its start, in bytes.
+#: The address space that a check may use in addition to that at its start, in bytes.
 MEMORY_BYTES = 512 * 1024 * 1024
-#: Wall-clock time of one check. A busy machine needs more than its CPU time; a check that takes longer has no verdict.
+#: Wall-clock time of one check. A busy machine needs more than the CPU time. A check that takes longer gives no verdict.
 WALL_S = 30.0
 
 INVALID = "invalid_schema"
 TOO_COMPLEX = "schema_too_complex"
-#: There is no verdict. It is not an error of the client, and is not kept.
+#: There is no verdict. The client is not at fault, and nothing is cached.
 UNKNOWN = "unknown"
 
 
 class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whether an engine may compile a grammar.
+    """The result of a check: whether an engine may compile a grammar.
 
-    `code` is empty if it may; otherwise one of INVALID, TOO_COMPLEX and UNKNOWN, with a `message` for the client and the parameter
-    of the request that is at fault. `cpu_s` is the CPU time of the check in seconds.
+    `code` is empty if it may; otherwise it is INVALID, TOO_COMPLEX or UNKNOWN, with a `message` for the client and the parameter of the
+    request that is at fault. `cpu_s` is the CPU time of the check in seconds.
     """
 
     code: str = ""
@@ -35,15 +35,15 @@ class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Question(msgspec.Struct, frozen=True):
-    """The grammar to check: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and the parameters of the engine's request
-    from which it makes its grammar, by name."""
+    """The grammar to check: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and those parameters of the engine's
+    request, by name, from which the engine makes its grammar."""
 
     path: str
     parameters: dict[str, object]
 
 
 def key_of(model_id: str = "") -> str:
-    """The key in Redis of the URL of the host that checks: for every base model, or for one."""
+    """Return the Redis key of the checking host's URL, for all base models or for one."""
     return f"lmaas:grammar-checker:{model_id}" if model_id else "lmaas:grammar-checker"
 
 

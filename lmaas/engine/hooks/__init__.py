@@ -1,7 +1,7 @@
-"""Changes inside vLLM's processes besides LoRA on CPUs: log records, notes about compilations, the cache of valid grammars.
+"""Changes inside vLLM's processes other than LoRA on CPUs: log records, notes about compilations, the cache of valid grammars.
 
-Every hook is installed once, also in a zygote, where it is inactive: it reads its environment variable when it is used. Names and places
-are those of vLLM 0.32.0. Where one is missing, that hook is left out, with a warning.
+Each hook is installed once, also in a zygote, where it has no effect: it reads its environment variable when it is used. Names and places
+are those of vLLM 0.32.0. Where one is missing, that hook is skipped with a warning.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Have an engine's processes note which grammars they compile, for the supervisor to find one that never ends."""
+"""Makes an engine's processes note which grammars they compile, so that the supervisor can find a compilation that never ends."""
 
 import functools
 import logging
@@ -15,7 +15,8 @@ log = logging.getLogger("vllm.lmaas.hooks")
 
 
 def install() -> None:
-    """Wrap vLLM's compilation of grammars in the engine core, and of patterns in every process, which has a thread of its own."""
+    """Wrap vLLM's compilation of grammars in the engine core, and its compilation of patterns, which each process runs in a separate
+    thread."""
     from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar  # noqa: PLC0415 (only inside an engine)
 
     create, with_timeout = StructuredOutputManager._create_grammar, backend_xgrammar.compile_regex_with_timeout
@@ -30,7 +31,7 @@ def install() -> None:
 
     @functools.wraps(with_timeout)
     def compile_regex_with_timeout(compile_pattern: Callable[[str], Any], pattern: str) -> Any:
-        # vLLM stops waiting after some seconds. The thread that compiles goes on.
+        # vLLM stops waiting after some seconds, but the compiling thread continues.
         def compile_noted(pattern: str) -> Any:
             with noted():
                 return compile_pattern(pattern)
@@ -43,7 +44,7 @@ def install() -> None:
 
 
 def _noter() -> Callable[[], AbstractContextManager[None]]:
-    """A function that opens a block in which this process notes a compilation. A process that was forked has notes of its own."""
+    """Return a function that opens a block in which this process notes a compilation. A forked process has its own notes."""
     notes: dict[int, Notes | None] = {}
     making = threading.Lock()
 
@@ -51,7 +52,7 @@ def _noter() -> Callable[[], AbstractContextManager[None]]:
         folder, process = os.environ.get(VARIABLE), os.getpid()
         if not folder:
             return nullcontext()
-        with making:  # two threads may begin at once
+        with making:  # two threads may start at the same time
             if process not in notes:
                 try:
                     notes[process] = Notes(Path(folder))

@@ -1,7 +1,7 @@
-"""Keep tenants' text out of the engine's log records.
+"""Keeps tenants' text out of the engine's log records.
 
-Once the log is sealed (see log/seal.py), a record consists of the fixed text in the code that logs it, of numbers and of identifiers that
-lmaas made. Exceptions are logged as types and places. What is computed, such as an f-string, can hold a request's text and is left out.
+Once the log is sealed (see log/seal.py), a record consists of the fixed text in the code that logs it, of numbers, and of identifiers made
+by lmaas. Exceptions are logged as types and places. Computed text, such as an f-string, may contain a request's text and is left out.
 """
 
 import copy
@@ -22,14 +22,14 @@ from lmaas.engine.log.seal import RECORD_CHARACTERS, VARIABLE, read_seal
 TRUSTED = ("vllm.v1.metrics.", "vllm.lmaas.", "lmaas.")
 #: Identifiers made by lmaas and vLLM (`req_…`, `chatcmpl-req_…-0`), and names of signals.
 _IDENTIFIER = re.compile(r"(?:[a-z]{2,8}-)?[a-z]{2,8}_[0-9a-f]{20,24}(?:[-_.:][0-9a-zA-Z]{1,16}){0,3}|SIG[A-Z]{2,6}")
-#: Exceptions of which the text is the library's own.
+#: Exceptions whose text comes from the library alone.
 _SAFE_TEXTS = frozenset({"OutOfMemoryError", "AcceleratorError", "MemoryError", "SystemExit", "KeyboardInterrupt"})
-#: Exceptions of a chain, and the innermost frames of each, that are logged.
+#: The maximum number of exceptions of a chain, and of the innermost frames of each, that are logged.
 CHAIN, FRAMES = 3, 8
 
 
 def install() -> None:
-    """Have every handler of this process format safe records once the log is sealed."""
+    """Make every handler of this process format safe records once the log is sealed."""
     original = logging.Handler.format
     if hasattr(original, "_lmaas_records"):
         return
@@ -59,7 +59,7 @@ def _marked(text: str, mark: str) -> str:
 
 
 def safe_record(record: logging.LogRecord) -> logging.LogRecord:
-    """A copy of a record that holds nothing of a request. Called while the code that logs is still on the stack."""
+    """Return a copy of a record without any text of a request. Must be called while the code that logs is still on the stack."""
     safe = copy.copy(record)
     safe.msg, safe.args = _message(record), ()
     error = record.exc_info[1] if record.exc_info else None
@@ -84,7 +84,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _is_literal(record: logging.LogRecord) -> bool:
-    """Whether the message is a constant in the code that logs it."""
+    """Return whether the message is a constant in the code that logs it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -100,13 +100,14 @@ def _has_constant(code: CodeType, text: str) -> bool:
 
 def _safe_args(message: str, args: Any) -> Any:
     if isinstance(args, Mapping):
-        # A single mapping is either what names in the message refer to, or a value by itself.
+        # A single mapping either holds the values for the names in the message, or is itself the value.
         return {name: safe_value(value) for name, value in args.items()} if "%(" in message else (safe_value(args),)
     return tuple(safe_value(value) for value in args)
 
 
 def safe_value(value: object) -> object:
-    """A value of a record as it may be logged: numbers and our identifiers as they are, everything else by its type."""
+    """Return a value of a record in the form in which it may be logged: numbers and lmaas's identifiers unchanged, all other values as
+    their type."""
     if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63):
         return value
     if isinstance(value, str):
@@ -117,7 +118,7 @@ def safe_value(value: object) -> object:
 
 
 def describe(error: BaseException) -> str:
-    """An exception and what caused it: types and places, and the texts that are constants of the code that raised them."""
+    """Return an exception and its causes: types and places, and the texts that are constants of the code that raised them."""
     return "\n".join(_one(each) for each in _chain(error))
 
 

@@ -1,4 +1,5 @@
-"""Remember which grammars are valid. vLLM validates the grammar of every request in the event loop of its server, and all streams wait."""
+"""Caches which grammars are valid. vLLM validates the grammar of every request in the event loop of its server, which delays all
+streams."""
 
 import functools
 import hashlib
@@ -7,16 +8,16 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-#: Grammars that are remembered, by digest. The least recently used one is forgotten first.
+#: The number of grammars, by digest, in the cache. The least recently used one is removed first.
 MAX_KNOWN = 4096
 #: The longest text that is kept for a grammar which validation rewrites, in characters.
 MAX_REWRITTEN = 65536
-#: What validation reads of a request, and may rewrite.
+#: The fields of a request that validation reads and may rewrite.
 FIELDS = ("regex", "choice", "json", "grammar", "structural_tag")
 
 
 class Known:
-    """Grammars that passed, with what validation changed in the request: `choice` becomes `grammar`. Any thread may use it."""
+    """Valid grammars, with the changes that validation made to the request: `choice` becomes `grammar`. Thread-safe."""
 
     def __init__(self, size: int = MAX_KNOWN) -> None:
         self._size = size
@@ -27,7 +28,7 @@ class Known:
         return len(self._changes)
 
     def find(self, digest: bytes) -> dict[str, Any] | None:
-        """The changes that belong to a known grammar. None if it is unknown."""
+        """Return the changes for a known grammar, or None if it is unknown."""
         with self._lock:
             changes = self._changes.get(digest)
             if changes is not None:
@@ -35,7 +36,7 @@ class Known:
             return changes
 
     def add(self, digest: bytes, changes: dict[str, Any]) -> None:
-        """Remember a valid grammar, unless its changes are too long to be kept."""
+        """Add a valid grammar, unless its changes are too long to be kept."""
         if sum(len(value) for value in changes.values() if isinstance(value, str)) > MAX_REWRITTEN:
             return
         with self._lock:
@@ -45,7 +46,7 @@ class Known:
 
 
 def digest(grammar: dict[str, Any]) -> bytes | None:
-    """Of what is validated. None for what is no JSON."""
+    """Return the digest of the fields that are validated, or None for values that are not JSON."""
     try:
         text = json.dumps(grammar, ensure_ascii=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError):
@@ -54,7 +55,7 @@ def digest(grammar: dict[str, Any]) -> bytes | None:
 
 
 def install() -> None:
-    """Wrap vLLM's validation of grammars for xgrammar, which all its callers look up when they call it."""
+    """Wrap vLLM's validation of grammars for xgrammar. All callers look the function up when they call it."""
     from vllm.v1.structured_output import backend_xgrammar  # noqa: PLC0415 (only inside an engine)
 
     validate = backend_xgrammar.validate_xgrammar_grammar

@@ -1,4 +1,4 @@
-"""Carry an engine's output from a named pipe to its log."""
+"""Carries an engine's output from a named pipe to its log."""
 
 import asyncio
 import contextlib
@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 #: The size at which a log is rotated. One predecessor is kept.
 ROTATE_BYTES = 4 << 20
-#: What the pipe holds, so that an engine does not wait for us at once.
+#: The capacity of the pipe. A large pipe keeps a busy supervisor from blocking its engine.
 PIPE_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 16
-#: Chunks that are read without returning to the event loop; a flood must not hold up heartbeats.
+#: The number of chunks that are read before control returns to the event loop. A flood of output must not delay heartbeats.
 CHUNKS_AT_ONCE = 4
-#: More chunks than a full pipe holds.
+#: More chunks than a full pipe contains.
 CHUNKS_TO_DRAIN = 2 * PIPE_BYTES // CHUNK_BYTES
 
 
 class EngineLog:
     """The log of one engine at `path`, with its predecessor at `path`.1. The engine writes into the named pipe `pipe`.
 
-    A named pipe, because an engine that the zygote forks opens its output by name.
+    The pipe has a name because an engine that the zygote forks opens its output by name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,9 +54,9 @@ class EngineLog:
             stale.unlink(missing_ok=True)
         self._open_file()
         os.mkfifo(self.pipe, 0o600)
-        # Also open for writing: the pipe then has no end while engines come and go, and opening it never blocks.
+        # Also open for writing. The pipe then has no end of file when an engine exits, and opening it never blocks.
         self._fd = os.open(self.pipe, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        with contextlib.suppress(PermissionError):  # a machine may allow smaller ones only
+        with contextlib.suppress(PermissionError):  # the machine may limit pipes to a smaller size
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._fd, self._pump, CHUNKS_AT_ONCE)
@@ -73,11 +73,11 @@ class EngineLog:
             self.pipe.unlink(missing_ok=True)
 
     def writer(self) -> int:
-        """A file descriptor for a process to write into; the caller closes it."""
+        """Return a file descriptor for a process to write into. The caller closes it."""
         return os.open(self.pipe, os.O_WRONLY | os.O_CLOEXEC)
 
     def seal(self) -> None:
-        """From now on, keep only log records, without tenants' text, and crashes."""
+        """Keep only log records without tenants' text, and crashes, from now on."""
         if self._sieve.sealed:
             return
         self._pump(CHUNKS_TO_DRAIN)
@@ -88,18 +88,18 @@ class EngineLog:
         try:
             write_seal(self.seal_path, self._mark)
         except OSError as error:
-            # Until the engine marks its records, they are left out: that loses lines, but lets no tenant's text through.
+            # Until the engine marks its records, they are left out. That loses lines, but no tenant's text reaches the log.
             log.warning("the engine's log records are left out for now", extra={"action": "log", "detail": repr(error)})
             self._timers.append(asyncio.get_running_loop().call_later(NOTE_S, self._tell_engine))
 
     def settle(self) -> None:
-        """Bring everything into the log that the engine has written, the last lines over the limit included."""
+        """Write all output of the engine so far to the log, including the last lines over the limit."""
         if self._fd >= 0:
             self._pump(CHUNKS_TO_DRAIN)
             self._write(self._sieve.end(time.monotonic()))
 
     def tail(self, size: int) -> bytes:
-        """The last `size` bytes of the log, also right after a rotation."""
+        """Return the last `size` bytes of the log, also right after a rotation."""
         self.settle()
         text = b""
         for path in (self.path, self.predecessor):
@@ -111,7 +111,7 @@ class EngineLog:
         return text
 
     def contains(self, text: str) -> bool:
-        """Whether a line of the log has this text."""
+        """Return whether a line of the log contains this text."""
         self.settle()
         for path in (self.predecessor, self.path):
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -148,7 +148,7 @@ class EngineLog:
             self._size += os.write(self._file_fd, data)
             self._failing = False
         except OSError as error:
-            # The engine must not wait for a full disk. Its next lines are tried again.
+            # The engine must not wait for a full disk. These lines are lost; the next ones are tried again.
             if not self._failing:
                 log.warning("the engine's log cannot be written", extra={"action": "log", "detail": repr(error)})
             self._failing = True

@@ -1,4 +1,4 @@
-"""Decide which lines of an engine's output are kept. Pure: bytes in, bytes out."""
+"""Decides which lines of an engine's output are kept. Pure: bytes in, bytes out."""
 
 import builtins
 import re
@@ -11,23 +11,24 @@ from pathlib import Path
 LINE_BYTES = 8192
 #: A sealed log grows by at most BURST_BYTES at once and RATE_BYTES a second after that.
 BURST_BYTES, RATE_BYTES = 64 * 1024, 1024
-#: Lines over that limit which are kept in memory: if the engine ends now, they say why.
+#: The number of lines over that limit that are kept in memory. They explain the reason if the engine ends then.
 LAST_LINES = 40
-#: The time between two notes about lines that were left out, in seconds.
+#: The minimum time between two notes about omitted lines, in seconds.
 NOTE_S = 10.0
 
-#: Python's own exceptions are printed by name, those of a package with the package's name.
+#: Python prints its own exceptions by name, and those of a package with the package's name.
 _BUILTIN = frozenset(name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException))
 _PACKAGES = sys.stdlib_module_names | {
     *("anyio", "fastapi", "jinja2", "lmaas", "msgspec", "numpy", "openai", "peft", "pydantic", "pydantic_core", "safetensors"),
     *("starlette", "tokenizers", "torch", "transformers", "triton", "uvicorn", "uvloop", "vllm", "xgrammar", "zmq"),
 }
-#: How names of exceptions end, and those that say why an engine ended. Other names are not kept: they could be anything.
+#: The suffixes of exception names that are recognised, and the names that explain why an engine ended. Other names are not kept, because
+#: they may contain any text.
 _EXCEPTION_ENDS = ("Error", "Exception", "Warning", "Exit", "Interrupt")
 _KNOWN = frozenset(
     {"OutOfMemoryError", "AcceleratorError", "EngineDeadError", "EngineGenerateError", "VLLMValidationError", "ValidationError"}
 )
-#: How crashes begin their lines in Python, in its fault handler, in libstdc++ and in libc.
+#: The beginnings of lines that Python, its fault handler, libstdc++ and libc print in a crash.
 _FIXED = "|".join(
     re.escape(text)
     for text in (
@@ -40,7 +41,7 @@ _FIXED = "|".join(
 )
 _FATAL = "Segmentation fault|Aborted|Bus error|Floating-point exception|Illegal instruction|Cannot recover from stack overflow"
 _CRASHES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
-    # The name of a function could be anything; a file that exists is no tenant's text.
+    # The name of a function may contain any text and is not kept. The path of an existing file is not a tenant's text.
     (re.compile(r'\s*File "([^"]{1,500})", line (\d{1,7})'), lambda m: f'  File "{m[1]}", line {m[2]}' if Path(m[1]).is_file() else ""),
     (re.compile(rf"Fatal Python error(: (?:{_FATAL}))?"), lambda m: m[0]),
     (re.compile(r"\*\*\* SIG[A-Z]{2,6} (?=\(@|received at)"), lambda m: f"{m[0]}***"),
@@ -55,10 +56,10 @@ _CRASHES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
 
 
 class Sieve:
-    """Take the output of an engine piece by piece and return what belongs in the log.
+    """Filters the output of an engine piece by piece and returns the part that belongs in the log.
 
-    Before `seal`, every line passes. After it, log records pass, which carry the mark, and what a crash prints, reduced to words that are
-    known beforehand; other lines are counted and left out, as are lines beyond the limit of growth. `now` is a time in seconds.
+    Before `seal`, every line is kept. Afterwards, log records, which carry the mark, are kept, and the output of a crash, reduced to words
+    that are known in advance. Other lines are counted and left out, as are lines beyond the growth limit. `now` is a time in seconds.
     """
 
     def __init__(self) -> None:
@@ -72,20 +73,20 @@ class Sieve:
 
     @property
     def sealed(self) -> bool:
-        """Whether only records and crashes pass."""
+        """True if only records and crashes are kept."""
         return bool(self._mark)
 
     @property
     def owes_note(self) -> bool:
-        """Whether lines were left out that no note has counted yet."""
+        """True if lines were left out since the last note."""
         return bool(self._lines)
 
     def seal(self, mark: str, now: float) -> None:
-        """From now on, only lines with this mark pass, and crashes."""
+        """Keep only lines with this mark, and crashes, from now on."""
         self._mark, self._seen = mark.encode(), now
 
     def feed(self, data: bytes, now: float) -> bytes:
-        """What to keep after these bytes."""
+        """Return the text to keep after these bytes."""
         self._allowance = min(BURST_BYTES, self._allowance + (now - self._seen) * RATE_BYTES)
         self._seen = now
         *lines, rest = data.split(b"\n")
@@ -99,7 +100,7 @@ class Sieve:
         return b"".join(kept)
 
     def note(self, now: float) -> bytes:
-        """A line that counts what was left out since the last note; empty if nothing was."""
+        """Return a line that counts the lines left out since the last note, or an empty string if there are none."""
         if not self._lines:
             return b""
         self._noted = now
@@ -108,7 +109,8 @@ class Sieve:
         return text.encode()
 
     def end(self, now: float) -> bytes:
-        """What to keep once the engine has ended: an unfinished line, the last lines over the limit, and the count."""
+        """Return the text to keep when the engine has ended: an unfinished line, the count of omitted lines, and the last lines over the
+        limit."""
         kept = self._keep() if self._partial else b""
         note = self.note(now)
         late = b"".join(self._late)
@@ -119,7 +121,8 @@ class Sieve:
         line = self._partial + part
         surplus = len(line) - LINE_BYTES
         if surplus > 0:
-            # The start of a line says most, except that a record can follow library output without a line break between them.
+            # The start of a line is most informative. A sealed log keeps the end instead, where a record may follow library output without
+            # a line break.
             line = line[surplus:] if self._mark else line[:LINE_BYTES]
             self._cut += surplus
         self._partial = line
@@ -149,13 +152,14 @@ class Sieve:
 
 
 def crash_line(line: str) -> str:
-    """What may be kept of a line that no log record made: a crash in words that are known beforehand. Empty for everything else."""
+    """Return the part to keep of a line without a mark: a crash in words that are known in advance. Empty for every other line."""
     matches = ((pattern.match(line), words) for pattern, words in _CRASHES)
     return next((words(match) for match, words in matches if match), "")
 
 
 def _exception(name: str) -> str:
-    """What may be kept of a line that begins with this name: Python's own exceptions, and those of the engine's packages that are known."""
+    """Return the part to keep of a line that begins with this name: one of Python's own exceptions, or a known exception of the engine's
+    packages."""
     package, dot, rest = name.partition(".")
     if not dot:
         return f"{name} (text left out)" if name in _BUILTIN else ""

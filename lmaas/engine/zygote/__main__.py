@@ -1,4 +1,5 @@
-"""`python -m lmaas.engine.zygote HOME IDLE_S`: be the zygote of a home folder; and, in what it forks, become an engine or a supervisor."""
+"""Runs a zygote: `python -m lmaas.engine.zygote HOME IDLE_S`. A process that the zygote forks continues here as an engine or a
+supervisor."""
 
 import importlib
 import sys
@@ -8,7 +9,7 @@ from lmaas.engine.zygote.server import serve
 
 
 def main() -> None:
-    """Serve; a forked process leaves here as what it was ordered to be."""
+    """Serve requests for forks. In a forked process, run the program that was requested."""
     program = serve(Path(sys.argv[1]), float(sys.argv[2]))
     if program is not None:
         module = importlib.import_module(program.module)

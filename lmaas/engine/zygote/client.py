@@ -1,4 +1,4 @@
-"""Start a zygote, and have it fork processes."""
+"""Starts a zygote, and requests forked processes from it."""
 
 import asyncio
 import contextlib
@@ -21,32 +21,33 @@ from lmaas.engine.zygote.progress import Sight, Watch
 
 log = logging.getLogger(__name__)
 
-#: One thread in every library: a thread pool of OpenMP or BLAS does not survive a fork. Engines set their own numbers (see preload.py).
+#: One thread in every library, because a thread pool of OpenMP or BLAS does not survive a fork. Engines set their own numbers (see
+#: preload.py).
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "SPT_NOENV": "1"}
-#: A process's name, as `ps` shows it, has no more room than its first command line had.
+#: Reserves space for process names: the name that `ps` shows cannot be longer than the command line with which the process started.
 ROOM_FOR_NAMES = " " * 400
-#: How long a supervisor waits for a zygote: it starts in about a second by itself.
+#: The time for which a supervisor's start waits for a zygote. A plain start of a supervisor takes about a second.
 SUPERVISOR_FORK_TIMEOUT_S = 0.3
-#: How often a zygote that does not answer is looked at.
+#: The interval between checks of a zygote that does not answer.
 POLL_S = 0.5
 
 
 class NoZygote(Exception):
-    """The zygote forks no process, for the reason given: start it plainly."""
+    """The zygote cannot fork the process, for the given reason. The caller starts it plainly."""
 
 
 class _NotThere(Exception):
-    """No zygote listens, or it ended meanwhile. Another may come."""
+    """No zygote listens, or it ended during the request. Another one may start."""
 
 
 class _Differs(NoZygote):
-    """The zygote was started with other facts. Its owner replaces it, unless the owner's facts are those."""
+    """The zygote was started with other facts. Its owner replaces it, unless the owner was configured with the same facts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A process to fork: `main()` of `module` runs with these arguments, this environment and nothing of the zygote's own; what it prints
-    is appended to `log`. `kept`: it ends when the process that ordered it ends."""
+    """A process to fork. It runs `main()` of `module` with these arguments and this environment, and nothing of the zygote's own. Its
+    output is appended to `log`. With `kept`, it ends when the process that ordered it ends."""
 
     module: str
     arguments: list[str]
@@ -57,14 +58,15 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """A process that was forked. `connection` leads to its keeper if it is kept; the caller must close it."""
+    """A forked process. `connection` leads to its keeper if the process is kept. The caller must close it."""
 
     pid: int
     connection: socket.socket
 
 
 async def fork(home: Path, order: Order, facts: Mapping[str, str], timeout_s: float) -> Fork:
-    """Have the zygote of `home` fork a process, if it answers within `timeout_s` seconds. One that is not kept waits until `go` is called.
+    """Request a forked process from the zygote of `home`, and wait at most `timeout_s` seconds. A process that is not kept waits until `go`
+    is called.
 
     Raises NoZygote.
     """
@@ -76,9 +78,9 @@ async def fork(home: Path, order: Order, facts: Mapping[str, str], timeout_s: fl
 
 
 async def fork_when_there(home: Path, order: Order, facts: Mapping[str, str], told: Callable[[Sight], None] = lambda _: None) -> Fork:
-    """Have the zygote of `home` fork a process, and wait for a zygote that is on its way as long as policy.py finds it worth waiting for.
+    """Request a forked process from the zygote of `home`. While a zygote is starting, wait for it as long as policy.py recommends.
 
-    `told` is called with each look at a zygote that is waited for. Raises NoZygote.
+    Calls `told` after each check of a zygote that it waits for. Raises NoZygote.
     """
     watch = Watch(home)
     while True:
@@ -105,7 +107,7 @@ async def _abandon(attempt: "asyncio.Task[Fork]") -> None:
     attempt.cancel()
     await asyncio.wait({attempt})
     if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().connection.close()  # it was there in the same moment; without its connection it ends
+        attempt.result().connection.close()  # the fork succeeded during the cancellation; without its connection, the process ends
 
 
 def _check_worth(watch: Watch, told: Callable[[Sight], None]) -> None:
@@ -116,7 +118,7 @@ def _check_worth(watch: Watch, told: Callable[[Sight], None]) -> None:
 
 
 async def _fork(home: Path, order: Order, facts: Mapping[str, str]) -> Fork:
-    """Have the zygote fork a process, however long it takes to answer. Raises NoZygote or _NotThere."""
+    """Request a forked process without a time limit. Raises NoZygote or _NotThere."""
     loop = asyncio.get_running_loop()
     connection = wire.channel()
     connection.setblocking(False)
@@ -128,7 +130,7 @@ async def _fork(home: Path, order: Order, facts: Mapping[str, str]) -> Fork:
         await loop.sock_sendall(connection, json.dumps(request).encode())
         answer = await _receive(loop, connection)
         _check_accepted(answer)
-        # From here on it is the forked process that listens. The environment, which may hold secrets, never reaches the zygote.
+        # From here on, the forked process reads from the connection. The environment, which may hold secrets, never reaches the zygote.
         rest = {"environment": dict(order.environment), "folder": str(Path.cwd()), "log": str(order.log.absolute())}
         await loop.sock_sendall(connection, json.dumps(rest).encode())
         return Fork(int((await _receive(loop, connection))["pid"]), connection)
@@ -154,7 +156,7 @@ def _check_accepted(answer: Mapping[str, Any]) -> None:
 
 
 def go(forked: Fork) -> None:
-    """Let a process that is not kept run. Raises NoZygote if it is gone."""
+    """Let a process that is not kept run. Raises NoZygote if the process has ended."""
     with forked.connection as connection:
         try:
             wire.send(connection, {"do": "go"})
@@ -164,7 +166,7 @@ def go(forked: Fork) -> None:
 
 async def _connect(connection: socket.socket, home: Path) -> None:
     with wire.short_path(wire.folder(home) / wire.SOCKET) as path:
-        connection.connect(path)  # a local socket answers at once or never
+        connection.connect(path)  # a local socket connects immediately or fails
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> dict[str, Any]:
@@ -178,8 +180,8 @@ async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -
 
 
 class ForkedProcess:
-    """A kept process, seen as asyncio sees its own subprocesses. Its keeper reaps it and reports how it ended; if the keeper is killed, the
-    kernel kills the process as well."""
+    """A kept process, with the interface of asyncio's subprocesses. Its keeper reaps it and reports its exit code. If the keeper is killed,
+    the kernel kills the process as well."""
 
     def __init__(self, forked: Fork) -> None:
         self.pid = forked.pid
@@ -202,7 +204,7 @@ class ForkedProcess:
         if message is not None and "exit" in message:
             self._finish(int(message["exit"]))
         else:
-            # The keeper is gone. The kernel kills what it kept; make sure, and wait for it.
+            # The keeper has ended, so the kernel kills the process. Kill it here as well, and wait for its end.
             self.kill()
             loop.add_reader(self._pidfd, self._gone)
 
@@ -216,7 +218,7 @@ class ForkedProcess:
         self._ended.set_result(code)
 
     async def wait(self) -> int:
-        """Wait for the end. Returns the exit code, negative for a signal."""
+        """Wait for the end of the process. Returns the exit code, which is negative for a signal."""
         return await asyncio.shield(self._ended)
 
     def send_signal(self, number: int) -> None:
@@ -226,14 +228,14 @@ class ForkedProcess:
         signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
-        """Kill the process; its keeper kills what belongs to it."""
+        """Kill the process. Its keeper kills the rest of its process group."""
         with contextlib.suppress(ProcessLookupError):
             self.send_signal(signal.SIGKILL)
 
 
 def start(home: Path, environment: Mapping[str, str], idle_s: float, *, cpu: bool) -> subprocess.Popen[bytes]:
-    """Start the zygote of `home`, unless one runs: then what is started here ends at once. It does not depend on us: it ends by itself
-    `idle_s` seconds after its last request. `cpu`: for vLLM's CPU build. Raises OSError."""
+    """Start the zygote of `home`. If one runs already, the new process ends immediately. The zygote is independent of this process and ends
+    `idle_s` seconds after its last request. `cpu` selects vLLM's CPU build. Raises OSError."""
     place = wire.folder(home)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     variables = dict(environment) | ONE_THREAD | ({"LD_PRELOAD": preloads(environment)} if cpu else {})
@@ -253,8 +255,8 @@ def start(home: Path, environment: Mapping[str, str], idle_s: float, *, cpu: boo
 
 
 def preloads(environment: Mapping[str, str]) -> str:
-    """The libraries that vLLM preloads in a worker on a CPU (`vllm.platforms.cpu.check_and_update_config`): what is forked cannot load
-    them first any more, so the zygote has them."""
+    """Return the value of LD_PRELOAD for the zygote: the libraries that vLLM preloads in a worker on a CPU
+    (`vllm.platforms.cpu.check_and_update_config`). A forked process is too late to preload them, so the zygote does."""
     preloaded = environment.get("LD_PRELOAD", "")
     torch, vllm = (importlib.util.find_spec(name) for name in ("torch", "vllm"))
     if torch is not None and torch.origin and not any(name in preloaded for name in ("libomp", "libgomp", "libiomp")):

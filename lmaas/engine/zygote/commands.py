@@ -1,25 +1,25 @@
-"""The command lines of engines that a zygote is prepared for, kept in a file beside its socket."""
+"""The command lines of engines that a zygote prepares for, stored in a file beside its socket."""
 
 import json
 import os
 from pathlib import Path
 
-#: The module of vLLM's server. Only its command lines are prepared for.
+#: The module of vLLM's server. The zygote prepares for its command lines only.
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
-#: How many are remembered, and prepared for.
+#: The maximum number of command lines in the file.
 REMEMBERED = 8
 _WHERE = ("--port", "--host")
 
 
 def command_key(arguments: list[str]) -> list[str]:
-    """A command line without where the server listens, in which engines of one pool differ."""
+    """Return a command line without the server's address and port, in which engines of one pool differ."""
     return [
         argument for before, argument in zip(["", *arguments], arguments, strict=False) if argument not in _WHERE and (before not in _WHERE)
     ]
 
 
 def read_commands(path: Path) -> list[list[str]]:
-    """The command lines in the file, the last used first; none if it cannot be read."""
+    """Return the command lines in the file, most recently used first. An unreadable file gives an empty list."""
     try:
         found = json.loads(path.read_text())
         return [[str(argument) for argument in command] for command in found][:REMEMBERED]
@@ -28,7 +28,7 @@ def read_commands(path: Path) -> list[list[str]]:
 
 
 def remember(path: Path, command: list[str]) -> None:
-    """Put a command line first in the file. Raises OSError."""
+    """Move a command line to the first place of the file, or add it there. Raises OSError."""
     before = read_commands(path)
     known = [command, *(other for other in before if other != command)][:REMEMBERED]
     if known != before:

@@ -1,4 +1,5 @@
-"""The keeper of one engine: forked by the zygote, it ends the engine when its supervisor ends, and reports the engine's exit code."""
+"""The keeper of one engine. The zygote forks it. It kills the engine when the engine's supervisor ends, and reports the engine's exit
+code."""
 
 import contextlib
 import os
@@ -10,8 +11,8 @@ from lmaas.engine.zygote import wire
 
 
 def keep(engine: int, connection: socket.socket) -> None:
-    """Stay until the engine, a child that leads a session of its own, has ended or `connection` is closed by the other side. Either
-    way nothing of the engine's process group is left."""
+    """Wait until the engine ends, or until the other side closes `connection`. The engine is a child that leads its own session. In both
+    cases, kill every process of its process group before returning."""
     pidfd = os.pidfd_open(engine)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -24,7 +25,7 @@ def keep(engine: int, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             if wire.receive(connection) is not None:
                 continue
-        # The supervisor is gone, so the engine must end.
+        # The supervisor has ended, so the engine must end.
         wanted = False
         kill_group(engine)
         poll.unregister(connection)
@@ -36,7 +37,7 @@ def keep(engine: int, connection: socket.socket) -> None:
 
 
 def kill_group(leader: int) -> None:
-    """Kill a process that was not waited for yet, and its group."""
+    """Kill a process that has not been reaped, and its process group."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError):
             kill(leader, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Looks after the zygote of a home folder: starts it, and replaces one that ended, is stuck, or was started with other facts."""
+"""Manages the zygote of a home folder: starts it, and replaces a zygote that ended, is stuck, or was started with other facts."""
 
 import asyncio
 import contextlib
@@ -19,21 +19,21 @@ from lmaas.engine.zygote.progress import Sight, Watch, intend, is_zygote, plain_
 
 log = logging.getLogger(__name__)
 
-#: The interval at which its owner checks it.
+#: The interval between two checks of the zygote.
 EVERY_S = 2.0
-#: One that ended is started again after this long, doubled for each that did not last.
+#: The delay before a zygote that ended is started again. It doubles with each zygote that ended early, up to the maximum.
 RESTART_S, RESTART_MAX_S = 1.0, 300.0
-#: One that lasted this long was no failure.
+#: A zygote that ran for longer than this does not count as a failure.
 LASTED_S = 60.0
 HELLO_S = 0.5
-#: How old the facts about our own files may be.
+#: The maximum age of the cached facts about the code of lmaas.
 FACTS_S = 60.0
-#: How long a killed process may take to be gone.
+#: The time that a killed process may take to end.
 STOP_S = 5.0
 
 
 class ZygoteOwner:
-    """Looks after the zygote of `home`. `start` starts one, `facts` returns what it must have been started with."""
+    """Manages the zygote of `home`. `start` starts a zygote, and `facts` returns the facts with which it must have been started."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ZygoteOwner:
         self._child: subprocess.Popen[bytes] | None = None
         self._checked_at = self._started = self._answered = self._knew = float("-inf")
         self._watch = Watch(home, clock)
-        #: What was seen last of the zygote.
+        #: The result of the last check of the zygote.
         self.seen = Sight()
         self._known: Mapping[str, str] = {}
         self._failures = 0
@@ -54,16 +54,16 @@ class ZygoteOwner:
         self._checking: asyncio.Task[None] | None = None
 
     def tend(self) -> "asyncio.Task[None]":
-        """Call `ensure` in a task, which is returned: for callers that must not wait for a zygote that is slow to answer."""
+        """Run `ensure` in a task and return the task, for callers that must not wait for a slow zygote."""
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self.ensure(), name="zygote")
             self._checking.add_done_callback(_tell)
         return self._checking
 
     async def ensure(self) -> None:
-        """Start the zygote if none runs, replace one that is stuck, and tell it that it is needed.
+        """Start the zygote if none runs, replace a zygote that is stuck, and reset the idle time of one that serves.
 
-        A call within EVERY_S seconds of the last one does nothing.
+        A call within EVERY_S seconds of the last one has no effect.
         """
         now = self._clock()
         if now - self._checked_at < EVERY_S:
@@ -72,11 +72,11 @@ class ZygoteOwner:
         try:
             await asyncio.to_thread(self._check)
         except OSError as error:
-            # Engines start plainly meanwhile.
+            # Until a zygote runs, engines start plainly.
             log.warning("no zygote", extra={"action": "zygote", "detail": repr(error)})
 
     def stop(self) -> None:
-        """End the zygote, also one that another process started."""
+        """End the zygote, including one that another process started."""
         stop(self._home)
         if self._child is not None:
             self._child.kill()
@@ -95,7 +95,7 @@ class ZygoteOwner:
         self._intend()
 
     def _answers(self) -> bool:
-        """Whether it answers, or is about to end. One with other facts is told to end."""
+        """Return whether the zygote answers or is about to end. A zygote with other facts is told to end."""
         with wire.channel() as connection:
             connection.settimeout(HELLO_S)
             try:
@@ -103,9 +103,9 @@ class ZygoteOwner:
                     connection.connect(path)
                 hello = wire.receive(connection) or {}
             except (TimeoutError, BlockingIOError):
-                return False  # it stands still, or so many are in line before us
+                return False  # it has stalled, or too many requests are queued before this one
             except (FileNotFoundError, ConnectionError):
-                return True  # it is ending; the next look finds out
+                return True  # it is about to end; the next check finds that it has ended
             self._answered = self._clock()
             if differs := wire.difference(self._wanted(), hello.get("facts", {})):
                 log.warning("the zygote is replaced", extra={"action": "zygote", "detail": f"it was started with another {differs}"})
@@ -113,7 +113,7 @@ class ZygoteOwner:
             return True
 
     def _begin(self) -> None:
-        """Start the zygote, unless the last one ended too soon, or an engine that was started plainly still imports."""
+        """Start the zygote, unless the last one ended too recently or a plainly started engine is still importing."""
         now = self._clock()
         self._failures = 0 if self._answered - self._started > LASTED_S else self._failures
         if self._child is None and now >= self._next() and not plain_imports(self._home):
@@ -123,11 +123,11 @@ class ZygoteOwner:
             self._child = self._start()
 
     def _next(self) -> float:
-        """When the next zygote may be started if there is none."""
+        """Return the earliest time at which the next zygote may be started."""
         return self._started + (min(RESTART_MAX_S, RESTART_S * 2**self._failures) if self._failures else 0.0)
 
     def _intend(self) -> None:
-        """Have starts that wait for a zygote know what they can expect of us."""
+        """Publish when the next zygote may be started and with which facts, for the engine starts that wait for it."""
         intent = (self._next(), wire.digest(self._wanted()))
         if intent != self._intent:
             intend(self._home, max(0.0, intent[0] - self._clock()), intent[1])
@@ -139,7 +139,8 @@ class ZygoteOwner:
             os.kill(pid, signal.SIGKILL)
 
     def _wanted(self) -> Mapping[str, str]:
-        """The facts, found again every FACTS_S seconds: that looks at every file of ours."""
+        """Return the facts. They are computed at most every FACTS_S seconds, because that reads the modification time of each module of
+        lmaas."""
         if self._clock() - self._knew > FACTS_S:
             self._known, self._knew = self._facts(), self._clock()
         return self._known
@@ -151,16 +152,16 @@ def _tell(checking: "asyncio.Task[None]") -> None:
 
 
 def peer(connection: socket.socket) -> int:
-    """The process that listens at the other end of a Unix socket."""
+    """Return the id of the process that listens at the other end of a Unix socket."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid: int = struct.unpack("3i", credentials)[0]
     return pid
 
 
 def stop(home: Path) -> None:
-    """End the zygote of a home folder, if there is one. What it forked goes on."""
+    """End the zygote of a home folder, if there is one. The processes that it forked continue."""
     for pid in {listener(home), running(home)} - {0}:
-        # Whatever it does just now, importing or waiting: it holds nothing that a kill could harm.
+        # The zygote holds no state that a kill could damage, whether it is importing or waiting.
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
@@ -172,7 +173,7 @@ def stop(home: Path) -> None:
 
 
 def listener(home: Path) -> int:
-    """The process id of the zygote that listens in a home folder; 0 if none does."""
+    """Return the process id of the zygote that listens in a home folder, or 0 if none listens."""
     with wire.channel() as connection, contextlib.suppress(OSError):
         connection.settimeout(HELLO_S)
         with wire.short_path(wire.folder(home) / wire.SOCKET) as path:

@@ -1,22 +1,27 @@
-"""What to do about a zygote that does not answer: wait for it, start without it, or replace it. Pure functions of what is seen of it.
+"""Decides how to treat a zygote that does not answer: wait for it, start without it, or replace it. Pure functions of its observed state.
 
-Vocabulary: a *plain* start imports vLLM three times, in the server, the engine core and the worker, one after the other. A zygote imports
-it once. So a zygote that makes progress, however slowly, is ready sooner than a plain start that would begin beside it and take half of its
-processors. Only a zygote that makes no progress is not worth waiting for, and only progress counts, never the time that it takes.
+A *plain* start imports vLLM three times, one after the other: in the server, in the engine core and in the worker. A zygote imports it
+once. A zygote that makes progress, however slowly, is therefore ready sooner than a plain start that begins now and takes half of the
+processor time. Only a zygote without progress is given up. The elapsed time alone never decides.
 """
 
 from lmaas.engine.zygote.progress import Sight
 
-#: A zygote that neither answers nor makes progress for so long stands still.
+#: A zygote that neither answers nor makes progress for this long has stalled.
 STILL_S = 15.0
-#: A zygote that uses so much processor time without answering or finishing a stage runs in circles. Longer if imports usually take long.
+#: A zygote that uses this much processor time without answering or finishing a stage is in an endless loop. The limit is higher if imports
+#: usually take long.
 CIRCLES_S, CIRCLES_IMPORTS = 60.0, 3.0
-#: How long a start goes on waiting for a zygote that stands still or is gone: its owner needs seconds to notice and to start another.
+#: The duration of a start, forked or plain, in seconds, until one of its base model has been seen.
+FIRST_START_S = {"zygote": 3.0, "plain": 20.0}
+#: The time for which a start continues to wait for a zygote that has stalled or ended. The owner needs some seconds to notice and to start
+#: another.
 REPLACED_S = 8.0
 
 
 def stuck(seen: Sight, grace_s: float = 0.0) -> str:
-    """Why this zygote, which does not answer, has to be replaced; empty if it makes progress. With `grace_s` it may take so much longer."""
+    """Return the reason why a zygote that does not answer has to be replaced, or an empty string if it makes progress. `grace_s` extends
+    the limits."""
     if seen.still_s > STILL_S + grace_s:
         return f"it has made no progress for {seen.still_s:.0f} s"
     if seen.stage_used_s > max(CIRCLES_S, CIRCLES_IMPORTS * seen.usual_s) + grace_s:
@@ -25,9 +30,9 @@ def stuck(seen: Sight, grace_s: float = 0.0) -> str:
 
 
 def why_plain(seen: Sight) -> str:
-    """Why a start does not wait for the zygote any longer; empty if it does."""
+    """Return the reason why a start no longer waits for the zygote, or an empty string if it continues to wait."""
     if seen.pid:
-        # Its owner replaces it, if it has one.
+        # The owner, if there is one, replaces the zygote.
         reason = stuck(seen, 0.0 if seen.next_s is None else REPLACED_S)
         return reason and f"the zygote is stuck: {reason}"
     if seen.next_s is None:
@@ -40,9 +45,11 @@ def why_plain(seen: Sight) -> str:
 
 
 def import_left_s(seen: Sight) -> float:
-    """How long it takes until a zygote has imported everything, from the processor time that this usually takes and the share that it gets.
+    """Estimate the seconds until a zygote has imported everything, from the usual processor time of an import and the zygote's share of a
+    processor.
 
-    An import that takes longer than usual is taken to need as long again as it is late. A zygote that is not there yet has all before it.
+    An import that has used more than the usual processor time is estimated to need the same excess again. A zygote that has not started
+    needs the whole time.
     """
     if seen.serves:
         return 0.0
@@ -51,5 +58,11 @@ def import_left_s(seen: Sight) -> float:
 
 
 def start_delay_s(seen: Sight) -> float:
-    """Return by how many seconds starts are delayed at present: they wait for a zygote that imports, if they wait for it at all."""
+    """Return the seconds by which engine starts are delayed at present, because they wait for a zygote that is importing. 0 if they do not
+    wait."""
     return 0.0 if why_plain(seen) else import_left_s(seen)
+
+
+def first_start_s(seen: Sight) -> float:
+    """Return the duration of a start without its delay, for a base model without earlier starts."""
+    return FIRST_START_S["plain" if why_plain(seen) else "zygote"]

@@ -1,7 +1,8 @@
-"""Loads what the zygote has in memory: vLLM's modules, the plugins of lmaas, and what engines would compute at each start.
+"""Loads what the zygote keeps in memory: vLLM's modules, the plugins of lmaas, and what engines would otherwise compute at each start.
 
-Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA: `Preloaded.unfit` reports violations.
-What is replaced in vLLM is what a fork needs; names and places are those of vLLM 0.32.0, and where one is missing, nothing is replaced.
+Everything here runs before the fork, in one thread, without an OpenMP region and without CUDA. `Preloaded.unfit` reports violations. The
+replacements inside vLLM are those that a fork needs. They use the names and places of vLLM 0.32.0; where one is missing, nothing is
+replaced.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from lmaas.engine.zygote.commands import SERVER, command_key, read_commands, rem
 
 log = logging.getLogger(__name__)
 
-#: What a server, its engine core and its worker import. The first of them are parts of the server's imports that take long, so that there
-#: are more stages to report.
+#: The modules that a server, its engine core and its worker import. The first ones are slow parts of the server's imports, listed
+#: separately so that progress is reported in more stages.
 MODULES = (
     "vllm.env_override",
     "vllm.config",
@@ -43,19 +44,21 @@ MODULES = (
     "xgrammar",
     "lmaas.engine.cpu_lora.hooks",
 )
-#: On a CPU besides.
+#: The modules that are also imported on a CPU.
 CPU_MODULES = ("vllm.v1.worker.cpu_worker", "lmaas.engine.cpu_lora.wrapper")
-#: What a checker of grammars and a supervisor import.
+#: The modules that a checker of grammars and a supervisor import.
 OTHERS = ("lmaas.engine.grammars.checker", "lmaas.cli", "lmaas.app")
-#: Beside the file with the command lines to prepare for: those that leave a thread or CUDA behind. Their engines are forked all the same.
+#: A file beside the one with the prepared command lines. It lists those whose preparation leaves a thread or CUDA behind. Their engines are
+#: forked without preparation.
 AVOIDED = "commands-avoided.json"
 
 
 class Preloaded:
-    """Imports everything that engines, checkers and supervisors need; a module that is missing is imported later, where it is needed.
+    """Imports everything that engines, checkers and supervisors need. A module that cannot be imported is skipped, and imported later by
+    the process that needs it.
 
-    `commands` is the file with the command lines of engines to prepare for: those that were forked, and those that others expect. `report`
-    is called with the number of stages that are done, and of all.
+    `commands` is the file with the command lines of engines to prepare for: those of forked engines, and those that other processes expect.
+    `report` is called with the number of finished stages and the number of all stages.
     """
 
     def __init__(self, commands: Path, report: Callable[[int, int], None] = lambda _done, _stages: None) -> None:
@@ -81,14 +84,14 @@ class Preloaded:
         if cpu:
             _fork_on_cpu(type(current_platform))
         else:
-            # vLLM itself spawns all the same once CUDA is initialised in the process that would fork.
+            # vLLM spawns regardless of this once CUDA is initialised in the process that would fork.
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self._reuse_renderers()
 
     def _prepare_all(self) -> None:
         for command in read_commands(self._commands):
             if not self._try(command):
-                return  # it cannot be forked any more; the next zygote leaves that command line out
+                return  # this process cannot be forked any more; the next zygote skips this command line
 
     def _import(self, module: str) -> None:
         try:
@@ -97,7 +100,7 @@ class Preloaded:
             log.warning("not preloaded: %s (%r)", module, error)
 
     def unfit(self) -> str:
-        """Why this process must not be forked; empty if it may be."""
+        """Return the reason why this process must not be forked, or an empty string if it may be."""
         import torch  # noqa: PLC0415 (imported by vLLM)
 
         threads = len(os.listdir("/proc/self/task"))
@@ -108,18 +111,19 @@ class Preloaded:
         return ""
 
     def learn(self, arguments: list[str]) -> None:
-        """An engine was forked with these arguments: be prepared for the next, also after a restart. Raises OSError if that cannot be
-        remembered."""
+        """Prepare for further engines with the arguments of one that was forked, also after a restart of the zygote. Raises OSError if the
+        arguments cannot be stored."""
         key = command_key(arguments)
         if self._try(key):
             remember(self._commands, key)
 
     def _try(self, command: list[str]) -> bool:
-        """Prepare for a command line, unless that is known to spoil a zygote. False if it did; then it is known from now on."""
+        """Prepare for a command line, unless its preparation is listed as harmful. Return False if this process must not be forked
+        afterwards; a harmful command line is then added to the list."""
         if command in read_commands(self._avoided):
             return True
         if self.unfit():
-            return False  # for another reason
+            return False  # the reason lies elsewhere
         self._prepare(command)
         reason = self.unfit()
         if reason:
@@ -128,7 +132,7 @@ class Preloaded:
         return not reason
 
     def _prepare(self, command: list[str]) -> None:
-        """Load the model's configuration and tokenizer as the server would. What fails here fails there too, with a message."""
+        """Load the model's configuration and tokenizer as the server does. An error here also occurs in the server, which reports it."""
         key = tuple(command)
         stamp = _stamp(command)
         if stamp is None or self._prepared.get(key, (None, None))[0] == stamp:
@@ -146,7 +150,7 @@ class Preloaded:
             os.environ.update(before)
 
     def _reuse_renderers(self) -> None:
-        """Have a server take the tokenizers that were prepared for its command line, if the files are still the same."""
+        """Make servers use the tokenizer that was prepared for their command line, if the model's files have not changed."""
         from vllm.v1.engine import async_llm  # noqa: PLC0415 (imported above)
 
         original = async_llm.renderer_from_config
@@ -164,7 +168,8 @@ class Preloaded:
 
 
 def _stamp(command: list[str]) -> object:
-    """Of the model's small files, which say what its configuration and its tokenizer are. None if the model is no folder here."""
+    """Return the names, times and sizes of the model's small files, which contain its configuration and tokenizer. None if the model is not
+    a local folder."""
     with contextlib.suppress(ValueError, OSError):
         folder = Path(command[command.index("--model") + 1])
         if folder.is_dir():
@@ -174,7 +179,8 @@ def _stamp(command: list[str]) -> object:
 
 
 def _renderer(command: list[str]) -> Any:
-    """The renderer that a server with this command line would make, used once. None for models with more than text."""
+    """Return the renderer that a server with this command line would create. It is used once. None for models that accept more than
+    text."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 (imported by the server's module)
     from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415
     from vllm.renderers import ChatParams  # noqa: PLC0415
@@ -192,8 +198,8 @@ def _renderer(command: list[str]) -> Any:
 
 
 def _fork_on_cpu(platform: Any) -> None:
-    """vLLM's CPU platform has its processes spawned, since what it sets for OpenMP is read when libgomp is loaded. Here they are forked,
-    and what it sets is applied in the worker."""
+    """Make vLLM's CPU platform fork its processes. It spawns them by default, because libgomp reads its OpenMP settings when it is loaded.
+    In a forked worker, `bind_threads` applies these settings."""
     from vllm.v1.executor.multiproc_executor import WorkerProc  # noqa: PLC0415 (imported above)
 
     configure = platform.check_and_update_config
@@ -203,7 +209,7 @@ def _fork_on_cpu(platform: Any) -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     platform.check_and_update_config = classmethod(check_and_update_config)
-    # Looks through every name of every module, for a third of a second; once is enough.
+    # This searches every name of every module, which takes a third of a second. Once is enough.
     platform.register_triton_kernel_overrides()
     platform.register_triton_kernel_overrides = classmethod(lambda _cls: None)
     worker_main: Callable[..., None] = WorkerProc.worker_main
@@ -216,18 +222,18 @@ def _fork_on_cpu(platform: Any) -> None:
 
 
 def bind_threads(number: str | None, processors: str | None) -> None:
-    """What libgomp does when it is loaded with OMP_NUM_THREADS and GOMP_CPU_AFFINITY (a list of numbers): so many threads, one on each of
-    these processors. Called before the first OpenMP region of a process."""
+    """Do what libgomp does when it is loaded with OMP_NUM_THREADS and GOMP_CPU_AFFINITY (a list of numbers): create `number` threads, one
+    on each of these processors. Must be called before the first OpenMP region of a process."""
     import torch  # noqa: PLC0415 (only inside an engine)
 
     threads = int(number) if number else len(os.sched_getaffinity(0))
     order = [int(processor) for processor in processors.split()] if processors else []
     if order:
         os.sched_setaffinity(0, {order[0]})
-    torch.set_num_threads(threads)  # may begin a thread of torch's own, which stays with this one
+    torch.set_num_threads(threads)  # may start a thread of torch, which then keeps the affinity of this one
     if threads < 2 or not order:
         return
     before = set(os.listdir("/proc/self/task"))
-    torch.ones(1 << 22).mul_(2.0)  # the threads of torch's thread pool begin here
+    torch.ones(1 << 22).mul_(2.0)  # starts the threads of torch's thread pool
     for place, thread in enumerate(sorted(set(os.listdir("/proc/self/task")) - before, key=int), start=1):
         os.sched_setaffinity(int(thread), {order[place % len(order)]})

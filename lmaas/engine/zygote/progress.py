@@ -1,4 +1,4 @@
-"""How far a zygote has come: what it reports of its imports, and what others see of it from outside."""
+"""The progress of a zygote: its own reports about its imports, and what other processes observe."""
 
 import contextlib
 import json
@@ -15,24 +15,25 @@ from lmaas.engine import marks
 from lmaas.engine.activity import Standstill, activity_of, age_s, session_of
 from lmaas.engine.zygote import wire
 
-#: Files in a zygote's folder: its last report, what the last imports on this machine took, and what its owner intends.
+#: The files in a zygote's folder: its last report, the durations of the last imports on this machine, and its owner's intent.
 REPORT, IMPORTS, INTENT = "progress.json", "imports.json", "owner.json"
-#: A folder with a note for each engine that was started plainly: its process id, and where its marks are.
+#: A folder with a note for each engine that was started plainly. The name is its process id, the content the path of its marks.
 PLAIN = "plain"
-#: How many imports are remembered, and what one takes as long as none is: seconds of processor time.
+#: The number of imports that are remembered, and the assumed processor time of an import, in seconds, if none is.
 REMEMBERED, FIRST_IMPORT_S = 5, 10.0
-#: A process is taken to have had a whole processor for so long before it began: the first moments say little about its share.
+#: The share of a processor is computed as if the process had used a whole processor for this long before it started. The first measurements
+#: alone would say little about its share.
 PRIOR_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What is seen of the zygote of a home folder.
+    """The observed state of the zygote of a home folder.
 
-    `pid` is 0 if no zygote runs. It has finished `done` of its `stages`; all of them: it serves. `used_s` is the processor time that it has
-    used in `age_s`, `usual_s` what an import usually uses. `still_s` and `stage_used_s` are those of activity.Standstill. Without a
-    process, `absent_s` is for how long there has been none, `next_s` in how many seconds its owner may start the next one (None without
-    an owner), and `wants` the digest of the facts with which it will.
+    `pid` is 0 if no zygote runs. `done` of its `stages` are finished; when all are, it serves. `used_s` is the processor time that it has
+    used in `age_s`, and `usual_s` the usual processor time of an import. `still_s` and `stage_used_s` are those of activity.Standstill.
+    Without a process, `absent_s` is the time since one was last seen. `next_s` is the time until its owner may start the next one (None
+    without an owner), and `wants` is the digest of the facts for it.
     """
 
     pid: int = 0
@@ -49,17 +50,17 @@ class Sight:
 
     @property
     def serves(self) -> bool:
-        """Whether it has imported everything and should answer."""
+        """True if the zygote has imported everything and should answer."""
         return self.pid != 0 and 0 < self.stages <= self.done
 
     @property
     def share(self) -> float:
-        """The share of a processor that it gets."""
+        """The share of a processor that the zygote gets."""
         return min(1.0, (PRIOR_S + self.used_s) / (PRIOR_S + self.age_s))
 
 
 class Watch:
-    """Looks at the zygote of `home` again and again. `clock` gives seconds that go forward."""
+    """Observes the zygote of `home` repeatedly. `clock` returns monotonic seconds."""
 
     def __init__(self, home: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._home, self._clock = home, clock
@@ -67,11 +68,11 @@ class Watch:
         self._last_seen = clock()
 
     def answered(self) -> None:
-        """The zygote has just answered, so that it does not stand still."""
+        """Record that the zygote has answered, so it has not stalled."""
         self._standstill, self._pid = Standstill(), 0
 
     def look(self) -> Sight:
-        """Look at it now."""
+        """Return the current state of the zygote."""
         now, intent = self._clock(), _read(wire.folder(self._home) / INTENT)
         pid = running(self._home)
         usual_s = usual_import_s(self._home)
@@ -84,7 +85,7 @@ class Watch:
         self._last_seen = now
         report = _read(wire.folder(self._home) / REPORT)
         done, stages = (int(report.get("done", 0)), int(report.get("stages", 0))) if report.get("pid") == pid else (0, 0)
-        # While it imports, helpers of it may do the work. Once it serves, it does all by itself, and this is asked every two seconds.
+        # During the imports, its helper processes may do the work. Once it serves, it works alone, and is checked every two seconds.
         serves = 0 < stages <= done
         activity = activity_of([pid] if serves else session_of(pid))
         self._standstill.look((pid, done), activity, now)
@@ -103,25 +104,25 @@ class Watch:
 
 
 class Reporter:
-    """Writes the zygote's own reports: `stages` stages are to come."""
+    """Writes the zygote's reports about its progress."""
 
     def __init__(self, home: Path) -> None:
         self._folder = wire.folder(home)
 
     def report(self, done: int, stages: int) -> None:
-        """So many stages are done. A report that cannot be written is left out: it must not stop an import."""
+        """Report that `done` of `stages` stages are finished. A write error is ignored, because it must not stop an import."""
         with contextlib.suppress(OSError):
             _write(self._folder / REPORT, {"pid": os.getpid(), "done": done, "stages": stages})
 
     def imported(self, used_s: float) -> None:
-        """All is imported, with so much processor time."""
+        """Record the processor time of a finished import."""
         with contextlib.suppress(OSError):
             path = self._folder / IMPORTS
             _write(path, {"used_s": [*_known(path), used_s][-REMEMBERED:]})
 
 
 def usual_import_s(home: Path) -> float:
-    """The processor time that an import usually takes in this home folder."""
+    """Return the usual processor time of an import in this home folder."""
     known = _known(wire.folder(home) / IMPORTS)
     return statistics.median(known) if known else FIRST_IMPORT_S
 
@@ -134,22 +135,22 @@ def _known(path: Path) -> list[float]:
 
 
 def intend(home: Path, next_s: float, wants: str) -> None:
-    """As the owner of the zygote: if there is none, another is started in so many seconds or soon after, with facts of this digest. Raises
-    OSError."""
+    """Publish the intent of the zygote's owner: without a zygote, it starts another one in `next_s` seconds or soon after, with facts of
+    the digest `wants`. Raises OSError."""
     _write(wire.folder(home) / INTENT, {"pid": os.getpid(), "next": time.monotonic() + next_s, "wants": wants})
 
 
 def _next(intent: Mapping[str, Any]) -> float | None:
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        age_s(int(intent["pid"]))  # an owner that is gone starts nothing
+        age_s(int(intent["pid"]))  # an owner that has ended starts nothing
         return max(0.0, float(intent["next"]) - time.monotonic())
     return None
 
 
 @contextmanager
 def importing_plainly(home: Path, pid: int, marks_path: Path) -> Iterator[None]:
-    """Note during the block that an engine with this process id was started plainly, so that no zygote imports beside it. Without a note,
-    which a full disk prevents, both are slower."""
+    """Keep a note during the block that the engine with this process id was started plainly, so that no zygote imports at the same time. If
+    the note cannot be written, as on a full disk, both are slower."""
     note = wire.folder(home) / PLAIN / str(pid)
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -162,7 +163,7 @@ def importing_plainly(home: Path, pid: int, marks_path: Path) -> Iterator[None]:
 
 
 def plain_imports(home: Path) -> list[int]:
-    """The process ids of engines of this home folder that were started plainly and still import."""
+    """Return the process ids of engines of this home folder that were started plainly and are still importing."""
     found = []
     with contextlib.suppress(OSError):
         for note in (wire.folder(home) / PLAIN).iterdir():
@@ -174,8 +175,8 @@ def plain_imports(home: Path) -> list[int]:
 
 
 def running(home: Path) -> int:
-    """The process id of the zygote of a home folder, whether it listens already or not; 0 if none runs."""
-    # The one that holds the lock; or else the one that was started last, which may not have come so far.
+    """Return the process id of the zygote of a home folder, whether or not it listens already, or 0 if none runs."""
+    # Either the process that holds the lock, or the one that was started last and may not have reached the lock.
     folder = wire.folder(home)
     return next((pid for pid in (_number(folder / wire.LOCK), _number(folder / wire.PROCESS)) if pid and is_zygote(pid, home)), 0)
 
@@ -187,7 +188,8 @@ def _number(path: Path) -> int:
 
 
 def is_zygote(pid: int, home: Path) -> bool:
-    """Whether that is what the process's command line says; not if it is gone, and its number belongs to another."""
+    """Return whether the command line of the process is that of the zygote of `home`. False if the process has ended or its id was
+    reused."""
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") + b" "
         return f"lmaas.engine.zygote {home} ".encode() in command

@@ -1,4 +1,4 @@
-"""The zygote's own loop: one thread, which waits on a socket and forks."""
+"""The zygote's loop: one thread, which waits on a socket and forks."""
 
 import contextlib
 import fcntl
@@ -28,25 +28,26 @@ from lmaas.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
-#: How long a client may take for its request, and for its word to go on.
+#: The time that a client may take to send its request, and to let the forked process continue.
 REQUEST_S, GO_S = 1.0, 10.0
-#: A second engine of a kind is prepared for once the first one's start is not disturbed by that.
+#: The time after the last fork after which the zygote prepares for further engines of that kind. Until then, the preparation would slow
+#: down the engine's start.
 LEARN_AFTER_S = 10.0
-#: How many peers may stand in line.
+#: The maximum number of connections that wait in the socket's queue.
 BACKLOG = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a forked process is to become: `main()` of a module."""
+    """The program that a forked process runs: `main()` of a module."""
 
     module: str
     arguments: list[str]
 
 
 class Zygote:
-    """Serves the socket of one home folder. `unfit` returns why this process must not be forked any more, `learn` is called with each
-    engine's command line when no client waits, and without requests the zygote ends after `idle_s`."""
+    """Serves the socket of one home folder. `unfit` returns the reason why this process must not be forked any more. `learn` is called with
+    each engine's command line when no client waits. The zygote ends after `idle_s` seconds without a request."""
 
     def __init__(
         self,
@@ -69,8 +70,8 @@ class Zygote:
         self._forked = 0.0
 
     def serve(self, listener: socket.socket) -> Program | None:
-        """Fork until the zygote is not needed any more. Returns in a forked process, with what it is to become, and in the zygote with
-        None."""
+        """Fork on request until the zygote is not needed any more. Returns in each forked process, with the program to run, and in the
+        zygote itself, with None."""
         poll = select.poll()
         poll.register(listener, select.POLLIN)
         needed = time.monotonic()
@@ -91,7 +92,7 @@ class Zygote:
                 try:
                     program = self._answer(connection, listener)
                 except (OSError, ValueError, KeyError, TypeError) as error:
-                    # The client left, or is not a client of lmaas.
+                    # The client has disconnected, or is not a client of lmaas.
                     log.warning("a client was not served: %r", error)
                     continue
                 if program is not None:
@@ -133,7 +134,7 @@ class Zygote:
             _reset_signals()
             os.setsid()
             connection.settimeout(GO_S)
-            # Only now: what is in this order, no other fork may find in its memory.
+            # Read the order only after the fork, so that its contents are not in the memory of any other forked process.
             wire.send(connection, {"forked": True})
             order = _hear(connection)
             if kept:
@@ -145,12 +146,12 @@ class Zygote:
             _become(program, order, self._added if kept else {})
         except BaseException:
             log.exception("a forked process could not begin")
-            os._exit(1)  # never back into the loop of the zygote
+            os._exit(1)  # never return into the zygote's loop
         return program
 
 
 def _hear(connection: socket.socket) -> dict[str, Any]:
-    """Return the next message. A client that gave up has started the process plainly; then this process ends."""
+    """Return the next message. If the client has disconnected, it has started the process plainly, so this process ends."""
     message = wire.receive(connection)
     if message is None:
         os._exit(0)
@@ -158,13 +159,13 @@ def _hear(connection: socket.socket) -> dict[str, Any]:
 
 
 def _settle() -> None:
-    """Exempt existing objects from garbage collection, so that it does not copy every page in a forked process."""
+    """Exempt existing objects from garbage collection. A collection in a forked process would otherwise copy all memory pages."""
     gc.collect()
     gc.freeze()
 
 
 def _be_kept(connection: socket.socket) -> None:
-    """Return in a child of this process, which becomes its keeper."""
+    """Fork a child and return in it. This process becomes the child's keeper."""
     keeper = os.getpid()
     engine = os.fork()
     if engine:
@@ -180,7 +181,7 @@ def _be_kept(connection: socket.socket) -> None:
 
 
 def _bind_descendants() -> None:
-    """What this process forks dies with it: vLLM's plugins, which see to that in a plain start, are loaded before the fork here."""
+    """Make the children of this process end with it. In a plain start, vLLM's plugins do this; here they were loaded before the fork."""
     parent = 0
 
     def before() -> None:
@@ -194,7 +195,7 @@ def _die_with(parent: int) -> None:
     try:
         die_with_parent(parent)
     except SystemExit:
-        os._exit(1)  # Python ignores what is raised in a hook of a fork
+        os._exit(1)  # Python ignores exceptions in a hook of a fork
 
 
 def _reset_signals() -> None:
@@ -204,10 +205,10 @@ def _reset_signals() -> None:
 
 
 def _become(program: Program, order: dict[str, Any], added: Mapping[str, str]) -> None:
-    """Take over what was asked for: environment, folder, log and name; and shed what belonged to the zygote."""
+    """Apply the environment, folder, log and name of the order, and remove what belonged to the zygote."""
     environment = {str(name): str(value) for name, value in order["environment"].items()}
     os.environ.clear()
-    # What vLLM set while it was imported, it would have set here too.
+    # In a plain start, vLLM would set these variables while it is imported.
     os.environ.update({**added, **environment})
     os.chdir(order["folder"])
     output = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -215,20 +216,20 @@ def _become(program: Program, order: dict[str, Any], added: Mapping[str, str]) -
         os.dup2(output, stream)
     os.close(output)
     logging.getLogger().handlers.clear()
-    importlib.import_module("numpy").random.seed()  # Python's own generator sees to that itself
-    # As if it had been started plainly.
+    importlib.import_module("numpy").random.seed()  # Python's own generator is seeded again automatically
+    # Use the name of a process that was started plainly.
     module = program.module.removesuffix(".__main__")
     setproctitle(" ".join([sys.executable, "-m", module, *program.arguments]))
 
 
 @contextmanager
 def listening(home: Path) -> Iterator[socket.socket | None]:
-    """The listening socket of the one zygote of `home`; None if there is another one."""
+    """Yield the listening socket of the only zygote of `home`, or None if there is another one."""
     folder = wire.folder(home)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / wire.LOCK).open("a") as lock, wire.channel() as listener:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the forked processes would hold too
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose locks forked processes inherit
         except OSError:
             yield None
             return
@@ -248,24 +249,24 @@ def listening(home: Path) -> Iterator[socket.socket | None]:
 
 
 def serve(home: Path, idle_s: float) -> Program | None:
-    """Be the zygote of `home`. Returns in forked processes, with what they are to become, and in the zygote itself at its end."""
+    """Run the zygote of `home`. Returns in each forked process, with the program to run, and in the zygote itself when it ends."""
     logging.basicConfig(format="%(asctime)s %(process)d %(message)s", level=logging.INFO)
-    # The zygote does not wait for forked processes; the kernel removes them.
+    # The zygote does not wait for forked processes. The kernel reaps them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with listening(home) as listener:
         if listener is None:
             log.info("there is a zygote already")
             return None
-        setproctitle(f"{sys.executable} -m lmaas.engine.zygote {home}")  # finds its place only while the environment is untouched
+        setproctitle(f"{sys.executable} -m lmaas.engine.zygote {home}")  # works only while the environment is unchanged
         before = dict(os.environ)
         began, reporter = time.monotonic(), Reporter(home)
-        gc.disable()  # nearly all that an import makes stays: looking through it again and again is an eighth of the time
+        gc.disable()  # an import keeps nearly all objects that it creates; collections would take an eighth of the time
         from lmaas.engine.zygote.preload import Preloaded  # noqa: PLC0415 (imports vLLM, once clients can stand in line)
 
         preloaded = Preloaded(wire.folder(home) / wire.COMMANDS, reporter.report)
         added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        gc.freeze()  # without a collection, which would take half a second of the first start and find little
+        gc.freeze()  # without a collection, which would delay the first start by half a second and free little
         gc.enable()
         used = os.times()
         reporter.imported(sum(used[:4]))

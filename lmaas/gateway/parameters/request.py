@@ -13,7 +13,7 @@ from lmaas.gateway.parameters.prompts import count_prompts
 from lmaas.gateway.parameters.table import BY_NAME, Endpoint, Parameter, Treatment
 from lmaas.gateway.parameters.tools import settle_tools
 
-#: Log probabilities that one answer may have: about 100 MB, which the engine collects in memory.
+#: The maximum number of log probabilities in one answer, about 100 MB, which the engine collects in memory.
 MAX_ALTERNATIVES = 1_000_000
 #: Below this temperature vLLM samples greedily.
 GREEDY = 1e-5
@@ -48,7 +48,7 @@ class EngineRequest:
 
     @property
     def constrained(self) -> bool:
-        """Whether the engine compiles a grammar for the answer."""
+        """True if the engine compiles a grammar for the answer."""
         asked = self.parameters
         if asked.get("structured_outputs") or asked.get("response_format", {}).get("type", "text") != "text":
             return True
@@ -61,7 +61,7 @@ class EngineRequest:
 
     @property
     def must_be_checked(self) -> bool:
-        """Whether an engine may compile a grammar: some tool parsers do so for every request with tools."""
+        """True if an engine may compile a grammar. Some tool parsers do so for every request with tools."""
         return self.constrained or (bool(self.parameters.get("tools")) and self.parameters.get("tool_choice") != "none")
 
     @property
@@ -89,7 +89,7 @@ class EngineRequest:
 
     @property
     def only_echo(self) -> bool:
-        """Whether the client wants its prompt back and nothing generated."""
+        """True if the client wants its prompt back and nothing generated."""
         return self.parameters.get("max_tokens") == 0
 
     def body(self, engine_name: str, cache_salt: str) -> bytes:

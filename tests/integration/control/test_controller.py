@@ -58,6 +58,9 @@ class Names:
     def start_delay_s(self) -> float:
         return 0.0
 
+    def first_start_s(self) -> float:
+        return 20.0
+
     async def capacity(self) -> Resources | None:
         return self.room
 

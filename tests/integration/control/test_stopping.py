@@ -25,6 +25,9 @@ class Nowhere:
     def start_delay_s(self) -> float:
         return 0.0
 
+    def first_start_s(self) -> float:
+        return 20.0
+
     async def capacity(self) -> None:
         """No bound."""
 

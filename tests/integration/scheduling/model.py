@@ -147,6 +147,7 @@ class Model:
         self.spare_until = 0
         self.active: int | None = None
         self.controller = self.delay_ms = 0
+        self.first_ms = self.rules.START_MS
         #: Usage events; what was published (channel, message); who was placed (for whoever watches).
         self.events: list[dict[str, Any]] = []
         self.said: list[tuple[str, Any]] = []
@@ -457,7 +458,7 @@ class Model:
         """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
         ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
         starting = [replica for replica in self.replicas.values() if replica.state == Observed.STARTING]
-        usual = self.rules.START_MS if self.start_ms is None else self.start_ms
+        usual = self.first_ms if self.start_ms is None else self.start_ms
         if slots := sum(replica.slots for replica in ready):
             phase, usual = WaitPhase.BUSY, self.run_ms
             elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
@@ -679,10 +680,10 @@ class Model:
         self.dispatch(now)
         self.ask_for_replica()
 
-    def stats(self, now: int, delay_ms: int = 0) -> Reply:
+    def stats(self, now: int, delay_ms: int = 0, first_ms: int = Rules.START_MS) -> Reply:
         self.reap(now)
         self.dispatch(now)
-        self.controller, self.delay_ms = now, delay_ms
+        self.controller, self.delay_ms, self.first_ms = now, delay_ms, first_ms
         self.active = now if self.active is None else self.active
         replicas = {
             name: {

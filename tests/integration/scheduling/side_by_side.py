@@ -192,9 +192,9 @@ class Both:
             self.model.deregister(self.now, replica)
             self.reply(None, self.scheduler.deregister(POOL, replica))
 
-    def stats(self, delay_ms: int = 0) -> Any:
+    def stats(self, delay_ms: int = 0, first_ms: int = Rules.START_MS) -> Any:
         with self.compared():
-            return self.reply(self.model.stats(self.now, delay_ms), self.scheduler.stats(POOL, delay_ms))
+            return self.reply(self.model.stats(self.now, delay_ms, first_ms), self.scheduler.stats(POOL, delay_ms, first_ms))
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
@@ -298,6 +298,7 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
         "active": model.active,
         "controller": model.controller,
         "delay_ms": model.delay_ms,
+        "first_ms": model.first_ms,
         "last": model.last_to_leave,
         "floor": model.least_counter,
     }
@@ -329,7 +330,7 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Those that say something: not the defaults."""
-    usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS}
+    usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS, "first_ms": Rules.START_MS}
     found = {name: value if value is None or name == "last" else float(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value not in (None, usual.get(name, 0))}
 

@@ -157,6 +157,14 @@ def test_before_an_engine_starts_a_delay_of_all_starts_counts(waits: Waits) -> N
     assert waits.told() == ("asked", START_S - 2, 0)
 
 
+def test_a_first_start_takes_as_long_as_the_controller_expects(waits: Waits) -> None:
+    waits.both.stats(delay_ms=6000, first_ms=3000)
+    waits.submit(1)
+    assert waits.told() == ("asked", 9, 0)
+    waits.beat()
+    assert waits.told() == ("starting", 3, 0)
+
+
 def test_the_start_that_ends_first_counts(waits: Waits) -> None:
     waits.submit(1)
     waits.beat()

@@ -6,8 +6,9 @@ import pytest
 
 from lmaas.engine.activity import Activity
 from lmaas.engine.launch import EngineProcess
+from lmaas.engine.zygote.policy import FIRST_START_S
 from lmaas.engine.zygote.progress import Sight
-from lmaas.replica.progress import FIRST_START_S, STILL_S, StartProgress, start_left_s, stuck
+from lmaas.replica.progress import STILL_S, StartProgress, start_left_s, stuck
 from tests.support.clocks import Clock
 
 

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from lmaas.engine.zygote.policy import CIRCLES_IMPORTS, CIRCLES_S, REPLACED_S, STILL_S, import_left_s, start_delay_s, stuck, why_plain
+from lmaas.engine.zygote.policy import (
+    CIRCLES_IMPORTS,
+    CIRCLES_S,
+    FIRST_START_S,
+    REPLACED_S,
+    STILL_S,
+    first_start_s,
+    import_left_s,
+    start_delay_s,
+    stuck,
+    why_plain,
+)
 from lmaas.engine.zygote.progress import Sight
 
 IMPORTS = Sight(pid=7, done=3, stages=20, used_s=4.0, age_s=5.0, usual_s=8.0, next_s=0.0)
@@ -97,3 +108,8 @@ def test_what_is_left_of_an_import(seen: Sight, expected: float) -> None:
 )
 def test_starts_are_delayed_by_an_import_that_they_wait_for(seen: Sight, expected: float) -> None:
     assert start_delay_s(seen) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("seen", "by"), [(SERVES, "zygote"), (IMPORTS, "zygote"), (replace(GONE, next_s=None), "plain")])
+def test_a_first_start_takes_as_long_as_its_kind(seen: Sight, by: str) -> None:
+    assert first_start_s(seen) == FIRST_START_S[by]
