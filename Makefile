@@ -10,7 +10,7 @@ TORCH := torch==2.13.0+cpu
 COMPILER := command -v $(CXX) || command -v c++
 NO_COMPILER := $(VENV)/.no-compiler
 
-# What `make loadtest` runs: steady, burst, noisy or soak; how many users, how long, and more of Locust's or our options.
+# Options of `make loadtest`: the scenario (steady, burst, noisy or soak), the number of users, the time, and further options.
 SCENARIO ?= steady
 USERS ?= 16
 DURATION ?= 60s
@@ -33,8 +33,8 @@ test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.install
 test-long: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	LMAAS_TEST_EFFORT=30 $(BIN)/python -m pytest -m "hypothesis or search" --timeout=7200
 
-# `docker compose up` for real. Starts a Docker engine if none runs and we are root on Debian; removes what it started.
-# With MAY_SKIP=1, a machine that cannot have one is no failure.
+# Tests with a real `docker compose up`. As root on Debian, starts a Docker engine if none runs, and removes everything that it started.
+# With MAY_SKIP=1, a machine that cannot run one is no failure.
 test-compose: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	MAY_SKIP=$(MAY_SKIP) sh tests/system/compose/run.sh
 

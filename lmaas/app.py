@@ -60,7 +60,8 @@ from lmaas.store.rights import DatabaseRole
 
 log = logging.getLogger(__name__)
 
-#: Objects made between two collections of a gateway's garbage, and how many of those until the older ones are looked at.
+#: The number of new objects between two runs of a gateway's garbage collector, and the number of runs between those for the older
+#: generations.
 COLLECT_EVERY = (10_000, 20, 20)
 
 
@@ -132,7 +133,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
             ]
             for keeper in keepers:
-                # A task that ends unexpectedly must end the process: nothing would be granted, and running claims would look abandoned.
+                # A task that ends unexpectedly must end the process. Otherwise nothing would be granted, and running claims would look
+                # abandoned.
                 keeper.add_done_callback(_end_process_on_failure)
             try:
                 yield
@@ -143,7 +145,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
             finally:
                 for keeper in keepers:
                     keeper.cancel()
-                # They give their connections back before the pool of connections is closed.
+                # The keepers return their connections before the connection pool is closed.
                 await asyncio.gather(*keepers, return_exceptions=True)
 
     app = Starlette(
@@ -151,7 +153,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
-    # The frame takes slashes off the end. A redirect would name this server's own address, which is not the client's behind a proxy.
+    # The frame removes slashes at the end. A redirect would name this server's own address, which differs from the client's behind a proxy.
     app.router.redirect_slashes = False
     frame = Frame(app, completions(gateway))
     origins = settings.cors_origin_list
@@ -165,7 +167,7 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 
 async def run_gateway(settings: Settings) -> None:
-    """Serve until told to stop."""
+    """Run a gateway until it is told to stop."""
     async with connected(settings, DatabaseRole.GATEWAY) as services:
         app, _ = build_gateway(settings, services)
         _raise_file_limit()
@@ -181,7 +183,7 @@ def _calm_collector() -> None:
 
 
 def _raise_file_limit() -> None:
-    """Raise the limit of open files, which is 1,024 on many systems, to what the process may have."""
+    """Raise the limit of open files, which is 1,024 on many systems, to the maximum for this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -198,7 +200,7 @@ def provisioner(settings: Settings) -> Provisioner:
         if error.name != "ray":
             raise
         raise SettingsError("LMAAS_PROVISIONER=ray needs Ray. Install it with: pip install 'lmaas[ray]'") from None
-    # On the nodes, the home is another folder.
+    # On the nodes, the home is a different folder.
     return RayProvisioner(replace(for_replicas(settings), object_store_url=object_store_url(settings)))
 
 
@@ -218,14 +220,15 @@ async def run_controller(settings: Settings) -> None:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
             if settings.provisioner == "local":
-                # Engines run on this host; elsewhere the replicas' hosts check.
+                # Engines run on this host. With another provisioner, the replicas' hosts check.
                 tasks.append(group.create_task(serve_checks(settings, services.db, services.redis), name="grammar-checker"))
             if settings.controller_port is not None:
                 tasks.append(group.create_task(serve_status(settings, controller, services.db), name="status"))
             await told_to_stop.wait()
             for task in tasks:
                 task.cancel()
-        # Also if this controller is not active: it may have just lost the lead, and replicas on this machine end with it in any case.
+        # Also if this controller is not active, because it may have just lost the lead, and replicas on this machine end with it in any
+        # case.
         if settings.controller_ends_replicas:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 

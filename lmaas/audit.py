@@ -1,9 +1,9 @@
-"""What the audit log records: the actions, and who took one. The store writes a record in the transaction of the change."""
+"""The actions and actors of the audit log. The store writes each record in the transaction of the change."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-#: The actor of what no API key asked for, such as the base model that `lmaas up` registers.
+#: The actor of changes without an API key, such as the base model that `lmaas up` registers.
 SYSTEM_ACTOR = "system"
 
 
@@ -28,10 +28,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One action and its actor: the role of the key that asked, with the key's id and the request's; or the system, which has neither.
+    """One action and its actor: the role of the requesting key, with the ids of the key and the request, or the system, which has neither.
 
-    A function of the store that changes something takes one and writes the record together with the change. A request that changes
-    nothing, because everything is already as it asks, leaves no record.
+    A function of the store that changes something takes an Audit and writes the record together with the change. A request that changes
+    nothing, because the requested state already exists, leaves no record.
     """
 
     action: Action

@@ -199,7 +199,7 @@ class Settings:
 
     @property
     def base_url(self) -> str:
-        """Where clients reach the gateway's OpenAI API."""
+        """The URL of the gateway's OpenAI API for clients."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 (compared, not bound)
         return f"http://{host}:{self.port}/v1"
 
@@ -241,7 +241,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     return settings
 
 
-#: Variables that our plugins inside the engine's processes read, with their descriptions. Those without one are internal.
+#: Variables that lmaas's plugins inside the engine's processes read, with their descriptions. Those without one are internal.
 ENGINE_VARIABLES = {
     "LMAAS_ALLOW_UNKNOWN_VLLM": "`1`: on CPUs, start an engine with LoRA also on a vLLM release that the plugin was not checked against.",
     "LMAAS_CPU_LORA_KERNEL": "`torch`: compute LoRA on CPUs with torch instead of the compiled kernel.",

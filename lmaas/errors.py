@@ -87,7 +87,7 @@ class Forbidden(LmaasError):
 
 
 class NotFound(LmaasError):
-    """The thing does not exist, or it belongs to another tenant, which must look the same."""
+    """The object does not exist, or it belongs to another tenant. Both must look the same."""
 
     kind, status, type, code = "not_found", HTTPStatus.NOT_FOUND, "invalid_request_error", "not_found"
 
@@ -130,13 +130,13 @@ class InProgress(LmaasError):
 
 
 class TooLarge(LmaasError):
-    """The request has more bytes, or would make more objects, than allowed."""
+    """The request has more bytes, or would create more objects, than allowed."""
 
     kind, status, type, code = "too_large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error", "request_too_large"
 
 
 class OverLimit(LmaasError):
-    """The tenant or its key has reached a limit. `extra_headers` report what is left of which limit."""
+    """The tenant or its key has reached a limit. `extra_headers` report the rest of each limit."""
 
     kind, status, type, code, retryable = "over_limit", HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", True
 
@@ -152,7 +152,7 @@ class OverLimit(LmaasError):
 
 
 class OverQuota(OverLimit):
-    """The tenant has used up a quota, or the request exceeds a limit by itself. A retry cannot succeed soon."""
+    """The tenant has used up a quota, or this request alone exceeds a limit. A retry cannot succeed soon."""
 
     kind, type, code, retryable = "over_quota", "insufficient_quota", "insufficient_quota", False
 
@@ -164,7 +164,7 @@ class Unavailable(LmaasError):
 
 
 class SettingUp(Unavailable):
-    """The service works, but `lmaas up` has not finished its setup. Only `/readyz` says so; requests are served."""
+    """The service works, but `lmaas up` has not finished its setup. Only `/readyz` reports this; requests are served."""
 
     code = "setup_incomplete"
 

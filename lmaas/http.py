@@ -1,4 +1,4 @@
-"""What the gateway and the tenant and operator APIs share of HTTP: request ids, keys, limits, and errors in OpenAI's shape."""
+"""The parts of HTTP that the gateway and the tenant and operator APIs share: request ids, keys, limits, and errors in OpenAI's shape."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
-#: Returns the principal of an API key. Raises Unauthenticated, or Unavailable while this cannot be found out.
+#: Returns the principal of an API key. Raises Unauthenticated, or Unavailable while the key cannot be looked up.
 Authenticate = Callable[[str | None], Awaitable[Principal]]
 
 _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?")
@@ -31,7 +31,7 @@ NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
 
 
 def new_request_id() -> str:
-    """Make the id of a request."""
+    """Return a new request id."""
     return f"req_{secrets.token_hex(12)}"
 
 
@@ -46,7 +46,7 @@ class JsonResponse(Response):
 
 
 def error_response(error: LmaasError) -> JsonResponse:
-    """Turn an error into a response. This is the only place that does."""
+    """Return the response for an error. No other code makes error responses."""
     return JsonResponse(error.body(), status_code=int(error.status), headers=error.headers())
 
 
@@ -91,7 +91,7 @@ class Frame:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        # A client's own X-Request-Id is never used: the ledger counts by this one.
+        # A client's own X-Request-Id is never used, because the ledger counts by this one.
         request_id = new_request_id()
         scope["request_id"] = request_id
         add_to_head = scope.get("lmaas.head")
@@ -116,15 +116,15 @@ class Frame:
             log_settings_error(error, request_id, scope["path"])
             await error_response(error)(scope, receive, send_with_id)
         except ClientDisconnect:
-            pass  # the client left while it was sending its request
+            pass  # the client disconnected while it was sending its request
         except Exception:
-            # The response has been sent (`on_error`). This is the one place where the failure is logged.
+            # The response has been sent (`on_error`). Unexpected errors are logged only here.
             log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
             if not started:
                 await error_response(InternalError())(scope, receive, send_with_id)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
-        """Return what serves the request. Slashes at the path's end, and doubled ones after the base URL, do not matter."""
+        """Return the endpoint for the request. Slashes at the path's end, and doubled ones after the base URL, are ignored."""
         is_post = scope["method"] == "POST"
         app = self._direct.get(scope["path"]) if is_post else None
         if app is None:
@@ -134,7 +134,7 @@ class Frame:
 
 
 def _check_address(scope: Scope) -> None:
-    """Raises InvalidRequest for a Host header that is not a host, NotFound for an address with a NUL."""
+    """Raise InvalidRequest for a Host header that is not a host, NotFound for an address with a NUL."""
     for name, value in scope["headers"]:
         if name == b"host" and _HOST.fullmatch(value) is None:
             raise InvalidRequest("The Host header is not a valid host name.", code="invalid_host")
@@ -155,7 +155,7 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Return expected errors as they are, and anything else, which the frame logs, with a fixed text."""
+    """Return the response for an expected error, or a fixed text for any other, which the frame logs."""
     if not isinstance(error, LmaasError):
         return error_response(InternalError())
     log_settings_error(error, request.scope["request_id"], request.scope["path"])
@@ -206,7 +206,7 @@ def _unpacked(receive: Receive, unpacker: Unpacker, limit_bytes: int) -> Receive
         seen += len(piece)
         if seen > limit_bytes:
             raise _too_large(limit_bytes)
-        # Unpacking itself never waits, so this is where other requests get their turn.
+        # Unpacking itself never yields to the event loop, so other requests run here.
         await asyncio.sleep(0)
         return {"type": "http.request", "body": piece, "more_body": True}
 
@@ -251,11 +251,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-#: Made once, because making a decoder costs more than parsing a short body.
+#: Created once, because creating a decoder costs more than parsing a short body.
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
-#: An escape that can be NUL or half a surrogate pair. A whole pair and an escaped backslash match as well, and are looked at closely.
+#: An escape that may be NUL or half a surrogate pair. A whole pair and an escaped backslash match as well, and are checked afterwards.
 _ODD_ESCAPE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -272,7 +272,7 @@ def _mended(value: Any) -> Any:
 
 
 def _checked(where: str, value: Any) -> Any:
-    """Return the value. Raises InvalidRequest if it has a string that is no text, or that holds NUL."""
+    """Return the value. Raises InvalidRequest if it has a string that is not valid Unicode text, or that contains NUL."""
     if isinstance(value, str):
         half = _HALF_PAIR.search(value)
         if half or "\0" in value:

@@ -7,7 +7,7 @@ import secrets
 from lmaas.errors import SettingsError
 
 PREFIX = "sk-lmaas-"
-#: This many characters of a key are stored in clear, so that people can distinguish keys.
+#: The number of a key's characters that are stored in clear, so that people can distinguish keys.
 SHOWN = len(PREFIX) + 6
 
 

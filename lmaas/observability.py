@@ -8,10 +8,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-#: Fields that a log line may have besides its message. Never prompts, completions or keys.
+#: The fields that a log line may have in addition to its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
 
-#: The most series of refusals by kind and code. Later codes are counted as `other`.
+#: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
 
 

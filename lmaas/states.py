@@ -4,15 +4,15 @@ from enum import StrEnum
 
 
 class Desired(StrEnum):
-    """What is wanted of a replica: the controller decides, and an operator may ask for a stop."""
+    """The desired state of a replica. The controller decides it, and an operator may request a stop."""
 
     RUNNING = "running"
     STOPPED = "stopped"
 
 
 class Observed(StrEnum):
-    """What a replica is. Its supervisor writes it; the controller does where there is none: FAILED for one that could not be
-    started, LOST for one that is gone."""
+    """The observed state of a replica. Its supervisor writes it. Without a supervisor, the controller does: FAILED for a replica that could
+    not be started, LOST for one that has disappeared."""
 
     STARTING = "starting"
     READY = "ready"
@@ -27,7 +27,7 @@ TERMINAL = frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST})
 TRANSITIONS: dict[Observed, frozenset[Observed]] = {
     # Ready only after it has generated a token. Stopped if it is no longer desired before that.
     Observed.STARTING: frozenset({Observed.READY, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
-    # Stopped directly if Postgres was away while it drained.
+    # Stopped directly if Postgres was unavailable while it drained.
     Observed.READY: frozenset({Observed.DRAINING, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.DRAINING: frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     Observed.STOPPED: frozenset(),
@@ -37,7 +37,7 @@ TRANSITIONS: dict[Observed, frozenset[Observed]] = {
 
 
 def sources(target: Observed) -> list[Observed]:
-    """The states from which `target` can be reached: the WHERE of its UPDATE."""
+    """Return the states from which `target` can be reached, for the WHERE of its UPDATE."""
     return [state for state, targets in TRANSITIONS.items() if target in targets]
 
 
@@ -48,17 +48,17 @@ START_PHASES = ("spawn_ms", "zygote_ms", "import_ms", "weights_ms", "kv_ms", "wa
 class EnginePhase(StrEnum):
     """The phases of an engine's time, from its launch to its end, as its supervisor observes them. Only tenants' requests count."""
 
-    #: Until it is ready.
+    #: The engine is not ready yet.
     STARTING = "starting"
     #: Nothing runs, but requests wait for an adapter that is being loaded.
     LOADING = "loading"
-    #: Something runs.
+    #: At least one request runs.
     BUSY = "busy"
     IDLE = "idle"
 
 
 class Dimension(StrEnum):
-    """What the lines of a report on costs may be grouped by. An adapter is named within its tenant."""
+    """The fields by which the lines of a cost report may be grouped. An adapter is named within its tenant."""
 
     DAY = "day"
     TENANT = "tenant"
@@ -66,18 +66,18 @@ class Dimension(StrEnum):
 
 
 class UsageStatus(StrEnum):
-    """How a request ended. Every accepted request has exactly one."""
+    """The end of a request. Every accepted request has exactly one."""
 
     COMPLETED = "completed"
     #: The client closed the connection.
     ABORTED = "aborted"
     #: The engine, the adapter or the request itself failed.
     FAILED = "failed"
-    #: No capacity before the deadline.
+    #: No capacity was available before the deadline.
     EXPIRED = "expired"
-    #: The gateway died; charged at the last checkpoint. A later event of that gateway replaces this one.
+    #: The gateway died. The request is charged at its last checkpoint. A later event of that gateway replaces this one.
     LOST = "lost"
-    #: A token that a supervisor had its engine generate as a check. It belongs to no tenant.
+    #: A token that a supervisor made its engine generate as a check. It belongs to no tenant.
     PROBE = "probe"
 
 

@@ -17,7 +17,7 @@ TENANT_ID_PREFIX = "ten_"
 #: Lua's JSON hold a price.
 MAX_PRICE = 4 * 10**9
 
-#: A dtype that is decided on the machine where an engine starts.
+#: A dtype that is chosen on the machine where an engine starts.
 AUTO = "auto"
 
 
@@ -64,7 +64,7 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a replica takes from a machine, or what machines offer: CPUs, and whole accelerators."""
+    """The resources that a replica takes from a machine, or that machines offer: CPUs, and whole accelerators."""
 
     cpus: float
     accelerators: int

@@ -1,7 +1,7 @@
-"""Copies of the base model's embeddings in an upload: compared with the base model, and left out of what is stored.
+"""Compares copies of the base model's embeddings in an upload with the base model, and removes them from the stored file.
 
-PEFT writes them beside an adapter for `embed_tokens` or `lm_head`, and computes with them; the engine computes with its own. Only where
-both are the same does leaving them out change nothing.
+PEFT writes them beside an adapter for `embed_tokens` or `lm_head`, and computes with them, while the engine computes with its own. Removing
+them changes nothing only if both are the same.
 """
 
 import json
@@ -65,11 +65,11 @@ def _find(folder: Path, module: str) -> tuple[Path, TensorRecord] | None:
     try:
         return find_base_tensor(folder, module) or (find_base_tensor(folder, f"model.{EMBEDDING}") if module == HEAD else None)
     except InvalidRequest:
-        return None  # whose text is about the operator's folders
+        return None  # the text names the operator's folders
 
 
 def write_without(path: Path, records: Mapping[str, TensorRecord], left_out: Collection[str], target: Path) -> None:
-    """Write a safetensors file with the tensors of another but for those that are left out. Raises OSError."""
+    """Write a safetensors file with the tensors of another one, without those that are left out. Raises OSError."""
     kept = {name: record for name, record in sorted(records.items()) if name not in left_out}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -17,7 +17,7 @@ from lmaas.errors import InvalidAdapter, TooLarge
 CONFIG_FILE = "adapter_config.json"
 #: EVA writes a rank and an alpha for every module of the model.
 MAX_CONFIG_BYTES = 512 * 1024
-#: Ranks and alphas that differ from the usual one. The engine tries a pattern for each of them on every module.
+#: The maximum number of ranks and alphas that differ from the usual one. The engine tries a pattern for each of them on every module.
 MAX_DIFFERENT = 64
 #: PEFT's values for keys that are missing.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
@@ -32,7 +32,7 @@ HARMLESS_KEYS = frozenset({
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "exclude_modules", "layers_pattern",
     "eva_config", "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size", "runtime_config", "megatron_core",
     "modules_to_tie", "target_modules_to_tie", "merge_weights", "low_cpu_mem_usage", "autocast_adapter_dtype",
-    # PEFT: whether the base stores weights transposed. A and B are never stored so.
+    # PEFT: whether the base stores weights transposed. A and B are never stored in that way.
     "fan_in_fan_out",
     # Where the file came from: transformers, hubs and training programs.
     "_name_or_path", "_commit_hash", "transformers_version", "framework_version", "framework_versions", "library_name", "pipeline_tag",
@@ -89,7 +89,7 @@ class AdapterConfig:
     def check_ranks(self, ranks: Mapping[str, int]) -> None:
         """Raise InvalidAdapter `rank_not_supported` if a module's tensors have a rank that the configuration does not give it.
 
-        Any pattern that matches the module may give it: which came first in training is lost, since PEFT sorts them when it saves.
+        Any pattern that matches the module may give it, because PEFT sorts patterns when it saves, so their order in training is lost.
         """
         try:
             wanted = matching_values(self.rank_pattern, ranks)
@@ -130,7 +130,7 @@ class AdapterConfig:
 def canonical_config(
     config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, Number], target_modules: list[str]
 ) -> dict[str, Any]:
-    """Return the `adapter_config.json` to store and to hand to the engine. Patterns in it match exact module names."""
+    """Return the `adapter_config.json` to store and to pass to the engine. Its patterns match exact module names."""
     rank, rank_pattern = _usual_and_others(ranks)
     alpha, alpha_pattern = _usual_and_others(alphas)
     if len(rank_pattern) + len(alpha_pattern) > MAX_DIFFERENT:
@@ -198,7 +198,7 @@ def read_config(data: bytes, max_rank: int) -> AdapterConfig:
 
 
 def _check_keys(config: dict[str, Any]) -> None:
-    """Refuse keys that change the computation, and unknown keys that might: those that are not null, false or empty."""
+    """Refuse keys that change the computation, and unknown keys that might, unless their value is null, false or empty."""
     for key, value in config.items():
         if key in HARMLESS_KEYS or key in CHECKED_KEYS or is_nothing(value):
             continue
@@ -221,7 +221,7 @@ def _check_kind(config: dict[str, Any]) -> None:
     task = config.get("task_type")
     if not (task is None or isinstance(task, str)):
         _refuse(unsupported, f"task_type is {show(task)}. It must be a string or null. Upload the file that PEFT wrote.")
-    # Biases would be tensors of their own, which are refused. Base models such as Llama have none to train.
+    # Biases would be separate tensors, which are refused. Base models such as Llama have none to train.
     if config.get("bias") not in ("none", "all", "lora_only", None):
         _refuse(unsupported, f"bias is {show(config['bias'])}. Train the adapter with bias='none'.")
     init = config.get("init_lora_weights")
@@ -274,7 +274,7 @@ def _is_finite(value: object) -> bool:
 
 
 def is_nothing(value: object) -> bool:
-    """Return whether a value is null, false, empty, or made of only such: a key that asks for nothing."""
+    """Return whether a value is null, false, empty, or consists only of such values, so that its key has no effect."""
     if isinstance(value, dict):
         return all(is_nothing(inner) for inner in value.values())
     if isinstance(value, list):

@@ -22,8 +22,8 @@ def source_of(tenant_id: str, content_hash: str) -> str:
 
 
 class AdapterFiles:
-    """The contents of adapters, each a config and a model file under one prefix. The config is written last and read first: if it
-    is, the model is whole."""
+    """The contents of adapters, each a config and a model file under one prefix. The config is written last and read first, so a model file
+    is complete if there is a config."""
 
     def __init__(self, url: str) -> None:
         parsed = urlparse(url)
@@ -58,7 +58,7 @@ class AdapterFiles:
         return True
 
     async def fetch(self, source: str, folder: Path) -> None:
-        """Copy a content into `folder`, whole or not at all. Raises FileNotFoundError, or OSError when the disk or the store fails."""
+        """Copy a content into `folder`, completely or not at all. Raises FileNotFoundError, or OSError when the disk or the store fails."""
         partial = folder.with_name(folder.name + ".partial")
         await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
         partial.mkdir(parents=True)

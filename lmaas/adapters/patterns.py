@@ -1,8 +1,8 @@
 """Matches `rank_pattern` and `alpha_pattern`, whose keys are regular expressions written by tenants.
 
 PEFT matches a module with `re.match(rf"(.*\\.)?({key})$", module)` and takes the first key that matches. Python's matcher can backtrack
-for ever, so RE2 matches here, in time linear in the module's name. RE2 reads a few constructs differently from Python: only the syntax
-that both read alike is accepted.
+without end, so this module uses RE2, whose time is linear in the module's name. RE2 reads a few constructs differently from Python, so only
+the syntax that both read alike is accepted.
 """
 
 import re

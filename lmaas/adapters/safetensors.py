@@ -142,7 +142,7 @@ def _adapts_embeddings(folder: Path) -> bool:
 def loads_strict(data: bytes) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no duplicate keys, at most 8 levels deep, finite numbers and integers of at most 19 digits.
 
-    Raises ValueError with a reason that can be shown.
+    Raises ValueError with a reason that a tenant may see.
     """
     try:
         text = data.decode("utf-8")
@@ -182,7 +182,7 @@ def _read_header(path: Path, max_header_bytes: int) -> dict[str, TensorRecord]:
         start = file.read(_SNIFF_BYTES)
         length = int.from_bytes(start[:8], "little")
         if len(start) < 10 or start[8:9] != b"{" or length > max_header_bytes:
-            # Magic numbers are looked at last, because the length of a valid file may begin with the same bytes as a pickle.
+            # Magic numbers are checked last, because the length of a valid file may begin with the same bytes as a pickle.
             _reject_other_formats(start)
             if len(start) >= 10 and start[8:9] == b"{":
                 _invalid(f"its header claims {length} bytes, more than the {max_header_bytes} allowed")
@@ -231,7 +231,7 @@ def _record(name: str, entry: object, data_start: int) -> TensorRecord:
 
 
 def _check_coverage(records: dict[str, TensorRecord], data_start: int, size: int) -> None:
-    """Invariant: laid end to end, the tensors are exactly the rest of the file. No hole can hide bytes, no byte is read twice."""
+    """Invariant: the tensors, laid end to end, are exactly the rest of the file. No gap can hide bytes, and no byte is read twice."""
     end = data_start
     for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if record.offset != end:
@@ -261,7 +261,8 @@ def _reject_other_formats(start: bytes) -> None:
 
 
 def _reject_zip_tail(file: BinaryIO, size: int) -> None:
-    """Zip readers start from the end of a file, so an archive can hide inside tensor data: look for a directory that adds up."""
+    """Refuse a file with a valid zip directory at its end. Zip readers start from the end of a file, so an archive can hide inside tensor
+    data."""
     file.seek(max(0, size - 65535 - _ZIP_END_BYTES))
     tail_start = file.tell()
     tail = file.read()
@@ -327,7 +328,7 @@ def _finite_float(text: str) -> float:
 
 
 def _is_size(value: object) -> bool:
-    # `type`, since JSON's true is an int to Python.
+    # `type`, because in Python JSON's true is also an int.
     return type(value) is int and 0 <= value <= MAX_SIZE
 
 

@@ -30,9 +30,9 @@ class Content:
 
 
 async def inspect(base: BaseModel, config: bytes, model: Path, base_folder: Callable[[str], Path | None]) -> Content:
-    """Validate the files of an adapter for this base model and return what would be stored of them.
+    """Validate the files of an adapter for this base model and return the content to store.
 
-    `model` is a local file in a folder of its own, where another may be written beside it. `base_folder` finds a base model's files by its
+    `model` is a local file in its own folder, where another one may be written beside it. `base_folder` finds a base model's files by its
     source. Raises InvalidAdapter or TooLarge.
     """
     facts = await asyncio.to_thread(validate, config, model, base.shapes, lambda: base_folder(base.source))

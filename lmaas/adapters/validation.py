@@ -1,4 +1,4 @@
-"""Whether an uploaded adapter can be served, decided from its bytes: nothing is executed or imported."""
+"""Checks from its bytes whether an uploaded adapter can be served. Nothing is executed or imported."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ _LARGEST = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38,
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What a valid adapter is.
+    """The properties of a valid adapter.
 
-    `rank` is the largest over its modules, `target_modules` the sorted leaf names (`q_proj`), `config` the canonical
-    `adapter_config.json` to store and to hand to the engine. `records` are the tensors of the file; those in `left_out` are copies of base
-    weights that are not stored.
+    `rank` is the largest over its modules, `target_modules` the sorted leaf names (`q_proj`), `config` the canonical `adapter_config.json`
+    to store and to pass to the engine. `records` are the tensors of the file; those in `left_out` are copies of base weights that are not
+    stored.
     """
 
     rank: int
@@ -70,11 +70,11 @@ def check_file_names(names: Iterable[str]) -> None:
 def validate(
     config_bytes: bytes, model_path: Path, base: BaseModelShapes, base_folder: Callable[[], Path | None] = lambda: None
 ) -> AdapterFacts:
-    """Return what the adapter is, if the engine serves it over this base model as PEFT computes it.
+    """Return the properties of the adapter, if the engine serves it over this base model as PEFT computes it.
 
     Reads the tensors once, in pieces of 4 MiB; call it in a thread. `base_folder` finds the base model's files, and is called only if the
-    upload has copies of base weights to compare. Raises InvalidAdapter with a code that says why not (docs/adapters.md), `invalid_json`
-    for a config that is no strict JSON object, and TooLarge for a config over 512 KiB.
+    upload has copies of base weights to compare. Raises InvalidAdapter with a code for the reason (docs/adapters.md), `invalid_json` for a
+    config that is not a strict JSON object, and TooLarge for a config over 512 KiB.
     """
     config = read_config(config_bytes, base.max_lora_rank)
     records = read_header(model_path)
@@ -97,7 +97,7 @@ def validate(
 
 
 def _check_tying(config: AdapterConfig, tensors: AdapterTensors) -> None:
-    """Refuse ensure_weight_tying with the LoRA of only one of the two modules that it ties: PEFT would use it in both."""
+    """Refuse ensure_weight_tying with the LoRA of only one of the two modules that it ties, because PEFT would use it in both."""
     if config.tied and len({EMBEDDING, HEAD} & {leaf(module) for module in tensors.pairs}) == 1:
         raise InvalidAdapter(
             f"{CONFIG_FILE}: ensure_weight_tying is set, which uses one LoRA in {EMBEDDING} and {HEAD}, but the tensors are of one of them "
@@ -108,8 +108,8 @@ def _check_tying(config: AdapterConfig, tensors: AdapterTensors) -> None:
 
 
 def _check_weights(path: Path, pairs: Mapping[str, Pair], dtype: str, config: AdapterConfig, alphas: Mapping[str, Number]) -> None:
-    """Check that every weight is finite in the engine's dtype, and so is B after the engine multiplies the scaling into it; and that some
-    module acts."""
+    """Check that every weight is finite in the engine's dtype, also in B after the engine multiplies the scaling into it, and that some
+    module has an effect."""
     acts = False
     with path.open("rb") as file:
         for module, pair in pairs.items():
@@ -133,13 +133,13 @@ def _check_weights(path: Path, pairs: Mapping[str, Pair], dtype: str, config: Ad
 
 
 def _scan(file: BinaryIO, record: TensorRecord, what: str, dtype: str, scaling: float) -> bool:
-    """Return whether any weight is other than zero; refuse NaN and infinity."""
+    """Return whether any weight is nonzero. Refuse NaN and infinity."""
     from lmaas.adapters.weights import look_at  # noqa: PLC0415 (a gateway that takes no upload does without numpy)
 
     acts = False
     file.seek(record.offset)
     for start in range(0, record.size_bytes, _CHUNK_BYTES):
-        # Plain reads, not a memory map: a page that cannot be read would kill the process instead of failing this upload.
+        # Plain reads, not a memory map, in which an unreadable page would kill the process instead of failing this upload.
         wanted = min(_CHUNK_BYTES, record.size_bytes - start)
         data = file.read(wanted)
         if len(data) != wanted:

@@ -1,4 +1,4 @@
-"""An adapter's numbers as the engine computes with them. Imported only where an upload is checked, since numpy takes memory that an idle
+"""Computes with an adapter's numbers as the engine does. Imported only where an upload is checked, because numpy takes memory that an idle
 gateway does not need."""
 
 from typing import Any
@@ -12,8 +12,8 @@ _STORED: dict[str, np.dtype[Any]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f
 
 
 def look_at(data: bytes, stored: str, dtype: str, scaling: float) -> tuple[bool, bool]:
-    """Return whether all of these weights, stored as `stored`, are finite in the engine's `dtype`, also after scaling; and whether any is
-    not zero."""
+    """Return whether all of these weights, stored as `stored`, are finite in the engine's `dtype`, also after scaling, and whether any is
+    nonzero."""
     with np.errstate(all="ignore"):
         weights = as_engine(as_engine(_as_float32(data, stored), dtype) * np.float32(scaling), dtype)
     return bool(np.isfinite(weights).all()), bool(weights.any())

@@ -11,10 +11,16 @@ from msgspec import Struct
 
 from lmaas.api.shapes.common import Page, Paging, Query
 from lmaas.audit import Action
+from lmaas.errors import InvalidRequest
 
 _TENANTS = "/v1"
 _OPERATORS = "/admin/v1/tenants/{tenant}"
 _PARAMETER = re.compile(r"{(\w+)}")
+#: What is not one segment of a path to every server, proxy and client on the way: an empty value, `.` and `..`, and whatever has a
+#: slash, a backslash, a percent sign (it would be decoded once more), a control character or half of a surrogate pair.
+_NO_SEGMENT = re.compile(r"\.{0,2}|.*[/\\%\x00-\x1f\x7f\ud800-\udfff].*", re.DOTALL)
+#: What a parameter names, where that is another word.
+_THINGS = {"name": "adapter", "model": "base model"}
 
 
 class Permission(StrEnum):
@@ -89,8 +95,19 @@ class Place:
 
 
 def filled(path: str, values: Mapping[str, str]) -> str:
-    """Return the path with its parameters replaced by these values, each of which stays one segment. Raises KeyError if one is missing."""
-    return _PARAMETER.sub(lambda found: quote(values[found[1]], safe=""), path)
+    """Return the path with its parameters replaced by these values.
+
+    Raises KeyError if one is missing, and InvalidRequest for a value that would not stay one segment of the path, which no name or id has.
+    """
+    return _PARAMETER.sub(lambda found: _segment(found[1], values[found[1]]), path)
+
+
+def _segment(parameter: str, value: str) -> str:
+    if _NO_SEGMENT.fullmatch(value) is not None:
+        raise InvalidRequest(
+            f"There can be no {_THINGS.get(parameter, parameter)} with the name or id {value[:100]!a}.", code="invalid_name"
+        )
+    return quote(value, safe="")
 
 
 def page_of(rows: list[Any], ids: list[str], limit: int) -> Page[Any]:

@@ -1,9 +1,9 @@
 """Every command of `lmaas`."""
 
-import sys
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,11 +12,15 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api import table
 from lmaas.cli.apply import apply
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
 from lmaas.errors import ApiError, LmaasError, SettingsError
+
+if TYPE_CHECKING:
+    from lmaas.manifests.client import ApiClient
 
 #: The latest events that `lmaas usage --events` shows.
 MOST_EVENTS = 100
@@ -55,12 +59,14 @@ def tenant_options(command: Command) -> Command:
     return click.option("--tier", type=click.Choice(list(TIERS)), help="Share of the engines, and the limits that are not given.")(command)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--tenant", "-t", help="For operators: the tenant whose adapters, keys or usage the command is about.")
+@click.option("--traceback", is_flag=True, help="Of an unexpected error, show where it comes from. This may show secrets.")
 @click.pass_context
-def cli(context: click.Context, as_json: bool, tenant: str | None) -> None:
+def cli(context: click.Context, as_json: bool, tenant: str | None, traceback: bool) -> None:
     """Serverless LLM endpoints for many tenants."""
+    del traceback  # The group reads it.
     context.obj = Context(config.load(), as_json, tenant)
 
 
@@ -69,12 +75,13 @@ def main() -> None:
     try:
         cli(prog_name="lmaas")
     except ApiError as error:
-        reference = f" ({error.code}, {error.request_id})" if error.request_id else ""
-        click.echo(f"lmaas: {error.message}{reference}", err=True)
-        sys.exit(1)
+        end(f"{error.message}{f' ({error.code}, {error.request_id})' if error.request_id else ''}")
     except LmaasError as error:
-        click.echo(f"lmaas: {error.message}", err=True)
-        sys.exit(1)
+        end(error.message)
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        end(f"The output cannot be written: {error.strerror}.")
 
 
 for process in PROCESSES:
@@ -126,8 +133,27 @@ def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
 def tenant_delete(context: Context, name: str, yes: bool) -> None:
     """Delete a tenant with its keys and adapters. Its usage stays, for the bill."""
     confirm(f"Delete the tenant '{name}'? Its keys stop working at once, and its adapters are deleted. This cannot be undone.", yes=yes)
-    answer = context.client().send(table.DELETE_TENANT, tenant=name)
+    client = context.client()
+    # Another tenant may get the name as soon as this one is gone, so the deletion, and a second try, are of an id.
+    tenant_id = _tenant_id(client, name)
+    try:
+        answer = client.send(table.DELETE_TENANT, tenant=tenant_id)
+    except (ApiError, SettingsError) as error:
+        if isinstance(error, ApiError) and error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise
+        error.message += f" To try again: lmaas tenant delete {tenant_id}"
+        raise
     context.show_done(answer, f"The tenant '{name}' is deleted.")
+
+
+def _tenant_id(client: "ApiClient", name: str) -> str:
+    """Return a tenant's id. One that is deleted already is left to the service, which may have files of it to remove."""
+    try:
+        return str(client.send(table.GET_TENANT, tenant=name)["id"])
+    except ApiError as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
+        return name
 
 
 cli.add_command(model)

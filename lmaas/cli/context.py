@@ -35,11 +35,12 @@ class Context:
             raise SettingsError("Set both LMAAS_URL and LMAAS_API_KEY, or neither.")
         try:
             credentials = json.loads(self.settings.credentials_path.read_text())
-            return ApiClient(credentials["base_url"], credentials["operator_key"], self.tenant)
-        except (OSError, ValueError, KeyError):
+            url, key = str(credentials["base_url"]), str(credentials["operator_key"])
+        except (OSError, ValueError, LookupError, TypeError):
             raise SettingsError(
                 f"There are no credentials in {self.settings.credentials_path}. Run `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
             ) from None
+        return ApiClient(url, key, self.tenant)
 
     def tenant_client(self) -> "ApiClient":
         """Return a client for a tenant's resources. An operator must name the tenant."""
@@ -103,6 +104,6 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is deleted, unless `yes`. Ends the command if the answer is no, and if there is no terminal to ask."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # None if it was closed
         raise click.UsageError("This command asks for confirmation, and there is no terminal. Add --yes to confirm.")
     click.confirm(question, abort=True, err=True)

@@ -1,9 +1,9 @@
 """The number of replicas that a pool should have: a pure function of demand, history and time.
 
-A pool goes up from zero at once. Otherwise the target follows the concurrency of the last minute, the time that the queue will take
-compared with a start, and in a panic (twice the demand that the replicas can run at once) the concurrency of the last seconds. A pool
-goes down when no demand of the last minute needed so many replicas. It goes to zero, and may start again ahead of the next request, by
-its idle times (see idleness). The windows are those of Knative's autoscaler.
+A pool scales up from zero immediately. Otherwise the target follows the concurrency of the last minute, and the time that the queue will
+take compared with a start. In a panic (twice the demand that the replicas can run at once), it follows the concurrency of the last seconds.
+A pool scales down when no demand of the last minute needed that many replicas. Its idle times (see idleness) decide when it scales to zero,
+and whether it starts again ahead of the next request. The windows are those of Knative's autoscaler.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from lmaas.control.idleness import Idleness, IdlePlan
 
-#: After a failed start the next one waits this long, doubled for each failure in a row.
+#: The delay before the next start after a failed one. It doubles with each consecutive failure.
 BACKOFF_S = 5.0
 BACKOFF_MAX_S = 300.0
 
@@ -72,7 +72,8 @@ class ScalingState:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The decision: the number of `replicas`, the reason in words, and the state for the next one. `ahead`: no request needs them yet."""
+    """The decision: the number of `replicas`, the reason in words, and the state for the next decision. With `ahead`, no request needs them
+    yet."""
 
     replicas: int
     reason: str
@@ -81,14 +82,14 @@ class Scale:
 
     @property
     def idle_plan(self) -> IdlePlan:
-        """The plan for when the pool is idle."""
+        """The plan for the time during which the pool is idle."""
         plan = self.state.idleness.plan
         assert plan is not None  # noqa: S101 (every decision makes one)
         return plan
 
 
 def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> Scale:
-    """Return the number of replicas that there should be. `current` are desired now, `state` is that of the last decision."""
+    """Return the number of replicas that there should be. `current` replicas are desired now, and `state` is that of the last decision."""
     load = demand.queued + demand.running
     idleness = state.idleness.observed(now, demand.idle_s, load > 0, policy.idle_timeout_s, demand.start_s)
     needed, why, panic = _needed(demand, policy, current, state, now)
@@ -122,7 +123,7 @@ def _needed(demand: Demand, policy: Policy, current: int, state: ScalingState, n
         return at_once, f"{load} requests wait and there is no replica", True
     capacity = current * policy.slots
     now_load, usual_load = _average(state.samples, load, now, PANIC_S), _average(state.samples, load, now, STABLE_S)
-    # A queue that the present replicas finish before another could be ready needs no other.
+    # If the present replicas finish the queue before another one could be ready, no other one is needed.
     wait_s = demand.queued * demand.service_s / capacity
     if now_load >= PANIC * capacity and wait_s > demand.start_s:
         return math.ceil(now_load / policy.slots), f"panic: {now_load:.0f} requests at once, and {current} x {policy.slots} slots", True
@@ -199,5 +200,5 @@ def _remembered(samples: tuple[Sample, ...], sample: Sample, now: float) -> tupl
 
 
 def backoff_s(failures: int) -> float:
-    """Return for how many seconds after the last of `failures` failed starts the next one waits."""
+    """Return the seconds that the next start waits after the last of `failures` failed starts."""
     return 0.0 if failures == 0 else min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(failures - 1, 16))

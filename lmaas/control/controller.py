@@ -44,8 +44,8 @@ SAVE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """A pool as the last tick left it, for metrics: queued requests, running sequences, desired replicas, the state of each observed
-    one, and where the time of the newest start went (milliseconds by stage, and `by`) if that is known."""
+    """A pool after the last tick, for metrics: queued requests, running sequences, desired replicas, the state of each observed replica,
+    and the duration of the newest start's stages (milliseconds by stage, and `by`) if they are known."""
 
     model: str
     queued: int
@@ -67,7 +67,7 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._db, self._scheduler, self._provisioner, self._clock = settings, db, scheduler, provisioner, clock
-        #: Where decisions are written. In `run` this is the session that holds the lead.
+        #: The target of decisions. In `run` this is the session that holds the lead.
         self._writes: Writes = db
         self._wake = asyncio.Event()
         #: The last decision for each pool, by its base model's id.
@@ -79,7 +79,7 @@ class Controller:
         self._forget()
 
     def _forget(self) -> None:
-        #: When all pools were last read.
+        #: The time at which all pools were last read.
         self._read_at = float("-inf")
         self._scaling: dict[str, ScalingState] = {}
         self._waiting = WaitingSince()
@@ -96,7 +96,7 @@ class Controller:
         self.active = True
 
     async def run(self) -> None:
-        """Stand by until no other controller is active, then be the active one; if the lead is lost, stand by again."""
+        """Stand by until no other controller is active, then become the active one. If the lead is lost, stand by again."""
         while True:
             try:
                 async with leading(self._db) as lead, asyncio.TaskGroup() as group:
@@ -124,7 +124,7 @@ class Controller:
             try:
                 await self.tick()
             except (Unavailable, RedisError) as error:
-                # Replicas go on serving; the next tick continues where this one stopped.
+                # Replicas continue to serve. The next tick continues where this one stopped.
                 log.warning("cannot reconcile now", extra={"action": "reconcile", "detail": str(error)})
             # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with suppress(TimeoutError):
@@ -132,8 +132,8 @@ class Controller:
                     await self._wake.wait()
 
     async def _present_forever(self) -> None:
-        """Show replicas that there is a controller while ticks are held up, for instance by the provisioner: without one they stop
-        themselves."""
+        """Show replicas that there is a controller while ticks are delayed, for instance by the provisioner. Without a controller, replicas
+        stop themselves."""
         while True:
             if self._clock() - self._read_at > PRESENT_S:
                 try:
@@ -203,8 +203,9 @@ class Controller:
             case Verb.START:
                 replica_id = new_id("rep")
                 log.info("starting a replica", extra=extra | {"replica_id": replica_id})
-                # The row comes first: a crash between the two leaves a row without a process, which the next tick records as lost. If
-                # this process is suspended there until another controller has done that, the supervisor started later ends by itself.
+                # The row is written first. A crash between the two leaves a row without a process, which the next tick records as lost. If
+                # this process is suspended there until another controller has done that, the supervisor that is started later finds this
+                # and ends.
                 if not await add_replica(self._writes, replica_id, model.id):
                     return
                 try:
@@ -233,7 +234,7 @@ class Controller:
                 await self._scheduler.deregister(model.id, action.replica)
 
     async def _kill(self, replica_id: str) -> None:
-        # The provisioner does not check who leads, unlike the database.
+        # Unlike the database, the provisioner does not check which controller has the lead.
         await self._writes.check()
         await self._provisioner.kill(replica_id)
 
@@ -254,11 +255,11 @@ class Controller:
         while True:
             moved = 0
             try:
-                # A swallowed cancellation would leave this process neither active nor standing by.
+                # If a cancellation were swallowed, this process would be neither active nor standing by.
                 with unswallowed():
                     for pool_id in await list_pool_ids(self._db):
                         if pool_id not in checked:
-                            # The controller before may have been of an older release than the gateways.
+                            # The previous controller may have been of an older release than the gateways.
                             await take_back(self._scheduler.redis, pool_id)
                             checked.add(pool_id)
                         count = await write_events(self._scheduler.redis, self._db, pool_id)

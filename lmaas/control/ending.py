@@ -1,4 +1,4 @@
-"""The end of all replicas of a provisioner, before their machine is taken away."""
+"""Ends all replicas of a provisioner, before their machine is taken away."""
 
 import asyncio
 from contextlib import suppress
@@ -8,7 +8,7 @@ from lmaas.errors import Unavailable
 from lmaas.store.database import Database
 from lmaas.store.replicas import desire_stop
 
-#: How much longer than its drain a replica may take to end.
+#: The time that a replica may take to end in addition to its drain.
 END_GRACE_S = 20.0
 
 

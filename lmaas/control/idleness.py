@@ -1,10 +1,10 @@
-"""The times at which an idle pool keeps an engine, decided from the pool's own idle times.
+"""Decides when an idle pool keeps an engine, from the pool's own idle times.
 
 The source is "Serverless in the Wild" (Shahrad et al., USENIX ATC 2020): a histogram of the times between two bouts of work decides how
-long to stay warm, and when to start ahead of the next request. The paper uses windows at fixed percentiles, tests how spread the bins
-are, and has no price for a cold start. Here every plan has an expected cost on the histogram, and the cheapest one is taken. The idle
-timeout is the price of a cold start that the operator sets, in seconds of an idle engine (the break-even point of ski rental), and also
-the most that any idle time may cost. Bins are logarithmic, since engines start in seconds and requests may come once a day.
+long to stay warm, and when to start ahead of the next request. The paper uses windows at fixed percentiles, tests how spread the bins are,
+and has no price for a cold start. Here every plan has an expected cost on the histogram, and the cheapest one is chosen. The idle timeout
+is the price of a cold start that the operator sets, in seconds of an idle engine (the break-even point of ski rental), and also the maximum
+cost of any idle time. Bins are logarithmic, because engines start in seconds and requests may arrive once a day.
 """
 
 import math
@@ -55,7 +55,7 @@ class IdleTimes:
 
     @classmethod
     def of(cls, stored: Any) -> "IdleTimes":
-        """Decode what was stored (the pairs, as JSON). Anything that cannot be decoded gives no idle times: they only make plans better."""
+        """Decode the stored pairs from JSON. Text that cannot be decoded gives no idle times, which are only needed for better plans."""
         try:
             bins = tuple(sorted((int(index), float(count)) for index, count in stored))
         except (TypeError, ValueError, OverflowError):
@@ -131,7 +131,7 @@ class _Costs:
             before, before_time = max(before, kept), max(before_time, kept_time)
             hits = within - before
             later = self._total - within
-            # An engine that is started ahead is paid for while it starts, whether or not a request comes.
+            # An engine that is started ahead costs its start time, whether or not a request arrives.
             cost += (self._total - before) * self._start_s
             cost += (within_time - before_time) - hits * ready_s + later * (until_s - ready_s)
             cold -= hits
@@ -142,8 +142,8 @@ class _Costs:
         return self._total - self._up_to(seconds)[0]
 
     def window(self, keep_s: float) -> tuple[float, float] | None:
-        """Return when the next request is expected if it has not come by `keep_s`: from the head to the tail of the idle times that are
-        longer, with a bin's width as a margin. None if that window is too long to pay for, or too close to be worth a stop."""
+        """Return the window in which the next request is expected if it has not arrived by `keep_s`: from the head to the tail of the
+        longer idle times, with a bin's width as a margin. None if that window is too long to pay for, or too close to be worth a stop."""
         before, _ = self._up_to(keep_s)
         rest = self._total - before
         head = next(edge for edge, count in zip(self.edges, self._count[1:], strict=True) if count - before > HEAD * rest)
@@ -161,23 +161,23 @@ class _Costs:
 
 @dataclass(frozen=True, slots=True)
 class Idleness:
-    """The state of a pool's idleness: its idle times, when it was last active (`now`'s clock), whether it had work when it was last
-    observed, and the plan that follows."""
+    """The state of a pool's idleness: its idle times, the time of its last activity (on `now`'s clock), whether it had work when it was
+    last observed, and the resulting plan."""
 
     times: IdleTimes = field(default_factory=IdleTimes)
     active_at: float | None = None
     busy: bool = False
     plan: IdlePlan | None = None
-    #: The timeout that the plan was made for.
+    #: The timeout for which the plan was made.
     idle_timeout_s: float = 0.0
 
     def observed(self, now: float, idle_s: float, busy: bool, idle_timeout_s: float, start_s: float) -> "Idleness":
-        """Return the state at `now`, when the pool was last active `idle_s` ago. The plan is made anew only when something has changed."""
+        """Return the state at `now`, when the pool was last active `idle_s` ago. A new plan is made only if something has changed."""
         active_at = now - idle_s
         ended = self.active_at is not None and not self.busy
         times = self.times.with_gap(active_at - (self.active_at or 0.0)) if ended else self.times
         plan = self.plan
-        # Another start time is no reason: a plan holds for as long as the pool is idle.
+        # A different start time alone does not change the plan, which holds for as long as the pool is idle.
         if plan is None or times is not self.times or idle_timeout_s != self.idle_timeout_s:
             plan = idle_plan(times, idle_timeout_s, start_s)
         return replace(self, times=times, active_at=active_at, busy=busy, plan=plan, idle_timeout_s=idle_timeout_s)

@@ -1,4 +1,4 @@
-"""The observed replicas of a pool, and since when each condition holds: values that one pure function advances from tick to tick."""
+"""The observed replicas of a pool, and the time since which each condition holds. One pure function advances them from tick to tick."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,27 +11,27 @@ from lmaas.store.replicas import Replica
 class Condition(StrEnum):
     """A fact about a replica whose duration matters to a decision."""
 
-    #: It has a row, and has not ended.
+    #: The replica has a row, and has not ended.
     RECORDED = "recorded"
     READY = "ready"
-    #: It is desired to stop.
+    #: The replica is desired to stop.
     STOPPING = "stopping"
-    #: Its process runs, and no row of a replica that has not ended has its id.
+    #: Its process runs, but no replica that has not ended has its id.
     STRAY = "stray"
-    #: It is starting, and its supervisor has sent a heartbeat.
+    #: The replica is starting, and its supervisor has sent a heartbeat.
     BEGUN = "begun"
-    #: It is ready or has begun, and its supervisor sends no heartbeats any more.
+    #: The replica is ready or has begun, and its supervisor no longer sends heartbeats.
     SILENT = "silent"
-    #: It is starting, and its supervisor has not sent a heartbeat yet, for instance because no machine has room for it.
+    #: The replica is starting, and its supervisor has not sent a heartbeat yet, for instance because no machine has room for it.
     UNHEARD = "unheard"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaObservation:
-    """A replica as the three witnesses show it: its row in the database, its process at the provisioner, its entry in the queue.
+    """A replica as reported by three sources: its row in the database, its process at the provisioner, its entry in the queue.
 
-    `row` is None if there is no row of a replica that has not ended, `load` (slots in use) is None if the queue does not know it. `since`
-    has the time at which each condition that holds now began to hold.
+    `row` is None if there is no row of a replica that has not ended, `load` (slots in use) is None if the queue has no entry. `since` has
+    the time at which each current condition began to hold.
     """
 
     id: str
@@ -41,11 +41,11 @@ class ReplicaObservation:
     since: Mapping[Condition, float] = field(default_factory=dict)
 
     def held_s(self, condition: Condition, now: float) -> float:
-        """Return for how many seconds the condition has held; 0 if it does not hold."""
+        """Return the seconds for which the condition has held, 0 if it does not hold."""
         return now - self.since.get(condition, now)
 
     def age_s(self, now: float) -> float:
-        """Return for how many seconds the replica has been ready or, if it is not ready, has existed."""
+        """Return the seconds for which the replica has been ready or, if it is not ready, has existed."""
         return self.held_s(Condition.READY if Condition.READY in self.since else Condition.RECORDED, now)
 
 
@@ -55,11 +55,11 @@ Replicas = Mapping[str, ReplicaObservation]
 def observe_replicas(
     previous: Replicas, rows: Sequence[Replica], processes: Collection[str], loads: Mapping[str, int], now: float
 ) -> dict[str, ReplicaObservation]:
-    """Return every replica of a pool that any witness knows, with the times at which its conditions began.
+    """Return every replica of a pool that any source reports, with the times at which its conditions began.
 
-    `rows` are the replicas that have not ended, `processes` the ids that the provisioner runs, `loads` the slots in use by id as the queue
-    knows them. A condition that already held in `previous` keeps its time; one that does not hold any more is forgotten. The order is that
-    of `rows`, followed by the other ids in alphabetical order.
+    `rows` are the replicas that have not ended, `processes` the ids that the provisioner runs, `loads` the slots in use by id, from the
+    queue. A condition that already held in `previous` keeps its time, and one that no longer holds is removed. The order is that of `rows`,
+    followed by the other ids in alphabetical order.
     """
     by_id = {row.id: row for row in rows}
     found = {}

@@ -6,11 +6,11 @@ from enum import StrEnum
 from lmaas.control.observation import Condition, Replicas
 from lmaas.states import TERMINAL, Desired, Observed
 
-#: How long beyond the drain timeout a replica may take to end before its process is killed.
+#: The time that a replica may take to end, in addition to the drain timeout, before its process is killed.
 STOP_GRACE_S = 20.0
-#: How long a supervisor may be silent once it has sent heartbeats before it counts as stuck.
+#: The silence after which a supervisor that has sent heartbeats counts as stuck.
 SILENT_S = 90.0
-#: How long a process may run whose replica has ended or has no row. One that has just written that it ended may still be exiting.
+#: The time for which a process may run although its replica has ended or has no row. It may still be exiting after recording its end.
 STRAY_GRACE_S = 15.0
 
 
@@ -18,15 +18,16 @@ class Verb(StrEnum):
     """The effect of an action on a replica."""
 
     START = "start"
-    #: Desire that it drains and stops.
+    #: Desire that the replica drains and stops.
     STOP = "stop"
-    #: Record that its process is gone without having reported an end.
+    #: Record that its process has gone without reporting an end.
     LOSE = "lose"
-    #: End a process that is not desired or does not end.
+    #: Kill a process that is not desired or does not end.
     KILL = "kill"
-    #: Record that its supervisor has not begun in time, and take it from the provisioner.
+    #: Record that its supervisor has not begun in time, and remove it from the provisioner.
     GIVE_UP = "give up"
-    #: Remove it from the queue, the only place that still knows it: its supervisor was killed before it could do that.
+    #: Remove the replica from the queue, which is the only place that still has it, because its supervisor was killed before it could do
+    #: that.
     DEREGISTER = "deregister"
 
 
@@ -40,8 +41,8 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
-    """The bounds of a plan: how many replicas a pool may have, whether one may start now (after a failed start it may not, for a while),
-    and how many seconds a replica may take to stop and to send its first heartbeat."""
+    """The bounds of a plan: the maximum number of replicas, whether one may start now (not for a while after a failed start), and the
+    seconds that a replica may take to stop and to send its first heartbeat."""
 
     max_replicas: int
     may_start: bool
@@ -61,11 +62,11 @@ def plan(desired: int, replicas: Replicas, limits: PlanLimits, now: float) -> li
         elif replica.held_s(Condition.UNHEARD, now) > limits.start_after_s:
             actions.append(Action(Verb.GIVE_UP, replica.id))
     wanted = [(replica, row) for replica, row in alive if row.desired == Desired.RUNNING]
-    # The fewest running requests first; of equals, one that is not ready yet, then the youngest.
+    # Fewest running requests first; among equals, replicas that are not ready, then the youngest.
     spare = sorted(wanted, key=lambda each: (each[0].load or 0, each[1].observed == Observed.READY, -each[1].created_at.timestamp()))
     actions += [Action(Verb.STOP, replica.id) for replica, _ in spare[: max(0, len(wanted) - desired)]]
     if limits.may_start:
-        # A replica that drains still has its memory.
+        # A draining replica still uses its memory.
         room = limits.max_replicas - len(alive)
         actions += [Action(Verb.START)] * max(0, min(desired - len(wanted), room))
     actions += [Action(Verb.DEREGISTER, replica.id) for replica in replicas.values() if replica.row is None and not replica.has_process]

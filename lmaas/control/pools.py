@@ -33,13 +33,13 @@ class PoolObservation:
     replicas: Replicas = field(default_factory=dict)
 
     def advanced(self, previous: Replicas, now: float) -> "PoolObservation":
-        """Return this observation with its `replicas`, whose conditions go on from those of the `previous` tick."""
+        """Return this observation with its `replicas`, whose conditions continue those of the `previous` tick."""
         loads = {replica: int(facts["load"]) for replica, facts in self.stats["replicas"].items()}
         return replace(self, replicas=observe_replicas(previous, self.rows, self.processes, loads, now))
 
     @property
     def current(self) -> int:
-        """The number of replicas that are desired."""
+        """The number of desired replicas."""
         return sum(1 for row in self.rows if row.desired == Desired.RUNNING)
 
     @property
@@ -50,11 +50,11 @@ class PoolObservation:
 
     @property
     def may_start(self) -> bool:
-        """Whether the last failed start is long enough ago."""
+        """True if the last failed start is long enough ago."""
         return self.failed_ago_s >= backoff_s(self.failures)
 
     def claim(self, scale: Scale, now: float) -> PoolClaim:
-        """Return what the pool has, wants and needs, for the sharing of machines."""
+        """Return the pool's claim for the sharing of machines: the replicas that it has and wants, and the resources that it needs."""
         alive = [each for each in self.replicas.values() if each.has_process and each.row and each.row.desired == Desired.RUNNING]
         return PoolClaim(
             id=self.model.id,
@@ -74,17 +74,18 @@ class PoolObservation:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The decision for a pool: it gets `replicas` of those that it `wanted`, and the reason. If `blocked`, it waits for a machine."""
+    """The decision for a pool: the number of `replicas` that it gets, of the `wanted` ones, and the reason. If `blocked`, it waits for a
+    machine."""
 
     wanted: int
     replicas: int
     reason: str
     blocked: bool
-    #: The plan for when it is idle (see IdlePlan), and how long requests and starts usually take, in seconds.
+    #: The plan for idle times (see IdlePlan), and the usual durations of requests and starts, in seconds.
     idle: dict[str, Any]
     service_s: float
     start_s: float
-    #: How long after a failed start the next one may begin.
+    #: The delay after a failed start before the next one may begin.
     backoff_s: float
 
     @classmethod
@@ -99,7 +100,7 @@ class Decision:
         return cls(scale.replicas, share.replicas, reason, blocked, idle, demand.service_s, demand.start_s, backoff_s(pool.failures))
 
     def shown(self) -> dict[str, Any]:
-        """Return it as JSON for the table that the API reads."""
+        """Return the decision as JSON for the table that the API reads."""
         return asdict(self)
 
 
@@ -111,7 +112,8 @@ def policy_of(model: BaseModel, settings: Settings) -> Policy:
 
 
 def needs_of(model: BaseModel, settings: Settings, capacity: Resources | None) -> Resources:
-    """Return what a replica of this base model takes: by its operator, else by the settings, else one accelerator if there are any."""
+    """Return the resources of a replica of this base model: those of its operator, or of the settings, or one accelerator if there are
+    any."""
     accelerators = settings.engine_accelerators if model.accelerators is None else model.accelerators
     if accelerators is None:
         accelerators = 1 if capacity is not None and capacity.accelerators > 0 else 0

@@ -1,15 +1,15 @@
-"""The division of full machines among pools: a pure function over all of them.
+"""Divides full machines among pools: a pure function over all of them.
 
-Each pool keeps what it has and still wants. Pools that want more are served in this order: pools that wait without a replica get one, the
-longest wait first; then replicas that operators always want (`min_replicas`); then one more at a time for the pool that has the least;
-last, starts ahead of a request. Room for a replica that does not fit yet is kept free for the first pool in that order, so that no pool
-behind it takes the place.
+Each pool keeps the replicas that it has and still wants. Pools that want more are served in this order: first, each pool that waits without
+a replica gets one, the longest wait first; second, replicas that operators always want (`min_replicas`); third, one more at a time for the
+pool that has the fewest; last, starts ahead of a request. Room for a replica that does not fit yet is reserved for the first pool in that
+order, so that no later pool takes it.
 
 For the first three, replicas of idle pools give way, the longest idle first. A replica stays for its first `residency_s`; otherwise two
-pools with a few requests each would drain each other for ever. Busy replicas give way only to a pool that has none at all. A pool's
-second and further replicas do so at once. Its first one does so when another pool has waited for `starvation_s` and it has been served
-for `quantum_s` (the longest-served first). `min_replicas` never give way. For a pool whose engines fail to start no busy replica gives
-way, and no room is kept free while busy replicas have the rest.
+pools with a few requests each would drain each other again and again. Busy replicas give way only to a pool that has none at all. A pool's
+second and further replicas do so immediately. Its first one does so when another pool has waited for `starvation_s` and it has been served
+for `quantum_s` (the longest-served first). `min_replicas` never give way. For a pool whose engines fail to start, no busy replica gives
+way, and no room is reserved while busy replicas use the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class SharingRules:
-    """Times in seconds: how long a pool is served before it gives way to one that waits, and the times derived from that."""
+    """Times in seconds: the time for which a pool is served before it gives way to a waiting one, and the times derived from that."""
 
     quantum_s: float = 60.0
 
     @property
     def residency_s(self) -> float:
-        """The time for which a replica stays at least after it has become ready."""
+        """The minimum time for which a replica stays after it has become ready."""
         return self.quantum_s / 4
 
     @property
     def starvation_s(self) -> float:
-        """The time after which a busy pool may have to make room for one that waits."""
+        """The time after which a busy pool may have to make room for a waiting one."""
         return self.quantum_s / 2
 
 
@@ -63,21 +63,21 @@ class PoolClaim:
     queued: int = 0
     #: Seconds since the last request.
     idle_s: float = 0.0
-    #: No request needs the replicas yet.
+    #: True if no request needs the replicas yet.
     ahead: bool = False
-    #: Whether it may start a replica now (for a while after a failed start it may not), and whether its last start failed.
+    #: Whether the pool may start a replica now (not for a while after a failed start), and whether its last start failed.
     may_start: bool = True
     failing: bool = False
 
     @property
     def busy(self) -> bool:
-        """Whether requests wait or run."""
+        """True if requests wait or run."""
         return self.queued > 0 or any(held.load > 0 for held in self.held)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The number of replicas that a pool gets now, and the reason if that is fewer than it wants (else empty)."""
+    """The number of replicas that a pool gets now, and the reason if that is fewer than it wants (otherwise empty)."""
 
     replicas: int
     reason: str = ""
@@ -85,7 +85,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class WaitingSince:
-    """The time (`now`'s clock) since which each pool without a replica has waited: the state that one round hands to the next."""
+    """The time (on `now`'s clock) since which each pool without a replica has waited. One round passes it to the next."""
 
     pools: Mapping[str, float] = field(default_factory=dict)
 
@@ -115,10 +115,10 @@ class _Room:
 def share(
     capacity: Resources | None, pools: Sequence[PoolClaim], waiting: WaitingSince, rules: SharingRules, now: float
 ) -> tuple[dict[str, Share], WaitingSince]:
-    """Return what each pool gets of `capacity` (None: there is no bound), and which pools wait.
+    """Return the share of each pool of `capacity` (None for no bound), and the waiting pools.
 
-    If a share is smaller than what the pool has, the rest is drained. A larger share fits now: what runs and what may be started is never
-    more than `capacity` in total, unless more runs already.
+    If a share is smaller than what the pool has, the rest is drained. A larger share fits now: the replicas that run or may be started
+    never exceed `capacity` in total, unless more run already.
     """
     since = {pool.id: waiting.pools.get(pool.id, now) for pool in pools if pool.wanted > 0 and not pool.held and not pool.ahead}
     if capacity is None:
@@ -188,12 +188,12 @@ class _Round:
             return
 
     def _make_room(self, turn: _Turn, pool: PoolClaim) -> None:
-        """Choose replicas that give way, if all of them together make enough room, and keep that room for this pool."""
+        """Choose replicas to give way, if they make enough room together, and reserve that room for this pool."""
         missing = _Room(max(0.0, pool.needs.cpus - self._free.cpus), max(0.0, pool.needs.accelerators - self._free.accelerators))
         found = _Room(self._coming.cpus, self._coming.accelerators)
         chosen: list[PoolClaim] = []
         for victim in self._victims(turn, pool):
-            # Draining a replica that has nothing of what is missing would not help.
+            # Draining a replica that has none of the missing resource would not help.
             if _lacks(found.cpus, missing.cpus, victim.needs.cpus) or _lacks(
                 found.accelerators, missing.accelerators, victim.needs.accelerators
             ):
@@ -208,7 +208,7 @@ class _Round:
             self._why[victim.id] = f"gives way to {pool.name}"
             self._coming.add(victim.needs)
         if enough or (turn is _Turn.WAITING and not pool.failing):
-            # No pool behind takes this place. A pool whose engines fail to start may not make the others wait for what is in use.
+            # No later pool takes this room. A pool whose engines fail to start does not make other pools wait for room that is in use.
             self._coming.cpus -= missing.cpus
             self._coming.accelerators -= missing.accelerators
             self._free.cpus -= pool.needs.cpus - missing.cpus
@@ -239,7 +239,7 @@ class _Round:
         return [pool for _, _, _, pool in found]
 
     def _ever(self, claimant: PoolClaim) -> bool:
-        """Return whether there would be room if every replica gave way that may."""
+        """Return whether there would be room if every replica that may give way did so."""
         room = _Room(self._capacity.cpus, self._capacity.accelerators)
         for pool in self._pools:
             if pool is not claimant:

@@ -1,4 +1,4 @@
-"""The controller's health and metrics endpoints, for one that stands by as well. They are off unless LMAAS_CONTROLLER_PORT is set.
+"""The controller's health and metrics endpoints, which a standby controller serves too. They are off unless LMAAS_CONTROLLER_PORT is set.
 
 The metrics name pools and no tenants. Even so, the endpoints belong in a private network.
 """
@@ -78,7 +78,7 @@ class _Once(Collector):
         self._found = found
 
     def collect(self) -> Iterable[Metric]:
-        """Return all of them."""
+        """Return all metrics."""
         return self._found
 
 

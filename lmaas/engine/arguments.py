@@ -1,41 +1,41 @@
-"""Which of vLLM's options a base model may set (`engine_args`): how fast and how large an engine is, never whose code or weights it runs,
-where it listens, or what it writes down.
+"""The vLLM options that a base model may set (`engine_args`). They affect an engine's speed and size, but never the code or weights that it
+runs, the address that it listens on, or the files that it writes.
 
-An allowlist, since vLLM has more than 300 options and each release adds some: several import a class or a file by name, others log prompts,
-or replace weights and templates. Options are named in full: abbreviations, dotted names and short forms are refused, however vLLM reads
-them.
-`LMAAS_ENGINE_ARGS`, a setting of the operator's own machine, is free.
+This is an allowlist, because vLLM has more than 300 options and each release adds some. Several import a class or a file by name, others
+log prompts, or replace weights and templates. Options must be given in full: abbreviations, dotted names and short forms are refused, even
+if vLLM would accept them.
+`LMAAS_ENGINE_ARGS`, which is a setting of the operator's own machine, has no restrictions.
 """
 
 import re
 import shlex
 
-#: With a value.
+#: Options with a value.
 VALUED = frozenset(
     {
         *("gpu-memory-utilization", "kv-cache-dtype", "block-size", "num-gpu-blocks-override", "kv-offloading-size", "cpu-offload-gb"),
         *("tensor-parallel-size", "pipeline-parallel-size", "max-parallel-loading-workers", "safetensors-load-strategy"),
         *("max-num-batched-tokens", "long-prefill-token-threshold", "attention-backend", "moe-backend", "linear-backend"),
         *("quantization", "seed", "max-cudagraph-capture-size", "optimization-level", "performance-mode"),
-        # Names out of vLLM's own lists; files of parsers are another option.
+        # Names from vLLM's own lists. Files of parsers use another option.
         *("tool-call-parser", "reasoning-parser"),
     }
 )
-#: Without one; `--no-…` turns it off.
+#: Options without a value. `--no-…` disables them.
 SWITCHES = frozenset(
     {
         *("enforce-eager", "enable-prefix-caching", "enable-chunked-prefill", "disable-cascade-attn", "disable-sliding-window"),
         *("async-scheduling", "enable-expert-parallel", "disable-custom-all-reduce", "fully-sharded-loras", "numa-bind"),
     }
 )
-#: Of lmaas.testing.fake_engine. Not what has it write a file.
+#: Options of lmaas.testing.fake_engine, without the one that makes it write a file.
 FAKE = frozenset({"fake-token-ms", "fake-accept-ms", "fake-start-ms", "fake-poison"})
-#: A number or a name: no path, no JSON.
+#: A number or a name, but not a path or JSON.
 VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,99}")
 
 
 def refusal(text: str) -> str | None:
-    """Why these arguments may not be set, in words for an operator; None if they may."""
+    """Return the reason why these arguments are not allowed, as a text for an operator, or None if they are."""
     try:
         words = shlex.split(text)
     except ValueError as error:

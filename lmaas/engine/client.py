@@ -11,9 +11,9 @@ import aiohttp
 #: Errors of a broken connection or a dead engine.
 CONNECTION_ERRORS = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
 
-#: How long an engine may take to end a response whose answer is complete.
+#: The time that an engine may take to end a response whose answer is complete.
 READ_OUT_S = 1.0
-#: How long an engine may take to say how many tokens it has made.
+#: The time that an engine may take to return its token counters.
 COUNTERS_TIMEOUT_S = 5.0
 
 
@@ -53,9 +53,9 @@ class EngineClient:
         self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "EngineClient":
-        # vLLM closes idle connections after 5 s: sooner, so that no request meets one that is being closed.
+        # vLLM closes idle connections after 5 s. A shorter timeout ensures that no request uses a connection that is being closed.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-        # No total limit: a stream may be long. A dead engine is noticed by its broken connection or by its supervisor.
+        # No total limit, because a stream may be long. A dead engine is detected by its broken connection or by its supervisor.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -78,14 +78,14 @@ class EngineClient:
         return self._session
 
     async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """Send a request and return its response while it arrives. The caller must `let_go` of it. Raises one of CONNECTION_ERRORS
-        if the engine breaks."""
+        """Send a request and return its response while it arrives. The caller must `let_go` of it. Raises one of CONNECTION_ERRORS if the
+        connection to the engine fails."""
         sent = {"content-type": "application/json", **headers}
         return await self.session.post(url + path, data=body, headers=sent)
 
     def let_go(self, response: aiohttp.ClientResponse, *, complete: bool) -> None:
-        """A response is not needed any more. If its answer is `complete`, its very last bytes are waited for in the background, so that
-        the connection can be used again; otherwise they are cut off."""
+        """Release a response. If its answer is `complete`, its last bytes are read in the background, so that the connection can be reused.
+        Otherwise the connection is closed."""
         if not complete or response.content.at_eof():
             response.release()
             return
@@ -110,7 +110,7 @@ class EngineClient:
         return True
 
     async def generate_token(self, url: str, model: str, request_id: str, timeout_s: float) -> ProbeResult:
-        """Have the engine generate one token: the only proof that it lives. Raises EngineError or one of CONNECTION_ERRORS."""
+        """Make the engine generate one token, which is the only proof that it works. Raises EngineError or one of CONNECTION_ERRORS."""
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0, "cache_salt": "probe"}
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5)
         async with self.session.post(f"{url}/v1/completions", json=body, timeout=timeout, headers={"x-request-id": request_id}) as response:
@@ -122,7 +122,7 @@ class EngineClient:
         return ProbeResult(request_id, usage["prompt_tokens"], cached, usage["completion_tokens"])
 
     async def abort(self, url: str, engine_ids: list[str]) -> None:
-        """End requests early; their responses then end by themselves, with the usage so far."""
+        """Abort requests. Their responses then end with the usage so far."""
         await self._ask("POST", f"{url}/inference/v1/abort_requests", {"request_ids": engine_ids}, timeout_s=1)
 
     async def load_adapter(self, url: str, name: str, path: str) -> None:

@@ -1,7 +1,7 @@
 """Notes of the running compilations of grammars. An engine's processes write them to shared memory, and its supervisor reads them.
 
-A grammar is compiled in one of a few threads for all tenants. One compilation that never ends holds up every request with a grammar. The
-engine still generates tokens for the others, so nothing else shows it.
+Grammars are compiled in a few threads, which all tenants share. A compilation that never ends delays every request with a grammar. The
+engine still generates tokens for other requests, so other checks do not detect this.
 """
 
 import contextlib
@@ -15,33 +15,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-#: The environment variable of an engine that names the folder of its notes. Where it is unset, nothing is noted.
+#: The environment variable of an engine with the folder of its notes. Without it, nothing is noted.
 VARIABLE = "LMAAS_COMPILING"
-#: A compilation stands still after this much processor time of its thread, or after this much time. A busy machine runs a thread slowly;
-#: a thread that waits uses no processor.
+#: A compilation counts as stalled after this much processor time of its thread, or after this much elapsed time. On a busy machine a thread
+#: may get little processor time, and a thread that waits uses none.
 CPU_LIMIT_S, WALL_LIMIT_S = 10.0, 60.0
-#: Compilations of one process that can be noted at once; engines have at most half as many threads as processors.
+#: The maximum number of compilations of one process that are noted at once. Engines have at most half as many threads as processors.
 SLOTS = 256
-#: A native thread id (0 in a free slot); since when, by time.monotonic(); the processor time of the thread at that moment. In seconds.
+#: The native thread id (0 in a free slot), the start by time.monotonic(), and the thread's processor time at the start. In seconds.
 _SLOT = struct.Struct("<Qdd")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """A compilation that runs: for how long, and how much processor time its thread has used for it, in seconds."""
+    """A running compilation: the elapsed time, and the processor time that its thread has used for it, in seconds."""
 
     wall_s: float
     cpu_s: float
 
     @property
     def stands_still(self) -> bool:
-        """Whether it has taken so long that it will hardly ever end."""
+        """True if it has taken so much time that it will most likely never end."""
         return self.cpu_s > CPU_LIMIT_S or self.wall_s > WALL_LIMIT_S
 
 
 class Notes:
-    """The notes of this process, in a file of its own within `folder`. Raises OSError if it cannot be made."""
+    """The notes of this process, in its own file in `folder`. Raises OSError if the file cannot be created."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Notes:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Note that this thread compiles while the block runs."""
+        """Note during the block that this thread is compiling."""
         with self._lock:
             slot = self._free.pop() if self._free else None
         if slot is None:
@@ -69,7 +69,7 @@ class Notes:
 
 
 def running(folder: Path, now: float) -> list[Compilation]:
-    """The compilations that run in an engine's processes, at `now` by time.monotonic()."""
+    """Return the running compilations of an engine's processes, at `now` by time.monotonic()."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
@@ -80,7 +80,7 @@ def running(folder: Path, now: float) -> list[Compilation]:
 
 
 def _thread_cpu_s(process: int, thread: int) -> float | None:
-    """The processor time of a thread. None if it is gone."""
+    """Return the processor time of a thread, or None if it has ended."""
     try:
         stat = Path(f"/proc/{process}/task/{thread}/stat").read_text()
     except OSError:

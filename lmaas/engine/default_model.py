@@ -17,9 +17,9 @@ import psutil
 
 from lmaas.config import Settings
 
-#: The name by which tenants call it.
+#: The name by which tenants call the model.
 NAME = "smollm2-135m-instruct"
-#: The duration of a conversion on a small machine. Progress is estimated by it, since the libraries do not report theirs.
+#: The duration of a conversion on a small machine. Progress is estimated from it, because the libraries do not report progress.
 USUAL_S = 15.0
 
 
@@ -38,12 +38,12 @@ def gguf_path() -> Path:
 
 
 def convert(folder: Path) -> None:
-    """Write the model into `folder` as safetensors (bfloat16, 269 MB), whole or not at all."""
+    """Write the model into `folder` as safetensors (bfloat16, 269 MB), completely or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 (slow, and only needed here)
 
     source = gguf_path()
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
-        # Of a conversion that was killed.
+        # Remove the remains of conversions that were killed.
         if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -58,7 +58,7 @@ def convert(folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        # Another process was faster. Its result is the same.
+        # Another process was faster, with the same result.
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.exists():
             raise

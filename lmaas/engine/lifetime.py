@@ -1,6 +1,6 @@
-"""A vLLM plugin for engines that lmaas starts: their processes die with the process that started them, and get the hooks of lmaas.
+"""A vLLM plugin for engines that lmaas starts. It makes their processes end with the process that started them, and installs lmaas's hooks.
 
-Without it, `kill -9` of a vLLM server can leave its engine process behind, with all its memory.
+Without it, `kill -9` of a vLLM server can leave its engine core running, with all its memory.
 """
 
 import multiprocessing

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Names the file. Unset, nothing is written.
+#: The environment variable with the path of the file. Without it, nothing is written.
 VARIABLE = "LMAAS_START_MARKS"
-#: Stages: everything is imported and configured; the weights are loaded; the KV cache is allocated.
+#: The stages: all modules are imported and configured, the weights are loaded, the KV cache is allocated.
 LOADING, LOADED, CACHED = "loading", "loaded", "cached"
 
 
 def mark(name: str) -> None:
-    """Note the time of a stage. A mark that cannot be written is left out: it must not stop a start."""
+    """Record the time of a stage. A write error is ignored, because it must not stop a start."""
     path = os.environ.get(VARIABLE)
     if path:
         with contextlib.suppress(OSError), open(path, "a") as file:
@@ -23,7 +23,7 @@ def mark(name: str) -> None:
 
 
 def read(path: Path) -> dict[str, float]:
-    """The marks of a start by name, each with its time.monotonic(). Of several workers, the last mark counts."""
+    """Return the marks of a start: name → time.monotonic(). If several workers wrote a mark, the last one counts."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, float]:
 
 
 def install() -> None:
-    """Have vLLM's workers write the marks. This may be called more than once in a process."""
+    """Make vLLM's workers write the marks. May be called more than once in a process."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: PLC0415 (only inside an engine)
 
     original = WorkerWrapperBase.init_worker

@@ -10,7 +10,7 @@ from lmaas.types import AUTO
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_CONFIG_BYTES = 1024 * 1024
-#: What is fetched from a hub: weights, and what a tokenizer needs. No code.
+#: The files to fetch from a hub: weights, and what a tokenizer needs. No code.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -28,7 +28,7 @@ def local_model_folder(source: str) -> Path | None:
 
 
 def model_folder(source: str, *, fetch: bool = True) -> Path:
-    """Return the local folder of a model given as a folder or a hub id, which is fetched if need be and allowed. Raises InvalidRequest
+    """Return the local folder of a model given as a folder or a hub id. It is fetched if necessary and allowed. Raises InvalidRequest
     `invalid_base_model` if it is not available."""
     try:
         if is_folder(source):
@@ -67,9 +67,9 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def engine_dtype(asked: str, config: dict[str, Any]) -> str:
-    """The engine's dtype. `auto` is float32 on a CPU, in which a greedy answer is the same alone and in a batch, and else the model's
-    own; where no engine is installed, as in a gateway's image, it stays `auto`, and is decided when an engine starts (launch.py).
-    Raises InvalidRequest for one that engines do not have."""
+    """Return the engine's dtype. On a CPU, `auto` is float32, in which a greedy answer is the same alone and in a batch; otherwise it is
+    the model's own. If no engine is installed, as in a gateway's image, `auto` is kept, and resolved when an engine starts (launch.py).
+    Raises InvalidRequest for a dtype that engines do not support."""
     if asked == AUTO:
         if not has_engine():
             return AUTO
@@ -82,6 +82,6 @@ def engine_dtype(asked: str, config: dict[str, Any]) -> str:
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """Return the longest context that the model was made for, in tokens, or None if the configuration does not contain it."""
+    """Return the longest context that the model supports, in tokens, or None if the configuration does not contain it."""
     found = config.get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None

@@ -19,7 +19,7 @@ WAIT_S = 50.0
 
 
 class Check(StrEnum):
-    """How a check ended. NO_HOST: no host that can check is known."""
+    """The result of a check. NO_HOST means that there is no host that can check."""
 
     PASSED = "passed"
     NO_HOST = "no_host"

@@ -61,12 +61,12 @@ class JoinedTransport:
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Whether the connection is closed or about to be."""
+        """True if the connection is closed or about to be."""
         return self._transport.is_closing()
 
 
 class CloseDelimitedTransport(JoinedTransport):
-    """Removes chunked encoding, which HTTP/1.0 clients do not know: the end of the connection ends the response.
+    """Removes chunked encoding, which HTTP/1.0 does not have. The end of the connection ends the response.
 
     Uvicorn writes the header line last, and each chunk with one write.
     """
@@ -212,7 +212,7 @@ class BoundedProtocol(SlowClientProtocol):
 
     @property
     def _busy(self) -> bool:
-        """Whether a response is under way. Nothing else may be written then."""
+        """True while a response is in progress. Nothing else may be written then."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_headers(self) -> None:

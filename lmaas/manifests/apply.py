@@ -1,16 +1,18 @@
 """Makes the service match manifests, through its API. It may be run again at any time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmaas.api.table import CREATE_KEY
 from lmaas.errors import ApiError, Conflict, LmaasError
-from lmaas.manifests.client import ApiClient
+from lmaas.manifests.client import ApiClient, is_sendable
 from lmaas.manifests.folder import Manifests
 from lmaas.manifests.observe import observe
 from lmaas.manifests.plan import Change, Outcome, Send, Upload, plan
 
 _PLANNED = {Outcome.CREATED: "would be created", Outcome.CHANGED: "would be changed"}
+#: The keys of a tenant in the credentials file → their roles.
+KEYS = {"api_key": "inference", "admin_key": "tenant_admin"}
 
 
 class PartlyApplied(LmaasError):
@@ -39,17 +41,23 @@ def execute(changes: Sequence[Change], client: ApiClient) -> None:
             for request in change.requests:
                 _send(request, client)
                 sent += 1
-        except (ApiError, LmaasError) as error:
+        except (ApiError, LmaasError, OSError) as error:
             if sent:
                 done.append(f"{change.thing} {change.name} in part")
             before = f"Done before: {', '.join(done)}." if done else "Nothing was changed before."
             reference = f" ({error.code}, {error.request_id})" if isinstance(error, ApiError) and error.request_id else ""
             raise PartlyApplied(
-                f"{change.path}: {change.thing} {change.name}: {error.message}{reference}\n"
+                f"{change.path}: {change.thing} {change.name}: {_reason(error)}{reference}\n"
                 f"{before} Once the cause is removed, run it again: it continues from here."
             ) from error
         if sent:
             done.append(f"{change.thing} {change.name} {change.outcome}")
+
+
+def _reason(error: ApiError | LmaasError | OSError) -> str:
+    if not isinstance(error, OSError):
+        return error.message
+    return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}."
 
 
 def _send(request: Send | Upload, client: ApiClient) -> None:
@@ -73,12 +81,25 @@ def _word(value: Any) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-def working_keys(tenant: str, known: dict[str, str], client: ApiClient) -> dict[str, str]:
+def working_keys(tenant: str, known: Any, client: ApiClient) -> dict[str, str]:
     """Return a tenant's `api_key` and `admin_key`: the known ones if they work, otherwise new ones."""
-    keys = {}
-    for name, role in (("api_key", "inference"), ("admin_key", "tenant_admin")):
-        key = known.get(name)
-        if not key or not client.with_key(key).works():
-            key = str(client.send(CREATE_KEY, {"role": role, "name": "lmaas up"}, tenant=tenant)["key"])
-        keys[name] = key
-    return keys
+    keys = _working(known, client)
+    for name, role in KEYS.items():
+        if name not in keys:
+            keys[name] = str(client.send(CREATE_KEY, {"role": role, "name": "lmaas up"}, tenant=tenant)["key"])
+    return {name: keys[name] for name in KEYS}
+
+
+def working_credentials(known: Mapping[str, Any], tenants: Sequence[str], client: ApiClient) -> dict[str, dict[str, str]]:
+    """Return the keys of the credentials file by tenant: both keys of each of `tenants`, and after them those keys of other tenants that
+    still work. The keys of a deleted tenant do not."""
+    found = {tenant: working_keys(tenant, known.get(tenant), client) for tenant in tenants}
+    others = {tenant: _working(keys, client) for tenant, keys in known.items() if tenant not in found}
+    return found | {tenant: keys for tenant, keys in others.items() if keys}
+
+
+def _working(keys: Any, client: ApiClient) -> dict[str, str]:
+    """Return those of a tenant's keys that work. The file may have been edited."""
+    known = keys if isinstance(keys, dict) else {}
+    named = {name: known[name] for name in KEYS if isinstance(known.get(name), str) and is_sendable(known[name]) and known[name]}
+    return {name: key for name, key in named.items() if client.with_key(key).works()}

@@ -2,12 +2,15 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_origin
 from urllib.parse import urlsplit
 
 import httpx
+from msgspec import Struct
+from msgspec.structs import fields as fields_of
 
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE
@@ -23,11 +26,15 @@ class ApiClient:
     """Calls the service at `base_url` (which ends in `/v1`) with one key. An operator names the `tenant` whose resources are meant."""
 
     def __init__(self, base_url: str, key: str, tenant: str | None = None) -> None:
-        self._root = base_url.removesuffix("/").removesuffix("/v1")
+        self._root = base_url.strip().removesuffix("/").removesuffix("/v1")
+        key = key.strip()
+        if not is_sendable(key):
+            raise SettingsError("The API key has a space or a character that no key has. Copy it again, for instance to LMAAS_API_KEY.")
         # A proxy that the environment names does not lead to this machine.
-        local = urlsplit(self._root).hostname in ("127.0.0.1", "localhost", "::1")
+        local = _host(self._root) in ("127.0.0.1", "localhost", "::1")
         timeout = httpx.Timeout(60, write=600)
-        self._http = httpx.Client(headers={"authorization": f"Bearer {key}"}, timeout=timeout, trust_env=not local)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=not local)
         self._tenant = tenant
 
     def for_tenant(self, tenant: str) -> "ApiClient":
@@ -41,7 +48,7 @@ class ApiClient:
         return ApiClient(self._root, key)
 
     def works(self) -> bool:
-        """Return whether the key is valid."""
+        """Return whether the key is valid. Raises ApiError for any other error, and SettingsError if the service cannot be reached."""
         try:
             self._call("GET", "/v1/models")
         except ApiError as error:
@@ -74,11 +81,11 @@ class ApiClient:
         """Call an operation and return the JSON of its answer.
 
         An operation on a tenant's resources is about the tenant in `path`, otherwise about the client's, otherwise about the key's own.
-        Values of the query that are None are not sent. Raises ApiError, or SettingsError if the service cannot be reached.
+        Values of the query that are None are not sent. Raises ApiError, also for an answer that is not the operation's, SettingsError if
+        the service cannot be reached, and InvalidRequest for what cannot be sent.
         """
         params = {name: _text(value) for name, value in (query or {}).items() if value is not None}
-        answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), params=params, json=body)
-        return answer
+        return self._checked(operation, path, params=params, json=body)
 
     def items(
         self, operation: Operation, *, most: int | None = None, query: Mapping[str, Any] | None = None, **path: str
@@ -100,24 +107,53 @@ class ApiClient:
         of_tenant = operation.operator_path
         return filled(of_tenant if of_tenant is not None and "tenant" in named else operation.path, named)
 
+    def _checked(self, operation: Operation, path: Mapping[str, str], **options: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), **options)
+        if not _fits(answer, operation.answer):
+            raise self._foreign(operation.status)
+        return answer
+
     def _call(self, method: str, path: str, **options: Any) -> Any:
+        """Return the JSON of an answer. The messages of errors never have the key."""
         try:
             response = self._http.request(method, self._root + path, **options)
+        except UnicodeError:
+            raise InvalidRequest("A value has characters that are not valid text (UTF-8), so it cannot be sent.") from None
         except ValueError as error:
             raise InvalidRequest(f"This cannot be sent: {error}") from error
+        except httpx.InvalidURL as error:
+            raise SettingsError(f"The address {self._shown} is not valid: {error}. Correct LMAAS_URL.") from error
+        except httpx.LocalProtocolError:
+            # Its text has the headers, and so the key.
+            raise SettingsError("The request has a header that cannot be sent. Check LMAAS_API_KEY and LMAAS_URL.") from None
         except httpx.TransportError as error:
             raise SettingsError(
-                f"The service at {self._root} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
+                f"The service at {self._shown} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
             ) from error
+        except httpx.RequestError as error:
+            raise SettingsError(f"The answer of the service at {self._shown} cannot be read ({error}). Check LMAAS_URL.") from error
         try:
             answer = response.json()
         except ValueError:
-            raise ApiError(response.status_code, response.text[:200], "", "") from None
-        if response.status_code >= 400:
-            said = answer.get("error", {})
-            request_id = response.headers.get("x-request-id", "")
-            raise ApiError(response.status_code, said.get("message", ""), said.get("code", ""), request_id, said.get("param"))
-        return answer
+            raise self._foreign(response.status_code) from None
+        if response.is_success:
+            return answer
+        said = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(said, dict) or not isinstance(said.get("message"), str):
+            raise self._foreign(response.status_code)
+        request_id = response.headers.get("x-request-id", "")
+        raise ApiError(response.status_code, said["message"], str(said.get("code") or ""), request_id, said.get("param"))
+
+    @property
+    def _shown(self) -> str:
+        """The address for messages, without a user and a password."""
+        scheme, separator, rest = self._root.rpartition("://")
+        host, slash, path = rest.partition("/")
+        return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+    def _foreign(self, status: int) -> ApiError:
+        message = f"The service at {self._shown} answered with something that is not lmaas (status {status}). Check LMAAS_URL."
+        return ApiError(status, message, "", "")
 
     def upload(
         self, name: str, base_model: str, folder: Path, *, activate: bool = True, progress: Progress | None = None
@@ -135,18 +171,62 @@ class ApiClient:
     def _send_adapter(self, operation: Operation, folder: Path, fields: dict[str, str], progress: Progress | None = None) -> dict[str, Any]:
         config, model = folder / CONFIG_FILE, folder / MODEL_FILE
         for needed in (config, model):
-            if not needed.is_file():
-                raise InvalidRequest(f"There is no {needed}. Save the adapter with PEFT's save_pretrained(..., safe_serialization=True).")
-        with model.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
+            with _reading(needed):
+                if not needed.is_file():
+                    raise InvalidRequest(
+                        f"There is no {needed}. Save the adapter with PEFT's save_pretrained(..., safe_serialization=True)."
+                    )
+        with _reading(config):
+            settings = config.read_bytes()
+        with _reading(model):
+            file = model.open("rb")
+        with file:
+            with _reading(model):
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
             files = {
-                "adapter_config": (CONFIG_FILE, config.read_bytes(), "application/json"),
-                "adapter_model": (MODEL_FILE, _Counted(file, progress or (lambda _: None)), "application/octet-stream"),
+                "adapter_config": (CONFIG_FILE, settings, "application/json"),
+                "adapter_model": (MODEL_FILE, _Counted(model, file, progress or (lambda _: None)), "application/octet-stream"),
             }
-            address = self._address(operation, {})
-            answer: dict[str, Any] = self._call(operation.method, address, data=fields | {"sha256": digest}, files=files)
-        return answer
+            return self._checked(operation, {}, data=fields | {"sha256": digest}, files=files)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise InvalidRequest, which names the file, if it cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def is_sendable(key: str) -> bool:
+    """Return whether a key has only characters that a header may have."""
+    return key.isascii() and key.isprintable() and " " not in key
+
+
+def _host(url: str) -> str:
+    """Return the host of an address. Raises SettingsError if it is not an address."""
+    try:
+        parts = urlsplit(url)
+        # Reading the port checks it.
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.hostname
+    except ValueError:
+        pass
+    raise SettingsError("LMAAS_URL is not the address of a service, such as http://127.0.0.1:8080/v1.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether JSON has the fields of an answer's type, and its lists are lists of such. Further fields may be a newer release's."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    struct = get_origin(kind) or kind
+    if not isinstance(struct, type) or not issubclass(struct, Struct):
+        return True
+    return isinstance(value, dict) and all(
+        _fits(value[field.encode_name], field.type) if field.encode_name in value else not field.required for field in fields_of(kind)
+    )
 
 
 def _text(value: Any) -> str:
@@ -156,12 +236,13 @@ def _text(value: Any) -> str:
 class _Counted(io.RawIOBase):
     """A file that reports how much of it has been read."""
 
-    def __init__(self, file: BinaryIO, progress: Progress) -> None:
-        self._file, self._progress = file, progress
+    def __init__(self, path: Path, file: BinaryIO, progress: Progress) -> None:
+        self._path, self._file, self._progress = path, file, progress
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes."""
-        chunk = self._file.read(size)
+        """Return the next bytes. Raises InvalidRequest if the disk fails."""
+        with _reading(self._path):
+            chunk = self._file.read(size)
         self._progress(len(chunk))
         return chunk
 

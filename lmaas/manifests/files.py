@@ -1,7 +1,10 @@
 """Reading YAML files whose every field is known and has the right type."""
 
 import math
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import yaml
 
 from lmaas.errors import InvalidRequest
 
+#: A whole number of this size or more is beyond every limit of the API.
+TOO_LARGE = 2**63
 #: What a field's type is called in messages.
 WORDS = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
 
@@ -28,21 +33,43 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@contextmanager
+def refusing(path: Path, field: str = "") -> Iterator[None]:
+    """Turn an error of the system within the block, such as a folder that may not be entered, into an InvalidRequest.
+
+    It names the file and, if the path comes from one, the field.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split()).rstrip(".")
+        what = f"{_quoted(field)} cannot be used" if field else "It cannot be read"
+        raise InvalidRequest(f"{_short(str(path))}: {what}: {why}.") from error
+
+
 def load(path: Path) -> Any:
     """Return the file's content. Raises InvalidRequest, naming the file and the line."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InvalidRequest(f"{path}: It is not a regular file.")
         # The loader is a SafeLoader.
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}: "
-        raise InvalidRequest(f"{path}: {where}{error.problem or error.context}") from error
+        problem = error.problem or error.context
+        if problem == "but found another document":
+            problem = "Another document begins here. Put each into a file of its own."
+        raise InvalidRequest(f"{path}: {where}{problem}") from error
     except OSError as error:
         raise InvalidRequest(f"{path}: The file cannot be read: {error.strerror}.") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InvalidRequest(f"{path}: The file is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise InvalidRequest(f"{path}: The file is nested too deeply.") from error
+    except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # The loader raises these for a value with a tag that it does not fit, such as `!!bool 3`.
+        raise InvalidRequest(f"{path}: The file is not valid YAML: A value does not fit its tag (!!).") from error
 
 
 def checked(path: Path, value: Any, fields: Mapping[str, type], required: Sequence[str] = (), where: str = "") -> dict[str, Any]:
@@ -54,10 +81,13 @@ def checked(path: Path, value: Any, fields: Mapping[str, type], required: Sequen
         raise InvalidRequest(f"{path}: {_quoted(where.rstrip('.')) or 'The file'} must be a mapping.")
     for name, item in value.items():
         if name not in fields:
-            raise InvalidRequest(f"{path}: '{where}{name}' is not known. The known fields are: {', '.join(fields)}.")
+            known = name if isinstance(name, str) else _shown(name)
+            raise InvalidRequest(f"{path}: '{where}{_short(known)}' is not known. The known fields are: {', '.join(fields)}.")
         if item is not None and not _is(item, fields[name]):
-            hint = " Put it in quotes." if fields[name] is str and isinstance(item, int | float) else ""
+            hint = " Put it in quotes." if fields[name] is str and isinstance(item, int | float | date) else ""
             raise InvalidRequest(f"{path}: '{where}{name}' must be {WORDS[fields[name]]}, not {_shown(item)}.{hint}")
+        if isinstance(item, int) and abs(item) >= TOO_LARGE:
+            raise InvalidRequest(f"{path}: '{where}{name}' is too large.")
     for name in required:
         if value.get(name) is None:
             raise InvalidRequest(f"{path}: '{where}{name}' is missing.")
@@ -66,7 +96,7 @@ def checked(path: Path, value: Any, fields: Mapping[str, type], required: Sequen
 
 def _is(value: object, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -78,10 +108,20 @@ def _shown(value: object) -> str:
     kind = type(value)
     if kind is dict or kind is list:
         return WORDS[kind]
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, int) and abs(value) >= TOO_LARGE:
+        return "a number with many digits"
+    if isinstance(value, date):  # or a time
+        return f"the date {value.isoformat()}"
+    text = str(value).lower() if isinstance(value, bool) else ascii(value) if isinstance(value, bytes) else repr(value)
     return text if len(text) <= 50 else text[:47] + "..."
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def yaml_files(folder: Path) -> list[Path]:
-    """Return the YAML files of a folder by name, without hidden ones; none if there is no folder."""
-    return sorted(path for path in (*folder.glob("*.yaml"), *folder.glob("*.yml")) if not path.name.startswith("."))
+    """Return the YAML files of a folder by name, without hidden ones; none if there is no folder. Raises OSError if it cannot be read."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith("."))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmaas.errors import InvalidRequest
-from lmaas.manifests.files import yaml_files
+from lmaas.manifests.files import refusing, yaml_files
 from lmaas.manifests.models import FOLDER, ModelManifest, read_model
 from lmaas.manifests.tenants import TenantManifest, read_tenant
 
@@ -27,20 +27,27 @@ def read_folder(folder: Path) -> Manifests:
     Raises InvalidRequest with a line for each file that is wrong, and for each name that two manifests have.
     """
     problems: list[str] = []
-    if folder.is_dir():
-        in_models = folder.resolve().name == FOLDER
-        models = _read_all(yaml_files(folder if in_models else folder / FOLDER), read_model, problems)
-        tenants = [] if in_models else _read_all(yaml_files(folder), read_tenant, problems)
-    elif not folder.is_file():
-        raise InvalidRequest(f"The folder or file {folder} does not exist.")
-    elif folder.resolve().parent.name == FOLDER:
-        models, tenants = _read_all([folder], read_model, problems), []
-    else:
-        models, tenants = [], _read_all([folder], read_tenant, problems)
+    with refusing(folder):
+        model_files, tenant_files = _files(folder)
+    models = _read_all(model_files, read_model, problems)
+    tenants = _read_all(tenant_files, read_tenant, problems)
     problems += _twice("base model", models) + _twice("tenant", tenants)
     if problems:
         raise InvalidRequest("\n".join(problems))
     return Manifests(tuple(models), tuple(tenants))
+
+
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the manifests of base models and those of tenants in a folder, or the one file."""
+    if folder.is_dir():
+        if folder.resolve().name == FOLDER:
+            return yaml_files(folder), []
+        return yaml_files(folder / FOLDER), yaml_files(folder)
+    if not folder.exists():
+        raise InvalidRequest(f"The folder or file {folder} does not exist.")
+    if not folder.is_file():
+        raise InvalidRequest(f"{folder} is neither a folder nor a regular file.")
+    return ([folder], []) if folder.resolve().parent.name == FOLDER else ([], [folder])
 
 
 def _read_all(paths: Sequence[Path], read: Callable[[Path], Manifest], problems: list[str]) -> list[Manifest]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmaas.manifests.files import checked, load
+from lmaas.manifests.files import checked, load, refusing
 
 FOLDER = "models"
 #: Section → its fields → the API's names for them.
@@ -45,7 +45,8 @@ def read_model(path: Path) -> ModelManifest:
     values = {name: content[name] for name in PLAIN if name in content and name != "name"}
     if values["source"].startswith((".", "/", "~")):
         # A folder, relative to the manifest; anything else is a hub's name.
-        values["source"] = str((path.parent / Path(values["source"]).expanduser()).resolve())
+        with refusing(path, "source"):
+            values["source"] = str((path.parent / Path(values["source"]).expanduser()).resolve())
     for section, fields in SECTIONS.items():
         given = checked(path, content.get(section, {}), {name: kind for name, (kind, _) in fields.items()}, where=f"{section}.")
         values |= {fields[name][1]: value for name, value in given.items()}

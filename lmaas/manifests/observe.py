@@ -95,7 +95,7 @@ class _Observation:
         """Note a refusal with its file, and with the manifest's word for the field."""
         try:
             yield
-        except InvalidRequest as error:
+        except InvalidRequest as error:  # also of a file that cannot be read
             self.refusals.append(f"{where}{error.message}")
         except ApiError as error:
             word = words.get(error.param or "", error.param)

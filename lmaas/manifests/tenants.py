@@ -7,7 +7,7 @@ from typing import Any
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.errors import InvalidRequest
-from lmaas.manifests.files import checked, load
+from lmaas.manifests.files import checked, load, refusing
 from lmaas.types import NAME_PATTERN, Limits
 
 #: Limits for which 0 means none of the tenant's own, as in the CLI. The tier's then holds.
@@ -78,8 +78,9 @@ def _read_adapter(path: Path, entry: Any, where: str) -> AdapterManifest:
         raise InvalidRequest(f"{path}: '{where}.version' must be 1 or more, not {given['version']}.")
     folder = None
     if "path" in given:
-        folder = path.parent / Path(given["path"]).expanduser()
-        _check_folder(path, folder, where)
+        with refusing(path, f"{where}.path"):
+            folder = path.parent / Path(given["path"]).expanduser()
+            _check_folder(path, folder, where)
     return AdapterManifest(given["name"], given["base_model"], folder, given.get("version"), where)
 
 
@@ -88,6 +89,8 @@ def _check_folder(path: Path, folder: Path, where: str) -> None:
         raise InvalidRequest(f"{path}: '{where}.path': there is no folder {folder}.")
     for name in (CONFIG_FILE, MODEL_FILE):
         try:
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise InvalidRequest(f"{path}: '{where}.path': {folder / name} is not a regular file.")
             with (folder / name).open("rb"):
                 pass
         except OSError as error:

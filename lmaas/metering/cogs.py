@@ -23,7 +23,7 @@ MS_PER_HOUR = 3_600_000
 
 @dataclass(slots=True)
 class Line:
-    """What one consumer cost and is charged on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars."""
+    """The cost and the charge of one consumer on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars."""
 
     ms: dict[EnginePhase, int] = field(default_factory=lambda: dict.fromkeys(EnginePhase, 0))
     cost: int = 0
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A line as it is shown, with money in micro-dollars. Fields that the lines are not grouped by are None."""
+    """A line for display, with money in micro-dollars. Fields that the lines are not grouped by are None."""
 
     day: date | None
     consumer: Consumer | None

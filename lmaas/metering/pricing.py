@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lmaas.states import UsageStatus
 
 PICOUSD_PER_MICROUSD = 1_000_000
-#: Ends of requests that are charged for their tokens, including those whose client left or whose response was cut.
+#: The statuses of requests that are charged for their tokens, including those whose client disconnected or whose response was cut.
 CHARGED = frozenset({UsageStatus.COMPLETED, UsageStatus.ABORTED, UsageStatus.FAILED, UsageStatus.LOST})
 
 
@@ -14,7 +14,7 @@ class Prices:
     """Prices in micro-dollars per million tokens. A price times tokens is a whole number of picodollars."""
 
     prompt: int
-    #: Prompt tokens that the engine had in its prefix cache.
+    #: Prompt tokens that the engine found in its prefix cache.
     cached: int
     completion: int
 

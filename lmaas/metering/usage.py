@@ -1,4 +1,4 @@
-"""The record of one request's use, from its acceptance to its end."""
+"""The record of one request's usage, from its acceptance to its end."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from lmaas.types import TokenCounts
 
 @dataclass(slots=True)
 class UsageRecord:
-    """The use of one request so far. The scheduler keeps it as JSON, and charges it if this gateway dies.
+    """The usage of one request so far. The scheduler keeps it as JSON, and charges it if this gateway dies.
 
-    Token counts are the engine's. The status is ABORTED unless `end` was called: then the client disconnected.
+    Token counts are the engine's. Without a call of `end`, the status is ABORTED, because the client disconnected.
     """
 
     request_id: str
@@ -63,7 +63,7 @@ class UsageRecord:
         self.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
     def follow(self, source: Callable[[], dict[str, Any] | None] | None) -> None:
-        """Read the counts from `source` whenever they are needed. None reads them once more and stops that."""
+        """Read the counts from `source` whenever they are needed. None reads them a last time and ends this."""
         self._read()
         self._source = source
 

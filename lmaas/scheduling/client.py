@@ -29,14 +29,15 @@ log = logging.getLogger(__name__)
 PARTS = ("state", "limits", "fairness", "placement", "scheduler")
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
-#: How long a start takes if none of the pool is known and the controller expects nothing else (START_MS in state.lua).
+#: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in state.lua).
 FIRST_START_MS = 20_000
 _ENCODE = msgspec.json.Encoder().encode
 _DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A tenant or a key (`scope` is `tenant` or `key`) and its limits. None is no limit and is not sent. The budget is in micro-dollars."""
+    """A tenant or a key (`scope` is `tenant` or `key`) and its limits. None means no limit and is not sent. The budget is in
+    micro-dollars."""
 
     id: str
     scope: str
@@ -109,13 +110,13 @@ class Beat:
     suspect: bool = False
     #: The usual time of a start in this pool.
     start_ms: int | None = None
-    #: What is left of this replica's own start, and by how much it is late.
+    #: The remaining time of this replica's own start, and the time by which it is late.
     left_ms: int | None = None
     late_ms: int | None = None
 
 
 def connect(url: str) -> Redis:
-    """Return a client that waits 5 s for a reply and retries a lost connection twice. Raises SettingsError for what is no URL."""
+    """Return a client that waits 5 s for a reply and retries a lost connection twice. Raises SettingsError for an invalid URL."""
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
     options: dict[str, Any] = {"socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 15}
     try:
@@ -125,12 +126,12 @@ def connect(url: str) -> Redis:
 
 
 def gateway_channel(gateway: str) -> str:
-    """Return the channel on which a gateway gets news of its tickets."""
+    """Return the channel on which a gateway gets messages about its tickets."""
     return f"lmaas:gateway:{gateway}"
 
 
 def replica_channel(replica: str) -> str:
-    """Return the channel that wakes a supervisor: there is an adapter to load, or the engine is to be probed."""
+    """Return the channel that wakes a supervisor to load an adapter or to probe its engine."""
     return f"lmaas:replica:{replica}"
 
 
@@ -140,11 +141,11 @@ def library() -> str:
 
 
 class Scheduler:
-    """Calls the function library, and loads it where it is missing (a new server, or one that has lost its memory).
+    """Calls the function library, and loads it into a server that does not have it (a new one, or one that has lost its memory).
 
     The names of the library and its functions contain a hash of its text. Servers keep functions across restarts, so a new version never
-    runs as an old one, and both exist while a service is upgraded. Every call is atomic and touches one pool. A server that is away, or
-    accepts no writes (out of memory, read only), raises Unavailable.
+    runs as an old one, and both exist while a service is upgraded. Every call is atomic and affects one pool. A server that cannot be
+    reached, or accepts no writes (out of memory, read only), raises Unavailable.
     """
 
     def __init__(self, redis: Redis, text: str | None = None) -> None:
@@ -171,15 +172,15 @@ class Scheduler:
             raise _away(function, error) from error
 
     async def _call_as_seen(self, function: str, pool: str, *args: bytes | str | int, at: int = 0) -> dict[str, Any]:
-        """Call a function with, as argument `at`, the last state of the pool that this client has seen. A server whose memory is older than
-        that (a snapshot, a replica that lagged) begins the pool anew."""
+        """Call a function with, as argument `at`, the last state of the pool that this client has seen. A server with an older memory (a
+        snapshot, a replica that lagged) starts the pool anew."""
         told = self._memories.get(pool, "")
         reply = _DECODE(await self.call(function, pool, *args[:at], told, *args[at:]))
         self.saw(pool, reply.pop("memory"), told)
         return reply
 
     def saw(self, pool: str, memory: str, told: str | None = None) -> None:
-        """Remember the state of the pool's memory. That of an earlier process is kept until the server has been told."""
+        """Record the state of the pool's memory. That of an earlier process is kept until the server has received it."""
         known = self._memories.get(pool, "")
         process = memory[: memory.index(" ") + 1]
         if known.startswith(process) or known in ("", told):
@@ -193,9 +194,9 @@ class Scheduler:
     async def submit(
         self, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
     ) -> dict[str, Any]:
-        """Queue a ticket and reserve what it may use. Returns a report, which is a grant if there is a free slot.
+        """Queue a ticket and reserve its maximum usage. Returns a report, which is a grant if there is a free slot.
 
-        The ticket was not taken if `state` is one of REFUSALS. After UNSEEDED, submit it again with `seeds` for the `scopes` of the report,
+        The ticket was refused if `state` is one of REFUSALS. After UNSEEDED, submit it again with `seeds` for the `scopes` of the report,
         as of its `month`.
         """
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
@@ -208,9 +209,9 @@ class Scheduler:
         return reply
 
     async def release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None = None) -> bool:
-        """End a ticket, settle it to what it `used` (None: nothing) and record its usage event, in one step.
+        """End a ticket, settle it to its usage `used` (None for nothing) and record its usage event, in one step.
 
-        Returns False if the scheduler no longer knew it.
+        Returns False if the scheduler no longer had the ticket.
         """
         ran = "" if run_ms is None else run_ms
         return self.released(ticket, await self.call("release", ticket.pool, ticket.id, event, ran, _counts(used)))
@@ -221,7 +222,7 @@ class Scheduler:
         return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
-        """Read the reply to a release. Returns False if the scheduler no longer knew the ticket."""
+        """Read the reply to a release. Returns False if the scheduler no longer had the ticket."""
         known, memory = reply
         if memory:
             self.saw(ticket.pool, memory)
@@ -232,7 +233,7 @@ class Scheduler:
         return _DECODE(await self.call("retry", ticket.pool, ticket.id, replica, reason, attempt))
 
     async def renew(self, pool: str, progress: Sequence[tuple[str, TokenCounts | None]]) -> dict[str, Any]:
-        """Keep tickets alive and return how they are. `progress` is pairs of ticket id and the tokens so far; None before the first."""
+        """Keep tickets alive and return their states. `progress` is pairs of ticket id and the tokens so far, None before the first."""
         return await self._call_as_seen("renew", pool, *(part for name, counts in progress for part in (name, _counts(counts))))
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
@@ -262,17 +263,17 @@ class Scheduler:
         return int(await self.call("drain", pool, replica))
 
     async def deregister(self, pool: str, replica: str) -> None:
-        """Remove a replica whose engine is gone."""
+        """Remove a replica whose engine has ended."""
         await self.call("deregister", pool, replica)
 
     async def stats(self, pool: str, delay_ms: int = 0, first_ms: int = FIRST_START_MS) -> dict[str, Any]:
-        """Return demand and replicas of a pool, and reap what has expired. Only the controller calls this: replicas see from it that there
-        is one. `delay_ms` is by how much longer than usual a start takes at present, `first_ms` how long one takes if none of this pool is
+        """Return demand and replicas of a pool, and remove what has expired. Only the controller calls this, so replicas conclude from it
+        that there is one. `delay_ms` is the current delay of starts, and `first_ms` the duration of a start if none of this pool is
         known."""
         return await self._call_as_seen("stats", pool, delay_ms, first_ms)
 
     async def record_event(self, pool: str, event: str) -> None:
-        """Hand a usage event to the metering writer."""
+        """Pass a usage event to the metering writer."""
         try:
             with unswallowed():
                 await self.redis.xadd(f"lmaas:{{{pool}}}:usage", {"event": event})
@@ -280,7 +281,7 @@ class Scheduler:
             raise _away("record_event", error) from error
 
     async def listen(self, channel: str) -> AsyncIterator[str]:
-        """Yield the messages on a channel, without end; '' at every (re)connection, since earlier messages may have been missed."""
+        """Yield the messages on a channel, without end. Yields '' at every (re)connection, since earlier messages may have been missed."""
         while True:
             try:
                 async with self.redis.pubsub() as subscription:
@@ -289,7 +290,7 @@ class Scheduler:
                     while True:
                         with unswallowed():
                             message = await subscription.get_message(timeout=5)
-                        # The client library reconnects and subscribes again by itself, and shows that only by this message.
+                        # The client library reconnects and subscribes again automatically, and only this message shows it.
                         if message is not None and message["type"] == "subscribe":
                             yield ""
                         elif message is not None and message["type"] == "message":
@@ -306,6 +307,6 @@ def _counts(tokens: TokenCounts | None) -> bytes:
 
 def _away(function: str, error: RedisError) -> Unavailable:
     if not isinstance(error, RedisConnectionError | RedisTimeout):
-        # The server is there and refuses: an operator must know why.
+        # The server responds but refuses the call, so an operator must look.
         log.error("the queue refused", extra={"action": function, "detail": str(error)})
     return Unavailable("The request queue is not available. Retry after 2 s.", code="queue_unavailable", retry_after_s=2)

@@ -1,4 +1,4 @@
-"""A gateway's open tickets: waiting for a lease, keeping it, and giving it back exactly once."""
+"""A gateway's open tickets: waiting for a lease, renewing it, and releasing it exactly once."""
 
 import asyncio
 import contextlib
@@ -20,13 +20,13 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
-#: Usage events of this time before the last reply from Redis are reported again when Redis has lost its memory.
+#: The period before the last reply from Redis whose usage events are reported again when Redis has lost its memory.
 REMEMBER_S = 30.0
-#: At most this many of them, whatever the rate.
+#: The maximum number of these events.
 REMEMBER_AT_MOST = 50_000
-#: Redis gives up a ticket that is not renewed after this time (LEASE_MS); then nothing is left to release.
+#: The time after which Redis gives up a ticket that is not renewed (LEASE_MS). Nothing is left to release then.
 LEASE_S = 6.0
-#: Tickets renewed in one call: the server does nothing else meanwhile.
+#: The number of tickets that are renewed in one call, during which the server does nothing else.
 RENEW_AT_ONCE = 200
 
 
@@ -49,17 +49,18 @@ class AdmissionLimits(Protocol):
 
     @property
     def bounds(self) -> Bounds:
-        """The number of tickets that may wait."""
+        """The maximum numbers of waiting tickets."""
 
     async def seeds(self, scopes: Sequence[str], month: int) -> Mapping[str, Seed]:
-        """Return what these scopes have used in that month. Raises Unavailable."""
+        """Return the usage of these scopes in that month. Raises Unavailable."""
 
     def refusal(self, report: Mapping[str, Any]) -> LmaasError:
-        """Return the error for a ticket that was not taken."""
+        """Return the error for a refused ticket."""
 
 
 class Settlement(NamedTuple):
-    """The report about a ticket that has ended: its usage event (empty if it has none), how long it ran, and the tokens that it used."""
+    """The report about a ticket that has ended: its usage event (empty if it has none), the time for which it ran, and the tokens that it
+    used."""
 
     ticket: Ticket
     event: str
@@ -79,10 +80,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The place of a waiting ticket by the scheduler's last report, which came at `heard` (monotonic seconds).
+    """The place of a waiting ticket by the scheduler's last report, which arrived at `heard` (monotonic seconds).
 
-    In the phase LOADING nothing else is known. `position` counts from 1 in the order of service, if the tenants' turns cost the same.
-    `late_ms` is by how much the next turn or the start is later than usual. `assumed`: the usual time of a start is not known yet.
+    In the phase LOADING, no other field is set. `position` counts from 1 in the order of service, if the tenants' turns cost the same.
+    `late_ms` is the time by which the next turn or the start is later than usual. `assumed` is true while the usual time of a start is not
+    known.
     """
 
     phase: WaitPhase
@@ -100,7 +102,7 @@ class OpenTicket:
         self.ticket = ticket
         self.usage = usage
         self.limits = limits
-        #: The rest of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is back.
+        #: The remaining part of a minute's limits: `requests` and `tokens` → limit, remaining, ms until all of it is available again.
         self.left: Mapping[str, Sequence[int]] = {}
         self.opened = time.monotonic()
         self.deadline = self.opened + deadline_s
@@ -140,7 +142,7 @@ class OpenTicket:
         return self.lease
 
     def wake(self) -> None:
-        """Make a `wait` return at once."""
+        """Make a `wait` return immediately."""
         self._changed.set()
 
     def on_revoked(self, callback: Callable[[], None]) -> None:
@@ -154,7 +156,7 @@ class OpenTicket:
         self.lease = None
         self._on_revoked = None
         self._changed.clear()
-        # If Redis is away now, the next renewal reports it.
+        # If Redis is unavailable now, the next renewal reports it.
         with contextlib.suppress(Unavailable):
             await self.report_lost()
 
@@ -168,7 +170,7 @@ class OpenTicket:
             self.apply(report)
 
     def apply(self, report: dict[str, Any]) -> bool:
-        """Apply a report of the scheduler. Returns False if the scheduler no longer knows the ticket."""
+        """Apply a report of the scheduler. Returns False if the scheduler no longer has the ticket."""
         state = report["state"]
         if state == TicketState.GRANTED and self.lease is None and report["attempts"] == self.attempts:
             self.lease = Lease(report["replica"], report["url"], report["queue_ms"], report["load_ms"])
@@ -191,7 +193,7 @@ class OpenTicket:
             self.standing = Standing(WaitPhase.LOADING, time.monotonic())
         elif state == TicketState.REVOKED:
             if self.lease is None:
-                # The replica was removed before the grant arrived here: the next renewal asks for another.
+                # The replica was removed before the grant arrived here. The next renewal requests another one.
                 self._owed = ("", RetryReason.ENGINE, self.attempts)
                 self.attempts += 1
             elif self._on_revoked is not None:
@@ -222,17 +224,17 @@ class Leases:
         self.scheduler = scheduler
         self.gateway = gateway
         self._open: dict[str, OpenTicket] = {}
-        #: Tickets that are being submitted. A grant may arrive before the reply. They are not renewed yet, nor put back.
+        #: Tickets that are being submitted. A grant may arrive before the reply. They are neither renewed nor put back yet.
         self._asked: dict[str, OpenTicket] = {}
-        #: Releases with an event that Redis has not taken yet, by pool.
+        #: Releases with an event that Redis has not accepted yet, by pool.
         self._unsettled: dict[str, deque[Settlement]] = {}
-        #: Releases without an event, each with its time: Redis may or may not have taken a ticket whose reply was lost.
+        #: Releases without an event, each with its time. If the reply to a submitted ticket was lost, Redis may or may not have the ticket.
         self._unheard: deque[tuple[float, Settlement]] = deque()
         self._settling: set[asyncio.Future[Any]] = set()
         #: Recorded usage events by pool, each with its time.
         self._recent: dict[str, deque[tuple[float, str]]] = {}
         self._epochs: dict[str, str] = {}
-        #: When Redis last replied to all renewals (monotonic seconds).
+        #: The time at which Redis last replied to all renewals (monotonic seconds).
         self._heard = time.monotonic()
 
     @property
@@ -242,9 +244,9 @@ class Leases:
 
     @asynccontextmanager
     async def open(self, ticket: Ticket, usage: Usage, limits: AdmissionLimits, *, deadline_s: float) -> AsyncIterator[OpenTicket]:
-        """Accept a request. However the block ends, that frees the slot and records one usage event.
+        """Accept a request. However the block ends, its slot is freed and one usage event is recorded.
 
-        Raises the refusal of `limits` if it is over one, Unavailable if Redis is away; then nothing was accepted.
+        Raises the refusal of `limits` if a limit is exceeded, and Unavailable if Redis cannot be reached. Nothing was accepted then.
         """
         opened = OpenTicket(ticket, usage, limits, deadline_s, self.scheduler)
         self._asked[ticket.id] = opened
@@ -254,7 +256,7 @@ class Leases:
                 seeds = await limits.seeds(report["scopes"], report["month"])
                 report = await self.scheduler.submit(ticket, limits.bounds, seeds=seeds)
         except BaseException:
-            # The server may have taken the ticket although its reply was lost, so it is released, without waiting for that.
+            # The server may have accepted the ticket although its reply was lost, so it is released, without waiting for that.
             self._send_end(Settlement(ticket, "", None, None))
             raise
         finally:
@@ -273,13 +275,14 @@ class Leases:
                 await asyncio.wait({self.settle(opened)})
 
     def settle(self, opened: OpenTicket) -> "asyncio.Future[Any]":
-        """End a ticket, once: free its slot and record its usage event as it stands, in one step. The caller need not wait for that."""
+        """End a ticket, once: free its slot and record its usage event with the current counts, in one step. The caller need not wait for
+        that."""
         ticket, usage = opened.ticket, opened.usage
         del self._open[ticket.id]
         return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
 
     def _send_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
-        # There is no task: it would cost more than the work.
+        # Not in a task, which would cost more than the work itself.
         sent = self.scheduler.send_release(*settlement)
         self._settling.add(sent)
         sent.add_done_callback(functools.partial(self._end_sent, settlement))
@@ -294,11 +297,11 @@ class Leases:
             self._remember(settlement)
 
     def _settle_later(self, settlement: Settlement) -> None:
-        """Let the next renewal report it."""
+        """Leave the report to the next renewal."""
         if settlement.event:
             self._unsettled.setdefault(settlement.ticket.pool, deque()).append(settlement)
             return
-        # While Redis is away there is one for each refused request, so old ones are dropped.
+        # While Redis is unavailable, there is one for each refused request, so old ones are dropped.
         now = time.monotonic()
         while self._unheard and self._unheard[0][0] < now - LEASE_S:
             self._unheard.popleft()
@@ -343,7 +346,7 @@ class Leases:
         await self._settle_rest()
 
     async def _renew(self) -> None:
-        # Pools of recent events are renewed too: nothing else would notice if Redis lost those events now.
+        # Pools with recent events are renewed too, because otherwise a loss of those events in Redis would not be noticed.
         self._forget_old()
         heard = time.monotonic()
         pools: dict[str, list[OpenTicket]] = {pool: [] for pool in self._recent}
@@ -390,8 +393,7 @@ class Leases:
         await asyncio.gather(*(self._settle_pool(pool) for pool in pools))
 
     async def _settle_pool(self, pool: str) -> None:
-        # An event leaves the queue only when it is reported. A second caller at the same time does no harm: the ledger takes each event
-        # once.
+        # An event is removed only when it is reported. Concurrent calls do no harm, because the ledger stores each event once.
         events = self._unsettled.get(pool)
         try:
             while events:
@@ -410,7 +412,7 @@ class Leases:
             log.warning("ended tickets could not be settled", extra={"action": "settle", "pool_id": pool})
 
     def _see_epoch(self, pool: str, epoch: str | None) -> None:
-        """Notice another epoch: Redis has lost its memory, and perhaps events that the ledger does not have yet."""
+        """Detect another epoch, which means that Redis has lost its memory, perhaps with events that the ledger does not have yet."""
         if epoch is None:
             return
         known, self._epochs[pool] = self._epochs.get(pool, epoch), epoch

@@ -1,4 +1,4 @@
-"""One connection to Redis that pipelines: calls that wait at the same moment are sent together, since the client library costs more than
+"""A connection to Redis that pipelines: calls that are made at the same time are sent together, because the client library costs more than
 the server."""
 
 import asyncio
@@ -13,29 +13,29 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-#: The most commands that are sent together. This bounds how long a call waits for those before it.
+#: The maximum number of commands that are sent together, which limits the time that a call waits for earlier ones.
 MAX_COMMANDS = 128
-#: How long the server may take to reply to all of them on one connection, and how long all attempts may take together: clients wait.
+#: The time that the server may take to reply to all of them on one connection, and the time that all attempts may take together.
 ANSWER_S = 3.0
 GIVE_UP_S = 5.0
-#: How long to wait before each attempt. Each but the first is on a new connection.
+#: The pauses before each attempt. Each attempt except the first uses a new connection.
 PAUSES_S = (0.0, 0.05, 0.2)
-#: Errors of a server that another connection may not meet.
+#: Errors of a server that may not occur on another connection.
 NOT_NOW = ("LOADING ", "NOAUTH ", "WRONGPASS ")
 
 Command = tuple[bytes | str | int, ...]
 #: A packed command and the future that gets its reply.
 PendingCommand = tuple[bytes, "asyncio.Future[Any]"]
-#: Is called when an exchange ends, with None or with the error that broke it off.
+#: Called when an exchange ends, with None or with the error that ended it.
 OnEnd = Callable[[RedisError | None], None]
 
 
 class PipelinedConnection:
     """Sends commands on one connection, without a transaction.
 
-    A lone command is sent at once. Commands that arrive while others are under way are sent after them, together. Each command gets its own
-    reply or error, and cancelling one does not affect the others. Commands whose reply was lost with the connection are sent again, so they
-    must be safe to repeat.
+    A single command is sent immediately. Commands that arrive while others are being sent are sent together after them. Each command gets
+    its own reply or error, and cancelling one does not affect the others. Commands whose reply was lost with the connection are sent again,
+    so they must be safe to repeat.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -54,12 +54,12 @@ class PipelinedConnection:
 
     @property
     def under_way(self) -> bool:
-        """Whether commands are being sent, or have no reply yet."""
+        """True while commands are being sent, or have no reply yet."""
         return self._sending is not None
 
     @property
     def connected(self) -> bool:
-        """Whether the connection is open."""
+        """True while the connection is open."""
         return self._line is not None and self._line.open
 
     def send(self, *command: bytes | str | int) -> "asyncio.Future[Any]":
@@ -74,7 +74,8 @@ class PipelinedConnection:
         return reply
 
     def _send(self) -> None:
-        """Send what waits, if anything does. While the connection works there is no task: a task would cost more than the work."""
+        """Send the waiting commands, if there are any. While the connection works, no task is used, because a task would cost more than the
+        work."""
         unsent = self._unsent
         while unsent and len(self._sent) < MAX_COMMANDS:
             each = unsent.popleft()
@@ -100,8 +101,8 @@ class PipelinedConnection:
     def _tried(self, attempts: "asyncio.Task[None]") -> None:
         error = None if attempts.cancelled() else attempts.exception()
         if error is not None or attempts.cancelled():
-            # The commands behind fail too: they would wait as long for the same server. The task is cancelled only when the process ends;
-            # no caller may wait for ever then.
+            # Later commands fail too, because they would wait as long for the same server. The task is cancelled only when the process
+            # ends, and even then no caller may wait forever.
             for _, reply in (*self._sent, *self._unsent):
                 if error is None:
                     reply.cancel()
@@ -141,19 +142,20 @@ class PipelinedConnection:
             raise lost or RedisTimeout("the command was not sent")
 
     def _leave_out_cancelled(self) -> None:
-        # The line holds this very deque, so it stays the same object.
+        # The line holds this deque object, so it must not be replaced.
         wanted = [each for each in self._sent if not each[1].done()]
         self._sent.clear()
         self._sent.extend(wanted)
 
     async def _connected(self, deadline: float) -> "_Line":
-        """Return a new connection by `deadline` (the loop's time). Raises RedisError if there is none; the library has tried repeatedly."""
+        """Return a new connection by `deadline` (the loop's time). Raises RedisError if the library has tried repeatedly without
+        success."""
         try:
-            # By itself, the library tries to connect for much longer, the first time as well.
+            # Without this timeout, the library tries to connect for much longer, including the first time.
             async with asyncio.timeout_at(_soon(deadline)):
                 first = self._connection is None
                 if self._connection is None:
-                    # It belongs to the library's connection pool, which closes it at the end.
+                    # The connection belongs to the library's connection pool, which closes it at the end.
                     self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
                 if not first or _is_cut_off(self._connection):
                     await self._connection.disconnect(nowait=True)
@@ -165,7 +167,7 @@ class PipelinedConnection:
 
 
 class _Line(asyncio.Protocol):
-    """A connection opened by the library, which knows addresses, passwords and TLS. This class reads the replies, since the library's
+    """A connection opened by the library, which handles addresses, passwords and TLS. This class reads the replies, because the library's
     way of reading each one costs too much."""
 
     def __init__(self, connection: AbstractConnection) -> None:
@@ -184,7 +186,8 @@ class _Line(asyncio.Protocol):
         self._transport.set_protocol(self)
 
     def exchange(self, commands: deque[PendingCommand], on_end: OnEnd) -> None:
-        """Send commands. Each is taken out of the deque when its reply comes. `on_end` is called once, unless the line is closed before."""
+        """Send commands. Each is removed from the deque when its reply arrives. `on_end` is called once, unless the line is closed
+        before."""
         self._sent, self._on_end, self.began = commands, on_end, self._loop.time()
         if not self.open:
             self._break(RedisConnectionError("the connection was lost"))
@@ -194,12 +197,12 @@ class _Line(asyncio.Protocol):
         self._transport.write(b"".join([packed for packed, _ in commands]))
 
     def close(self) -> None:
-        """Cut the connection without calling `on_end`."""
+        """Close the connection without calling `on_end`."""
         self.open, self._on_end = False, None
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Give each reply to the command that it belongs to."""
+        """Pass each reply to its command."""
         try:
             self._reader.feed(data)
             while (answer := self._reader.gets()) is not _NOTHING:
@@ -226,12 +229,12 @@ class _Line(asyncio.Protocol):
             on_end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Break off: the server has closed the connection, or `close` has."""
+        """End the exchange: the server or `close` has closed the connection."""
         self._before.connection_lost(error)
         self._break(RedisConnectionError(str(error or "the connection was lost")))
 
     def _check_time(self) -> None:
-        """Break off an exchange that takes too long. One timer serves all exchanges: setting one for each would cost more."""
+        """End an exchange that takes too long. One timer serves all exchanges, because a timer for each would cost more."""
         self._alarm = None
         if self.open and self._on_end is not None:
             left = self.began + ANSWER_S - self._loop.time()
@@ -248,11 +251,11 @@ class _Line(asyncio.Protocol):
 
 
 def _is_cut_off(connection: AbstractConnection) -> bool:
-    """Return whether a connection from the library's connection pool is dead: it would not report that by itself."""
+    """Return whether a connection from the library's connection pool is dead, which the library does not report."""
     return connection._reader is None or connection._reader.at_eof()
 
 
-#: What a reader gives when no reply is complete.
+#: The value that a reader returns when no reply is complete.
 _NOTHING = object()
 
 

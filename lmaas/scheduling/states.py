@@ -1,28 +1,28 @@
 """The states of tickets, and the other words that the functions in Redis share with their clients.
 
-`state.lua` has the same words under the same names; a test compares the two.
+`state.lua` has the same words under the same names, and a test compares the two.
 """
 
 from enum import StrEnum
 
-#: The code of a usage event that the scheduler writes for a ticket whose gateway is gone. Its status is UsageStatus.LOST.
+#: The code of a usage event that the scheduler writes for a ticket whose gateway has gone. Its status is UsageStatus.LOST.
 GATEWAY_LOST = "gateway_lost"
 
 
 class TicketState(StrEnum):
     """The state of a ticket in Redis. Any ticket may also end, which deletes it."""
 
-    #: It waits for a slot.
+    #: The ticket waits for a slot.
     QUEUED = "queued"
-    #: It holds a slot on a replica that still loads its adapter.
+    #: The ticket holds a slot on a replica that is still loading its adapter.
     LOADING = "loading"
-    #: Its gateway holds a lease.
+    #: The ticket's gateway holds a lease.
     GRANTED = "granted"
-    #: Its replica was removed. Its gateway has yet to notice, and to ask for another.
+    #: The ticket's replica was removed. Its gateway has yet to notice, and to request another one.
     REVOKED = "revoked"
-    #: It was delivered as often as it may be, and each time its replica failed. Its gateway has yet to end it.
+    #: The ticket was delivered as often as allowed, and each time its replica failed. Its gateway has yet to end it.
     FAILED = "failed"
-    #: Its adapter could not be loaded. Its gateway has yet to end it.
+    #: The ticket's adapter could not be loaded. Its gateway has yet to end it.
     LOAD_FAILED = "load_failed"
 
 
@@ -42,39 +42,39 @@ TRANSITIONS: dict[TicketState, frozenset[TicketState]] = {
 
 
 class NoTicket(StrEnum):
-    """The `state` of a report when there is no ticket: the reason why a submitted one was not taken, or that it is not known."""
+    """The `state` of a report without a ticket: the reason why a submitted ticket was refused, or that the ticket is unknown."""
 
     #: The tenant's queue is full.
     REFUSED = "refused"
     #: The pool's queue is full.
     REFUSED_BY_POOL = "refused_by_pool"
-    #: The tenant or the key is over a limit.
+    #: A limit of the tenant or the key is exceeded.
     LIMITED = "limited"
-    #: The month's figures are missing: submit it again with them.
+    #: The month's figures are missing. Submit the ticket again with them.
     UNSEEDED = "unseeded"
-    #: It has ended, or the server has lost its memory.
+    #: The ticket has ended, or the server has lost its memory.
     UNKNOWN = "unknown"
 
 
-#: Of these, the answers to a ticket that was submitted.
+#: The states that answer a submitted ticket.
 REFUSALS = frozenset({NoTicket.REFUSED, NoTicket.REFUSED_BY_POOL, NoTicket.LIMITED, NoTicket.UNSEEDED})
 
 
 class WaitPhase(StrEnum):
     """The cause of a ticket's wait."""
 
-    #: Engines are ready, and all slots are taken.
+    #: Engines are ready, but all slots are taken.
     BUSY = "busy"
-    #: An engine starts.
+    #: An engine is starting.
     STARTING = "starting"
-    #: No engine starts yet.
+    #: No engine is starting yet.
     ASKED = "asked"
-    #: An engine loads the ticket's adapter. Only clients use this one: for the functions, it is the state LOADING.
+    #: An engine loads the ticket's adapter. Used by clients only; for the functions, it is the state LOADING.
     LOADING = "loading"
 
 
 class RetryReason(StrEnum):
-    """The reason for which a gateway gives a lease back."""
+    """The reason why a gateway returns a lease."""
 
     #: The engine failed.
     ENGINE = "engine"
@@ -83,7 +83,7 @@ class RetryReason(StrEnum):
 
 
 class Signal(StrEnum):
-    """A message without content, besides the retry reasons: its receiver asks for the news itself."""
+    """A message without content, apart from the retry reasons. Its receiver then reads the details from the queue."""
 
     #: To a replica: there is an adapter to load.
     LOAD = "load"

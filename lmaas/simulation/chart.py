@@ -23,7 +23,7 @@ STYLES = {
     Arrangement.SHARED: ("#0072B2", "solid"),
 }
 FORMATS = (".png", ".svg", ".html")
-#: Points of a curve: more cannot be seen.
+#: The maximum number of points of a curve. More points would not be visible.
 POINTS = 2000
 TTFT_MARKS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 INK, FAINT = "#222222", "#dddddd"
@@ -40,7 +40,7 @@ def check_chart(path: Path) -> None:
 
 
 def write_chart(results: Sequence[Result], path: Path, title: str, notes: Sequence[str]) -> None:
-    """Draw the results in the format of the file's ending: .png, .svg or .html. Raises SettingsError if that is not possible."""
+    """Draw the results in the format of the file's suffix: .png, .svg or .html. Raises SettingsError if that is not possible."""
     check_chart(path)
     figure = _figure(results, title)
     try:
@@ -56,7 +56,7 @@ def _figure(results: Sequence[Result], title: str) -> "Figure":
     from matplotlib import rc_context  # noqa: PLC0415 (an extra)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    # The object alone, without pyplot: no window system, no state that is kept. The same numbers give the same file.
+    # The figure object without pyplot needs no window system and keeps no state. The same numbers give the same file.
     with rc_context({"svg.hashsalt": "lmaas", "font.size": 10, "svg.fonttype": "path"}):
         figure = Figure(figsize=(11, 7.2), layout="constrained")
         figure.suptitle(title, fontsize=13, color=INK)
@@ -81,7 +81,7 @@ def _draw_engines(axes: "Axes", results: Sequence[Result]) -> None:
         if result.arrangement is Arrangement.SHARED:
             axes.fill_between(times, counts, step="post", color=colour, alpha=0.15)
     most = max((result.tally.most_engines() for result in results), default=1)
-    # Below 2 linear, so that nought and one can be seen; above, each step is a factor.
+    # Linear below 2, so that 0 and 1 are visible, and logarithmic above.
     axes.set_yscale("symlog", linthresh=2, linscale=0.8)
     marks = [mark for mark in (*range(min(most, 4) + 1), 5, 10, 20, 50, 100, 200, 500, 1000) if mark <= most * 1.2]
     axes.set_yticks(marks, [str(mark) for mark in marks])

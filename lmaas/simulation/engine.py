@@ -1,4 +1,4 @@
-"""A model of one engine: steps that make one token for each running sequence, and take in the prompts of new ones."""
+"""A model of one engine, in steps that generate one token for each running sequence and process the prompts of new ones."""
 
 import heapq
 import math
@@ -12,7 +12,7 @@ from lmaas.simulation.profile import Profile
 
 @dataclass(slots=True)
 class Sequence:
-    """One request on the engine. `finish` is the step after which it has all its tokens, once its prompt is in."""
+    """One request on the engine. `finish` is the step after which it has all its tokens, once its prompt is processed."""
 
     name: int
     prompt_left: int
@@ -22,7 +22,7 @@ class Sequence:
 
 @dataclass(slots=True)
 class _Run:
-    """Steps of the same length, one after the other. At the end of the last, those of `begun` have their first token."""
+    """Consecutive steps of the same length. At the end of the last one, the sequences in `begun` have their first token."""
 
     number: int
     began_s: float
@@ -34,22 +34,22 @@ class _Run:
 class Engine:
     """Continuous batching: a new request joins at the next step, and a finished one leaves after its last step.
 
-    It accepts every request; the scheduler decides how many run at once. `on_first` and `on_done` are called with the name
-    of a sequence when it has its first token, and all of them.
+    It accepts every request; the scheduler decides how many run at once. `on_first` and `on_done` are called with the name of a sequence
+    when it has its first token and all its tokens.
     """
 
     def __init__(self, clock: Clock, profile: Profile, on_first: Callable[[int], None], on_done: Callable[[int], None]) -> None:
         self._clock, self._profile = clock, profile
         self._on_first, self._on_done = on_first, on_done
         self._arrived: list[Sequence] = []
-        #: By the step after which they finish.
+        #: The running sequences, ordered by the step after which they finish.
         self._running: list[tuple[int, int]] = []
         self._finish: dict[int, Sequence] = {}
         self._steps = 0
         self._run: _Run | None = None
         self._runs = 0
         self._planning = False
-        #: Seconds in which something ran.
+        #: The seconds in which at least one sequence ran.
         self.busy_s = 0.0
 
     def begin(self, name: int, prompt_tokens: int, completion_tokens: int) -> None:
@@ -62,7 +62,7 @@ class Engine:
             self._planning = True
             self._clock.after(0, self._go_on)
         elif self._run.steps > 1:
-            # It joins after the step that is under way.
+            # It joins after the current step.
             run = self._run
             steps = max(1, math.ceil((self._clock.now_s - run.began_s) / run.step_s - 1e-9))
             if steps < run.steps:
@@ -85,7 +85,7 @@ class Engine:
     def _end_run(self, number: int) -> None:
         run = self._run
         if run is None or run.number != number:
-            return  # it was cut short
+            return  # it was aborted
         self._run, self._planning = None, True
         self._steps += run.steps
         self.busy_s += run.steps * run.step_s

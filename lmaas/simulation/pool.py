@@ -34,7 +34,7 @@ class _Replica:
     launched_s: float
     engine: Engine
     state: Observed = Observed.STARTING
-    #: By the controller; from then on it is no longer one of those that are desired.
+    #: True once the controller stops the replica, which then no longer counts as desired.
     stopping: bool = False
     resident: set[str] = field(default_factory=set)
     loading: set[str] = field(default_factory=set)
@@ -70,7 +70,7 @@ class Pool:
         self._called_s = self._active_s = clock.now_s
         self._hearing = False
         for _ in range(scaling.policy.min_replicas):
-            # What is always on has been on before the trace begins.
+            # An engine that is always on has started before the trace begins.
             replica = self._launch_now()
             replica.state = Observed.READY
             self._beat(replica)
@@ -78,9 +78,9 @@ class Pool:
     # The gateway
 
     def submit(self, name: str, request: Request) -> None:
-        """A request arrives."""
+        """Submit a request that arrives."""
         if self._clock.now_s - self._called_s >= TICK_S:
-            # Supervisors have beaten all the time; nothing came of it.
+            # Supervisors have sent heartbeats since the last event, without effect.
             self._beat_all()
         if not any(replica.state is Observed.READY for replica in self._replicas.values()):
             self._tally.cold_requests += 1
@@ -151,7 +151,7 @@ class Pool:
         return self._queue.renew(self._name, progress)
 
     def _hear(self) -> None:
-        """Act on the scheduler's messages, each of which may lead to more."""
+        """Handle the scheduler's messages, each of which may cause more."""
         if self._hearing:
             return
         self._hearing = True
@@ -176,7 +176,7 @@ class Pool:
     # The controller
 
     def _keep_ticking(self) -> None:
-        # From now on every second, whatever was planned.
+        # From now on, tick every second, regardless of earlier plans.
         if not self._ticking or not self._replicas:
             self._ticking = True
             self._ticks += 1
@@ -184,7 +184,7 @@ class Pool:
 
     def _tick(self, number: int) -> None:
         if number != self._ticks:
-            return  # planned anew since
+            return  # it was planned anew
         if self._open:
             beating = self._beating()
             calls = (self._renewal(), *map(self._heartbeat, beating), self._queue.stats(self._name))
@@ -196,7 +196,7 @@ class Pool:
         else:
             self._tick_pool()
         quiet_s = 0.0 if self._open else self._quiet_s()
-        # Nothing can change until the next request comes, or for so long: ticks that change nothing are left out.
+        # Nothing can change until the next request or for this time, so ticks without effect are skipped.
         self._ticking = quiet_s is not None
         if quiet_s is not None:
             self._ticks += 1
@@ -215,14 +215,14 @@ class Pool:
             self._stats = self._queue.ask(self._queue.stats(self._name))
             self._hear()
         else:
-            # Known without asking: nothing waits, nothing runs.
+            # The statistics are known without a call, because nothing waits or runs.
             self._stats |= {"queued": 0, "load": 0, "idle_ms": (self._clock.now_s - self._active_s) * 1000}
         self._decide()
 
     def _decide(self) -> None:
         wanted = [replica for replica in self._replicas.values() if not replica.stopping]
         desired = self._scaling.desired(self._stats, len(wanted), self._clock.now_s)
-        # Fewest running requests first; of equals, one that is not ready yet, then the youngest.
+        # Fewest running requests first; among equals, replicas that are not ready, then the youngest.
         spare = sorted(wanted, key=lambda one: (one.requests, one.state is Observed.READY, -one.launched_s))
         for replica in spare[: max(0, len(wanted) - desired)]:
             replica.stopping = True
@@ -248,7 +248,7 @@ class Pool:
         return replica
 
     def _warm(self, replica: _Replica) -> None:
-        """The engine has started: load the adapters that are waited for, then be ready."""
+        """After the engine's start, load the adapters that requests wait for, then become ready."""
         if replica.state is not Observed.STARTING:
             return
         awaited = self._beat(replica).get("warm") or {}
@@ -283,12 +283,12 @@ class Pool:
         return reply
 
     def _load(self, replica: _Replica, reply: dict[str, Any]) -> None:
-        """Load what the scheduler wants loaded."""
+        """Load the adapters that the scheduler requests."""
         if replica.state is Observed.READY:
             for adapter in sorted(reply["loads"]):
                 if adapter not in replica.loading:
                     replica.loading.add(adapter)
-                    # Four at a time; the others wait for their turn.
+                    # Four load at a time; the others wait.
                     turns = -(-len(replica.loading) // LOADS_AT_ONCE)
                     self._clock.after(turns * self._profile.load_s, partial(self._loaded, replica, adapter, reply["used"]))
 
@@ -306,14 +306,14 @@ class Pool:
         self._hear()
 
     def _drain(self, replica: _Replica) -> None:
-        """Take no new work, and stop the engine after the last request."""
+        """Accept no new work, and stop the engine after the last request."""
         replica.state = Observed.DRAINING
         load = self._queue.ask(self._queue.drain(self._name, replica.id))
         self._hear()
         if load > 0:
             self._clock.after(0.1, partial(self._drain, replica))
             return
-        # Its process is on its way out.
+        # Its process is exiting.
         replica.state = Observed.STOPPED
         self._queue.ask(self._queue.deregister(self._name, replica.id))
         self._hear()
@@ -324,12 +324,12 @@ class Pool:
         self._count(replica, self._clock.now_s)
 
     def _count(self, replica: _Replica, ended_s: float) -> None:
-        # One that is stopped before its launch was never there.
+        # A replica that is stopped before its launch has a lifetime of zero.
         self._tally.spans.append(Span(replica.launched_s, max(replica.launched_s, ended_s)))
         self._tally.busy_s += replica.engine.busy_s
 
     def close(self, at_s: float) -> None:
-        """End the trace at this time. What still runs is counted until then."""
+        """End the trace at this time. Engines that still run are counted until then."""
         for replica in self._replicas.values():
             self._count(replica, at_s)
         self._replicas.clear()

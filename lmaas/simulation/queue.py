@@ -1,4 +1,4 @@
-"""The scheduler's real functions in a Valkey of the simulation's own, at the simulated time."""
+"""The scheduler's real functions at the simulated time, in the simulation's own Valkey."""
 
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
@@ -15,20 +15,20 @@ from lmaas.scheduling.client import Scheduler, library
 Answer = TypeVar("Answer")
 Message = tuple[str, str]
 
-#: What is changed in the library: where its time comes from, and where its messages go.
+#: The changes to the library: the source of its time, and the destination of its messages.
 CHANGES = (
     ("redis.call('TIME')", "redis.call('MGET', 'now:s', 'now:us')"),
     ("redis.call('PUBLISH', ", "redis.call('RPUSH', 'said', "),
 )
-#: The server's clock at the beginning of every simulation, in ms: some day in 2026.
+#: The server's clock at the beginning of every simulation, in ms: a day in 2026.
 BEGINNING_MS = 1_767_225_600_000
 TAKE_SAID: bytes = pack_command(("LPOP", "said", 1_000_000))  # type: ignore[arg-type]
 
 
 class Queue(Scheduler):
-    """The scheduler's client, except that a call is answered before it returns, at the time of `now_s`.
+    """A client of the scheduler whose calls complete before they return, at the time of `now_s`.
 
-    `take_messages` returns what was published since its last call.
+    `take_messages` returns the messages published since its last call.
     """
 
     def __init__(self, redis: Redis, now_s: Callable[[], float]) -> None:
@@ -44,7 +44,7 @@ class Queue(Scheduler):
         self._messages: list[Message] = []
 
     async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
-        """Return what the server replies, once `ask_all` has sent the call."""
+        """Return the server's reply, once `ask_all` has sent the call."""
         return await _Call((f"{self._prefix}_{function}", 1, f"lmaas:{{{pool}}}", *args))
 
     def ask(self, calling: Coroutine[Any, Any, Answer]) -> Answer:
@@ -67,13 +67,13 @@ class Queue(Scheduler):
         return [_answered(calling, reply) for calling, reply in zip(callings, replies[1::2], strict=True)]
 
     def take_messages(self) -> list[Message]:
-        """Channel and text of what was published, in order."""
+        """Return the channel and the text of each published message, in order."""
         taken, self._messages = self._messages, []
         return taken
 
 
 class _Call:
-    """A call on its way: gives what is to be sent, and is given the reply."""
+    """A call in progress, which returns the command to send and receives the reply."""
 
     def __init__(self, command: tuple[bytes | str | int, ...]) -> None:
         self._command = command

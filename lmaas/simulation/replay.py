@@ -1,4 +1,4 @@
-"""Replays a trace through one arrangement of engines after the other."""
+"""Replays a trace with each arrangement of engines in turn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ MS_PER_HOUR = 3_600_000
 
 
 class Arrangement(StrEnum):
-    """The arrangements: which tenants have engines of their own, and when."""
+    """The arrangements: which tenants have their own engines, and when these run."""
 
     ALWAYS_ON = "always-on per tenant"
     SCALE_TO_ZERO = "scale-to-zero per tenant"
@@ -29,10 +29,10 @@ class Arrangement(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The parameters of a simulation. The idle timeout is the same for all arrangements; only the shared pool may have more than one
+    """The parameters of a simulation. The idle timeout is the same for all arrangements. Only the shared pool may have more than one
     engine.
 
-    `engine_price` is in micro-dollars per hour of an engine. A request that has waited for `deadline_s` is given up.
+    `engine_price` is in micro-dollars per hour of an engine. A request that has waited for `deadline_s` expires.
     """
 
     profile: Profile = field(default_factory=Profile)
@@ -43,7 +43,7 @@ class Options:
     engine_price: int = 400_000
 
     def policy(self, arrangement: Arrangement) -> Policy:
-        """The autoscaler's bounds."""
+        """Return the autoscaler's bounds."""
         low = 1 if arrangement is Arrangement.ALWAYS_ON else 0
         high = self.max_replicas if arrangement is Arrangement.SHARED else 1
         return Policy(low, high, self.idle_timeout_s, self.profile.slots)
@@ -60,11 +60,11 @@ class Result:
 
     @property
     def cost_microusd(self) -> int:
-        """The engines' time at their price."""
+        """The price of the engines' time."""
         return round(round(self.tally.engine_s * 1000) * self.engine_price / MS_PER_HOUR)
 
     def ttft_percentile_s(self, percent: float) -> float:
-        """This percentile of the times to first token."""
+        """Return this percentile of the times to first token."""
         return percentile(self.ttft_s, percent)
 
 

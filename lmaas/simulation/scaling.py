@@ -1,4 +1,4 @@
-"""Calls the real autoscaler, and keeps its memory between two decisions."""
+"""Calls the real autoscaler, and keeps its state between decisions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ class Scaling:
         self._state = ScalingState()
 
     def desired(self, stats: Mapping[str, Any], current: int, now_s: float) -> int:
-        """The decision for a pool of `current` replicas. `stats` is the scheduler's answer of that name."""
+        """Return the decision for a pool of `current` replicas. `stats` is the reply of the scheduler's function of that name."""
         demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
         scale = decide(demand, self.policy, current, self._state, now_s)
         self._state = scale.state
         return scale.replicas
 
     def quiet_s(self, idle_s: float) -> float | None:
-        """For how long a pool without replicas, idle for `idle_s`, will have none; None: until a request comes."""
+        """Return the seconds for which a pool without replicas, idle for `idle_s`, will have none. None means until the next request."""
         plan = self._state.idleness.plan
         if plan is None or plan.ready_s is None or plan.until_s is None or idle_s >= plan.until_s:
             return None

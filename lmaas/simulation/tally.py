@@ -1,4 +1,4 @@
-"""Counts of a running simulation."""
+"""The counts of a running simulation."""
 
 import math
 from array import array
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One engine's life: from its launch to the end of its process, in seconds of the trace."""
+    """The lifetime of one engine: from its launch to the end of its process, in seconds of the trace."""
 
     launched_s: float
     ended_s: float
@@ -16,31 +16,31 @@ class Span:
 
 @dataclass(slots=True)
 class Tally:
-    """The results of the requests, and the lives of the engines."""
+    """The results of the requests, and the lifetimes of the engines."""
 
     ttft_s: "array[float]" = field(default_factory=lambda: array("d"))
     total_s: "array[float]" = field(default_factory=lambda: array("d"))
     completed: int = 0
-    #: Not served before the deadline, and not taken since too many waited.
+    #: Requests that were not served before the deadline, and requests refused because too many waited.
     expired: int = 0
     refused: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    #: Requests that came when no engine was ready, and engines that were started.
+    #: Requests that arrived when no engine was ready, and engines that were started.
     cold_requests: int = 0
     starts: int = 0
     busy_s: float = 0.0
-    #: When the last request was completed.
+    #: The time at which the last request was completed.
     last_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
 
     @property
     def engine_s(self) -> float:
-        """All engines' time: start, idle and stop included."""
+        """The time of all engines, including start, idle time and stop."""
         return math.fsum(span.ended_s - span.launched_s for span in self.spans)
 
     def most_engines(self) -> int:
-        """The most engines that there were at the same time."""
+        """The largest number of engines at the same time."""
         return max((count for _, count in engines_over_time(self.spans)), default=0)
 
 
@@ -58,5 +58,5 @@ def engines_over_time(spans: Sequence[Span]) -> list[tuple[float, int]]:
 
 
 def percentile(figures: Sequence[float], percent: float) -> float:
-    """The smallest of the sorted `figures` that `percent` of a hundred do not exceed (nearest rank); NaN if there are none."""
+    """Return the percentile of the sorted `figures` by nearest rank, NaN if there are none."""
     return figures[max(0, math.ceil(len(figures) * percent / 100) - 1)] if figures else math.nan

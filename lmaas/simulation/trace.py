@@ -13,9 +13,9 @@ from typing import TextIO
 
 from lmaas.errors import LmaasError
 
-#: What no request has, and no engine takes.
+#: A number of tokens that no request has and no engine accepts.
 MAX_TOKENS = 10_000_000
-#: Seconds beyond this are no time of a trace (it is the year 5138), and cannot be told apart to the millisecond for long.
+#: The latest valid time (the year 5138). Far larger numbers lose the precision of a millisecond.
 MAX_TIME_S = 1e11
 WRITTEN = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
 
@@ -49,8 +49,8 @@ AZURE = Columns("TIMESTAMP", None, None, "ContextTokens", "GeneratedTokens")
 class Assignment:
     """The rule that assigns requests to tenants and adapters if a trace does not contain them.
 
-    In each slot of time a tenant is there or not, by the seed; a request is of one of those that are there, more popular ones more
-    often (the n-th with 1/n^`zipf`). A tenant uses one adapter, again the popular ones more often.
+    The seed decides which tenants are active in each slot of time. A request belongs to one of the active tenants, with more popular ones
+    more often (the n-th with 1/n^`zipf`). A tenant uses one adapter, again the popular ones more often.
     """
 
     tenants: int = 50
@@ -63,7 +63,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request. `at_s` is in seconds after the first of the trace; `adapter` is empty for the base model."""
+    """One request. `at_s` is in seconds after the first request of the trace. `adapter` is empty for the base model."""
 
     at_s: float
     tenant: str
@@ -73,9 +73,9 @@ class Request:
 
 
 class Trace:
-    """Requests in the order of time, in 28 bytes each: a day of millions fits into memory.
+    """Requests in the order of time, in 28 bytes each, so that a day with millions of requests fits into memory.
 
-    `remarks` report what was corrected while it was read.
+    `remarks` report corrections that were made during reading.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Trace:
         self._completion_tokens.append(completion_tokens)
 
     def ordered(self) -> "Trace":
-        """The same requests in the order of time, from 0 on. Raises TraceError if there is none."""
+        """Return the same requests in the order of time, starting at 0. Raises TraceError if there are none."""
         if not self._at_s:
             raise TraceError("The trace is empty: there is no request in it.")
         late = sum(later < earlier for earlier, later in pairwise(self._at_s))
@@ -138,7 +138,7 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """All prompt tokens and all completion tokens."""
+        """The total numbers of prompt tokens and of completion tokens."""
         return sum(self._prompt_tokens), sum(self._completion_tokens)
 
 
@@ -156,7 +156,7 @@ class _Assigned:
         rule = self._rule
         slot = math.floor(at_s / rule.slot_s)
         if slot != self._slot:
-            # By the slot alone, so that the order of lines does not matter for who is there.
+            # Depends on the slot only, so that the order of lines does not change which tenants are active.
             there = random.Random(f"{rule.seed}/{slot}")  # noqa: S311
             self._slot, self._present = slot, [number for number in range(rule.tenants) if there.random() < rule.present] or [0]
             self._weights = [(number + 1) ** -rule.zipf for number in self._present]
@@ -211,7 +211,7 @@ def _read(file: TextIO, columns: Columns | None, rule: Assignment) -> Trace:
         if not tenant:
             raise TraceError(f"line {line} names no tenant.")
         adapter = assigned.adapter() if columns.adapter is None else row[at[columns.adapter]].strip()
-        # An adapter belongs to its tenant: of two tenants' adapters of the same name, each has its own.
+        # An adapter belongs to its tenant. Two tenants' adapters of the same name are different.
         trace.add(at_s, tenant, f"{tenant}/{adapter}" if adapter else "", max(1, prompt), max(1, completion))
         raised += prompt == 0 or completion == 0
     if raised:
@@ -236,7 +236,7 @@ def _places(columns: Columns, header: list[str]) -> dict[str, int]:
 
 
 def _time(text: str, line: int) -> tuple[float, bool]:
-    """Seconds, and whether it was a date."""
+    """Return the time in seconds, and whether it was a date."""
     try:
         seconds = float(text)
     except ValueError:

@@ -1,9 +1,11 @@
 """The audit log in the database."""
 
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from lmaas.audit import Audit
+from lmaas.audit import Action, Audit
+from lmaas.store.database import Database
+from lmaas.store.scopes import OPERATOR
 from lmaas.store.tables import audit_log
 
 
@@ -16,3 +18,12 @@ async def record(connection: AsyncConnection, audit: Audit | None, tenant_id: st
     if audit is not None:
         values = {"actor": audit.actor, "key_id": audit.key_id, "request_id": audit.request_id}
         await connection.execute(insert(audit_log).values(tenant_id=tenant_id, action=audit.action.value, target=target, **values))
+
+
+async def targets(db: Database, action: Action, actor: str) -> set[str]:
+    """Return what an actor did an action to, among what belongs to the operators."""
+    query = select(audit_log.c.target).where(
+        audit_log.c.tenant_id.is_(None), audit_log.c.action == action.value, audit_log.c.actor == actor
+    )
+    async with db.begin(OPERATOR) as connection:
+        return set((await connection.execute(query)).scalars())

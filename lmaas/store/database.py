@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import psycopg
 from psycopg.errors import InsufficientPrivilege, InvalidParameterValue
+from psycopg.pq import Conninfo
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -19,11 +20,20 @@ from lmaas.store.scopes import SYSTEM, AnyScope, begin_statement
 
 
 def driver_url(url: str) -> str:
-    """`url` with the driver that we use, whatever dialect name it came with (`postgres://`, `postgresql://`)."""
+    """Return `url` with the driver that we use, whatever dialect name it came with (`postgres://`, `postgresql://`).
+
+    Raises SettingsError, without the URL's password, for what is not the URL of a Postgres database.
+    """
     try:
         parsed = make_url(url.replace("postgres://", "postgresql://", 1))
-    except ArgumentError:
-        raise SettingsError("LMAAS_DATABASE_URL is not the URL of a database, such as postgresql://user:password@host/name.") from None
+        is_postgres = parsed.get_backend_name() == "postgresql"
+    except (ArgumentError, ValueError):
+        is_postgres = False
+    if not is_postgres:
+        raise SettingsError("LMAAS_DATABASE_URL is not the URL of a database, such as postgresql://user:password@host/name.")
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    if unknown := sorted(set(parsed.query) - known):
+        raise SettingsError(f"LMAAS_DATABASE_URL has the option {unknown[0]!r}, which Postgres does not know. Remove it.")
     return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 

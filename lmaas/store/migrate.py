@@ -8,7 +8,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, pool, text
-from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import InterfaceError, NotSupportedError, OperationalError, ProgrammingError
 
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.store.database import driver_url
@@ -25,6 +25,8 @@ LOCK_TIMEOUT_S = 3.0
 #: For how long that is tried again, with pauses in which the others get through: doubled each time, up to the last.
 RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
+#: How long a migration waits for another one.
+WAIT_S = 120.0
 #: Postgres' codes for a lock timeout and a deadlock.
 LOCKED = ("55P03", "40P01")
 NO_PASSWORDS: Mapping[DatabaseRole, str] = {}
@@ -34,16 +36,14 @@ def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passw
     """Run the missing migrations, each of them whole or not at all, and set roles, rights and policies. Two at once wait for each other.
 
     `prefix` begins the roles' names; roles in `passwords` may log in with them. With another `to` than `head`, rights and policies stay
-    as they are. Raises Unavailable if the database cannot be reached, or (`database_busy`) if a table is locked by others for
-    RETRY_FOR_S, and SettingsError if the login may not do what is missing.
+    as they are. Raises Unavailable if the database cannot be reached, or (`database_busy`) if another migration runs for WAIT_S or a
+    table is locked by others for RETRY_FOR_S, and SettingsError if the login may not do what is missing.
     """
     engine = create_engine(driver_url(database_url), poolclass=pool.NullPool)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     with _connected(engine) as connection:
-        # Another migration may take a while; one that hangs must not hang us.
-        connection.execute(text("SET lock_timeout = '120s'"))
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+        _lock(connection)
         connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT_S * 1000:.0f}ms'"))
         connection.execute(text("SET statement_timeout = '60s'"))
         connection.commit()
@@ -55,12 +55,31 @@ def upgrade(database_url: str, to: str = "head", *, prefix: str = "lmaas", passw
     engine.dispose()
 
 
+def _lock(connection: Connection) -> None:
+    """Wait for another migration, which may take a while. One that hangs must not hang this one."""
+    connection.execute(text(f"SET lock_timeout = '{WAIT_S * 1000:.0f}ms'"))
+    try:
+        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) not in LOCKED:
+            raise
+        raise Unavailable(
+            f"Another migration of this database has been running for more than {WAIT_S:.0f} s. Nothing was changed. Wait until it has "
+            "ended, or end it if it hangs (pg_stat_activity shows it), and run it again.",
+            code="database_busy",
+            retry_after_s=60,
+        ) from error
+
+
 def _connected(engine: Engine) -> Connection:
     try:
         return engine.connect()
     except OperationalError as error:
         why = " ".join(str(error.orig).split())
         raise Unavailable(f"The database cannot be reached: {why}", code="database_unavailable", retry_after_s=2) from error
+    except (ProgrammingError, InterfaceError, NotSupportedError) as error:
+        # The driver refuses a value of the URL. Its text may have any of them, so it is not shown.
+        raise SettingsError("LMAAS_DATABASE_URL has a value that the database driver refuses. Check each of its parts.") from error
 
 
 def parse_passwords(text: str) -> dict[DatabaseRole, str]:

@@ -1,7 +1,7 @@
-"""Database roles, their rights, and which rows each of them sees. `lmaas migrate` brings a database to exactly this.
+"""Database roles, their rights, and the rows that each of them sees. `lmaas migrate` changes a database to match this module.
 
-A table that is not listed here cannot be used by any process. A new table with a tenant needs an entry whose grants name the
-tenant's rows; a test fails without one. docs/tenancy.md explains the roles.
+A table that is not listed here cannot be used by any process. A new table with a tenant needs an entry whose grants name the tenant's rows;
+a test fails without one. docs/tenancy.md explains the roles.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ class DatabaseRole(StrEnum):
 
     #: Owns every table, and never logs in.
     OWNER = "owner"
-    #: Runs migrations: a member of the owner.
+    #: Runs migrations, as a member of the owner.
     MIGRATOR = "migrator"
     #: Gateways. Sees the tenant that its transaction names.
     GATEWAY = "gateway"
     #: An operator's requests: gateways assume it for one transaction. Sees all tenants.
     OPERATOR = "operator"
-    #: The lookup of one key by its hash: gateways assume it for one transaction.
+    #: Looks up one key by its hash. Gateways assume it for one transaction.
     AUTHENTICATOR = "authenticator"
-    #: Signs of life for running idempotency claims of all tenants: gateways assume it for one transaction.
+    #: Renews the running idempotency claims of all tenants. Gateways assume it for one transaction.
     CLAIMS = "claims"
     CONTROLLER = "controller"
     #: Supervisors of replicas.
@@ -49,7 +49,7 @@ ASSUMES: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {GATEWAY: (OPERATOR, 
 #: Roles whose rights a role inherits.
 INHERITS: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {MIGRATOR: (OWNER,)}
 
-#: Which rows. `current_setting` is stable: the planner evaluates it once, and reads an index with it.
+#: The conditions on rows. `current_setting` is stable, so the planner evaluates it once and can use an index.
 TENANT = "current_setting('lmaas.tenant', true)"
 OWN = f"tenant_id = {TENANT}"
 ITSELF = f"id = {TENANT}"
@@ -61,7 +61,7 @@ NONE = "false"
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """One command on one table: for `rows` that are there, for new ones that pass `check`, and for `columns` (none: for all)."""
+    """One command on one table: for existing `rows`, for new ones that pass `check`, and for `columns` (none means all)."""
 
     command: str
     rows: str = ALL
@@ -70,7 +70,7 @@ class Grant:
 
 
 def lock(column: str, rows: str = ALL) -> Grant:
-    """Grant row locks (`SELECT … FOR SHARE` and stronger), which Postgres allows with UPDATE only, and no change of any row."""
+    """Grant row locks (`SELECT … FOR SHARE` and stronger) without any change of a row. Postgres allows locks only with the UPDATE right."""
     return Grant("UPDATE", rows, (column,), NONE)
 
 
@@ -87,7 +87,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     },
     "api_keys": {
         GATEWAY: (
-            # No tenant's own request reads a hash, or makes an operator.
+            # A tenant's own request cannot read a hash or create an operator.
             Grant("SELECT", OWN, _KEY),
             Grant("INSERT", check=f"{OWN} AND role <> 'operator'"),
             Grant("UPDATE", OWN, ("revoked_at", *_LIMITS)),
@@ -111,7 +111,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "usage_events": {
         GATEWAY: (Grant("SELECT", OWN),),
         OPERATOR: (Grant("SELECT"),),
-        # An event changes only if it stands in for one that was lost.
+        # An event changes only if it replaces the stand-in for a lost one.
         CONTROLLER: (
             Grant("SELECT"),
             Grant("INSERT"),
@@ -125,13 +125,13 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         CONTROLLER: (Grant("SELECT"), Grant("DELETE"), lock("key")),
     },
     "audit_log": {
-        # It can be added to, and never changed.
+        # Records can be added, and never changed.
         GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
         OPERATOR: (Grant("SELECT"), Grant("INSERT")),
     },
 }
 
-#: Tables without tenants. Those with row-level security have it for their locks.
+#: Tables without tenants. Those with row-level security have it because of their locks.
 SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "base_models": {
         GATEWAY: (Grant("SELECT"), lock("id")),
@@ -157,11 +157,11 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         CONTROLLER: (Grant("SELECT"),),
         REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
     },
-    # Only triggers write it, as the owner.
+    # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},
     "alembic_version": {},
 }
-#: Tables without tenants that have row-level security, since some roles may lock their rows and not change them.
+#: Tables without tenants that have row-level security, because some roles may lock their rows but not change them.
 LOCKED_ONLY = frozenset({"base_models"})
 #: Sequences behind the columns that these roles insert into.
 SEQUENCES: Mapping[str, tuple[DatabaseRole, ...]] = {"audit_log_id_seq": (GATEWAY, OPERATOR)}
@@ -191,7 +191,7 @@ def policies(prefix: str, table: str) -> dict[str, str]:
     """Return the row-level policies of a table by their names, each as what follows `CREATE POLICY name ON table`."""
     if table not in GUARDED:
         return {}
-    # Data migrations and foreign keys need all rows. No process is the owner.
+    # Data migrations and foreign keys need all rows. No process runs as the owner.
     found = {"owner_all": f"FOR ALL TO {role_name(prefix, OWNER)} USING (true) WITH CHECK (true)"}
     for role, grants in TABLES[table].items():
         for grant in grants:

@@ -1,7 +1,7 @@
-"""Creates the database roles, and brings ownership, rights and row-level policies to what `lmaas.store.rights` says.
+"""Creates the database roles, and changes ownership, rights and row-level policies to match `lmaas.store.rights`.
 
-Everything here may run again at any time: it changes only what differs, so a database that is right is not locked. Roles belong to a
-whole cluster, so services that share one have different prefixes.
+Everything here may be repeated at any time. It changes only what differs, so a correct database is not locked. Roles belong to a whole
+cluster, so services that share a cluster need different prefixes.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from sqlalchemy.exc import IntegrityError, InternalError, ProgrammingError
 from lmaas.errors import SettingsError
 from lmaas.store.rights import ASSUMES, GUARDED, INHERITS, LOGINS, SEQUENCES, TABLES, DatabaseRole, policies, privileges, role_name
 
-#: Postgres' code for what the login may not do.
+#: Postgres' code for an action that the login is not allowed.
 _FORBIDDEN = "42501"
-#: Postgres' words for two changes of one role or membership, which have no code of their own.
+#: Texts in Postgres' errors about two concurrent changes of one role or membership, which have no code.
 _CONCURRENTLY = ("tuple concurrently updated", "pg_auth_members")
 ATTEMPTS = 20
 
-#: Other things in the schema are not ours to change.
+#: The tables and sequences to manage. Other objects in the schema are not changed.
 _OURS = [*TABLES, *SEQUENCES]
 
 _ROLES = text("SELECT rolname, rolcanlogin, rolinherit, rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = ANY(:names)")
-#: Since Postgres 16, whoever creates a role is a member of it that may not act as it.
+#: Since Postgres 16, the creator of a role is a member of it, but may not act as it.
 _MAY_ACT_AS = text(
     "SELECT pg_has_role(:member, :role, CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)"
 )
@@ -62,13 +62,13 @@ _POLICIES = text(
 
 
 def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[DatabaseRole, str]) -> None:
-    """Create the roles that are missing and give them to each other; set the passwords that are given.
+    """Create missing roles and their memberships, and set the given passwords.
 
     Raises SettingsError with the statements for an administrator if the login may not create roles.
     """
     statements = list(_missing(connection, prefix))
     for role, password in passwords.items():
-        # In a cluster's log a password would be one that others read: it is encrypted here.
+        # Passwords are encrypted here, because a cluster's log may contain the statement and be read by others.
         secret = _encrypted(connection, role_name(prefix, role), password)
         statements.append(f"ALTER ROLE {role_name(prefix, role)} LOGIN PASSWORD {Literal(secret).as_string(None)}")
     _run(connection, statements, "create or change database roles")
@@ -92,7 +92,7 @@ def adopt(connection: Connection, prefix: str) -> None:
 
 
 def guard(connection: Connection, prefix: str) -> None:
-    """Bring policies and rights to what `lmaas.store.rights` says. The connection acts as the owner's role."""
+    """Change policies and rights to match `lmaas.store.rights`. The connection acts as the owner's role."""
     found: dict[str, dict[str, str]] = {}
     security: dict[str, tuple[bool, bool]] = {}
     for table, enabled, forced, name, digest in connection.execute(_POLICIES, {"names": list(TABLES)}):
@@ -106,7 +106,7 @@ def guard(connection: Connection, prefix: str) -> None:
         digests = {name: hashlib.sha256(clauses.encode()).hexdigest() for name, clauses in wanted.items()}
         if digests == found[table] and security[table] == (table in GUARDED, table in GUARDED):
             continue
-        # Whole or not at all: at no moment does a running process see less than before.
+        # In one transaction, so that a running process never sees fewer rows than before.
         with connection.begin():
             for name in found[table]:
                 connection.execute(text(f'DROP POLICY "{name}" ON {table}'))
@@ -122,7 +122,7 @@ def _grant(connection: Connection, prefix: str) -> None:
     ours, wanted = {role_name(prefix, role) for role in DatabaseRole if role is not DatabaseRole.OWNER} | {"public"}, privileges(prefix)
     with connection.begin():
         sequences = {row[0] for row in connection.execute(text("SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"))}
-        # A right that is taken from a table is taken from its columns too: what is left is read again.
+        # Revoking a right on a table also revokes it on its columns, so the remaining rights are read again.
         for verb, joint in (("REVOKE", "FROM"), ("GRANT", "TO")):
             found = {tuple(row) for row in connection.execute(_PRIVILEGES, {"names": _OURS}) if row[1] in ours}
             for thing, role, command, column in sorted(found - wanted if verb == "REVOKE" else wanted - found):
@@ -136,7 +136,7 @@ def _names(prefix: str) -> list[str]:
 
 
 def _missing(connection: Connection, prefix: str) -> Iterator[str]:
-    """The statements that create what is missing of the roles and their memberships."""
+    """Return the statements that create the missing roles and memberships."""
     names = _names(prefix)
     known = {row[0]: row for row in connection.execute(_ROLES, {"names": names})}
     login, is_super = connection.execute(text("SELECT session_user, rolsuper FROM pg_roles WHERE rolname = session_user")).one()
@@ -152,7 +152,7 @@ def _missing(connection: Connection, prefix: str) -> Iterator[str]:
             yield f"GRANT {role_name(prefix, granted)} TO {role_name(prefix, role)}"
     if is_super or login in names:
         return
-    # One login for everything: it assumes the roles, and keeps what it could do as the owner, for the release that still runs.
+    # If one login serves everything, it assumes the roles. It keeps the owner's rights for the release that is still running.
     quoted = connection.execute(text("SELECT quote_ident(session_user)")).scalar_one()
     for role in DatabaseRole:
         if role is not DatabaseRole.MIGRATOR and not _may_act_as(connection, {*known, login}, login, role_name(prefix, role)):
@@ -180,7 +180,7 @@ def _run(connection: Connection, statements: list[str], what: str) -> None:
 
 
 def _execute(connection: Connection, statement: str) -> None:
-    """Execute a statement about roles, which another database's migration may change at the same moment."""
+    """Execute a statement about roles, which another database's migration may change at the same time."""
     for attempt in range(ATTEMPTS):
         try:
             with connection.begin():
@@ -194,14 +194,14 @@ def _execute(connection: Connection, statement: str) -> None:
 
 
 def _quietly(statement: str) -> str:
-    """`CREATE ROLE` that is no error if another migration of the cluster creates it at the same time."""
+    """Return a `CREATE ROLE` that is no error if another migration of the cluster creates the role at the same time."""
     if not statement.startswith("CREATE ROLE "):
         return statement
     return f"DO $$ BEGIN {statement}; EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$"
 
 
 def _refuse_powerful(connection: Connection, prefix: str) -> None:
-    """Raise SettingsError if a role could pass by the policies: what an administrator made by hand may be more than is right."""
+    """Raise SettingsError if a role could bypass the policies, because an administrator may have granted it more than it should have."""
     names = _names(prefix)
     for name, _, _, powerful in connection.execute(_ROLES, {"names": names}):
         if powerful:

@@ -107,6 +107,8 @@ def read_credentials(settings: Settings) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise SettingsError(f"{settings.credentials_path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise SettingsError(f"{settings.credentials_path} is not a file of credentials. Remove it, and `lmaas up` writes a new one.")
     return found
 
 
@@ -129,5 +131,7 @@ async def ensure_operator_key(settings: Settings, db: Database) -> str:
         key = new_key()
         name = f"lmaas up, {time.strftime('%Y-%m-%d')}"
         await create_key(db, None, Role.OPERATOR, name, hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))
-    write_credentials(settings, {"base_url": settings.base_url, "operator_key": key, "tenants": credentials.get("tenants", {})})
+    tenants = credentials.get("tenants")
+    tenants = tenants if isinstance(tenants, dict) else {}
+    write_credentials(settings, {"base_url": settings.base_url, "operator_key": key, "tenants": tenants})
     return key

@@ -2,17 +2,18 @@
 
 from rich.console import Console
 
-from lmaas.audit import Action, Audit
+from lmaas.audit import SYSTEM_ACTOR, Action, Audit
 from lmaas.config import Settings
 from lmaas.errors import Conflict, SettingsError
 from lmaas.keys import check_given_key, hash_key, shown_prefix
+from lmaas.store.audit import targets
 from lmaas.store.database import Database
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_key
 from lmaas.types import Role
 from lmaas.up.bootstrap import register_model
 
-#: The name of the key, by which a later run finds the key to replace.
+#: The name of the key, by which a later run finds the key to replace, among those that no operator made.
 KEY_NAME = "LMAAS_OPERATOR_KEY"
 
 
@@ -37,12 +38,15 @@ async def initialise(settings: Settings, console: Console) -> None:
 async def put_operator_key(db: Database, key: str) -> str:
     """Register the key and revoke the one that an earlier call registered; return `created` or `unchanged`.
 
+    Keys that earlier calls registered are found in the audit log. A key that an operator created is kept, even if it has the same name.
+
     Raises SettingsError if the key was revoked, or is a tenant's key.
     """
     known = await find_principal(db, hash_key(key))
     if known is not None and known.role is not Role.OPERATOR:
         raise SettingsError("LMAAS_OPERATOR_KEY is a tenant's key. Set another one.")
-    mine = [entry for entry in await list_keys(db, None) if entry.name == KEY_NAME and entry.revoked_at is None]
+    made = await targets(db, Action.KEY_CREATE, SYSTEM_ACTOR)
+    mine = [entry for entry in await list_keys(db, None) if entry.name == KEY_NAME and entry.id in made and entry.revoked_at is None]
     if known is None:
         try:
             await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))

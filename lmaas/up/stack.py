@@ -20,9 +20,9 @@ from lmaas.control.ending import END_GRACE_S, end_replicas
 from lmaas.control.provisioners.local import LocalProvisioner, zygote_of
 from lmaas.engine.launch import expect, spec_of
 from lmaas.errors import LmaasError, SettingsError, SettingUp
-from lmaas.manifests.apply import apply, described, working_keys
+from lmaas.manifests.apply import apply, described, working_credentials
 from lmaas.manifests.client import ApiClient
-from lmaas.manifests.folder import read_folder
+from lmaas.manifests.folder import Manifests, read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
 from lmaas.scheduling.client import connect
@@ -194,19 +194,16 @@ class Stack:
         return False
 
     def _apply(self, settings: Settings, operator_key: str) -> None:
-        """Apply the manifests, and ensure that the credentials file has working keys of their tenants."""
-        if not settings.tenants.exists():
-            return
-        manifests = read_folder(settings.tenants)
+        """Apply the manifests, and ensure that the credentials file has working keys of their tenants, and no keys that do not work."""
+        manifests = read_folder(settings.tenants) if settings.tenants.exists() else Manifests()
         client = ApiClient(settings.base_url, operator_key)
         try:
             for change in apply(manifests, client):
                 if change.outcome != "unchanged":
                     self._console.print(*(f"  {line}" for line in described(change)), sep="\n", markup=False, highlight=False)
             credentials = read_credentials(settings)
-            for manifest in manifests.tenants:
-                known = credentials["tenants"].get(manifest.name, {})
-                credentials["tenants"][manifest.name] = working_keys(manifest.name, known, client)
+            names = [manifest.name for manifest in manifests.tenants]
+            credentials["tenants"] = working_credentials(credentials["tenants"], names, client)
             write_credentials(settings, credentials)
         finally:
             client.close()
@@ -216,7 +213,7 @@ class Stack:
         self._say("No engine runs until the first request.")
         self._say(f"Credentials: {settings.credentials_path}")
         self._say(f"Logs:        {settings.home / 'logs'}")
-        tenant = next(iter(read_credentials(settings)["tenants"]), None)
+        tenant = next((name for name, keys in read_credentials(settings)["tenants"].items() if "api_key" in keys), None)
         if tenant is not None:
             self._say("\nTry it:")
             self._say(example(settings, tenant, model.name))

@@ -84,7 +84,7 @@ async def no_database() -> AsyncIterator[Database]:
 
 @pytest.fixture(scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[UnreachableGateway]:
-    """A gateway without a database and a queue, for what it refuses by itself."""
+    """A gateway without a database and a queue, for requests that it refuses without them."""
     async with unreachable_gateway(tmp_path_factory.mktemp("home")) as found:
         yield found
 

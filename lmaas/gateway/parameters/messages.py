@@ -174,7 +174,7 @@ def _wrapped(text: str) -> str:
 
 
 def _is_plain_object(text: str) -> bool:
-    """Whether an engine can parse the text as an object, and a chat template can show it."""
+    """Return whether an engine can parse the text as an object, and a chat template can show it."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -26,7 +26,7 @@ class Endpoint(StrEnum):
 
 
 class Treatment(StrEnum):
-    """What happens to a parameter."""
+    """The treatment of a parameter."""
 
     FORWARDED = "forwarded"
     ACCEPTED = "accepted"

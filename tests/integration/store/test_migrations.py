@@ -105,3 +105,15 @@ def test_a_table_that_stays_locked_is_an_error_that_says_so(older_url: str, read
     reader.rollback()
     upgrade(older_url)
     assert version(older_url) != "0001"
+
+
+def test_another_migration_that_takes_too_long_is_an_error_that_says_so(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "WAIT_S", 0.05)
+    engine = create_engine(driver_url(database_url))
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": migrate.LOCK})
+        with pytest.raises(Unavailable, match=r"Another migration of this database has been running") as refused:
+            upgrade(database_url)
+    engine.dispose()
+    assert refused.value.error_code == "database_busy"
+    upgrade(database_url)

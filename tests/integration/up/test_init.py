@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import select
 
+from lmaas.audit import Action, Audit
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.keys import hash_key, new_key
@@ -17,7 +18,7 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import audit_log
 from lmaas.store.tenants import create_key, create_tenant, find_principal, list_keys, revoke_key
 from lmaas.types import Role
-from lmaas.up.init import initialise, put_operator_key
+from lmaas.up.init import KEY_NAME, initialise, put_operator_key
 
 
 async def test_everything_a_service_needs(settings: Settings, db: Database, model_folder: Path) -> None:
@@ -75,6 +76,16 @@ async def test_another_key_replaces_the_last_one(db: Database) -> None:
     with pytest.raises(SettingsError, match="revoked"):
         await put_operator_key(db, old)
     assert await find_principal(db, hash_key(new)) is not None, "a failure must not lock the operator out"
+
+
+async def test_an_operators_key_of_that_name_stays(db: Database) -> None:
+    old, new, other = new_key(), new_key(), new_key()
+    audit = Audit(Action.KEY_CREATE, "operator", "key_1", "req_1")
+    await create_key(db, None, Role.OPERATOR, KEY_NAME, hash_key(other), "sk-lmaas-other", audit=audit)
+    for key in (old, new):
+        assert await put_operator_key(db, key) == "created"
+    assert await find_principal(db, hash_key(old)) is None
+    assert await find_principal(db, hash_key(other)) is not None
 
 
 async def test_a_key_that_was_made_otherwise_is_taken_as_it_is(db: Database) -> None:

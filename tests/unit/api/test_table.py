@@ -3,13 +3,15 @@
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 
 import lmaas
 from lmaas.api import table
-from lmaas.api.operation import Permission, filled, page_of
+from lmaas.api.operation import Permission, Place, filled, page_of
 from lmaas.api.routes import HANDLERS
 from lmaas.api.table import OPERATIONS, PLACES
+from lmaas.errors import InvalidRequest
 
 ROOT = Path(lmaas.__file__).parents[1]
 MANAGEMENT = re.compile(r"""["']/(admin/v1|v1/(adapters|keys|usage))""")
@@ -30,9 +32,44 @@ def test_operators_reach_a_tenants_resources_under_its_name() -> None:
 
 
 def test_a_parameter_stays_one_segment_of_the_path() -> None:
-    assert filled("/a/{x}/b/{y}", {"x": "../c?d", "y": "é"}) == "/a/..%2Fc%3Fd/b/%C3%A9"
+    path = filled("/a/{x}/b/{y}", {"x": "c?d#e..", "y": "é"})
+    assert path == "/a/c%3Fd%23e../b/%C3%A9"
+    assert httpx.URL(f"http://host{path}").raw_path == path.encode()
     with pytest.raises(KeyError):
         filled("/a/{x}", {})
+
+
+HOSTILE = [
+    "",
+    ".",
+    "..",
+    "%2e%2e",
+    "%2E",
+    "a%2fb",
+    "/",
+    "a/b",
+    "../..",
+    "a/../b",
+    "\\",
+    "..\\",
+    "a\\b",
+    "a\nb",
+    "a\0",
+    "..\r",
+    "\udcff",
+    "a\x7f",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("place", [place for place in PLACES if place.parameters], ids=lambda place: place.id)
+def test_a_value_that_would_lead_to_another_operation_is_refused(place: Place, value: str) -> None:
+    for parameter in place.parameters:
+        values = dict.fromkeys(place.parameters, "fine") | {parameter: value}
+        with pytest.raises(InvalidRequest, match="There can be no") as raised:
+            filled(place.path, values)
+        assert raised.value.message.isascii()
+        assert raised.value.message.isprintable()
 
 
 def test_a_row_too_many_says_that_there_is_another_page() -> None:

@@ -9,7 +9,7 @@ import pytest
 from lmaas.api import table
 from lmaas.api.operation import Operation
 from lmaas.errors import ApiError, SettingsError
-from lmaas.manifests.apply import PartlyApplied, execute
+from lmaas.manifests.apply import PartlyApplied, execute, working_credentials
 from lmaas.manifests.client import ApiClient
 from lmaas.manifests.plan import Change, Outcome, Send, Upload
 
@@ -100,6 +100,12 @@ REFUSED = ApiError(503, "The adapter store is away.", "object_store_unavailable"
             "adapter acme/bot: The adapter store is away. (object_store_unavailable, req_1)",
             "Done before: adapter acme/bot in part.",
         ),
+        (
+            [TENANT, bot(1, pinned=False)],
+            {"upload": OSError(5, "Input/output error", "bot/adapter_model.safetensors")},
+            "adapter acme/bot: bot/adapter_model.safetensors: Input/output error.",
+            "Done before: tenant acme created.",
+        ),
         # Of a pinned version, another upload at the same time must not take the place.
         (
             [bot(2, pinned=True)],
@@ -120,3 +126,41 @@ def test_a_failure_names_the_file_and_what_was_done(changes: list[Change], answe
 
 def test_an_upload_that_is_live_at_once_may_have_another_number() -> None:
     execute([bot(2, pinned=False)], Service(upload={"version": 3}))
+
+
+class Keys(Service):
+    """A service at which these keys work."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__(create_key={"key": "new"})
+        self._keys, self._key = keys, ""
+
+    def with_key(self, key: str) -> "Keys":
+        """Return a client with another key."""
+        other = Keys(*self._keys)
+        other._key = key
+        return other
+
+    def works(self) -> bool:
+        """Return whether the key is one of them."""
+        return self._key in self._keys
+
+
+def test_credentials_are_of_keys_that_work() -> None:
+    service = Keys("a", "b", "c")
+    known = {
+        "gone": {"api_key": "x", "admin_key": "y"},
+        "half": {"api_key": "b", "admin_key": "y"},
+        "acme": {"api_key": "a", "admin_key": "x", "other": "z"},
+        "edited": {"api_key": 5, "admin_key": "c\nd"},
+        "odd": None,
+    }
+    found = working_credentials(known, ["globex", "acme", "odd"], service)
+    new = {"api_key": "new", "admin_key": "new"}
+    assert list(found.items()) == [
+        ("globex", new),
+        ("acme", {"api_key": "a", "admin_key": "new"}),
+        ("odd", new),
+        ("half", {"api_key": "b"}),
+    ]
+    assert [body["role"] for _, _, body in service.calls] == ["inference", "tenant_admin", "tenant_admin", "inference", "tenant_admin"]

@@ -1,5 +1,6 @@
 """Manifests: what is read, and what is refused before the service is asked."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,28 @@ def test_the_sample_tenants_are_valid() -> None:
         ("name:", "'name' is missing"),
         ("name: 7", "'name' must be text, not 7. Put it in quotes."),
         ("name: yes", "'name' must be text, not true. Put it in quotes."),
-        ("name: 2026-01-01", "'name' must be text, not datetime.date(2026, 1, 1)."),
+        ("name: 2026-01-01", "'name' must be text, not the date 2026-01-01. Put it in quotes."),
+        ("name: 2026-01-01 12:00:00", "'name' must be text, not the date 2026-01-01T12:00:00. Put it in quotes."),
+        (f"name: 0x{'f' * 5000}", "'name' must be text, not a number with many digits. Put it in quotes."),
+        (f"name: a\ntier: 0x{'f' * 5000}", "'tier' must be text, not a number with many digits. Put it in quotes."),
+        (f"name: a\nlimits: {{max_queued: 0x{'f' * 5000}}}", "'limits.max_queued' is too large."),
+        (f"name: a\nlimits: {{max_queued: -0x{'f' * 16}}}", "'limits.max_queued' is too large."),
+        (f"name: a\n? 0x{'f' * 5000}\n: b", "'a number with many digits' is not known."),
+        (f"name: {'1' * 5000}", "The file is not valid YAML"),
+        (f"name: a\n{'b' * 500}: c", "bbb...' is not known."),
+        (f"name: a\nadapters: [{{name: b, base_model: c, version: 0x{'f' * 5000}}}]", "'adapters[0].version' is too large."),
+        ("name: !!bool b", "A value does not fit its tag"),
+        ("name: !!int ''", "A value does not fit its tag"),
+        ("name: !!timestamp b", "A value does not fit its tag"),
+        ("name: 2026-13-01", "month must be in 1..12"),
+        ("name: !!binary YQ==", "'name' must be text, not b'a'."),
+        (
+            "name: a\nadapters: [{name: b, base_model: c, path: ~no-such-user/x}]",
+            "'adapters[0].path' cannot be used: Could not determine home",
+        ),
+        (f"name: a\nadapters: [{{name: b, base_model: c, path: {'p' * 5000}}}]", "'adapters[0].path' cannot be used: File name too long."),
+        ('name: a\nadapters: [{name: b, base_model: c, path: "a\\0b"}]', "'adapters[0].path': there is no folder"),
+        ("name: a\nadapters: [{name: b, base_model: c, path: fifo}]", "adapter_model.safetensors is not a regular file."),
         ("name: a\nlimit: 1", "'limit' is not known. The known fields are: name, tier, limits, adapters."),
         ("name: a\nlimits: {max_queued: many}", "'limits.max_queued' must be a whole number, not 'many'"),
         ("name: a\nlimits: {max_queued: true}", "'limits.max_queued' must be a whole number, not true"),
@@ -70,7 +92,7 @@ def test_the_sample_tenants_are_valid() -> None:
         ("name: a\ntier: free\nname: b", "line 3: 'name' appears twice"),
         ("name: a\nlimits:\n  max_queued: 1\n  max_queued: 1", "line 4: 'max_queued' appears twice"),
         ("name: [", "line 1: expected the node content"),
-        ("name: a\n---\nname: b", "line 2: but found another document"),
+        ("name: a\n---\nname: b", "line 2: Another document begins here. Put each into a file of its own."),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("name: \x00", "not valid YAML"),
         ("[" * 2000, "nested too deeply"),
@@ -79,16 +101,24 @@ def test_the_sample_tenants_are_valid() -> None:
 def test_a_wrong_manifest_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
     write_adapter(tmp_path / "good")
     (write_adapter(tmp_path / "half") / "adapter_model.safetensors").unlink()
+    (model := write_adapter(tmp_path / "fifo") / "adapter_model.safetensors").unlink()
+    os.mkfifo(model)
     path = write(tmp_path, "a.yaml", text)
     with pytest.raises(InvalidRequest) as raised:
         read_tenant(path)
     assert raised.value.message.startswith(f"{path}: ")
     assert complaint in raised.value.message
+    assert "\n" not in raised.value.message
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ("name: a\nsource: ~no-such-user", "'source' cannot be used: Could not determine home directory."),
+        ("name: a\nsource: ./loop", "'source' cannot be used: Symlink loop"),
+        ('name: a\nsource: "./a\\0b"', "'source' cannot be used: embedded null byte."),
+        (f"name: a\nsource: b\nidle_timeout_s: 0x{'f' * 5000}", "'idle_timeout_s' is too large."),
+        (f"name: a\nsource: b\nreplicas: {{max: 0x{'f' * 5000}}}", "'replicas.max' is too large."),
         ("[]", "must be a mapping"),
         ("name: a", "'source' is missing"),
         ("name: a\nsource:", "'source' is missing"),
@@ -106,6 +136,7 @@ def test_a_wrong_manifest_is_refused_with_its_place(tmp_path: Path, text: str, c
 )
 def test_a_wrong_base_model_is_refused_with_its_place(tmp_path: Path, text: str, complaint: str) -> None:
     path = write(tmp_path / "models", "a.yaml", text)
+    (tmp_path / "models" / "loop").symlink_to("loop")
     with pytest.raises(InvalidRequest) as raised:
         read_model(path)
     assert raised.value.message.startswith(f"{path}: ")
@@ -180,3 +211,56 @@ def test_every_wrong_file_is_reported(tmp_path: Path) -> None:
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="does not exist"):
         read_folder(tmp_path / "none")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "folder.yml").mkdir()
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    with pytest.raises(InvalidRequest) as raised:
+        read_folder(tmp_path)
+    assert raised.value.message.splitlines() == [
+        f"{tmp_path / 'fifo.yaml'}: It is not a regular file.",
+        f"{tmp_path / 'folder.yml'}: It is not a regular file.",
+        f"{tmp_path / 'gone.yaml'}: The file cannot be read: No such file or directory.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "complaint"),
+    [
+        ("/dev/null", "/dev/null is neither a folder nor a regular file."),
+        ("/no/such/folder", "The folder or file /no/such/folder does not exist."),
+        ("/" + "a" * 5000, "It cannot be read: File name too long."),
+    ],
+)
+def test_what_is_no_folder_of_manifests_is_said(folder: str, complaint: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        read_folder(Path(folder))
+    assert raised.value.message.endswith(complaint)
+    assert len(raised.value.message) < 300
+
+
+def test_a_folder_that_may_not_be_entered_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as a user who may enter every folder, so the system's answer is given."""
+    adapter = write_adapter(tmp_path / "adapter")
+    path = write(tmp_path, "a.yaml", "name: a\nadapters: [{name: b, base_model: c, path: adapter}]")
+    is_dir = Path.is_dir
+
+    def refuse(closed: Path) -> None:
+        def answer(self: Path) -> bool:
+            if self == closed:
+                raise PermissionError(13, "Permission denied")
+            return is_dir(self)
+
+        monkeypatch.setattr(Path, "is_dir", answer)
+
+    for closed, complaint in (
+        (adapter, f"{path}: 'adapters[0].path' cannot be used: Permission denied."),
+        (tmp_path / "models", f"{tmp_path}: It cannot be read: Permission denied."),
+        (tmp_path, f"{tmp_path}: It cannot be read: Permission denied."),
+    ):
+        refuse(closed)
+        with pytest.raises(InvalidRequest) as raised:
+            read_folder(tmp_path)
+        assert raised.value.message == complaint

@@ -1,0 +1,62 @@
+"""How a command ends that fails: with one line on standard error, and never with a secret."""
+
+import errno
+import sys
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from lmaas.errors import ApiError, LmaasError, SettingsError
+
+#: Commands that run until they are stopped. An unexpected error cannot be repeated at will, so its traceback goes to their log.
+SERVERS = frozenset({"up", "gateway", "controller", "supervise"})
+_EXPECTED = (click.ClickException, click.Abort, click.exceptions.Exit, LmaasError, ApiError)
+
+
+class UnexpectedError(LmaasError):
+    """A fault of lmaas itself. The message has no text of the error, in which there may be a secret."""
+
+    kind, code = "unexpected", "unexpected"
+
+
+class Commands(click.Group):
+    """A group of commands whose unexpected errors become one line, unless it has the option `--traceback`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except _EXPECTED:
+            raise
+        except Exception as error:
+            if ctx.params["traceback"] or ctx.invoked_subcommand in SERVERS:
+                raise
+            if not isinstance(error, OSError):
+                raise UnexpectedError(
+                    f"An unexpected error ({type(error).__name__}). Run `lmaas --traceback …` to see where it comes from, and report it."
+                ) from error
+            if error.errno == errno.EPIPE or is_of_output(error):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise SettingsError(f"{where}{error.strerror or type(error).__name__}.") from error
+
+
+def is_of_output(error: OSError) -> bool:
+    """Return whether an error is one of writing to standard output, such as to a file on a full disk. An error of a file has its name."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def end(message: str) -> None:
+    """Print the line of an error on standard error, and end with exit code 1."""
+    with suppress(OSError):
+        click.echo(f"lmaas: {message}", err=True)
+    # Python writes what is left in the buffer at its end. Where that fails, it says so in lines of its own, unless the stream is closed.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with suppress(OSError):
+                stream.close()
+    sys.exit(1)
