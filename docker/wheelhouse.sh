@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fills wheelhouse/ (or the folder $WHEELHOUSE) with everything that the images are built from, so that they build without a network:
 #   sh docker/wheelhouse.sh            # with .venv/bin/python, or the Python of $PYTHON: 3.11, on Linux
-# Debian's two libraries come as well where apt-get knows Debian 12; elsewhere the engine's build asks Debian for them.
+# Includes Debian's two libraries if apt-get is that of Debian 12. Otherwise the engine's build downloads them from Debian.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
