@@ -108,13 +108,11 @@ class ApiClient:
         return filled(of_tenant if of_tenant is not None and "tenant" in named else operation.path, named)
 
     def _checked(self, operation: Operation, path: Mapping[str, str], **options: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), **options)
-        if not _fits(answer, operation.answer):
-            raise self._foreign(operation.status)
+        answer: dict[str, Any] = self._call(operation.method, self._address(operation, path), operation.answer, **options)
         return answer
 
-    def _call(self, method: str, path: str, **options: Any) -> Any:
-        """Return the JSON of an answer. The messages of errors never have the key."""
+    def _call(self, method: str, path: str, kind: type[Struct] | None = None, **options: Any) -> Any:
+        """Return the JSON of an answer, which has the fields of `kind`. The messages of errors never have the key."""
         try:
             response = self._http.request(method, self._root + path, **options)
         except UnicodeError:
@@ -137,6 +135,8 @@ class ApiClient:
         except ValueError:
             raise self._foreign(response.status_code) from None
         if response.is_success:
+            if kind is not None and not _fits(answer, kind):
+                raise self._foreign(response.status_code)
             return answer
         said = answer.get("error") if isinstance(answer, dict) else None
         if not isinstance(said, dict) or not isinstance(said.get("message"), str):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -15,8 +16,11 @@ from lmaas.api import table
 from lmaas.api.operation import Operation
 from lmaas.cli import main
 from lmaas.cli.commands import cli
+from lmaas.cli.processes import PROCESSES
 from lmaas.errors import ApiError, SettingsError
 from lmaas.manifests.client import ApiClient
+from tests.support.foreign_server import serving
+from tests.unit.cli.test_confirmation import commands
 
 SECRET = "sk-lmaas-secret"
 NOWHERE = {"LMAAS_URL": "http://127.0.0.1:1/v1", "LMAAS_API_KEY": SECRET}
@@ -162,6 +166,35 @@ def test_a_name_that_leads_elsewhere_is_refused(
     code, err = run(monkeypatch, capsys, *before, "--", name)
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith("lmaas: There can be no ")
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, b'{"ok": true}'), (502, b"<html>")])
+def test_every_command_says_that_another_server_is_at_the_address(tmp_path: Path, status: int, body: bytes) -> None:
+    (tmp_path / "a.yaml").write_text("name: a")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    with serving(status, body) as url:
+        line = f"The service at {url} answered with something that is not lmaas (status {status}). Check LMAAS_URL."
+        tried = 0
+        for path, command in commands(cli):
+            if path[0] in {*(process.name for process in PROCESSES), "simulate"}:
+                continue
+            arguments = ["--tenant", "acme"] if path[0] in ("adapter", "key") else []
+            arguments += path
+            for parameter in command.params:
+                if isinstance(parameter, click.Argument):
+                    arguments.append({"folder": str(tmp_path), "version": "1"}.get(parameter.name or "", "some"))
+                elif parameter.name == "yes":
+                    arguments.append("--yes")
+                elif parameter.required:
+                    arguments += [parameter.opts[0], "some"]
+            if path[-1] == "change":
+                arguments += ["--min-replicas" if path[0] == "model" else "--tokens-per-minute", "1"]
+            done = CliRunner().invoke(cli, arguments, env=NOWHERE | {"LMAAS_URL": url})
+            assert isinstance(done.exception, ApiError), (arguments, done.output, done.exception)
+            assert line in done.exception.message
+            tried += 1
+        assert tried > 20
 
 
 class Tenants:

@@ -1,10 +1,7 @@
 """The client of the management API: what it refuses to send, and answers that are not the service's."""
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,35 +9,10 @@ import pytest
 from lmaas.api import table
 from lmaas.errors import ApiError, InvalidRequest, LmaasError, SettingsError
 from lmaas.manifests.client import ApiClient
+from tests.support.foreign_server import serving
 
 SECRET = "sk-lmaas-secret"
 NOWHERE = "http://127.0.0.1:1/v1"
-
-
-@contextmanager
-def serving(status: int, body: bytes) -> Iterator[str]:
-    """Answer every request with this."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = do_DELETE = _answer
-
-        def log_message(self, *_: object) -> None:
-            """Log nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.mark.parametrize("key", [f"{SECRET}\nx", f"a {SECRET}", f"{SECRET}é", f"{SECRET}\0", f"{SECRET}\x7f", f"{SECRET}\udcff"])
