@@ -202,9 +202,17 @@ class AdapterUnavailable(LmaasError):
 
 
 class SettingsError(LmaasError):
-    """A setting or an option is missing or wrong. The process does not start."""
+    """A setting or an option is missing or wrong. Usually the process does not start.
+
+    The message is for the person who runs the service. A client of a running service gets the text of InternalError instead, and the log
+    has the message.
+    """
 
     kind, code = "settings", "invalid_settings"
+
+    def body(self) -> dict[str, Any]:
+        """Return the error object of an InternalError: the message may name logins, addresses and folders."""
+        return InternalError().body()
 
 
 class ApiError(Exception):

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmaas.compression import Unpacker
-from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, TooLarge, Unauthenticated
+from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, SettingsError, TooLarge, Unauthenticated
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,12 @@ class JsonResponse(Response):
 def error_response(error: LmaasError) -> JsonResponse:
     """Return the response for an error. No other code makes error responses."""
     return JsonResponse(error.body(), status_code=int(error.status), headers=error.headers())
+
+
+def log_settings_error(error: LmaasError, request_id: str, action: str) -> None:
+    """Log an error of the service's settings with its message, which the client does not get. Other errors are the client's to read."""
+    if isinstance(error, SettingsError):
+        log.error("the settings do not work", extra={"request_id": request_id, "action": action, "detail": error.message})
 
 
 def api_key(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
@@ -107,6 +113,7 @@ class Frame:
             _check_address(scope)
             await self._endpoint(scope)(scope, receive, send_with_id)
         except LmaasError as error:
+            log_settings_error(error, request_id, scope["path"])
             await error_response(error)(scope, receive, send_with_id)
         except ClientDisconnect:
             pass  # the client disconnected while it was sending its request
@@ -147,9 +154,12 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
     return error_response(InvalidRequest(detail) if status < 500 else InternalError())
 
 
-async def on_error(_: Request, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
     """Return the response for an expected error, or a fixed text for any other, which the frame logs."""
-    return error_response(error if isinstance(error, LmaasError) else InternalError())
+    if not isinstance(error, LmaasError):
+        return error_response(InternalError())
+    log_settings_error(error, request.scope["request_id"], request.scope["path"])
+    return error_response(error)
 
 
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:

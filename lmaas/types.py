@@ -9,8 +9,9 @@ from typing import NamedTuple
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
-#: The prefix of base model ids. Names must not begin with it, so that a base model can be found by either.
+#: The prefixes of ids. Names of base models and tenants must not begin with them, so that either can be found by its id or its name.
 MODEL_ID_PREFIX = "mod_"
+TENANT_ID_PREFIX = "ten_"
 
 #: 4,000 $. The charge of a request of 900 million tokens, at the price of `priority`, fits the ledger's BIGINT, and the 14 digits of
 #: Lua's JSON hold a price.

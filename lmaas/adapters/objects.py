@@ -50,7 +50,9 @@ class AdapterFiles:
     async def exists(self, source: str) -> bool:
         """Return whether the complete content is stored."""
         try:
-            await obstore.head_async(self._store, f"{source}/{CONFIG_FILE}")
+            # Both: a deletion that runs meanwhile takes the config first, and an upload may have stored it again before the model goes.
+            for name in (CONFIG_FILE, MODEL_FILE):
+                await obstore.head_async(self._store, f"{source}/{name}")
         except FileNotFoundError:
             return False
         return True

@@ -11,7 +11,7 @@ from lmaas.adapters.base_weights import write_without
 from lmaas.adapters.objects import AdapterFiles, source_of
 from lmaas.adapters.validation import AdapterFacts, validate
 from lmaas.audit import Audit
-from lmaas.errors import Conflict, InvalidRequest
+from lmaas.errors import InvalidRequest, NotFound
 from lmaas.store import adapters as rows
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, get_base_model, list_base_models
@@ -63,8 +63,8 @@ class Adapters:
         activate: bool,
         base_folder: Callable[[str], Path | None] = lambda _source: None,
         audit: Audit | None = None,
-    ) -> tuple[int, bool]:
-        """Validate the files, store them and add a version; return its number, from 1, and whether it is new.
+    ) -> rows.Uploaded:
+        """Validate the files, store them and add a version.
 
         Content that was uploaded before under this name keeps its version. The other arguments are those of `inspect`. If anything fails,
         nothing is left behind. Raises InvalidAdapter, TooLarge, Conflict, NotFound (no such base model) or Unavailable.
@@ -76,13 +76,14 @@ class Adapters:
                 param="name",
             )
         if any(name == existing.name for existing in await list_base_models(self._db)):
-            raise Conflict(f"'{name}' is the name of a base model. Choose another name.", code="name_taken", param="name")
+            # Checked again when the version is added. This check is before the work.
+            raise rows.name_taken(name)
         base = await get_base_model(self._db, base_model)
         content = await inspect(base, config, model, base_folder)
         source = source_of(tenant_id, content.content_hash)
-        await self._files.put(source, content.config, content.model)
         try:
-            version, is_new = await rows.add_version(
+            await self._files.put(source, content.config, content.model)
+            uploaded = await rows.add_version(
                 self._db,
                 tenant_id,
                 name,
@@ -92,22 +93,41 @@ class Adapters:
                 target_modules=list(content.facts.target_modules),
                 size_bytes=content.size_bytes,
                 activate=activate,
+                validated=base,
                 audit=audit,
             )
-        except BaseException:
+            # The last other adapter with this content may have been deleted between the two steps.
+            await self._files.put(source, content.config, content.model)
+        finally:
+            # The version was not added, or it was deleted before its files were stored again.
             await self._delete_unused(tenant_id, [content.content_hash])
-            raise
-        # The last other adapter with this content may have been deleted between the two steps.
-        await self._files.put(source, content.config, content.model)
-        return version, is_new
+        return uploaded
 
     async def delete(self, tenant_id: str, name: str, *, audit: Audit | None = None) -> None:
-        """Delete an adapter, its versions and their files. Requests that run on it finish. Raises NotFound."""
-        await self._delete_unused(tenant_id, await rows.delete_adapter(self._db, tenant_id, name, audit=audit))
+        """Delete an adapter, its versions and their files. Requests that run on it finish.
 
-    async def _delete_unused(self, tenant_id: str, hashes: list[str]) -> None:
+        The rows go first. If the files cannot be deleted then, Unavailable is raised, and the same call deletes them later: while files of
+        this tenant are left that no version has, an adapter that does not exist counts as deleted. Raises NotFound.
+        """
+        try:
+            hashes = await rows.delete_adapter(self._db, tenant_id, name, audit=audit)
+        except NotFound:
+            left = [source.rsplit("/", 1)[-1] for source in await self._files.list_sources(tenant_id)]
+            # An upload that is under way stores its files again, once its version is there.
+            if not left or not await self._delete_unused(tenant_id, left):
+                raise
+        else:
+            await self._delete_unused(tenant_id, hashes)
+
+    async def _delete_unused(self, tenant_id: str, hashes: list[str]) -> list[str]:
+        """Delete the contents that no version has, and return which."""
         async with rows.unused(self._db, tenant_id, hashes) as unused:
             await self._files.delete(source_of(tenant_id, content_hash) for content_hash in unused)
+        return unused
+
+    async def has_files(self, tenant_id: str) -> bool:
+        """Return whether any files of a tenant are stored. Raises Unavailable."""
+        return bool(await self._files.list_sources(tenant_id))
 
     async def delete_all(self, tenant_id: str) -> bool:
         """Delete every file of a deleted tenant. Returns whether there were any. Raises Unavailable."""

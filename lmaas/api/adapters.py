@@ -84,8 +84,8 @@ async def list_versions(api: Api, call: ApiCall[None, Paging]) -> Page[AdapterVe
 async def activate_version(api: Api, call: ApiCall[Activation, None]) -> Adapter:
     """Make a version the live one."""
     name, version = call.path["name"], call.body.version
-    await rows.activate(api.db, call.tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=call.audit)
-    return Adapter(**_adapter_values(await rows.get_adapter(api.db, call.tenant_id, name)))
+    adapter = await rows.activate(api.db, call.tenant_id, name, version if 0 < version < MAX_VERSION else 0, audit=call.audit)
+    return Adapter(**_adapter_values(adapter))
 
 
 async def delete_adapter(api: Api, call: ApiCall[None, None]) -> DeletedAdapter:
@@ -97,7 +97,7 @@ async def delete_adapter(api: Api, call: ApiCall[None, None]) -> DeletedAdapter:
 async def upload_adapter(api: Api, call: ApiCall[None, None]) -> UploadedAdapter | WithStatus:
     """Store an adapter: 201 with its new version, or 200 with the version that has the same content already."""
     async with _received(api, call, AdapterUpload) as (form, config, model):
-        version, is_new = await api.adapters.upload(
+        uploaded = await api.adapters.upload(
             call.tenant_id,
             form.name,
             form.base_model,
@@ -107,10 +107,8 @@ async def upload_adapter(api: Api, call: ApiCall[None, None]) -> UploadedAdapter
             base_folder=local_model_folder,
             audit=call.audit,
         )
-    adapter = await rows.get_adapter(api.db, call.tenant_id, form.name)
-    [mine] = await rows.list_versions(api.db, call.tenant_id, form.name, after=version - 1, limit=1)
-    shown = UploadedAdapter(**(_adapter_values(adapter) | _version_values(mine)))
-    return shown if is_new else WithStatus(shown, 200)
+    shown = UploadedAdapter(**(_adapter_values(uploaded.adapter) | _version_values(uploaded.version)))
+    return shown if uploaded.is_new else WithStatus(shown, 200)
 
 
 async def check_adapter(api: Api, call: ApiCall[None, None]) -> CheckedAdapter:

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, Struct
 
 from lmaas.adapters.safetensors import base_model_shapes
@@ -62,40 +63,70 @@ def _effective(settings: Settings, model: models.BaseModel) -> dict[str, Any]:
 def _shown_pool(
     model: models.BaseModel, alive: list[replicas.Replica], state: pools.PoolState | None, failed: replicas.FailedStarts | None
 ) -> Pool:
-    decision = state.decision if state is not None else {}
+    decision = _decision(state)
     return Pool(
         desired=sum(row.desired == Desired.RUNNING for row in alive),
         starting=sum(row.observed == Observed.STARTING for row in alive),
         ready=sum(row.observed == Observed.READY for row in alive),
         draining=sum(row.observed == Observed.DRAINING for row in alive),
-        wanted=decision.get("wanted", 0),
-        reason=decision.get("reason"),
-        waits_for_machine=bool(decision.get("blocked")),
+        wanted=decision.wanted,
+        reason=decision.reason,
+        waits_for_machine=decision.blocked,
         decided_at=state.decided_at if state is not None else None,
-        start_s=decision.get("start_s"),
-        keep_warm=_shown_idleness(decision.get("idle") or {}, model.engine_price),
+        start_s=decision.start_s,
+        keep_warm=_shown_idleness(decision.idle, model.engine_price),
         failed_starts=None
         if failed is None
         else FailedStarts(
             count=failed.count,
             reason=failed.reason,
             ago_s=round(failed.ago_s, 1),
-            next_try_s=round(max(0.0, decision.get("backoff_s", 0.0) - failed.ago_s), 1),
+            next_try_s=round(max(0.0, decision.backoff_s - failed.ago_s), 1),
         ),
     )
 
 
-def _shown_idleness(idle: dict[str, Any], hourly: int) -> KeepWarm:
-    has_history = bool(idle.get("gaps"))
+class _Idle(Struct, frozen=True):
+    """What is read of the plan for idle times in a decision."""
+
+    keep_s: float | None = None
+    ready_s: float | None = None
+    until_s: float | None = None
+    gaps: float = 0
+    idle_engine_s: float = 0
+    cold_share: float | None = None
+
+
+class _Decision(Struct, frozen=True):
+    """What is read of a decision of the controller."""
+
+    wanted: int = 0
+    reason: str | None = None
+    blocked: bool = False
+    start_s: float | None = None
+    backoff_s: float = 0
+    idle: _Idle = _Idle()
+
+
+def _decision(state: pools.PoolState | None) -> _Decision:
+    """Return the last decision; an empty one if there is none, or if a controller of another release has written something else."""
+    try:
+        return _Decision() if state is None else msgspec.convert(state.decision, _Decision)
+    except msgspec.ValidationError:
+        return _Decision()
+
+
+def _shown_idleness(idle: _Idle, hourly: int) -> KeepWarm:
+    has_history = idle.gaps > 0
     return KeepWarm(
-        until_s=idle.get("keep_s"),
-        again_from_s=idle.get("ready_s"),
-        again_until_s=idle.get("until_s"),
-        idle_times_seen=idle.get("gaps", 0),
-        engine_s_per_idle_time=idle.get("idle_engine_s") if has_history else None,
-        cold_share=idle.get("cold_share") if has_history else None,
+        until_s=idle.keep_s,
+        again_from_s=idle.ready_s,
+        again_until_s=idle.until_s,
+        idle_times_seen=idle.gaps,
+        engine_s_per_idle_time=idle.idle_engine_s if has_history else None,
+        cold_share=idle.cold_share if has_history else None,
         cost_per_hour_microusd=hourly,
-        cost_per_idle_time_microusd=round(idle.get("idle_engine_s", 0) * hourly / 3600) if has_history else None,
+        cost_per_idle_time_microusd=round(idle.idle_engine_s * hourly / 3600) if has_history else None,
     )
 
 
@@ -158,7 +189,20 @@ async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> Base
     given = _given(call.body)
     _check(given)
     model = await models.get_base_model(api.db, call.path["model"])
-    defaults = _defaults(api.settings, model.name)
+    while changes := await _changes(api.settings, model, given):
+        try:
+            model = await models.change_base_model(api.db, model.id, changes, seen=model, dry_run=call.query.dry_run, audit=call.audit)
+            break
+        except models.ChangedMeanwhile:
+            # The values of the other request may not fit together with these, or may be the same.
+            model = await models.get_base_model(api.db, model.id)
+    [shown] = await shown_models(api, [model])
+    return shown
+
+
+async def _changes(settings: Settings, model: models.BaseModel, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that differ from the model's, if it gets what is `given`. Raises InvalidRequest."""
+    defaults = _defaults(settings, model.name)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
@@ -167,18 +211,15 @@ async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> Base
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
     if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
-        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), api.settings)
+        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), settings)
         longest = read.pop("longest")
         if "max_model_len" in changes and given["max_model_len"] is None and longest is not None:
             changes["max_model_len"] = min(changes["max_model_len"], longest)
         if changes.keys() & {"source", "dtype"}:
             changes |= read
     changes = {name: value for name, value in changes.items() if value != getattr(model, name)}
-    _check_together(asdict(model) | changes | {"longest": longest}, api.settings)
-    if changes:
-        model = await models.change_base_model(api.db, model.id, changes, dry_run=call.query.dry_run, audit=call.audit)
-    [shown] = await shown_models(api, [model])
-    return shown
+    _check_together(asdict(model) | changes | {"longest": longest}, settings)
+    return changes
 
 
 async def delete_model(api: Api, call: ApiCall[None, None]) -> DeletedBaseModel:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import msgspec
+
 from lmaas.api.context import Api, ApiCall
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import Page
@@ -25,20 +27,26 @@ def shown_replica(row: rows.Replica, names: dict[str, str]) -> Replica:
         created_at=row.created_at,
         ready_at=row.ready_at,
         ended_at=row.ended_at,
-        start=None if row.start is None else _shown_start(row.start),
+        start=_shown_start(row.start),
     )
 
 
-def _shown_start(record: dict[str, Any]) -> Start:
-    # A supervisor of another release may have written other phases.
-    return Start(**{name: record[name] for name in Start.__struct_fields__ if name in record})
+def _shown_start(record: Any) -> Start | None:
+    # A supervisor of another release may have written other phases, or something else altogether.
+    if not isinstance(record, dict):
+        return None
+    try:
+        return msgspec.convert({name: record[name] for name in Start.__struct_fields__ if name in record}, Start)
+    except msgspec.ValidationError:
+        return None
 
 
 async def list_replicas(api: Api, call: ApiCall[None, ReplicaQuery]) -> Page[Replica]:
     """Return a page of the replicas, newest first; with `ended` also those that have ended."""
     query = call.query
-    names = await rows.model_names(api.db)
     found = await rows.list_replicas(api.db, ended=query.ended, part=Part(query.limit, query.after))
+    # After the replicas: the base model of the newest may have been created just before it.
+    names = await rows.model_names(api.db)
     return page_of([shown_replica(row, names) for row in found], [row.id for row in found], query.limit)
 
 

@@ -23,7 +23,7 @@ from lmaas.api.shapes.tenants import (
     Tenant,
     TenantChange,
 )
-from lmaas.errors import InvalidRequest, NotFound
+from lmaas.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.store import tenants as rows
 from lmaas.store.paging import Part
@@ -95,19 +95,50 @@ async def change_tenant(api: Api, call: ApiCall[TenantChange, DryRun]) -> Tenant
 async def delete_tenant(api: Api, call: ApiCall[None, None]) -> DeletedTenant:
     """Delete a tenant and then its files.
 
-    The rows go first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and the same
-    request deletes them later: a deleted tenant is found as long as it has files.
+    The rows go first, in one transaction with the audit record. If the files cannot be deleted then, the request fails, and a request with
+    the tenant's id deletes them later: a deleted tenant is found as long as it has files. One with its name does too, unless another tenant
+    has that name by now: then it is refused, since it may be the repeat of the first.
     """
+    given = call.path["tenant"]
     try:
-        tenant = await rows.get_tenant(api.db, call.path["tenant"])
+        tenant = await rows.get_tenant(api.db, given)
     except NotFound:
-        tenant = await rows.get_deleted_tenant(api.db, call.path["tenant"])
-        if not await api.adapters.delete_all(tenant.id):
+        tenant = await rows.get_deleted_tenant(api.db, given)
+        if not await _delete_files(api, tenant.id):
             raise
     else:
+        if given != tenant.id:
+            await _refuse_repeat(api, tenant)
         await rows.delete_tenant(api.db, tenant.id, audit=call.audit)
-        await api.adapters.delete_all(tenant.id)
+        await _delete_files(api, tenant.id)
     return DeletedTenant(id=tenant.id, deleted=True)
+
+
+async def _delete_files(api: Api, tenant_id: str) -> bool:
+    """Delete the files of a deleted tenant, and return whether there were any. Raises Unavailable, whose message has the tenant's id."""
+    try:
+        return await api.adapters.delete_all(tenant_id)
+    except Unavailable as error:
+        raise Unavailable(
+            f"The tenant is deleted, but not all of its files are: {error.message} Repeat the request with the tenant's id, {tenant_id}: "
+            "another tenant may get its name.",
+            code=error.error_code,
+            retry_after_s=error.retry_after_s,
+        ) from error
+
+
+async def _refuse_repeat(api: Api, tenant: rows.Tenant) -> None:
+    """Raises Conflict if the last deleted tenant of this name still has files: the request may have been sent for that one."""
+    try:
+        earlier = await rows.get_deleted_tenant(api.db, tenant.name)
+    except NotFound:
+        return
+    if await api.adapters.has_files(earlier.id):
+        raise Conflict(
+            f"A tenant named '{tenant.name}' was deleted before, and some of its files are left. Delete the tenant by its id: {earlier.id} "
+            f"for the files of the deleted one, {tenant.id} for the one that has this name now.",
+            code="tenant_ambiguous",
+        )
 
 
 async def list_keys(api: Api, call: ApiCall[None, Paging]) -> Page[Key]:

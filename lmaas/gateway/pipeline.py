@@ -25,7 +25,7 @@ from lmaas.gateway.idempotency import Idempotency
 from lmaas.gateway.parameters.request import EngineRequest
 from lmaas.gateway.relay import Delivery, Endpoint
 from lmaas.gateway.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
-from lmaas.http import parse_json
+from lmaas.http import log_settings_error, parse_json
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
 from lmaas.scheduling.client import Bounds, Ticket
@@ -194,6 +194,7 @@ async def _leased(call: Call, opened: OpenTicket, wait_reasons: WaitReasons, *, 
 async def _answer_error(gateway: Gateway, call: Call, endpoint: Endpoint, error: LmaasError) -> None:
     """Send an error response, or an error event if the response has begun."""
     gateway.metrics.refused(endpoint.path, error.kind, error.error_code)
+    log_settings_error(error, call.request_id, endpoint.path)
     if call.started:
         await call.finish(sse.data(error.body()))
         return

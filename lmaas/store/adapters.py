@@ -13,6 +13,7 @@ from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound, TooLarge
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.models import VALIDATED, BaseModel, lock_name
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.tables import adapter_versions, adapters, base_models, tenants
 
@@ -27,6 +28,8 @@ class Adapter:
     live_version: int | None
     latest_version: int
     created_at: datetime
+    #: The role of the key that made the live version live; None if that is not known.
+    activated_by: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,15 @@ class AdapterVersion:
     target_modules: list[str]
     size_bytes: int
     created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """An adapter with the version that has an uploaded content, and whether that version is new."""
+
+    adapter: Adapter
+    version: AdapterVersion
+    is_new: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +69,19 @@ def _not_found() -> NotFound:
     return NotFound("The adapter does not exist.", code="adapter_not_found")
 
 
+def _actor(audit: Audit | None) -> str | None:
+    return None if audit is None else audit.actor
+
+
 def _adapters(tenant_id: str) -> Select[Any]:
     latest = (
         select(func.coalesce(func.max(adapter_versions.c.version), 0))
         .where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.tenant_id == tenant_id)
         .scalar_subquery()
     )
+    columns = (adapters.c.id, adapters.c.name, base_models.c.name, adapters.c.live_version, latest)
     return (
-        select(adapters.c.id, adapters.c.name, base_models.c.name, adapters.c.live_version, latest, adapters.c.created_at)
+        select(*columns, adapters.c.created_at, adapters.c.activated_by)
         .join(base_models, adapters.c.base_model_id == base_models.c.id)
         .where(adapters.c.tenant_id == tenant_id)
     )
@@ -86,17 +103,17 @@ async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:
     return Adapter(*row)
 
 
+def _versions(tenant_id: str, adapter_id: str) -> Select[Any]:
+    columns = (adapter_versions.c[name] for name in AdapterVersion.__slots__)
+    return select(*columns).where(adapter_versions.c.adapter_id == adapter_id, adapter_versions.c.tenant_id == tenant_id)
+
+
 async def list_versions(
     db: Database, tenant_id: str, name: str, *, after: int | None = None, limit: int | None = None
 ) -> list[AdapterVersion]:
     """Return the versions of an adapter, or at most `limit` after the version `after`, oldest first. Raises NotFound."""
     adapter = await get_adapter(db, tenant_id, name)
-    query = (
-        select(*(adapter_versions.c[column] for column in AdapterVersion.__slots__))
-        .where(adapter_versions.c.adapter_id == adapter.id, adapter_versions.c.tenant_id == tenant_id)
-        .order_by(adapter_versions.c.version)
-        .limit(limit)
-    )
+    query = _versions(tenant_id, adapter.id).order_by(adapter_versions.c.version).limit(limit)
     if after is not None:
         query = query.where(adapter_versions.c.version > after)
     async with db.begin(tenant_id) as connection:
@@ -114,14 +131,16 @@ async def add_version(
     target_modules: list[str],
     size_bytes: int,
     activate: bool,
+    validated: BaseModel | None = None,
     audit: Audit | None = None,
-) -> tuple[int, bool]:
-    """Add a version (from 1) to the adapter, which is made if it is new; return its number, and whether it is new.
+) -> Uploaded:
+    """Add a version (from 1) to the adapter, which is made if it is new.
 
-    If a version of this adapter has the same content, nothing is added, and the latest such version is returned.
+    If a version of this adapter has the same content, nothing is added, and the latest such version is returned. `validated` is the base
+    model as the content was validated against it.
 
-    Raises TooLarge beyond the tenant's number of adapters, Conflict if the adapter is for another base model, NotFound if the
-    tenant has been deleted meanwhile.
+    Raises TooLarge beyond the tenant's number of adapters, NotFound if the tenant or the base model has been deleted meanwhile, and
+    Conflict if the adapter is for another base model, if a base model has its name, or if the base model is no longer as in `validated`.
     """
     async with db.begin(tenant_id) as connection:
         # The tenant's row orders uploads, so that neither the quota nor a version number is given out twice.
@@ -132,17 +151,30 @@ async def add_version(
         ).one_or_none()
         if tenant is None:
             raise NotFound("The tenant does not exist.", code="tenant_not_found")
-        # A base model that is being deleted waits for us, or we see that it is gone.
-        there = select(base_models.c.id).where(base_models.c.id == base_model_id, base_models.c.deleted_at.is_(None))
-        if (await connection.execute(there.with_for_update(key_share=True, read=True))).first() is None:
+        await lock_name(connection, name, shared=True)
+        alive = base_models.c.deleted_at.is_(None)
+        if (await connection.execute(select(base_models.c.id).where(base_models.c.name == name, alive))).first() is not None:
+            raise name_taken(name)
+        # A deletion or change of the base model waits for this transaction, or this one for it.
+        facts = sorted(VALIDATED)
+        there = select(*(base_models.c[fact] for fact in facts)).where(base_models.c.id == base_model_id, alive)
+        base = (await connection.execute(there.with_for_update(key_share=True, read=True))).one_or_none()
+        if base is None:
             raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
+        if validated is not None and tuple(base) != tuple(getattr(validated, fact) for fact in facts):
+            raise Conflict(
+                "The base model was changed while the adapter was validated. Upload the adapter again.",
+                code="base_model_changed",
+                param="base_model",
+            )
         values = {"id": new_id("ada"), "tenant_id": tenant_id, "name": name, "base_model_id": base_model_id}
         await connection.execute(upsert(adapters).values(values).on_conflict_do_nothing())
         row = (
             await connection.execute(
-                select(adapters.c.id, adapters.c.base_model_id, adapters.c.live_version).where(
-                    adapters.c.tenant_id == tenant_id, adapters.c.name == name
-                )
+                # Locked, because activations do not lock the tenant's row.
+                select(adapters.c.id, adapters.c.base_model_id, adapters.c.live_version)
+                .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
+                .with_for_update()
             )
         ).one()
         if row.base_model_id != base_model_id:
@@ -174,15 +206,19 @@ async def add_version(
         goes_live = activate and row.live_version != version
         if goes_live:
             await connection.execute(
-                update(adapters).where(adapters.c.id == row.id, adapters.c.tenant_id == tenant_id).values(live_version=version)
+                update(adapters)
+                .where(adapters.c.id == row.id, adapters.c.tenant_id == tenant_id)
+                .values(live_version=version, activated_by=_actor(audit))
             )
         if is_new or goes_live:
             await record(connection, audit, tenant_id, f"{name}@{version}")
-    return int(version), is_new
+        adapter = (await connection.execute(_adapters(tenant_id).where(adapters.c.id == row.id))).one()
+        mine = (await connection.execute(_versions(tenant_id, row.id).where(columns.version == version))).one()
+    return Uploaded(Adapter(*adapter), AdapterVersion(*mine), is_new)
 
 
-async def activate(db: Database, tenant_id: str, name: str, version: int, *, audit: Audit | None = None) -> None:
-    """Make `version` the live one; an older one is a rollback. Raises NotFound."""
+async def activate(db: Database, tenant_id: str, name: str, version: int, *, audit: Audit | None = None) -> Adapter:
+    """Make `version` the live one, and return the adapter; an older version is a rollback. Raises NotFound."""
     columns = adapter_versions.c
     exists = select(columns.version).where(
         columns.adapter_id == adapters.c.id, columns.tenant_id == adapters.c.tenant_id, columns.version == version
@@ -197,8 +233,10 @@ async def activate(db: Database, tenant_id: str, name: str, version: int, *, aud
         if row is None:
             raise NotFound("The adapter or this version does not exist.", code="adapter_not_found")
         if row.live_version != version:
-            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+            values = {"live_version": version, "activated_by": _actor(audit)}
+            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(values))
             await record(connection, audit, tenant_id, f"{name}@{version}")
+        return Adapter(*(await connection.execute(_adapters(tenant_id).where(adapters.c.id == row.id))).one())
 
 
 async def delete_adapter(db: Database, tenant_id: str, name: str, *, audit: Audit | None = None) -> list[str]:
@@ -214,6 +252,11 @@ async def delete_adapter(db: Database, tenant_id: str, name: str, *, audit: Audi
             raise _not_found()
         await record(connection, audit, tenant_id, name)
     return sorted(hashes)
+
+
+def name_taken(name: str) -> Conflict:
+    """Return the error for an adapter with the name of a base model."""
+    return Conflict(f"'{name}' is the name of a base model. Choose another name.", code="name_taken", param="name")
 
 
 @asynccontextmanager

@@ -66,7 +66,13 @@ class BaseModel:
         return BaseModelShapes({name: (out, into) for name, (out, into) in self.linears.items()}, dtype, self.max_lora_rank)
 
 
+class ChangedMeanwhile(Exception):
+    """A base model is no longer what a decision was made on. Read it again, and decide again."""
+
+
 _IS_THERE = base_models.c.deleted_at.is_(None)
+#: The first half of the keys of the locks on names.
+_NAME_LOCK = 0x6C6D6E61
 _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 
 #: What an adapter is validated against.
@@ -89,11 +95,20 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
     present = select(*_COLUMNS).where(base_models.c.name == model.name, _IS_THERE).with_for_update()
     async with db.begin(OPERATOR) as connection:
+        await lock_name(connection, model.name)
         before = (await connection.execute(present)).one_or_none()
         after = (await connection.execute(put.returning(*_COLUMNS))).one()
         if before != after:
             await record(connection, audit, None, model.name)
         return BaseModel(*after)
+
+
+async def lock_name(connection: AsyncConnection, name: str, *, shared: bool = False) -> None:
+    """Lock a name until the end of the transaction. A base model and an adapter must not have the same name, and no row stands for a name
+    that is free: whoever creates a base model takes the lock for itself, and uploads of adapters share it.
+    """
+    lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
+    await connection.execute(select(lock(_NAME_LOCK, func.hashtext(name))))
 
 
 async def list_base_models(db: Database, part: Part | None = None) -> list[BaseModel]:
@@ -129,6 +144,7 @@ async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = F
     """
     values = _stored(model) | {"id": new_id("mod")}
     async with db.begin(OPERATOR) as connection:
+        await lock_name(connection, model.name)
         if (await connection.execute(select(adapters.c.id).where(adapters.c.name == model.name).limit(1))).first():
             raise Conflict(f"A tenant has an adapter named '{model.name}'. Choose another name.", code="name_taken", param="name")
         query = insert(base_models).values(values).on_conflict_do_nothing(index_elements=["name"], index_where=_IS_THERE)
@@ -142,22 +158,27 @@ async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = F
 
 
 async def change_base_model(
-    db: Database, name: str, changes: dict[str, Any], *, dry_run: bool = False, audit: Audit | None = None
+    db: Database, name: str, changes: dict[str, Any], *, seen: BaseModel | None = None, dry_run: bool = False, audit: Audit | None = None
 ) -> BaseModel:
     """Change some of its values; with `dry_run`, return what the base model would be and store nothing.
 
-    Raises NotFound, and Conflict for values that adapters were validated against or that replicas run with, while there are any.
+    `seen` is what the changes were decided on. Raises ChangedMeanwhile if the base model is something else by now, NotFound, and Conflict
+    for values that adapters were validated against or that replicas run with, while there are any.
     """
     async with db.begin(OPERATOR) as connection:
-        found = await _locked(connection, name)
+        model = await _locked(connection, name)
+        if seen is not None and seen != model:
+            raise ChangedMeanwhile
+        changes = {column: value for column, value in changes.items() if value != getattr(model, column)}
         if changes.keys() & VALIDATED:
-            await _refuse_if_used(connection, found.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
-        query = update(base_models).where(base_models.c.id == found.id).values(changes).returning(*_COLUMNS)
-        row = (await connection.execute(query)).one()
-        await record(connection, audit, None, row.name)
+            await _refuse_if_used(connection, model.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
+        if changes:
+            query = update(base_models).where(base_models.c.id == model.id).values(changes).returning(*_COLUMNS)
+            model = BaseModel(*(await connection.execute(query)).one())
+            await record(connection, audit, None, model.name)
         if dry_run:
             await connection.rollback()
-    return BaseModel(*row)
+    return model
 
 
 async def delete_base_model(db: Database, name: str, *, audit: Audit | None = None) -> str:
@@ -168,18 +189,18 @@ async def delete_base_model(db: Database, name: str, *, audit: Audit | None = No
         await _refuse_if_used(connection, found.id, "deleted")
         await connection.execute(update(base_models).where(base_models.c.id == found.id).values(deleted_at=func.now()))
         await record(connection, audit, None, found.name)
-    return str(found.id)
+    return found.id
 
 
-async def _locked(connection: AsyncConnection, name: str) -> Any:
-    # The strongest lock: a new adapter or replica of it waits for us, and we for it.
+async def _locked(connection: AsyncConnection, name: str) -> BaseModel:
+    # The strongest lock: a new adapter or replica of it waits for this transaction, and this one for it.
     found = (base_models.c.name == name) | (base_models.c.id == name)
-    query = select(base_models.c.id, base_models.c.name).where(found, _IS_THERE).with_for_update()
+    query = select(*_COLUMNS).where(found, _IS_THERE).with_for_update()
     query = query.order_by((base_models.c.id == name).desc()).limit(1)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")
-    return row
+    return BaseModel(*row)
 
 
 async def _refuse_if_used(connection: AsyncConnection, model_id: str, what: str) -> None:

@@ -1,10 +1,11 @@
 """Tenants and their API keys."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, delete, func, insert, select, update
+from sqlalchemy import Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from lmaas.audit import Audit
@@ -60,15 +61,19 @@ _TENANT_LIMITS = [tenants.c[field.name] for field in fields(Limits)]
 _KEY_LIMITS = [api_keys.c[field.name] for field in fields(Limits)]
 
 
-def _split(row: Row[Any], count: int) -> list[Any]:
+def _not_found() -> NotFound:
+    return NotFound("The tenant does not exist.", code="tenant_not_found")
+
+
+def _split(row: Sequence[Any], count: int) -> list[Any]:
     return [*row[:count], Limits(*row[count:])]
 
 
-def _tenant(row: Row[Any]) -> Tenant:
+def _tenant(row: Sequence[Any]) -> Tenant:
     return Tenant(*_split(row, len(_TENANT)))
 
 
-def _key(row: Row[Any]) -> ApiKey:
+def _key(row: Sequence[Any]) -> ApiKey:
     return ApiKey(*_split(row, len(_KEY)))
 
 
@@ -111,7 +116,7 @@ async def update_tenant(
     async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(one)).one_or_none()
         if row is None:
-            raise NotFound("The tenant does not exist.", code="tenant_not_found")
+            raise _not_found()
         if any(getattr(row, name) != value for name, value in changes.items()):
             row = (await connection.execute(query)).one()
             await record(connection, audit, tenant_id, row.name)
@@ -122,28 +127,30 @@ async def update_tenant(
 
 async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     """Return a tenant by id or by name. Raises NotFound."""
-    query = select(*_TENANT, *_TENANT_LIMITS).where(
-        (tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_(None)
-    )
+    is_id = tenants.c.id == id_or_name
+    is_name = (tenants.c.name == id_or_name) & tenants.c.deleted_at.is_(None)
+    # A name of an older release may be the id of another tenant, or of a deleted one. The id counts more.
+    query = select(*_TENANT, *_TENANT_LIMITS, tenants.c.deleted_at).where(is_id | is_name).order_by(is_id.desc()).limit(1)
     async with db.begin(OPERATOR) as connection:
-        row = (await connection.execute(query)).first()
-    if row is None:
-        raise NotFound("The tenant does not exist.", code="tenant_not_found")
-    return _tenant(row)
+        row = (await connection.execute(query)).one_or_none()
+    if row is None or row.deleted_at is not None:
+        raise _not_found()
+    return _tenant(row[:-1])
 
 
 async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
     """Return a deleted tenant by its id, or the last deleted one of this name. Raises NotFound."""
+    is_id = tenants.c.id == id_or_name
     query = (
         select(*_TENANT, *_TENANT_LIMITS)
-        .where((tenants.c.id == id_or_name) | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_not(None))
-        .order_by(tenants.c.deleted_at.desc())
+        .where(is_id | (tenants.c.name == id_or_name), tenants.c.deleted_at.is_not(None))
+        .order_by(is_id.desc(), tenants.c.deleted_at.desc())
         .limit(1)
     )
     async with db.begin(OPERATOR) as connection:
         row = (await connection.execute(query)).one_or_none()
     if row is None:
-        raise NotFound("The tenant does not exist.", code="tenant_not_found")
+        raise _not_found()
     return _tenant(row)
 
 
@@ -165,7 +172,7 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         )
         row = gone.first()
         if row is None:
-            raise NotFound("The tenant does not exist.", code="tenant_not_found")
+            raise _not_found()
         await connection.execute(
             update(api_keys).where(api_keys.c.tenant_id == tenant_id, api_keys.c.revoked_at.is_(None)).values(revoked_at=func.now())
         )
@@ -185,11 +192,19 @@ async def create_key(
     *,
     audit: Audit | None = None,
 ) -> ApiKey:
-    """Store a new key's hash. `tenant_id` is None for operators only. Raises Conflict for a hash that exists or was revoked."""
+    """Store a new key's hash. `tenant_id` is None for operators only.
+
+    Raises Conflict for a hash that exists or was revoked, and NotFound for a tenant that is deleted.
+    """
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
     values |= asdict(limits)
     try:
         async with db.begin(scope_of(tenant_id)) as connection:
+            if tenant_id is not None:
+                # A deletion of the tenant waits for this transaction and then revokes the key, or this one waits for the deletion.
+                alive = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
+                if (await connection.execute(alive)).first() is None:
+                    raise _not_found()
             row = (await connection.execute(insert(api_keys).values(values).returning(*_KEY, *_KEY_LIMITS))).one()
             await record(connection, audit, tenant_id, row.id)
     except IntegrityError as error:

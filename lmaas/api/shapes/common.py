@@ -5,7 +5,7 @@ from typing import Annotated, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
-from lmaas.types import NAME_PATTERN
+from lmaas.types import MODEL_ID_PREFIX, NAME_PATTERN, TENANT_ID_PREFIX
 
 MAX_PAGE = 1000
 MAX_LIMIT = 10**15
@@ -53,8 +53,18 @@ class List(Shape, Generic[Item], tag_field="object", tag="list", frozen=True, kw
 
 #: What ends a pattern: in Python, `$` alone also matches before a line's end.
 END = "$(?!\\n)"
-_NAME = Meta(pattern=f"^{NAME_PATTERN.pattern}{END}", description=NAME_WORDS, extra={"code": "invalid_name", "words": NAME_WORDS})
-Name = Annotated[str, _NAME]
+
+
+def _name(id_prefix: str = "") -> Meta:
+    words = f"{NAME_WORDS}, and not beginning with '{id_prefix}', as ids do" if id_prefix else NAME_WORDS
+    start = f"(?!{id_prefix})" if id_prefix else ""
+    return Meta(pattern=f"^{start}{NAME_PATTERN.pattern}{END}", description=words, extra={"code": "invalid_name", "words": words})
+
+
+Name = Annotated[str, _name()]
+#: Names of base models and tenants, which can be found by their ids too.
+ModelName = Annotated[str, _name(MODEL_ID_PREFIX)]
+TenantName = Annotated[str, _name(TENANT_ID_PREFIX)]
 #: A limit of a body. 0 and null both mean that there is no limit of its own; answers then have null.
 NewLimit = Annotated[int, Meta(ge=0, le=MAX_LIMIT, description="0 or null: no limit of its own.")]
 Day = Annotated[date, Meta(description="A day (UTC) such as 2026-11-22.")]

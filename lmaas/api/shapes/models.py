@@ -5,20 +5,11 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from lmaas.api.shapes.common import END, NAME_WORDS, Paging, Shape
+from lmaas.api.shapes.common import ModelName, Paging, Shape
 from lmaas.states import Desired, Observed
-from lmaas.types import MAX_PRICE, MODEL_ID_PREFIX, NAME_PATTERN
+from lmaas.types import MAX_PRICE
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-_NAME_WORDS = f"{NAME_WORDS}, and not beginning with '{MODEL_ID_PREFIX}', as ids do"
-ModelName = Annotated[
-    str,
-    Meta(
-        pattern=f"^(?!{MODEL_ID_PREFIX}){NAME_PATTERN.pattern}{END}",
-        description=_NAME_WORDS,
-        extra={"code": "invalid_name", "words": _NAME_WORDS},
-    ),
-]
 Source = Annotated[str, Meta(max_length=1000, description="A folder, or a model's name on a hub. Its weights say what adapters must fit.")]
 EngineArgs = Annotated[
     str, Meta(max_length=1000, description="More arguments for the engine: options of an allowlist, in docs/base-models.md.")

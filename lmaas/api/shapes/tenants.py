@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from lmaas.api.shapes.common import Name, NewLimit, Query, Shape
+from lmaas.api.shapes.common import Name, NewLimit, Query, Shape, TenantName
 from lmaas.types import Role
 
 Tier = Literal["free", "standard", "premium"]
@@ -54,7 +54,7 @@ class TenantChange(NewLimits, frozen=True, kw_only=True):
 class NewTenant(TenantChange, frozen=True, kw_only=True):
     """A tenant to create. A value that is null or not given is the default."""
 
-    name: Name
+    name: TenantName
 
 
 class DeletedTenant(Shape, tag_field="object", tag="tenant.deleted", frozen=True, kw_only=True):

@@ -70,3 +70,17 @@ async def test_what_is_not_there_is_not_half_there(files: AdapterFiles, tmp_path
 def test_a_store_that_cannot_be_is_a_wrong_setting() -> None:
     with pytest.raises(SettingsError):
         AdapterFiles("nonsense://x")
+
+
+@pytest.mark.parametrize("left", [CONFIG_FILE, MODEL_FILE])
+async def test_half_a_content_is_stored_again(tmp_path: Path, left: str) -> None:
+    """As a deletion and an upload at the same time may leave it."""
+    model = tmp_path / "model"
+    model.write_bytes(b"weights")
+    files, source = AdapterFiles((tmp_path / "store").as_uri()), source_of("ten_1", "aa")
+    await files.put(source, b"{}", model)
+    (tmp_path / "store" / source / ({CONFIG_FILE, MODEL_FILE} - {left}).pop()).unlink()
+    assert not await files.exists(source)
+    await files.put(source, b"{}", model)
+    await files.fetch(source, tmp_path / "copy")
+    assert (tmp_path / "copy" / MODEL_FILE).read_bytes() == b"weights"

@@ -45,10 +45,11 @@ async def upload(
     *,
     content: str | None = None,
     activate: bool = True,
+    validated: BaseModel | None = None,
     audit: Audit | None = None,
 ) -> int:
     """Add a version of an adapter, with unique content if none is given."""
-    version, _ = await add_version(
+    uploaded = await add_version(
         db,
         tenant_id,
         name,
@@ -58,9 +59,10 @@ async def upload(
         target_modules=["q_proj"],
         size_bytes=1000,
         activate=activate,
+        validated=validated,
         audit=audit,
     )
-    return version
+    return uploaded.version.version
 
 
 def usage_event(request_id: str, tenant_id: str | None, **changes: Any) -> UsageEvent:
