@@ -27,7 +27,7 @@ MOST_EVENTS = 100
 #: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
-ADAPTER = ("name", "base_model", "live_version", "latest_version", "created_at")
+ADAPTER = ("name", "base_model", "live_version", "latest_version", "activated_by", "created_at")
 VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
 TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
 USAGE = ("day", "tenant", "model", "requests", "charge_microusd", *TOKENS, "failed_requests", "run_ms")

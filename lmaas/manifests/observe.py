@@ -14,6 +14,7 @@ from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
 from lmaas.manifests.plan import KnownAdapter, Observed, Shown, request_for
 from lmaas.manifests.tenants import AdapterManifest, TenantManifest
+from lmaas.types import Role
 
 #: The statuses of a refusal that is about the manifest; any other failure ends the observation.
 _REFUSED = frozenset({
@@ -67,7 +68,7 @@ class _Observation:
         for row in client.items(table.LIST_ADAPTERS):
             versions = client.items(table.LIST_VERSIONS, name=row["name"]) if row["name"] in mine else []
             contents = {version["version"]: version["content_hash"] for version in versions}
-            found[row["name"]] = KnownAdapter(row["base_model"], row["live_version"], contents)
+            found[row["name"]] = KnownAdapter(row["base_model"], row["live_version"], contents, row["activated_by"] == Role.TENANT_ADMIN)
         return found
 
     def _content(self, tenant: TenantManifest, entry: AdapterManifest, known: dict[str, Shown], proposed: dict[str, Shown]) -> str | None:

@@ -20,11 +20,15 @@ Shown = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class KnownAdapter:
-    """An adapter of the service. `contents` maps each version to its content hash; it is read only where a manifest has the adapter."""
+    """An adapter of the service. `contents` maps each version to its content hash; it is read only where a manifest has the adapter.
+
+    `is_tenants` says that a key of the tenant itself made the live version live.
+    """
 
     base_model: str
     live_version: int | None
     contents: Mapping[int, str] = field(default_factory=dict)
+    is_tenants: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,29 +140,32 @@ def _unmanaged(tenant: TenantManifest, known: Mapping[str, KnownAdapter]) -> tup
 
 
 def _adapter(tenant: TenantManifest, entry: AdapterManifest, known: KnownAdapter | None, observed: Observed) -> Change:
-    """A folder whose content no version has becomes a version. It is live, unless the manifest pins another; a version that is live
-    already is replaced for no other reason."""
+    """A folder whose content no version has becomes a version. It becomes live, unless the manifest pins another or the tenant itself has
+    made one live. A version that is live already is replaced for no other reason."""
     contents = {} if known is None else known.contents
     live = None if known is None else known.live_version
     same = _versions_of(entry, tenant, contents, observed)
     folder = None if same else entry.folder
     new = _next(contents)
-    wanted = entry.version or (new if folder else live or max(same))
+    stays = live is not None and known is not None and known.is_tenants
+    wanted = entry.version or (new if folder and not stays else live or max(same))
     requests: list[Send | Upload] = []
     fields: list[FieldChange] = []
     notes: list[str] = []
     if folder:
-        requests.append(Upload(tenant.name, entry.name, entry.base_model, folder, new, activate=entry.version is None))
+        requests.append(Upload(tenant.name, entry.name, entry.base_model, folder, new, activate=entry.version is None and not stays))
     if folder and wanted != new:
         fields.append(FieldChange("latest version", max(contents, default=None), new))
     if wanted != live:
         fields.append(FieldChange("live version", live, wanted))
         if entry.version or not folder:
             requests.append(Send(table.ACTIVATE_VERSION, {"version": wanted}, {"tenant": tenant.name, "name": entry.name}))
-    elif same and live not in same and entry.version is None:
+    elif live not in same and entry.version is None:
+        mine = new if folder else max(same)
+        by = "by the tenant's own choice " if stays else ""
         notes.append(
-            f"Version {live} is live and stays so; the folder has the content of version {max(same)}. "
-            f"To serve that one, set 'version: {max(same)}' in the manifest or activate it."
+            f"Version {live} is live {by}and stays so; the folder has the content of version {mine}. "
+            f"To serve that one, set 'version: {mine}' in the manifest or activate it."
         )
     outcome = Outcome.CREATED if known is None else Outcome.CHANGED if requests else Outcome.UNCHANGED
     return Change("adapter", f"{tenant.name}/{entry.name}", outcome, tenant.path, tuple(fields), tuple(requests), tuple(notes))

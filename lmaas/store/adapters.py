@@ -28,6 +28,8 @@ class Adapter:
     live_version: int | None
     latest_version: int
     created_at: datetime
+    #: The role of the key that made the live version live; None if that is not known.
+    activated_by: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,19 @@ def _not_found() -> NotFound:
     return NotFound("The adapter does not exist.", code="adapter_not_found")
 
 
+def _actor(audit: Audit | None) -> str | None:
+    return None if audit is None else audit.actor
+
+
 def _adapters(tenant_id: str) -> Select[Any]:
     latest = (
         select(func.coalesce(func.max(adapter_versions.c.version), 0))
         .where(adapter_versions.c.adapter_id == adapters.c.id, adapter_versions.c.tenant_id == tenant_id)
         .scalar_subquery()
     )
+    columns = (adapters.c.id, adapters.c.name, base_models.c.name, adapters.c.live_version, latest)
     return (
-        select(adapters.c.id, adapters.c.name, base_models.c.name, adapters.c.live_version, latest, adapters.c.created_at)
+        select(*columns, adapters.c.created_at, adapters.c.activated_by)
         .join(base_models, adapters.c.base_model_id == base_models.c.id)
         .where(adapters.c.tenant_id == tenant_id)
     )
@@ -199,7 +206,9 @@ async def add_version(
         goes_live = activate and row.live_version != version
         if goes_live:
             await connection.execute(
-                update(adapters).where(adapters.c.id == row.id, adapters.c.tenant_id == tenant_id).values(live_version=version)
+                update(adapters)
+                .where(adapters.c.id == row.id, adapters.c.tenant_id == tenant_id)
+                .values(live_version=version, activated_by=_actor(audit))
             )
         if is_new or goes_live:
             await record(connection, audit, tenant_id, f"{name}@{version}")
@@ -224,7 +233,8 @@ async def activate(db: Database, tenant_id: str, name: str, version: int, *, aud
         if row is None:
             raise NotFound("The adapter or this version does not exist.", code="adapter_not_found")
         if row.live_version != version:
-            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(live_version=version))
+            values = {"live_version": version, "activated_by": _actor(audit)}
+            await connection.execute(update(adapters).where(adapters.c.id == row.id).values(values))
             await record(connection, audit, tenant_id, f"{name}@{version}")
         return Adapter(*(await connection.execute(_adapters(tenant_id).where(adapters.c.id == row.id))).one())
 

@@ -99,7 +99,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (
             Grant("SELECT", OWN),
             Grant("INSERT", check=OWN),
-            Grant("UPDATE", OWN, ("live_version",)),
+            Grant("UPDATE", OWN, ("live_version", "activated_by")),
             Grant("DELETE", OWN),
         ),
         OPERATOR: (Grant("SELECT"), Grant("DELETE")),

@@ -132,6 +132,8 @@ adapters = Table(
     Column("base_model_id", ForeignKey("base_models.id"), nullable=False),
     # Null until a version is activated.
     Column("live_version", Integer),
+    # The role of the key that made that version live. Null before migration 0010, and where no key did.
+    Column("activated_by", Text),
     _created(),
     UniqueConstraint("tenant_id", "name"),
     # The target of the foreign key of versions.

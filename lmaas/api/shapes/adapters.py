@@ -34,6 +34,7 @@ class Adapter(Shape, tag_field="object", tag="adapter", frozen=True, kw_only=Tru
     live_version: int | None
     latest_version: int
     created_at: datetime
+    activated_by: Annotated[str | None, Meta(description="The role of the key that made the live version live; null if not known.")]
 
 
 class UploadedAdapter(Adapter, tag_field="object", tag="adapter", frozen=True, kw_only=True):

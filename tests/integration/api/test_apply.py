@@ -172,6 +172,48 @@ async def test_a_rollback_and_an_upload_by_the_tenant_stay(
     assert await live() == (4, 4)
 
 
+async def test_what_a_tenant_made_live_itself_is_not_replaced(
+    stack: Stack, folder: Folder, operator: httpx.AsyncClient, versions: list[bytes]
+) -> None:
+    folder.write("acme.yaml", "name: acme\n")
+    await folder.apply()
+    key = (await operator.post(f"{TENANTS}/acme/keys", json={"role": "tenant_admin"})).json()["key"]
+    new = pack(tensors(rank=2)), config(r=2)
+    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}) as tenant:
+
+        async def upload(content: bytes) -> None:
+            files = {"adapter_config": config(), "adapter_model": content}
+            assert (await tenant.post("/v1/adapters", data={"name": "bot", "base_model": "tiny"}, files=files)).status_code == 201
+
+        async def live() -> tuple[int, int, str]:
+            shown = (await tenant.get("/v1/adapters/bot")).json()
+            return shown["live_version"], shown["latest_version"], shown["activated_by"]
+
+        # Uploaded before a manifest named the adapter.
+        await upload(versions[0])
+        folder.write("acme.yaml", "name: acme\n" + BOT)
+        folder.adapter(versions[1])
+        assert await live() == (1, 1, "tenant_admin")
+        changes = await folder.apply()
+        assert changes[-1].notes[0].startswith("Version 1 is live by the tenant's own choice and stays so")
+        assert await live() == (1, 2, "tenant_admin")
+        assert set((await folder.outcomes()).values()) == {"unchanged"}
+        # Deleted, and uploaded anew.
+        assert (await tenant.delete("/v1/adapters/bot")).status_code == 200
+        await upload(versions[2])
+        await folder.apply()
+        assert await live() == (1, 2, "tenant_admin")
+        # What an operator makes live is replaced by new content, until the tenant decides again.
+        assert (await operator.post(f"{TENANTS}/acme/adapters/bot/activate", json={"version": 2})).status_code == 200
+        folder.adapter(*new)
+        assert (await folder.outcomes())["acme/bot"] == "changed"
+        assert await live() == (3, 3, "operator")
+        assert (await tenant.post("/v1/adapters/bot/activate", json={"version": 1})).status_code == 200
+        folder.adapter(versions[0])
+        assert (await folder.outcomes())["acme/bot"] == "changed"
+        assert await live() == (1, 4, "tenant_admin")
+
+
 Break = Callable[[Folder], object]
 BROKEN: dict[str, tuple[Break, list[str]]] = {
     "not YAML": (lambda folder: folder.write("z.yaml", "name: ["), ["z.yaml: line 1"]),

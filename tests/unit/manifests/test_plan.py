@@ -49,6 +49,11 @@ def known(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
     return {"bot": KnownAdapter("base", live, dict(enumerate(contents, 1)))}
 
 
+def own(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
+    """The same, where the tenant itself made the version live."""
+    return {"bot": replace(known(live, *contents)["bot"], is_tenants=True)}
+
+
 def upload(version: int, *, activate: bool) -> Upload:
     return Upload("acme", "bot", "base", FOLDER, version, activate)
 
@@ -127,6 +132,12 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
         (bot(), known(1, "old", "new"), Outcome.UNCHANGED, [], []),
         (bot(), known(2, "new", "own"), Outcome.UNCHANGED, [], []),
         (bot(), known(1, "new", "new"), Outcome.UNCHANGED, [], []),
+        # New content does not replace what the tenant itself made live.
+        (bot(), own(1, "own"), Outcome.CHANGED, [upload(2, activate=False)], [FieldChange("latest version", 1, 2)]),
+        (bot(), own(1, "own", "old"), Outcome.CHANGED, [upload(3, activate=False)], [FieldChange("latest version", 2, 3)]),
+        (bot(), own(1, "own", "new"), Outcome.UNCHANGED, [], []),
+        (bot(), own(None, "own"), Outcome.CHANGED, [upload(2, activate=True)], [live(None, 2)]),
+        (bot(version=2), own(1, "own"), Outcome.CHANGED, [upload(2, activate=False), activation(2)], [live(1, 2)]),
         # Uploaded by somebody, but never activated.
         (bot(), known(None, "other", "new"), Outcome.CHANGED, [activation(2)], [live(None, 2)]),
         # A pinned version.
@@ -171,6 +182,11 @@ def test_what_stays_is_said() -> None:
     ]
     assert all(change.requests == () for change in changes)
     assert notes(plan(Manifests((), (tenant(bot(version=1)),)), observed(known(1, "old", "new")))) == []
+    assert notes(plan(Manifests((), (tenant(bot()),)), observed(known(1, "old")))) == []
+    assert notes(plan(Manifests((), (tenant(bot()),)), observed(own(1, "old")))) == [
+        "Version 1 is live by the tenant's own choice and stays so; the folder has the content of version 2. "
+        "To serve that one, set 'version: 2' in the manifest or activate it."
+    ]
 
 
 @pytest.mark.parametrize(
