@@ -455,7 +455,7 @@ async def test_errors_of_starlette(error: Exception, status: int, code: str) -> 
 
 async def test_other_errors_are_as_they_are_or_unknown() -> None:
     # The frame has given the request its id.
-    request = Request(http() | {"request_id": "req_1"})
+    request = Request({**http(), "request_id": "req_1"})
     assert (await on_error(request, OverLimit("slowly"))).status_code == 429
     for error in (ValueError("secret"), SettingsError("secret")):
         unknown = await on_error(request, error)
