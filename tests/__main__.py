@@ -1,7 +1,7 @@
-"""`make test`: run all tests, print where the time went, then run the failed tests a second time if they are few.
+"""Runs `make test`: all tests, a report of the time by folder, and a second run of the failed tests if they are few.
 
-Many tests kill, stall and time out processes. On a shared machine everything can stand still for seconds, which looks the same to such a
-test. A failure that comes back counts. One that does not is in the output in full, and named at the end.
+Many tests kill, stall and time out processes. On a shared machine, processes can stall for seconds, which such a test cannot distinguish
+from a fault. A failure that repeats counts. One that does not repeat is in the output in full, and named at the end.
 """
 
 import subprocess
@@ -10,28 +10,28 @@ from collections import defaultdict
 
 import pytest
 
-#: More failures than this are not the machine's.
+#: With more failures than this, the machine is not the cause.
 AT_MOST = 5
-#: What `make test` may take on two cores. Longer proofs belong into `make test-long`.
+#: The maximum time of `make test` on two cores. Longer tests belong in `make test-long`.
 BUDGET_S = 35 * 60
 
 
 class Record:
-    """A pytest plugin that collects the ids of the tests that failed, and the seconds that each folder took."""
+    """A pytest plugin that collects the ids of failed tests, and the seconds of each folder."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a setup, a call or a teardown."""
+        """Record the result of a setup, a call or a teardown."""
         folder = "/".join(report.nodeid.split("::")[0].split("/")[1:-1][:2])
         self.seconds[folder] += report.duration
         if report.failed and report.nodeid not in self.failed:
             self.failed.append(report.nodeid)
 
     def table(self) -> str:
-        """The folders that took longest."""
+        """Return a table of the slowest folders."""
         total = sum(self.seconds.values())
         longest = sorted(self.seconds.items(), key=lambda item: item[1], reverse=True)[:12]
         rows = [f"{seconds:7.0f} s  {folder}" for folder, seconds in longest if seconds >= 1]
@@ -40,12 +40,12 @@ class Record:
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest, and again with what failed; return the exit code. An option takes its value after a `=`."""
+    """Run pytest, and again with the failed tests. Return the exit code. Options take their values after a `=`."""
     record = Record()
     try:
         code = int(pytest.main(arguments, plugins=[record]))
     except pytest.PytestUnraisableExceptionWarning:
-        # What a failed test held is closed at the end only, since its traceback is kept. That is no error of its own.
+        # The objects of a failed test are closed only at the end, because its traceback refers to them. That is no further error.
         if not record.failed:
             raise
         code = int(pytest.ExitCode.TESTS_FAILED)

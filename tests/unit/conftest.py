@@ -1,4 +1,4 @@
-"""Keep servers and engines out of the unit tier: a test that asks for one, or starts one, fails."""
+"""Keeps servers and engines out of the unit tier: a test that requests or starts one fails."""
 
 import sys
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -12,10 +12,10 @@ import pytest
 from lmaas.store.database import Database
 from tests.unit.unreachable import OPERATOR, TENANT, UnreachableGateway, unreachable_gateway
 
-#: What a command line contains that starts a server or an engine.
+#: Words in a command line that starts a server or an engine.
 PROGRAMS = {"initdb", "pg_ctl", "postgres", "redis-server", "valkey-server", "vllm"}
 MODULES = {"lmaas.testing.fake_engine", "lmaas.engine.zygote.server", "vllm.entrypoints.openai.api_server"}
-#: Importing any of these takes seconds.
+#: Libraries whose import takes seconds.
 LIBRARIES = {"peft", "ray", "torch", "transformers", "vllm"}
 
 _guarded = False
@@ -67,7 +67,7 @@ pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_under_guard)
 
 @pytest.fixture(autouse=True)
 def _no_library() -> Iterator[None]:
-    """Notice an import that is no `import` statement, which the hook does not see."""
+    """Detect an import without an `import` statement, which the hook does not see."""
     before = LIBRARIES & sys.modules.keys()
     yield
     if new := LIBRARIES & sys.modules.keys() - before:
@@ -76,7 +76,7 @@ def _no_library() -> Iterator[None]:
 
 @pytest.fixture
 async def no_database() -> AsyncIterator[Database]:
-    """A database that cannot be reached, for code that does not need to, or has to do without."""
+    """A database that cannot be reached, for code that does not need one or must work without it."""
     database = Database("postgresql://nobody@127.0.0.1:1/none")
     yield database
     await database.close()

@@ -17,6 +17,7 @@ from lmaas.errors import (
     LmaasError,
     ModelNotFound,
     OverLimit,
+    SettingsError,
     TooLarge,
     Unauthenticated,
     Unavailable,
@@ -453,7 +454,10 @@ async def test_errors_of_starlette(error: Exception, status: int, code: str) -> 
 
 
 async def test_other_errors_are_as_they_are_or_unknown() -> None:
-    assert (await on_error(Request(http()), OverLimit("slowly"))).status_code == 429
-    unknown = await on_error(Request(http()), ValueError("secret"))
-    assert unknown.status_code == 500
-    assert b"secret" not in unknown.body
+    # The frame has given the request its id.
+    request = Request({**http(), "request_id": "req_1"})
+    assert (await on_error(request, OverLimit("slowly"))).status_code == 429
+    for error in (ValueError("secret"), SettingsError("secret")):
+        unknown = await on_error(request, error)
+        assert unknown.status_code == 500
+        assert b"secret" not in unknown.body

@@ -1,4 +1,4 @@
-"""A gateway whose servers cannot be reached: whatever it answers to a request, it answers without them."""
+"""A gateway whose servers cannot be reached, so that every response is made without them."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,20 +25,20 @@ INFERENCE = Principal("key_3", Role.INFERENCE, "ten_1", "acme", 10, "standard")
 
 @dataclass(frozen=True)
 class UnreachableGateway:
-    """The gateway, and the key of each principal that it knows."""
+    """The gateway, and the key of each of its principals."""
 
     app: ASGIApp
     keys: dict[Principal, str]
 
     def client(self, principal: Principal) -> httpx.AsyncClient:
-        """A client with the key of a principal."""
+        """Return a client with the key of a principal."""
         headers = {"authorization": f"Bearer {self.keys[principal]}"}
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway", headers=headers)
 
 
 @asynccontextmanager
 async def unreachable_gateway(home: Path) -> AsyncIterator[UnreachableGateway]:
-    """A gateway that knows three keys, and nothing else."""
+    """Build a gateway that finds three keys, and can reach no server."""
     settings = Settings(home=home)
     db = Database("postgresql://nobody@127.0.0.1:1/none")
     redis = connect(f"unix://{home}/none.sock")

@@ -1,4 +1,4 @@
-"""An operator of the stack that a test brings."""
+"""A client with the operator's key for the stack of a test."""
 
 from collections.abc import AsyncIterator
 

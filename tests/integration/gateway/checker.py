@@ -1,4 +1,4 @@
-"""A stand-in for the host that checks grammars, whose verdicts are the test's."""
+"""A stand-in for the host that checks grammars. The test sets its verdicts."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -17,13 +17,13 @@ from tests.support.processes import free_port
 
 
 def name_of(question: Question) -> str:
-    """The name of the schema that is asked about."""
+    """Return the name of the schema in the question."""
     form: Any = question.parameters.get("response_format")
     return str(form["json_schema"]["name"]) if form else "tools"
 
 
 class Checker:
-    """A checker whose verdicts are the test's: `verdicts` by the schema's name; everything else passes."""
+    """A checker with the test's verdicts: `verdicts` by the schema's name. Every other schema passes."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -46,7 +46,7 @@ class Checker:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[Checker]:
-    """A checker on a port of its own."""
+    """Serve a checker on a free port for the block."""
     port = free_port()
     checker = Checker(f"http://127.0.0.1:{port}")
     app = Starlette(routes=[Route("/check", checker.check, methods=["POST"])])

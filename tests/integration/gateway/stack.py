@@ -1,4 +1,4 @@
-"""A gateway with real Postgres and Valkey in the test's own loop, and real supervisors beside fake engines."""
+"""A gateway with real Postgres and Valkey in the test's own event loop, and real supervisors with fake engines."""
 
 import asyncio
 import contextlib
@@ -57,7 +57,7 @@ class Tenant:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The credentials of a request."""
+        """The headers with the tenant's credentials."""
         return {"authorization": f"Bearer {self.key}"}
 
 
@@ -71,7 +71,7 @@ class Replica:
     task: "asyncio.Task[Any]"
 
     async def counters(self) -> tuple[int, int, int]:
-        """Prompt tokens, generated tokens and running sequences, from the engine."""
+        """Return prompt tokens, generated tokens and running sequences, from the engine."""
         async with httpx.AsyncClient() as http:
             found = (await http.get(f"{self.url}/metrics")).text
         values = [
@@ -81,21 +81,21 @@ class Replica:
         return int(float(values[0][0])), int(float(values[1][0])), int(float(running[0]))
 
     async def running(self) -> int:
-        """Sequences that the engine works on."""
+        """Return the number of sequences that the engine works on."""
         return (await self.counters())[2]
 
     def freeze(self) -> None:
-        """Have the engine stand still: it takes connections, and does nothing more."""
+        """Suspend the engine: it still accepts connections, but does nothing more."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """End the engine without a warning."""
+        """Kill the engine."""
         os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass
 class Stream:
-    """What a client got of a stream, event by event."""
+    """A stream as its client received it, event by event."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -104,17 +104,17 @@ class Stream:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """Every event except `[DONE]`."""
+        """All events except `[DONE]`."""
         return [json.loads(event) for event in self.raw if event != "[DONE]"]
 
     @property
     def done(self) -> bool:
-        """Whether it says that it succeeded."""
+        """True if the stream ended with success."""
         return bool(self.raw) and self.raw[-1] == "[DONE]"
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """The error event, which must be the last."""
+        """The error event, which must be the last one."""
         errors = [event["error"] for event in self.events if "error" in event]
         assert len(errors) <= 1
         assert not errors or "error" in self.events[-1]
@@ -132,53 +132,53 @@ class Stream:
 
     @property
     def tokens(self) -> int:
-        """How many tokens came."""
+        """The number of tokens received."""
         return sum(len(texts) for texts in self.texts().values())
 
 
 class Stack:
-    """Everything that a request meets. Made by `running`."""
+    """The parts of a service that a request needs. Created by `running`."""
 
     def __init__(self, settings: Settings, services: Services, exits: AsyncExitStack) -> None:
         self.settings, self.services, self._exits = settings, services, exits
-        # The test's own, as the superuser. Processes have their own rights.
+        # The test's own connections, as the superuser. Processes have their own rights.
         self.db, self.redis, self.scheduler = services.db, services.redis, services.scheduler
         self.url = ""
         self._checks: asyncio.Task[None] | None = None
         self._databases: dict[DatabaseRole, Database] = {}
 
     def check_grammars(self) -> None:
-        """Have a host that checks grammars."""
+        """Start a host that checks grammars."""
         checks = serve_checks(self.settings, self.database(DatabaseRole.CONTROLLER), self.redis)
         self._checks = asyncio.create_task(checks, name="grammar-checker")
         self._exits.push_async_callback(_end, self._checks)
 
     def database(self, role: DatabaseRole) -> Database:
-        """The database with the login of one of our processes."""
+        """Return the database with the login of a process of the service."""
         if role not in self._databases:
             self._databases[role] = Database(login_url(str(self.settings.database_url), role), role)
             self._exits.push_async_callback(self._databases[role].close)
         return self._databases[role]
 
     async def check_no_grammars(self) -> None:
-        """Be without the host that checks grammars."""
+        """Stop the host that checks grammars."""
         assert self._checks is not None
         await _end(self._checks)
 
     async def model(self, name: str, slots: int = 16, loras: int = 8) -> BaseModel:
-        """A base model without a replica."""
+        """Create a base model without a replica."""
         model = BaseModel("", name, "no-model", "float32", {}, 16, loras, loras, slots, 2048, 2**28, "")
         return await put_base_model(self.db, model)
 
     async def tenant(self, max_queued: int = 256) -> Tenant:
-        """A new tenant with a key for inference."""
+        """Create a tenant with a key for inference."""
         tenant = await create_tenant(self.db, f"tenant-{secrets.token_hex(4)}", "standard", max_queued, 10)
         key = new_key()
         row = await create_key(self.db, tenant.id, Role.INFERENCE, "test", hash_key(key), shown_prefix(key))
         return Tenant(tenant.id, key, row.id)
 
     async def adapter(self, tenant: Tenant, name: str, model: BaseModel, *, files: bool = True) -> str:
-        """A new live version of an adapter; answers what engines call it. Without its files it cannot be loaded."""
+        """Create a new live version of an adapter, and return the engines' name of it. Without its files it cannot be loaded."""
         content = secrets.token_hex(32)
         if files:
             weights = self.settings.home / f"{content}.safetensors"
@@ -190,7 +190,7 @@ class Stack:
         return f"{tenant.id}-{content}"
 
     async def replica(self, model: BaseModel, fake: str = "", clock: Callable[[], float] = time.monotonic) -> Replica:
-        """A ready replica whose engine gets the `fake` arguments. Its time sheet goes by `clock`."""
+        """Run a ready replica whose engine gets the `fake` arguments. Its time sheet uses `clock`."""
         replica_id = new_id("rep")
         await add_replica(self.db, replica_id, model.id)
         client = await self._exits.enter_async_context(EngineClient())
@@ -214,13 +214,13 @@ class Stack:
 
         await until(ready)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(number)  # those are pytest's
+            asyncio.get_running_loop().remove_signal_handler(number)  # these are pytest's
         url = found[0]["url"]
         return Replica(replica_id, url, await asyncio.to_thread(_pid_of, url), task)
 
     @asynccontextmanager
     async def gateway(self, **changes: Any) -> AsyncIterator["Gateway"]:
-        """A gateway with other settings, until the end of the block."""
+        """Run another gateway with other settings until the end of the block."""
         settings = dataclasses.replace(self.settings, port=free_port(), **changes)
         app, leases = build_gateway(settings, dataclasses.replace(self.services, db=self.database(DatabaseRole.GATEWAY)))
         serving = server(app, settings)
@@ -247,7 +247,7 @@ class Stack:
         url: str = "",
         headers: dict[str, str] | None = None,
     ) -> Stream:
-        """Read a stream to its end, or until cancelled: then the connection is closed."""
+        """Read a stream to its end. If this is cancelled, the connection is closed."""
         got = Stream() if into is None else into
         sent = body | {"stream": True}
         async with self.client(tenant, url) as http, http.stream("POST", path, json=sent, headers=headers) as response:
@@ -262,13 +262,13 @@ class Stack:
         return got
 
     async def told(self, model: BaseModel) -> list[dict[str, Any]]:
-        """The requests' usage events in Redis, as they were told: a doubled one is there twice."""
+        """Return the requests' usage events in Redis. A duplicate is listed twice."""
         entries: Any = await self.redis.xrange(f"lmaas:{{{model.id}}}:usage")
         events = [json.loads(fields["event"]) for _, fields in entries]
         return [event for event in events if event["status"] != UsageStatus.PROBE]
 
     async def told_once(self, model: BaseModel, count: int) -> list[dict[str, Any]]:
-        """Wait until `count` requests are told, and see that each is told once."""
+        """Wait until there are events of `count` requests, and assert that each has exactly one."""
 
         async def all_told() -> bool:
             return len(await self.told(model)) >= count
@@ -280,13 +280,13 @@ class Stack:
         return events
 
     async def ledger(self, model: BaseModel, tenant: Tenant | None = None) -> list[UsageEvent]:
-        """The ledger, after the metering writer's work."""
+        """Return the ledger, after running the metering writer."""
         while await write_events(self.redis, self.database(DatabaseRole.CONTROLLER), model.id):
             pass
         return await list_events(self.db, scope_of(tenant.id if tenant else None))
 
     async def idle(self, model: BaseModel) -> None:
-        """Wait until nothing is queued and no slot is taken."""
+        """Wait until no request is queued and no slot is taken."""
 
         async def nothing_left() -> bool:
             stats = await self.scheduler.stats(model.id)
@@ -305,13 +305,13 @@ class Gateway:
     task: "asyncio.Task[None]"
 
     def stop(self) -> None:
-        """What SIGTERM does."""
+        """Stop the gateway as SIGTERM does."""
         self._set("should_exit", True)
 
 
 @asynccontextmanager
 async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
-    """A stack with an empty database, an empty Valkey and a gateway; `changes` are other settings."""
+    """Run a stack with an empty database, an empty Valkey and a gateway. `changes` are other settings."""
     with new_database(postgres_url) as database_url:
         async with _running(database_url, valkey_url, home, **changes) as stack:
             yield stack

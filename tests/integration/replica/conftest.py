@@ -1,4 +1,4 @@
-"""What the tests of a supervisor share."""
+"""Fixtures for the tests of a supervisor."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from lmaas.engine.client import EngineClient
 
 @pytest.fixture
 def may_start(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
-    """Until this is set, engines start: none is found healthy, however long the test takes to look."""
+    """An event that delays starts: until it is set, no engine is found healthy, so a test can observe a start for as long as it needs."""
     healthy, may_start = EngineClient.healthy, asyncio.Event()
 
     async def gated(client: EngineClient, url: str) -> bool:

@@ -1,4 +1,4 @@
-"""Tickets, heartbeats and a look inside the scheduler's keys, for its tests."""
+"""Builds tickets and heartbeats for tests of the scheduler, and reads its keys."""
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -18,19 +18,19 @@ EVENT = {"request_id": "", "status": "aborted", "code": None, "prompt_tokens": 0
 
 
 def ticket(number: int, tenant: str = "a", adapter: str = "", weight: int = 1, gateway: str = "g") -> Ticket:
-    """A ticket of pool `p`."""
+    """Return a ticket of pool `p`."""
     event = json.dumps(EVENT | {"request_id": f"r{number}", "tenant_id": tenant})
     return Ticket(f"r{number}", "p", tenant, gateway, adapter, f"src/{adapter}", weight, event)
 
 
 def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident: tuple[str, ...] = (), cleared: bool = False) -> Beat:
-    """A heartbeat."""
+    """Return a heartbeat."""
     return Beat("http://engine", slots, adapter_slots, Observed(state), list(resident), cleared)
 
 
 @asynccontextmanager
 async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
-    """The library with smaller constants, so that leases expire while a test waits."""
+    """Return the library with smaller constants, so that leases expire during a test."""
     text = library()
     for name, value in constants.items():
         before, after = text.split(f"local {name} = ", 1)
@@ -44,56 +44,56 @@ async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
 
 
 class Pool:
-    """The pool `p` of a scheduler, and what is stored of it."""
+    """The pool `p` of a scheduler, and its stored state."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.redis = scheduler.redis
 
     async def beat(self, replica: str = "x", **facts: Any) -> dict[str, Any]:
-        """A heartbeat of a replica."""
+        """Send a heartbeat of a replica."""
         return await self.scheduler.heartbeat("p", replica, beat(**facts))
 
     async def submit(self, *tickets: Ticket, max_queued: int = 1000) -> list[str]:
-        """The states that the tickets got."""
+        """Submit tickets and return their states."""
         return [(await self.scheduler.submit(each, Bounds(max_queued, 10_000)))["state"] for each in tickets]
 
     async def release(self, *numbers: int) -> list[bool]:
-        """Release tickets by number, without an event; each has used a token of each kind."""
+        """Release tickets by number, without an event. Each has used one token of each kind."""
         return [await self.scheduler.release(ticket(number), "", None, TokenCounts(1, 0, 1)) for number in numbers]
 
     async def retry(
         self, number: int, replica: str = "x", reason: RetryReason = RetryReason.ENGINE, attempt: int | None = None
     ) -> dict[str, Any]:
-        """Give a ticket's lease back: the one that it has, or that of an earlier delivery."""
+        """Give back a ticket's lease: the current one, or that of an earlier delivery."""
         now = (await self.tickets()).get(f"r{number}", {}).get("attempts", 0)
         return await self.scheduler.retry(ticket(number), replica, reason, now if attempt is None else attempt)
 
     async def tickets(self) -> dict[str, dict[str, Any]]:
-        """Every ticket, by id."""
+        """Return every ticket by id."""
         stored: Any = await self.redis.hgetall(f"{KEY}:tickets")
         return {name: json.loads(text) for name, text in stored.items()}
 
     async def replicas(self) -> dict[str, dict[str, Any]]:
-        """Every replica, by id."""
+        """Return every replica by id."""
         stored: Any = await self.redis.hgetall(f"{KEY}:replicas")
         return {name: json.loads(text) for name, text in stored.items()}
 
     async def states(self) -> dict[str, str]:
-        """Ticket id → state."""
+        """Return the state of each ticket by id."""
         return {name: each["state"] for name, each in (await self.tickets()).items()}
 
     async def placed(self) -> set[str]:
-        """The tickets that hold a slot."""
+        """Return the tickets that hold a slot."""
         return {name for name, state in (await self.states()).items() if state in ("granted", "loading")}
 
     async def events(self) -> list[dict[str, Any]]:
-        """The usage events so far."""
+        """Return the usage events so far."""
         entries: Any = await self.redis.xrange(f"{KEY}:usage")
         return [json.loads(fields["event"]) for _, fields in entries]
 
     async def check(self) -> None:
-        """Raises AssertionError if what is stored contradicts itself."""
+        """Raise AssertionError if the stored state contradicts itself."""
         tickets, replicas = await self.tickets(), await self.replicas()
         queued = {name for name, each in tickets.items() if each["state"] == "queued"}
         for name, replica in replicas.items():
@@ -140,7 +140,7 @@ class Room:
 
 
 class Used:
-    """A usage record that says what it is told."""
+    """A usage record with the given values."""
 
     def __init__(self, name: str = "r1", run_ms: int | None = 100) -> None:
         self.name, self.run_ms, self.tokens = name, run_ms, 0

@@ -1,8 +1,8 @@
-"""The scheduler in plain Python, as a specification of the Lua functions: no Redis, and the time is an argument (`now`, ms).
+"""The scheduler in plain Python, as a specification of the Lua functions. It has no Redis, and the time is an argument (`now`, ms).
 
-It says the same as the comments in lmaas/scheduling/*.lua, in the plainest way: what the functions keep as running
-figures (a replica's load, who waits, what a minute has used) is counted anew here each time. A method takes what the method of Scheduler
-takes and answers what it answers, but for the epoch. The model has one pool.
+It follows the comments in lmaas/scheduling/*.lua in the simplest way: where the functions keep running figures (a replica's load, the
+waiting tenants, the usage of a minute), it counts anew each time. A method takes the arguments of the method of Scheduler and returns its
+result, except for the epoch. The model has one pool.
 """
 
 from collections import Counter
@@ -44,28 +44,28 @@ class Rules:
 
 @dataclass
 class Held:
-    """A ticket that the scheduler knows: queued → (loading →) granted, or one of the ends that its gateway has yet to settle."""
+    """A ticket that the scheduler has: queued → (loading →) granted, or an end that its gateway has yet to settle."""
 
     ticket: Ticket
     submitted: int
     attempts: int
     expires: int
     state: TicketState = TicketState.QUEUED
-    #: Its place among all tickets, and among those of its tenant; smallest first.
+    #: Its place among all tickets, and among those of its tenant. The smallest goes first.
     turn: tuple[int, int] = (0, 0)
     place: tuple[int, str] = (0, "")
-    #: How many tickets had been placed in all when one behind it went first for the first time.
+    #: The total number of placed tickets when a later ticket was first placed before this one.
     passed_at: int | None = None
     replica: str | None = None
-    #: The replica that was taken from it.
+    #: The replica that it lost.
     revoked: str | None = None
-    #: The slots it takes on its replica.
+    #: The slots that it takes on its replica.
     slots: int = 0
     placed: int | None = None
     granted: int | None = None
     progress: Tokens | None = None
     reservations: list[Reservation] = field(default_factory=list)
-    #: It was put back: it runs, whether or not there was room.
+    #: True if it was put back, in which case it runs even without room.
     restored: bool = False
 
     @property
@@ -73,7 +73,7 @@ class Held:
         return self.turn[0] == 0
 
     def charged(self) -> int:
-        """What its tenant's counter has been charged for it, before the division by the share."""
+        """The tokens charged to its tenant's counter for it, before the division by the share."""
         if self.placed is None:
             return 0
         return units(self.progress) if self.progress else self.ticket.prompt_tokens
@@ -90,22 +90,23 @@ class Replica:
     adapter_slots: int = 0
     state: Observed = Observed.STARTING
     beat: int = 0
-    #: What is left of its start by its supervisor's last heartbeat, and how late it is.
+    #: The remaining time of its start by its supervisor's last heartbeat, and the time by which it is late.
     left: int | None = None
     late: int = 0
-    #: When a slot of it was taken last, or it became ready.
+    #: The time at which one of its slots was last taken, or it became ready.
     turn: int | None = None
     suspect: bool = False
     resident: set[str] = field(default_factory=set)
-    #: Adapter → where its files are.
+    #: Adapter → the place of its files.
     loading: dict[str, str] = field(default_factory=dict)
-    #: Adapter → when a ticket was placed with it.
+    #: Adapter → the time at which a ticket was last placed with it.
     used: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Kept:
-    """What is kept on a replica for those who have waited for too long: all of it, or adapter slots, emptied of `victims` for `holders`."""
+    """The room that is kept on a replica for tickets that have waited too long: all of it, or adapter slots, emptied of `victims` for
+    `holders`."""
 
     whole: bool = False
     victims: set[str] = field(default_factory=set)
@@ -113,7 +114,7 @@ class Kept:
 
 
 def units(tokens: Tokens) -> int:
-    """A completion token costs twice a prompt token."""
+    """Return the cost of tokens. A completion token costs twice a prompt token."""
     return tokens[0] + 2 * tokens[2]
 
 
@@ -122,33 +123,33 @@ class Model:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        #: How often a ticket has gone from one state to another.
+        #: The number of times that tickets changed from one state to another.
         self.moves: Counter[tuple[TicketState, TicketState]] = Counter()
         self.forget_everything()
 
     def forget_everything(self) -> None:
-        """FLUSHALL."""
+        """Lose all data, as FLUSHALL does."""
         self.tickets: dict[str, Held] = {}
         self.replicas: dict[str, Replica] = {}
         self.limits = Limits(self.rules.TURN_MS)
         self.counters: dict[str, float] = {}
         self.last_to_leave: str | None = None
-        self.least_counter = 0.0  # of those that were dropped
+        self.least_counter = 0.0  # of the counters that were dropped
         self.enqueued = 0
-        #: Of each tenant that waits, how many it has queued since it began to.
+        #: For each waiting tenant, the number of tickets that it has queued since it began to wait.
         self.sequences: dict[str, int] = {}
         self.placed = 0
-        #: The most that was not counted as passing over, so far.
+        #: The largest number of turns so far that did not count as passing over.
         self.longest_turns = 0
         self.run_ms = self.rules.TURN_MS
-        #: None before any supervisor has told it.
+        #: None before any supervisor has reported it.
         self.start_ms: int | None = None
         self.reaped: int | None = None
         self.spare_until = 0
         self.active: int | None = None
         self.controller = self.delay_ms = 0
         self.first_ms = self.rules.START_MS
-        #: Usage events; what was published (channel, message); who was placed (for whoever watches).
+        #: Usage events; published messages (channel, message); placed tickets, for tests that watch them.
         self.events: list[dict[str, Any]] = []
         self.said: list[tuple[str, Any]] = []
         self.placements: list[tuple[str, list[str]]] = []
@@ -162,7 +163,7 @@ class Model:
     # What is there.
 
     def queue(self, tenant: str | None = None) -> list[Held]:
-        """The queued tickets: all in the order in which they came, or a tenant's that did not come back, in their order of service."""
+        """Return the queued tickets: all in order of arrival, or those of a tenant that did not come back, in their order of service."""
         waiting = [each for each in self.tickets.values() if each.state == TicketState.QUEUED]
         if tenant is None:
             return sorted(waiting, key=lambda each: each.turn)
@@ -176,7 +177,7 @@ class Model:
         return sum(each.slots for each in self.on(replica))
 
     def running(self, replica: Replica) -> dict[str, int]:
-        """Adapter → how many tickets hold a slot with it."""
+        """Return adapter → number of tickets that hold a slot with it."""
         adapters = [each.ticket.adapter for each in self.on(replica) if each.ticket.adapter]
         return {adapter: adapters.count(adapter) for adapter in adapters}
 
@@ -184,25 +185,25 @@ class Model:
         return [each for each in self.on(replica) if each.state == TicketState.LOADING and each.ticket.adapter == adapter]
 
     def fresh(self, now: int, replica: Replica) -> bool:
-        """It gets new work."""
+        """Return whether the replica gets new work."""
         return replica.state == Observed.READY and not replica.suspect and now - replica.beat < self.rules.STALE_MS
 
     # Whose turn it is.
 
     def tenants_waiting(self) -> list[str]:
-        """By counter. One that has nothing in the queue but what came back does not wait."""
+        """Return the waiting tenants by counter. A tenant does not wait if only tickets that came back are in its queue."""
         tenants = {each.ticket.tenant for each in self.queue() if not each.came_back}
         return sorted(tenants, key=lambda tenant: (self.counters.get(tenant, 0), tenant))
 
     def in_order(self) -> Iterator[Held]:
-        """The tickets looked at in one round, in the order of service: first what came back."""
+        """Return the tickets of one round in the order of service, starting with those that came back."""
         order = [each for each in self.queue() if each.came_back]
         for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
             order += self.queue(tenant)[: self.rules.MAX_DEPTH]
         yield from order[: self.rules.MAX_VISITS]
 
     def floor(self) -> float:
-        """The counter that a tenant has at least when it begins to wait."""
+        """Return the least counter of a tenant that begins to wait."""
         waiting = self.tenants_waiting()
         if waiting:
             return self.counters.get(waiting[0], 0)
@@ -218,7 +219,7 @@ class Model:
         tenant, floor = held.ticket.tenant, self.floor()
         if not front and not self.queue(tenant):
             self.sequences[tenant] = 0
-            # Behind whoever waits already.
+            # Behind the tenants that wait already.
             self.counters[tenant] = max(self.counters.get(tenant, 0), floor + (0.001 if self.tenants_waiting() else 0))
             if len(self.counters) > self.rules.MAX_COUNTERS:
                 self.least_counter = self.floor()
@@ -240,7 +241,8 @@ class Model:
     # Where it runs.
 
     def choose(self, now: int, held: Held, kept: dict[str, Kept]) -> Replica | None:
-        """Where its adapter runs already, then where it is resident, then a free adapter slot; then the least loaded."""
+        """Return the replica: first where the adapter runs, then where it is resident, then where an adapter slot is free; then the least
+        loaded."""
         adapter, found = held.ticket.adapter, []
         for replica in self.replicas.values():
             load, running, here = self.load(replica), self.running(replica), kept.get(replica.id, Kept())
@@ -257,7 +259,7 @@ class Model:
         return self.replicas[min(found)[2]] if found else None
 
     def keep_adapter_slot(self, now: int, adapter: str, kept: dict[str, Kept]) -> None:
-        """The one with the fewest tickets is emptied, unless one is being emptied for this adapter already."""
+        """Empty the adapter slot with the fewest tickets, unless one is already being emptied for this adapter."""
         if any(adapter in here.holders for here in kept.values()):
             return
         found = [
@@ -274,7 +276,7 @@ class Model:
             here.holders.add(adapter)
 
     def keep_replica(self, now: int, kept: dict[str, Kept]) -> None:
-        """The one with the most room is emptied."""
+        """Empty the replica with the most room."""
         found = [
             (self.load(replica) - replica.slots, replica.id)
             for replica in self.replicas.values()
@@ -284,7 +286,7 @@ class Model:
             kept.setdefault(min(found)[1], Kept()).whole = True
 
     def dispatch(self, now: int, caller: str = "") -> None:
-        """Give out every slot that can be given out."""
+        """Grant every slot that can be granted."""
         while (found := self.next_placement(now)) is not None:
             held, replica, passed = found
             for each in passed:
@@ -292,7 +294,7 @@ class Model:
             self.place(now, held, replica, caller)
 
     def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
-        """The first ticket that fits, where, and who is passed over for the first time."""
+        """Return the first ticket that fits, its replica, and the tickets that are passed over for the first time."""
         passed: list[Held] = []
         kept: dict[str, Kept] = {}
         for held in self.in_order():
@@ -310,7 +312,8 @@ class Model:
         return None
 
     def passes(self, held: Held) -> int:
-        """How often it was passed over, not counted what fair turns of all tenants would take until its own has nothing waiting."""
+        """Return the number of times that a ticket was passed over, less the turns that all tenants would take in fair order until its own
+        tenant has nothing waiting."""
         if held.passed_at is None:
             return 0
         turns = 0
@@ -321,7 +324,7 @@ class Model:
         return self.placed - held.passed_at - self.rules.FAIR_TURNS * turns
 
     def is_kept_something(self, held: Held) -> bool:
-        """It was passed over so often that what it needs is kept for it, or will be as soon as there is something to keep."""
+        """Return whether the ticket was passed over so often that room is kept for it as soon as there is any."""
         passes = self.passes(held)
         return passes >= self.rules.RESERVE_PASSES if held.ticket.adapter else passes >= self.rules.MAX_PASSES and held.ticket.weight > 1
 
@@ -369,7 +372,7 @@ class Model:
     # How it ends.
 
     def forget(self, now: int, held: Held, used: Tokens | None) -> None:
-        """It is settled to what it used, and everything that it held is free."""
+        """End a ticket: settle it to its usage, and free everything that it held."""
         if held.placed is not None:
             self.charge(held, (units(used) if used else 0) - held.charged())
         del self.tickets[held.ticket.id]
@@ -379,12 +382,12 @@ class Model:
         self.active = now
 
     def take_back(self, held: Held) -> None:
-        """It has had nothing: what it was charged is given back."""
+        """Return the ticket's charge, because its client has received nothing."""
         self.charge(held, -held.charged())
         held.replica, held.slots, held.placed, held.granted, held.progress = None, 0, None, None, None
 
     def requeue(self, held: Held, delivered: bool) -> None:
-        """Back to the front of the queue, unless it has been delivered often enough."""
+        """Put a ticket back at the front of the queue, unless it has been delivered often enough."""
         held.attempts += delivered
         self.take_back(held)
         if delivered and held.attempts >= self.rules.MAX_ATTEMPTS:
@@ -398,7 +401,8 @@ class Model:
                 self.requeue(held, delivered=False)
 
     def remove(self, replica: Replica) -> None:
-        """What was loading waits again; what ran is told, and holds nothing any more."""
+        """Remove a replica. Tickets whose adapter was loading wait again. The gateways of running tickets are notified, and these tickets
+        hold nothing any more."""
         self.requeue_loading(replica)
         for held in self.on(replica):
             self.move(held, TicketState.REVOKED)
@@ -407,7 +411,8 @@ class Model:
         del self.replicas[replica.id]
 
     def reap(self, now: int) -> bool:
-        """Whether anything was taken from anybody who is gone. After the server itself was away, everybody has the time of a lease."""
+        """Return whether anything was removed because its owner had gone. After an outage of the server itself, all owners get the time of
+        a lease."""
         if self.reaped is not None and now < self.reaped:
             self.clock_set_back(now)
         if self.reaped is not None and now - self.reaped > self.rules.AWAY_MS:
@@ -439,7 +444,7 @@ class Model:
         return bool(lost or gone)
 
     def clock_set_back(self, now: int) -> None:
-        """Nothing lies in the future, and everybody has the time of a lease."""
+        """After the clock was set back, move times in the future to now, and give all owners the time of a lease."""
         for held in self.tickets.values():
             held.expires, held.submitted = min(held.expires, now + self.rules.LEASE_MS), min(held.submitted, now)
             held.placed = None if held.placed is None else min(held.placed, now)
@@ -455,7 +460,8 @@ class Model:
     # What is answered.
 
     def estimate(self, now: int, position: int) -> Reply:
-        """How long a ticket at this position may have to wait. What is late is taken to need as long again as it is late."""
+        """Estimate the wait of a ticket at this position. Something that is late is estimated to need the same time again by which it is
+        late."""
         ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
         starting = [replica for replica in self.replicas.values() if replica.state == Observed.STARTING]
         usual = self.first_ms if self.start_ms is None else self.start_ms
@@ -480,7 +486,7 @@ class Model:
         }
 
     def left_of_start(self, replica: Replica, usual: int, now: int) -> tuple[int, int]:
-        """What is left of a start and how late it is: as its supervisor said, or by the clock."""
+        """Return the remaining time of a start and its lateness, from its supervisor's report or by the clock."""
         if replica.left is None:
             return self.left(usual, now - replica.since), max(0, now - replica.since - usual)
         return max(min(1000, replica.left), replica.left - (now - replica.beat)), replica.late
@@ -490,7 +496,8 @@ class Model:
         return max(min(1000, usual), usual - elapsed, elapsed - usual)
 
     def position(self, held: Held) -> int:
-        """In the order of service: behind what came back, and with turns of the tenants that cost the same, the last tenants' one each."""
+        """Return the position in the order of service: behind tickets that came back, if the tenants' turns cost the same. The last tenants
+        count with one ticket each."""
         front = [each for each in self.queue() if each.came_back]
         if held in front:
             return front.index(held) + 1
@@ -629,7 +636,7 @@ class Model:
         } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == Observed.STARTING else {})
 
     def awaited(self, count: int) -> dict[str, str]:
-        """The adapters that are needed first, as many as run at once."""
+        """Return the adapters that are needed first, as many as can run at once."""
         wanted = {held.ticket.adapter: held.ticket.source for held in reversed(list(self.in_order())) if held.ticket.adapter}
         first = list(dict.fromkeys(held.ticket.adapter for held in self.in_order() if held.ticket.adapter))[:count]
         return {adapter: wanted[adapter] for adapter in first}

@@ -19,7 +19,7 @@ Replay = Callable[..., Result]
 
 
 def trace(*requests: Request) -> Trace:
-    """These requests as a trace."""
+    """Return these requests as a trace."""
     made = Trace()
     for one in requests:
         made.add(one.at_s, one.tenant, one.adapter, one.prompt_tokens, one.completion_tokens)
@@ -28,7 +28,7 @@ def trace(*requests: Request) -> Trace:
 
 @pytest.fixture
 def server(valkey_url: str) -> Iterator[Redis]:
-    """The session's Valkey, for a simulation."""
+    """Return the session's Valkey for a simulation."""
     client = Redis.from_url(valkey_url, decode_responses=True)
     yield client
     client.flushall()
@@ -37,7 +37,7 @@ def server(valkey_url: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def play(server: Redis) -> Replay:
-    """Replays requests with the round numbers; other options by name, those of the profile too."""
+    """Replay requests with the profile of round numbers. Other options, including those of the profile, are given by name."""
     return partial(_play, server)
 
 

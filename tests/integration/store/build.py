@@ -1,4 +1,4 @@
-"""Rows for tests that need a database with something in it."""
+"""Creates rows for tests that need a database with contents."""
 
 import secrets
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from lmaas.store.usage import UsageEvent
 
 
 async def base_model(db: Database, name: str = "base", **changes: Any) -> BaseModel:
-    """A base model with two slots a replica."""
+    """Create a base model with two slots per replica."""
     values: dict[str, Any] = {
         "id": "",
         "name": name,
@@ -33,7 +33,7 @@ async def base_model(db: Database, name: str = "base", **changes: Any) -> BaseMo
 
 
 async def tenant(db: Database, name: str, max_adapters: int = 5) -> Tenant:
-    """A tenant."""
+    """Create a tenant."""
     return await create_tenant(db, name, "standard", 10, max_adapters)
 
 
@@ -48,7 +48,7 @@ async def upload(
     validated: BaseModel | None = None,
     audit: Audit | None = None,
 ) -> int:
-    """A version of an adapter, whose content is its own if none is given."""
+    """Add a version of an adapter, with unique content if none is given."""
     uploaded = await add_version(
         db,
         tenant_id,
@@ -66,7 +66,7 @@ async def upload(
 
 
 def usage_event(request_id: str, tenant_id: str | None, **changes: Any) -> UsageEvent:
-    """How a request ended."""
+    """Return the usage event of a request."""
     values: dict[str, Any] = {
         "request_id": request_id,
         "tenant_id": tenant_id,

@@ -1,4 +1,4 @@
-"""Clients of all kinds: patient and impatient ones, ones that stream, cut, ask for nonsense and try again."""
+"""Clients of many kinds: patient and impatient ones, and ones that stream, disconnect, send invalid requests and retry."""
 
 import asyncio
 import json
@@ -11,10 +11,10 @@ from lmaas.keys import new_key
 from tests.support.verdict import Attempt
 from tests.system.chaos.service import Client, Service, now
 
-#: No request may take longer than this: its deadline in the queue is 40 s.
+#: The maximum duration of a request. Its deadline in the queue is 40 s.
 HANG_S = 90.0
 TRIES = 3
-#: What an OpenAI client tries again.
+#: The statuses on which an OpenAI client retries.
 RETRYABLE = (429, 500, 502, 503)
 KINDS = {
     "plain": 20,
@@ -27,15 +27,16 @@ KINDS = {
     "unknown model": 3,
     "unknown key": 2,
 }
-#: The share of requests with a schema, and how many schemas there are. Each new one is checked before an engine gets it.
+#: The share of requests with a schema, and the number of schemas. Each new one is checked before an engine receives it.
 SCHEMA_SHARE, SCHEMAS = 0.2, 200
-#: How many are asked for, if not 5 to 80. At 15 ms a token, a long stream outlives several checkpoints.
+#: The number of completion tokens by kind of request, otherwise 5 to 80. At 15 ms per token, a long stream lasts longer than several
+#: checkpoints.
 TOKENS = {"long stream": (300, 400), "cut mid-stream": (60, 100), "cut while waiting": (60, 100), "cut plain": (60, 100)}
 
 
 class Worker:
-    """Makes one request at a time, with a key that nobody else uses: so the ledger's lines can be told apart also where the client
-    never heard the request's id."""
+    """Sends one request at a time with its own key, so that its lines in the ledger can be recognised even if the client never received the
+    request's id."""
 
     def __init__(self, service: Service, client: Client, seed: str) -> None:
         self._service, self._client = service, client
@@ -44,7 +45,7 @@ class Worker:
         self.current: Attempt | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Go on until told to stop; then finish what runs."""
+        """Send requests until told to stop, then finish the running one."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
             while not stop.is_set():
                 (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))
@@ -124,7 +125,7 @@ class Worker:
                 attempt.cut = True
                 response.close()
                 return
-        # The end of the stream without a word.
+        # The stream ended without an error event.
         attempt.broken = True
 
     def _whole(self, answer: dict[str, Any], attempt: Attempt) -> None:

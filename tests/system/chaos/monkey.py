@@ -1,4 +1,4 @@
-"""The chaos monkey: one fault after the other, at random moments, until its time is over."""
+"""The chaos monkey: causes one fault after the other, at random times, until its time is over."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,15 @@ from tests.support.verdict import Fault
 from tests.system.chaos.clients import Worker
 from tests.system.chaos.service import CONTROLLERS, Service, now
 
-#: A gateway's death and a fault of Valkey are this far apart: a lease (6 s) and its settlement. What was accepted, and known to these two
-#: alone, is gone if both die; that is a double fault, and no promise.
+#: The minimum time between a gateway's death and a fault of Valkey: a lease (6 s) and its settlement. If both die within it, accepted
+#: requests that only they had are lost. That is a double fault, against which nothing is promised.
 APART_S = 9.0
-#: A stream with so many tokens has run for longer than any checkpoint may be old.
+#: A stream with this many tokens has run for longer than the maximum age of a checkpoint.
 OLD_TOKENS = 230
 
 
 class Monkey:
-    """Every fault comes once in each round; the order and the moments are random."""
+    """Causes every fault once in each round, in random order and at random times."""
 
     def __init__(self, service: Service, workers: list[Worker], seed: str) -> None:
         self._service, self._workers = service, workers
@@ -43,7 +43,7 @@ class Monkey:
         }
 
     async def run(self, seconds: float) -> None:
-        """At least one round."""
+        """Run at least one round."""
         end = now() + seconds
         rounds = 0
         while rounds == 0 or now() < end:
@@ -63,7 +63,7 @@ class Monkey:
             rounds += 1
 
     async def _next(self, left: list[str]) -> str:
-        """The first that may come now; if none may, wait."""
+        """Return the first fault that may be caused now, or wait if there is none."""
         found: list[str] = []
 
         async def allowed() -> bool:
@@ -81,18 +81,18 @@ class Monkey:
         return True
 
     async def _waits_for_the_ledger(self) -> bool:
-        """Whether a request of a dead gateway is known to Valkey only."""
+        """Return whether only Valkey has a request of a dead gateway."""
         entries: Any = await self._service.scheduler.redis.xrange(f"lmaas:{{{self._service.model.id}}}:usage")
         return any('"lost"' in fields["event"] for _, fields in entries)
 
     def _streams(self, gateway: str = "", tokens: int = 1) -> int:
-        """Streams that have had so many tokens, of one gateway or of all."""
+        """Return the number of streams that have received this many tokens, of one gateway or of all."""
         running = [worker.current for worker in self._workers]
         return sum(one is not None and one.stream and one.tokens >= tokens and one.gateway.startswith(gateway) for one in running)
 
     async def _gateway(self) -> str:
         name = self._random.choice(self._service.gateways)
-        # One of them is old enough that a missing checkpoint would show.
+        # One of them is old enough to reveal a missing checkpoint.
         await until(lambda: self._streams(name) >= 2 and self._streams(name, OLD_TOKENS) >= 1, every_s=0.01)
         self._service.kill(name)
         await asyncio.sleep(self._random.uniform(0, 1))
@@ -107,13 +107,13 @@ class Monkey:
         return name
 
     async def _writing_controllers(self) -> str:
-        """All of them, while one has events in its hands that the ledger does not have yet."""
+        """Kill and restart all controllers while one of them is writing events that the ledger does not have yet."""
         async with self._service.db.begin(SYSTEM) as connection:
             await connection.execute(text("LOCK TABLE usage_events IN SHARE ROW EXCLUSIVE MODE"))
 
             async def waits() -> bool:
                 query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO usage_events%'"
-                # Not in the same transaction: what it has seen of the others once, it does not look at again.
+                # A new transaction each time, because a transaction reads the activity of others only once.
                 async with self._service.db.begin(SYSTEM) as other:
                     return bool((await other.execute(text(query))).scalar_one())
 
@@ -129,7 +129,7 @@ class Monkey:
         return self._kill_engine(supervisor=False)
 
     async def _supervisor(self) -> str:
-        # Also while it starts: it may be the only one.
+        # Replicas that are starting count too, because there may be no others.
         await until(self._service.supervisors)
         return self._kill_engine(supervisor=True)
 
@@ -143,7 +143,7 @@ class Monkey:
         if replica in engines:
             # An engine dies with its supervisor.
             self._service.faults.append(Fault("engine", str(engines[replica].pid), now(), now()))
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             (supervisors if supervisor else engines)[replica].kill()
         return replica if supervisor else ""
 

@@ -1,4 +1,4 @@
-"""The whole service as real processes, which the test starts, kills and starts again as an init system would."""
+"""The whole service as real processes, which the test starts, kills and restarts as an init system would."""
 
 import asyncio
 import contextlib
@@ -39,9 +39,9 @@ MODEL = "base"
 SLOTS = 5
 GATEWAYS = 2
 CONTROLLERS = 2
-#: The engines of the test say a token in this time.
+#: The time in which the test's engines generate one token.
 TOKEN_MS = 15
-#: What a test does not set.
+#: The settings that a test does not change.
 USUAL: dict[str, Any] = {
     "engine_module": "lmaas.testing.fake_engine",
     "engine_max_replicas": 2,
@@ -53,7 +53,7 @@ USUAL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A tenant's key that one worker uses for itself, and the models that it may call."""
+    """A tenant's key for one worker, and the models that it may call."""
 
     tenant_id: str
     tenant: str
@@ -63,7 +63,7 @@ class Client:
 
 
 class Service:
-    """Postgres, Valkey, gateways, controllers, and the replicas that the controllers start. Made by `running`."""
+    """Postgres, Valkey, gateways, controllers, and the replicas that the controllers start. Created by `running`."""
 
     def __init__(self, home: Path, fake: str, changes: dict[str, Any]) -> None:
         self.settings = Settings(home=home)
@@ -82,29 +82,29 @@ class Service:
     # Servers
 
     async def start_postgres(self) -> str:
-        """Start Postgres on the data that it had; answers its URL, which stays the same."""
-        # In a thread of the loop's executor, so that clients go on. Postgres ends with that thread, which lives as long as the loop.
+        """Start Postgres on its existing data. Returns its URL, which stays the same."""
+        # In a thread of the loop's executor, so that clients continue. Postgres ends with that thread, which lives as long as the loop.
         return await asyncio.to_thread(self._postgres.enter_context, embedded.postgres(self.settings.home / "postgres"))
 
     async def stop_postgres(self) -> None:
-        """Stop Postgres: connections are cut, new ones refused."""
+        """Stop Postgres. Connections are cut, and new ones are refused."""
         await asyncio.to_thread(self._postgres.close)
 
     def start_valkey(self, *, forgetful: bool = False) -> str:
-        """Start Valkey; with what it had, or with nothing. Answers its URL, which stays the same."""
+        """Start Valkey with its earlier data or without any. Returns its URL, which stays the same."""
         self._valkey.close()
         if forgetful:
             shutil.rmtree(self.settings.home / "valkey")
-        # Not in a thread: it dies with the thread that started it.
+        # Not in a thread, because the server ends with the thread that started it.
         return self._valkey.enter_context(embedded.valkey(self.settings.home / "valkey"))
 
     def kill_valkey(self) -> None:
-        """`kill -9` of the server."""
+        """Kill the server with `kill -9`."""
         os.kill(self._valkey_pid(), signal.SIGKILL)
 
     @contextmanager
     def stalled_valkey(self) -> Iterator[None]:
-        """The server takes connections in the block, and does nothing more."""
+        """Suspend the server for the block. It still accepts connections, but does nothing more."""
         pid = self._valkey_pid()
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -135,39 +135,39 @@ class Service:
             )
 
     def kill(self, name: str) -> None:
-        """`kill -9` of a gateway or a controller."""
+        """Kill a gateway or a controller with `kill -9`."""
         self._processes[name].kill()
         self._processes[name].wait()
 
     def terminate(self, name: str) -> "subprocess.Popen[bytes]":
-        """SIGTERM; answers the process, which may take its time."""
+        """Send SIGTERM and return the process, which may take some time to end."""
         self._processes[name].terminate()
         return self._processes[name]
 
     def process(self, name: str) -> "subprocess.Popen[bytes]":
-        """A gateway or a controller."""
+        """Return a gateway or a controller by name."""
         return self._processes[name]
 
     def ended(self) -> dict[str, int]:
-        """Gateways and controllers that are gone although nobody killed them, with their exit codes."""
+        """Return the gateways and controllers that ended without being killed by the test, with their exit codes."""
         return {name: code for name, process in self._processes.items() if (code := process.poll()) is not None}
 
     def url(self, gateway: str) -> str:
-        """A gateway's address."""
+        """Return a gateway's URL."""
         return f"http://127.0.0.1:{self._ports[gateway]}"
 
     @property
     def gateways(self) -> list[str]:
-        """The gateways' names."""
+        """Return the gateways' names."""
         return list(self._ports)
 
     def supervisors(self) -> dict[str, psutil.Process]:
-        """Replica id → its supervisor, of those that run."""
+        """Return the running supervisors by replica id."""
         commands = {process: command_of(process) for process in self.processes()}
         return {words[-1]: process for process, words in commands.items() if "supervise" in words}
 
     def engines(self) -> dict[str, psutil.Process]:
-        """Replica id → its engine, of those that run."""
+        """Return the running engines by replica id."""
         found = {}
         for replica, supervisor in self.supervisors().items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -177,7 +177,7 @@ class Service:
         return found
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that has this service's home in its environment."""
+        """Return every process that has this service's home in its environment."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -187,7 +187,7 @@ class Service:
         return found
 
     def logs(self) -> str:
-        """What gateways, controllers and supervisors complained of; for whoever looks for the cause of a failure."""
+        """Return the warnings and errors of gateways, controllers and supervisors, to help find the cause of a failure."""
         files = [*self.settings.home.glob("*.log"), *self.settings.home.glob("replicas/*/supervisor.log")]
         lines = [f"{file.name}: {line}" for file in files for line in file.read_text(errors="replace").splitlines()]
         return "\n".join(line for line in lines if "ERROR" in line or "CRITICAL" in line or "Traceback" in line)[-6000:]
@@ -195,7 +195,7 @@ class Service:
     # Bootstrap
 
     async def bootstrap(self) -> None:
-        """Servers, the schema, a base model, and then our own processes."""
+        """Prepare servers, schema and base model, and start the service's processes."""
         self.settings = replace(
             self.settings,
             database_url=await self.start_postgres(),
@@ -214,7 +214,7 @@ class Service:
             self.start(name)
 
     async def clients(self, tenant: str, workers: int, *, adapters: int, max_queued: int) -> list[Client]:
-        """A new tenant with adapters, and a key for each of its workers."""
+        """Create a tenant with adapters, and a key for each of its workers."""
         row = await create_tenant(self.db, tenant, "standard", max_queued, 10)
         files = AdapterFiles(object_store_url(self.settings))
         names = [f"bot-{number}" for number in range(adapters)]
@@ -237,7 +237,7 @@ class Service:
         for process in self._processes.values():
             process.kill()
             process.wait()
-        # The controllers are gone: nobody starts more.
+        # The controllers have ended, so no process starts more.
         for left in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
@@ -248,8 +248,8 @@ class Service:
 
 @asynccontextmanager
 async def running(*, fake: str = "", **changes: Any) -> AsyncIterator[Service]:
-    """A service with an empty database, until the end of the block. Its engines get the `fake` arguments; `changes` are settings."""
-    # Short: a Unix socket's path may have 107 bytes.
+    """Run a service with an empty database until the end of the block. Its engines get the `fake` arguments; `changes` are settings."""
+    # A short path, because a Unix socket's path may have at most 107 bytes.
     service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes)
     async with AsyncExitStack() as exits:
         exits.callback(service.close)
@@ -260,7 +260,7 @@ async def running(*, fake: str = "", **changes: Any) -> AsyncIterator[Service]:
 
 
 def now() -> float:
-    """The wall clock: the ledger's and the engines' times are of it."""
+    """Return the wall-clock time, which the ledger and the engines use."""
     return time.time()
 
 

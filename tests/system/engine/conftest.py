@@ -1,4 +1,4 @@
-"""Engines for the contract: vLLM and the fake that stands in for it, behind one small client."""
+"""Engines for the contract test, vLLM and its fake, behind a small client."""
 
 import json
 import re
@@ -24,13 +24,13 @@ CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-#: Of one prompt's tokens, whatever the tokenizer.
+#: The tokens of a prompt that suits any tokenizer.
 TOKENS = [100 + number % 700 for number in range(300)]
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What the engine has counted."""
+    """The engine's counters."""
 
     prompt: int
     generated: int
@@ -38,19 +38,19 @@ class Counters:
     waiting: int
 
     def since(self, earlier: "Counters") -> tuple[int, int]:
-        """Prompt and generated tokens since then."""
+        """Return the prompt and generated tokens since earlier counters."""
         return self.prompt - earlier.prompt, self.generated - earlier.generated
 
 
 @dataclass
 class Events:
-    """A stream as it came: the events' bytes, and their JSON without `[DONE]`."""
+    """A stream as it was received: the events' bytes, and their JSON without `[DONE]`."""
 
     raw: list[bytes] = field(default_factory=list)
     parsed: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """One line of the stream."""
+        """Add one line of the stream."""
         if line:
             assert line.startswith("data: ")
             self.raw.append(line.encode())
@@ -59,16 +59,16 @@ class Events:
 
     @property
     def of_choices(self) -> list[dict[str, Any]]:
-        """Without the last event, which has only the usage."""
+        """The events without the last one, which has only the usage."""
         return [event for event in self.parsed if event["choices"]]
 
     def text(self, index: int = 0) -> str:
-        """One choice's text."""
+        """Return the text of one choice."""
         parts = [choice for event in self.of_choices for choice in event["choices"] if choice["index"] == index]
         return "".join(part["text"] if "text" in part else part["delta"].get("content", "") for part in parts)
 
     def finish_reasons(self) -> dict[int, str]:
-        """How each choice ended."""
+        """The finish reason of each choice."""
         choices = [choice for event in self.of_choices for choice in event["choices"]]
         return {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"]}
 
@@ -81,11 +81,11 @@ class Engine:
     http: httpx.AsyncClient
 
     async def post(self, path: str, body: object, request_id: str = "one") -> httpx.Response:
-        """Ask for something."""
+        """Send a request."""
         return await self.http.post(path, json=body, headers={"x-request-id": request_id})
 
     async def stream(self, path: str, body: object, request_id: str = "one", into: Events | None = None) -> Events:
-        """Ask for a stream and read it to its end."""
+        """Send a streaming request and read the stream to its end."""
         events = Events() if into is None else into
         async with self.http.stream("POST", path, json=body, headers={"x-request-id": request_id}) as response:
             assert response.status_code == 200, await response.aread()
@@ -95,7 +95,7 @@ class Engine:
         return events
 
     async def counters(self) -> Counters:
-        """From `/metrics`."""
+        """Read the counters from `/metrics`."""
         text = (await self.http.get("/metrics")).text
 
         def total(name: str) -> int:
@@ -116,7 +116,7 @@ class Engine:
         return await self.counters()
 
     async def runs(self, sequences: int) -> None:
-        """Wait until so many sequences run and have made tokens."""
+        """Wait until this many sequences run and have generated tokens."""
         before = await self.counters()
 
         async def running() -> bool:
@@ -128,7 +128,7 @@ class Engine:
 
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
-    """A running engine with 8 slots. vLLM is forked by a zygote, as in a service; what starts plainly is tested elsewhere (README.md)."""
+    """A running engine with 8 slots. vLLM is forked by a zygote, as in a service. Other tests cover plain starts (README.md)."""
     fake = request.param == "fake"
     spec = EngineSpec(
         module="lmaas.testing.fake_engine" if fake else Settings().engine_module,
@@ -150,7 +150,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 def ask(path: str, words: str = "Count from one to ten.", *, tokens: int = 8, **more: Any) -> dict[str, Any]:
-    """A request that makes exactly `tokens` tokens for each choice."""
+    """Return a request that generates exactly `tokens` tokens for each choice."""
     prompt = {"messages": [{"role": "user", "content": words}]} if path == CHAT else {"prompt": words}
     return {"model": BASE, "max_tokens": tokens, "ignore_eos": True, **prompt, **more}
 
