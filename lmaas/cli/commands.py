@@ -1,5 +1,7 @@
 """Every command of `lmaas`."""
 
+import io
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -72,6 +74,9 @@ def cli(context: click.Context, as_json: bool, tenant: str | None, traceback: bo
 
 def main() -> None:
     """Run a command. An error is printed on standard error, with exit code 1; wrong usage has 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Also in a locale without these characters, what was done is said.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="lmaas")
     except ApiError as error:

@@ -73,6 +73,15 @@ def test_a_full_disk_is_said_of_an_answer_too(tmp_path: Path) -> None:
         assert (code, err) == (1, "lmaas: The output cannot be written: No space left on device.\n")
 
 
+def test_a_locale_without_a_character_does_not_stop_the_output(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from lmaas.manifests.client import ApiClient\n"
+        "ApiClient.items = lambda *_, **__: [{'name': '\\u2192', 'id': 'ten_1', 'tier': 'free'}]\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert lmaas("tenant", "list", PYTHONPATH=path, PYTHONIOENCODING="ascii") == (0, "")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str, **environment: str) -> tuple[int, str]:
     """Run a command in this process; return its exit code and what is on standard error."""
     monkeypatch.setattr(sys, "argv", ["lmaas", *arguments])

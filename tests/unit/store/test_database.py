@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 from lmaas.errors import SettingsError, Unavailable
 from lmaas.store import tenants
@@ -36,4 +37,4 @@ def test_what_is_no_database_is_refused_without_its_password(url: str) -> None:
 
 def test_options_of_postgres_stay() -> None:
     url = "postgresql+psycopg://u@/d?application_name=me&connect_timeout=3&host=%2Frun&sslmode=require"
-    assert driver_url(url) == url.replace("%2F", "/") or driver_url(url) == url
+    assert make_url(driver_url(url)) == make_url(url)
