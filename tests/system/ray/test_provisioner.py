@@ -151,7 +151,7 @@ async def test_a_ray_that_does_not_answer_stops_nobody(settings: Settings, monke
 
     monkeypatch.setattr(ray.util, "list_named_actors", silent)
     provisioner = RayProvisioner(settings, call_s=0.05)
-    with pytest.raises(Unavailable, match="not answered"):
+    with pytest.raises(Unavailable, match="not responded"):
         await provisioner.list()
     answer.set()
 
