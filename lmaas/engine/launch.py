@@ -128,6 +128,10 @@ def shared_environment() -> dict[str, str]:
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if has_cpu_build():
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the LoRA plugin does not support V2
+        # vLLM compiles a few small functions for log probabilities with torch's compiler, also with `--enforce-eager`. The first request
+        # that needs one would wait seconds for a C++ compiler, and all others with it. Without a compiler, or where the path of the
+        # environment has a space, the engine would end.
+        variables["TORCH_COMPILE_DISABLE"] = "1"
     return variables
 
 

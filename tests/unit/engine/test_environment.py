@@ -26,3 +26,10 @@ def test_no_credentials_of_our_servers_and_stores(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("HF_TOKEN")
     # Whoever asks the zygote may have them, and the zygote not.
     assert wire.difference(before, wire.facts(shared_environment())) == ""
+
+
+def test_engines_on_cpus_compile_nothing_while_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.engine.launch.has_cpu_build", lambda: True)
+    assert shared_environment()["TORCH_COMPILE_DISABLE"] == "1"
+    monkeypatch.setattr("lmaas.engine.launch.has_cpu_build", lambda: False)
+    assert "TORCH_COMPILE_DISABLE" not in shared_environment()
