@@ -105,7 +105,7 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
 
 async def lock_name(connection: AsyncConnection, name: str, *, shared: bool = False) -> None:
     """Lock a name until the end of the transaction. A base model and an adapter must not have the same name, and no row stands for a name
-    that is free: whoever creates a base model takes the lock for itself, and uploads of adapters share it.
+    that is free. The creation of a base model takes the lock exclusively, and uploads of adapters share it.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     await connection.execute(select(lock(_NAME_LOCK, func.hashtext(name))))
