@@ -52,8 +52,7 @@ def load(path: Path) -> Any:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise InvalidRequest(f"{path}: It is not a regular file.")
-        # The loader is a SafeLoader.
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (it is a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}: "

@@ -125,7 +125,7 @@ class Database:
         Raises psycopg's own errors, and SettingsError if the login may not act as the role that the scope needs.
         """
         statement = begin_statement(scope, self._prefix, self._acts_as)
-        driver: psycopg.AsyncConnection[Any] = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+        driver: psycopg.AsyncConnection[Any] = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]  # SQLAlchemy does not say which driver's it is
         try:
             # Several statements in one message cannot be prepared.
             await driver.execute(statement.encode(), prepare=False)

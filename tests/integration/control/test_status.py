@@ -15,23 +15,7 @@ from lmaas.store.database import Database
 from lmaas.store.engine_time import record_engine_time
 from lmaas.store.models import BaseModel, change_base_model, put_base_model
 from lmaas.store.replicas import add_replica
-
-
-class Nowhere:
-    """A provisioner without a machine."""
-
-    async def list(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
-    def start_delay_s(self) -> float:
-        return 0.0
-
-    def first_start_s(self) -> float:
-        return 20.0
-
-    async def capacity(self) -> None:
-        """No bound."""
+from tests.support.provisioners import Nowhere
 
 
 @pytest.fixture

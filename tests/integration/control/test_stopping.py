@@ -13,23 +13,7 @@ from lmaas.control.controller import Controller
 from lmaas.store.database import Database
 from lmaas.store.leadership import leading
 from tests.support.conditions import until
-
-
-class Nowhere:
-    """A provisioner without a machine."""
-
-    async def list(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
-    def start_delay_s(self) -> float:
-        return 0.0
-
-    def first_start_s(self) -> float:
-        return 20.0
-
-    async def capacity(self) -> None:
-        """No bound."""
+from tests.support.provisioners import Nowhere
 
 
 @pytest.mark.parametrize("stands_by", [False, True])

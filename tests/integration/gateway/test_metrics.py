@@ -33,8 +33,8 @@ async def test_refusals_are_counted_by_kind(stack: Stack) -> None:
     async with stack.gateway(queue_deadline_s=0.2) as gateway:
         assert await ask(limited, gateway.url) == 429
         assert await ask(spent, gateway.url) == 429
-        assert await ask(other, gateway.url) == 503  # nobody serves it
-        assert await ask(other, gateway.url, model="nobody's") == 404
+        assert await ask(other, gateway.url) == 503  # no engine serves it
+        assert await ask(other, gateway.url, model="unknown") == 404
         assert await ask(Tenant("", "wrong", ""), gateway.url) == 401
         async with httpx.AsyncClient(base_url=gateway.url) as http:
             text = (await http.get("/metrics")).text

@@ -104,7 +104,7 @@ async def test_a_server_that_stalls_fails_all_who_wait_and_is_asked_again(redis:
 
     async def back() -> bool:
         try:
-            return bool(await pipelined.send("ECHO", "c") == "c")  # never a late reply to somebody else
+            return bool(await pipelined.send("ECHO", "c") == "c")  # never a late reply to another call
         except RedisError:
             return False
 

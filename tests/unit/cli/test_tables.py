@@ -48,7 +48,7 @@ VALUES = {
     "id": "rep_0123456789abcdef0123", "name": "smollm2-135m-instruct", "base_model": "smollm2-135m-instruct", "model": "json-bot",
     "tenant": "globex", "day": "2026-11-30", "role": "tenant_admin", "tier": "standard", "dtype": "bfloat16", "content_hash": "ab" * 32,
     "limits": "tokens_per_minute 100000, max_concurrent 8", "reason": "the engine ended with code 1: no memory", "desired": "stopped",
-    "observed": "starting", "url": "http://127.0.0.1:40000", "source": "/root/.cache/lmaas/models/smollm2", "target_modules": ["q_proj"],
+    "observed": "starting", "url": "http://127.0.0.1:40000", "source": "/srv/models/smollm2", "target_modules": ["q_proj"],
     "status": "succeeded", "prefix": "sk-lmaas-abcdef",
 }  # fmt: skip
 TABLES = {

@@ -37,7 +37,7 @@ def test_a_standstill_is_measured_from_the_last_progress() -> None:
         (1, 0.0, 100.0, 0.0, 0.0),
         (1, 0.0, 103.0, 3.0, 0.0),
         (1, 0.01, 106.0, 6.0, 0.01),
-        (1, 0.01, 1006.0, 6.0 + MAX_GAP_S, 0.01),  # nobody looked meanwhile
+        (1, 0.01, 1006.0, 6.0 + MAX_GAP_S, 0.01),  # there was no look in between
         (1, 0.2, 1007.0, 0.0, 0.2),
         (1, 0.2, 1008.0, 1.0, 0.2),
         (2, 0.2, 1009.0, 0.0, 0.0),

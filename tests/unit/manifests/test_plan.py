@@ -138,7 +138,7 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
         (bot(), own(1, "own", "new"), Outcome.UNCHANGED, [], []),
         (bot(), own(None, "own"), Outcome.CHANGED, [upload(2, activate=True)], [live(None, 2)]),
         (bot(version=2), own(1, "own"), Outcome.CHANGED, [upload(2, activate=False), activation(2)], [live(1, 2)]),
-        # Uploaded by somebody, but never activated.
+        # Uploaded, but never activated.
         (bot(), known(None, "other", "new"), Outcome.CHANGED, [activation(2)], [live(None, 2)]),
         # A pinned version.
         (bot(version=1), {}, Outcome.CREATED, [upload(1, activate=False), activation(1)], [live(None, 1)]),

@@ -56,7 +56,7 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1] + ".new")
         listener.listen(64)
-        os.rename(sys.argv[1] + ".new", sys.argv[1])  # whoever sees it can connect
+        os.rename(sys.argv[1] + ".new", sys.argv[1])  # a client that sees it can connect
         checker.Checker(compiler, listener, float(sys.argv[2])).serve()
     Path(sys.argv[1]).unlink()
     if LINGERS in sys.argv:
