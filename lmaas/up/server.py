@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
@@ -30,7 +31,7 @@ HERE = "/proc/self/cwd"
 FULL_BYTES = 32 * 1024 * 1024
 
 
-class Server:
+class Server(ABC):
     """A Postgres or a Valkey of this stack. The caller holds the folder's lock.
 
     The server is bound to the thread that starts it, and ends with that thread. Its address stays the same after a restart.
@@ -52,13 +53,13 @@ class Server:
         self._log_began = 0
 
     @property
+    @abstractmethod
     def url(self) -> str:
         """The URL for clients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self) -> list[str]:
         """Return the command that runs the server in the foreground, with `folder` as its working folder."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Prepare the folder for a start. Called before each start, while the server does not run. Raises SettingsError."""

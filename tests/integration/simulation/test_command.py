@@ -7,23 +7,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from lmaas.cli.commands import cli
 from lmaas.simulation.profile import Profile, write_profile
-
-SMALL = "time,tenant,adapter,prompt_tokens,completion_tokens\n0,acme,bot,100,20\n1,globex,,50,10\n900,acme,bot,100,20\n"
+from tests.support.command import SMALL_TRACE, run
 
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "trace.csv"
-    path.write_text(SMALL)
+    path.write_text(SMALL_TRACE)
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def test_a_table_for_people_has_all_three_arrangements(trace: Path) -> None:

@@ -3,26 +3,19 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from lmaas.cli.commands import cli
 from lmaas.errors import SettingsError
 from lmaas.simulation.chart import check_chart
 from lmaas.simulation.profile import Profile, read_profile, write_profile
 from lmaas.simulation.trace import TraceError
-
-SMALL = "time,tenant,adapter,prompt_tokens,completion_tokens\n0,acme,bot,100,20\n1,globex,,50,10\n900,acme,bot,100,20\n"
+from tests.support.command import SMALL_TRACE, run
 
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "trace.csv"
-    path.write_text(SMALL)
+    path.write_text(SMALL_TRACE)
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +35,7 @@ def test_wrong_options_are_explained(trace: Path, arguments: tuple[str, ...], sa
 
 def test_a_wrong_trace_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "wrong.csv"
-    path.write_text(SMALL + "901,acme,bot,-1,5\n")
+    path.write_text(SMALL_TRACE + "901,acme,bot,-1,5\n")
     assert isinstance(run("simulate", path).exception, TraceError)
 
 
