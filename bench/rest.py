@@ -22,8 +22,7 @@ from bench.frame import Bar, Say, attempted, interleaved, ratios, summary
 from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
 from lmaas.config import Settings
-from lmaas.gateway.auth import Authenticator
-from lmaas.gateway.catalog import Catalog
+from lmaas.inference.catalog import Catalog
 from lmaas.keys import PREFIX
 from lmaas.metering.usage import UsageRecord
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket, connect
@@ -38,6 +37,7 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.types import Principal, TokenCounts
 from lmaas.up.bootstrap import register_model
 from lmaas.up.embedded import embedded_servers
+from lmaas.web.auth import Authenticator
 
 NAME = "tenants_at_rest"
 NAMES = (NAME,)

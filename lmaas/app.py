@@ -33,21 +33,15 @@ from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
 from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
-from lmaas.gateway.auth import Authenticator
-from lmaas.gateway.cache import Changes
-from lmaas.gateway.catalog import Catalog
-from lmaas.gateway.cors import Cors
-from lmaas.gateway.grammars import Grammars
-from lmaas.gateway.idempotency import Idempotency
-from lmaas.gateway.openapi import SCHEMAS as OPENAI_SCHEMAS
-from lmaas.gateway.openapi import openai_paths
-from lmaas.gateway.pipeline import Gateway
-from lmaas.gateway.routes import completions
-from lmaas.gateway.routes import routes as gateway_routes
-from lmaas.gateway.server import server
-from lmaas.gateway.wait_reasons import WaitReasons
 from lmaas.http import Frame, on_error, on_http_exception
+from lmaas.inference.cache import Changes
+from lmaas.inference.catalog import Catalog
+from lmaas.inference.grammars import Grammars
+from lmaas.inference.serving import Gateway
+from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.observability import GatewayMetrics
+from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
+from lmaas.protocols.openapi import openai_paths
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -57,6 +51,12 @@ from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
 from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
+from lmaas.web.auth import Authenticator
+from lmaas.web.cors import Cors
+from lmaas.web.idempotency import Idempotency
+from lmaas.web.routes import completions
+from lmaas.web.routes import routes as gateway_routes
+from lmaas.web.server import server
 
 log = logging.getLogger(__name__)
 

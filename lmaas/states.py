@@ -87,3 +87,10 @@ class ClaimState(StrEnum):
     RUNNING = "running"
     #: The response is kept.
     DONE = "done"
+
+
+class PoolKind(StrEnum):
+    """What the engines of a pool do: generate text, or embed it."""
+
+    GENERATE = "generate"
+    EMBED = "embed"

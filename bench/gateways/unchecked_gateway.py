@@ -6,7 +6,7 @@ from typing import Any
 from lmaas import app
 from lmaas.cli import main
 from lmaas.engine.grammars.verdict import Verdict
-from lmaas.gateway.grammars import Grammars, Lookup
+from lmaas.inference.grammars import Grammars, Lookup
 
 PASSED = Lookup("", ("", "", b""), b"", Verdict())
 

@@ -26,8 +26,8 @@ def gateway(context: Context) -> None:
     import uvloop
 
     from lmaas import app
-    from lmaas.gateway.loop import Loop
     from lmaas.observability import configure_logging
+    from lmaas.web.loop import Loop
 
     private_files()
     configure_logging(context.settings.log_level)

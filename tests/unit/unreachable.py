@@ -12,11 +12,11 @@ from starlette.types import ASGIApp
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.app import Services, build_gateway, object_store_url
 from lmaas.config import Settings
-from lmaas.gateway import auth
 from lmaas.keys import hash_key, new_key
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.database import Database
 from lmaas.types import Principal, Role
+from lmaas.web import auth
 
 OPERATOR = Principal("key_1", Role.OPERATOR, None, None, 0, "standard")
 TENANT = Principal("key_2", Role.TENANT_ADMIN, "ten_1", "acme", 10, "standard")

@@ -24,7 +24,6 @@ from lmaas.app import Services, build_gateway, connected
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
-from lmaas.gateway.server import server
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor
@@ -38,6 +37,7 @@ from lmaas.store.scopes import scope_of
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.store.usage import UsageEvent, list_events
 from lmaas.types import Role
+from lmaas.web.server import server
 from tests.integration.schemas import CHECKED
 from tests.support.conditions import until
 from tests.support.databases import login_url, new_database

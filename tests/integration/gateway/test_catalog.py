@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lmaas.errors import ModelNotFound, Unavailable
-from lmaas.gateway import catalog as module
-from lmaas.gateway.catalog import Catalog, ListedModel
+from lmaas.inference import catalog as module
+from lmaas.inference.catalog import Catalog, ListedModel
 from lmaas.store.adapters import activate, delete_adapter
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel

@@ -9,7 +9,7 @@ import pytest
 
 from lmaas.engine import client, compiling
 from lmaas.engine.compiling import Notes
-from lmaas.gateway import pipeline
+from lmaas.inference import serving
 from lmaas.replica import supervisor
 from lmaas.states import Observed
 from tests.integration.gateway.stack import COMPLETION, Stack, Stream, Tenant, running
@@ -100,7 +100,7 @@ async def test_an_engine_whose_grammar_thread_stands_still_is_replaced_and_plain
     stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "WALL_LIMIT_S", 2.0)
-    monkeypatch.setattr(pipeline, "SUSPECT_S", 1.0)
+    monkeypatch.setattr(serving, "SUSPECT_S", 1.0)
     model = await stack.model("base", slots=4)
     stuck = await stack.replica(model, "--fake-token-ms 30")
     schema = {"response_format": {"type": "json_object"}}

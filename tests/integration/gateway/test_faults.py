@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from lmaas.gateway import server
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
+from lmaas.web import server
 from tests.integration.gateway.stack import CHAT, COMPLETION, Replica, Stack, Stream, Tenant, running
 from tests.support.conditions import until, within
 

@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Verdict, key_of
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
-from lmaas.gateway import grammars as module
-from lmaas.gateway.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars, NoCheckerError
+from lmaas.inference import grammars as module
+from lmaas.inference.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars, NoCheckerError
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
 from tests.integration.gateway.checker import Checker, serving

@@ -399,8 +399,8 @@ async def test_without_postgres_such_requests_are_not_accepted_and_others_flow(s
 
 
 async def test_a_postgres_that_hangs_holds_up_no_answer(service: Service, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmaas.gateway.idempotency.CLAIM_S", 0.3)
-    monkeypatch.setattr("lmaas.gateway.idempotency.SETTLE_S", 0.3)
+    monkeypatch.setattr("lmaas.web.idempotency.CLAIM_S", 0.3)
+    monkeypatch.setattr("lmaas.web.idempotency.SETTLE_S", 0.3)
     body = ask(tokens=20, stream=True)
     running = asyncio.create_task(service.send(tenant, body))
     await service.running(tenant)
@@ -447,7 +447,7 @@ async def test_a_killed_gateways_request_is_taken_over(service: Service, tenant:
 
 
 async def test_a_living_gateways_request_is_not_taken_over(service: Service, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmaas.gateway.idempotency.SEEN_EVERY_S", 0.1)
+    monkeypatch.setattr("lmaas.web.idempotency.SEEN_EVERY_S", 0.1)
     got = Stream()
     body = ask(tokens=400)
     task = asyncio.create_task(service.stack.stream(tenant, CHAT, body, got, headers={"idempotency-key": "k"}))

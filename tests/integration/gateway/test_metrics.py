@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lmaas.gateway.routes import CHAT
 from lmaas.store.tenants import update_tenant
+from lmaas.web.routes import CHAT
 from tests.integration.gateway.stack import Stack, Tenant, running
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lmaas.errors import Unavailable
-from lmaas.gateway import pipeline
-from lmaas.gateway.wait_reasons import CAUSES, NO_MACHINE, WaitReasons
+from lmaas.inference import serving
+from lmaas.inference.wait_reasons import CAUSES, NO_MACHINE, WaitReasons
 from lmaas.scheduling.states import WaitPhase
 from lmaas.states import Observed
 from lmaas.store.database import Database
@@ -57,7 +57,7 @@ async def test_a_deadline_while_starts_fail_says_so(stack: Stack) -> None:
 
 async def test_the_first_comment_comes_after_a_second_and_the_next_ones_later(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the head, and without an empty line: nothing that a client takes for an event."""
-    monkeypatch.setattr(pipeline, "COMMENT_EVERY_S", 0.5)
+    monkeypatch.setattr(serving, "COMMENT_EVERY_S", 0.5)
     await stack.model("base")
     acme = await stack.tenant()
     body = {"model": "base", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}

@@ -9,10 +9,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from lmaas.gateway.loop import Loop
 from lmaas.scheduling import pipelining as module
 from lmaas.scheduling.client import connect
 from lmaas.scheduling.pipelining import PipelinedConnection
+from lmaas.web.loop import Loop
 from tests.support.conditions import until
 
 

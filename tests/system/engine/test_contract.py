@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from lmaas.engine.client import EngineClient, EngineError
-from lmaas.gateway.sse import Rewriter, rewrite_whole
+from lmaas.protocols.sse import Rewriter, rewrite_whole
 from tests.support.conditions import until
 from tests.system.engine.conftest import (
     ADAPTER,

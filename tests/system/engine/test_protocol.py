@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lmaas.engine.launch import has_engine
-from lmaas.gateway.parameters.enforceable import enforceable
-from lmaas.gateway.parameters.request import read_chat, read_completion
-from lmaas.gateway.parameters.table import BY_NAME, Endpoint, Treatment
+from lmaas.protocols.parameters.enforceable import enforceable
+from lmaas.protocols.parameters.request import read_chat, read_completion
+from lmaas.protocols.parameters.table import BY_NAME, Endpoint, Treatment
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": CITY}}

@@ -11,7 +11,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api.shapes import models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
-from lmaas.gateway.parameters.table import BY_NAME, Endpoint
+from lmaas.protocols.parameters.table import BY_NAME, Endpoint
 from lmaas.states import START_PHASES, EnginePhase
 from lmaas.types import Limits
 

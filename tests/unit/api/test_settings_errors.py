@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from lmaas.errors import InternalError, SettingsError
-from lmaas.gateway import auth
 from lmaas.store.database import Database
 from lmaas.types import Principal
+from lmaas.web import auth
 from tests.unit.unreachable import OPERATOR, TENANT, UnreachableGateway
 
 MESSAGE = "The database login 'secret_login' may not act as a role that it needs. Run `lmaas migrate`."

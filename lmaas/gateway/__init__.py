@@ -1,1 +1,0 @@
-"""The OpenAI API for tenants: from an HTTP request to an engine's tokens. `pipeline.py` shows the whole path."""

@@ -1,0 +1,122 @@
+"""Classifies an engine's errors: a mistake of the client, a missing adapter, a request that cannot be processed, or a lost engine."""
+
+import json
+import re
+
+from lmaas.errors import InvalidRequest, RequestFailed
+from lmaas.protocols.parameters.request import EngineRequest, context_exceeded
+from lmaas.protocols.parameters.table import BY_NAME, Endpoint
+from lmaas.scheduling.states import RetryReason
+
+#: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
+_ENGINE_FAILED = ("EngineCore encountered an issue", "Internal server error", "Request failed; please retry", "Client disconnected")
+#: What vLLM appends to the message of an error with a parameter.
+_SUFFIX = re.compile(r"\s*\(parameter=.*\)\s*$", re.DOTALL)
+_VALIDATOR = re.compile(r"\d+ validation errors?\b")
+_PROMPT_TOO_LONG = re.compile(r"This model's maximum context length is|Input length \(\d+\) exceeds|max_tokens must be at least 1, got 0")
+#: How messages about a grammar begin or what they name, whichever library of vLLM's writes them.
+_GRAMMAR = re.compile(
+    r"grammar|regex|regular expression|json schema|structured.output|structural.tag|xgrammar|guidance|lark", re.IGNORECASE
+)
+#: How vLLM's sampling parameters begin their messages, for which it names no parameter.
+_RULE = re.compile(r"`?(\w+)`? (?:must|cannot)\b")
+_MAX_MESSAGE = 500
+
+
+class EngineLost(Exception):
+    """A delivery failed. `reason` is for the scheduler. `revoked` is true if the replica was taken out of service while its connection was
+    open, as happens to an engine that stalls."""
+
+    def __init__(self, reason: RetryReason, detail: str, *, revoked: bool = False) -> None:
+        super().__init__(detail)
+        self.reason, self.revoked = reason, revoked
+
+
+def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, max_model_len: int) -> Exception:
+    """Return the exception for an engine's error response, or for the error event of a stream."""
+    message, code, param = text[:200].decode(errors="replace"), status, None
+    formed = False
+    try:
+        error = json.loads(text)["error"]
+        message, code = str(error["message"]), int(error.get("code") or status)
+        param = error.get("param")
+        formed = True
+    except (ValueError, KeyError, TypeError):
+        pass
+    if code == 404:
+        # The engine does not have the adapter, although it was reported as loaded.
+        return EngineLost(RetryReason.ADAPTER, message)
+    if 400 <= code < 500 or code == 501:
+        # 501 is vLLM's answer to a request for something that the model's engine does not have.
+        return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
+    if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
+        # vLLM's API server failed on this request before it reached the engine core. It would fail in the same way on every engine.
+        return RequestFailed()
+    return EngineLost(RetryReason.ENGINE, message)
+
+
+def _refusal(message: str, param: str | None, engine_name: str, request: EngineRequest, max_model_len: int) -> InvalidRequest:
+    # Tenants use only their own names for models.
+    message = _SUFFIX.sub("", message.replace(engine_name, request.model))
+    if param in ("input_tokens", "input_text") or _PROMPT_TOO_LONG.match(message):
+        return context_exceeded(request.prompt_name, max_model_len, _counted(message))
+    name = _clients_name(param, request)
+    if _VALIDATOR.match(message):
+        # The text comes from a validator inside the engine and contains internal names.
+        blamed = f"The value of '{name}'" if name else "The request"
+        return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
+    code, text = None, _shown(message)
+    rule = _RULE.match(message) if param is None else None
+    if rule and _clients_name(rule[1], request):
+        code, name = "out_of_range", _clients_name(rule[1], request)
+    elif message.startswith("Token id "):
+        code, name = "out_of_range", "prompt"
+    elif name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
+        code = "out_of_range"
+    elif name in ("response_format", "structured_outputs", "tools"):
+        code = "invalid_schema"
+    elif name is None and request.constrained and _GRAMMAR.search(message):
+        code = "invalid_schema" if "schema" in message.lower() else "invalid_grammar"
+        name = constraint_name(request)
+        text = f"The engine cannot compile the grammar of '{name}': {text}"
+    return InvalidRequest(text, code=code, param=name)
+
+
+def _counted(message: str) -> str:
+    """Return the prompt's length as the engine counted it, as the end of a sentence."""
+    found = re.search(r"contains (?:at least )?\d+ (?:input tokens|characters)", message)
+    length = re.match(r"Input length \((\d+)\)", message)
+    return found[0] if found else f"contains {length[1]} input tokens" if length else "leaves no room for an answer"
+
+
+def constraint_name(request: EngineRequest) -> str:
+    """Return the parameter from which the engine makes the grammar of a constrained request."""
+    asked = request.parameters
+    if asked.get("tools") and asked.get("tool_choice", "auto") not in ("auto", "none"):
+        return "functions" if request.legacy_functions else "tools"
+    for name in ("structured_outputs", "response_format"):
+        if name in asked:
+            return name
+    return "tools"
+
+
+def _clients_name(param: str | None, request: EngineRequest) -> str | None:
+    """Return the client's parameter for the path that an engine blames, such as `body.stop` or `tool_choice.function`."""
+    if param is None:
+        return None
+    path = param.removeprefix("body.")
+    name = re.split(r"[.\[]", path, maxsplit=1)[0]
+    known = BY_NAME[Endpoint.CHAT if request.prompt_name == "messages" else Endpoint.COMPLETION]
+    if name == "tool_calls":
+        return "messages"
+    if name not in known:
+        return None
+    if request.legacy_functions and name in ("tools", "tool_choice"):
+        return {"tools": "functions", "tool_choice": "function_call"}[name]
+    return name
+
+
+def _shown(message: str) -> str:
+    """Return an engine's message in one line of bounded length."""
+    line = " ".join(message.split())
+    return line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + "..."

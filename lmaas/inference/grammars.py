@@ -1,0 +1,267 @@
+"""Checks of the grammars that engines compile for requests: schemas, patterns, tools. Each new grammar is checked before an engine receives
+it.
+
+An engine compiles the grammars of all tenants in one thread, and a schema of fifty bytes can block that thread forever. A host that runs
+engines therefore compiles each new grammar first, in a disposable process with limits (lmaas/engine/grammars). The verdict is cached here
+by the grammar's digest, so that a known grammar costs one look-up.
+"""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from lmaas.cancellation import unswallowed
+from lmaas.engine.client import CONNECTION_ERRORS, EngineClient
+from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode, key_of
+from lmaas.errors import InvalidRequest, OverLimit, Unavailable
+from lmaas.inference.schemas import MAX_DEPTH, depth
+from lmaas.observability import GatewayMetrics
+from lmaas.store.models import BaseModel
+
+#: The largest grammar of a request, tools included, as JSON, and its maximum depth, which includes the request's own levels around a
+#: schema.
+MAX_BYTES = 256 * 1024
+MAX_LEVELS = MAX_DEPTH + 8
+#: The limits of a tenant's checks in one minute: the number of new grammars, and the seconds of CPU time for them.
+WINDOW_S = 60.0
+MAX_NEW = 300
+MAX_CPU_S = 20.0
+#: Expensive grammars also count when they are used, unless the tenant has used them recently, because an engine may have to compile them
+#: again.
+EXPENSIVE_S, MAX_LATELY = 0.25, 16
+#: The lifetime of the verdict "too complex". It depends on measured time, which is longer on a busy machine.
+TOO_COMPLEX_S = 600.0
+#: The maximum numbers of cached verdicts, and of tenants whose checks are counted.
+KNOWN_VERDICTS = 20_000
+KNOWN_TENANTS = 10_000
+#: The time for which a checker's address is cached, and the time that a check may take once it is the tenant's turn.
+ADDRESS_S = 5.0
+CHECK_S = 150.0
+CONNECT_S = 2.0
+#: The time for which an unreachable checker is tried again, and the interval between attempts.
+RETRY_S, AGAIN_S = 15.0, 0.25
+
+Key = tuple[str, str, bytes]
+
+
+class Lookup(msgspec.Struct, frozen=True):
+    """The grammar of a request to an engine of `model_id`: the question for a checker, as JSON, and the verdict if it is known. A
+    msgspec.Struct, because one is created for every request with a grammar."""
+
+    model_id: str
+    key: Key
+    text: bytes
+    verdict: Verdict | None
+
+
+@dataclass(slots=True)
+class Checks:
+    """A tenant's checks of the last minute: the start of each, and its end with the CPU time. They run one at a time."""
+
+    began: deque[float] = field(default_factory=deque)
+    ended: deque[tuple[float, float]] = field(default_factory=deque)
+    #: The expensive grammars that were used most recently.
+    lately: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asking: "dict[Key, asyncio.Task[Verdict]]" = field(default_factory=dict)
+    #: The number of requests that wait for a check.
+    waiting: int = 0
+
+    def begin(self, now: float) -> None:
+        """Count a check that begins at `now`. Raises OverLimit if the tenant has reached the limit."""
+        while self.began and self.began[0] <= now - WINDOW_S:
+            self.began.popleft()
+        if len(self.began) >= MAX_NEW:
+            raise _over(f"You have used {MAX_NEW} new schemas or sets of tools in a minute, the maximum", self.began[0] + WINDOW_S - now)
+        self.spend(now)
+        self.began.append(now)
+
+    def spend(self, now: float) -> None:
+        """Raise OverLimit if the tenant's checks have used up their CPU time in the minute before `now`."""
+        while self.ended and self.ended[0][0] <= now - WINDOW_S:
+            self.ended.popleft()
+        spent = sum(cpu_s for _, cpu_s in self.ended)
+        if spent >= MAX_CPU_S:
+            raise _over(
+                f"Your new schemas have needed {spent:.0f} s of computing time within a minute, and {MAX_CPU_S:g} s are allowed",
+                self.ended[0][0] + WINDOW_S - now,
+            )
+
+    def use(self, key: Key, cpu_s: float, now: float) -> None:
+        """Count the use of an expensive grammar. Raises OverLimit."""
+        if key not in self.lately:
+            self.spend(now)
+            self.ended.append((now, cpu_s))
+        self.lately[key] = None
+        self.lately.move_to_end(key)
+        if len(self.lately) > MAX_LATELY:
+            self.lately.popitem(last=False)
+
+
+class NoCheckerError(Exception):
+    """No host that can check grammars is known."""
+
+
+class Grammars:
+    """The verdicts of one gateway about grammars, and its client for the checkers."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        client: EngineClient,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._redis, self._client, self._metrics, self._clock = redis, client, metrics, clock
+        #: Each verdict with the time at which it expires.
+        self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
+        self._tenants: OrderedDict[str, Checks] = OrderedDict()
+        self._addresses: dict[str, tuple[float, str]] = {}
+
+    def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any]) -> Lookup:
+        """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name.
+
+        Raises InvalidRequest if it is too large, and OverLimit `too_many_new_schemas` if the tenant uses too many expensive ones.
+        """
+        text = encode(Question(path, parameters))
+        key = (model.id, model.engine_args, hashlib.sha256(text).digest())
+        known = self._verdicts.get(key)
+        if known is None or (known[1] != math.inf and known[1] <= self._clock()):
+            _check_size(text, parameters)
+            return Lookup(model.id, key, text, None)
+        verdict = known[0]
+        if verdict.cpu_s > EXPENSIVE_S and not verdict.code:
+            self._checks(tenant_id).use(key, verdict.cpu_s, self._clock())
+        return Lookup(model.id, key, text, verdict)
+
+    async def check(self, tenant_id: str, lookup: Lookup, max_waiting: int) -> Verdict:
+        """Have a new grammar checked. The tenant's requests for the same grammar share one check, and its checks run one after the other.
+
+        Raises OverLimit beyond `max_waiting` requests of the tenant that wait, or beyond what it may have checked in a minute; Unavailable
+        if the checker fails; NoCheckerError if none is known.
+        """
+        checks = self._checks(tenant_id)
+        if checks.waiting >= max_waiting:
+            raise OverLimit(
+                f"You have {max_waiting} queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued.",
+                code="queue_full",
+                retry_after_s=5,
+            )
+        await self._checker(lookup.model_id)
+        checks.waiting += 1
+        try:
+            asking = checks.asking.get(lookup.key)
+            if asking is None:
+                checks.begin(self._clock())
+                asking = checks.asking[lookup.key] = asyncio.create_task(self._ask(checks, lookup), name="grammar")
+                asking.add_done_callback(lambda task: _answered(checks, lookup.key, task))
+            return await asyncio.shield(asking)
+        finally:
+            checks.waiting -= 1
+
+    def _checks(self, tenant_id: str) -> Checks:
+        checks = self._tenants.setdefault(tenant_id, Checks())
+        self._tenants.move_to_end(tenant_id)
+        if len(self._tenants) > KNOWN_TENANTS:
+            self._tenants.popitem(last=False)
+        return checks
+
+    async def _ask(self, checks: Checks, lookup: Lookup) -> Verdict:
+        async with checks.turn:
+            # Another tenant may have had the grammar checked meanwhile, and the tenant's earlier checks may have used up its time.
+            known = self._verdicts.get(lookup.key)
+            if known is not None and known[1] > self._clock():
+                return known[0]
+            checks.spend(self._clock())
+            verdict = await self._verdict(lookup)
+            checks.ended.append((self._clock(), verdict.cpu_s))
+        self._metrics.grammars.labels(verdict.code or "passed").inc()
+        if verdict.code == UNKNOWN:
+            raise unavailable()
+        self._verdicts[lookup.key] = (verdict, self._clock() + TOO_COMPLEX_S if verdict.code == TOO_COMPLEX else math.inf)
+        if len(self._verdicts) > KNOWN_VERDICTS:
+            self._verdicts.popitem(last=False)
+        return verdict
+
+    async def _verdict(self, lookup: Lookup) -> Verdict:
+        """Ask a checker. For RETRY_S, ask repeatedly, because another host takes over when one ends. Raises Unavailable."""
+        deadline = time.monotonic() + RETRY_S
+        while True:
+            try:
+                return await self._exchange(await self._checker(lookup.model_id), lookup)
+            except (NoCheckerError, *CONNECTION_ERRORS, msgspec.DecodeError) as error:
+                self._addresses.pop(lookup.model_id, None)
+                if time.monotonic() > deadline:
+                    raise unavailable() from error
+            await asyncio.sleep(AGAIN_S)
+
+    async def _exchange(self, url: str, lookup: Lookup) -> Verdict:
+        timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=CONNECT_S)
+        query = {"model": lookup.model_id}
+        async with self._client.session.post(f"{url}/check", params=query, data=lookup.text, timeout=timeout) as response:
+            answer = await response.read()
+            if response.status != 200:
+                raise unavailable()
+            return decode_verdict(answer)
+
+    async def _checker(self, model_id: str) -> str:
+        """Return the address of a host that checks for this base model. Raises NoCheckerError, or Unavailable while Redis is away."""
+        now = self._clock()
+        found, url = self._addresses.get(model_id, (-math.inf, ""))
+        if now - found > ADDRESS_S:
+            try:
+                with unswallowed():
+                    url = str(await self._redis.get(key_of()) or await self._redis.get(key_of(model_id)) or "")
+            except RedisError as error:
+                raise unavailable() from error
+            if not url:
+                raise NoCheckerError
+            self._addresses[model_id] = (now, url)
+        return url
+
+
+def _answered(checks: Checks, key: Key, asking: "asyncio.Task[Verdict]") -> None:
+    del checks.asking[key]
+    if not asking.cancelled():
+        asking.exception()  # requests that still wait receive it; without any, it must not be logged as unretrieved
+
+
+def _over(what: str, retry_after_s: float) -> OverLimit:
+    message = f"{what}. Schemas that you have used before do not count. Retry after {max(1, math.ceil(retry_after_s))} s."
+    return OverLimit(message, code="too_many_new_schemas", retry_after_s=retry_after_s)
+
+
+def unavailable() -> Unavailable:
+    """Return the error for a grammar that cannot be checked now."""
+    return Unavailable(
+        "The schema or the tools of this request cannot be checked now, because no grammar checker responds. Retry after 5 s.",
+        code="grammar_check_unavailable",
+        retry_after_s=5,
+    )
+
+
+def source_of(parameters: dict[str, Any]) -> str | None:
+    """Return the parameter that a request's grammar comes from, for verdicts that do not name one."""
+    return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
+
+
+def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
+    """Raise InvalidRequest for a grammar that is too large to be checked."""
+    if len(text) <= MAX_BYTES and depth(parameters) <= MAX_LEVELS:
+        return
+    param = source_of(parameters)
+    raise InvalidRequest(
+        f"'{param}' is too large: the schemas and tools of a request may have at most {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
+        code="invalid_schema",
+        param=param,
+    )

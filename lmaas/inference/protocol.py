@@ -1,0 +1,127 @@
+"""What the path of a request needs from a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmaas.error_bodies import openai_body
+from lmaas.errors import LmaasError
+from lmaas.inference.catalog import ServedModel
+from lmaas.inference.request import EngineRequest
+from lmaas.metering.usage import UsageRecord
+from lmaas.states import PoolKind
+
+
+class Answer(ABC):
+    """Turns an engine's answer to one attempt into the client's.
+
+    For a stream, `feed` is called with the engine's bytes as they arrive, then `close` if the engine's stream ended by itself. For an
+    answer in one piece, `take` is called with the body of each of the engine's responses (one, unless the request has several parts).
+    `end` is called once, after the usage is settled and `Protocol.keep` has returned. `feed`, `close` and `take` raise ValueError for bytes
+    that are no answer of an engine.
+    """
+
+    #: Whether the usage of the whole request has come. Without it the end is no success, because a dying engine ends its stream too.
+    complete = False
+    #: Whether the end of the engine's stream has come.
+    done = False
+    #: The JSON of the engine's error event, if one has come.
+    error: bytes | None = None
+    #: True if the engine has aborted a choice. Later events still count for the usage, but are not sent to the client.
+    aborted = False
+
+    @property
+    @abstractmethod
+    def usage(self) -> dict[str, Any] | None:
+        """The engine's `usage` object so far: totals of the request, with the names of OpenAI's chat completions."""
+
+    @abstractmethod
+    def feed(self, chunk: bytes) -> bytes:
+        """Return the client's events that these bytes complete, without those of the end."""
+
+    @abstractmethod
+    def close(self) -> bytes:
+        """Return the client's events that the end of the engine's stream completes."""
+
+    @abstractmethod
+    def take(self, text: bytes) -> None:
+        """Read the body of one of the engine's responses."""
+
+    @abstractmethod
+    def end(self) -> bytes:
+        """Return the last bytes of a stream, or the whole body of an answer in one piece."""
+
+    @abstractmethod
+    def failed(self, error: LmaasError) -> bytes:
+        """Return the events that end a stream with this error."""
+
+
+@dataclass(slots=True)
+class Inference:
+    """One request, from its acceptance to its usage event.
+
+    `request_id` is the service's own id of the request. The fields below `request` are set by `Inferences.serve` on the way.
+    """
+
+    request_id: str
+    protocol: "Protocol"
+    request: EngineRequest
+    tenant_id: str = field(init=False)
+    model: ServedModel = field(init=False)
+    record: UsageRecord = field(init=False)
+    #: That of the latest attempt.
+    answer: Answer = field(init=False)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Fields about the service that OpenAI's answers have."""
+        tier = self.request.service_tier
+        return {"service_tier": "default" if tier in ("auto", "scale") else tier, "system_fingerprint": self.model.fingerprint}
+
+
+class Protocol(ABC):
+    """A client protocol, or one endpoint of it. An instance is built once, in the composition root, and serves all requests."""
+
+    #: The path of the clients' requests, which is also the label in metrics.
+    path: str
+    #: The path on the engine.
+    engine_path: str
+    #: The kind of pool that can serve it; None for both.
+    kind: PoolKind | None = PoolKind.GENERATE
+    #: The top-level fields whose strings are for a model: they may have NUL, and half a surrogate pair in them is replaced.
+    texts: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, body: dict[str, Any]) -> EngineRequest:
+        """Check a client's body, which is a parsed JSON object, and return the request for the engine. Raises InvalidRequest with the
+        field that is wrong."""
+
+    @abstractmethod
+    def engine_ids(self, request_id: str, request: EngineRequest) -> list[str]:
+        """Return the engine's ids of a request, by which it is aborted."""
+
+    @abstractmethod
+    def answer(self, inference: Inference) -> Answer:
+        """Return a new answer for an attempt."""
+
+    async def expand(self, tenant_id: str, request: EngineRequest) -> None:
+        """Add what the request refers to, such as the items of an earlier response. Called once, before the model is resolved.
+
+        Raises NotFound for what this tenant does not have.
+        """
+
+    async def keep(self, inference: Inference) -> None:
+        """Store what outlives the request, before the client receives the end of its answer. Called only for complete answers."""
+
+    def error_body(self, error: LmaasError, request_id: str) -> dict[str, Any]:
+        """Return the body of an error response in the protocol's own shape."""
+        return openai_body(error)
+
+    def waiting(self, comments: Sequence[str]) -> bytes:
+        """Return what a streaming client gets while its request waits. It must not end an event.
+
+        No empty line follows a comment: it would end an event without data, which some clients (Go's) take for an empty response. The
+        comments become part of the next event, where parsers skip them too.
+        """
+        return b"".join(f": {text}\n".encode() for text in comments)

@@ -1,0 +1,102 @@
+"""Where the answer to an inference goes. A socket of a client is one kind of sink; memory is another."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+#: The last one keeps nginx and other proxies from buffering a stream.
+STREAM_HEADERS: Mapping[str, str] = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+class Sink(Protocol):
+    """Takes one answer: its head, its pieces, its end. Writing to a receiver that has gone has no effect and raises no error."""
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set once the receiver has gone."""
+
+    @property
+    def started(self) -> bool:
+        """Whether the head has been sent."""
+
+    def watch(self) -> None:
+        """Begin to notice that the receiver goes."""
+
+    def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` once, when the receiver goes before the answer is finished. Returns a function that undoes this."""
+
+    def add_to_head(self, lines: bytes) -> None:
+        """Send these header lines with the head: each ends with CRLF and contains nothing from outside."""
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send an HTTP status and headers, once."""
+
+    async def write(self, chunk: bytes) -> None:
+        """Send a part of the body."""
+
+    async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
+        """Send the rest of the body. `complete` is false for a stream that ends with an error."""
+
+
+class Collected:
+    """A sink in memory. `cancel` makes its receiver go."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self.started = False
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        #: Whether the answer has ended, and whether it ended without an error.
+        self.finished = self.complete = False
+        self._on_gone: list[Callable[[], None]] = []
+
+    def watch(self) -> None:
+        """Do nothing: `cancel` is noticed in any case."""
+
+    def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` once, when the receiver goes. Returns a function that undoes this."""
+        if self.gone.is_set():
+            callback()
+        else:
+            self._on_gone.append(callback)
+
+        def undo() -> None:
+            if callback in self._on_gone:
+                self._on_gone.remove(callback)
+
+        return undo
+
+    def cancel(self) -> None:
+        """End the inference: nobody needs its answer any longer."""
+        self.gone.set()
+        callbacks, self._on_gone = self._on_gone, []
+        for callback in callbacks:
+            callback()
+
+    def add_to_head(self, lines: bytes) -> None:
+        """Keep these lines as headers."""
+        for line in lines.decode("latin-1").split("\r\n"):
+            name, colon, value = line.partition(": ")
+            if colon:
+                self.headers[name] = value
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Keep the status and the headers."""
+        if not self.started:
+            self.started, self.status = True, status
+            self.headers |= headers
+
+    async def write(self, chunk: bytes) -> None:
+        """Keep a part of the body."""
+        self.body += chunk
+
+    async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
+        """Keep the rest of the body."""
+        self._on_gone.clear()
+        self.body += chunk
+        self.finished, self.complete = True, complete

@@ -1,0 +1,1 @@
+"""The protocols that clients speak: how each is read, sent to an engine, and answered."""

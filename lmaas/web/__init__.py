@@ -1,0 +1,1 @@
+"""The gateway over HTTP: its server, keys, idempotency, and the endpoints of the protocols."""

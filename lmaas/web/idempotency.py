@@ -1,0 +1,252 @@
+"""Requests with an `Idempotency-Key`: the first one runs, and repeats get its response for a day.
+
+A request without the header costs only a search of its headers.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from starlette.types import Message, Send
+
+from lmaas.errors import Conflict, InProgress, InvalidRequest, Unavailable
+from lmaas.observability import GatewayMetrics
+from lmaas.store.database import Database
+from lmaas.store.idempotency import Answer, Claim, Earlier, give_up, keep, seen, take
+from lmaas.web.call import STREAM_HEADERS, Call
+
+log = logging.getLogger(__name__)
+
+MAX_KEY_LENGTH = 255
+#: The interval at which claims are renewed in Postgres. It is a third of the period after which a claim counts as abandoned.
+SEEN_EVERY_S = 10.0
+#: The delay before a failed settlement is tried again.
+AGAIN_S = 1.0
+#: The time that Postgres may take to claim a key, and the time for which the end of a response waits until Postgres has stored it.
+CLAIM_S = 5.0
+SETTLE_S = 2.0
+#: The maximum number of claims, and of settlements, in Postgres at a time. The other connections are for looking up keys and models.
+AT_ONCE = 3
+#: The `retry-after` of a repeat whose first request still runs.
+IN_PROGRESS_RETRY_S = 2.0
+#: The statuses of responses that are kept: successes, and refusals of the engine, which would refuse the same request again.
+KEPT_STATUSES = frozenset({200, 400})
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+Settle = Callable[[Answer | None], Awaitable[None]]
+
+
+class Recorder:
+    """Copies a response on its way to the client, and holds its end back until `settle` has stored the copy.
+
+    So a client that has received the whole response will receive the same one again. The end is the whole body of a plain response, and
+    the `[DONE]` of a stream. `settle` gets None for a response that is not kept.
+    """
+
+    def __init__(self, send: Send, settle: Settle, max_bytes: int) -> None:
+        self._send, self._settle, self._max_bytes = send, settle, max_bytes
+        self._status = 0
+        self._content_type = ""
+        self._length = b""
+        self._copy = bytearray()
+        self._size = 0
+        self._tail = b""
+        self._held: list[Message] = []
+        self._ended = False
+
+    async def __call__(self, message: Message) -> None:
+        """Handle one ASGI message of the response."""
+        if self._ended:
+            return  # the response is complete, and the gateway stops at the same time
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = dict(message["headers"])
+            self._content_type = headers[b"content-type"].decode("latin-1")
+            self._length = headers.get(b"content-length", b"")
+        else:
+            self._take(message.get("body", b""))
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._ended = True
+            try:
+                await self._settle(self._answer())
+            finally:
+                for held in [*self._held, message]:
+                    await self._send(held)
+        elif self._held or not self._streams or self._tail == END_OF_STREAM:
+            self._held.append(message)
+        else:
+            await self._send(message)
+
+    @property
+    def _streams(self) -> bool:
+        return self._content_type.startswith("text/event-stream")
+
+    def _take(self, body: bytes) -> None:
+        self._size += len(body)
+        self._tail = (self._tail + body[-len(END_OF_STREAM) :])[-len(END_OF_STREAM) :]
+        if self._size <= self._max_bytes:
+            self._copy += body
+        else:
+            self._copy.clear()
+
+    def _answer(self) -> Answer | None:
+        whole = self._tail == END_OF_STREAM if self._streams else self._length == str(self._size).encode()
+        if not whole or self._status not in KEPT_STATUSES:
+            return None
+        return Answer(self._status, self._content_type, bytes(self._copy) if self._size <= self._max_bytes else None)
+
+
+class Idempotency:
+    """The claims of one gateway. `run` keeps them alive and must be running while requests are."""
+
+    def __init__(self, db: Database, metrics: GatewayMetrics, max_answer_bytes: int) -> None:
+        self._db, self._metrics, self._max_answer_bytes = db, metrics, max_answer_bytes
+        #: Open claims of this gateway by request id. The task that removes one settles it.
+        self._open: dict[str, Claim] = {}
+        #: Settlements that Postgres has not stored yet.
+        self._unsettled: deque[tuple[Claim, Answer | None]] = deque()
+        self._settling: set[asyncio.Task[bool]] = set()
+        # Settlements have a semaphore of their own, so that they do not wait for claims: an engine's slot may depend on them.
+        self._turns_to_claim, self._turns_to_settle = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        # Each tenant has one claim at a time in the queue for the semaphore, so that its flood delays only itself. An entry disappears with
+        # the last task that holds or awaits the lock.
+        self._turns_of_tenants: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def wanted(self, call: Call, tenant_id: str, path: str, body: bytes) -> Claim | None:
+        """Return the claim of this request, or None without the header. Raises InvalidRequest for an invalid key."""
+        keys = call.idempotency_keys
+        if not keys:
+            return None
+        key = keys[0]
+        if len(keys) > 1 or not 0 < len(key) <= MAX_KEY_LENGTH or not (key.isascii() and key.isprintable()):
+            raise InvalidRequest(
+                f"The Idempotency-Key must be one header with 1 to {MAX_KEY_LENGTH} printable ASCII characters.",
+                code="invalid_idempotency_key",
+                param="Idempotency-Key",
+            )
+        return Claim(tenant_id, key, hashlib.sha256(path.encode() + b"\0" + body).digest(), call.request_id)
+
+    @asynccontextmanager
+    async def claimed(self, call: Call, claim: Claim) -> AsyncIterator[bool]:
+        """Yield whether this request is the first one, which runs inside the block. A repeat has been answered with the kept response.
+
+        Raises InProgress while the first request runs, Conflict if its body was different or its response was too large to be kept, and
+        Unavailable if Postgres is away. After an error nothing is accepted.
+        """
+        try:
+            of_tenant = self._turns_of_tenants.setdefault(claim.tenant_id, asyncio.Lock())
+            async with asyncio.timeout(CLAIM_S), of_tenant, self._turns_to_claim:
+                earlier = await take(self._db, claim)
+        except BaseException as error:
+            # Postgres may have stored the claim although no reply arrived. Giving it up later lets a repeat in.
+            self._unsettled.append((claim, None))
+            if not isinstance(error, TimeoutError):
+                raise
+            raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
+        if earlier is not None:
+            await self._replay(call, claim, earlier)
+            yield False
+            return
+        self._open[claim.request_id] = claim
+
+        async def settle(answer: Answer | None) -> None:
+            await self._settle(claim, answer)
+
+        call.send_through(lambda send: Recorder(send, settle, self._max_answer_bytes))
+        try:
+            yield True
+        finally:
+            await settle(None)
+
+    async def _replay(self, call: Call, claim: Claim, earlier: Earlier) -> None:
+        if not earlier.same:
+            raise Conflict("This Idempotency-Key was used for a different request. Use a new key.", code="idempotency_mismatch")
+        answer = earlier.answer
+        if answer is None:
+            raise InProgress(
+                f"The request with this Idempotency-Key is still running. Retry after {IN_PROGRESS_RETRY_S:.0f} s.",
+                retry_after_s=IN_PROGRESS_RETRY_S,
+            )
+        if answer.body is None:
+            raise Conflict(
+                "The response to the request with this Idempotency-Key was too large to be kept. Use a new key to run the request again.",
+                code="idempotency_answer_too_large",
+            )
+        detail = f"the answer of {earlier.request_id}"
+        log.info("replayed", extra={"request_id": call.request_id, "tenant_id": claim.tenant_id, "action": "replay", "detail": detail})
+        self._metrics.replays.inc()
+        headers = {"content-type": answer.content_type, "idempotency-replayed": "true"}
+        if answer.content_type.startswith("text/event-stream"):
+            headers |= STREAM_HEADERS
+        else:
+            headers["content-length"] = str(len(answer.body))
+        if answer.status >= 400:
+            headers["x-should-retry"] = "false"
+        await call.start(answer.status, headers)
+        await call.finish(answer.body)
+
+    async def _settle(self, claim: Claim, answer: Answer | None) -> None:
+        """Keep the response or give up the key. Only the first call for a claim has an effect."""
+        if self._open.pop(claim.request_id, None) is None:
+            return
+        # A task of its own, which continues if the request's task is cancelled.
+        settling = asyncio.create_task(self._store(claim, answer), name=f"idempotency-{claim.request_id}")
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        await asyncio.shield(settling)
+
+    async def _store(self, claim: Claim, answer: Answer | None, *, again: bool = False) -> bool:
+        """Store the settlement in Postgres and return whether that worked. If not, remember it, unless this is a repeated attempt."""
+        extra = {"request_id": claim.request_id, "tenant_id": claim.tenant_id, "action": "settle"}
+        try:
+            async with asyncio.timeout(SETTLE_S), self._turns_to_settle:
+                if answer is None:
+                    await give_up(self._db, claim)
+                elif not await keep(self._db, claim, answer):
+                    log.warning("the idempotency key belongs to another request by now, or its tenant was deleted", extra=extra)
+        except (Unavailable, TimeoutError) as error:
+            # The client gets its response anyway. `run` tries again later.
+            log.warning("an idempotency key cannot be settled now", extra=extra | {"detail": repr(error)})
+            if not again:
+                self._unsettled.append((claim, answer))
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Renew the claims in Postgres, and repeat settlements that failed. Runs until cancelled."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            # Renew first: after an outage of Postgres, open claims look abandoned.
+            if (self._unsettled or time.monotonic() - last >= SEEN_EVERY_S) and await self._renew():
+                last = time.monotonic()
+            await self._settle_rest()
+
+    async def _renew(self) -> bool:
+        claims = [*self._open.values(), *(claim for claim, _ in self._unsettled)]
+        try:
+            async with asyncio.timeout(CLAIM_S):
+                await seen(self._db, claims)
+        except (Unavailable, TimeoutError) as error:
+            # Tried again soon, because the claims may look abandoned when Postgres is back.
+            log.warning("idempotency keys cannot be renewed now", extra={"action": "renew", "detail": repr(error)})
+            return False
+        return True
+
+    async def _settle_rest(self) -> None:
+        # An item is removed only after it was stored. Storing one twice at the same time does no harm.
+        while self._unsettled and await self._store(*(item := self._unsettled[0]), again=True):
+            with contextlib.suppress(ValueError):
+                self._unsettled.remove(item)
+
+    async def drained(self) -> None:
+        """Wait until no claim is open and every settlement is stored. For shutdown."""
+        while self._open or self._settling or self._unsettled:
+            await self._settle_rest()
+            await asyncio.sleep(0.05)

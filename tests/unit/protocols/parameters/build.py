@@ -1,0 +1,72 @@
+"""Short requests, and what is read from them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lmaas.errors import InvalidRequest
+from lmaas.protocols.parameters.request import EngineRequest, read_chat, read_completion
+
+USER = {"role": "user", "content": "Hello"}
+CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
+FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+BOTH = pytest.mark.parametrize(("read", "body"), [(read_chat, CHAT), (read_completion, COMPLETION)], ids=["chat", "completion"])
+Read = Callable[[dict[str, Any]], EngineRequest]
+
+
+def values(*given: Any) -> tuple[Any, ...]:
+    """Values of any types."""
+    return given
+
+
+def each(name: str, code: str, *given: Any) -> list[tuple[str, Any, str]]:
+    """Cases of one parameter that end with the same code."""
+    return [(name, value, code) for value in given]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """An object in an object in an object."""
+    value: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        value = {"a": value}
+    return value
+
+
+def schema(value: Any) -> dict[str, Any]:
+    """A response format with a JSON schema."""
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
+
+
+def refusal(read: Read, body: dict[str, Any]) -> tuple[str, str | None]:
+    """The code and the parameter of the error."""
+    with pytest.raises(InvalidRequest) as caught:
+        read(body)
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 400
+    assert caught.value.param is None or caught.value.param.split("[")[0].split(".")[0] in caught.value.message
+    return caught.value.error_code, caught.value.param
+
+
+def sent(request: EngineRequest) -> dict[str, Any]:
+    """What the engine receives, without what every request has."""
+    body: dict[str, Any] = json.loads(request.body("engine", "salt"))
+    assert (body.pop("model"), body.pop("cache_salt"), body.pop("stream")) == ("engine", "salt", request.stream)
+    body.pop("stream_options", None)
+    return body
+
+
+def chat(**changes: Any) -> dict[str, Any]:
+    """What the engine receives for a chat, without its messages."""
+    body = sent(read_chat(CHAT | changes))
+    body.pop("messages")
+    return body
+
+
+def completion(**changes: Any) -> dict[str, Any]:
+    """What the engine receives for a completion, without its prompt."""
+    body = sent(read_completion(COMPLETION | changes))
+    body.pop("prompt")
+    return body
