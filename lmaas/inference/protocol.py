@@ -105,13 +105,13 @@ class Protocol(ABC):
     def answer(self, inference: Inference) -> Answer:
         """Return a new answer for an attempt."""
 
-    async def expand(self, tenant_id: str, request: EngineRequest) -> None:
+    async def expand(self, tenant_id: str, request: EngineRequest) -> None:  # noqa: B027 (most protocols have no state)
         """Add what the request refers to, such as the items of an earlier response. Called once, before the model is resolved.
 
         Raises NotFound for what this tenant does not have.
         """
 
-    async def keep(self, inference: Inference) -> None:
+    async def keep(self, inference: Inference) -> None:  # noqa: B027
         """Store what outlives the request, before the client receives the end of its answer. Called only for complete answers."""
 
     def error_body(self, error: LmaasError, request_id: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def schema(value: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
 
 
-def refusal(read: Read, body: dict[str, Any]) -> tuple[str, str | None]:
+def refusal(read: Callable[[dict[str, Any]], object], body: dict[str, Any]) -> tuple[str, str | None]:
     """The code and the parameter of the error."""
     with pytest.raises(InvalidRequest) as caught:
         read(body)
