@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -121,12 +122,13 @@ async def test_a_base_model_has_a_kind_for_ever(stack: Stack, operator: httpx.As
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "kind_is_fixed", param), answer.text
     # The same is no change, and files that say nothing contradict nothing.
-    for name, change in (
+    unchanged: list[tuple[str, dict[str, Any]]] = [
         ("bert", {"kind": "embed"}),
         ("new-embeds", {"kind": None, "cpus": 2}),
         ("new-embeds", {"source": str(bert), "max_model_len": None}),
         ("bert", {"source": str(unknown), "max_model_len": None}),
-    ):
+    ]
+    for name, change in unchanged:
         answer = await operator.patch(f"{MODELS}/{name}", json=change)
         assert (answer.status_code, answer.json()["kind"]) == (200, "embed"), answer.text
     answer = await operator.patch(f"{MODELS}/bert", json={"completion_price": 1})
