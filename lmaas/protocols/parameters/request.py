@@ -7,9 +7,10 @@ from typing import Any
 from lmaas.admission.estimate import estimate
 from lmaas.errors import InvalidRequest
 from lmaas.inference.request import EngineRequest, context_exceeded
-from lmaas.protocols.parameters.checks import out_of_range, unsupported
+from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.protocols.parameters.prompts import count_prompts
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint, Parameter, Treatment
+from lmaas.protocols.parameters.reading import read_model, read_parameters
+from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table
 from lmaas.protocols.parameters.tools import settle_tools
 from lmaas.store.models import BaseModel
 
@@ -21,8 +22,8 @@ GREEDY = 1e-5
 _GATEWAYS_OWN = ("stream", "stream_options", "service_tier", "best_of")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 #: The client's field for each parameter that an engine's error may blame: the same name, for a client that uses the engine's own.
-COMPLETION_NAMES: Mapping[str, str] = {name: name for name in BY_NAME[Endpoint.COMPLETION]}
-CHAT_NAMES: Mapping[str, str] = {name: name for name in BY_NAME[Endpoint.CHAT]} | {"tool_calls": "messages"}
+COMPLETION_NAMES: Mapping[str, str] = {name: name for name in COMPLETION.by_name}
+CHAT_NAMES: Mapping[str, str] = {name: name for name in CHAT.by_name} | {"tool_calls": "messages"}
 LEGACY_CHAT_NAMES: Mapping[str, str] = {**CHAT_NAMES, "tools": "functions", "tool_choice": "function_call"}
 
 
@@ -104,38 +105,17 @@ class TextRequest(EngineRequest):
 
 def read_chat(body: dict[str, Any]) -> TextRequest:
     """Read a `/v1/chat/completions` request. Raises InvalidRequest with the parameter to blame."""
-    return _read(body, Endpoint.CHAT, "messages")
+    return _read(body, CHAT)
 
 
 def read_completion(body: dict[str, Any]) -> TextRequest:
     """Read a `/v1/completions` request. Raises InvalidRequest with the parameter to blame."""
-    return _read(body, Endpoint.COMPLETION, "prompt")
+    return _read(body, COMPLETION)
 
 
-def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> TextRequest:
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest(
-            "'model' must be the name of a model. GET /v1/models lists the names.", code="missing_parameter", param="model"
-        )
-    table = BY_NAME[endpoint]
-    given: dict[str, Any] = {}
-    for name, value in body.items():
-        # OpenAI's clients may send null for "not given".
-        if value is None or name == "model":
-            continue
-        parameter = table.get(name)
-        if parameter is None:
-            raise unsupported(name)
-        if parameter.treatment is Treatment.REFUSED:
-            if not _is_neutral(parameter, value):
-                raise unsupported(name, parameter.rule)
-            continue
-        read = parameter.read(name, value)
-        if parameter.treatment is Treatment.FORWARDED and read is not None:
-            given[name] = read
-    if required not in given:
-        raise InvalidRequest(f"'{required}' is required. Add it to the request.", code="missing_parameter", param=required)
+def _read(body: dict[str, Any], table: Table) -> TextRequest:
+    model = read_model(body)
+    given = read_parameters(table, body)
     legacy = _translate_functions(given)
     tools_as_sent = settle_tools(given, legacy=legacy)
     _settle_formats(given)
@@ -159,14 +139,9 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> TextReques
         prompts=prompts,
         service_tier=own["service_tier"] or "default",
         parameters=given,
-        names=COMPLETION_NAMES if endpoint is Endpoint.COMPLETION else LEGACY_CHAT_NAMES if legacy else CHAT_NAMES,
+        names=COMPLETION_NAMES if table is COMPLETION else LEGACY_CHAT_NAMES if legacy else CHAT_NAMES,
         tools_as_sent=tools_as_sent,
     )
-
-
-def _is_neutral(parameter: Parameter, value: Any) -> bool:
-    # True equals 1 in Python, and is another value in JSON.
-    return any(value == neutral and type(value) is type(neutral) for neutral in parameter.neutral)
 
 
 def _translate_functions(given: dict[str, Any]) -> bool:
