@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from lmaas.protocols.parameters import checks
-from lmaas.protocols.parameters.table import PARAMETERS, Endpoint, Parameter, Treatment
+from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
 
 Schema = dict[str, Any]
 
@@ -72,13 +72,13 @@ def _parameter(item: Parameter) -> Schema:
     return schema | {"description": words}
 
 
-def _request(endpoint: Endpoint, required: str) -> Schema:
-    properties = {item.name: _parameter(item) for item in PARAMETERS if endpoint in item.endpoints}
+def _request(table: Table) -> Schema:
+    properties = {item.name: _parameter(item) for item in table.parameters}
     return {
         "type": "object",
         "description": "OpenAI's parameters and those of vLLM that are safe to forward. Null means that a parameter was not given.",
         "properties": {"model": _TEXT | {"description": "A base model, an adapter, or a version of one as name@version."}} | properties,
-        "required": ["model", required],
+        "required": ["model", *table.required],
         "additionalProperties": False,
     }
 
@@ -135,8 +135,8 @@ SCHEMAS: dict[str, Schema] = {
         tool_calls=_TOOL_CALLS,
         tool_call_id=_MAYBE_TEXT,
     ),
-    "ChatRequest": _request(Endpoint.CHAT, "messages"),
-    "CompletionRequest": _request(Endpoint.COMPLETION, "prompt"),
+    "ChatRequest": _request(CHAT),
+    "CompletionRequest": _request(COMPLETION),
     "TokenUsage": _object(
         ("prompt_tokens", "completion_tokens", "total_tokens"),
         prompt_tokens=_COUNT,

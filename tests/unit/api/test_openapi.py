@@ -11,7 +11,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api.shapes import models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint
+from lmaas.protocols.parameters.table import CHAT, COMPLETION
 from lmaas.states import START_PHASES, EnginePhase
 from lmaas.types import Limits
 
@@ -75,29 +75,29 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
 
 
 def test_every_parameter_of_the_gateway_is_described() -> None:
-    for name, endpoint in (("ChatRequest", Endpoint.CHAT), ("CompletionRequest", Endpoint.COMPLETION)):
+    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION)):
         schema = SPEC["components"]["schemas"][name]
-        assert set(schema["properties"]) == {"model", *BY_NAME[endpoint]}
+        assert set(schema["properties"]) == {"model", *table.by_name}
         untyped = {
             parameter.name
-            for parameter in BY_NAME[endpoint].values()
+            for parameter in table.parameters
             if not schema["properties"][parameter.name].keys() & {"type", "enum", "anyOf"} and parameter.treatment == "forwarded"
         }
         assert untyped == set()
 
 
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+HELLO = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 @pytest.mark.parametrize(
     ("name", "body", "valid"),
     [
-        ("ChatRequest", CHAT, True),
-        ("ChatRequest", CHAT | {"temperature": 0.5, "stop": ["a"], "tools": [], "stream": True, "seed": None}, True),
-        ("ChatRequest", CHAT | {"use_beam_search": False}, True),
-        ("ChatRequest", CHAT | {"use_beam_search": True}, False),
-        ("ChatRequest", CHAT | {"temperature": 3}, False),
-        ("ChatRequest", CHAT | {"tempurature": 1}, False),
+        ("ChatRequest", HELLO, True),
+        ("ChatRequest", HELLO | {"temperature": 0.5, "stop": ["a"], "tools": [], "stream": True, "seed": None}, True),
+        ("ChatRequest", HELLO | {"use_beam_search": False}, True),
+        ("ChatRequest", HELLO | {"use_beam_search": True}, False),
+        ("ChatRequest", HELLO | {"temperature": 3}, False),
+        ("ChatRequest", HELLO | {"tempurature": 1}, False),
         ("ChatRequest", {"model": "base"}, False),
         ("CompletionRequest", {"model": "base", "prompt": [[1, 2], [3]], "echo": True, "max_tokens": 0}, True),
         ("CompletionRequest", {"model": "base", "prompt": 5}, False),
