@@ -11,7 +11,6 @@ from langchain_openai import ChatOpenAI
 from tests.integration.clients.conftest import Service
 from tests.integration.clients.things import CALL, Trip, Weather
 
-
 weather = tool("weather", Weather().__call__)
 
 
