@@ -39,40 +39,29 @@ class Results(Protocol):
         """The usage."""
 
 
-class _Embedding(msgspec.Struct):
-    index: int
-    #: An array of numbers or a base64 string. It is passed on as it came, because parsing it would cost more than the rest of a request.
-    embedding: msgspec.Raw
-
-
-class _Embeddings(msgspec.Struct):
-    data: list[_Embedding]
-    usage: Usage
-
-
+Asked = TypeVar("Asked", bound=PoolingRequest)
 Parsed = TypeVar("Parsed", bound=Results)
-_EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
-#: What an engine writes for an input that it did not compute, because it is being stopped.
-_MISSING = (b"[]", b'""')
 
 
-class PooledAnswer(Answer, Generic[Parsed]):
+class PooledAnswer(Answer, Generic[Asked, Parsed]):
     """The answer to a request of several parts, each of which has one result for each of its inputs.
 
     These answers are never streamed, so `feed` and `close` are not called.
     """
 
-    def __init__(self, inference: Inference) -> None:
-        request = inference.request
-        if not isinstance(request, PoolingRequest):
-            raise TypeError("a request of another protocol")
-        self.request, self.request_id = request, inference.request_id
+    def __init__(self, inference: Inference[Asked]) -> None:
+        self.request, self.request_id = inference.request, inference.request_id
         self._taken = self._tokens = 0
 
     @property
     def usage(self) -> dict[str, Any] | None:
         """The usage of the parts that have come."""
         return {"prompt_tokens": self._tokens, "completion_tokens": 0, "total_tokens": self._tokens} if self._taken else None
+
+    @property
+    def usage_if_left(self) -> dict[str, Any]:
+        """The usage of the parts that have come. A part whose answer has not come does not count."""
+        return self.usage or {}
 
     def feed(self, chunk: bytes) -> bytes:
         """Raise ValueError: these answers come in one piece."""
@@ -115,27 +104,3 @@ class PooledAnswer(Answer, Generic[Parsed]):
     def written_model(self) -> bytes:
         """Return the field of the model."""
         return b'"model":' + ENCODE(self.request.model)
-
-
-class EmbeddingsAnswer(PooledAnswer[_Embeddings]):
-    """OpenAI's list of embeddings, in the order of the inputs."""
-
-    def __init__(self, inference: Inference) -> None:
-        super().__init__(inference)
-        self._found: list[bytes] = [b""] * len(self.request.inputs)
-
-    def read(self, text: bytes) -> _Embeddings:
-        """Parse the body of one of the engine's responses."""
-        return _EMBEDDINGS.decode(text)
-
-    def keep(self, result: _Embeddings, indices: list[int]) -> None:
-        """Keep the embeddings of a part."""
-        for each in result.data:
-            place, vector = indices[each.index], bytes(each.embedding)
-            if vector in _MISSING:
-                raise ValueError("an embedding is empty")
-            self._found[place] = b'{"object":"embedding","index":%d,"embedding":%b}' % (place, vector)
-
-    def end(self) -> bytes:
-        """Return the whole body."""
-        return b'{"object":"list","data":[%b],%b,%b}' % (b",".join(self._found), self.written_model(), self.written_usage())

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from lmaas.inference.protocol import Inference, Protocol
-from lmaas.inference.request import EngineRequest
 from lmaas.protocols.parameters.checks import boolean, integer, one_of
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.table import Table, forwarded, refused
-from lmaas.protocols.pooling.answers import EmbeddingsAnswer
+from lmaas.protocols.pooling.answers import PooledAnswer, Usage
 from lmaas.protocols.pooling.inputs import COMMON, MEDIA, read_input
 from lmaas.protocols.pooling.requests import MAX_INPUTS, Input, PoolingRequest, settle_truncation
 from lmaas.states import PoolKind
@@ -72,7 +73,47 @@ def read_embeddings(body: dict[str, Any]) -> EmbeddingsRequest:
     )
 
 
-class Embeddings(Protocol):
+class _Embedding(msgspec.Struct):
+    index: int
+    #: An array of numbers or a base64 string. It is passed on as it came, because parsing it would cost more than the rest of a request.
+    embedding: msgspec.Raw
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+    usage: Usage
+
+
+_EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
+#: What an engine writes for an input that it did not compute, because it is being stopped.
+_MISSING = (b"[]", b'""')
+
+
+class EmbeddingsAnswer(PooledAnswer[EmbeddingsRequest, _Embeddings]):
+    """OpenAI's list of embeddings, in the order of the inputs."""
+
+    def __init__(self, inference: Inference[EmbeddingsRequest]) -> None:
+        super().__init__(inference)
+        self._found: list[bytes] = [b""] * len(self.request.inputs)
+
+    def read(self, text: bytes) -> _Embeddings:
+        """Parse the body of one of the engine's responses."""
+        return _EMBEDDINGS.decode(text)
+
+    def keep(self, result: _Embeddings, indices: list[int]) -> None:
+        """Keep the embeddings of a part."""
+        for each in result.data:
+            place, vector = indices[each.index], bytes(each.embedding)
+            if vector in _MISSING:
+                raise ValueError("an embedding is empty")
+            self._found[place] = b'{"object":"embedding","index":%d,"embedding":%b}' % (place, vector)
+
+    def end(self) -> bytes:
+        """Return the whole body."""
+        return b'{"object":"list","data":[%b],%b,%b}' % (b",".join(self._found), self.written_model(), self.written_usage())
+
+
+class Embeddings(Protocol[EmbeddingsRequest]):
     """OpenAI's embeddings."""
 
     path = TABLE.path
@@ -80,14 +121,14 @@ class Embeddings(Protocol):
     kind = PoolKind.EMBED
     texts = ("input",)
 
-    def read(self, body: dict[str, Any]) -> EngineRequest:
+    def read(self, body: dict[str, Any]) -> EmbeddingsRequest:
         """Check a client's body and return the request for the engine."""
         return read_embeddings(body)
 
-    def engine_ids(self, request_id: str, request: EngineRequest) -> list[str]:
+    def engine_ids(self, request_id: str, request: EmbeddingsRequest) -> list[str]:
         """Return no ids: a pooling engine cannot abort by id. The part that runs is finished and counted, and no other part is sent."""
         return []
 
-    def answer(self, inference: Inference) -> EmbeddingsAnswer:
+    def answer(self, inference: Inference[EmbeddingsRequest]) -> EmbeddingsAnswer:
         """Return a new answer for an attempt."""
         return EmbeddingsAnswer(inference)

@@ -5,13 +5,12 @@ Both are computed by the engine's `/score`: its `/rerank` would send every docum
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from lmaas.errors import InvalidRequest
 from lmaas.inference.protocol import Inference, Protocol
-from lmaas.inference.request import EngineRequest
 from lmaas.protocols.parameters.checks import boolean, integer, wrong_type
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.table import MAX_TOKENS, Parameter, Table, forwarded, refused
@@ -211,10 +210,11 @@ class _Scores(msgspec.Struct):
 _SCORES = msgspec.json.Decoder(_Scores)
 
 
-class ScoresAnswer(PooledAnswer[_Scores]):
-    """vLLM's list of scores, in the order of the pairs."""
+ScoreAsked = TypeVar("ScoreAsked", bound=ScoreRequest)
 
-    def __init__(self, inference: Inference) -> None:
+
+class _ScoresAnswer(PooledAnswer[ScoreAsked, _Scores]):
+    def __init__(self, inference: Inference[ScoreAsked]) -> None:
         super().__init__(inference)
         self.scores: list[float] = [0.0] * len(self.request.inputs)
 
@@ -227,6 +227,10 @@ class ScoresAnswer(PooledAnswer[_Scores]):
         for each in result.data:
             self.scores[indices[each.index]] = each.score
 
+
+class ScoresAnswer(_ScoresAnswer[ScoreRequest]):
+    """vLLM's list of scores, in the order of the pairs."""
+
     def end(self) -> bytes:
         """Return the whole body."""
         items = [b'{"index":%d,"object":"score","score":%b}' % (index, ENCODE(score)) for index, score in enumerate(self.scores)]
@@ -234,14 +238,12 @@ class ScoresAnswer(PooledAnswer[_Scores]):
         return head + self.written_model() + b',"data":[%b],%b}' % (b",".join(items), self.written_usage())
 
 
-class RankingAnswer(ScoresAnswer):
+class RankingAnswer(_ScoresAnswer[RankingRequest]):
     """The documents by their scores, the best first."""
 
     def end(self) -> bytes:
         """Return the whole body."""
         request = self.request
-        if not isinstance(request, RankingRequest):
-            raise TypeError("a request of another protocol")
         order = sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)
         items = []
         for index in order[: request.top_n]:
@@ -251,37 +253,40 @@ class RankingAnswer(ScoresAnswer):
         return head + self.written_model() + b',"results":[%b],%b}' % (b",".join(items), self.written_usage())
 
 
-class Score(Protocol):
-    """vLLM's scores."""
-
-    path = SCORE.path
+class _Scoring(Protocol[ScoreAsked]):
     engine_path = "/score"
     kind = PoolKind.EMBED
-    texts = tuple(sorted({name for pair in PAIRS for name in pair}))
 
-    def read(self, body: dict[str, Any]) -> EngineRequest:
-        """Check a client's body and return the request for the engine."""
-        return read_score(body)
-
-    def engine_ids(self, request_id: str, request: EngineRequest) -> list[str]:
+    def engine_ids(self, request_id: str, request: ScoreAsked) -> list[str]:
         """Return no ids: a pooling engine cannot abort by id."""
         return []
 
-    def answer(self, inference: Inference) -> ScoresAnswer:
+
+class Score(_Scoring[ScoreRequest]):
+    """vLLM's scores."""
+
+    path = SCORE.path
+    texts = tuple(sorted({name for pair in PAIRS for name in pair}))
+
+    def read(self, body: dict[str, Any]) -> ScoreRequest:
+        """Check a client's body and return the request for the engine."""
+        return read_score(body)
+
+    def answer(self, inference: Inference[ScoreRequest]) -> ScoresAnswer:
         """Return a new answer for an attempt."""
         return ScoresAnswer(inference)
 
 
-class Rerank(Score):
+class Rerank(_Scoring[RankingRequest]):
     """Cohere's, Jina's and vLLM's rankings."""
 
     path = RERANK.path
     texts = ("query", "documents")
 
-    def read(self, body: dict[str, Any]) -> EngineRequest:
+    def read(self, body: dict[str, Any]) -> RankingRequest:
         """Check a client's body and return the request for the engine."""
         return read_rerank(body)
 
-    def answer(self, inference: Inference) -> RankingAnswer:
+    def answer(self, inference: Inference[RankingRequest]) -> RankingAnswer:
         """Return a new answer for an attempt."""
         return RankingAnswer(inference)

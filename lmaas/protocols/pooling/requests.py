@@ -15,10 +15,10 @@ from lmaas.store.models import BaseModel
 
 #: The most inputs of one request, which is OpenAI's limit.
 MAX_INPUTS = 2048
-#: The most inputs of one part. Smaller parts cost throughput, larger ones let other tenants wait longer.
-PART_INPUTS = 32
-#: The most tokens of one part, by the estimate. A single input may have more.
-PART_TOKENS = 16_384
+#: The most inputs of one part, and the most tokens by the estimate (a single input may have more). Smaller parts cost throughput, because
+#: an engine is idle between them, and larger ones let other tenants wait longer behind one.
+PART_INPUTS = 64
+PART_TOKENS = 8_192
 #: Of a text that is to be cut, an engine receives at most this many characters for each token that is kept, so that no tokenizer reads a
 #: whole book for one page.
 CHARACTERS_KEPT_PER_TOKEN = 64
@@ -73,12 +73,12 @@ class PoolingRequest(EngineRequest):
             for one in self.inputs:
                 if isinstance(one, list) and len(one) > longest:
                     raise context_exceeded(self.inputs_name, longest, f"has {len(one)} tokens")
-        # At most half of a replica's slots, so that other tenants' requests run beside this one.
-        sequences = max(1, model.max_num_seqs // 2 - self.shared_sequences)
-        self.divided = divide(
-            [estimated(one, longest) for one in self.inputs], max(1, min(PART_INPUTS, sequences // self.sequences_per_input)), PART_TOKENS
-        )
-        self.weight = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
+        # Never more than the engine can run at once: its own queue would replace the order of the scheduler.
+        most = (model.max_num_seqs - self.shared_sequences) // self.sequences_per_input
+        self.divided = divide([estimated(one, longest) for one in self.inputs], max(1, min(PART_INPUTS, most)), PART_TOKENS)
+        # At most half of a replica, so that other tenants' requests are served between the parts.
+        sequences = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
+        self.weight = min(sequences, max(1, model.max_num_seqs // 2))
 
     def _cut(self, inputs: Sequence[Input], tokens: int) -> list[Input]:
         from_end = self.parameters.get("truncation_side") == "left"
@@ -95,6 +95,11 @@ class PoolingRequest(EngineRequest):
         """Return the engine's request body of one part."""
         fields = {**self.parameters, **self.of_part(self.divided[part]), "model": engine_name, "cache_salt": cache_salt}
         return msgspec.json.encode(fields)
+
+    @property
+    def prompt_field(self) -> str:
+        """The client's field that holds the inputs."""
+        return self.inputs_name
 
     @abstractmethod
     def of_part(self, indices: Sequence[int]) -> Mapping[str, Any]:
