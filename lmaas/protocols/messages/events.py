@@ -34,8 +34,8 @@ _json = msgspec.json.Encoder().encode
 class MessageStream(Answer):
     """Turns the engine's chunks of a chat into the events of a message. Pieces that arrive together become one delta."""
 
-    def __init__(self, inference: Inference, request: MessagesRequest) -> None:
-        self._request_id, self._request = inference.request_id, request
+    def __init__(self, inference: Inference[MessagesRequest]) -> None:
+        self._request_id, self._request = inference.request_id, inference.request
         self._chat = ChatStream()
         self._begun = False
         #: The kind of the open block, if one is open, and the number of blocks before it.
@@ -67,8 +67,8 @@ class MessageStream(Answer):
         return self._written(self._chat.close())
 
     def take(self, text: bytes) -> None:
-        """Raise TypeError: this answer is a stream."""
-        raise TypeError("the answer is a stream")
+        """Raise ValueError: the engine sent one body instead of a stream."""
+        raise ValueError("a whole answer instead of a stream")
 
     def end(self) -> bytes:
         """Return the last events: `message_delta` with the reason and the usage, and `message_stop`."""

@@ -13,7 +13,7 @@ from lmaas.protocols.parameters.table import MAX_TOKENS, Table, accepted, forwar
 #: The levels of `output_config.effort`.
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 #: The kinds of `thinking`, and whether the model thinks.
-_THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
+THINKING_KINDS = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
 _DISPLAYS = ("summarized", "omitted", "updates")
 
 
@@ -21,13 +21,13 @@ def read_thinking(name: str, value: Any) -> tuple[bool, bool]:
     """Return whether the model shall think, and whether the client wants to see its thoughts."""
     given = without_nulls(value) if isinstance(value, dict) else {}
     kind = given.get("type")
-    if not isinstance(kind, str) or kind not in _THINKING:
-        raise wrong_type(name, f"an object whose type is one of: {', '.join(_THINKING)}")
+    if not isinstance(kind, str) or kind not in THINKING_KINDS:
+        raise wrong_type(name, f"an object whose type is one of: {', '.join(THINKING_KINDS)}")
     if "budget_tokens" in given:
         integer(1, MAX_TOKENS)(f"{name}.budget_tokens", given["budget_tokens"])
     if "display" in given:
         one_of(*_DISPLAYS)(f"{name}.display", given["display"])
-    return _THINKING[kind], _THINKING[kind] and given.get("display") != "omitted"
+    return THINKING_KINDS[kind], THINKING_KINDS[kind] and given.get("display") != "omitted"
 
 
 def read_output_config(name: str, value: Any) -> dict[str, Any]:
@@ -79,7 +79,7 @@ _PROMPT = (
     forwarded("tool_choice", "auto, any, tool or none; `disable_parallel_tool_use`", read_tool_choice),
     forwarded(
         "thinking",
-        f"{', '.join(_THINKING)}; without it a model does not think, or its thoughts are not shown. `budget_tokens` has no effect",
+        f"{', '.join(THINKING_KINDS)}; without it a model does not think, or its thoughts are not shown. `budget_tokens` has no effect",
         read_thinking,
     ),
     forwarded(

@@ -6,7 +6,8 @@ import msgspec
 
 from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference
-from lmaas.protocols.chunks import ABORTED, Said, Whole, read_whole
+from lmaas.protocols.chunks import ABORTED, Said, read_whole
+from lmaas.protocols.messages.events import error_event
 from lmaas.protocols.messages.message import SERVICE_TIER, arguments_of, message_id, signature, stop_of, tool_id, usage_of
 from lmaas.protocols.messages.request import MessagesRequest
 
@@ -14,26 +15,23 @@ from lmaas.protocols.messages.request import MessagesRequest
 class WholeMessage(Answer):
     """Turns the engine's chat completion into a message."""
 
-    def __init__(self, inference: Inference, request: MessagesRequest) -> None:
-        self._request_id, self._request = inference.request_id, request
-        self._whole: Whole | None = None
+    def __init__(self, inference: Inference[MessagesRequest]) -> None:
+        self._request_id, self._request = inference.request_id, inference.request
+        self._usage: dict[str, Any] | None = None
+        self._body = b""
 
     @property
     def usage(self) -> dict[str, Any] | None:
         """The engine's usage."""
-        return self._whole.usage.totals() if self._whole is not None else None
+        return self._usage
 
     def take(self, text: bytes) -> None:
-        """Read the engine's response."""
-        self._whole = read_whole(text)
-        self.aborted = self._whole.choices[0].finish_reason == ABORTED
+        """Turn the engine's response into the message."""
+        whole = read_whole(text)
+        choice, usage = whole.choices[0], whole.usage
+        self._usage = usage.totals()
+        self.aborted = choice.finish_reason == ABORTED
         self.complete = self.done = True
-
-    def end(self) -> bytes:
-        """Return the message."""
-        if self._whole is None:
-            raise ValueError("the engine's response has not been read")
-        choice, usage = self._whole.choices[0], self._whole.usage
         calls = choice.message.tool_calls or []
         reason, sequence = stop_of(
             choice.finish_reason,
@@ -43,7 +41,7 @@ class WholeMessage(Answer):
             called=bool(calls),
             cut=False,  # an engine returns only calls that it could read
         )
-        return msgspec.json.encode(
+        self._body = msgspec.json.encode(
             {
                 "id": message_id(self._request_id),
                 "type": "message",
@@ -56,17 +54,21 @@ class WholeMessage(Answer):
             }
         )
 
+    def end(self) -> bytes:
+        """Return the message."""
+        return self._body
+
     def feed(self, chunk: bytes) -> bytes:
-        """Raise TypeError: this answer is no stream."""
-        raise TypeError("the answer is in one piece")
+        """Raise ValueError: the engine sent a stream instead of one body."""
+        raise ValueError("a stream instead of a whole answer")
 
     def close(self) -> bytes:
-        """Raise TypeError: this answer is no stream."""
-        raise TypeError("the answer is in one piece")
+        """Return nothing."""
+        return b""
 
     def failed(self, error: LmaasError) -> bytes:
-        """Raise TypeError: this answer is no stream."""
-        raise TypeError("the answer is in one piece") from error
+        """Return the error as an event: the client of an answer in one piece has received nothing before."""
+        return error_event(error, self._request_id)
 
     def _content(self, said: Said) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = []

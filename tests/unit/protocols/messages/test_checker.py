@@ -80,11 +80,11 @@ def test_a_broken_stream_is_noticed(spoil: Callable[[Events], Events]) -> None:
 @pytest.mark.parametrize(
     "stream",
     [
-        "event: ping\ndata: {\"type\": \"ping\"}\n",
+        'event: ping\ndata: {"type": "ping"}\n',
         "event: ping\n\n",
         ": waits\n\n" + written(GOOD),
-        "event: pong\ndata: {\"type\": \"ping\"}\n\n" + written(GOOD),
-        "data: {\"type\": \"ping\"}\n\n" + written(GOOD),
+        'event: pong\ndata: {"type": "ping"}\n\n' + written(GOOD),
+        'data: {"type": "ping"}\n\n' + written(GOOD),
         "id: 7\n" + written(GOOD),
         written(GOOD) + "data: [DONE]\n\n",
         'event: error\ndata: {"type":"error","error":{"type":"server_error","message":"x"},"request_id":"req_1"}\n\n',

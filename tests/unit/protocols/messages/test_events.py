@@ -97,7 +97,11 @@ def plain(message: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("deltas", "more", "content"), CASES)
 def test_blocks(replay: Replay, deltas: list[Delta], more: dict[str, Any], content: list[dict[str, Any]]) -> None:
     stream = engine_stream(deltas, "tool_calls" if any(block["type"] == "tool_use" for block in content) else "stop")
-    for chunks in ([stream], [event + b"\n\n" for event in stream.removesuffix(b"\n\n").split(b"\n\n")], [bytes([byte]) for byte in stream]):
+    for chunks in (
+        [stream],
+        [event + b"\n\n" for event in stream.removesuffix(b"\n\n").split(b"\n\n")],
+        [bytes([byte]) for byte in stream],
+    ):
         given = stream_of(chunks, **more)
         checked = check_stream(given)
         assert plain(checked.message) == content
@@ -260,5 +264,7 @@ def test_an_event_of_endless_length() -> None:
 
 def test_the_bytes_of_an_event() -> None:
     stream = stream_of([engine_stream(said("a"))])
-    assert b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}\n\n' in stream
+    assert (
+        b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}\n\n' in stream
+    )
     assert json.loads(stream.split(b"data: ")[-1]) == {"type": "message_stop"}

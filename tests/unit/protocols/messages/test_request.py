@@ -8,8 +8,8 @@ import pytest
 from lmaas.errors import InvalidRequest
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.messages.request import MessagesRequest, read_count_tokens, read_messages
-from tests.support.base_models import base_model
 from tests.unit.protocols.messages.build import BODY, TOOL, USER
+from tests.unit.protocols.parameters.build import model
 
 CACHED = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -141,7 +141,11 @@ def test_what_claude_code_sends() -> None:
         ([USER, {"role": "system", "content": [text("x-anthropic-billing-header: 1")]}], [USER]),
         # Thoughts.
         (
-            [USER, assistant({"type": "redacted_thinking", "data": "x"}, {"type": "thinking", "thinking": "", "signature": ""}, text("a")), USER],
+            [
+                USER,
+                assistant({"type": "redacted_thinking", "data": "x"}, {"type": "thinking", "thinking": "", "signature": ""}, text("a")),
+                USER,
+            ],
             [USER, {"role": "assistant", "content": "a"}, USER],
         ),
     ],
@@ -204,7 +208,11 @@ def test_a_prefilled_answer_is_continued() -> None:
         ([TOOL], {"type": "any"}, {"tools": ["f"], "tool_choice": "required"}),
         ([TOOL], {"type": "none"}, {"tools": ["f"], "tool_choice": "none"}),
         ([TOOL], {"type": "tool", "name": "f"}, {"tools": ["f"], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
-        ([TOOL], {"type": "auto", "disable_parallel_tool_use": True}, {"tools": ["f"], "tool_choice": "auto", "parallel_tool_calls": False}),
+        (
+            [TOOL],
+            {"type": "auto", "disable_parallel_tool_use": True},
+            {"tools": ["f"], "tool_choice": "auto", "parallel_tool_calls": False},
+        ),
         ([TOOL], {"type": "auto", "disable_parallel_tool_use": False, "name": None}, {"tools": ["f"], "tool_choice": "auto"}),
         ([], {"type": "auto", "disable_parallel_tool_use": True}, {}),
         ([], None, {}),
@@ -278,7 +286,7 @@ def test_parameters_of_sampling() -> None:
 @pytest.mark.parametrize(("asked", "sent"), [(100, 100), (32_000, 4096)])
 def test_the_limit_is_bounded_by_the_context(asked: int, sent: int) -> None:
     request = read_messages(BODY | {"max_tokens": asked})
-    request.check(base_model(max_model_len=4096))
+    request.check(model(4096))
     assert request.parameters["max_tokens"] == sent
     assert request.max_tokens == asked
 
@@ -289,7 +297,7 @@ def test_counting_needs_no_limit() -> None:
     assert [message["role"] for message in request.parameters["messages"]] == ["system", "user"]
     assert len(request.parameters["tools"]) == 1
     assert "max_tokens" not in request.parameters
-    request.check(base_model(max_model_len=4096))
+    request.check(model(4096))
     assert "max_tokens" not in request.parameters
 
 
@@ -317,7 +325,11 @@ REFUSED = [
     ({"messages": [USER, assistant(CALL), user(result([IMAGE]))]}, "unsupported_content", "messages.2.content.0.content.0"),
     ({"messages": [user(result(tool_use_id=7))]}, "invalid_type", "messages.0.content.0.tool_use_id"),
     ({"messages": [user(result(is_error="yes"))]}, "invalid_type", "messages.0.content.0.is_error"),
-    ({"messages": [user(document(type="base64", media_type="application/pdf", data="x"))]}, "unsupported_content", "messages.0.content.0.source"),
+    (
+        {"messages": [user(document(type="base64", media_type="application/pdf", data="x"))]},
+        "unsupported_content",
+        "messages.0.content.0.source",
+    ),
     ({"messages": [user(document(type="url", url="http://x"))]}, "unsupported_content", "messages.0.content.0.source"),
     ({"messages": [user(document(type="content", content=[IMAGE]))]}, "unsupported_content", "messages.0.content.0.source.content.0"),
     ({"messages": [user({"type": "document"})]}, "invalid_type", "messages.0.content.0.source"),

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from lmaas.errors import EngineFailed
 from tests.support.anthropic_stream import check_message
 from tests.unit.protocols.messages.build import PROMPT_TOKENS, REQUEST_ID, THINKING, TOOL, answer, engine_whole, whole_of
 
@@ -112,6 +111,13 @@ def test_bytes_that_are_no_answer(text: bytes) -> None:
 
 def test_an_answer_is_of_one_form() -> None:
     whole, stream = answer(stream=False), answer(stream=True)
-    for call in (lambda: whole.feed(b""), whole.close, lambda: whole.failed(EngineFailed("x")), lambda: stream.take(b"{}")):
-        with pytest.raises(TypeError):
-            call()
+    with pytest.raises(ValueError, match="instead"):
+        whole.feed(b"")
+    with pytest.raises(ValueError, match="instead"):
+        stream.take(b"{}")
+
+
+def test_a_call_without_a_name_is_no_answer() -> None:
+    text = engine_whole(None, calls=[("f", "{}")]).replace(b'"name": "f"', b'"name": null')
+    with pytest.raises(ValueError, match="name"):
+        answer(stream=False).take(text)
