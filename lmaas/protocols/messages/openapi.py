@@ -11,6 +11,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _OBJECT: Schema = {"type": "object"}
 _BLOCKS: Schema = {"type": ["string", "array"], "items": _OBJECT}
 _FORMAT: Schema = {"type": "object", "properties": {"type": {"const": "json_schema"}, "schema": _OBJECT}}
+_MAYBE_FORMAT: Schema = {"anyOf": [_FORMAT, {"type": "null"}]}
 #: The types of parameters that have their own reader.
 OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/InputMessage"}},

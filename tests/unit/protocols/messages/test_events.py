@@ -251,7 +251,7 @@ def test_an_answer_that_the_engine_aborts() -> None:
     ],
 )
 def test_bytes_that_are_no_answer(bytes_of_no_engine: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         answer(stream=True).feed(bytes_of_no_engine)
 
 

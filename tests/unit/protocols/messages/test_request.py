@@ -47,6 +47,9 @@ def document(**source: Any) -> dict[str, Any]:
 
 
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
+EMPTY_THOUGHT = {"type": "thinking", "thinking": "", "signature": ""}
+ONE_AT_A_TIME = {"type": "auto", "disable_parallel_tool_use": True}
+PDF = document(type="base64", media_type="application/pdf", data="x")
 CALLED = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
@@ -214,7 +217,7 @@ def test_a_prefilled_answer_is_continued() -> None:
             {"tools": ["f"], "tool_choice": "auto", "parallel_tool_calls": False},
         ),
         ([TOOL], {"type": "auto", "disable_parallel_tool_use": False, "name": None}, {"tools": ["f"], "tool_choice": "auto"}),
-        ([], {"type": "auto", "disable_parallel_tool_use": True}, {}),
+        ([], ONE_AT_A_TIME, {}),
         ([], None, {}),
         ([TOOL, TOOL | {"name": "g", "defer_loading": True}], None, {"tools": ["f"]}),
         ([TOOL, TOOL | {"name": "called", "defer_loading": True}], None, {"tools": ["f", "called"]}),
@@ -326,7 +329,7 @@ REFUSED = [
     ({"messages": [user(result(tool_use_id=7))]}, "invalid_type", "messages.0.content.0.tool_use_id"),
     ({"messages": [user(result(is_error="yes"))]}, "invalid_type", "messages.0.content.0.is_error"),
     (
-        {"messages": [user(document(type="base64", media_type="application/pdf", data="x"))]},
+        {"messages": [user(PDF)]},
         "unsupported_content",
         "messages.0.content.0.source",
     ),

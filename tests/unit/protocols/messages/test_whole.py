@@ -105,7 +105,7 @@ def test_an_answer_that_the_engine_aborts() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"hello", b"[]", b"{}", b'{"choices":[],"usage":{}}', b'{"choices":[{"message":7}],"usage":{}}'])
 def test_bytes_that_are_no_answer(text: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         answer(stream=False).take(text)
 
 
