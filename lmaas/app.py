@@ -37,6 +37,7 @@ from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.grammars import Grammars
+from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.observability import GatewayMetrics
@@ -124,7 +125,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
-    protocols = [ChatCompletions(), Completions(), Messages()]
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Messages()]
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 

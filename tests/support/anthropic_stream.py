@@ -84,7 +84,8 @@ def check_stream(stream: bytes | str, *, ends: bool = True) -> Checked:
 
 def _parsed(text: str, comments: list[str]) -> Iterable[tuple[str, str]]:
     """Yield the name and the data of each event, as the standard of server-sent events reads them."""
-    name, data, empty = "", [], True
+    name, empty = "", True
+    data: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):
         if not line:
             assert empty or data, "an event without data, which Go's clients take for an empty answer"

@@ -119,7 +119,7 @@ class MessageStream(Answer):
 
     def _begin(self) -> None:
         self._begun = True
-        message = {
+        message: dict[str, Any] = {
             "id": message_id(self._request_id),
             "type": "message",
             "role": "assistant",

@@ -82,7 +82,7 @@ def engine_whole(
         for number, (name, arguments) in enumerate(calls)
     ]
     choice = {"index": 0, "message": message, "finish_reason": finish, "stop_reason": stop}
-    usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": made, "total_tokens": PROMPT_TOKENS + made}
+    usage: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": made, "total_tokens": PROMPT_TOKENS + made}
     usage["prompt_tokens_details"] = {"cached_tokens": cached, "created_cache_tokens": 0, "multimodal_tokens": None}
     return json.dumps(
         {"id": "chatcmpl-1", "object": "chat.completion", "model": "engine-name", "choices": [choice], "usage": usage}

@@ -115,7 +115,7 @@ def test_chunks_of_any_size(case: tuple[list[Delta], dict[str, Any], list[dict[s
     assert plain(checked.message) == content
 
 
-PIECES = st.one_of(
+PIECES: st.SearchStrategy[Delta] = st.one_of(
     st.text(max_size=6).map(lambda value: {"content": value}), st.text(max_size=6).map(lambda value: {"reasoning": value}), st.just({})
 )
 
