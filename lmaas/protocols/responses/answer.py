@@ -7,13 +7,12 @@ from typing import Any
 from lmaas.error_bodies import openai_body
 from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference
-from lmaas.protocols.responses.chunks import Chat, Usage, logprobs_of, read_chat
+from lmaas.protocols.chunks import ABORTED, ChatStream, Choice, Usage, read_whole
+from lmaas.protocols.responses.logprobs import tokens_of
 from lmaas.protocols.responses.output import IN_PROGRESS, encode
 from lmaas.protocols.responses.request import ResponsesRequest
 from lmaas.protocols.responses.stream import OutputStream
-from lmaas.protocols.sse import DONE, MAX_EVENT_BYTES
 
-_DATA, _ERROR = b"data: ", b'data: {"error"'
 #: Why an answer was cut off, by the engine's reason for its end. With every other reason it is complete.
 _CUT = {"length": b'{"reason":"max_output_tokens"}', "content_filter": b'{"reason":"content_filter"}'}
 #: Codes of errors that clients know from OpenAI's responses. Every other error has the code of its kind.
@@ -46,7 +45,7 @@ class ResponseAnswer(Answer):
     @property
     def usage(self) -> dict[str, Any] | None:
         """The engine's usage so far."""
-        return None if self._usage is None else self._usage.as_dict()
+        return None if self._usage is None else self._usage.totals()
 
     def response(self) -> bytes:
         """Return the response as JSON, once the engine's answer is complete."""
@@ -86,10 +85,7 @@ def _fields(values: dict[str, Any]) -> bytes:
 
 def _usage(usage: Usage) -> bytes:
     prompt, made = usage.prompt_tokens, usage.completion_tokens or 0
-    details, of_answer = usage.prompt_tokens_details, usage.completion_tokens_details
-    cached, written = (details.cached_tokens or 0, details.created_cache_tokens or 0) if details else (0, 0)
-    reasoning = (of_answer.reasoning_tokens or 0) if of_answer else 0
-    return _USAGE % (prompt, cached, written, made, reasoning, prompt + made)
+    return _USAGE % (prompt, usage.cached_tokens, usage.created_cache_tokens, made, usage.reasoning_tokens or 0, prompt + made)
 
 
 def _error(error: LmaasError) -> bytes:
@@ -106,70 +102,49 @@ class StreamedResponse(ResponseAnswer):
 
     def __init__(self, inference: Inference[ResponsesRequest]) -> None:
         super().__init__(inference)
-        self._rest = b""
+        self._chat = ChatStream()
         self._begun = False
 
     def feed(self, chunk: bytes) -> bytes:
         """Return the client's events that these bytes complete. Pieces that arrived together are one event."""
-        received = self._rest + chunk
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        end = received.rfind(b"\n\n") + 2
-        if end < 2:
-            self._rest = received
-            return b""
-        self._rest = received[end:]
-        for raw in received[:end].split(b"\n\n"):
-            event = raw.strip(b"\n")
-            if not event or self.done or self.error is not None:
-                continue
-            if event == DONE:
-                self.done = True
-            elif event.startswith(_ERROR):
-                self.error = event.removeprefix(_DATA)
-            elif event.startswith(_DATA):
-                self._read(read_chat(event[len(_DATA) :]))
-            else:
-                raise ValueError("a line that is no event")
-        return self._output.taken()
-
-    def _read(self, chunk: Chat) -> None:
-        """Read a chunk: a piece of the answer, its end, or the usage."""
-        if chunk.usage is not None:
-            self._usage = chunk.usage
-            # The usage of the whole request comes without a choice.
-            self.complete = self.complete or not chunk.choices
-        if not chunk.choices or self.aborted:
-            return
-        choice = chunk.choices[0]
-        if choice.finish_reason == "abort":
-            self.aborted = True
-            return
-        self._begin()
-        output, delta = self._output, choice.delta
-        if delta is not None:
-            if delta.reasoning:
-                output.think(delta.reasoning)
-            wants_logprobs = self._request.wants_logprobs and not delta.reasoning and not delta.tool_calls
-            logprobs = logprobs_of(choice) if wants_logprobs else b""
-            if delta.content or logprobs:
-                output.say(delta.content or "", logprobs)
-            for call in delta.tool_calls or ():
-                output.call(call.index, call.name, call.arguments)
-        if choice.finish_reason is not None:
-            self._finish = choice.finish_reason
-            output.finish(cut=self._finish in _CUT)
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            response = b'"response":%b' % self._object(IN_PROGRESS)
-            self._output.send(b"response.created", response)
-            self._output.send(b"response.in_progress", response)
+        return self._written(self._chat.feed(chunk))
 
     def close(self) -> bytes:
-        """Return the events that the end of the stream completes: the last one may lack its empty line."""
-        return self.feed(b"\n\n") if self._rest.strip() else b""
+        """Return the events that the end of the stream completes."""
+        return self._written(self._chat.close())
+
+    def _written(self, choices: list[Choice]) -> bytes:
+        chat, output = self._chat, self._output
+        self.complete, self.done, self.error, self.aborted = chat.complete, chat.done, chat.error, chat.aborted
+        self._usage = chat.usage
+        for choice in choices:
+            if not self._begun:
+                self._begin()
+            said = choice.delta
+            if said.reasoning:
+                output.think(said.reasoning)
+            has_logprobs = self._request.wants_logprobs and not said.reasoning and not said.tool_calls
+            logprobs = tokens_of(choice.logprobs) if has_logprobs else b""
+            if said.content or logprobs:
+                output.say(said.content or "", logprobs)
+            for call in said.tool_calls or ():
+                output.call(call.index, call.name, call.arguments)
+            if choice.finish_reason is not None:
+                self._finish = choice.finish_reason
+                output.finish(cut=self._finish in _CUT)
+        if self.done and self.complete and not self.aborted and self._finish is None:
+            # The engine has ended the answer without a reason.
+            if not self._begun:
+                self._begin()
+            self._finish = "stop"
+            output.finish(cut=False)
+        return output.taken()
+
+    def _begin(self) -> None:
+        self._begun = True
+        response = b'"response":%b' % self._object(IN_PROGRESS)
+        self._output.send(b"response.created", response)
+        self._output.send(b"response.in_progress", response)
 
     def take(self, text: bytes) -> None:
         """Raise ValueError: the engine sent one body instead of a stream."""
@@ -183,7 +158,8 @@ class StreamedResponse(ResponseAnswer):
 
     def failed(self, error: LmaasError) -> bytes:
         """Return the event of a failure, which has what was written before. Events of the beginning precede it if there were none yet."""
-        self._begin()
+        if not self._begun:
+            self._begin()
         self._output.send(b"response.failed", b'"response":%b' % self._object(b"failed", error=_error(error)))
         return self._output.taken()
 
@@ -201,19 +177,17 @@ class WholeResponse(ResponseAnswer):
 
     def take(self, text: bytes) -> None:
         """Read the engine's answer."""
-        chat = read_chat(text)
-        choice = chat.choices[0] if chat.choices else None
-        if choice is None or (message := choice.message) is None:
-            raise ValueError("an answer without a message")
+        chat = read_whole(text)
+        choice, message = chat.choices[0], chat.choices[0].message
         self._usage, self._finish = chat.usage, choice.finish_reason
-        self.aborted, self.complete, self.done = self._finish == "abort", True, True
+        self.aborted, self.complete, self.done = self._finish == ABORTED, True, True
         output, calls = self._output, message.tool_calls or ()
         if message.reasoning:
             output.think(message.reasoning)
         # Beside reasoning or calls it is not known which tokens are those of the text.
         is_alone = not message.reasoning and not calls
         if message.content:
-            output.say(message.content, logprobs_of(choice) if self._request.wants_logprobs and is_alone else b"")
+            output.say(message.content, tokens_of(choice.logprobs) if self._request.wants_logprobs and is_alone else b"")
         for number, call in enumerate(calls):
             output.call(number, call.name, call.arguments)
         output.finish(cut=self._finish in _CUT)

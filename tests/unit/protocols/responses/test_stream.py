@@ -252,7 +252,6 @@ def test_an_aborted_answer() -> None:
     assert answer.usage == {
         "prompt_tokens": 7,
         "completion_tokens": 3,
-        "total_tokens": 10,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
     events, _ = parse(out)
@@ -276,6 +275,12 @@ def test_an_end_without_the_whole_usage_is_no_success() -> None:
     answer.feed(chunk({"content": "a"}, 1, "stop") + b"data: [DONE]\n\n")
     assert answer.done
     assert not answer.complete
+
+
+def test_an_end_without_a_reason() -> None:
+    found = streamed(chunk({"content": "a"}, 1) + ending(1))
+    assert items(found.response) == [("message", "completed", "a")]
+    assert items(streamed(ending(1)).response) == [("message", "completed", "")]
 
 
 def test_the_last_event_may_lack_its_empty_line() -> None:
