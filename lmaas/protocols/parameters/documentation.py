@@ -8,6 +8,7 @@ from lmaas.protocols.messages.table import COUNT_TOKENS, MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
 from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
 from lmaas.protocols.pooling.ranking import RERANK, SCORE
+from lmaas.protocols.responses.parameters import TABLE as RESPONSES
 
 _INTRODUCTION = """\
 # Request parameters
@@ -69,6 +70,9 @@ _POOLING_NOTES = """\
 _MESSAGES_NOTES = """\
 [Messages](messages.md) describes blocks, thinking, streams, usage and errors.
 """
+_RESPONSES_NOTES = """\
+[responses.md](responses.md) describes the items, the events and what is stored.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Group:
 GROUPS = (
     Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),
     Group("Embeddings, rankings and scores", (EMBEDDINGS, RERANK, SCORE), _POOLING_NOTES),
+    Group("Responses", (RESPONSES,), _RESPONSES_NOTES),
     Group("Messages", (MESSAGES, COUNT_TOKENS), _MESSAGES_NOTES),
 )
 #: The tables of all protocols.

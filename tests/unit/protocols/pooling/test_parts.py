@@ -98,7 +98,8 @@ def test_embeddings_are_joined_in_the_order_of_the_inputs(count: int, as_text: b
 def test_numbers_and_the_models_name_are_passed_on_as_they_were_written() -> None:
     inference = inference_of(Embeddings(), {"model": 'a "quoted" näme', "input": "x"})
     answer = Embeddings().answer(inference)
-    raw = b'{"id":"embd-1","object":"list","created":1,"model":"internal","data":[{"index":0,"object":"embedding","embedding":[0.1000,-1e-07]}]'
+    raw = b'{"id":"embd-1","object":"list","created":1,"model":"internal","data":['
+    raw += b'{"index":0,"object":"embedding","embedding":[0.1000,-1e-07]}]'
     answer.take(raw + b',"usage":{"prompt_tokens":4,"total_tokens":4}}')
     assert answer.end() == (
         b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":[0.1000,-1e-07]}],"model":"a \\"quoted\\" n\xc3\xa4me",'
