@@ -1,11 +1,11 @@
 """Responses and conversations of tenants, stored in Postgres."""
 
 from collections.abc import Collection, Iterable, Sequence
-from datetime import timedelta
 
 import msgspec
 
 from lmaas.errors import InvalidRequest, NotFound
+from lmaas.protocols.responses.items import response_of
 from lmaas.protocols.responses.state import Item, NewResponse
 from lmaas.protocols.responses.writer import Turn, Writer
 from lmaas.store import conversations
@@ -37,8 +37,8 @@ def is_id(value: str) -> bool:
 class StoredState:
     """The stored responses and conversations. The items of another tenant do not exist for a tenant."""
 
-    def __init__(self, db: Database, writer: Writer, kept_for: timedelta) -> None:
-        self._db, self._writer, self._kept_for = db, writer, kept_for
+    def __init__(self, db: Database, writer: Writer) -> None:
+        self._db, self._writer = db, writer
 
     async def context_of(self, tenant_id: str, *, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
         """Return the items before a request's own, oldest first: those of a chain of responses with their outputs, or of a conversation.
@@ -88,7 +88,7 @@ class StoredState:
         if not wanted:
             return {}
         found = {item.id: _ITEM.decode(item.body) for item in await conversations.find_items(self._db, tenant_id, wanted)}
-        responses = {_response_of(item_id) for item_id in wanted - found.keys()}
+        responses = {response_of(item_id) for item_id in wanted - found.keys()}
         if responses:
             for response in await find_responses(self._db, tenant_id, responses):
                 found |= {item["id"]: item for item in _items_of(response) if item["id"] in wanted}
@@ -113,10 +113,6 @@ def input_of(response: Response) -> list[Item]:
 
 def _items_of(response: Response) -> list[Item]:
     return input_of(response) + _OUTPUT.decode(response.body).output
-
-
-def _response_of(item_id: str) -> str:
-    return f"resp_{item_id.partition('_')[2][:-4]}"
 
 
 def _no_conversation(conversation_id: str) -> NotFound:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -67,7 +68,7 @@ class Writer:
         self._queues: dict[str, _Queue] = {}
         self._waiting_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns, self._closing = asyncio.Semaphore(AT_ONCE), asyncio.Event()
 
     async def store(self, tenant_id: str, turn: Turn) -> None:
         """Store a response, and wait for that for at most STORE_S. If Postgres takes longer, it is stored later."""
@@ -89,7 +90,7 @@ class Writer:
     def _lose(self, tenant_id: str, turn: Turn) -> None:
         self._metrics.lost_responses.inc()
         log.error(
-            "a response is lost: Postgres has been away for too long, and too many others wait to be stored",
+            "a response is lost: Postgres was away for too long",
             extra={"tenant_id": tenant_id, "action": "store", "detail": turn.response.id},
         )
 
@@ -108,7 +109,10 @@ class Writer:
                     await self._save(tenant_id, batch)
             except Unavailable as error:
                 log.warning("responses cannot be stored now", extra={"tenant_id": tenant_id, "action": "store", "detail": str(error)})
-                await asyncio.sleep(AGAIN_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(AGAIN_S):
+                        await self._closing.wait()
+                        return
                 continue
             for _ in batch:
                 turn = queue.turns.popleft()
@@ -125,8 +129,16 @@ class Writer:
         else:
             await save_turn(self._db, tenant_id, first.response, first.conversation_id, first.items, self._kept_for)
 
+    async def close(self) -> None:
+        """Give up what cannot be stored now. Waits for the transactions that run."""
+        self._closing.set()
+        await self.drained()
+        for tenant_id, queue in self._queues.items():
+            for turn in queue.turns:
+                self._lose(tenant_id, turn)
+
     async def drained(self) -> None:
-        """Wait until everything is stored. For shutdown."""
+        """Wait until everything is stored."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
