@@ -230,7 +230,7 @@ def example(settings: Settings, tenant: str, model: str, kind: PoolKind = PoolKi
     """Return shell commands that send a tenant's request, in lines that fit a narrow terminal."""
     path, more = "chat/completions", '"stream": true, "messages":\n       [{"role": "user", "content": "What is the capital of France?"}]'
     if kind is PoolKind.EMBED:
-        path, more = "embeddings", '"input": "What is the capital of France?"'
+        path, more = "embeddings", '"input":\n       "What is the capital of France?"'
     return f"""\
 KEY=$(python3 -c \\
   'import json; print(json.load(open(0))["tenants"]["{tenant}"]["api_key"])' \\
