@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -18,7 +19,15 @@ def _chat() -> BaseChatModel:
     return ChatOpenAI(model="base")
 
 
-MODELS = {"chat": _chat}
+def _responses() -> BaseChatModel:
+    return ChatOpenAI(model="base", use_responses_api=True)
+
+
+def _messages() -> BaseChatModel:
+    return ChatAnthropic(model="base")
+
+
+MODELS = {"chat": _chat, "responses": _responses, "messages": _messages}
 
 
 @pytest.fixture(params=MODELS)

@@ -2,10 +2,11 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
+import { anthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
-const models = { chat: openai.chat("base") };
+const models = { chat: openai.chat("base"), responses: openai("base"), messages: anthropic("base") };
 
 for (const [name, model] of Object.entries(models)) {
   test(`${name}: a stream has the text of the whole answer`, async () => {
