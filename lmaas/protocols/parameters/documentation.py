@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 
+from lmaas.protocols.messages.table import COUNT_TOKENS, MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
 
 _INTRODUCTION = """\
@@ -60,6 +61,9 @@ _NOTES = """\
 - `max_tokens` or `max_completion_tokens` above the model's context is `out_of_range`; a prompt that is too long is
   `context_length_exceeded`.
 """
+_MESSAGES_NOTES = """\
+[Messages](messages.md) describes blocks, thinking, streams, usage and errors.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,10 @@ class Group:
 
 
 #: The sections of the page.
-GROUPS = (Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),)
+GROUPS = (
+    Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),
+    Group("Messages", (MESSAGES, COUNT_TOKENS), _MESSAGES_NOTES),
+)
 #: The tables of all protocols.
 TABLES = tuple(table for group in GROUPS for table in group.tables)
 

@@ -11,6 +11,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api.shapes import models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
+from lmaas.protocols.messages.table import MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION
 from lmaas.states import START_PHASES, EnginePhase
 from lmaas.types import Limits
@@ -19,6 +20,7 @@ SPEC = openapi_document()
 OTHERS = {
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/messages", "POST"),
     *((path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")),
 }
 
@@ -45,7 +47,7 @@ def test_nothing_in_it_is_left_over() -> None:
 
 
 def test_our_objects_have_no_other_fields() -> None:
-    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage"}
+    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage", "InputMessage"}
     for name, schema in SPEC["components"]["schemas"].items():
         if schema.get("type") == "object" and name not in theirs:
             assert schema["additionalProperties"] is False, name
@@ -75,7 +77,7 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
 
 
 def test_every_parameter_of_the_gateway_is_described() -> None:
-    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION)):
+    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION), ("MessagesRequest", MESSAGES)):
         schema = SPEC["components"]["schemas"][name]
         assert set(schema["properties"]) == {"model", *table.by_name}
         untyped = {
