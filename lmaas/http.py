@@ -29,6 +29,9 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
+_ID_HEADERS = ("x-request-id",)
+#: Anthropic's libraries look for the second one.
+_ID_HEADERS_OF_ANTHROPIC = ("x-request-id", "request-id")
 NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
 
 
@@ -112,11 +115,13 @@ class Frame:
             if message["type"] == "http.response.start":
                 started = True
                 took_ms = (time.perf_counter() - began) * 1000
+                names = _ID_HEADERS_OF_ANTHROPIC if speaks_anthropic(scope) else _ID_HEADERS
                 if add_to_head is not None:
-                    add_to_head(f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n".encode())
+                    ids = "".join([f"{name}: {request_id}\r\n" for name in names])
+                    add_to_head(f"{ids}openai-processing-ms: {took_ms:.0f}\r\n".encode())
                 else:
-                    more = ((b"x-request-id", request_id.encode()), (b"openai-processing-ms", b"%d" % took_ms))
-                    message["headers"] = [*message.get("headers", ()), *more]
+                    more = [(name.encode(), request_id.encode()) for name in names]
+                    message["headers"] = [*message.get("headers", ()), *more, (b"openai-processing-ms", b"%d" % took_ms)]
             await send(message)
 
         try:

@@ -97,7 +97,7 @@ async def test_the_choice_of_a_tool(client: AsyncAnthropic, choice: Any) -> None
 async def test_the_librarys_own_loop(client: AsyncAnthropic, streamed: bool) -> None:
     weather = Weather()
 
-    @beta_async_tool(name="weather", description="Forecast.", input_schema=CITY | {"required": ["city", "days"]})
+    @beta_async_tool(name="weather", description="Forecast.", input_schema=CITY)
     async def ask(city: str, days: int = 1) -> str:
         return weather(city, days)
 
@@ -141,11 +141,11 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncAnthropic) -> 
     with pytest.raises(anthropic.NotFoundError) as unknown:
         await client.messages.create(model="captain", max_tokens=5, messages=HELLO)
     assert kind(unknown) == "not_found_error"
-    for body in ({"temperature": 7}, {"max_tokens": 0}, {"messages": []}, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}):
+    for body in ({"extra_body": {"temperature": 7}}, {"max_tokens": 0}, {"messages": []}, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}):
         with pytest.raises(anthropic.BadRequestError) as bad:
             await client.messages.create(**LIMIT | {"messages": HELLO} | body)
         assert kind(bad) == "invalid_request_error", body
-        assert next(iter(body)) in bad.value.message, body
+        assert next(iter(body.get("extra_body", body))) in bad.value.message, body
     with pytest.raises(anthropic.BadRequestError) as ended:
         await client.messages.create(**LIMIT, messages=[{"role": "user", "content": "word " * 3000}])
     assert kind(ended) == "invalid_request_error"
