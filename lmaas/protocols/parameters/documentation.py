@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lmaas.protocols.messages.table import COUNT_TOKENS, MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
+from lmaas.protocols.responses.parameters import TABLE as RESPONSES
 
 _INTRODUCTION = """\
 # Request parameters
@@ -64,6 +65,9 @@ _NOTES = """\
 _MESSAGES_NOTES = """\
 [Messages](messages.md) describes blocks, thinking, streams, usage and errors.
 """
+_RESPONSES_NOTES = """\
+[responses.md](responses.md) describes the items, the events and what is stored.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class Group:
 #: The sections of the page.
 GROUPS = (
     Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),
+    Group("Responses", (RESPONSES,), _RESPONSES_NOTES),
     Group("Messages", (MESSAGES, COUNT_TOKENS), _MESSAGES_NOTES),
 )
 #: The tables of all protocols.
