@@ -143,7 +143,7 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncOpenAI) -> Non
         ({"temperature": 7}, "temperature"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"previous_response_id": "resp_0", "conversation": "conv_0"}, "previous_response_id"),
+        ({"previous_response_id": "resp_0", "conversation": "conv_0"}, "conversation"),
     ):
         with pytest.raises(openai.BadRequestError) as bad:
             await create(**{"model": "base", "input": "Hello."} | body)

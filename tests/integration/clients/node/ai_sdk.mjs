@@ -2,10 +2,12 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
-import { anthropic } from "@ai-sdk/anthropic";
+import { createAnthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
+// This library counts the version to the base URL, other than Anthropic's own.
+const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
 const models = { chat: openai.chat("base"), responses: openai("base"), messages: anthropic("base") };
 
 for (const [name, model] of Object.entries(models)) {
