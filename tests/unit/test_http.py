@@ -349,7 +349,8 @@ async def test_anthropics_clients_get_the_id_under_the_name_that_they_read(path:
     _, got, _ = await answer(Frame(app), scope)
     assert got.get("request-id") == (got["x-request-id"] if anthropic else None)
     lines: list[bytes] = []
-    await answer(Frame(app), scope | {"lmaas.head": lines.append})
+    scope["lmaas.head"] = lines.append
+    await answer(Frame(app), scope)
     assert (b"\r\nrequest-id: req_" in lines[0]) is anthropic
 
 

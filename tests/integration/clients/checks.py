@@ -3,6 +3,7 @@
 import enum
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openresponses_types
@@ -77,7 +78,7 @@ def _events() -> dict[str, type[BaseModel]]:
     return found
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[bytes], object]] = {
     "/v1/chat/completions": check_chunks,
     "/v1/completions": check_chunks,
     RESPONSES: check_response_events,
