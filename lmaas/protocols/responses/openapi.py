@@ -3,6 +3,7 @@
 from typing import Any
 
 from lmaas.protocols.openapi import ERRORS, IDEMPOTENCY_KEY, RATE_LIMITS, Schema, request_schema
+from lmaas.protocols.openapi import OWN as OWN_OF_CHAT
 from lmaas.protocols.responses.items import MAX_ITEMS, PREFIXES
 from lmaas.protocols.responses.parameters import INCLUDABLE, MAX_KEY, MAX_PAIRS, MAX_VALUE, SUMMARIES, TABLE, VERBOSITIES
 
@@ -35,7 +36,6 @@ OWN: dict[str, Schema] = {
         ),
         _TEXT,
     ),
-    "max_tool_calls": {"type": "integer", "minimum": 1},
 }
 WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
 
@@ -47,7 +47,7 @@ def _closed(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
 
 _CACHE = _closed(cached_tokens=_COUNT, cache_write_tokens=_COUNT)
 SCHEMAS: dict[str, Schema] = {
-    "ResponsesRequest": request_schema(TABLE, WORDS, OWN),
+    "ResponsesRequest": request_schema(TABLE, WORDS, OWN_OF_CHAT | OWN),
     "ResponseItem": {
         "type": "object",
         "description": "An item of an input or an output. The other fields depend on its type.",

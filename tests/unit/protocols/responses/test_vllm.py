@@ -20,7 +20,7 @@ from tests.support.response_streams import check
 from tests.unit.protocols.responses.build import TOOLS, VLLM, inference, streamed, whole
 
 SDK: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-ASKED = {"tools": TOOLS, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+ASKED: dict[str, Any] = {"tools": TOOLS, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
 PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
 PATCH = '*** Begin Patch\n+café 🎉 "quoted" \\ end\n'
 Shape = list[tuple[str, str]]
@@ -37,9 +37,6 @@ CASES: dict[str, Shape | None] = {
     "parallel": [("function_call", PARIS), ("function_call", ROME)],
     "custom": [("custom_tool_call", PATCH)],
     "custom_odd": [("custom_tool_call", '{"patch": "x"}')],
-    "reasoning": [("reasoning", "The user asks about France."), ("message", "\n\nParis is the capital.")],
-    "reasoning_call": [("reasoning", "I should look."), ("function_call", PARIS)],
-    "reasoning_cut": [("reasoning", "The user asks")],
 }
 
 
