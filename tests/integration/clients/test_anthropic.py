@@ -127,12 +127,13 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncAnthropic) -> 
     with pytest.raises(anthropic.NotFoundError) as unknown:
         await client.messages.create(model="captain", max_tokens=5, messages=HELLO)
     assert kind(unknown) == "not_found_error"
-    for body in (
-        {"extra_body": {"temperature": 7}},
-        {"max_tokens": 0},
-        {"messages": []},
-        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
-    ):
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("temperature", {"extra_body": {"temperature": 7}}),
+        ("max_tokens", {"max_tokens": 0}),
+        ("messages", {"messages": []}),
+        ("tools.0", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+    ]
+    for name, body in wrong:
         with pytest.raises(anthropic.BadRequestError) as bad:
             await client.messages.create(**LIMIT | {"messages": HELLO} | body)
         assert kind(bad) == "invalid_request_error", body
