@@ -21,7 +21,7 @@ _MAYBE_IDS: Schema = {"type": ["array", "null"], "items": _COUNT}
 
 _WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
 #: The types of parameters that have their own reader, which contains the rest of the rule.
-_OWN: dict[str, Schema] = {
+OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}},
     "prompt": {"anyOf": [_TEXT, _LIST_OF_TEXT, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _MAYBE_TEXT, "maxItems": checks.MAX_STOP_STRINGS}]},
@@ -138,8 +138,8 @@ SCHEMAS: dict[str, Schema] = {
         tool_calls=_TOOL_CALLS,
         tool_call_id=_MAYBE_TEXT,
     ),
-    "ChatRequest": request_schema(CHAT, _WORDS, _OWN),
-    "CompletionRequest": request_schema(COMPLETION, _WORDS, _OWN),
+    "ChatRequest": request_schema(CHAT, _WORDS, OWN),
+    "CompletionRequest": request_schema(COMPLETION, _WORDS, OWN),
     "TokenUsage": _object(
         ("prompt_tokens", "completion_tokens", "total_tokens"),
         prompt_tokens=_COUNT,
@@ -197,7 +197,8 @@ _STREAM = (
     "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
     "in the queue."
 )
-_ERRORS = {
+#: What the error responses of OpenAI's endpoints mean, by status.
+ERRORS = {
     "400": "The request is malformed, or asks for something not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
     "401": "The API key is missing or not valid (`invalid_api_key`).",
     "403": "An operator's key cannot call models (`insufficient_permissions`).",
@@ -216,7 +217,7 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    errors = {status: error(words) for status, words in _ERRORS.items()} | {"default": error("Another error.")}
+    errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
     few = {status: errors[status] for status in ("401", "403", "404", "default")}
 
     def done(name: str, more: Schema | None = None, stream: str | None = None) -> Schema:
