@@ -140,7 +140,7 @@ async def test_the_request_pattern_of_claude_code(service: Service, tenant: Tena
             async with client.beta.messages.stream(
                 model="base",
                 max_tokens=8,
-                system=system,  # type: ignore[arg-type]
+                system=system,
                 tools=tools,
                 messages=messages,
                 thinking={"type": "enabled", "budget_tokens": 1024},
@@ -197,7 +197,7 @@ async def test_the_sdk_raises_its_own_errors(service: Service, tenant: Tenant) -
         found = refused.value
         assert (found.status_code, found.type, found.error_code) == expected
         assert found.request_id is not None
-        check_error(found.body)  # type: ignore[arg-type]
+        check_error(found.body)
 
 
 async def test_a_prompt_that_is_too_long_is_told_in_anthropics_words(service: Service, tenant: Tenant) -> None:
