@@ -29,9 +29,6 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
-_ID_HEADERS = ("x-request-id",)
-#: Anthropic's libraries look for the second one.
-_ID_HEADERS_OF_ANTHROPIC = ("x-request-id", "request-id")
 NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
 
 
@@ -115,13 +112,14 @@ class Frame:
             if message["type"] == "http.response.start":
                 started = True
                 took_ms = (time.perf_counter() - began) * 1000
-                names = _ID_HEADERS_OF_ANTHROPIC if speaks_anthropic(scope) else _ID_HEADERS
+                more = f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n"
+                if scope["path"].startswith(_MESSAGES):
+                    more += f"request-id: {request_id}\r\n"  # where Anthropic's SDKs look for it
                 if add_to_head is not None:
-                    ids = "".join([f"{name}: {request_id}\r\n" for name in names])
-                    add_to_head(f"{ids}openai-processing-ms: {took_ms:.0f}\r\n".encode())
+                    add_to_head(more.encode())
                 else:
-                    more = [(name.encode(), request_id.encode()) for name in names]
-                    message["headers"] = [*message.get("headers", ()), *more, (b"openai-processing-ms", b"%d" % took_ms)]
+                    lines = (line.split(": ", 1) for line in more.splitlines())
+                    message["headers"] = [*message.get("headers", ()), *((name.encode(), value.encode()) for name, value in lines)]
             await send(message)
 
         try:
