@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 
-from bench.gateways.processes import START_S, Proxy, Running, free_port, running
+from bench.gateways.processes import START_S, TREE, Proxy, Running, free_port, running
 from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
@@ -59,10 +59,11 @@ class Service:
         async with aiohttp.ClientSession() as http, http.post(f"{self.engine_url}/pace", json={"ms": step_ms}) as response:
             response.raise_for_status()
 
-    async def gateway(self, name: str, *command: str, redis_url: str | None = None) -> Proxy:
-        """Start another gateway, `python -m` with `command`. It ends with the service, and may not be ready when this returns."""
+    async def gateway(self, name: str, *command: str, redis_url: str | None = None, tree: Path = TREE) -> Proxy:
+        """Start another gateway, `python -m` with `command`, of this or another checkout. It ends with the service, and may not be ready
+        when this returns."""
         settings = replace(self.settings, redis_url=redis_url or self.settings.redis_url)
-        process, settings = await _gateway(settings, self.folder, name, command, self.exits)
+        process, settings = await _gateway(settings, self.folder, name, command, self.exits, tree)
         return Proxy(process, f"{settings.base_url}/chat/completions", ADAPTER, {"authorization": f"Bearer {self.api_key}"})
 
     def tenants(self, gateway: Proxy, count: int) -> list[str]:
@@ -76,10 +77,23 @@ class Service:
         return keys
 
 
-async def _gateway(settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack) -> tuple[Running, Settings]:
+async def _gateway(
+    settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack, tree: Path = TREE
+) -> tuple[Running, Settings]:
     settings = replace(settings, port=free_port())
     variables = settings.environment()
-    return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables)), settings
+    if tree != TREE:
+        # Another version refuses settings that it does not have.
+        known = await _settings(tree)
+        variables = {name: value for name, value in variables.items() if name in known}
+    return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables, tree)), settings
+
+
+async def _settings(tree: Path) -> set[str]:
+    """Return the variables of the settings of another checkout."""
+    show = "from lmaas.config import Settings; print(*Settings.__dataclass_fields__)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", show, cwd=tree, stdout=asyncio.subprocess.PIPE)
+    return {f"LMAAS_{name.upper()}" for name in (await process.communicate())[0].decode().split()}
 
 
 @asynccontextmanager

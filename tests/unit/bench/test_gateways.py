@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.gateways import load
+from bench.gateways import load, protocols
 from bench.gateways.counted import Commands
 from bench.gateways.engine import TOKEN, TOKENS, Connection, Engine, compact
 
@@ -30,7 +30,7 @@ async def test_the_engine_gives_what_the_load_asks_for(body: dict[str, Any], pac
 
 
 async def test_a_wrong_answer_is_an_error_and_not_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "TOKENS", TOKENS + 1)
+    monkeypatch.setattr(protocols, "TOKENS", TOKENS + 1)
     async with serving(Engine("base")) as url:
         order = {"url": url, "headers": {}, "body": {"model": "m", "stream": True}, "connections": 1, "seconds": 0}
         with pytest.raises(ValueError, match=f"{TOKENS} of {TOKENS + 1} tokens"):
