@@ -37,11 +37,16 @@ from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.grammars import Grammars
-from lmaas.inference.serving import Gateway
+from lmaas.inference.protocol import AnyProtocol
+from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.observability import GatewayMetrics
+from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
+from lmaas.protocols.messages.openapi import messages_paths
+from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
 from lmaas.protocols.openapi import openai_paths
+from lmaas.protocols.text import ChatCompletions, Completions
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -54,7 +59,7 @@ from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
-from lmaas.web.routes import completions
+from lmaas.web.routes import Gateway, endpoints
 from lmaas.web.routes import routes as gateway_routes
 from lmaas.web.server import server
 
@@ -99,21 +104,29 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
 
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
-    return openapi.document(openai_paths(openapi.headers(), openapi.error_response), OPENAI_SCHEMAS)
+    common = openapi.headers(), openapi.error_response
+    return openapi.document(openai_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | MESSAGES_SCHEMAS)
+
+
+def build_inferences(settings: Settings, services: Services, changes: Changes, metrics: GatewayMetrics) -> Inferences:
+    """Build the path of requests. Its `client` must be open, and its `leases` and the `changes` must run, while it serves."""
+    db, client = services.db, EngineClient()
+    leases = Leases(services.scheduler, new_id("gw"))
+    grammars = Grammars(services.redis, client, metrics)
+    return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
 
 
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
-    leases = Leases(services.scheduler, new_id("gw"))
     changes = Changes(functools.partial(change_number, db))
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    catalog = Catalog(db, changes)
-    client = EngineClient()
-    grammars = Grammars(services.redis, client, metrics)
-    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, WaitReasons(db))
+    inferences = build_inferences(settings, services, changes, metrics)
+    leases = inferences.leases
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Messages()]
+    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -127,7 +140,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with gateway.client:
+        async with inferences.client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
@@ -155,7 +168,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     )
     # The frame removes slashes at the end. A redirect would name this server's own address, which differs from the client's behind a proxy.
     app.router.redirect_slashes = False
-    frame = Frame(app, completions(gateway))
+    frame = Frame(app, endpoints(gateway))
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
 

@@ -10,7 +10,7 @@ import pytest
 from lmaas.engine.launch import has_engine
 from lmaas.protocols.parameters.enforceable import enforceable
 from lmaas.protocols.parameters.request import read_chat, read_completion
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint, Treatment
+from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, Treatment
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": CITY}}
@@ -81,19 +81,19 @@ VALUES: dict[str, list[Any]] = {
 }
 
 
-def bodies(endpoint: Endpoint) -> list[Any]:
+def bodies(table: Table) -> list[Any]:
     """Requests that are accepted, as the engine receives them: one for each value of each parameter."""
     read, plain = (
         (read_chat, {"model": "m", "messages": VALUES["messages"][0]})
-        if endpoint is Endpoint.CHAT
+        if table is CHAT
         else (read_completion, {"model": "m", "prompt": "x"})
     )
     found = []
-    for name, item in BY_NAME[endpoint].items():
+    for item in table.parameters:
         if item.treatment is Treatment.FORWARDED:
-            needed = {"truncation_side": {"truncate_prompt_tokens": 5}}.get(name, {})
-            found += [plain | needed | {name: value} for value in VALUES.get(name, [True, False])]
-    if endpoint is Endpoint.CHAT:
+            needed = {"truncation_side": {"truncate_prompt_tokens": 5}}.get(item.name, {})
+            found += [plain | needed | {item.name: value} for value in VALUES.get(item.name, [True, False])]
+    if table is CHAT:
         found.append(plain | {"logprobs": True, "top_logprobs": 20, "stream": True})
         found.append(plain | {"n": 2, "temperature": 0})
         found += [
@@ -124,7 +124,7 @@ for kind, bodies in zip((ChatCompletionRequest, CompletionRequest), json.load(sy
             print("REFUSED", json.dumps(body), repr(error))
 """
     # One that vLLM does not take shows that the others could have failed.
-    sent = json.dumps([[*bodies(Endpoint.CHAT), {"messages": [], "n": "many"}], bodies(Endpoint.COMPLETION)])
+    sent = json.dumps([[*bodies(CHAT), {"messages": [], "n": "many"}], bodies(COMPLETION)])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=sent, check=True, capture_output=True, text=True)
     (refused,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert '"n": "many"' in refused

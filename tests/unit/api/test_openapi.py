@@ -11,7 +11,8 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api.shapes import models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint
+from lmaas.protocols.messages.table import MESSAGES
+from lmaas.protocols.parameters.table import CHAT, COMPLETION
 from lmaas.states import START_PHASES, EnginePhase
 from lmaas.types import Limits
 
@@ -19,6 +20,7 @@ SPEC = openapi_document()
 OTHERS = {
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/messages", "POST"),
     *((path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")),
 }
 
@@ -45,7 +47,7 @@ def test_nothing_in_it_is_left_over() -> None:
 
 
 def test_our_objects_have_no_other_fields() -> None:
-    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage"}
+    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage", "InputMessage"}
     for name, schema in SPEC["components"]["schemas"].items():
         if schema.get("type") == "object" and name not in theirs:
             assert schema["additionalProperties"] is False, name
@@ -75,29 +77,29 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
 
 
 def test_every_parameter_of_the_gateway_is_described() -> None:
-    for name, endpoint in (("ChatRequest", Endpoint.CHAT), ("CompletionRequest", Endpoint.COMPLETION)):
+    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION), ("MessagesRequest", MESSAGES)):
         schema = SPEC["components"]["schemas"][name]
-        assert set(schema["properties"]) == {"model", *BY_NAME[endpoint]}
+        assert set(schema["properties"]) == {"model", *table.by_name}
         untyped = {
             parameter.name
-            for parameter in BY_NAME[endpoint].values()
+            for parameter in table.parameters
             if not schema["properties"][parameter.name].keys() & {"type", "enum", "anyOf"} and parameter.treatment == "forwarded"
         }
         assert untyped == set()
 
 
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+HELLO = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 @pytest.mark.parametrize(
     ("name", "body", "valid"),
     [
-        ("ChatRequest", CHAT, True),
-        ("ChatRequest", CHAT | {"temperature": 0.5, "stop": ["a"], "tools": [], "stream": True, "seed": None}, True),
-        ("ChatRequest", CHAT | {"use_beam_search": False}, True),
-        ("ChatRequest", CHAT | {"use_beam_search": True}, False),
-        ("ChatRequest", CHAT | {"temperature": 3}, False),
-        ("ChatRequest", CHAT | {"tempurature": 1}, False),
+        ("ChatRequest", HELLO, True),
+        ("ChatRequest", HELLO | {"temperature": 0.5, "stop": ["a"], "tools": [], "stream": True, "seed": None}, True),
+        ("ChatRequest", HELLO | {"use_beam_search": False}, True),
+        ("ChatRequest", HELLO | {"use_beam_search": True}, False),
+        ("ChatRequest", HELLO | {"temperature": 3}, False),
+        ("ChatRequest", HELLO | {"tempurature": 1}, False),
         ("ChatRequest", {"model": "base"}, False),
         ("CompletionRequest", {"model": "base", "prompt": [[1, 2], [3]], "echo": True, "max_tokens": 0}, True),
         ("CompletionRequest", {"model": "base", "prompt": 5}, False),

@@ -1,16 +1,16 @@
 """The parameters that reach an engine, those without effect, and those that are refused by name."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmaas.errors import InvalidRequest
-from lmaas.protocols.parameters.documentation import page
 from lmaas.protocols.parameters.prompts import MAX_PROMPTS
 from lmaas.protocols.parameters.request import read_chat, read_completion
-from lmaas.protocols.parameters.table import BY_NAME, PARAMETERS, Endpoint, Treatment
+from lmaas.protocols.parameters.table import CHAT as CHAT_TABLE
+from lmaas.protocols.parameters.table import COMPLETION as COMPLETION_TABLE
+from lmaas.protocols.parameters.table import Table, Treatment
 from tests.unit.protocols.parameters.build import (
     BOTH,
     CHAT,
@@ -21,6 +21,7 @@ from tests.unit.protocols.parameters.build import (
     chat,
     completion,
     each,
+    model,
     nested,
     refusal,
     schema,
@@ -92,14 +93,16 @@ def test_what_is_not_supported_is_refused_by_name(read: Read, body: dict[str, An
 
 @BOTH
 def test_null_means_not_given_for_every_parameter(read: Read, body: dict[str, Any]) -> None:
-    nulls = {item.name: None for item in PARAMETERS if item.name not in body} | {"unknown": None}
+    rows = (*CHAT_TABLE.parameters, *COMPLETION_TABLE.parameters)
+    nulls = {item.name: None for item in rows if item.name not in body} | {"unknown": None}
     assert sent(read(body | nulls)) == sent(read(body))
 
 
-@pytest.mark.parametrize("endpoint", list(Endpoint))
-def test_neutral_values_of_refused_parameters_are_accepted(endpoint: Endpoint) -> None:
-    read, body = (read_chat, CHAT) if endpoint is Endpoint.CHAT else (read_completion, COMPLETION)
-    neutral = [(item.name, value) for item in BY_NAME[endpoint].values() for value in item.neutral]
+@pytest.mark.parametrize(
+    ("table", "read", "body"), [(CHAT_TABLE, read_chat, CHAT), (COMPLETION_TABLE, read_completion, COMPLETION)], ids=["chat", "completion"]
+)
+def test_neutral_values_of_refused_parameters_are_accepted(table: Table, read: Read, body: dict[str, Any]) -> None:
+    neutral = [(item.name, value) for item in table.parameters for value in item.neutral]
     assert ("priority", 0) in neutral
     for name, value in neutral:
         assert sent(read(body | {name: value})) == sent(read(body)), name
@@ -125,7 +128,12 @@ def test_what_has_no_effect_is_not_forwarded(read: Read, body: dict[str, Any]) -
         "stream_interval": 4,
     }
     assert sent(read(body | extra)) == sent(read(body))
-    assert all(item.treatment is not Treatment.REFUSED for item in PARAMETERS if item.name in extra)
+    assert all(
+        table.by_name[name].treatment is not Treatment.REFUSED
+        for table in (CHAT_TABLE, COMPLETION_TABLE)
+        for name in extra
+        if name in table.by_name
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,9 +348,9 @@ def test_numbers_of_any_size_reach_the_engine_as_they_are(number: float) -> None
 )
 def test_what_cannot_fit_into_the_context_is_told_before_it_waits(read: Read, body: dict[str, Any], code: str, param: str) -> None:
     request = read(body)
-    request.check_context(101)
+    request.check(model(101))
     with pytest.raises(InvalidRequest) as caught:
-        request.check_context(100)
+        request.check(model(100))
     assert (caught.value.error_code, caught.value.param) == (code, param)
     assert "100 tokens" in caught.value.message
 
@@ -360,7 +368,7 @@ def test_what_cannot_fit_into_the_context_is_told_before_it_waits(read: Read, bo
 )
 def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read(body).check_context(10_000)
+        read(body).check(model(10_000))
     assert (caught.value.error_code, caught.value.param) == ("out_of_range", param)
 
 
@@ -376,19 +384,8 @@ def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: d
     ],
 )
 def test_usual_numbers_of_log_probabilities_are_allowed(read: Read, body: dict[str, Any]) -> None:
-    read(body).check_context(10_000)
+    read(body).check(model(10_000))
 
 
 def test_a_prompt_that_is_cut_may_be_longer_than_the_context() -> None:
-    read_completion(COMPLETION | {"prompt": [1] * 101, "truncate_prompt_tokens": -1}).check_context(100)
-
-
-def test_the_documentation_is_the_table() -> None:
-    written = Path(__file__).parents[4] / "docs" / "parameters.md"
-    assert written.read_text() == page(), "run: python -m lmaas.protocols.parameters.documentation > docs/parameters.md"
-
-
-def test_a_parameter_is_in_one_list_of_an_endpoint_only() -> None:
-    for endpoint in Endpoint:
-        names = [item.name for item in PARAMETERS if endpoint in item.endpoints]
-        assert len(names) == len(set(names))
+    read_completion(COMPLETION | {"prompt": [1] * 101, "truncate_prompt_tokens": -1}).check(model(100))
