@@ -46,6 +46,10 @@ from lmaas.protocols.messages.openapi import messages_paths
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
 from lmaas.protocols.openapi import openai_paths
+from lmaas.protocols.pooling.embeddings import Embeddings
+from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
+from lmaas.protocols.pooling.openapi import pooling_paths
+from lmaas.protocols.pooling.ranking import Rerank, Score
 from lmaas.protocols.text import ChatCompletions, Completions
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
@@ -105,7 +109,9 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
-    return openapi.document(openai_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | MESSAGES_SCHEMAS)
+    return openapi.document(
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS
+    )
 
 
 def build_inferences(settings: Settings, services: Services, changes: Changes, metrics: GatewayMetrics) -> Inferences:
@@ -125,7 +131,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Messages()]
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages()]
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 

@@ -11,6 +11,7 @@ from lmaas.protocols.sse import DONE, MAX_EVENT_BYTES
 
 _DATA = b"data: "
 _ERROR = b'data: {"error"'
+_NULL = msgspec.Raw(b"null")
 ABORTED = "abort"
 
 
@@ -28,6 +29,16 @@ class ToolCall(msgspec.Struct):
     id: str | None = None
     function: Function | None = None
 
+    @property
+    def name(self) -> str:
+        """The function's name, empty in a piece that has none."""
+        return (self.function.name if self.function else None) or ""
+
+    @property
+    def arguments(self) -> str:
+        """The arguments, or a piece of them."""
+        return (self.function.arguments if self.function else None) or ""
+
 
 class Said(msgspec.Struct):
     """What the model has said: a piece of it in a stream, all of it in an answer in one piece."""
@@ -43,12 +54,15 @@ class Choice(msgspec.Struct):
     delta: Said
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    #: JSON that few requests ask for.
+    logprobs: msgspec.Raw = _NULL
 
 
 class PromptDetails(msgspec.Struct):
-    """The tokens of the prompt that came from the engine's cache."""
+    """The tokens of the prompt that came from the engine's cache, and those that were added to it."""
 
     cached_tokens: int | None = None
+    created_cache_tokens: int | None = None
 
 
 class CompletionDetails(msgspec.Struct):
@@ -69,6 +83,11 @@ class Usage(msgspec.Struct):
     def cached_tokens(self) -> int:
         """The tokens of the prompt that came from the engine's cache, as far as known: a stream reports them at its end."""
         return (self.prompt_tokens_details.cached_tokens or 0) if self.prompt_tokens_details is not None else 0
+
+    @property
+    def created_cache_tokens(self) -> int:
+        """The tokens of the prompt that were added to the engine's cache, as far as known."""
+        return (self.prompt_tokens_details.created_cache_tokens or 0) if self.prompt_tokens_details is not None else 0
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -95,6 +114,7 @@ class WholeChoice(msgspec.Struct):
     message: Said
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: msgspec.Raw = _NULL
 
 
 class Whole(msgspec.Struct):

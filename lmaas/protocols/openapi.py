@@ -197,7 +197,8 @@ _STREAM = (
     "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
     "in the queue."
 )
-_ERRORS = {
+#: What the error responses of OpenAI's endpoints mean, by status.
+ERRORS = {
     "400": "The request is malformed, or asks for something not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
     "401": "The API key is missing or not valid (`invalid_api_key`).",
     "403": "An operator's key cannot call models (`insufficient_permissions`).",
@@ -216,7 +217,7 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    errors = {status: error(words) for status, words in _ERRORS.items()} | {"default": error("Another error.")}
+    errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
     few = {status: errors[status] for status in ("401", "403", "404", "default")}
 
     def done(name: str, more: Schema | None = None, stream: str | None = None) -> Schema:
