@@ -66,6 +66,12 @@ class Settings:
         None, "The name by which tenants call the default base model.", unset="the last part of the folder or hub id"
     )
 
+    embedding_model: str | None = setting(
+        None,
+        "The embedding model that is offered besides: a folder, a hub id, or `none`. No engine of it runs until a request asks for it.",
+        unset="all-MiniLM-L6-v2, from a wheel",
+    )
+
     # Command line and operator
     url: str | None = setting(None, "Base URL of the service that the command line manages.", unset="from the stack's credentials file")
     api_key: str | None = setting(None, "API key of the command line.", unset="from the stack's credentials file")
