@@ -208,8 +208,8 @@ async def get_item(db: Database, tenant_id: str, conversation_id: str, item_id: 
 
 async def delete_item(db: Database, tenant_id: str, conversation_id: str, item_id: str, kept_for: timedelta) -> Conversation:
     """Delete an item of a conversation, and return the conversation. Raises NotFound."""
-    deleting = delete(conversation_items).where(*_items(tenant_id, conversation_id), conversation_items.c.id == item_id)
-    deleting = deleting.returning(func.octet_length(conversation_items.c.body))
+    one = (*_items(tenant_id, conversation_id), conversation_items.c.id == item_id)
+    deleting = delete(conversation_items).where(*one).returning(func.octet_length(conversation_items.c.body))
     columns = conversations.c
     async with db.begin(tenant_id) as connection:
         # The conversation is locked first, as by those that append.

@@ -140,7 +140,7 @@ async def test_what_a_tenant_does_not_have_is_the_same_404(service: Service, acm
     theirs = new(1)
     await service.state.store(other.id, theirs)
     await conversations.create_conversation(db, other.id, "conv_1", b"{}", [], MONTH)
-    found = {}
+    found: dict[tuple[str, str | None], set[str]] = {}
     for previous, conversation in ((theirs.id, None), (name, None), (None, "conv_1"), (None, name)):
         with pytest.raises(NotFound) as caught:
             await service.state.context_of(acme, previous_response_id=previous, conversation_id=conversation)
