@@ -51,6 +51,8 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
+from lmaas.protocols.responses.openapi import responses_paths
 from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.protocols.responses.writer import Writer
@@ -114,7 +116,8 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
     return openapi.document(
-        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | responses_paths(*common),
+        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS,
     )
 
 
@@ -137,10 +140,10 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     leases = inferences.leases
     kept_for = timedelta(seconds=settings.response_retention_s)
     writer = Writer(db, metrics, kept_for, _end_process_on_failure)
-    responses = Responses(StoredState(db, writer))
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
+    state = StoredState(db, writer)
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), Responses(state)]
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
-    api = Api(settings, db, authenticate, Adapters(db, services.files))
+    api = Api(settings, db, authenticate, Adapters(db, services.files), state)
 
     async def ready() -> None:
         await db.check()
