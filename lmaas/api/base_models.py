@@ -33,6 +33,9 @@ from lmaas.types import AUTO
 
 #: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
 _FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
+#: The least default of `max_num_seqs` for models that embed. Each input takes one step and no KV cache, and the larger the parts of a
+#: batch, the less an engine waits between them.
+EMBEDDING_SLOTS = 64
 _WORDS = ("source", "dtype", "engine_args")
 
 
@@ -158,9 +161,11 @@ def _given(body: Struct) -> dict[str, Any]:
     return {name: getattr(body, name) for name in body.__struct_fields__ if getattr(body, name) is not UNSET}
 
 
-def _defaults(settings: Settings, name: str) -> dict[str, Any]:
-    """Return the values of a base model of this name that gives none, but for those that are null in the database."""
+def _defaults(settings: Settings, name: str, kind: PoolKind) -> dict[str, Any]:
+    """Return the values of a base model of this name and kind that gives none, but for those that are null in the database."""
     values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in _FROM_SETTINGS}
+    if kind is PoolKind.EMBED:
+        values["max_num_seqs"] = max(values["max_num_seqs"], EMBEDDING_SLOTS)
     # The engine arguments of the settings are for the base model of the settings.
     engine_args = settings.engine_args if name == registered_name(settings) else ""
     return values | {"engine_args": engine_args, "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
@@ -170,7 +175,7 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
     body = {name: value for name, value in _given(new).items() if value is not None}
     _check(body)
-    values = _defaults(settings, new.name) | body
+    values = _defaults(settings, new.name, PoolKind.GENERATE) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
     asked = values.get("kind")
@@ -180,6 +185,8 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
     values |= read
+    if "max_num_seqs" not in body:
+        values["max_num_seqs"] = _defaults(settings, new.name, read["kind"])["max_num_seqs"]
     _check_together(values | {"longest": longest}, settings)
     return models.BaseModel(**{"id": ""} | values)
 
@@ -206,7 +213,7 @@ async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> Base
 
 async def _changes(settings: Settings, model: models.BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     """Return the values that differ from the model's, if it gets what is `given`. Raises InvalidRequest."""
-    defaults = _defaults(settings, model.name)
+    defaults = _defaults(settings, model.name, model.kind)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     kind = body.pop("kind", None)
     if kind is not None and kind is not model.kind:
