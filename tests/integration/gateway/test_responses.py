@@ -152,7 +152,7 @@ async def test_refusals_cost_nothing(stack: Stack, base: BaseModel, tenant: Tena
         ({"model": "nothing"}, 404, "model_not_found", "model"),
         ({"max_output_tokens": 5000}, 400, "out_of_range", "max_output_tokens"),
         ({"input": "word " * 3000}, 400, "context_length_exceeded", "input"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "strange"}}}}, 400, "invalid_schema", "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": []}}}, 400, "invalid_schema", "text.format"),
         ({"conversation": "c", "previous_response_id": "r"}, 400, "invalid_request", "conversation"),
     ):
         for streams in (False, True):
@@ -240,6 +240,7 @@ async def test_an_engine_lost_before_the_first_byte_costs_only_time(stack: Stack
 async def test_a_client_that_leaves_is_charged_what_was_made(stack: Stack, tenant: Tenant) -> None:
     pool = await stack.model("left")
     replica = await stack.replica(pool, "--fake-token-ms 20")
+    before = (await replica.counters())[1]
     reading = Reading()
     task = asyncio.create_task(reading.read(stack, tenant, ask("left", tokens=1000, ignore_eos=True)))
     await until(lambda: reading.received.count(b"output_text.delta") > 2)
@@ -249,7 +250,7 @@ async def test_a_client_that_leaves_is_charged_what_was_made(stack: Stack, tenan
     await stack.told_once(pool, 1)
     (event,) = await stack.ledger(pool, tenant)
     assert event.status == UsageStatus.ABORTED
-    assert event.completion_tokens == (await replica.counters())[1] > 0
+    assert event.completion_tokens == (await replica.counters())[1] - before > 0
 
 
 async def test_a_chain_of_responses(client: AsyncOpenAI, stack: Stack, base: BaseModel) -> None:
@@ -264,12 +265,12 @@ async def test_a_chain_of_responses(client: AsyncOpenAI, stack: Stack, base: Bas
         {"role": "assistant", "content": first.output_text},
         {"role": "user", "content": "Four."},
     ]
-    again = await client.responses.create(model="base", input=said, store=False)  # type: ignore[arg-type]
+    again = await client.responses.create(model="base", input=said, store=False)
     assert again.output_text == second.output_text
     assert again.usage is not None
     assert again.usage.input_tokens == second.usage.input_tokens
     referred = [said[0], {"type": "item_reference", "id": first.output[0].id}, said[2]]
-    assert (await client.responses.create(model="base", input=referred, store=False)).output_text == second.output_text  # type: ignore[arg-type]
+    assert (await client.responses.create(model="base", input=referred, store=False)).output_text == second.output_text
     other = await stack.tenant()
     for changes in ({"previous_response_id": first.id}, {"input": referred}, {"previous_response_id": "resp_" + "0" * 24}):
         response = await post(stack, other, {"model": "base", "input": "x"} | changes)
