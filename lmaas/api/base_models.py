@@ -33,10 +33,9 @@ from lmaas.types import AUTO
 
 #: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
 _FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
-#: The least default of `max_num_seqs` for models that embed. Each input takes one step and no KV cache, and the larger the parts of a
-#: batch, the less an engine waits between them.
-EMBEDDING_SLOTS = 64
 _WORDS = ("source", "dtype", "engine_args")
+#: The least default of `max_num_seqs` for a model that embeds: texts are short, and take no KV cache or only for one step.
+EMBEDDED_AT_ONCE = 64
 
 
 async def shown_models(api: Api, found: list[models.BaseModel]) -> list[BaseModel]:
@@ -165,7 +164,7 @@ def _defaults(settings: Settings, name: str, kind: PoolKind) -> dict[str, Any]:
     """Return the values of a base model of this name and kind that gives none, but for those that are null in the database."""
     values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in _FROM_SETTINGS}
     if kind is PoolKind.EMBED:
-        values["max_num_seqs"] = max(values["max_num_seqs"], EMBEDDING_SLOTS)
+        values["max_num_seqs"] = max(values["max_num_seqs"], EMBEDDED_AT_ONCE)
     # The engine arguments of the settings are for the base model of the settings.
     engine_args = settings.engine_args if name == registered_name(settings) else ""
     return values | {"engine_args": engine_args, "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
@@ -175,18 +174,15 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
     body = {name: value for name, value in _given(new).items() if value is not None}
     _check(body)
-    values = _defaults(settings, new.name, PoolKind.GENERATE) | body
+    read = await _read(body["source"], body.get("dtype", settings.engine_dtype), body.get("kind"), settings)
+    longest = read.pop("longest")
+    read["kind"] = fitting_kind(read["kind"], body.get("kind"))
+    values = _defaults(settings, new.name, read["kind"]) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
-    asked = values.get("kind")
-    read = await _read(values["source"], values["dtype"], asked, settings)
-    longest = read.pop("longest")
-    read["kind"] = fitting_kind(read["kind"], asked)
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
     values |= read
-    if "max_num_seqs" not in body:
-        values["max_num_seqs"] = _defaults(settings, new.name, read["kind"])["max_num_seqs"]
     _check_together(values | {"longest": longest}, settings)
     return models.BaseModel(**{"id": ""} | values)
 
