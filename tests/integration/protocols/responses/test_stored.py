@@ -163,7 +163,7 @@ async def test_items_are_found_by_their_ids(service: Service, acme: str, db: Dat
     await service.state.store(acme, mine)
     await service.state.store(other.id, theirs)
     wanted = [mine.input_items[0], _output(mine), {"id": "msg_x"}]
-    ids = [item["id"] for item in (*wanted, *theirs.output)] + HOSTILE
+    ids = [item["id"] for item in (*wanted, _output(theirs))] + HOSTILE
     found = await service.state.items_of(acme, ids)
     assert len(found) == 3
     assert [found[item["id"]] for item in wanted] == wanted
