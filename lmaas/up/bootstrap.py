@@ -120,7 +120,7 @@ async def _register_packaged(settings: Settings, db: Database, console: Console)
         if known is None:
             return await create_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
         # Another source is an operator's own model, unless it is the cache of before, which is gone.
-        moved = known.kind is model.kind and is_folder(known.source) and not Path(known.source).exists()
+        moved = known.kind is model.kind and is_folder(known.source) and not await asyncio.to_thread(Path(known.source).exists)
         ours = known.source == model.source or (moved and Path(known.source).name == name)
         return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER)) if ours else None
     except (Conflict, InvalidRequest) as error:
