@@ -185,7 +185,7 @@ def called(body: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def formatted(body: dict[str, Any]) -> str | None:
-    """Return the smallest JSON that the format of the request allows, or None if it asks for text, or for more than an end (`ignore_eos`)."""
+    """Return the smallest JSON that the format of the request allows, or None if it asks for text or ignores the end."""
     form = body.get("response_format") or {}
     if body.get("ignore_eos") or form.get("type") not in ("json_object", "json_schema"):
         return None
