@@ -31,9 +31,9 @@ Input = str | list[int]
 class PoolingRequest(EngineRequest):
     """A checked request whose answer has one result for each of `inputs`.
 
-    A part is one request to the engine. The parts follow each other under one lease, so a request with 2,048 inputs leaves other tenants
-    their slots, and the engine never queues more than it can run. The longest inputs come first: one that is too long for the model is
-    then found before the others are computed.
+    A part is one request to the engine. The parts follow each other under one lease, so of a request with 2,048 inputs the engine has few
+    at a time, and computes those of other tenants in between. The longest inputs come first: one that is too long for the model is then
+    found before the others are computed.
     """
 
     inputs: Sequence[Input]
@@ -76,9 +76,10 @@ class PoolingRequest(EngineRequest):
         # Never more than the engine can run at once: its own queue would replace the order of the scheduler.
         most = (model.max_num_seqs - self.shared_sequences) // self.sequences_per_input
         self.divided = divide([estimated(one, longest) for one in self.inputs], max(1, min(PART_INPUTS, most)), PART_TOKENS)
-        # At most half of a replica, so that other tenants' requests are served between the parts.
+        # A request keeps its slots until its last part, so it takes at most a quarter of a replica: three large batches leave room for
+        # others, whose inputs the engine computes between the parts.
         sequences = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
-        self.weight = min(sequences, max(1, model.max_num_seqs // 2))
+        self.weight = min(sequences, max(1, model.max_num_seqs // 4))
 
     def _cut(self, inputs: Sequence[Input], tokens: int) -> list[Input]:
         from_end = self.parameters.get("truncation_side") == "left"

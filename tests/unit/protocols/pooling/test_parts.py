@@ -34,10 +34,11 @@ def test_inputs_are_divided_with_the_largest_first(sizes: list[int], most_inputs
     [
         (16, 1, 1, 1),
         (16, 3, 1, 3),
-        (16, 16, 1, 8),
-        (16, 2048, 128, 8),
+        (16, 16, 1, 4),
+        (16, 2048, 128, 4),
+        (64, 2048, 32, 16),
         (256, 2048, 32, 64),
-        (100, 2048, 32, 50),
+        (300, 2048, 32, 64),
         (1, 3, 3, 1),
         (2, 2, 1, 1),
     ],
@@ -63,7 +64,7 @@ def test_a_request_never_has_more_in_the_engine_than_it_can_run_nor_takes_a_whol
 def test_pairs_take_the_slots_of_both_sides(body: dict[str, Any], slots: int, most: int) -> None:
     request = inference_of(Score(), body, base_model(slots)).request
     assert max(len(part["text_2"]) for part in parts_of(request)) == most
-    assert request.weight == max(1, slots // 2)
+    assert request.weight == max(1, slots // 4)
 
 
 def test_long_inputs_make_smaller_parts() -> None:
