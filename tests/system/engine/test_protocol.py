@@ -114,7 +114,7 @@ def bodies(table: Table) -> list[Any]:
 
 def messages() -> list[Any]:
     """The chats that the requests of other protocols become."""
-    plain = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    plain: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
     call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "5"}
     tool = {"name": "f", "input_schema": CITY, "strict": True}
