@@ -10,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from redis.asyncio import Redis
@@ -50,6 +51,9 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.protocol import Responses
+from lmaas.protocols.responses.stored import StoredState
+from lmaas.protocols.responses.writer import Writer
 from lmaas.protocols.text import ChatCompletions, Completions
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
@@ -131,7 +135,10 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages()]
+    kept_for = timedelta(seconds=settings.response_retention_s)
+    writer = Writer(db, metrics, kept_for, _end_process_on_failure)
+    responses = Responses(StoredState(db, writer))
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
@@ -161,7 +168,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                     async with asyncio.timeout(settings.drain_timeout_s):
                         await leases.drained()
                         await idempotency.drained()
+                        await writer.drained()
             finally:
+                await writer.close()
                 for keeper in keepers:
                     keeper.cancel()
                 # The keepers return their connections before the connection pool is closed.
