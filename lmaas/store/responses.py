@@ -25,7 +25,7 @@ _SAVE = """
 INSERT INTO responses (tenant_id, id, previous_id, input, body, size_bytes, expires_at)
 SELECT tenant.id, new.id, new.previous_id, new.input, new.body, octet_length(new.input) + octet_length(new.body), now() + %s
 FROM (SELECT id FROM tenants WHERE id = %s AND deleted_at IS NULL FOR SHARE) AS tenant,
-    unnest(%s::text[], %s::text[], %s::bytea[], %s::bytea[]) AS new (id, previous_id, input, body)
+    unnest(%b::text[], %b::text[], %b::bytea[], %b::bytea[]) AS new (id, previous_id, input, body)
 ON CONFLICT DO NOTHING
 """
 
