@@ -35,14 +35,15 @@ async def test_it_embeds_as_its_files_say(settings: Settings, db: Database) -> N
     model, _ = await registered(settings, db)
     assert model is not None
     folder = settings.cache / "models" / NAME
-    assert (model.name, model.source, model.kind, model.max_model_len) == (NAME, str(folder), PoolKind.EMBED, 256)
+    assert (model.name, model.source, model.kind) == (NAME, str(folder), PoolKind.EMBED)
+    assert (model.max_model_len, model.max_num_seqs) == (256, 64)
     assert [path.name for path in folder.parent.iterdir()] == [NAME], "no remains of the copy"
     assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
     # What an operator sets stays, and what settings say follows them.
     await change_base_model(db, NAME, {"prompt_price": 5, "max_replicas": 3})
-    again, _ = await registered(replace(settings, engine_max_num_seqs=4), db)
+    again, _ = await registered(replace(settings, engine_max_num_seqs=128), db)
     assert again is not None
-    assert (again.id, again.prompt_price, again.max_replicas, again.max_num_seqs) == (model.id, 5, 3, 4)
+    assert (again.id, again.prompt_price, again.max_replicas, again.max_num_seqs) == (model.id, 5, 3, 128)
 
 
 async def test_it_moves_with_the_cache(settings: Settings, db: Database, tmp_path: Path) -> None:
