@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from lmaas.engine.embedding_model import packaged_folder
 
 from lmaas.config import Settings
+from lmaas.engine.embedding_model import packaged_folder
 from lmaas.engine.launch import EngineSpec
 from lmaas.inference.catalog import ServedModel
 from lmaas.inference.protocol import AnyProtocol, Inference
