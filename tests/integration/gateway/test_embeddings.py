@@ -295,20 +295,22 @@ async def counters_equal_the_ledger(slow: Slow) -> None:
     assert sum(event.prompt_tokens for event in events) == (await slow.replica.counters())[0]
 
 
-async def test_a_large_batch_leaves_others_their_turn_and_stops_when_its_client_leaves(slow: Slow) -> None:
-    large, small = await slow.stack.tenant(), await slow.stack.tenant()
-    batch = asyncio.create_task(slow.post(large, MAX_INPUTS))
+async def test_large_batches_leave_others_their_turn_and_stop_when_their_clients_leave(slow: Slow) -> None:
+    *large, small = [await slow.stack.tenant() for _ in range(4)]
+    batches = [asyncio.create_task(slow.post(tenant, MAX_INPUTS)) for tenant in large]
     await slow.begun()
     answers = await asyncio.gather(*(slow.post(small, 1) for _ in range(8)))
     assert {answer.status_code for answer in answers} == {200}
-    assert not batch.done(), "others are served between its parts"
-    batch.cancel()
-    await asyncio.gather(batch, return_exceptions=True)
+    assert not any(batch.done() for batch in batches), "others are served between their parts"
+    for batch in batches:
+        batch.cancel()
+    await asyncio.gather(*batches, return_exceptions=True)
     await slow.stack.idle(slow.model)
-    (event,) = await slow.stack.ledger(slow.model, large)
-    assert (event.status, event.completion_tokens) == (UsageStatus.ABORTED, 0)
-    assert 0 < event.prompt_tokens < 5 * MAX_INPUTS
-    assert event.prompt_tokens % (5 * SLOTS) == 0, "whole parts"
+    for tenant in large:
+        (event,) = await slow.stack.ledger(slow.model, tenant)
+        assert (event.status, event.completion_tokens) == (UsageStatus.ABORTED, 0)
+        assert 0 < event.prompt_tokens < 5 * MAX_INPUTS
+        assert event.prompt_tokens % (5 * SLOTS) == 0, "whole parts"
     await counters_equal_the_ledger(slow)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lmaas.engine.launch import has_engine
+from lmaas.protocols.messages.request import read_messages
 from lmaas.protocols.parameters.enforceable import enforceable
 from lmaas.protocols.parameters.request import read_chat, read_completion
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, Treatment
@@ -111,6 +112,35 @@ def bodies(table: Table) -> list[Any]:
     return [json.loads(read(body).body("engine", "salt")) for body in found]
 
 
+def messages() -> list[Any]:
+    """The chats that the requests of other protocols become."""
+    plain: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "5"}
+    tool = {"name": "f", "input_schema": CITY, "strict": True}
+    history = [{"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, call]}, {"role": "user", "content": [result]}]
+    more: list[dict[str, Any]] = [
+        {"messages": plain["messages"] + history},
+        {"messages": [*plain["messages"], {"role": "assistant", "content": "y"}]},
+        {
+            "system": "s",
+            "thinking": {"type": "enabled", "budget_tokens": 5},
+            "stop_sequences": ["x"],
+            "top_k": 0,
+            "top_p": 0,
+            "temperature": 0,
+        },
+        {"output_config": {"effort": "max", "format": {"type": "json_schema", "schema": CITY}}},
+        *(
+            {"tools": [tool], "tool_choice": {"type": kind, "name": "f", "disable_parallel_tool_use": True}}
+            for kind in ("auto", "any", "tool", "none")
+        ),
+    ]
+    return [
+        json.loads(read_messages(plain | each | {"stream": stream}).body("engine", "salt")) for each in more for stream in (False, True)
+    ]
+
+
 #: A value for each parameter of embeddings and rankings that the engine receives and that has no value above.
 POOLED: dict[str, list[Any]] = {
     "input": ["x", ["x"], [1], [[1], [2]]],
@@ -160,7 +190,7 @@ for kind, bodies in zip(kinds, json.load(sys.stdin), strict=True):
             print("REFUSED", json.dumps(body), repr(error))
 """
     # One that vLLM does not take shows that the others could have failed.
-    sent = json.dumps([[*bodies(CHAT), {"messages": [], "n": "many"}], bodies(COMPLETION), pooled(EMBEDDINGS), pooled(RERANK)])
+    sent = json.dumps([[*bodies(CHAT), *messages(), {"messages": [], "n": "many"}], bodies(COMPLETION), pooled(EMBEDDINGS), pooled(RERANK)])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=sent, check=True, capture_output=True, text=True)
     (refused,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert '"n": "many"' in refused
