@@ -168,6 +168,14 @@ def test_scores_are_joined_in_the_order_of_the_pairs() -> None:
     assert found["usage"] == {"prompt_tokens": 70, "total_tokens": 70}
 
 
+def test_a_ranking_shows_documents_that_were_cut_as_they_came() -> None:
+    text = "x" * 9000
+    inference = inference_of(Rerank(), {"query": "+", "documents": [text], "max_tokens_per_doc": 1})
+    answer = Rerank().answer(inference)
+    answer.take(scored(parts_of(inference.request)[0]))
+    assert json.loads(answer.end())["results"] == [{"index": 0, "relevance_score": 8.0, "document": {"text": text}}]
+
+
 @pytest.mark.parametrize(
     ("extra", "count", "shows"),
     [({}, 50, True), ({"top_n": 3}, 3, True), ({"top_n": 99, "return_documents": False}, 50, False), ({"top_n": 0}, 50, True)],
