@@ -37,11 +37,12 @@ from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.grammars import Grammars
-from lmaas.inference.serving import Gateway
+from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
 from lmaas.protocols.openapi import openai_paths
+from lmaas.protocols.text import ChatCompletions, Completions
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -54,7 +55,7 @@ from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
-from lmaas.web.routes import completions
+from lmaas.web.routes import Gateway, endpoints
 from lmaas.web.routes import routes as gateway_routes
 from lmaas.web.server import server
 
@@ -113,7 +114,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     catalog = Catalog(db, changes)
     client = EngineClient()
     grammars = Grammars(services.redis, client, metrics)
-    gateway = Gateway(settings, Months(db), authenticate, catalog, leases, idempotency, grammars, client, metrics, WaitReasons(db))
+    inferences = Inferences(settings, Months(db), catalog, leases, grammars, client, metrics, WaitReasons(db))
+    protocols = [ChatCompletions(), Completions()]
+    gateway = Gateway(settings, authenticate, idempotency, inferences, catalog, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -127,7 +130,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with gateway.client:
+        async with client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
@@ -155,7 +158,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     )
     # The frame removes slashes at the end. A redirect would name this server's own address, which differs from the client's behind a proxy.
     app.router.redirect_slashes = False
-    frame = Frame(app, completions(gateway))
+    frame = Frame(app, endpoints(gateway))
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
 

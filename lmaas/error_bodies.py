@@ -34,6 +34,11 @@ def anthropic_type(error: LmaasError) -> str:
     return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
+def anthropic_status(error: LmaasError) -> int:
+    """Return the HTTP status that Anthropic's clients expect for an error: 529 for a service without capacity, 500 for a failed engine."""
+    return {503: 529, 502: 500}.get(int(error.status), int(error.status))
+
+
 def anthropic_body(error: LmaasError, request_id: str) -> dict[str, Any]:
     """Return Anthropic's error object: `{"type": "error", "error": {"type", "message"}, "request_id"}`.
 

@@ -1,9 +1,12 @@
-"""The exception tree. Each class has its HTTP status, its OpenAI `type` and `code`, and whether a retry can succeed."""
+"""The exception tree. Each class has its HTTP status, its OpenAI `type` and `code`, and whether a retry can succeed.
+
+The bodies of error responses are in error_bodies.py.
+"""
 
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class LmaasError(Exception):
@@ -25,10 +28,6 @@ class LmaasError(Exception):
         self.error_code = code or self.code
         self.param = param
         self.retry_after_s = min(retry_after_s, 120.0) if retry_after_s is not None else None
-
-    def body(self) -> dict[str, Any]:
-        """Return OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.error_code}}
 
     def headers(self) -> dict[str, str]:
         """Return the response headers that tell a client whether and when to retry."""
@@ -209,10 +208,6 @@ class SettingsError(LmaasError):
     """
 
     kind, code = "settings", "invalid_settings"
-
-    def body(self) -> dict[str, Any]:
-        """Return the error object of an InternalError: the message may name logins, addresses and folders."""
-        return InternalError().body()
 
 
 class ApiError(Exception):

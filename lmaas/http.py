@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmaas.compression import Unpacker
+from lmaas.error_bodies import anthropic_body, anthropic_status, openai_body
 from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, SettingsError, TooLarge, Unauthenticated
 from lmaas.types import Principal
 
@@ -27,6 +28,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 #: The slashes at the joint of a base URL that ends with one and a path that begins with one.
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
+_MESSAGES = "/v1/messages"
 NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
 
 
@@ -45,9 +47,17 @@ class JsonResponse(Response):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode(errors="replace")
 
 
-def error_response(error: LmaasError) -> JsonResponse:
-    """Return the response for an error. No other code makes error responses."""
-    return JsonResponse(error.body(), status_code=int(error.status), headers=error.headers())
+def error_response(error: LmaasError, scope: Scope) -> JsonResponse:
+    """Return the response for an error of a request, in the shape of the client's protocol."""
+    if speaks_anthropic(scope):
+        return JsonResponse(anthropic_body(error, scope["request_id"]), status_code=anthropic_status(error), headers=error.headers())
+    return JsonResponse(openai_body(error), status_code=int(error.status), headers=error.headers())
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    """Return whether the client of this request speaks Anthropic's protocol: by the path, or the header that its clients send."""
+    path: str = scope["path"]
+    return path == _MESSAGES or path.startswith(_MESSAGES + "/") or any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 def log_settings_error(error: LmaasError, request_id: str, action: str) -> None:
@@ -114,14 +124,14 @@ class Frame:
             await self._endpoint(scope)(scope, receive, send_with_id)
         except LmaasError as error:
             log_settings_error(error, request_id, scope["path"])
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
         except ClientDisconnect:
             pass  # the client disconnected while it was sending its request
         except Exception:
             # The response has been sent (`on_error`). Unexpected errors are logged only here.
             log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
             if not started:
-                await error_response(InternalError())(scope, receive, send_with_id)
+                await error_response(InternalError(), scope)(scope, receive, send_with_id)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
         """Return the endpoint for the request. Slashes at the path's end, and doubled ones after the base URL, are ignored."""
@@ -142,24 +152,24 @@ def _check_address(scope: Scope) -> None:
         raise NotFound(NOT_FOUND)
 
 
-async def on_http_exception(_: Request, error: Exception) -> Response:
-    """Return Starlette's own errors (no such route, no such method) in OpenAI's shape."""
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Return the response for one of Starlette's own errors (no such route, no such method)."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = error.detail if isinstance(error, HTTPException) else ""
     if status == 404:
-        return error_response(NotFound(NOT_FOUND))
+        return error_response(NotFound(NOT_FOUND), request.scope)
     if status == 405:
         allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
-        return error_response(MethodNotAllowed(", ".join(sorted(filter(None, allowed.split(", "))))))
-    return error_response(InvalidRequest(detail) if status < 500 else InternalError())
+        return error_response(MethodNotAllowed(", ".join(sorted(filter(None, allowed.split(", "))))), request.scope)
+    return error_response(InvalidRequest(detail) if status < 500 else InternalError(), request.scope)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Return the response for an expected error, or a fixed text for any other, which the frame logs."""
     if not isinstance(error, LmaasError):
-        return error_response(InternalError())
+        return error_response(InternalError(), request.scope)
     log_settings_error(error, request.scope["request_id"], request.scope["path"])
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 def limited(receive: Receive, scope: Scope, limit_bytes: int) -> Receive:

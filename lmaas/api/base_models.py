@@ -23,9 +23,10 @@ from lmaas.api.shapes.models import (
 from lmaas.config import Settings
 from lmaas.engine.arguments import refusal
 from lmaas.engine.default_model import registered_name
-from lmaas.engine.source import context_length, engine_dtype, is_folder, model_config, model_folder
+from lmaas.engine.kinds import context_length, declared_kind, fitting_kind
+from lmaas.engine.source import engine_dtype, is_folder, model_config, model_folder
 from lmaas.errors import InvalidRequest
-from lmaas.states import Desired, Observed
+from lmaas.states import Desired, Observed, PoolKind
 from lmaas.store import models, pools, replicas
 from lmaas.store.paging import Part
 from lmaas.types import AUTO
@@ -172,19 +173,22 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     values = _defaults(settings, new.name) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
-    read = await _read(values["source"], values["dtype"], settings)
+    asked = values.get("kind")
+    read = await _read(values["source"], values["dtype"], asked, settings)
     longest = read.pop("longest")
+    read["kind"] = fitting_kind(read["kind"], asked)
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
+    values |= read
     _check_together(values | {"longest": longest}, settings)
-    return models.BaseModel(**{"id": ""} | values | read)
+    return models.BaseModel(**{"id": ""} | values)
 
 
 async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> BaseModel:
     """Change values of a base model. Null puts a default back.
 
-    Values of engines hold for replicas that start from now on; what adapters were validated against (source, dtype, max_lora_rank) changes
-    only while there are neither adapters nor replicas.
+    The kind cannot change. Values of engines hold for replicas that start from now on; what adapters were validated against (source,
+    dtype, max_lora_rank) changes only while there are neither adapters nor replicas.
     """
     given = _given(call.body)
     _check(given)
@@ -204,6 +208,9 @@ async def _changes(settings: Settings, model: models.BaseModel, given: dict[str,
     """Return the values that differ from the model's, if it gets what is `given`. Raises InvalidRequest."""
     defaults = _defaults(settings, model.name)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    kind = body.pop("kind", None)
+    if kind is not None and kind is not model.kind:
+        raise models.kind_is_fixed(model, kind, "kind")
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
         body["max_cpu_loras"] = max(body["max_cpu_loras"], max_loras)
@@ -211,8 +218,10 @@ async def _changes(settings: Settings, model: models.BaseModel, given: dict[str,
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
     if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
-        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), settings)
-        longest = read.pop("longest")
+        read = await _read(changes.get("source", model.source), changes.get("dtype", model.dtype), model.kind, settings)
+        longest, declared = read.pop("longest"), read.pop("kind")
+        if declared not in (None, model.kind):
+            raise models.kind_is_fixed(model, declared, "source")
         if "max_model_len" in changes and given["max_model_len"] is None and longest is not None:
             changes["max_model_len"] = min(changes["max_model_len"], longest)
         if changes.keys() & {"source", "dtype"}:
@@ -228,8 +237,9 @@ async def delete_model(api: Api, call: ApiCall[None, None]) -> DeletedBaseModel:
     return DeletedBaseModel(id=model_id, deleted=True)
 
 
-async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
-    """What the model's own files say: `source`, `linears`, `dtype`, and `longest`, its context length or None. Raises InvalidRequest."""
+async def _read(source: str, dtype: str, asked: PoolKind | None, settings: Settings) -> dict[str, Any]:
+    """What the model's own files say: `source`, `kind`, `linears`, `dtype`, and `longest`, its context length. `kind` and `longest` may be
+    None. If they say no kind, it is `asked`. Raises InvalidRequest."""
 
     def read() -> dict[str, Any]:
         folder = model_folder(source)
@@ -238,7 +248,9 @@ async def _read(source: str, dtype: str, settings: Settings) -> dict[str, Any]:
         # A hub id stays one: engines elsewhere fetch it themselves.
         kept = str(folder) if is_folder(source) else source
         decided = engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config)
-        return {"source": kept, "linears": linears, "dtype": decided, "longest": context_length(config)}
+        declared = declared_kind(folder, config)
+        longest = context_length(folder, config, declared or asked or PoolKind.GENERATE)
+        return {"source": kept, "kind": declared, "linears": linears, "dtype": decided, "longest": longest}
 
     return await asyncio.to_thread(read)
 
@@ -264,5 +276,9 @@ def _check_together(values: dict[str, Any], settings: Settings) -> None:
     ):
         if values.get(name) is not None and bound is not None and values[name] > bound:
             raise InvalidRequest(f"'{name}' must not be more than {what} ({bound}).", code="out_of_range", param=name)
+    if values["kind"] is PoolKind.EMBED and values["completion_price"]:
+        raise InvalidRequest(
+            "'completion_price' must be 0: a model that embeds text generates no tokens.", code="out_of_range", param="completion_price"
+        )
     if values["max_loras"] > values["max_cpu_loras"]:
         raise InvalidRequest("'max_loras' must not be more than 'max_cpu_loras'.", code="out_of_range", param="max_loras")

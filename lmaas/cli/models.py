@@ -8,11 +8,12 @@ import click
 
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.states import PoolKind
 
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 #: The most important first: on a narrow terminal the last ones are left out.
 MODEL = (
-    *("name", "desired", "ready", "min_replicas", "max_replicas", "idle_timeout_s", "dtype", "cpus", "accelerators", *PRICES),
+    *("name", "desired", "ready", "min_replicas", "max_replicas", "idle_timeout_s", "kind", "dtype", "cpus", "accelerators", *PRICES),
     *("max_num_seqs", "max_loras", "max_lora_rank", "source"),
 )
 ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras", "max_lora_rank", "kv_cache_bytes", "engine_args")
@@ -84,6 +85,7 @@ def model_show(context: Context, name: str) -> None:
 @model.command("add")
 @click.argument("name")
 @click.argument("source")
+@click.option("--kind", type=click.Choice([kind.value for kind in PoolKind]), help="By default what the model's files say.")
 @model_options
 @pass_context
 def model_add(context: Context, /, name: str, source: str, **values: Any) -> None:

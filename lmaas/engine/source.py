@@ -79,9 +79,3 @@ def engine_dtype(asked: str, config: dict[str, Any]) -> str:
             f"'dtype' must be one of {', '.join(DTYPES)} or auto, not {asked[:100]!r}.", code="out_of_range", param="dtype"
         )
     return asked
-
-
-def context_length(config: dict[str, Any]) -> int | None:
-    """Return the longest context that the model supports, in tokens, or None if the configuration does not contain it."""
-    found = config.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None

@@ -4,8 +4,7 @@ import json
 import re
 
 from lmaas.errors import InvalidRequest, RequestFailed
-from lmaas.protocols.parameters.request import EngineRequest, context_exceeded
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint
+from lmaas.inference.request import EngineRequest, context_exceeded
 from lmaas.scheduling.states import RetryReason
 
 #: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
@@ -59,25 +58,26 @@ def _refusal(message: str, param: str | None, engine_name: str, request: EngineR
     # Tenants use only their own names for models.
     message = _SUFFIX.sub("", message.replace(engine_name, request.model))
     if param in ("input_tokens", "input_text") or _PROMPT_TOO_LONG.match(message):
-        return context_exceeded(request.prompt_name, max_model_len, _counted(message))
-    name = _clients_name(param, request)
+        return context_exceeded(request.prompt_field, max_model_len, _counted(message))
+    blamed = _parameter(param)
+    name = request.clients_name(blamed)
     if _VALIDATOR.match(message):
         # The text comes from a validator inside the engine and contains internal names.
-        blamed = f"The value of '{name}'" if name else "The request"
-        return InvalidRequest(f"{blamed} is not valid for this model's engine.", param=name)
+        subject = f"The value of '{name}'" if name else "The request"
+        return InvalidRequest(f"{subject} is not valid for this model's engine.", param=name)
     code, text = None, _shown(message)
     rule = _RULE.match(message) if param is None else None
-    if rule and _clients_name(rule[1], request):
-        code, name = "out_of_range", _clients_name(rule[1], request)
+    if rule and request.clients_name(rule[1]):
+        code, name = "out_of_range", request.clients_name(rule[1])
     elif message.startswith("Token id "):
-        code, name = "out_of_range", "prompt"
-    elif name in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens"):
+        code, name = "out_of_range", request.prompt_field
+    elif blamed in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens", "dimensions"):
         code = "out_of_range"
-    elif name in ("response_format", "structured_outputs", "tools"):
+    elif name is not None and blamed in ("response_format", "structured_outputs", "tools"):
         code = "invalid_schema"
     elif name is None and request.constrained and _GRAMMAR.search(message):
         code = "invalid_schema" if "schema" in message.lower() else "invalid_grammar"
-        name = constraint_name(request)
+        name = request.grammar_field
         text = f"The engine cannot compile the grammar of '{name}': {text}"
     return InvalidRequest(text, code=code, param=name)
 
@@ -89,31 +89,9 @@ def _counted(message: str) -> str:
     return found[0] if found else f"contains {length[1]} input tokens" if length else "leaves no room for an answer"
 
 
-def constraint_name(request: EngineRequest) -> str:
-    """Return the parameter from which the engine makes the grammar of a constrained request."""
-    asked = request.parameters
-    if asked.get("tools") and asked.get("tool_choice", "auto") not in ("auto", "none"):
-        return "functions" if request.legacy_functions else "tools"
-    for name in ("structured_outputs", "response_format"):
-        if name in asked:
-            return name
-    return "tools"
-
-
-def _clients_name(param: str | None, request: EngineRequest) -> str | None:
-    """Return the client's parameter for the path that an engine blames, such as `body.stop` or `tool_choice.function`."""
-    if param is None:
-        return None
-    path = param.removeprefix("body.")
-    name = re.split(r"[.\[]", path, maxsplit=1)[0]
-    known = BY_NAME[Endpoint.CHAT if request.prompt_name == "messages" else Endpoint.COMPLETION]
-    if name == "tool_calls":
-        return "messages"
-    if name not in known:
-        return None
-    if request.legacy_functions and name in ("tools", "tool_choice"):
-        return {"tools": "functions", "tool_choice": "function_call"}[name]
-    return name
+def _parameter(blamed: str | None) -> str:
+    """Return the parameter in the path that an engine blames, such as `body.stop` or `tool_choice.function`; empty for None."""
+    return re.split(r"[.\[]", (blamed or "").removeprefix("body."), maxsplit=1)[0]
 
 
 def _shown(message: str) -> str:

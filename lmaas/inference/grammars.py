@@ -128,8 +128,8 @@ class Grammars:
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
         self._addresses: dict[str, tuple[float, str]] = {}
 
-    def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any]) -> Lookup:
-        """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name.
+    def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any], field: str) -> Lookup:
+        """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name; `field` is the client's field.
 
         Raises InvalidRequest if it is too large, and OverLimit `too_many_new_schemas` if the tenant uses too many expensive ones.
         """
@@ -137,7 +137,7 @@ class Grammars:
         key = (model.id, model.engine_args, hashlib.sha256(text).digest())
         known = self._verdicts.get(key)
         if known is None or (known[1] != math.inf and known[1] <= self._clock()):
-            _check_size(text, parameters)
+            _check_size(text, parameters, field)
             return Lookup(model.id, key, text, None)
         verdict = known[0]
         if verdict.cpu_s > EXPENSIVE_S and not verdict.code:
@@ -250,18 +250,12 @@ def unavailable() -> Unavailable:
     )
 
 
-def source_of(parameters: dict[str, Any]) -> str | None:
-    """Return the parameter that a request's grammar comes from, for verdicts that do not name one."""
-    return next((name for name in ("response_format", "structured_outputs", "tools") if parameters.get(name)), None)
-
-
-def _check_size(text: bytes, parameters: dict[str, Any]) -> None:
+def _check_size(text: bytes, parameters: dict[str, Any], field: str) -> None:
     """Raise InvalidRequest for a grammar that is too large to be checked."""
     if len(text) <= MAX_BYTES and depth(parameters) <= MAX_LEVELS:
         return
-    param = source_of(parameters)
     raise InvalidRequest(
-        f"'{param}' is too large: the schemas and tools of a request may have at most {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
+        f"'{field}' is too large: the schemas and tools of a request may have at most {MAX_BYTES} bytes and {MAX_DEPTH} levels.",
         code="invalid_schema",
-        param=param,
+        param=field,
     )

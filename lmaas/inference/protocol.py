@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lmaas.error_bodies import openai_body
 from lmaas.errors import LmaasError
@@ -11,6 +11,9 @@ from lmaas.inference.catalog import ServedModel
 from lmaas.inference.request import EngineRequest
 from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
+
+#: A protocol's own kind of request.
+Request = TypeVar("Request", bound=EngineRequest)
 
 
 class Answer(ABC):
@@ -58,20 +61,30 @@ class Answer(ABC):
 
 
 @dataclass(slots=True)
-class Inference:
+class Inference(Generic[Request]):
     """One request, from its acceptance to its usage event.
 
     `request_id` is the service's own id of the request. The fields below `request` are set by `Inferences.serve` on the way.
     """
 
     request_id: str
-    protocol: "Protocol"
-    request: EngineRequest
+    protocol: "Protocol[Request]"
+    request: Request
     tenant_id: str = field(init=False)
     model: ServedModel = field(init=False)
     record: UsageRecord = field(init=False)
     #: That of the latest attempt.
     answer: Answer = field(init=False)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that the engine must have, by its name there; empty if there is none."""
+        return self.model.adapter if self.protocol.uses_adapter else ""
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name for what serves the request."""
+        return self.model.engine_name if self.protocol.uses_adapter else self.model.base.name
 
     @property
     def facts(self) -> dict[str, str]:
@@ -80,7 +93,7 @@ class Inference:
         return {"service_tier": "default" if tier in ("auto", "scale") else tier, "system_fingerprint": self.model.fingerprint}
 
 
-class Protocol(ABC):
+class Protocol(ABC, Generic[Request]):
     """A client protocol, or one endpoint of it. An instance is built once, in the composition root, and serves all requests."""
 
     #: The path of the clients' requests, which is also the label in metrics.
@@ -89,34 +102,40 @@ class Protocol(ABC):
     engine_path: str
     #: The kind of pool that can serve it; None for both.
     kind: PoolKind | None = PoolKind.GENERATE
+    #: Whether an adapter takes part. Without it, a request for an adapter goes to the base model, and needs no adapter slot.
+    uses_adapter = True
     #: The top-level fields whose strings are for a model: they may have NUL, and half a surrogate pair in them is replaced.
     texts: tuple[str, ...] = ()
 
     @abstractmethod
-    def read(self, body: dict[str, Any]) -> EngineRequest:
+    def read(self, body: dict[str, Any]) -> Request:
         """Check a client's body, which is a parsed JSON object, and return the request for the engine. Raises InvalidRequest with the
         field that is wrong."""
 
     @abstractmethod
-    def engine_ids(self, request_id: str, request: EngineRequest) -> list[str]:
+    def engine_ids(self, request_id: str, request: Request) -> list[str]:
         """Return the engine's ids of a request, by which it is aborted."""
 
     @abstractmethod
-    def answer(self, inference: Inference) -> Answer:
+    def answer(self, inference: Inference[Request]) -> Answer:
         """Return a new answer for an attempt."""
 
-    async def expand(self, tenant_id: str, request: EngineRequest) -> None:  # noqa: B027 (most protocols have no state)
+    async def expand(self, tenant_id: str, request: Request) -> None:
         """Add what the request refers to, such as the items of an earlier response. Called once, before the model is resolved.
 
         Raises NotFound for what this tenant does not have.
         """
 
-    async def keep(self, inference: Inference) -> None:  # noqa: B027
+    async def keep(self, inference: Inference[Request]) -> None:
         """Store what outlives the request, before the client receives the end of its answer. Called only for complete answers."""
 
     def error_body(self, error: LmaasError, request_id: str) -> dict[str, Any]:
         """Return the body of an error response in the protocol's own shape."""
         return openai_body(error)
+
+    def error_status(self, error: LmaasError) -> int:
+        """Return the HTTP status of an error response."""
+        return int(error.status)
 
     def waiting(self, comments: Sequence[str]) -> bytes:
         """Return what a streaming client gets while its request waits. It must not end an event.
@@ -125,3 +144,8 @@ class Protocol(ABC):
         comments become part of the next event, where parsers skip them too.
         """
         return b"".join(f": {text}\n".encode() for text in comments)
+
+
+#: An inference, and a protocol, of any kind of request.
+AnyInference = Inference[Any]
+AnyProtocol = Protocol[Any]

@@ -66,6 +66,12 @@ class EngineRequest(ABC):
         return self.names.get(parameter)
 
     @property
+    def prompt_field(self) -> str:
+        """The client's field that holds the prompt."""
+        name = next((each for each in ("messages", "prompt", "input") if each in self.parameters), "input")
+        return self.clients_name(name) or name
+
+    @property
     def constrained(self) -> bool:
         """True if the engine compiles a grammar for the answer."""
         asked = self.parameters

@@ -12,6 +12,10 @@ STREAM_HEADERS: Mapping[str, str] = {
 }
 
 
+class ReceiverGone(Exception):
+    """The receiver of an answer has gone, so there is nothing left to do for it."""
+
+
 class Sink(Protocol):
     """Takes one answer: its head, its pieces, its end. Writing to a receiver that has gone has no effect and raises no error."""
 

@@ -18,7 +18,7 @@ SECTIONS: dict[str, dict[str, tuple[type, str]]] = {
     },
     "prices": {name: (int, f"{name}_price") for name in ("prompt", "cached", "completion", "engine")},
 }
-PLAIN: dict[str, type] = {"name": str, "source": str, "dtype": str, "idle_timeout_s": float}
+PLAIN: dict[str, type] = {"name": str, "source": str, "kind": str, "dtype": str, "idle_timeout_s": float}
 #: The API's name of every value → the manifest's.
 FIELDS = {name: name for name in PLAIN if name != "name"} | {
     api_name: f"{section}.{name}" for section, fields in SECTIONS.items() for name, (_, api_name) in fields.items()

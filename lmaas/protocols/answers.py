@@ -4,17 +4,17 @@ import json
 from typing import Any
 
 from lmaas.protocols import sse
-from lmaas.protocols.parameters.request import EngineRequest
+from lmaas.protocols.parameters.request import TextRequest
 
 _DATA = b"data: "
 
 
-def in_clients_form(answer: bytes, request: EngineRequest) -> bytes:
+def in_clients_form(answer: bytes, request: TextRequest) -> bytes:
     """Return a plain response in the form that the request asks for."""
     return _encoded(_changed(json.loads(answer), request))
 
 
-def events_in_clients_form(events: bytes, request: EngineRequest) -> bytes:
+def events_in_clients_form(events: bytes, request: TextRequest) -> bytes:
     """Return whole events of a stream in the form that the request asks for."""
     out = []
     for event in events.split(b"\n\n"):
@@ -27,7 +27,7 @@ def _encoded(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _changed(answer: dict[str, Any], request: EngineRequest) -> dict[str, Any]:
+def _changed(answer: dict[str, Any], request: TextRequest) -> dict[str, Any]:
     if request.only_echo:
         _hide_generated(answer)
     if request.legacy_functions:

@@ -25,15 +25,6 @@ _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
 _SPECIAL = (DONE, _ERROR, _NO_CHOICES, _ABORTED, _MARK)
 
 
-def comment(text: str) -> bytes:
-    """Return a comment line, which clients skip. It keeps a silent connection open.
-
-    No empty line follows: it would end an event without data, which some clients (Go's) take for an empty response. The comment
-    becomes part of the next event, where parsers skip it too.
-    """
-    return f": {text}\n".encode()
-
-
 def data(value: Any) -> bytes:
     """Return an event with a JSON value."""
     return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"

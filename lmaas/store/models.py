@@ -4,13 +4,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Row, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Audit
-from lmaas.errors import Conflict, NotFound
-from lmaas.states import TERMINAL
+from lmaas.errors import Conflict, InvalidRequest, NotFound
+from lmaas.states import TERMINAL, PoolKind
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
 from lmaas.store.paging import Part, rows_of
@@ -42,6 +42,8 @@ class BaseModel:
     max_model_len: int
     kv_cache_bytes: int
     engine_args: str
+    #: What its engines do. It never changes.
+    kind: PoolKind = PoolKind.GENERATE
     #: An operator's own bounds; None means the setting's.
     min_replicas: int | None = None
     max_replicas: int | None = None
@@ -83,13 +85,30 @@ PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators", *PRICES})
 
 
+def _read(row: Row[Any]) -> BaseModel:
+    return BaseModel(**row._asdict() | {"kind": PoolKind(row.kind)})
+
+
+def kind_is_fixed(model: BaseModel, kind: PoolKind, param: str) -> InvalidRequest:
+    """Return the error for a change that would make the base model one of another kind."""
+    return InvalidRequest(
+        f"The base model '{model.name}' is of the kind '{model.kind}', and '{param}' would make it one of the kind '{kind}'. "
+        "A kind cannot change. Add a base model with another name.",
+        code="kind_is_fixed",
+        param=param,
+    )
+
+
 def _stored(model: BaseModel) -> dict[str, Any]:
     """Return the columns that are written: all but the time of creation, which the database sets."""
     return {name: value for name, value in asdict(model).items() if name != "created_at"}
 
 
 async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None = None) -> BaseModel:
-    """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay."""
+    """Add the base model, or bring the one of this name to these values; its id and an operator's bounds and prices stay.
+
+    Raises InvalidRequest if the one of this name is of another kind.
+    """
     values = _stored(model) | {"id": model.id or new_id("mod")}
     changes = {name: value for name, value in values.items() if name not in CHANGEABLE | {"id", "name"}}
     put = insert(base_models).values(values).on_conflict_do_update(index_elements=["name"], index_where=_IS_THERE, set_=changes)
@@ -97,10 +116,12 @@ async def put_base_model(db: Database, model: BaseModel, *, audit: Audit | None 
     async with db.begin(OPERATOR) as connection:
         await lock_name(connection, model.name)
         before = (await connection.execute(present)).one_or_none()
+        if before is not None and before.kind != model.kind:
+            raise kind_is_fixed(_read(before), model.kind, "source")
         after = (await connection.execute(put.returning(*_COLUMNS))).one()
         if before != after:
             await record(connection, audit, None, model.name)
-        return BaseModel(*after)
+        return _read(after)
 
 
 async def lock_name(connection: AsyncConnection, name: str, *, shared: bool = False) -> None:
@@ -115,7 +136,7 @@ async def list_base_models(db: Database, part: Part | None = None) -> list[BaseM
     """Return the base models, or a part of them, by name. Raises InvalidRequest for a part after an unknown one."""
     query = select(*_COLUMNS).where(_IS_THERE)
     async with db.begin(SYSTEM) as connection:
-        return [BaseModel(*row) for row in await rows_of(connection, query, part, base_models.c.name, base_models.c.id)]
+        return [_read(row) for row in await rows_of(connection, query, part, base_models.c.name, base_models.c.id)]
 
 
 async def list_pool_ids(db: Database) -> list[str]:
@@ -134,7 +155,7 @@ async def get_base_model(db: Database, id_or_name: str) -> BaseModel:
         row = (await connection.execute(query)).first()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found", param="base_model")
-    return BaseModel(*row)
+    return _read(row)
 
 
 async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = False, audit: Audit | None = None) -> BaseModel:
@@ -154,7 +175,7 @@ async def create_base_model(db: Database, model: BaseModel, *, dry_run: bool = F
         await record(connection, audit, None, model.name)
         if dry_run:
             await connection.rollback()
-    return BaseModel(*row)
+    return _read(row)
 
 
 async def change_base_model(
@@ -174,7 +195,7 @@ async def change_base_model(
             await _refuse_if_used(connection, model.id, "changed in " + ", ".join(sorted(changes.keys() & VALIDATED)))
         if changes:
             query = update(base_models).where(base_models.c.id == model.id).values(changes).returning(*_COLUMNS)
-            model = BaseModel(*(await connection.execute(query)).one())
+            model = _read((await connection.execute(query)).one())
             await record(connection, audit, None, model.name)
         if dry_run:
             await connection.rollback()
@@ -200,7 +221,7 @@ async def _locked(connection: AsyncConnection, name: str) -> BaseModel:
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFound("The base model does not exist.", code="base_model_not_found")
-    return BaseModel(*row)
+    return _read(row)
 
 
 async def _refuse_if_used(connection: AsyncConnection, model_id: str, what: str) -> None:

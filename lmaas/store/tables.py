@@ -83,6 +83,8 @@ base_models = Table(
     Column("name", Text, nullable=False),
     # A folder or a hub id, as the engine takes it.
     Column("source", Text, nullable=False),
+    # A PoolKind. It never changes.
+    Column("kind", Text, nullable=False, server_default=text("'generate'")),
     Column("dtype", Text, nullable=False),
     # Module path → [out_features, in_features], against which adapters are validated.
     Column("linears", JSONB, nullable=False),

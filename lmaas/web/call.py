@@ -1,18 +1,15 @@
 """One HTTP exchange with a client: its body, its response, and whether the client is still connected."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.types import Message, Receive, Scope, Send
 
 from lmaas.http import api_key, limited
 
-#: The last one keeps nginx and other proxies from buffering a stream.
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-
 
 class Call:
-    """A client's request and its response. Writing to a client that has disconnected has no effect and raises no error."""
+    """A client's request, and the sink of its answer. Writing to a client that has disconnected has no effect and raises no error."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -30,10 +27,6 @@ class Call:
     def idempotency_keys(self) -> list[str]:
         """The values of all `Idempotency-Key` headers."""
         return [value.decode("latin-1") for name, value in self._scope["headers"] if name == b"idempotency-key"]
-
-    def send_through(self, wrap: Callable[[Send], Send]) -> None:
-        """Replace the function that sends to the client by what `wrap` makes of it."""
-        self._send = wrap(self._send)
 
     async def body(self, limit_bytes: int) -> bytes:
         """Read the whole request body, unpacked. Raises TooLarge, or InvalidRequest for an encoding that cannot be read."""
@@ -70,7 +63,7 @@ class Call:
 
         return undo
 
-    async def start(self, status: int, headers: dict[str, str]) -> None:
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send status and headers, once."""
         if not self.started:
             self.started = True
@@ -81,8 +74,8 @@ class Call:
         """Send a part of the body. Waits while the client reads too slowly; the server cuts off a client that reads nothing."""
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
 
-    async def finish(self, chunk: bytes = b"") -> None:
-        """Send the rest of the body. After that it no longer matters when the client disconnects."""
+    async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
+        """Send the rest of the body. After that it no longer matters when the client disconnects. `complete` is for other sinks."""
         self._on_gone.clear()
         await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
 

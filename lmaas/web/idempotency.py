@@ -10,16 +10,15 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from starlette.types import Message, Send
-
 from lmaas.errors import Conflict, InProgress, InvalidRequest, Unavailable
+from lmaas.inference.sink import STREAM_HEADERS, Sink
 from lmaas.observability import GatewayMetrics
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim, Earlier, give_up, keep, seen, take
-from lmaas.web.call import STREAM_HEADERS, Call
+from lmaas.web.call import Call
 
 log = logging.getLogger(__name__)
 
@@ -37,68 +36,76 @@ AT_ONCE = 3
 IN_PROGRESS_RETRY_S = 2.0
 #: The statuses of responses that are kept: successes, and refusals of the engine, which would refuse the same request again.
 KEPT_STATUSES = frozenset({200, 400})
-END_OF_STREAM = b"data: [DONE]\n\n"
 
 Settle = Callable[[Answer | None], Awaitable[None]]
 
 
 class Recorder:
-    """Copies a response on its way to the client, and holds its end back until `settle` has stored the copy.
+    """A sink that copies an answer on its way to another sink, and holds its end back until `settle` has stored the copy.
 
-    So a client that has received the whole response will receive the same one again. The end is the whole body of a plain response, and
-    the `[DONE]` of a stream. `settle` gets None for a response that is not kept.
+    So a client that has received the whole response will receive the same one again. `settle` gets None for an answer that is not kept.
     """
 
-    def __init__(self, send: Send, settle: Settle, max_bytes: int) -> None:
-        self._send, self._settle, self._max_bytes = send, settle, max_bytes
+    def __init__(self, sink: Sink, settle: Settle, max_bytes: int) -> None:
+        self._sink, self._settle, self._max_bytes = sink, settle, max_bytes
         self._status = 0
         self._content_type = ""
-        self._length = b""
         self._copy = bytearray()
         self._size = 0
-        self._tail = b""
-        self._held: list[Message] = []
-        self._ended = False
-
-    async def __call__(self, message: Message) -> None:
-        """Handle one ASGI message of the response."""
-        if self._ended:
-            return  # the response is complete, and the gateway stops at the same time
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            headers = dict(message["headers"])
-            self._content_type = headers[b"content-type"].decode("latin-1")
-            self._length = headers.get(b"content-length", b"")
-        else:
-            self._take(message.get("body", b""))
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._ended = True
-            try:
-                await self._settle(self._answer())
-            finally:
-                for held in [*self._held, message]:
-                    await self._send(held)
-        elif self._held or not self._streams or self._tail == END_OF_STREAM:
-            self._held.append(message)
-        else:
-            await self._send(message)
+        self._finished = False
 
     @property
-    def _streams(self) -> bool:
-        return self._content_type.startswith("text/event-stream")
+    def gone(self) -> asyncio.Event:
+        """Set once the receiver has gone."""
+        return self._sink.gone
 
-    def _take(self, body: bytes) -> None:
-        self._size += len(body)
-        self._tail = (self._tail + body[-len(END_OF_STREAM) :])[-len(END_OF_STREAM) :]
+    @property
+    def started(self) -> bool:
+        """Whether the head has been sent."""
+        return self._sink.started
+
+    def watch(self) -> None:
+        """Begin to notice that the receiver goes."""
+        self._sink.watch()
+
+    def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` once, when the receiver goes. Returns a function that undoes this."""
+        return self._sink.on_gone(callback)
+
+    def add_to_head(self, lines: bytes) -> None:
+        """Send these header lines with the head. They are not kept, because they are about this request."""
+        self._sink.add_to_head(lines)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send status and headers, once."""
+        if not self.started:
+            self._status, self._content_type = status, headers["content-type"]
+        await self._sink.start(status, headers)
+
+    async def write(self, chunk: bytes) -> None:
+        """Send and copy a part of the body."""
+        self._take(chunk)
+        await self._sink.write(chunk)
+
+    async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
+        """Send the rest of the body, once the copy is stored."""
+        if self._finished:
+            return  # the response is complete, and the gateway stops at the same time
+        self._finished = True
+        self._take(chunk)
+        try:
+            await self._settle(self._answer() if complete and self._status in KEPT_STATUSES else None)
+        finally:
+            await self._sink.finish(chunk, complete=complete)
+
+    def _take(self, chunk: bytes) -> None:
+        self._size += len(chunk)
         if self._size <= self._max_bytes:
-            self._copy += body
+            self._copy += chunk
         else:
             self._copy.clear()
 
-    def _answer(self) -> Answer | None:
-        whole = self._tail == END_OF_STREAM if self._streams else self._length == str(self._size).encode()
-        if not whole or self._status not in KEPT_STATUSES:
-            return None
+    def _answer(self) -> Answer:
         return Answer(self._status, self._content_type, bytes(self._copy) if self._size <= self._max_bytes else None)
 
 
@@ -133,8 +140,8 @@ class Idempotency:
         return Claim(tenant_id, key, hashlib.sha256(path.encode() + b"\0" + body).digest(), call.request_id)
 
     @asynccontextmanager
-    async def claimed(self, call: Call, claim: Claim) -> AsyncIterator[bool]:
-        """Yield whether this request is the first one, which runs inside the block. A repeat has been answered with the kept response.
+    async def claimed(self, call: Call, claim: Claim) -> AsyncIterator[Sink | None]:
+        """Yield the sink of the first request, which runs inside the block, or None: a repeat has been answered with the kept response.
 
         Raises InProgress while the first request runs, Conflict if its body was different or its response was too large to be kept, and
         Unavailable if Postgres is away. After an error nothing is accepted.
@@ -151,16 +158,15 @@ class Idempotency:
             raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
         if earlier is not None:
             await self._replay(call, claim, earlier)
-            yield False
+            yield None
             return
         self._open[claim.request_id] = claim
 
         async def settle(answer: Answer | None) -> None:
             await self._settle(claim, answer)
 
-        call.send_through(lambda send: Recorder(send, settle, self._max_answer_bytes))
         try:
-            yield True
+            yield Recorder(call, settle, self._max_answer_bytes)
         finally:
             await settle(None)
 

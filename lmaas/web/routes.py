@@ -1,8 +1,9 @@
-"""OpenAI's endpoints, and those for load balancers and Prometheus."""
+"""The endpoints of the client protocols, the list of models, and the endpoints for load balancers and Prometheus."""
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -11,50 +12,77 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from lmaas.config import Settings
 from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
-from lmaas.http import JsonResponse, api_key
-from lmaas.inference.catalog import ListedModel
-from lmaas.inference.delivery import Endpoint
-from lmaas.inference.serving import Gateway, complete
-from lmaas.protocols.parameters.request import EngineRequest, read_chat, read_completion
+from lmaas.http import JsonResponse, api_key, parse_json
+from lmaas.inference.catalog import Catalog, ListedModel
+from lmaas.inference.protocol import AnyProtocol, Inference
+from lmaas.inference.serving import Inferences
+from lmaas.observability import GatewayMetrics
+from lmaas.types import Principal
+from lmaas.web.auth import Authenticator
 from lmaas.web.call import Call
-
-CHAT = Endpoint("/v1/chat/completions", "chatcmpl")
-COMPLETION = Endpoint("/v1/completions", "cmpl")
+from lmaas.web.idempotency import Idempotency
 
 
-class Completions:
-    """An ASGI endpoint that runs the pipeline."""
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What the endpoints use, built in the composition root."""
 
-    def __init__(self, gateway: Gateway, endpoint: Endpoint, read: Callable[[dict[str, Any]], EngineRequest]) -> None:
-        self._gateway, self._endpoint, self._read = gateway, endpoint, read
+    settings: Settings
+    authenticate: Authenticator
+    idempotency: Idempotency
+    inferences: Inferences
+    catalog: Catalog
+    metrics: GatewayMetrics
+    protocols: Sequence[AnyProtocol]
+
+
+class Endpoint:
+    """An ASGI endpoint that serves the requests of one protocol."""
+
+    def __init__(self, gateway: Gateway, protocol: AnyProtocol) -> None:
+        self._gateway, self._protocol = gateway, protocol
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        path, metrics = self._protocol.path, self._gateway.metrics
         try:
-            await complete(self._gateway, Call(scope, receive, send), self._endpoint, self._read)
+            await self._serve(Call(scope, receive, send))
         except LmaasError as error:
-            self._gateway.metrics.refused(self._endpoint.path, error.kind, error.error_code)
+            metrics.refused(path, error.kind, error.error_code)
             raise
         except ClientDisconnect:
             raise  # no response is sent
         except Exception:
-            self._gateway.metrics.refused(self._endpoint.path, InternalError.kind, InternalError.code)
+            metrics.refused(path, InternalError.kind, InternalError.code)
             raise
 
+    async def _serve(self, call: Call) -> None:
+        gateway, protocol = self._gateway, self._protocol
+        principal = await gateway.authenticate(call.api_key)
+        tenant_id = _tenant_of(principal)
+        body = await call.body(gateway.settings.max_body_bytes)
+        inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
+        claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
+        del body  # is not held while the request waits
+        if claim is None:
+            await gateway.inferences.serve(principal, inference, call)
+            return
+        async with gateway.idempotency.claimed(call, claim) as sink:
+            if sink is not None:
+                await gateway.inferences.serve(principal, inference, sink)
 
-def completions(gateway: Gateway) -> dict[str, Completions]:
-    """Return the endpoints that nearly all requests go to, by path."""
-    return {
-        CHAT.path: Completions(gateway, CHAT, read_chat),
-        COMPLETION.path: Completions(gateway, COMPLETION, read_completion),
-    }
+
+def endpoints(gateway: Gateway) -> dict[str, Endpoint]:
+    """Return the endpoints of the protocols by path. Nearly all requests go to them."""
+    return {protocol.path: Endpoint(gateway, protocol) for protocol in gateway.protocols}
 
 
 def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
     """Return the gateway's routes. `/readyz` awaits `ready`, which raises an error if a service is away."""
     return [
-        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in completions(gateway).items()),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints(gateway).items()),
         Route("/v1/models", functools.partial(_list_models, gateway)),
         Route("/v1/models/{model:path}", functools.partial(_get_model, gateway)),
         Route("/health", _alive),
@@ -65,7 +93,11 @@ def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
 
 
 async def _tenant(gateway: Gateway, request: Request) -> str:
-    principal = await gateway.authenticate(api_key(request.scope["headers"]))
+    return _tenant_of(await gateway.authenticate(api_key(request.scope["headers"])))
+
+
+def _tenant_of(principal: Principal) -> str:
+    """Return the tenant of a key. Raises Forbidden for an operator's."""
     if principal.tenant_id is None:
         raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
     return principal.tenant_id

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
+from lmaas.error_bodies import openai_body
 from lmaas.errors import InvalidRequest, LmaasError
 from lmaas.http import JsonResponse, new_request_id
 from lmaas.web.slow_clients import SlowClientProtocol, client_bounds
@@ -223,7 +224,7 @@ class BoundedProtocol(SlowClientProtocol):
     def _refuse(self, error: LmaasError) -> None:
         # While a body is awaited, the response has not begun yet, so this can still be it.
         if self.cycle is None or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.response_started):
-            body = JsonResponse(error.body()).body
+            body = JsonResponse(openai_body(error)).body
             headers = error.headers() | {"content-type": "application/json", "x-request-id": new_request_id()}
             head = f"HTTP/1.1 {int(error.status)} {HTTPStatus(error.status).phrase}\r\n"
             head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())

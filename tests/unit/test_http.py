@@ -380,7 +380,7 @@ async def test_the_frame_turns_errors_into_answers(
 
 async def test_each_request_has_its_own_id_also_when_it_succeeds() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await error_response(LmaasError(scope["request_id"]))(scope, receive, send)
+        await error_response(LmaasError(scope["request_id"]), scope)(scope, receive, send)
 
     first, second = await answer(Frame(app)), await answer(Frame(app))
     assert first[1]["x-request-id"] != second[1]["x-request-id"]
@@ -415,7 +415,7 @@ async def test_after_the_start_there_is_no_second_answer(caplog: pytest.LogCaptu
 )
 async def test_a_host_that_is_no_host_is_refused(host: str, good: bool) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await error_response(OverLimit("reached"))(scope, receive, send)
+        await error_response(OverLimit("reached"), scope)(scope, receive, send)
 
     status, headers, text = await answer(Frame(app), http({"host": host}))
     assert status == (429 if good else 400)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, UnsetType
 
 from lmaas.api.shapes.common import ModelName, Paging, Shape
-from lmaas.states import Desired, Observed
+from lmaas.states import Desired, Observed, PoolKind
 from lmaas.types import MAX_PRICE
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -22,6 +22,11 @@ class BaseModelChange(Shape, frozen=True, kw_only=True):
     """Values to set. Null puts the default back; one that is not given stays as it is."""
 
     source: Source | UnsetType = UNSET
+    kind: (
+        Annotated[PoolKind, Meta(description="What its engines do. By default what the model's files say. It cannot change.")]
+        | UnsetType
+        | None
+    ) = UNSET
     dtype: Dtype | UnsetType | None = UNSET
     max_lora_rank: Annotated[int, Meta(ge=1, le=512)] | UnsetType | None = UNSET
     max_loras: (
@@ -96,6 +101,7 @@ class BaseModel(Shape, tag_field="object", tag="base_model", frozen=True, kw_onl
     id: str
     name: str
     source: str
+    kind: PoolKind
     dtype: Dtype
     max_lora_rank: int
     max_loras: int

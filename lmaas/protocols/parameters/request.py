@@ -1,17 +1,18 @@
-"""Reads a client's request by the table of parameters, and builds the request for the engine."""
+"""Reads a request for text (a chat or a completion) by the table of parameters, and builds the request for the engine."""
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 from lmaas.admission.estimate import estimate
 from lmaas.errors import InvalidRequest
-from lmaas.protocols.parameters.checks import out_of_range, unsupported
+from lmaas.inference.request import EngineRequest, context_exceeded
+from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.protocols.parameters.prompts import count_prompts
-from lmaas.protocols.parameters.table import BY_NAME, Endpoint, Parameter, Treatment
+from lmaas.protocols.parameters.reading import read_model, read_parameters
+from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table
 from lmaas.protocols.parameters.tools import settle_tools
+from lmaas.store.models import BaseModel
 
 #: The maximum number of log probabilities in one answer, about 100 MB, which the engine collects in memory.
 MAX_ALTERNATIVES = 1_000_000
@@ -20,99 +21,53 @@ GREEDY = 1e-5
 #: Read by the gateway; an engine does not receive them as they came.
 _GATEWAYS_OWN = ("stream", "stream_options", "service_tier", "best_of")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
-#: The parameters from which an engine makes its grammar.
-GRAMMAR_PARAMETERS = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
+#: The client's field for each parameter that an engine's error may blame: the same name, for a client that uses the engine's own.
+COMPLETION_NAMES: Mapping[str, str] = {name: name for name in COMPLETION.by_name}
+CHAT_NAMES: Mapping[str, str] = {name: name for name in CHAT.by_name} | {"tool_calls": "messages"}
+LEGACY_CHAT_NAMES: Mapping[str, str] = {**CHAT_NAMES, "tools": "functions", "tool_choice": "function_call"}
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """A checked request. `weight` is the number of sequences that it needs, `prompts` the number of its prompts.
+@dataclass(slots=True, kw_only=True)
+class TextRequest(EngineRequest):
+    """A checked request to generate text. `parameters` has either `messages` or `prompt`.
 
     `include_usage` and `continuous_usage` are what the client asked to see in a stream; the engine is always asked for usage.
-    `parameters` is what the engine receives, without what `body` adds.
     """
 
-    model: str
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    weight: int
-    prompts: int
-    #: A key of SERVICE_TIERS.
-    service_tier: str
-    parameters: dict[str, Any]
-    #: Whether the client used the deprecated `functions`, and so expects `function_call` in the answer.
-    legacy_functions: bool = False
-    #: The tools as the client sent them, if they were made strict here for a call that is required. Empty otherwise.
-    tools_as_sent: list[Any] = field(default_factory=list)
+    include_usage: bool = False
+    continuous_usage: bool = False
 
     @property
-    def constrained(self) -> bool:
-        """True if the engine compiles a grammar for the answer."""
-        asked = self.parameters
-        if asked.get("structured_outputs") or asked.get("response_format", {}).get("type", "text") != "text":
-            return True
-        choice = asked.get("tool_choice", "auto")
-        if not asked.get("tools") or choice == "none":
-            return False
-        # With `auto`, calls are free text unless a tool is strict or their number is limited.
-        strict = any(tool["function"].get("strict") for tool in asked["tools"])
-        return choice != "auto" or strict or asked.get("parallel_tool_calls") is False
-
-    @property
-    def must_be_checked(self) -> bool:
-        """True if an engine may compile a grammar. Some tool parsers do so for every request with tools."""
-        return self.constrained or (bool(self.parameters.get("tools")) and self.parameters.get("tool_choice") != "none")
-
-    @property
-    def grammar(self) -> dict[str, Any]:
-        """The parameters from which the engine compiles its grammar, by name; without descriptions of tools, which agents change often."""
-        found = {name: value for name in GRAMMAR_PARAMETERS if (value := self.parameters.get(name)) is not None}
-        if tools := found.get("tools"):
-            found["tools"] = [
-                tool | {"function": {name: value for name, value in tool["function"].items() if name != "description"}} for tool in tools
-            ]
-        return found
-
-    def loosen(self) -> bool:
-        """Give the engine the tools as the client sent them, because it cannot enforce them. Returns whether that changes anything."""
-        if not self.tools_as_sent:
-            return False
-        self.parameters["tools"] = self.tools_as_sent.copy()
-        self.tools_as_sent.clear()
-        return True
-
-    @property
-    def prompt_name(self) -> str:
-        """The parameter that holds the prompt."""
-        return "messages" if "messages" in self.parameters else "prompt"
+    def is_chat(self) -> bool:
+        """Whether the prompt is a list of messages."""
+        return "messages" in self.parameters
 
     @property
     def only_echo(self) -> bool:
         """True if the client wants its prompt back and nothing generated."""
         return self.parameters.get("max_tokens") == 0
 
-    def body(self, engine_name: str, cache_salt: str) -> bytes:
-        """Return the engine's request body. The salt keeps tenants from timing each other's cached prompts."""
-        extra: dict[str, Any] = {"model": engine_name, "cache_salt": cache_salt, "stream": self.stream}
-        if self.stream:
-            extra["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-        try:
-            return msgspec.json.encode(self.parameters | extra)
-        except OverflowError:
-            # An integer of more than 64 bits, as a schema may hold one.
-            return json.dumps(self.parameters | extra, ensure_ascii=False, separators=(",", ":")).encode()
+    @property
+    def legacy_functions(self) -> bool:
+        """Whether the client used the deprecated `functions`, and so expects `function_call` in the answer."""
+        return self.names is LEGACY_CHAT_NAMES
 
-    def check_context(self, max_model_len: int) -> None:
+    def estimate(self, max_model_len: int) -> tuple[int, int]:
+        """Return an estimate of the prompt tokens, and the most completion tokens that all choices together may have."""
+        return estimate(self.parameters, self.prompts, max_model_len)
+
+    def check(self, model: BaseModel) -> None:
         """Raise InvalidRequest for what cannot fit into the model's context, as far as that is known without counting tokens, and for
         more log probabilities than an engine should collect for one answer."""
+        max_model_len = model.max_model_len
         for name in ("max_completion_tokens", "max_tokens", "truncate_prompt_tokens"):
             if self.parameters.get(name, 0) > max_model_len:
+                field = self.clients_name(name) or name
                 raise InvalidRequest(
-                    f"'{name}' is {self.parameters[name]}, but the context of '{self.model}' has {max_model_len} tokens, prompt included. "
+                    f"'{field}' is {self.parameters[name]}, but the context of '{self.model}' has {max_model_len} tokens, prompt included. "
                     "Use a smaller value.",
                     code="out_of_range",
-                    param=name,
+                    param=field,
                 )
         prompt = self.parameters.get("prompt")
         if isinstance(prompt, list) and "truncate_prompt_tokens" not in self.parameters:
@@ -124,7 +79,7 @@ class EngineRequest:
 
     def _check_logprobs(self, max_model_len: int) -> None:
         asked = self.parameters
-        chat = self.prompt_name == "messages"
+        chat = self.is_chat
         # In chats the number of alternatives has a name of its own.
         name = "top_logprobs" if chat and asked.get("top_logprobs") else "logprobs"
         alternatives = 0
@@ -133,12 +88,13 @@ class EngineRequest:
         of_prompt = max(asked["prompt_logprobs"] + 1 if "prompt_logprobs" in asked else 0, alternatives if asked.get("echo") else 0)
         if not alternatives and not of_prompt:
             return
-        prompt_tokens, completion_tokens = estimate(asked, self.prompts, max_model_len)
+        prompt_tokens, completion_tokens = self.estimate(max_model_len)
         # Each choice of a completion repeats those of its prompt.
         copies = 1 if chat else asked.get("n", 1)
         total = prompt_tokens * of_prompt * copies + (0 if self.stream else completion_tokens * alternatives)
         if total > MAX_ALTERNATIVES:
             blamed = name if alternatives else "prompt_logprobs"
+            blamed = self.clients_name(blamed) or blamed
             raise InvalidRequest(
                 f"The request asks for up to {total} log probabilities in one answer, and at most {MAX_ALTERNATIVES} are allowed. "
                 f"Use a smaller '{blamed}', 'n' or 'max_tokens', or send fewer prompts.",
@@ -147,46 +103,19 @@ class EngineRequest:
             )
 
 
-def context_exceeded(param: str, max_model_len: int, found: str) -> InvalidRequest:
-    """Return the error for a prompt that is too long. It begins as OpenAI's does, because clients look for these words."""
-    message = f"This model's maximum context length is {max_model_len} tokens. However, your prompt {found}. Please shorten it."
-    return InvalidRequest(message, code="context_length_exceeded", param=param)
-
-
-def read_chat(body: dict[str, Any]) -> EngineRequest:
+def read_chat(body: dict[str, Any]) -> TextRequest:
     """Read a `/v1/chat/completions` request. Raises InvalidRequest with the parameter to blame."""
-    return _read(body, Endpoint.CHAT, "messages")
+    return _read(body, CHAT)
 
 
-def read_completion(body: dict[str, Any]) -> EngineRequest:
+def read_completion(body: dict[str, Any]) -> TextRequest:
     """Read a `/v1/completions` request. Raises InvalidRequest with the parameter to blame."""
-    return _read(body, Endpoint.COMPLETION, "prompt")
+    return _read(body, COMPLETION)
 
 
-def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequest:
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest(
-            "'model' must be the name of a model. GET /v1/models lists the names.", code="missing_parameter", param="model"
-        )
-    table = BY_NAME[endpoint]
-    given: dict[str, Any] = {}
-    for name, value in body.items():
-        # OpenAI's clients may send null for "not given".
-        if value is None or name == "model":
-            continue
-        parameter = table.get(name)
-        if parameter is None:
-            raise unsupported(name)
-        if parameter.treatment is Treatment.REFUSED:
-            if not _is_neutral(parameter, value):
-                raise unsupported(name, parameter.rule)
-            continue
-        read = parameter.read(name, value)
-        if parameter.treatment is Treatment.FORWARDED and read is not None:
-            given[name] = read
-    if required not in given:
-        raise InvalidRequest(f"'{required}' is required. Add it to the request.", code="missing_parameter", param=required)
+def _read(body: dict[str, Any], table: Table) -> TextRequest:
+    model = read_model(body)
+    given = read_parameters(table, body)
     legacy = _translate_functions(given)
     tools_as_sent = settle_tools(given, legacy=legacy)
     _settle_formats(given)
@@ -201,7 +130,7 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequ
     if stream and given.get("prompt_logprobs"):
         raise InvalidRequest("'prompt_logprobs' is not available in a stream. Send the request without 'stream'.", param="prompt_logprobs")
     prompts = count_prompts(given.get("prompt"))
-    return EngineRequest(
+    return TextRequest(
         model=model,
         stream=stream,
         include_usage=bool(options.get("include_usage")),
@@ -210,14 +139,9 @@ def _read(body: dict[str, Any], endpoint: Endpoint, required: str) -> EngineRequ
         prompts=prompts,
         service_tier=own["service_tier"] or "default",
         parameters=given,
-        legacy_functions=legacy,
+        names=COMPLETION_NAMES if table is COMPLETION else LEGACY_CHAT_NAMES if legacy else CHAT_NAMES,
         tools_as_sent=tools_as_sent,
     )
-
-
-def _is_neutral(parameter: Parameter, value: Any) -> bool:
-    # True equals 1 in Python, and is another value in JSON.
-    return any(value == neutral and type(value) is type(neutral) for neutral in parameter.neutral)
 
 
 def _translate_functions(given: dict[str, Any]) -> bool:

@@ -229,13 +229,3 @@ _BOTH = (
 
 CHAT = Table("chat completions", "/v1/chat/completions", ("messages",), (*_CHAT_ONLY, *_BOTH))
 COMPLETION = Table("completions", "/v1/completions", ("prompt",), (*_COMPLETION_ONLY, *_BOTH))
-
-
-class Endpoint(StrEnum):
-    """The two tables of this module by name."""
-
-    CHAT = "chat completions"
-    COMPLETION = "completions"
-
-
-BY_NAME = {Endpoint.CHAT: CHAT.by_name, Endpoint.COMPLETION: COMPLETION.by_name}

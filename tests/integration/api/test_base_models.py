@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from sqlalchemy import text
 
 from lmaas.engine import source
 from lmaas.keys import hash_key, new_key, shown_prefix
-from lmaas.states import Observed
+from lmaas.states import Observed, PoolKind
 from lmaas.store.adapters import delete_adapter
 from lmaas.store.models import get_base_model
 from lmaas.store.pools import save_pool_state
@@ -95,6 +96,43 @@ async def test_what_adapters_were_validated_against_does_not_change(
     stored = await get_base_model(stack.db, "tiny")
     assert (stored.source, stored.linears, stored.max_lora_rank) == (str(other), {"model.layers.0.self_attn.q_proj": [8, 8]}, 64)
     assert (await operator.delete(f"{MODELS}/tiny")).status_code == 200
+
+
+async def test_a_base_model_has_a_kind_for_ever(stack: Stack, operator: httpx.AsyncClient, tmp_path: Path) -> None:
+    bert = write_model(tmp_path / "bert", architectures=["BertModel"])
+    (bert / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 256}))
+    llama = write_model(tmp_path / "llama", architectures=["LlamaForCausalLM"])
+    unknown = write_model(tmp_path / "unknown", architectures=["SomethingNew"])
+    for name, folder, asked, kind, longest in (
+        ("bert", bert, {}, "embed", 256),
+        ("llama", llama, {"kind": None}, "generate", 512),
+        ("new", unknown, {}, "generate", 512),
+        ("new-embeds", unknown, {"kind": "embed"}, "embed", 512),
+    ):
+        answer = await operator.post(MODELS, json={"name": name, "source": str(folder)} | asked)
+        assert (answer.status_code, answer.json()["kind"], answer.json()["max_model_len"]) == (201, kind, longest), answer.text
+        assert (await get_base_model(stack.db, name)).kind is PoolKind(kind)
+    for name, change, param in (
+        ("bert", {"kind": "generate"}, "kind"),
+        ("llama", {"kind": "embed"}, "kind"),
+        ("bert", {"source": str(llama)}, "source"),
+        ("llama", {"source": str(bert)}, "source"),
+    ):
+        answer = await operator.patch(f"{MODELS}/{name}", json=change)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "kind_is_fixed", param), answer.text
+    # The same is no change, and files that say nothing contradict nothing.
+    unchanged: list[tuple[str, dict[str, Any]]] = [
+        ("bert", {"kind": "embed"}),
+        ("new-embeds", {"kind": None, "cpus": 2}),
+        ("new-embeds", {"source": str(bert), "max_model_len": None}),
+        ("bert", {"source": str(unknown), "max_model_len": None}),
+    ]
+    for name, change in unchanged:
+        answer = await operator.patch(f"{MODELS}/{name}", json=change)
+        assert (answer.status_code, answer.json()["kind"]) == (200, "embed"), answer.text
+    answer = await operator.patch(f"{MODELS}/bert", json={"completion_price": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "completion_price")
 
 
 async def test_a_change_of_the_context_is_checked_as_well(operator: httpx.AsyncClient, folder: Path) -> None:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from lmaas.error_bodies import openai_body
 from lmaas.errors import ModelNotFound, Unavailable
 from lmaas.inference import catalog as module
 from lmaas.inference.catalog import Catalog, ListedModel
@@ -93,7 +94,7 @@ async def test_everything_else_is_the_same_not_found(db: Database, acme: Tenant,
             await catalog.resolve(acme.id, name)
         error = caught.value
         shown = name if len(name) <= 100 else name[:100] + "..."
-        assert error.body() == ModelNotFound(name).body()
+        assert openai_body(error) == openai_body(ModelNotFound(name))
         assert error.message.count(shown) >= 1
         assert len(error.message) < 200
         assert error.status == 404

@@ -30,7 +30,7 @@ def grammar(name: str) -> dict[str, Any]:
 
 async def admit(grammars: Grammars, tenant: str, model: BaseModel, path: str, parameters: dict[str, Any], max_waiting: int = 100) -> bool:
     """Whether the grammar passes; False if there is no checker. Raises what a client would get."""
-    lookup = grammars.look_up(tenant, model, path, parameters)
+    lookup = grammars.look_up(tenant, model, path, parameters, "response_format")
     try:
         verdict = lookup.verdict or await grammars.check(tenant, lookup, max_waiting)
     except NoCheckerError:

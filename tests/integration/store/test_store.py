@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from lmaas.error_bodies import openai_body
 from lmaas.errors import Conflict, LmaasError, NotFound, TooLarge, Unavailable
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import TERMINAL, TRANSITIONS, Desired, Observed, UsageStatus
@@ -212,7 +213,7 @@ async def test_adapters_are_each_tenants_own(db: Database) -> None:
     ):
         with pytest.raises(NotFound) as caught:
             await attempt
-        messages.add(str(caught.value.body()))
+        messages.add(str(openai_body(caught.value)))
     assert len(messages) == 1
     with pytest.raises(NotFound):
         await adapters.activate(db, other.id, "bot", 1)

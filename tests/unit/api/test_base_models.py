@@ -33,6 +33,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"source": "../../../../etc"}, "invalid_base_model", "source"),
     ({"dtype": "int8"}, "out_of_range", "dtype"),
     ({"dtype": "float64; rm"}, "out_of_range", "dtype"),
+    ({"kind": "rerank"}, "out_of_range", "kind"),
+    ({"kind": 1}, "invalid_type", "kind"),
+    ({"kind": "embed", "completion_price": 1}, "out_of_range", "completion_price"),
     ({"max_replicas": 0}, "out_of_range", "max_replicas"),
     ({"max_replicas": 1.5}, "invalid_type", "max_replicas"),
     ({"min_replicas": 3, "max_replicas": 2}, "out_of_range", "min_replicas"),
@@ -83,3 +86,13 @@ async def test_a_folder_that_is_no_model_is_refused(operator: httpx.AsyncClient,
             (folder / broken).write_bytes(content)
         answer = await operator.post(MODELS, json={"name": "tiny", "source": str(folder)})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model"), answer.text
+
+
+async def test_a_kind_that_the_files_contradict_is_refused(operator: httpx.AsyncClient, tmp_path: Path) -> None:
+    for architecture, kind in (("LlamaForCausalLM", "embed"), ("BertModel", "generate")):
+        folder = write_model(tmp_path / architecture, architectures=[architecture])
+        answer = await operator.post(MODELS, json={"name": "tiny", "source": str(folder), "kind": kind})
+        assert (answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["param"]) == (400, "out_of_range", "kind")
+    folder = write_model(tmp_path / "classifier", architectures=["BertForSequenceClassification"])
+    answer = await operator.post(MODELS, json={"name": "tiny", "source": str(folder)})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_base_model"), answer.text

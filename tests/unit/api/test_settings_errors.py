@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from lmaas.error_bodies import openai_body
 from lmaas.errors import InternalError, SettingsError
 from lmaas.store.database import Database
 from lmaas.types import Principal
@@ -36,7 +37,7 @@ async def test_the_client_gets_a_fixed_text_and_the_log_the_message(
     monkeypatch.setattr(auth, "find_principal", fail)
     async with gateway.client(principal) as client:
         answer = await client.request(method, path, json={} if method == "POST" else None)
-    assert (answer.status_code, answer.json()) == (500, InternalError().body())
+    assert (answer.status_code, answer.json()) == (500, openai_body(InternalError()))
     assert answer.headers["x-should-retry"] == "false"
     [logged] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert (logged.__dict__["detail"], logged.__dict__["request_id"]) == (MESSAGE, answer.headers["x-request-id"])

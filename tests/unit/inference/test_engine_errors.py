@@ -7,7 +7,8 @@ import pytest
 
 from lmaas.errors import InvalidRequest, RequestFailed
 from lmaas.inference.engine_errors import EngineLost, meaning
-from lmaas.protocols.parameters.request import EngineRequest, read_chat, read_completion
+from lmaas.inference.request import EngineRequest
+from lmaas.protocols.parameters.request import read_chat, read_completion
 
 INTERNAL = "ten_1-" + "a" * 64
 TOOL = {"type": "function", "function": {"name": "f"}}

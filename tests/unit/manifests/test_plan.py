@@ -21,9 +21,9 @@ USUAL = {
     "max_concurrent": None, "tokens_per_month": None, "budget_per_month": None,
 }  # fmt: skip
 MODEL = {
-    "source": "/tiny", "dtype": "float32", "idle_timeout_s": 300, "min_replicas": 0, "max_replicas": 1, "cpus": 1, "accelerators": None,
-    "max_loras": 8, "max_lora_rank": 16, "max_cpu_loras": 64, "max_num_seqs": 16, "max_model_len": 512, "kv_cache_bytes": 2**30,
-    "engine_args": "", "prompt_price": 0, "cached_price": 0, "completion_price": 0, "engine_price": 0,
+    "source": "/tiny", "kind": "generate", "dtype": "float32", "idle_timeout_s": 300, "min_replicas": 0, "max_replicas": 1, "cpus": 1,
+    "accelerators": None, "max_loras": 8, "max_lora_rank": 16, "max_cpu_loras": 64, "max_num_seqs": 16, "max_model_len": 512,
+    "kv_cache_bytes": 2**30, "engine_args": "", "prompt_price": 0, "cached_price": 0, "completion_price": 0, "engine_price": 0,
 }  # fmt: skip
 
 

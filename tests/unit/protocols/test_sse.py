@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmaas.protocols.sse import DONE, Rewriter, comment, data, rewrite_whole
+from lmaas.protocols.sse import DONE, Rewriter, data, rewrite_whole
+from lmaas.protocols.text import ChatCompletions
 
 ENGINE = "ten_3f9c-" + "a1" * 32
 
@@ -78,9 +79,10 @@ def test_streams(chunks: list[bytes], expected: list[bytes]) -> None:
 
 
 def test_events_of_ours() -> None:
-    assert comment("position 3") == b": position 3\n", "an empty line would end an event"
+    waiting = ChatCompletions().waiting(["position 3", "why"])
+    assert waiting == b": position 3\n: why\n", "an empty line would end an event"
     assert data({"a": "ü\n\n"}) == 'data: {"a":"ü\\n\\n"}\n\n'.encode()
-    assert collect([comment("x") + data({"a": 1})]) == [b': x\ndata: {"a":1}'], "one event, whose first line clients skip"
+    assert collect([b": x\n" + data({"a": 1})]) == [b': x\ndata: {"a":1}'], "one event, whose first line clients skip"
 
 
 NASTY = (

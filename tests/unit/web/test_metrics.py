@@ -8,7 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from lmaas.observability import MAX_CODES, GatewayMetrics
-from lmaas.web.routes import CHAT, completions
+from lmaas.protocols.text import ChatCompletions
+from lmaas.web.routes import Endpoint
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -43,10 +44,11 @@ def test_codes_without_end_are_not_kept_apart() -> None:
 
 
 async def test_unexpected_errors_are_counted_too() -> None:
+    protocol = ChatCompletions()
     gateway = Mock(metrics=GatewayMetrics(), authenticate=AsyncMock(side_effect=ZeroDivisionError))
-    scope = {"type": "http", "path": CHAT.path, "method": "POST", "headers": [], "request_id": "req_1"}
+    scope = {"type": "http", "path": protocol.path, "method": "POST", "headers": [], "request_id": "req_1"}
     with pytest.raises(ZeroDivisionError):  # the frame answers it
-        await completions(gateway)[CHAT.path](scope, AsyncMock(), AsyncMock())
+        await Endpoint(gateway, protocol)(scope, AsyncMock(), AsyncMock())
     (family,) = gateway.metrics.refusals.collect()
     (labels,) = [sample.labels for sample in family.samples if sample.name.endswith("_total")]
-    assert labels == {"endpoint": CHAT.path, "kind": "internal", "code": "internal_error"}
+    assert labels == {"endpoint": protocol.path, "kind": "internal", "code": "internal_error"}

@@ -1,99 +1,109 @@
 """What is copied of an answer, and when its end may go on."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from starlette.types import Message
 
+from lmaas.inference.sink import Collected
 from lmaas.observability import GatewayMetrics
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer
 from lmaas.web.call import Call
 from lmaas.web.idempotency import Idempotency, Recorder
 
-EVENT, DONE = b'data: {"choices":[]}\n\n', b"data: [DONE]\n\n"
-STREAM, JSON = b"text/event-stream; charset=utf-8", b"application/json"
+EVENT, END = b'data: {"choices":[]}\n\n', b"data: [DONE]\n\n"
+STREAM, JSON = "text/event-stream; charset=utf-8", "application/json"
 
 
-class Client:
+class Client(Collected):
     """Writes down what reached the client, and `settle`'s answer between it."""
 
     def __init__(self, max_bytes: int = 1000) -> None:
+        super().__init__()
         self.log: list[Any] = []
-        self.recorder = Recorder(self._send, self._settle, max_bytes)
+        self.recorder = Recorder(self, self._settle, max_bytes)
 
-    async def _send(self, message: Message) -> None:
-        self.log.append(message.get("body", message.get("status")))
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        if not self.started:
+            self.log.append(status)
+        await super().start(status, headers)
+
+    async def write(self, chunk: bytes) -> None:
+        self.log.append(chunk)
+
+    async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
+        await super().finish(chunk, complete=complete)
+        self.log.append((chunk, complete))
 
     async def _settle(self, answer: Answer | None) -> None:
         self.log.append(answer)
 
-    async def answer(self, kind: bytes, *parts: bytes, status: int = 200, end: bytes | None = b"", whole: bool = True) -> list[Any]:
-        length = str(len(b"".join(parts) + (end or b"")) if whole else 1).encode()
-        headers = [(b"content-type", kind), *([(b"content-length", length)] if kind == JSON else [])]
-        await self.recorder({"type": "http.response.start", "status": status, "headers": headers})
-        for part in parts:
-            await self.recorder({"type": "http.response.body", "body": part, "more_body": True})
-        if end is not None:
-            await self.recorder({"type": "http.response.body", "body": end, "more_body": False})
+    async def answer(self, kind: str, *parts: bytes, status: int = 200, complete: bool = True) -> list[Any]:
+        await self.recorder.start(status, {"content-type": kind})
+        for part in parts[:-1]:
+            await self.recorder.write(part)
+        await self.recorder.finish(parts[-1], complete=complete)
         return self.log
 
 
-def kept(kind: bytes, body: bytes | None, status: int = 200) -> Answer:
-    return Answer(status, kind.decode(), body)
-
-
-async def test_a_plain_answer_goes_on_when_it_is_kept() -> None:
-    assert await Client().answer(JSON, b"{}") == [kept(JSON, b"{}"), 200, b"{}", b""]
-    assert await Client().answer(JSON, end=b"{}", status=400) == [kept(JSON, b"{}", 400), 400, b"{}"]
-
-
-async def test_a_plain_answer_of_another_length_is_not_kept() -> None:
-    assert await Client().answer(JSON, b"{}", whole=False) == [None, 200, b"{}", b""]
+async def test_an_answers_end_goes_on_when_it_is_kept() -> None:
+    assert await Client().answer(JSON, b"{}") == [200, Answer(200, JSON, b"{}"), (b"{}", True)]
+    assert await Client().answer(JSON, b"{}", status=400) == [400, Answer(400, JSON, b"{}"), (b"{}", True)]
+    stream = [b": queued\n", EVENT, EVENT + END]
+    assert await Client().answer(STREAM, *stream) == [200, *stream[:2], Answer(200, STREAM, b"".join(stream)), (EVENT + END, True)]
 
 
 @pytest.mark.parametrize("status", [404, 429, 500, 502, 503])
 async def test_other_errors_are_not_kept(status: int) -> None:
-    assert await Client().answer(JSON, end=b"{}", status=status) == [None, status, b"{}"]
+    assert await Client().answer(JSON, b"{}", status=status) == [status, None, (b"{}", True)]
 
 
-@pytest.mark.parametrize(
-    ("parts", "end", "before"),
-    [
-        ((EVENT, DONE), b"", [EVENT]),
-        ((EVENT, EVENT + DONE), b"", [EVENT]),
-        ((EVENT, DONE[:5], DONE[5:]), b"", [EVENT, DONE[:5]]),
-        ((EVENT,), DONE, [EVENT]),
-        ((b": queued\n\n", EVENT, DONE), b"", [b": queued\n\n", EVENT]),
-    ],
-)
-async def test_a_streams_end_goes_on_when_it_is_kept(parts: tuple[bytes, ...], end: bytes, before: list[bytes]) -> None:
-    log = await Client().answer(STREAM, *parts, end=end)
-    whole = b"".join(parts) + end
-    assert log[: len(before) + 2] == [200, *before, kept(STREAM, whole)]
-    assert b"".join(log[1 : len(before) + 1] + log[len(before) + 2 :]) == whole
-
-
-async def test_a_stream_without_its_end_is_not_kept() -> None:
+async def test_a_stream_that_ends_with_an_error_is_not_kept() -> None:
     error = b'data: {"error":{}}\n\n'
-    assert await Client().answer(STREAM, EVENT, end=error) == [200, EVENT, None, error]
-    assert await Client().answer(STREAM, EVENT, DONE, end=error) == [200, EVENT, None, DONE, error]
-    assert await Client().answer(STREAM, EVENT, DONE, end=None) == [200, EVENT]
+    assert await Client().answer(STREAM, EVENT, error, complete=False) == [200, EVENT, None, (error, False)]
 
 
 async def test_what_is_too_large_is_passed_on_and_not_kept() -> None:
-    parts = [EVENT] * 10 + [DONE]
-    log = await Client(max_bytes=100).answer(STREAM, *parts)
-    assert log == [200, *parts[:-1], kept(STREAM, None), DONE, b""]
-    assert await Client(max_bytes=4).answer(JSON, b"12345") == [kept(JSON, None), 200, b"12345", b""]
-    assert await Client(max_bytes=5).answer(JSON, b"12345") == [kept(JSON, b"12345"), 200, b"12345", b""]
+    parts = [EVENT] * 10 + [END]
+    assert await Client(max_bytes=100).answer(STREAM, *parts) == [200, *parts[:-1], Answer(200, STREAM, None), (END, True)]
+    assert await Client(max_bytes=4).answer(JSON, b"12345") == [200, Answer(200, JSON, None), (b"12345", True)]
+    assert await Client(max_bytes=5).answer(JSON, b"12345") == [200, Answer(200, JSON, b"12345"), (b"12345", True)]
+
+
+async def test_the_head_is_that_of_the_first_start() -> None:
+    client = Client()
+    await client.recorder.start(200, {"content-type": STREAM})
+    assert await client.answer(JSON, END, status=500) == [200, Answer(200, STREAM, END), (END, True)]
 
 
 async def test_nothing_follows_the_end() -> None:
     client = Client()
     before = list(await client.answer(JSON, b"{}"))
-    await client.recorder({"type": "http.response.body", "body": b"late", "more_body": False})
+    await client.recorder.finish(b"late", complete=False)
     assert client.log == before
+
+
+async def test_the_end_is_sent_even_if_it_cannot_be_kept() -> None:
+    async def fail(_: Answer | None) -> None:
+        raise OSError("no database")
+
+    client = Client()
+    recorder = Recorder(client, fail, 1000)
+    await recorder.start(200, {"content-type": JSON})
+    with pytest.raises(OSError, match="no database"):
+        await recorder.finish(b"{}")
+    assert client.log == [200, (b"{}", True)]
+
+
+async def test_a_client_that_goes_is_noticed_through_the_recorder() -> None:
+    client, left = Client(), []
+    undo = client.recorder.on_gone(lambda: left.append("undone"))
+    client.recorder.on_gone(lambda: left.append("left"))
+    undo()
+    client.cancel()
+    assert left == ["left"]
+    assert client.recorder.gone.is_set()
 
 
 async def test_the_same_body_at_another_address_is_another_request(no_database: Database) -> None:

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from lmaas.errors import InvalidRequest
-from lmaas.protocols.parameters.request import EngineRequest, read_chat, read_completion
+from lmaas.inference.request import EngineRequest
+from lmaas.protocols.parameters.request import TextRequest, read_chat, read_completion
+from lmaas.store.models import BaseModel
 
 USER = {"role": "user", "content": "Hello"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hello"}
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 BOTH = pytest.mark.parametrize(("read", "body"), [(read_chat, CHAT), (read_completion, COMPLETION)], ids=["chat", "completion"])
-Read = Callable[[dict[str, Any]], EngineRequest]
+Read = Callable[[dict[str, Any]], TextRequest]
 
 
 def values(*given: Any) -> tuple[Any, ...]:
@@ -38,6 +40,11 @@ def nested(depth: int) -> dict[str, Any]:
 def schema(value: Any) -> dict[str, Any]:
     """A response format with a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
+
+
+def model(max_model_len: int) -> BaseModel:
+    """A base model with this context."""
+    return BaseModel("mod_1", "base", "no-model", "float32", {}, 16, 8, 8, 16, max_model_len, 2**28, "")
 
 
 def refusal(read: Callable[[dict[str, Any]], object], body: dict[str, Any]) -> tuple[str, str | None]:

@@ -21,6 +21,7 @@ from tests.unit.protocols.parameters.build import (
     chat,
     completion,
     each,
+    model,
     nested,
     refusal,
     schema,
@@ -347,9 +348,9 @@ def test_numbers_of_any_size_reach_the_engine_as_they_are(number: float) -> None
 )
 def test_what_cannot_fit_into_the_context_is_told_before_it_waits(read: Read, body: dict[str, Any], code: str, param: str) -> None:
     request = read(body)
-    request.check_context(101)
+    request.check(model(101))
     with pytest.raises(InvalidRequest) as caught:
-        request.check_context(100)
+        request.check(model(100))
     assert (caught.value.error_code, caught.value.param) == (code, param)
     assert "100 tokens" in caught.value.message
 
@@ -367,7 +368,7 @@ def test_what_cannot_fit_into_the_context_is_told_before_it_waits(read: Read, bo
 )
 def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read(body).check_context(10_000)
+        read(body).check(model(10_000))
     assert (caught.value.error_code, caught.value.param) == ("out_of_range", param)
 
 
@@ -383,8 +384,8 @@ def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: d
     ],
 )
 def test_usual_numbers_of_log_probabilities_are_allowed(read: Read, body: dict[str, Any]) -> None:
-    read(body).check_context(10_000)
+    read(body).check(model(10_000))
 
 
 def test_a_prompt_that_is_cut_may_be_longer_than_the_context() -> None:
-    read_completion(COMPLETION | {"prompt": [1] * 101, "truncate_prompt_tokens": -1}).check_context(100)
+    read_completion(COMPLETION | {"prompt": [1] * 101, "truncate_prompt_tokens": -1}).check(model(100))
