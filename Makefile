@@ -108,9 +108,9 @@ $(VENV)/.installed-chart: requirements/chart.txt | $(VENV)/.installed-$(ENGINE)
 	@$(PIP) install --no-deps -r requirements/chart.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements/dev.txt | $(VENV)/.installed-chart
+$(VENV)/.installed-dev: requirements/dev.txt requirements/agents.txt | $(VENV)/.installed-chart
 	@echo "Installing the development tools ..."
-	@$(PIP) install --no-deps -r requirements/dev.txt
+	@$(PIP) install --no-deps -r requirements/dev.txt -r requirements/agents.txt
 	@touch $@
 
 # Not for `make up`: only LMAAS_PROVISIONER=ray needs it. On CPUs its dependencies are installed already; upstream's engine may lack some.

@@ -103,20 +103,25 @@ def openapi_document() -> dict[str, Any]:
     return openapi.document(openai_paths(openapi.headers(), openapi.error_response), OPENAI_SCHEMAS)
 
 
+def build_inferences(settings: Settings, services: Services, changes: Changes, metrics: GatewayMetrics) -> Inferences:
+    """Build the path of requests. Its `client` must be open, and its `leases` and the `changes` must run, while it serves."""
+    db, client = services.db, EngineClient()
+    leases = Leases(services.scheduler, new_id("gw"))
+    grammars = Grammars(services.redis, client, metrics)
+    return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
+
+
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
-    leases = Leases(services.scheduler, new_id("gw"))
     changes = Changes(functools.partial(change_number, db))
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
     metrics = GatewayMetrics()
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
-    catalog = Catalog(db, changes)
-    client = EngineClient()
-    grammars = Grammars(services.redis, client, metrics)
-    inferences = Inferences(settings, Months(db), catalog, leases, grammars, client, metrics, WaitReasons(db))
+    inferences = build_inferences(settings, services, changes, metrics)
+    leases = inferences.leases
     protocols = [ChatCompletions(), Completions()]
-    gateway = Gateway(settings, authenticate, idempotency, inferences, catalog, metrics, protocols)
+    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:
@@ -130,7 +135,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with client:
+        async with inferences.client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()

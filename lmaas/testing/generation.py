@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -157,27 +158,49 @@ def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
 def called(body: dict[str, Any]) -> tuple[str, str] | None:
     """Return the function to call, with the smallest arguments that its schema allows, or None.
 
-    It is the function that must be called, or the first one if the last message of the conversation is a user's and asks to "use the tool".
+    A call is made if the request asks for one, or if the last message of the conversation is a user's with the words "use the tool". It is
+    the function that the request or this message names. Otherwise it is the first one; after a function's result, the last one, which is
+    how agents let a model hand over its final output.
     """
     tools, choice = body.get("tools"), body.get("tool_choice", "auto")
     if not tools or choice == "none":
         return None
     last = body["messages"][-1]
-    if choice == "auto" and (last["role"] != "user" or "use the tool" not in json.dumps(last["content"]).lower()):
+    said = json.dumps(last.get("content"))
+    if choice == "auto" and (last["role"] != "user" or "use the tool" not in said.lower()):
         return None
-    wanted = choice["function"]["name"] if isinstance(choice, dict) else tools[0]["function"]["name"]
-    function = next(tool["function"] for tool in tools if tool["function"]["name"] == wanted)
-    return wanted, json.dumps(_least(function.get("parameters") or {}))
+    functions = [tool["function"] for tool in tools]
+    wanted = choice["function"]["name"] if isinstance(choice, dict) else None
+    first = functions[-1 if last["role"] == "tool" else 0]
+    function = next((each for each in functions if each["name"] == wanted or (wanted is None and each["name"] in said)), first)
+    return function["name"], json.dumps(least(function.get("parameters") or {}))
 
 
-def _least(schema: dict[str, Any]) -> Any:
-    if "enum" in schema:
-        return schema["enum"][0]
+def formatted(body: dict[str, Any]) -> str | None:
+    """Return the smallest JSON that the format of the request allows, or None if it asks for text."""
+    form = body.get("response_format") or {}
+    if form.get("type") not in ("json_object", "json_schema"):
+        return None
+    return json.dumps(least((form.get("json_schema") or {}).get("schema") or {}))
+
+
+def least(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -> Any:
+    """Return a small value that a schema allows. It covers the schemas that clients' libraries make from types."""
+    definitions = schema.get("$defs", {}) if definitions is None else definitions
+    if "$ref" in schema:
+        return least(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "const" in schema or "enum" in schema:
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    for union in ("anyOf", "oneOf", "allOf"):
+        if union in schema:
+            return least(schema[union][0], definitions)
     kind = schema.get("type", "object")
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: _least(properties.get(name, {})) for name in schema.get("required", ())}
-    return {"string": "x", "integer": 1, "number": 1.5, "boolean": True, "array": []}.get(kind)
+        return {name: least(properties.get(name, {}), definitions) for name in schema.get("required", ())}
+    if kind == "array":
+        return [least(schema.get("items") or {}, definitions)] * (schema.get("minItems") or 0)
+    return {"string": "x", "integer": 1, "number": 1.5, "boolean": True}.get(kind)
 
 
 def write(seed: int, limit: int, body: dict[str, Any], echo: str, chat: bool) -> tuple[tuple[bytes, ...], bytes, bytes]:
@@ -194,6 +217,10 @@ def write(seed: int, limit: int, body: dict[str, Any], echo: str, chat: bool) ->
     reason = b"null"
     if chat:
         pieces = (pieces[0].lstrip(), *pieces[1:])
+    if form := formatted(body):
+        # A token for each word. The limit may cut it off, as on a real engine.
+        words = [json.dumps(word)[1:-1].encode() for word in re.findall(r"\s*\S+", form)]
+        pieces, end = tuple(words[:limit]), b"stop" if len(words) <= limit else b"length"
     stops = body.get("stop") or []
     text = b"".join(pieces) if stops else b""
     found = [(at, stop) for stop in ([stops] if isinstance(stops, str) else stops) if (at := text.find(stop.encode())) >= 0]

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from lmaas.config import Settings
 from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
 from lmaas.http import JsonResponse, api_key, parse_json
-from lmaas.inference.catalog import Catalog, ListedModel
+from lmaas.inference.catalog import ListedModel
 from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.observability import GatewayMetrics
@@ -33,7 +33,6 @@ class Gateway:
     authenticate: Authenticator
     idempotency: Idempotency
     inferences: Inferences
-    catalog: Catalog
     metrics: GatewayMetrics
     protocols: Sequence[AnyProtocol]
 
@@ -110,15 +109,15 @@ def _shown(model: ListedModel) -> dict[str, Any]:
 
 
 async def _list_models(gateway: Gateway, request: Request) -> Response:
-    models = await gateway.catalog.listed(await _tenant(gateway, request))
+    models = await gateway.inferences.catalog.listed(await _tenant(gateway, request))
     return JsonResponse({"object": "list", "data": [_shown(model) for model in models]})
 
 
 async def _get_model(gateway: Gateway, request: Request) -> Response:
     tenant_id, name = await _tenant(gateway, request), request.path_params["model"]
-    served = await gateway.catalog.resolve(tenant_id, name)
+    served = await gateway.inferences.catalog.resolve(tenant_id, name)
     plain = name.partition("@")[0]
-    for model in await gateway.catalog.listed(tenant_id):
+    for model in await gateway.inferences.catalog.listed(tenant_id):
         if model.name == plain:
             created = model.created if name == plain else served.created
             return JsonResponse(_shown(model) | {"id": name, "created": created})

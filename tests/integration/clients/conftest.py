@@ -1,0 +1,63 @@
+"""One gateway with a fake engine for all clients, a tenant, and a recording of what each test's clients send and receive."""
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.integration.clients.checks import check_exchange
+from tests.integration.clients.tap import Exchange, Tap, tapped
+from tests.integration.gateway.stack import Stack, Tenant, running
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a client is told, `url` and `key`, and what a test may look at. The models are `base` and its adapter `pirate`."""
+
+    stack: Stack
+    tenant: Tenant
+    tap: Tap
+    url: str
+    key: str
+
+    @property
+    def openai_url(self) -> str:
+        """The base URL as OpenAI's libraries want it."""
+        return f"{self.url}/v1"
+
+    def exchanges(self, path: str) -> list[Exchange]:
+        """Return what this test's clients exchanged at a path."""
+        return self.tap.to(path)
+
+
+@pytest.fixture(scope="package")
+async def _service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+    async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("stack")) as stack:
+        base, tenant = await stack.model("base"), await stack.tenant()
+        await stack.adapter(tenant, "pirate", base)
+        await stack.replica(base, "--fake-token-ms 1")
+        async with tapped("127.0.0.1", int(stack.url.rpartition(":")[2])) as tap:
+            yield Service(stack, tenant, tap, tap.url, tenant.key)
+
+
+@pytest.fixture
+def service(_service: Service) -> Iterator[Service]:
+    """The service. What its clients have received in this test is checked at the end."""
+    _service.tap.exchanges.clear()
+    yield _service
+    assert not _service.tap.broken
+    for exchange in _service.tap.exchanges:
+        check_exchange(exchange)
+
+
+@pytest.fixture
+def environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
+    """The service, of which clients learn from the variables that their documentation names."""
+    for name, value in {
+        "OPENAI_BASE_URL": service.openai_url,
+        "OPENAI_API_KEY": service.key,
+        "ANTHROPIC_BASE_URL": service.url,
+        "ANTHROPIC_API_KEY": service.key,
+    }.items():
+        monkeypatch.setenv(name, value)
+    return service

@@ -1,0 +1,62 @@
+"""LangChain, with its packages for OpenAI and for Anthropic."""
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+
+from tests.integration.clients.conftest import Service
+from tests.integration.clients.things import CALL, Trip, Weather
+
+weather = tool("weather", Weather().__call__)
+
+
+def _chat() -> BaseChatModel:
+    return ChatOpenAI(model="base")
+
+
+MODELS = {"chat": _chat}
+
+
+@pytest.fixture(params=MODELS)
+def model(environment: Service, request: pytest.FixtureRequest) -> BaseChatModel:
+    return MODELS[request.param]()
+
+
+async def test_an_answer_and_a_stream(model: BaseChatModel) -> None:
+    answer = await model.ainvoke("Hello.")
+    assert answer.text
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == len(answer.text.split())
+    pieces = [piece async for piece in model.astream("Hello.")]
+    whole: Any = sum(pieces[1:], pieces[0])
+    assert whole.text == answer.text
+    assert len(pieces) > 3
+
+
+async def test_a_conversation_with_a_tool(model: BaseChatModel) -> None:
+    able = model.bind_tools([weather])
+    messages: list[Any] = [HumanMessage(CALL)]
+    for streamed in (False, True):
+        if streamed:
+            pieces = [piece async for piece in able.astream(messages)]
+            asked: Any = sum(pieces[1:], pieces[0])
+        else:
+            asked = await able.ainvoke(messages)
+        (call,) = asked.tool_calls
+        result = await weather.ainvoke(call)
+        assert isinstance(result, ToolMessage)
+        messages += [asked, result]
+        final = await able.ainvoke(messages)
+        assert final.text
+        assert not getattr(final, "tool_calls", None)
+        messages += [final, HumanMessage(CALL)]
+
+
+async def test_structured_output(model: BaseChatModel) -> None:
+    trip = await model.with_structured_output(Trip).ainvoke("Plan a trip.")
+    assert isinstance(trip, Trip)
+    assert trip.first.days == 1

@@ -1,0 +1,43 @@
+"""Pydantic AI, with its model classes for OpenAI's chat and responses and for Anthropic's messages."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from pydantic_ai import Agent
+from pydantic_ai.models import Model
+from pydantic_ai.models.openai import OpenAIChatModel
+
+from tests.integration.clients.conftest import Service
+from tests.integration.clients.things import CALL, Trip, Weather
+
+MODELS = {"chat": OpenAIChatModel}
+
+
+@pytest.fixture(params=MODELS)
+async def model(environment: Service, request: pytest.FixtureRequest) -> AsyncIterator[Model]:
+    async with MODELS[request.param]("base") as model:
+        yield model
+
+
+async def test_an_answer_and_a_stream(model: Model) -> None:
+    agent = Agent(model, instructions="Be brief.")
+    answer = await agent.run("Hello.")
+    assert answer.usage.output_tokens == len(answer.output.split())
+    async with agent.run_stream("Hello.") as stream:
+        pieces = [piece async for piece in stream.stream_text(delta=True, debounce_by=None)]
+    assert "".join(pieces) == answer.output
+    assert len(pieces) > 3
+
+
+async def test_a_tool_and_a_structured_output(model: Model) -> None:
+    weather = Weather()
+    agent = Agent(model, output_type=Trip)
+    agent.tool_plain(name="weather")(weather.__call__)
+    answer = await agent.run(CALL)
+    assert answer.output.first.days == 1
+    assert weather.asked == [("x", 1)]
+    again = await agent.run(CALL, message_history=answer.all_messages())
+    assert again.output == answer.output
+    async with agent.run_stream(CALL) as stream:
+        assert await stream.get_output() == answer.output
+    assert len(weather.asked) == 3
