@@ -37,11 +37,19 @@ from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.grammars import Grammars
+from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.observability import GatewayMetrics
+from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
+from lmaas.protocols.messages.openapi import messages_paths
+from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
 from lmaas.protocols.openapi import openai_paths
+from lmaas.protocols.pooling.embeddings import Embeddings
+from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
+from lmaas.protocols.pooling.openapi import pooling_paths
+from lmaas.protocols.pooling.ranking import Rerank, Score
 from lmaas.protocols.text import ChatCompletions, Completions
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
@@ -100,7 +108,10 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
 
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
-    return openapi.document(openai_paths(openapi.headers(), openapi.error_response), OPENAI_SCHEMAS)
+    common = openapi.headers(), openapi.error_response
+    return openapi.document(
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS
+    )
 
 
 def build_inferences(settings: Settings, services: Services, changes: Changes, metrics: GatewayMetrics) -> Inferences:
@@ -120,7 +131,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
-    protocols = [ChatCompletions(), Completions()]
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages()]
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 

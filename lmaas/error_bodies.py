@@ -1,20 +1,26 @@
 """The bodies of error responses, by the protocol of the client."""
 
+import re
 from typing import Any
 
 from lmaas.errors import InternalError, LmaasError, SettingsError
 
-#: Anthropic's error types by HTTP status. Others are `invalid_request_error` below 500, and `api_error` from 500 on.
+#: Anthropic's status for each of ours that it does not use: an engine that failed, and a service without capacity.
+_ANTHROPIC_STATUSES = {502: 500, 503: 529}
+#: Anthropic's error types by its status. Others are `invalid_request_error` below 500, and `api_error` from 500 on.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     402: "billing_error",
     403: "permission_error",
     404: "not_found_error",
+    409: "conflict_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    503: "overloaded_error",
     504: "timeout_error",
+    529: "overloaded_error",
 }
+#: The counts in the message of a prompt that is too long.
+_CONTEXT = re.compile(r"maximum context length is (\d+) tokens\..*?((?:at least )?\d+)(?: input)? tokens", re.DOTALL)
 
 
 def _shown(error: LmaasError) -> LmaasError:
@@ -28,22 +34,44 @@ def openai_body(error: LmaasError) -> dict[str, Any]:
     return {"error": {"message": shown.message, "type": shown.type, "param": shown.param, "code": shown.error_code}}
 
 
+def anthropic_status(error: LmaasError) -> int:
+    """Return the HTTP status of an error for Anthropic's clients."""
+    status = int(_shown(error).status)
+    return _ANTHROPIC_STATUSES.get(status, status)
+
+
 def anthropic_type(error: LmaasError) -> str:
     """Return Anthropic's type of an error."""
-    status = int(error.status)
+    status = anthropic_status(error)
     return _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
-def anthropic_status(error: LmaasError) -> int:
-    """Return the HTTP status that Anthropic's clients expect for an error: 529 for a service without capacity, 500 for a failed engine."""
-    return {503: 529, 502: 500}.get(int(error.status), int(error.status))
+def anthropic_message(error: LmaasError) -> str:
+    """Return the message of an error in Anthropic's form, which begins with the field that is wrong: `messages.0.content: …`.
+
+    A prompt that is too long has Anthropic's words, by which Claude Code recognises that it must shorten the conversation.
+    """
+    if error.error_code == "context_length_exceeded":
+        found = _CONTEXT.search(error.message)
+        counts = f": {found[2]} tokens > {found[1]} maximum" if found else ""
+        return f"prompt is too long{counts}. {error.message}"
+    if error.param is None:
+        return error.message
+    named = f"'{error.param}' "
+    return f"{error.param}: {error.message.removeprefix(named)}"
 
 
 def anthropic_body(error: LmaasError, request_id: str) -> dict[str, Any]:
-    """Return Anthropic's error object: `{"type": "error", "error": {"type", "message"}, "request_id"}`.
+    """Return Anthropic's error object: `{"type": "error", "error": {"type", "message", "details"}, "request_id"}`.
 
     `code` and `param`, which Anthropic's errors lack, are added to the inner object: its clients ignore fields that they do not know.
     """
     shown = _shown(error)
-    inner = {"type": anthropic_type(error), "message": shown.message, "code": shown.error_code, "param": shown.param}
+    inner = {
+        "type": anthropic_type(error),
+        "message": anthropic_message(shown),
+        "code": shown.error_code,
+        "param": shown.param,
+        "details": {"error_code": shown.error_code},
+    }
     return {"type": "error", "error": inner, "request_id": request_id}

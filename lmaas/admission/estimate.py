@@ -16,7 +16,7 @@ def estimate(parameters: dict[str, Any], prompts: int, max_model_len: int) -> tu
     if "messages" in parameters:
         size = sum(_message(message) for message in parameters["messages"])
         if tools := parameters.get("tools"):
-            size += _text(json.dumps(tools))
+            size += text_tokens(json.dumps(tools))
     else:
         size = _prompt(parameters["prompt"])
     kept = parameters.get("truncate_prompt_tokens", -1)
@@ -26,7 +26,8 @@ def estimate(parameters: dict[str, Any], prompts: int, max_model_len: int) -> tu
     return size, max(1, min(limit, max_model_len)) * prompts * parameters.get("n", 1)
 
 
-def _text(text: str) -> int:
+def text_tokens(text: str) -> int:
+    """Return an estimate of the tokens of a text."""
     return len(text) // CHARACTERS_PER_TOKEN + 1 if text.isascii() else len(text) + 1
 
 
@@ -34,17 +35,17 @@ def _message(message: dict[str, Any]) -> int:
     content = message.get("content")
     size = MESSAGE_TOKENS
     if isinstance(content, str):
-        size += _text(content)
+        size += text_tokens(content)
     elif content is not None:
-        size += sum(_text(part["text"]) for part in content)
+        size += sum(text_tokens(part["text"]) for part in content)
     if calls := message.get("tool_calls"):
-        size += _text(json.dumps(calls))
+        size += text_tokens(json.dumps(calls))
     return size
 
 
 def _prompt(prompt: Any) -> int:
     if isinstance(prompt, str):
-        return _text(prompt)
+        return text_tokens(prompt)
     if isinstance(prompt[0], int):
         return len(prompt)
     return sum(_prompt(part) for part in prompt)

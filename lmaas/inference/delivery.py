@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import aiohttp
 
 from lmaas.engine.client import CONNECTION_ERRORS, EngineClient, EngineError
-from lmaas.errors import RequestFailed
+from lmaas.errors import InvalidRequest, RequestFailed
 from lmaas.inference.engine_errors import EngineLost, meaning
 from lmaas.inference.protocol import Answer, AnyInference
 from lmaas.inference.sink import STREAM_HEADERS, Sink
@@ -81,6 +81,11 @@ class Delivery:
                     rest = await self._send(lease, inference.request.body(inference.engine_name, opened.ticket.tenant, part))
             except CONNECTION_ERRORS as error:
                 raise EngineLost(RetryReason.ENGINE, repr(error)) from error
+            except (InvalidRequest, RequestFailed):
+                if not inference.request.stream:
+                    # If a later part was refused, the client gets nothing of the earlier ones, and is not charged for them.
+                    inference.record.count({})
+                raise
             finally:
                 forget_abort()
                 for task in background:
@@ -109,8 +114,9 @@ class Delivery:
         deadline = asyncio.get_running_loop().time() + ABORT_GRACE_S
         while asyncio.get_running_loop().time() < deadline:
             # More than once, because the request may reach the engine after the first abort.
-            with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
-                await self._client.abort(lease.url, ids)
+            if ids:
+                with contextlib.suppress(EngineError, *CONNECTION_ERRORS):
+                    await self._client.abort(lease.url, ids)
             await asyncio.sleep(ABORT_AGAIN_S)
         interrupt.fire("the client has gone")
 

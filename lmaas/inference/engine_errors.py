@@ -19,6 +19,10 @@ _GRAMMAR = re.compile(
 )
 #: How vLLM's sampling parameters begin their messages, for which it names no parameter.
 _RULE = re.compile(r"`?(\w+)`? (?:must|cannot)\b")
+#: What vLLM says of `dimensions`, for which it names no parameter, and of an input that its tokenizer makes nothing of.
+_FIXED_LENGTH = "does not support Matryoshka embeddings"
+_DIMENSIONS = re.compile(r"Model \S+ only supports (?:Matryoshka )?dimensions")
+_NO_TOKENS = "The decoder prompt cannot be empty"
 _MAX_MESSAGE = 500
 
 
@@ -69,6 +73,14 @@ def _refusal(message: str, param: str | None, engine_name: str, request: EngineR
     rule = _RULE.match(message) if param is None else None
     if rule and request.clients_name(rule[1]):
         code, name = "out_of_range", request.clients_name(rule[1])
+    elif _FIXED_LENGTH in message:
+        code, name = "unsupported_parameter", request.clients_name("dimensions")
+        text = f"The vectors of the model '{request.model}' have a fixed length, so '{name}' is not supported. Remove it from the request."
+    elif _DIMENSIONS.match(message):
+        code, name = "out_of_range", request.clients_name("dimensions")
+    elif message.startswith(_NO_TOKENS):
+        code, name = "empty_input", request.prompt_field
+        text = f"'{name}' has a text without a token. Leave it out."
     elif message.startswith("Token id "):
         code, name = "out_of_range", request.prompt_field
     elif blamed in ("max_tokens", "max_completion_tokens", "min_tokens", "truncate_prompt_tokens", "dimensions"):

@@ -39,6 +39,15 @@ class Answer(ABC):
     def usage(self) -> dict[str, Any] | None:
         """The engine's `usage` object so far: totals of the request, with the names of OpenAI's chat completions."""
 
+    @property
+    def usage_if_left(self) -> dict[str, Any]:
+        """What the engine has counted of a request whose receiver went away.
+
+        The engine reports the prompt's tokens of a request that was cut before its first token, but has not finished or counted them.
+        """
+        usage = self.usage or {}
+        return usage if usage.get("completion_tokens") else {}
+
     @abstractmethod
     def feed(self, chunk: bytes) -> bytes:
         """Return the client's events that these bytes complete, without those of the end."""

@@ -91,9 +91,7 @@ class Inferences:
             await inference.protocol.keep(inference)
             await _finish(inference, sink, rest)
         except ReceiverGone:
-            if record.completion_tokens == 0:
-                # The request was cut before its first token. The engine reports the prompt's tokens, but has not finished or counted them.
-                record.count({})
+            record.count(inference.answer.usage_if_left)
         except LmaasError as error:
             # Past its deadline a request has expired; everything else that ends here has failed.
             expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code

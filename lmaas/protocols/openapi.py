@@ -1,6 +1,7 @@
 """The part of the OpenAPI document for OpenAI's endpoints and those for load balancers. The parameters follow from their table."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from lmaas.protocols.parameters import checks
@@ -18,6 +19,7 @@ _LIST_OF_TEXT: Schema = {"type": "array", "items": _TEXT}
 _TOKEN_IDS: Schema = {"type": "array", "items": _COUNT}
 _MAYBE_IDS: Schema = {"type": ["array", "null"], "items": _COUNT}
 
+_WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
 #: The types of parameters that have their own reader, which contains the rest of the rule.
 _OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}},
@@ -43,7 +45,7 @@ _OWN: dict[str, Schema] = {
 }
 
 
-def _reader_schema(item: Parameter) -> Schema:
+def _reader_schema(item: Parameter, own: Mapping[str, Schema]) -> Schema:
     read = item.read
     if read is checks.boolean:
         return _FLAG
@@ -53,14 +55,14 @@ def _reader_schema(item: Parameter) -> Schema:
         if read.func in (checks.read_number, checks.read_integer):
             kind = "integer" if read.func is checks.read_integer else "number"
             return {"type": kind, "minimum": read.args[0], "maximum": read.args[1]}
-    return _OWN.get(item.name, {})
+    return own.get(item.name, {})
 
 
-def _parameter(item: Parameter) -> Schema:
+def _parameter(item: Parameter, own: Mapping[str, Schema]) -> Schema:
     if item.treatment is Treatment.REFUSED:
         words = f"Refused, except for values that ask for nothing: {item.rule}."
         return {"enum": [*item.neutral, None], "description": words}
-    schema = _reader_schema(item)
+    schema = _reader_schema(item, own)
     if "type" in schema:
         kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         schema = schema | {"type": [*kinds, "null"]}
@@ -72,11 +74,12 @@ def _parameter(item: Parameter) -> Schema:
     return schema | {"description": words}
 
 
-def _request(table: Table) -> Schema:
-    properties = {item.name: _parameter(item) for item in table.parameters}
+def request_schema(table: Table, words: str, own: Mapping[str, Schema]) -> Schema:
+    """Return the schema of an endpoint's requests. `own` has the types of parameters whose readers do not tell them."""
+    properties = {item.name: _parameter(item, own) for item in table.parameters}
     return {
         "type": "object",
-        "description": "OpenAI's parameters and those of vLLM that are safe to forward. Null means that a parameter was not given.",
+        "description": f"{words} Null means that a parameter was not given.",
         "properties": {"model": _TEXT | {"description": "A base model, an adapter, or a version of one as name@version."}} | properties,
         "required": ["model", *table.required],
         "additionalProperties": False,
@@ -135,8 +138,8 @@ SCHEMAS: dict[str, Schema] = {
         tool_calls=_TOOL_CALLS,
         tool_call_id=_MAYBE_TEXT,
     ),
-    "ChatRequest": _request(CHAT),
-    "CompletionRequest": _request(COMPLETION),
+    "ChatRequest": request_schema(CHAT, _WORDS, _OWN),
+    "CompletionRequest": request_schema(COMPLETION, _WORDS, _OWN),
     "TokenUsage": _object(
         ("prompt_tokens", "completion_tokens", "total_tokens"),
         prompt_tokens=_COUNT,
@@ -176,7 +179,7 @@ SCHEMAS: dict[str, Schema] = {
     },
 }
 
-_IDEMPOTENCY_KEY: Schema = {
+IDEMPOTENCY_KEY: Schema = {
     "name": "Idempotency-Key",
     "in": "header",
     "required": False,
@@ -184,7 +187,7 @@ _IDEMPOTENCY_KEY: Schema = {
     "description": "The request runs once: for 24 hours the tenant's other requests with this key and the same body get the same answer, "
     "at no cost. A failed request, or one whose answer was not read to its end, is not kept and runs anew.",
 }
-_RATE_LIMITS = {
+RATE_LIMITS = {
     f"x-ratelimit-{what}-{unit}": {"description": f"{words} of the limit of {unit} per minute, if there is one.", "schema": _TEXT}
     for unit in ("requests", "tokens")
     for what, words in (("limit", "The value"), ("remaining", "What is left"), ("reset", "When all is available again:"))
@@ -194,7 +197,8 @@ _STREAM = (
     "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
     "in the queue."
 )
-_ERRORS = {
+#: What the error responses of OpenAI's endpoints mean, by status.
+ERRORS = {
     "400": "The request is malformed, or asks for something not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
     "401": "The API key is missing or not valid (`invalid_api_key`).",
     "403": "An operator's key cannot call models (`insufficient_permissions`).",
@@ -213,7 +217,7 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    errors = {status: error(words) for status, words in _ERRORS.items()} | {"default": error("Another error.")}
+    errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
     few = {status: errors[status] for status in ("401", "403", "404", "default")}
 
     def done(name: str, more: Schema | None = None, stream: str | None = None) -> Schema:
@@ -230,12 +234,12 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
                 "operationId": operation_id,
                 "summary": summary,
                 "tags": ["openai"],
-                "parameters": [_IDEMPOTENCY_KEY],
+                "parameters": [IDEMPOTENCY_KEY],
                 "requestBody": {
                     "required": True,
                     "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}},
                 },
-                "responses": {"200": done(answer, _RATE_LIMITS | replayed, chunk)} | errors,
+                "responses": {"200": done(answer, RATE_LIMITS | replayed, chunk)} | errors,
             }
         }
 

@@ -3,7 +3,7 @@
 `tests/system/engine/test_contract.py` makes the same assertions about it and about vLLM. It accepts vLLM's command line and some `--fake-*`
 arguments. Every `--fake-token-ms`, each running sequence generates one token, which is a word. The words depend only on the model's name
 and the prompt, so two adapters give visibly different text. Up to `--max-num-seqs` sequences run at once, with at most `--max-loras`
-adapters; others wait.
+adapters; others wait. With `--runner pooling` it embeds instead: each input takes one step.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.grammars.verdict import DETOKENIZE, Prompt, Tokens
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.generation import Engine, Sequence, called, prompt_blocks, write
+from lmaas.testing.pooling import Pooling, PoolingAnswer
 from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")
@@ -95,8 +96,7 @@ class Completions:
                 self._engine.finish(sequence, b"abort")
 
     async def _watch(self, receive: Receive, sequences: list[Sequence]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _hung_up(receive)
         for sequence in sequences:
             self._engine.finish(sequence, b"abort")
 
@@ -166,6 +166,40 @@ class Completions:
                 choices.append(Sequence(choice + len(prompts) * count, model, size, blocks, pieces, end, stop, wake, call=call))
             prompts.append(choices)
         return prompts
+
+
+class Pooled:
+    """An ASGI endpoint of a pooling engine."""
+
+    def __init__(self, answer: PoolingAnswer, accept_s: float, poison: bytes) -> None:
+        self._answer, self._accept_s, self._poison = answer, accept_s, poison
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. It ends if the client disconnects."""
+        request = Request(scope, receive)
+        text = await request.body()
+        if self._poison and self._poison in text:
+            os.abort()
+        if FAILS_ON in text:
+            raise Refused(500, "InternalServerError", "maximum recursion depth exceeded while calling a Python object")
+        body = _parse(text)
+        await asyncio.sleep(self._accept_s)
+        working = asyncio.ensure_future(self._answer(request, body))
+        watching = asyncio.create_task(_hung_up(receive))
+        try:
+            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                answer = working.result()
+                await _start(send, 500 if answer is None else 200, b"application/json")
+                await send({"type": "http.response.body", "body": compact(DIED.body) if answer is None else answer})
+        finally:
+            working.cancel()
+            watching.cancel()
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -258,8 +292,27 @@ async def _metrics(engine: Engine, _: Request) -> Response:
     return PlainTextResponse(engine.metrics())
 
 
-def build(engine: Engine, accept_s: float, poison: bytes) -> Starlette:
-    """Return the server's application."""
+def _generating(engine: Engine, accept_s: float, poison: bytes) -> list[Route]:
+    return [
+        Route("/v1/chat/completions", Completions(engine, accept_s, poison, chat=True), methods=["POST"]),
+        Route("/v1/completions", Completions(engine, accept_s, poison, chat=False), methods=["POST"]),
+        Route("/inference/v1/abort_requests", partial(_abort, engine), methods=["POST"]),
+    ]
+
+
+def _pooling(pooling: Pooling, accept_s: float, poison: bytes) -> list[Route]:
+    answers = {
+        "/v1/embeddings": pooling.embeddings,
+        "/score": pooling.scores,
+        "/v1/score": pooling.scores,
+        "/rerank": pooling.ranking,
+        "/v1/rerank": pooling.ranking,
+    }
+    return [Route(path, Pooled(answer, accept_s, poison), methods=["POST"]) for path, answer in answers.items()]
+
+
+def build(engine: Engine, accept_s: float, poison: bytes, pooling: Pooling | None = None) -> Starlette:
+    """Return the server's application: one that embeds with `pooling`, otherwise one that generates."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -269,9 +322,7 @@ def build(engine: Engine, accept_s: float, poison: bytes) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", Completions(engine, accept_s, poison, chat=True), methods=["POST"]),
-            Route("/v1/completions", Completions(engine, accept_s, poison, chat=False), methods=["POST"]),
-            Route("/inference/v1/abort_requests", partial(_abort, engine), methods=["POST"]),
+            *(_generating(engine, accept_s, poison) if pooling is None else _pooling(pooling, accept_s, poison)),
             Route("/v1/load_lora_adapter", partial(_load, engine), methods=["POST"]),
             Route("/v1/unload_lora_adapter", partial(_unload, engine), methods=["POST"]),
             Route("/v1/models", partial(_models, engine)),
@@ -306,6 +357,8 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-loras", type=int, default=8)
+    parser.add_argument("--runner", default="generate")
+    parser.add_argument("--hf-overrides", type=json.loads, default={}, help="`is_matryoshka` lets requests choose their dimensions")
     parser.add_argument("--fake-token-ms", type=float, default=5.0, help="time of one step, in which every running sequence makes a token")
     parser.add_argument("--fake-accept-ms", type=float, default=0.0, help="time until a request is queued, as for reading a long prompt")
     parser.add_argument("--fake-start-ms", type=float, default=0.0, help="time until the port opens")
@@ -319,8 +372,10 @@ def main() -> None:
     engine = Engine(name, given.max_model_len, given.max_num_seqs, given.max_loras, given.fake_token_ms / 1000)
     if given.fake_truth is not None:
         engine.truth = TruthLog(given.fake_truth)
+    matryoshka = bool(given.hf_overrides.get("is_matryoshka"))
+    pooling = Pooling(engine, Refused, matryoshka=matryoshka) if given.runner == "pooling" else None
     config = uvicorn.Config(
-        build(engine, given.fake_accept_ms / 1000, given.fake_poison.encode()),
+        build(engine, given.fake_accept_ms / 1000, given.fake_poison.encode(), pooling),
         host=given.host,
         port=given.port,
         log_level="warning",

@@ -21,7 +21,10 @@ WORDS = _WORDS + _WORDS
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one prompt. `pieces` is its whole text, one piece per token. `made` of them are generated and `sent` are sent."""
+    """One choice of one prompt. `pieces` is its whole text, one piece per token. `made` of them are generated and `sent` are sent.
+
+    A sequence without pieces is an input of a pooling engine, which generates nothing: it ends with its first step.
+    """
 
     index: int
     model: str
@@ -68,7 +71,7 @@ class Engine:
         """Queue sequences in the order of their arrival."""
         for sequence in sequences:
             self._waiting.append(sequence)
-            if self.truth is not None:
+            if self.truth is not None and sequence.pieces:
                 self.truth(sequence)
         self._arrived.set()
 
@@ -123,6 +126,11 @@ class Engine:
                     break
                 sequence.cached_tokens += BLOCK
             self._cache.update(sequence.blocks)
+        if not sequence.pieces:
+            if self.truth is not None:
+                self.truth(sequence)
+            self.finish(sequence, b"stop")
+            return
         sequence.made += 1
         self.generated_tokens += 1
         if self.truth is not None:

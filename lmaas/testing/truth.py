@@ -11,6 +11,8 @@ from lmaas.testing.generation import Sequence
 class TruthLog:
     """Appends one line for each state of each sequence: `pid request index prompt made seconds`.
 
+    An input of a pooling engine has one line, once it is computed, with the index -1.
+
     Each line is written before a client can see the token, with one system call that the kernel appends atomically. Several engines can
     therefore share a file, and no line is lost in a buffer when the process is killed. Seconds are wall-clock time since the epoch.
     """
@@ -21,7 +23,8 @@ class TruthLog:
 
     def __call__(self, sequence: Sequence) -> None:
         """Write the current state of a sequence."""
-        facts = (self._pid, sequence.request, sequence.index, sequence.prompt_tokens, sequence.made, time.time())
+        index = sequence.index if sequence.pieces else -1
+        facts = (self._pid, sequence.request, index, sequence.prompt_tokens, sequence.made, time.time())
         os.write(self._file, b"%d %s %d %d %d %.3f\n" % (facts[0], facts[1].encode(), *facts[2:]))
 
 
@@ -51,6 +54,9 @@ def read_truth(path: Path) -> dict[str, list[Delivery]]:
     for line in path.read_text().splitlines():
         pid, request, index, prompt, made, at = line.split(" ")
         delivery = found.setdefault(request, {}).setdefault(int(pid), Delivery(int(pid), request))
+        if index == "-1":
+            delivery.prompt_tokens += int(prompt)
+            continue
         moments = delivery.made.setdefault(int(index), [])
         if int(made) == 0:
             # A prompt with several choices counts once. The readers of this file send requests with one prompt only.

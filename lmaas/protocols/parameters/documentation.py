@@ -4,7 +4,11 @@ import json
 import sys
 from dataclasses import dataclass
 
+from lmaas.protocols.messages.table import COUNT_TOKENS, MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
+from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
+from lmaas.protocols.pooling.ranking import RERANK, SCORE
+from lmaas.protocols.responses.parameters import TABLE as RESPONSES
 
 _INTRODUCTION = """\
 # Request parameters
@@ -60,6 +64,15 @@ _NOTES = """\
 - `max_tokens` or `max_completion_tokens` above the model's context is `out_of_range`; a prompt that is too long is
   `context_length_exceeded`.
 """
+_POOLING_NOTES = """\
+[Embeddings](embeddings.md) describes inputs, truncation, base64, dimensions, scores and usage.
+"""
+_MESSAGES_NOTES = """\
+[Messages](messages.md) describes blocks, thinking, streams, usage and errors.
+"""
+_RESPONSES_NOTES = """\
+[responses.md](responses.md) describes the items, the events and what is stored.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,12 @@ class Group:
 
 
 #: The sections of the page.
-GROUPS = (Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),)
+GROUPS = (
+    Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),
+    Group("Embeddings, rankings and scores", (EMBEDDINGS, RERANK, SCORE), _POOLING_NOTES),
+    Group("Responses", (RESPONSES,), _RESPONSES_NOTES),
+    Group("Messages", (MESSAGES, COUNT_TOKENS), _MESSAGES_NOTES),
+)
 #: The tables of all protocols.
 TABLES = tuple(table for group in GROUPS for table in group.tables)
 

@@ -98,13 +98,13 @@ def _content(where: str, content: Any) -> Any:
     for part in content:
         if part is None:
             continue
-        text = part if isinstance(part, str) else _part(where, part)
+        text = part if isinstance(part, str) else part_text(where, part)
         if text is not None:
             parts.append({"type": "text", "text": text})
     return parts or ""
 
 
-def _part(where: str, part: Any) -> str | None:
+def part_text(where: str, part: Any) -> str | None:
     """Return the text of a part, None if it has none. What a client's library keeps beside it, such as `cache_control`, has no effect."""
     if not isinstance(part, dict):
         raise wrong_type(where, "a string or a list of text parts")

@@ -11,7 +11,7 @@ from lmaas.protocols.parameters.enforceable import enforceable
 
 MAX_TOOLS = 128
 #: A name stands inside the JSON that a model writes for a call, so it must need no escapes.
-_NAME = re.compile(r'[^\x00-\x1f"\\]{1,256}')
+FUNCTION_NAME = re.compile(r'[^\x00-\x1f"\\]{1,256}')
 _CHOICES = ("none", "auto", "required")
 _CHOICE_RULE = "'none', 'auto', 'required', a function that is among the tools, or 'allowed_tools'"
 #: What may decide a schema's type when `type` is missing.
@@ -69,7 +69,7 @@ def _function(name: str, function: Any) -> dict[str, Any]:
         raise wrong_type(name, "a list of tools of the type 'function', each with a 'function' object")
     given = without_nulls(function)
     found: dict[str, Any] = {key: given[key] for key in ("name", "description", "parameters", "strict") if key in given}
-    if not isinstance(found.get("name"), str) or not _NAME.fullmatch(found["name"]):
+    if not isinstance(found.get("name"), str) or not FUNCTION_NAME.fullmatch(found["name"]):
         raise wrong_type(name, "a list of functions whose names are strings of 1 to 256 characters without quotes and backslashes")
     if not isinstance(found.get("description", ""), str):
         raise wrong_type(name, "a list of functions whose descriptions are strings")

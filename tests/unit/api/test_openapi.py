@@ -11,7 +11,10 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api.shapes import models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
+from lmaas.protocols.messages.table import MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION
+from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
+from lmaas.protocols.pooling.ranking import RERANK, SCORE
 from lmaas.states import START_PHASES, EnginePhase
 from lmaas.types import Limits
 
@@ -19,6 +22,10 @@ SPEC = openapi_document()
 OTHERS = {
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/messages", "POST"),
+    ("/v1/embeddings", "POST"),
+    ("/v1/rerank", "POST"),
+    ("/v1/score", "POST"),
     *((path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")),
 }
 
@@ -45,7 +52,7 @@ def test_nothing_in_it_is_left_over() -> None:
 
 
 def test_our_objects_have_no_other_fields() -> None:
-    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage"}
+    theirs = {"ChatMessage", "ChatCompletion", "ChatCompletionChunk", "Completion", "CompletionChunk", "TokenUsage", "InputMessage"}
     for name, schema in SPEC["components"]["schemas"].items():
         if schema.get("type") == "object" and name not in theirs:
             assert schema["additionalProperties"] is False, name
@@ -74,8 +81,12 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
     assert usage.EngineMs.__struct_fields__ == ("total", *EnginePhase)
 
 
+#: The schemas of the requests that generate nothing, and their tables.
+POOLING = (("EmbeddingsRequest", EMBEDDINGS), ("RerankRequest", RERANK), ("ScoreRequest", SCORE))
+
+
 def test_every_parameter_of_the_gateway_is_described() -> None:
-    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION)):
+    for name, table in (("ChatRequest", CHAT), ("CompletionRequest", COMPLETION), ("MessagesRequest", MESSAGES), *POOLING):
         schema = SPEC["components"]["schemas"][name]
         assert set(schema["properties"]) == {"model", *table.by_name}
         untyped = {

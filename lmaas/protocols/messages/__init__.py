@@ -1,0 +1,1 @@
+"""Anthropic's Messages protocol, translated to chats: requests, streams, whole answers."""

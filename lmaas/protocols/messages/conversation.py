@@ -1,0 +1,144 @@
+"""The messages of a request, as clients send them and as an engine receives them.
+
+Every message that the service returned is accepted back. Fields without a meaning here, such as `cache_control`, have no effect.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmaas.errors import InvalidRequest
+from lmaas.protocols.messages.blocks import joined, not_supported, read_blocks, string, system_text, text_of
+from lmaas.protocols.parameters.checks import boolean, wrong_type
+from lmaas.protocols.parameters.messages import arguments_text
+
+MAX_MESSAGES = 10_000
+_ROLES = ("user", "assistant", "system")
+#: Put before the result of a tool that has failed, because a chat's messages have no field for that.
+_FAILED = "Error: "
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A conversation that has been read."""
+
+    #: For the engine.
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    #: The last message is an assistant's, whose text the answer continues.
+    prefilled: bool = False
+    #: The names of tools that the conversation uses or refers to.
+    tools: set[str] = field(default_factory=set)
+
+
+def read_conversation(name: str, value: Any) -> Conversation:
+    """Return the messages for the engine. Messages of the same role that follow each other are one."""
+    if not isinstance(value, list):
+        raise wrong_type(name, "a list of messages")
+    if not value:
+        raise InvalidRequest(f"'{name}' must have at least one message.", code="empty_prompt", param=name)
+    if len(value) > MAX_MESSAGES:
+        raise InvalidRequest(f"'{name}' has {len(value)} messages; at most {MAX_MESSAGES} are allowed.", code="out_of_range", param=name)
+    found = Conversation()
+    for number, message in enumerate(value):
+        where = f"{name}.{number}"
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _ROLES:
+            raise wrong_type(where, f"an object whose role is one of: {', '.join(_ROLES)}")
+        _READERS[role](found, f"{where}.content", read_blocks(f"{where}.content", message.get("content")))
+    last = found.messages[-1]
+    if last["role"] == "assistant":
+        if not last["content"] or last.get("tool_calls"):
+            raise InvalidRequest(
+                f"'{name}' ends with an assistant message that has no text to be continued. End it with a user message.",
+                param=f"{name}.{len(value) - 1}",
+            )
+        found.prefilled = True
+    return found
+
+
+def _add(found: Conversation, role: str, text: str, separator: str) -> dict[str, Any]:
+    """Add text to the last message if it has the role, otherwise add a message."""
+    last = found.messages[-1] if found.messages else None
+    if last is None or last["role"] != role:
+        last = {"role": role, "content": text}
+        found.messages.append(last)
+    elif text:
+        last["content"] = last["content"] + separator + text if last["content"] else text
+    return last
+
+
+def _read_user(found: Conversation, where: str, blocks: list[dict[str, Any]]) -> None:
+    texts, results = [], 0
+    for number, block in enumerate(blocks):
+        place = f"{where}.{number}"
+        if block["type"] == "tool_result":
+            # Results stand directly after the calls, whatever their place among the blocks.
+            found.messages.append(_result(found, place, block))
+            results += 1
+        else:
+            texts.append(text_of(place, block))
+    text = joined(texts)
+    if text or not results:
+        _add(found, "user", text, "\n")
+
+
+def _result(found: Conversation, where: str, block: dict[str, Any]) -> dict[str, Any]:
+    """Return the message with a tool's result."""
+    texts = []
+    for number, part in enumerate(read_blocks(f"{where}.content", block.get("content"))):
+        place = f"{where}.content.{number}"
+        if part["type"] == "tool_reference":
+            tool = string(place, part, "tool_name")
+            found.tools.add(tool)
+            texts.append(f"The tool '{tool}' is available.")
+        else:
+            texts.append(text_of(place, part))
+    text = joined(texts)
+    failed = block.get("is_error")
+    if failed is not None and boolean(f"{where}.is_error", failed) and not text.lower().startswith("error"):
+        text = _FAILED + text
+    return {"role": "tool", "tool_call_id": string(where, block, "tool_use_id"), "content": text}
+
+
+def _read_assistant(found: Conversation, where: str, blocks: list[dict[str, Any]]) -> None:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for number, block in enumerate(blocks):
+        place, kind = f"{where}.{number}", block["type"]
+        if kind == "text":
+            texts.append(string(place, block, "text"))
+        elif kind == "thinking":
+            thoughts.append(string(place, block, "thinking"))
+        elif kind == "tool_use":
+            calls.append(_call(found, place, block))
+        elif kind != "redacted_thinking":  # its content is for its author only
+            raise not_supported(place, block)
+    message = _add(found, "assistant", "".join(texts), "")
+    if any(thoughts):
+        message["reasoning"] = message.get("reasoning", "") + "".join(thoughts)
+    if calls:
+        message["tool_calls"] = message.get("tool_calls", []) + calls
+        message["content"] = message["content"] or None
+
+
+def _call(found: Conversation, where: str, block: dict[str, Any]) -> dict[str, Any]:
+    arguments, tool = block.get("input"), string(where, block, "name")
+    if not isinstance(arguments, dict | None):
+        raise wrong_type(f"{where}.input", "an object")
+    found.tools.add(tool)
+    text = arguments_text(f"{where}.input", arguments)
+    return {"id": string(where, block, "id"), "type": "function", "function": {"name": tool, "arguments": text}}
+
+
+def _read_system(found: Conversation, where: str, blocks: list[dict[str, Any]]) -> None:
+    text = system_text(where, blocks)
+    if text or not found.messages:
+        _add(found, "system", text, "\n")
+
+
+_READERS: dict[str, Callable[[Conversation, str, list[dict[str, Any]]], None]] = {
+    "user": _read_user,
+    "assistant": _read_assistant,
+    "system": _read_system,
+}

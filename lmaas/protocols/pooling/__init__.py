@@ -1,0 +1,1 @@
+"""The protocols of models that embed texts: embeddings, scores of pairs, and rankings of documents."""

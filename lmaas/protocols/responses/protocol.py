@@ -1,0 +1,61 @@
+"""`/v1/responses` as a protocol."""
+
+from typing import Any
+
+import msgspec
+
+from lmaas.inference.protocol import Answer, Inference, Protocol
+from lmaas.protocols.responses.answer import ResponseAnswer, StreamedResponse, WholeResponse
+from lmaas.protocols.responses.items import named
+from lmaas.protocols.responses.request import ResponsesRequest, read_response
+from lmaas.protocols.responses.state import NewResponse, State
+from lmaas.protocols.text import chat_ids
+
+
+class Responses(Protocol[ResponsesRequest]):
+    """`/v1/responses`, translated to the engine's chat endpoint."""
+
+    path, engine_path = "/v1/responses", "/v1/chat/completions"
+    texts = ("input", "instructions")
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def read(self, body: dict[str, Any]) -> ResponsesRequest:
+        """Check a client's body and return the request for the engine."""
+        return read_response(body)
+
+    def engine_ids(self, request_id: str, request: ResponsesRequest) -> list[str]:
+        """Return the engine's id of the request."""
+        return chat_ids(request_id)
+
+    def answer(self, inference: Inference[ResponsesRequest]) -> Answer:
+        """Return a new answer for an attempt."""
+        return StreamedResponse(inference) if inference.request.stream else WholeResponse(inference)
+
+    async def expand(self, tenant_id: str, request: ResponsesRequest) -> None:
+        """Add the items before the request's own, and those that it refers to. Raises NotFound for what this tenant does not have."""
+        references = request.references
+        previous, conversation = request.previous_response_id, request.conversation_id
+        if previous is None and conversation is None and not references:
+            return
+        context = []
+        if previous is not None or conversation is not None:
+            context = await self._state.context_of(tenant_id, previous_response_id=previous, conversation_id=conversation)
+        request.expand(context, await self._state.items_of(tenant_id, references) if references else {})
+
+    async def keep(self, inference: Inference[ResponsesRequest]) -> None:
+        """Store the response, unless the client has asked not to."""
+        request, answer = inference.request, inference.answer
+        if not request.store or not isinstance(answer, ResponseAnswer):
+            return
+        body = answer.response()
+        new = NewResponse(
+            answer.response_id,
+            body,
+            named(request.items, answer.response_id),
+            msgspec.json.decode(body)["output"],
+            request.previous_response_id,
+            request.conversation_id,
+        )
+        await self._state.store(inference.tenant_id, new)
