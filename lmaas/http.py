@@ -112,11 +112,14 @@ class Frame:
             if message["type"] == "http.response.start":
                 started = True
                 took_ms = (time.perf_counter() - began) * 1000
+                more = f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n"
+                if scope["path"].startswith(_MESSAGES):
+                    more += f"request-id: {request_id}\r\n"  # where Anthropic's SDKs look for it
                 if add_to_head is not None:
-                    add_to_head(f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n".encode())
+                    add_to_head(more.encode())
                 else:
-                    more = ((b"x-request-id", request_id.encode()), (b"openai-processing-ms", b"%d" % took_ms))
-                    message["headers"] = [*message.get("headers", ()), *more]
+                    lines = (line.split(": ", 1) for line in more.splitlines())
+                    message["headers"] = [*message.get("headers", ()), *((name.encode(), value.encode()) for name, value in lines)]
             await send(message)
 
         try:

@@ -21,7 +21,7 @@ _MAYBE_IDS: Schema = {"type": ["array", "null"], "items": _COUNT}
 
 _WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
 #: The types of parameters that have their own reader, which contains the rest of the rule.
-_OWN: dict[str, Schema] = {
+OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}},
     "prompt": {"anyOf": [_TEXT, _LIST_OF_TEXT, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _MAYBE_TEXT, "maxItems": checks.MAX_STOP_STRINGS}]},
@@ -138,8 +138,8 @@ SCHEMAS: dict[str, Schema] = {
         tool_calls=_TOOL_CALLS,
         tool_call_id=_MAYBE_TEXT,
     ),
-    "ChatRequest": request_schema(CHAT, _WORDS, _OWN),
-    "CompletionRequest": request_schema(COMPLETION, _WORDS, _OWN),
+    "ChatRequest": request_schema(CHAT, _WORDS, OWN),
+    "CompletionRequest": request_schema(COMPLETION, _WORDS, OWN),
     "TokenUsage": _object(
         ("prompt_tokens", "completion_tokens", "total_tokens"),
         prompt_tokens=_COUNT,

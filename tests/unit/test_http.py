@@ -330,6 +330,22 @@ async def test_the_frames_lines_go_into_the_head_where_the_server_takes_them() -
     assert [each.partition(b":")[0] for each in line.split(b"\r\n")] == [b"x-request-id", b"openai-processing-ms", b""]
 
 
+@pytest.mark.parametrize(
+    ("path", "anthropic"), [("/v1/messages", True), ("/v1/messages/count_tokens", True), ("/v1/chat/completions", False)]
+)
+async def test_anthropics_clients_get_the_id_under_the_name_that_they_read(path: str, anthropic: bool) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JsonResponse({})(scope, receive, send)
+
+    scope = http(path=path)
+    _, got, _ = await answer(Frame(app), scope)
+    assert got.get("request-id") == (got["x-request-id"] if anthropic else None)
+    lines: list[bytes] = []
+    scope["lmaas.head"] = lines.append
+    await answer(Frame(app), scope)
+    assert (b"\r\nrequest-id: req_" in lines[0]) is anthropic
+
+
 def test_a_message_that_is_not_text_can_still_be_sent() -> None:
     assert JsonResponse({"message": "a \ud800 b"}).body == b'{"message":"a ? b"}'
 

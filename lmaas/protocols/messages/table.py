@@ -96,7 +96,8 @@ _PROMPT = (
     accepted("anthropic_version", "there is one version"),
     refused("mcp_servers", "the service calls no other servers", []),
     refused("container", "there are no containers"),
-    refused("thread", "conversations are not stored"),
+    # With this code, the tool loops of Anthropic's libraries send the whole conversation instead.
+    refused("thread", "conversations are not stored", code="thread_unsupported_request"),
     refused("compaction", "conversations are not summarised"),
 )
 

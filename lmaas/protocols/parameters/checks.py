@@ -34,11 +34,14 @@ def wrong_type(name: str, rule: str) -> InvalidRequest:
     return InvalidRequest(f"'{name}' must be {rule}.", code="invalid_type", param=name)
 
 
-def unsupported(name: str, reason: str = "") -> InvalidRequest:
+UNSUPPORTED = "unsupported_parameter"
+
+
+def unsupported(name: str, reason: str = "", code: str = UNSUPPORTED) -> InvalidRequest:
     """Return the error for a parameter that is refused by name."""
     shown = name[:100]
     message = f"The parameter '{shown}' is not supported{': ' + reason if reason else ''}."
-    return InvalidRequest(f"{message} Remove it from the request.", code="unsupported_parameter", param=shown)
+    return InvalidRequest(f"{message} Remove it from the request.", code=code, param=shown)
 
 
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:

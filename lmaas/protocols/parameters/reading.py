@@ -33,7 +33,7 @@ def read_parameters(table: Table, body: dict[str, Any]) -> dict[str, Any]:
             raise unsupported(name)
         if parameter.treatment is Treatment.REFUSED:
             if not _is_neutral(parameter, value):
-                raise unsupported(name, parameter.rule)
+                raise unsupported(name, parameter.rule, parameter.code)
             continue
         read = parameter.read(name, value)
         if parameter.treatment is Treatment.FORWARDED and read is not None:

@@ -43,7 +43,7 @@ class Parameter:
     """One parameter: what happens to it, and its rule or the reason in words.
 
     `read` checks a value that is forwarded or accepted. A refused parameter may have `neutral` values, which ask for nothing and are
-    accepted.
+    accepted. `code` is that of the refusal.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Parameter:
     rule: str
     read: Reader = checks.anything
     neutral: tuple[Any, ...] = ()
+    code: str = checks.UNSUPPORTED
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def accepted(name: str, rule: str, read: Reader = checks.anything) -> Parameter:
     return Parameter(name, Treatment.ACCEPTED, rule, read)
 
 
-def refused(name: str, rule: str, *neutral: Any) -> Parameter:
+def refused(name: str, rule: str, *neutral: Any, code: str = checks.UNSUPPORTED) -> Parameter:
     """Return the row of a parameter that is refused unless its value is `neutral`. The rule gives the reason."""
-    return Parameter(name, Treatment.REFUSED, rule, neutral=neutral)
+    return Parameter(name, Treatment.REFUSED, rule, neutral=neutral, code=code)
 
 
 _LIMIT = f"1 to {MAX_TOKENS:,}, and at most the model's context"

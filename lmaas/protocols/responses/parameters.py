@@ -114,11 +114,6 @@ def service_tier(name: str, value: Any) -> Any:
     return one_of(*SERVICE_TIERS, FAST)(name, value) if value != FAST else "priority"
 
 
-def max_tool_calls(name: str, value: Any) -> Any:
-    """Read `max_tool_calls`."""
-    return integer(1, MAX_TOKENS)(name, value)
-
-
 #: Parameters of vLLM and of chat completions that are forwarded by the same rules.
 AS_IN_CHAT = (
     "temperature",
@@ -184,7 +179,7 @@ TABLE = Table(
         forwarded("safety_identifier", f"{_OWN_USE}; repeated", text),
         forwarded("prompt_cache_key", f"{_BY_CONTENT}; repeated", text),
         forwarded("prompt_cache_retention", f"{_BY_CONTENT}; repeated", text),
-        forwarded("max_tool_calls", "it limits the calls of built-in tools, which there are none of; repeated", max_tool_calls),
+        forwarded("max_tool_calls", "it limits the calls of built-in tools, which there are none of; repeated", integer(1, MAX_TOKENS)),
         # No effect.
         accepted("prompt_cache_options", _BY_CONTENT),
         accepted("client_metadata", _OWN_USE),

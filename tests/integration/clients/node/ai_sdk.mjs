@@ -2,10 +2,13 @@
 
 import assert from "node:assert/strict";
 import test from "node:test";
+import { createAnthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
-const models = { chat: openai.chat("base") };
+// This library counts the version to the base URL, other than Anthropic's own.
+const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
+const models = { chat: openai.chat("base"), messages: anthropic("base") };
 
 for (const [name, model] of Object.entries(models)) {
   test(`${name}: a stream has the text of the whole answer`, async () => {

@@ -408,7 +408,7 @@ REFUSED = [
     ({"container": "container_1"}, "unsupported_parameter", "container"),
     ({"mcp_servers": [{"type": "url", "url": "https://x", "name": "x"}]}, "unsupported_parameter", "mcp_servers"),
     ({"inference_geo": "us"}, "unsupported_parameter", "inference_geo"),
-    ({"thread": {"id": "x"}}, "unsupported_parameter", "thread"),
+    ({"thread": {"type": "create"}}, "thread_unsupported_request", "thread"),
     ({"frequency_penalty": 1}, "unsupported_parameter", "frequency_penalty"),
     ({"n": 2}, "unsupported_parameter", "n"),
     ({"model": None}, "missing_parameter", "model"),
