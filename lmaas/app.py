@@ -36,6 +36,8 @@ from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
+from lmaas.inference.checker_hosts import CheckerHosts
+from lmaas.inference.counting import Counting, PromptReaders, TokenCounts
 from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
@@ -51,6 +53,10 @@ from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
 from lmaas.protocols.text import ChatCompletions, Completions
+from lmaas.protocols.tokens.counts import CountTokens
+from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
+from lmaas.protocols.tokens.openapi import tokens_paths
+from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -110,7 +116,8 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
     return openapi.document(
-        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | tokens_paths(*common),
+        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | TOKENS_SCHEMAS,
     )
 
 
@@ -118,7 +125,7 @@ def build_inferences(settings: Settings, services: Services, changes: Changes, m
     """Build the path of requests. Its `client` must be open, and its `leases` and the `changes` must run, while it serves."""
     db, client = services.db, EngineClient()
     leases = Leases(services.scheduler, new_id("gw"))
-    grammars = Grammars(services.redis, client, metrics)
+    grammars = Grammars(CheckerHosts(services.redis, client), metrics)
     return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
 
 
@@ -132,7 +139,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
     protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages()]
-    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
+    countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens()]
+    counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
+    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
 
     async def ready() -> None:

@@ -19,6 +19,7 @@ from lmaas.inference.catalog import Catalog
 from lmaas.inference.checker_hosts import CheckerHosts, CheckerUnavailable, NoCheckerError
 from lmaas.inference.grammars import Grammars
 from lmaas.inference.request import EngineRequest
+from lmaas.inference.sink import Sink
 from lmaas.store.models import BaseModel
 from lmaas.types import Principal
 
@@ -174,11 +175,12 @@ class TokenCounts:
     grammars: Grammars
     readers: PromptReaders
 
-    async def serve(self, principal: Principal, counting: Counting, asked: PromptRequest) -> dict[str, Any]:
-        """Return the client's body. Raises an LmaasError."""
+    async def serve(self, principal: Principal, counting: Counting, asked: PromptRequest, sink: Sink) -> dict[str, Any]:
+        """Return the client's body, and name the model in the head of the response. Raises an LmaasError."""
         tenant_id = principal.tenant_id or ""
         await counting.expand(tenant_id, asked)
         model = await self.catalog.resolve(tenant_id, asked.model)
+        sink.add_to_head(model.head_line)
         if asked.request is not None:
             asked.request.check(model.base)
             await self._settle_tools(principal, model.base, asked.request, asked.path)
@@ -188,7 +190,6 @@ class TokenCounts:
             code = "prompt_too_long" if tokens.code == TOO_COMPLEX else "invalid_prompt"
             raise InvalidRequest(tokens.message, code=code, param=_field(asked, tokens.param))
         return counting.answer(tokens, model.base)
-
 
     async def _settle_tools(self, principal: Principal, model: BaseModel, request: EngineRequest, path: str) -> None:
         """Take the tools as the client sent them if an engine could not enforce them, as the path of a request does."""

@@ -107,7 +107,7 @@ class Grammars:
         metrics: GatewayMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hosts, self._metrics, self._clock = hosts, metrics, clock
+        self.hosts, self._metrics, self._clock = hosts, metrics, clock
         #: Each verdict with the time at which it expires.
         self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
@@ -142,7 +142,7 @@ class Grammars:
                 retry_after_s=5,
             )
         try:
-            await self._hosts.address(lookup.model_id)
+            await self.hosts.address(lookup.model_id)
         except CheckerUnavailable as error:
             raise unavailable() from error
         checks.waiting += 1
@@ -183,7 +183,7 @@ class Grammars:
     async def _verdict(self, lookup: Lookup) -> Verdict:
         """Ask a checker. Raises Unavailable."""
         try:
-            return await self._hosts.ask("/check", lookup.model_id, lookup.text, decode_verdict)
+            return await self.hosts.ask("/check", lookup.model_id, lookup.text, decode_verdict)
         except CheckerUnavailable as error:
             raise unavailable() from error
 

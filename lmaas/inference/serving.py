@@ -57,6 +57,7 @@ class Inferences:
         inference.tenant_id = principal.tenant_id or ""
         await protocol.expand(inference.tenant_id, request)
         inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
+        sink.add_to_head(inference.model.head_line)
         _check_kind(inference)
         request.check(inference.model.base)
         sink.watch()

@@ -9,7 +9,7 @@ from lmaas.inference.counting import Counting, PromptRequest
 from lmaas.protocols.parameters.checks import boolean, wrong_type
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.request import read_chat
-from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, forwarded, refused
+from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, forwarded
 from lmaas.store.models import BaseModel
 
 #: The parameters of a chat that decide about its prompt.
