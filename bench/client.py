@@ -107,6 +107,27 @@ class Client:
                 group.create_task(worker())
         return Run(answers, time.perf_counter() - started)
 
+    async def embed(self, place: Place, texts: Sequence[str]) -> None:
+        """Have these texts embedded. Raises RuntimeError if the answer is incomplete."""
+        body = {"model": place.model, "input": list(texts), "encoding_format": "base64"}
+        headers = {"authorization": f"Bearer {place.key}"} if place.key else {}
+        async with self._http.post(f"{place.url}/embeddings", json=body, headers=headers) as response:
+            content = await response.read()
+        if response.status != 200 or content.count(b'"embedding":"') != len(texts):
+            raise RuntimeError(f"{place.url} answered {response.status}: {content[:500]!r}")
+
+    async def embed_all(self, place: Place, requests: Sequence[Sequence[str]], at_once: int) -> None:
+        """Send a request for each list of texts, with `at_once` of them open at any time."""
+        waiting = iter(requests)
+
+        async def worker() -> None:
+            for texts in waiting:
+                await self.embed(place, texts)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(worker())
+
 
 def _says_something(line: bytes) -> bool:
     if line.startswith(b"data: [DONE]"):

@@ -34,7 +34,7 @@ class Tenant:
 
 
 class Stack:
-    """A running service. `base_model` is the name of its only base model."""
+    """A running service. `base_model` is the name of its default base model."""
 
     def __init__(self, credentials: dict[str, Any], base_model: str, up_s: float) -> None:
         self._url = str(credentials["base_url"])
@@ -76,9 +76,10 @@ class Stack:
         """Return the replicas that have not ended, as the management API shows them."""
         return await asyncio.to_thread(self._operator.items, table.LIST_REPLICAS)
 
-    async def keep_one_engine(self) -> None:
-        """Keep an engine running. lmaas does not see direct requests to it, and would stop it as idle."""
-        await asyncio.to_thread(self._operator.send, table.CHANGE_MODEL, {"min_replicas": 1}, model=self.base_model)
+    async def keep_one_engine(self, model: str | None = None) -> None:
+        """Keep an engine running, of the default base model or of this one. lmaas does not see direct requests to it, and would stop it as
+        idle."""
+        await asyncio.to_thread(self._operator.send, table.CHANGE_MODEL, {"min_replicas": 1}, model=model or self.base_model)
 
     async def engine_url(self) -> str:
         """Return the URL of the only running engine. Raises RuntimeError if none runs; send a request first."""

@@ -10,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from redis.asyncio import Redis
@@ -52,8 +53,11 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.protocol import Responses
+from lmaas.protocols.responses.stored import StoredState
+from lmaas.protocols.responses.writer import Writer
 from lmaas.protocols.text import ChatCompletions, Completions
-from lmaas.protocols.tokens.counts import CountTokens
+from lmaas.protocols.tokens.counts import CountTokens, InputTokens
 from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
 from lmaas.protocols.tokens.openapi import tokens_paths
 from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
@@ -138,8 +142,11 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages()]
-    countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens()]
+    kept_for = timedelta(seconds=settings.response_retention_s)
+    writer = Writer(db, metrics, kept_for, _end_process_on_failure)
+    responses = Responses(StoredState(db, writer))
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
+    countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
     api = Api(settings, db, authenticate, Adapters(db, services.files))
@@ -170,7 +177,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                     async with asyncio.timeout(settings.drain_timeout_s):
                         await leases.drained()
                         await idempotency.drained()
+                        await writer.drained()
             finally:
+                await writer.close()
                 for keeper in keepers:
                     keeper.cancel()
                 # The keepers return their connections before the connection pool is closed.

@@ -66,6 +66,12 @@ class Settings:
         None, "The name by which tenants call the default base model.", unset="the last part of the folder or hub id"
     )
 
+    embedding_model: str | None = setting(
+        None,
+        "The embedding model that is offered besides: a folder, a hub id, or `none`. No engine of it runs until a request asks for it.",
+        unset="all-MiniLM-L6-v2, from a wheel",
+    )
+
     # Command line and operator
     url: str | None = setting(None, "Base URL of the service that the command line manages.", unset="from the stack's credentials file")
     api_key: str | None = setting(None, "API key of the command line.", unset="from the stack's credentials file")
@@ -80,6 +86,12 @@ class Settings:
     max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
     max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
     max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
+    response_retention_s: float = setting(
+        30 * 86400.0, "Time for which a response is stored, and a conversation after its last change. Holds for what is stored from now on."
+    )
+    max_stored_bytes: int = setting(
+        10 * 1024**3, "Bytes of responses and conversations that are stored for a tenant; beyond, those that would expire first go early."
+    )
     ready_file: Path | None = setting(
         None,
         "A gateway's `/readyz` is 503 until this file exists. `lmaas up` sets it, and creates the file when the manifests are applied.",

@@ -66,6 +66,9 @@ class GatewayMetrics:
             ("verdict",),
             registry=self.registry,
         )
+        self.lost_responses = Counter(
+            "lmaas_lost_responses", "Responses that were not stored, because Postgres was away for too long.", registry=self.registry
+        )
         self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
         self.queue = Histogram(
             "lmaas_queue_seconds",

@@ -25,7 +25,7 @@ class Observed(StrEnum):
 TERMINAL = frozenset({Observed.STOPPED, Observed.FAILED, Observed.LOST})
 
 TRANSITIONS: dict[Observed, frozenset[Observed]] = {
-    # Ready only after it has generated a token. Stopped if it is no longer desired before that.
+    # Ready only after it has generated or embedded a token. Stopped if it is no longer desired before that.
     Observed.STARTING: frozenset({Observed.READY, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
     # Stopped directly if Postgres was unavailable while it drained.
     Observed.READY: frozenset({Observed.DRAINING, Observed.STOPPED, Observed.FAILED, Observed.LOST}),
@@ -77,7 +77,7 @@ class UsageStatus(StrEnum):
     EXPIRED = "expired"
     #: The gateway died. The request is charged at its last checkpoint. A later event of that gateway replaces this one.
     LOST = "lost"
-    #: A token that a supervisor made its engine generate as a check. It belongs to no tenant.
+    #: A token that a supervisor made its engine generate or embed as a check. It belongs to no tenant.
     PROBE = "probe"
 
 

@@ -1,13 +1,16 @@
 """An engine that costs almost nothing, so that a proxy in front of it can be fully loaded: `python -m bench.gateways.engine`.
 
 It implements the part of vLLM's HTTP API that gateways and supervisors use, and accepts vLLM's command line. Every answer has TOKENS
-tokens. A stream sends them one at a time: in each step, every running stream gets one event in a separate write. Steps follow one another
-immediately, or at an interval (`POST /pace`).
+tokens and is written as vLLM writes it. A stream sends them one at a time: in each step, every running stream gets one event in a separate
+write. Steps follow one another immediately, or at an interval (`POST /pace`). An embedding is always the same vector.
 """
 
 import argparse
 import asyncio
+import base64
 import json
+import math
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,51 +18,59 @@ from typing import Any
 import uvloop
 
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
+from lmaas.testing.answer import Answer, compact
+from lmaas.testing.generation import Sequence
 
 TOKENS = 32
 #: The JSON of each token.
 TOKEN = b'" token"'
 PROMPT_TOKENS = 48
-_USAGE = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + TOKENS, "completion_tokens": TOKENS}
+#: The numbers of a vector, as many as those of all-MiniLM-L6-v2.
+NUMBERS = [math.sin(number) / 20 for number in range(384)]
+#: The JSON of the vector of every input, by encoding format.
+VECTORS = {
+    "base64": compact(base64.b64encode(struct.pack("<384f", *NUMBERS)).decode()),
+    "float": compact(list(struct.unpack("<384f", struct.pack("<384f", *NUMBERS)))),
+}
 
 
-def compact(value: Any) -> bytes:
-    """Return a value as JSON without spaces, as vLLM writes it."""
-    return json.dumps(value, separators=(",", ":")).encode()
+def _answer(model: str, *, chat: bool) -> tuple[Answer, Sequence]:
+    """Return an answer as vLLM writes it, and its only choice, of which no token is generated yet."""
+    pieces = (json.loads(TOKEN).encode(),) * TOKENS
+    choice = Sequence(0, model, PROMPT_TOKENS, [], pieces, b"length", b"null", asyncio.Event())
+    return Answer("chatcmpl-bench" if chat else "cmpl-bench", model, [[choice]], chat=chat), choice
 
 
-def _event(model: str, choices: list[Any], usage: dict[str, int] | None) -> bytes:
-    fields = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": choices}
-    return b"data: " + compact(fields | ({"usage": usage} if usage else {})) + b"\n\n"
-
-
-def stream(model: str, *, include: bool, continuous: bool) -> list[bytes]:
+def stream(model: str, *, chat: bool, include: bool, continuous: bool) -> list[bytes]:
     """Return the writes of one streamed answer in HTTP's chunks: its head and the first event, an event for each token, the end."""
-
-    def so_far(made: int) -> dict[str, int] | None:
-        running = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + made, "completion_tokens": made}
-        return running if include and continuous else None
-
-    def choice(delta: dict[str, str], finish: str | None = None) -> list[Any]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-
-    events = [_event(model, choice({"role": "assistant", "content": ""}), so_far(0))]
-    for made in range(1, TOKENS + 1):
-        events.append(_event(model, choice({"content": json.loads(TOKEN)}, "length" if made == TOKENS else None), so_far(made)))
+    answer, choice = _answer(model, chat=chat)
+    events: list[bytes] = []
+    for choice.made in range(1, TOKENS + 1):
+        choice.finish = b"length" if choice.made == TOKENS else None
+        new = answer.chunks(continuous=include and continuous, usage=include).split(b"\n\n")[:-1]
+        events += [event + b"\n\n" for event in new]
     writes = [b"%x\r\n%b\r\n" % (len(event), event) for event in events]
-    last = (_event(model, [], _USAGE) if include else b"") + b"data: [DONE]\n\n"
+    last = (answer.last() if include else b"") + b"data: [DONE]\n\n"
     writes[0] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n" + writes[0]
     writes[-1] += b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last)
     return writes
 
 
 def whole(model: str, *, chat: bool) -> bytes:
-    """Return a plain answer with its head."""
-    text = json.loads(TOKEN) * TOKENS
-    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    choices = [{"index": 0, **said, "logprobs": None, "finish_reason": "length"}]
-    kind = "chat.completion" if chat else "text_completion"
-    return answer(compact({"id": "bench", "object": kind, "created": 1, "model": model, "choices": choices, "usage": _USAGE}))
+    """Return an answer in one piece with its head."""
+    written, choice = _answer(model, chat=chat)
+    choice.made, choice.finish = TOKENS, b"length"
+    return answer(written.whole())
+
+
+def embeddings(model: str, inputs: int, form: str) -> bytes:
+    """Return the vectors of this many inputs, with the answer's head."""
+    tokens = PROMPT_TOKENS * inputs
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+    usage_text = compact({**usage, "prompt_tokens_details": None, "completion_tokens_details": None})
+    data = b",".join(b'{"index":%d,"object":"embedding","embedding":%b}' % (index, VECTORS[form]) for index in range(inputs))
+    head = compact({"id": "embd-bench", "object": "list", "created": 1, "model": model})[:-1]
+    return answer(head + b',"data":[%b],"usage":%b}' % (data, usage_text))
 
 
 def answer(body: bytes, status: bytes = b"200 OK", kind: bytes = b"application/json") -> bytes:
@@ -146,14 +157,19 @@ class Connection(asyncio.Protocol):
         engine = self._engine
         if path.endswith(b"/completions"):
             asked = json.loads(body)
-            model, options = asked["model"], asked.get("stream_options") or {}
+            model, options, chat = asked["model"], asked.get("stream_options") or {}, path.endswith(b"/chat/completions")
             engine.answered += 1
             if asked.get("stream"):
-                include, continuous = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
-                engine.start(self, engine.once((model, include, continuous), lambda: stream(model, include=include, continuous=continuous)))
+                key = {"include": bool(options.get("include_usage")), "continuous": bool(options.get("continuous_usage_stats"))}
+                engine.start(self, engine.once((model, chat, *key.values()), lambda: stream(model, chat=chat, **key)))
                 return
-            chat = path.endswith(b"/chat/completions")
             self.write(engine.once((model, chat), lambda: whole(model, chat=chat)))
+        elif path.endswith(b"/embeddings"):
+            asked = json.loads(body)
+            model, form = asked["model"], asked.get("encoding_format") or "float"
+            inputs = len(asked["input"]) if isinstance(asked["input"], list) else 1
+            engine.answered += 1
+            self.write(engine.once((model, inputs, form), lambda: embeddings(model, inputs, form)))
         elif path == b"/metrics":
             counters = b"vllm:prompt_tokens_total %d\nvllm:generation_tokens_total %d\n" % (
                 engine.answered * PROMPT_TOKENS,

@@ -1,8 +1,8 @@
 """A load generator that costs little, in a separate process beside the proxies: `python -m bench.gateways.load`.
 
-Reads orders from standard input, one JSON object per line: `url`, `headers`, `body`, `connections`, `seconds`. Each connection sends one
-request after the other until the time is over. Writes one line for each order: `{"requests": n, "seconds": s}`, or `{"error": "..."}` if an
-answer was wrong, so that an error never counts as speed.
+Reads orders from standard input, one JSON object per line: `url`, `headers`, `body`, `connections`, `seconds` and, unless it is chat, the
+`protocol`. Each connection sends one request after the other until the time is over. Writes one line for each order:
+`{"requests": n, "seconds": s}`, or `{"error": "..."}` if an answer was wrong, so that an error never counts as speed.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from bench.gateways.engine import TOKEN, TOKENS
+from bench.gateways.protocols import PROTOCOLS
 
 #: The time after which an answer counts as missing.
 STUCK_S = 60
@@ -33,22 +33,18 @@ def unchunked(body: bytes) -> bytes:
         at = end + 4 + size
 
 
-def complaint(status: bytes, content: bytes, *, streamed: bool) -> str | None:
-    """Return the fault of an answer, or None if it has every token that the engine sends."""
+def complaint(status: bytes, content: bytes, *, streamed: bool, protocol: str = "chat") -> str | None:
+    """Return the fault of an answer, or None if it has all that the engine sends."""
     if status != b"200":
         return f"status {status.decode()}: {content[:300]!r}"
-    if streamed and (content.count(TOKEN) != TOKENS or not content.rstrip().endswith(b"data: [DONE]")):
-        return f"{content.count(TOKEN)} of {TOKENS} tokens, ending with {content[-100:]!r}"
-    if not streamed and content.count(json.loads(TOKEN).encode()) != TOKENS:
-        return f"not the engine's answer: {content[:300]!r}"
-    return None
+    return PROTOCOLS[protocol].fault(content, streamed)
 
 
 class Client(asyncio.Protocol):
     """A keep-alive connection that sends one request after the other until `until`."""
 
-    def __init__(self, request: bytes, until: float, *, streamed: bool) -> None:
-        self._request, self._until, self._streamed = request, until, streamed
+    def __init__(self, request: bytes, until: float, *, streamed: bool, protocol: str) -> None:
+        self._request, self._until, self._streamed, self._protocol = request, until, streamed, protocol
         self._got = bytearray()
         self._body = -1
         self._length: int | None = None
@@ -89,7 +85,7 @@ class Client(asyncio.Protocol):
             self._answered(bytes(self._got[self._body :]))
 
     def _answered(self, content: bytes) -> None:
-        wrong = complaint(bytes(self._got[9:12]), content, streamed=self._streamed)
+        wrong = complaint(bytes(self._got[9:12]), content, streamed=self._streamed, protocol=self._protocol)
         if wrong is not None:
             self.done.set_exception(ValueError(wrong))
             self._transport.close()
@@ -112,10 +108,10 @@ async def run(order: dict[str, Any]) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
     until = started + order["seconds"]
-    streamed = bool(order["body"].get("stream"))
+    streamed, protocol = bool(order["body"].get("stream")), order.get("protocol", "chat")
     async with asyncio.timeout(order["seconds"] + STUCK_S):
         connections = [
-            await loop.create_connection(lambda: Client(request, until, streamed=streamed), url.hostname, url.port)
+            await loop.create_connection(lambda: Client(request, until, streamed=streamed, protocol=protocol), url.hostname, url.port)
             for _ in range(order["connections"])
         ]
         clients = [client for _, client in connections]

@@ -15,15 +15,13 @@ from typing import Any
 
 import psutil
 
+from bench.gateways.protocols import PROTOCOLS
 from lmaas.process import bound_command
 
+#: The checkout of this benchmark.
+TREE = Path(__file__).parents[2]
 STOP_S = 20
 START_S = 180
-#: The messages of the request to every proxy.
-MESSAGES = [
-    {"role": "system", "content": "You are a helpful assistant of a small shop. Answer in one or two sentences."},
-    {"role": "user", "content": "Good morning! My order has not arrived yet, although it was sent a week ago. What can I do now?"},
-]
 
 
 def free_port() -> int:
@@ -80,8 +78,10 @@ def _keep_to(theirs: set[int], measured: Sequence[int], others: set[int]) -> Non
 
 
 @asynccontextmanager
-async def running(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> AsyncIterator[Running]:
-    """Run a command until the end of the block. It also ends if this process dies."""
+async def running(
+    command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None, tree: Path = TREE
+) -> AsyncIterator[Running]:
+    """Run a command in a checkout until the end of the block. It also ends if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
@@ -90,7 +90,7 @@ async def running(command: Sequence[str], log: Path, variables: Mapping[str, str
             stdout=output,
             stderr=output,
             env=os.environ | dict(variables or {}),
-            cwd=Path(__file__).parents[2],
+            cwd=tree,
         )
     try:
         yield Running(process, log)
@@ -116,9 +116,7 @@ class Proxy:
 
     def order(self, *, stream: bool, connections: int, seconds: float) -> dict[str, Any]:
         """Return an order for the load process. The request is the same for all proxies."""
-        body: dict[str, Any] = {"model": self.model, "messages": MESSAGES, "max_tokens": 32, "temperature": 0}
-        if stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = PROTOCOLS["chat"].body(self.model, stream=stream)
         return {"url": self.url, "headers": dict(self.headers), "body": body, "connections": connections, "seconds": seconds}
 
 
@@ -170,7 +168,7 @@ async def loading() -> AsyncIterator[Load]:
         *bound_command([sys.executable, "-m", "bench.gateways.load"]),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=TREE,
     )
     try:
         yield Load(process)

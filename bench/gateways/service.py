@@ -10,17 +10,18 @@ from pathlib import Path
 import aiohttp
 from rich.console import Console
 
-from bench.gateways.processes import START_S, Proxy, Running, free_port, running
+from bench.gateways.processes import START_S, TREE, Proxy, Running, free_port, running
+from bench.gateways.protocols import EMBEDDER
 from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
 from lmaas.manifests.apply import apply, working_keys
 from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import read_folder
-from lmaas.states import Observed
+from lmaas.states import Observed, PoolKind
 from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
-from lmaas.store.models import BaseModel, change_base_model
+from lmaas.store.models import BaseModel, change_base_model, put_base_model
 from lmaas.store.replicas import list_replicas
 from lmaas.up.bootstrap import ensure_operator_key, register_model
 from lmaas.up.embedded import embedded_servers
@@ -59,10 +60,11 @@ class Service:
         async with aiohttp.ClientSession() as http, http.post(f"{self.engine_url}/pace", json={"ms": step_ms}) as response:
             response.raise_for_status()
 
-    async def gateway(self, name: str, *command: str, redis_url: str | None = None) -> Proxy:
-        """Start another gateway, `python -m` with `command`. It ends with the service, and may not be ready when this returns."""
+    async def gateway(self, name: str, *command: str, redis_url: str | None = None, tree: Path = TREE) -> Proxy:
+        """Start another gateway, `python -m` with `command`, of this or another checkout. It ends with the service, and may not be ready
+        when this returns."""
         settings = replace(self.settings, redis_url=redis_url or self.settings.redis_url)
-        process, settings = await _gateway(settings, self.folder, name, command, self.exits)
+        process, settings = await _gateway(settings, self.folder, name, command, self.exits, tree)
         return Proxy(process, f"{settings.base_url}/chat/completions", ADAPTER, {"authorization": f"Bearer {self.api_key}"})
 
     def tenants(self, gateway: Proxy, count: int) -> list[str]:
@@ -76,15 +78,28 @@ class Service:
         return keys
 
 
-async def _gateway(settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack) -> tuple[Running, Settings]:
+async def _gateway(
+    settings: Settings, folder: Path, name: str, command: Sequence[str], exits: AsyncExitStack, tree: Path = TREE
+) -> tuple[Running, Settings]:
     settings = replace(settings, port=free_port())
     variables = settings.environment()
-    return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables)), settings
+    if tree != TREE:
+        # Another version refuses settings that it does not have.
+        known = await _settings(tree)
+        variables = {name: value for name, value in variables.items() if name in known}
+    return await exits.enter_async_context(running([sys.executable, "-m", *command], folder / f"{name}.log", variables, tree)), settings
+
+
+async def _settings(tree: Path) -> set[str]:
+    """Return the variables of the settings of another checkout."""
+    show = "from lmaas.config import Settings; print(*Settings.__dataclass_fields__)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", show, cwd=tree, stdout=asyncio.subprocess.PIPE)
+    return {f"LMAAS_{name.upper()}" for name in (await process.communicate())[0].decode().split()}
 
 
 @asynccontextmanager
 async def service(folder: Path) -> AsyncIterator[Service]:
-    """Run a service whose engine is `bench.gateways.engine`, with the sample tenants and generous limits."""
+    """Run a service with the sample tenants and generous limits. Its engines are `bench.gateways.engine`: one to chat, one to embed."""
     given = Settings(
         home=folder / "home",
         engine_module="bench.gateways.engine",
@@ -102,23 +117,25 @@ async def service(folder: Path) -> AsyncIterator[Service]:
             exits.push_async_callback(db.close)
             model = await register_model(settings, db, console)
             await change_base_model(db, model.name, {"min_replicas": 1})
+            await put_base_model(db, replace(model, id="", name=EMBEDDER, kind=PoolKind.EMBED, min_replicas=1))
             operator_key = await ensure_operator_key(settings, db)
             controller = [sys.executable, "-m", "lmaas", "controller"]
             await exits.enter_async_context(running(controller, folder / "controller.log", settings.environment()))
-            engine_url = await _engine_url(db)
+            urls = await _engine_urls(db, 2)
             # Only for creating the tenants. The measured processes are started later.
             async with AsyncExitStack() as first:
                 process, at = await _gateway(settings, folder, "first", ("lmaas", "gateway"), first)
                 api_key, limits = await asyncio.to_thread(_prepare, ApiClient(at.base_url, operator_key), process)
-            yield Service(settings, db, model, engine_url, operator_key, api_key, limits, folder, exits)
+            yield Service(settings, db, model, urls[model.id], operator_key, api_key, limits, folder, exits)
 
 
-async def _engine_url(db: Database) -> str:
+async def _engine_urls(db: Database, count: int) -> dict[str, str]:
+    """Wait until this many engines are ready. Returns their URLs by the ids of their base models."""
     async with asyncio.timeout(START_S):
         while True:
-            for replica in await list_replicas(db):
-                if replica.observed == Observed.READY and replica.url is not None:
-                    return replica.url
+            replicas = [each for each in await list_replicas(db) if each.observed == Observed.READY]
+            if len(replicas) >= count:
+                return {each.base_model_id: each.url for each in replicas if each.url is not None}
             await asyncio.sleep(0.1)
 
 

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-from bench.gateways.processes import MESSAGES, Proxy
+from bench.gateways.processes import Proxy
+from bench.gateways.protocols import MESSAGES
 
 #: The number of clients that connect per second, low enough that connecting does not affect the measurement.
 COMING = 200

@@ -33,8 +33,15 @@ async def inspect(base: BaseModel, config: bytes, model: Path, base_folder: Call
     """Validate the files of an adapter for this base model and return the content to store.
 
     `model` is a local file in its own folder, where another one may be written beside it. `base_folder` finds a base model's files by its
-    source. Raises InvalidAdapter or TooLarge.
+    source. Raises InvalidRequest for a base model that takes no adapters, InvalidAdapter or TooLarge.
     """
+    if not base.takes_adapters:
+        # Its engines would load none, or ignore what they load.
+        raise InvalidRequest(
+            f"The base model '{base.name}' embeds text, and lmaas serves adapters only on base models that generate it.",
+            code="base_model_takes_no_adapters",
+            param="base_model",
+        )
     facts = await asyncio.to_thread(validate, config, model, base.shapes, lambda: base_folder(base.source))
     if facts.left_out:
         served = model.with_name(f"served-{model.name}")

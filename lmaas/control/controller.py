@@ -19,12 +19,12 @@ from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
 from lmaas.control.pools import Decision, PoolObservation, needs_of, policy_of
 from lmaas.control.provisioners import Provisioner
 from lmaas.control.sharing import SharingRules, WaitingSince, share
+from lmaas.control.sweeper import Sweeper
 from lmaas.errors import Unavailable
 from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
 from lmaas.store.database import Database, Writes, new_id
-from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models, list_pool_ids
 from lmaas.store.pools import pool_states_by_id, save_pool_state
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 METER_S = 0.2
-SWEEP_S = 60.0
 #: Replicas assume that there is no controller if it has not read their pool for 10 s (PRESENT_MS in state.lua).
 PRESENT_S = 3.0
 #: A decision of which only the reason has changed is saved again after this long.
@@ -76,6 +75,7 @@ class Controller:
         self.active = False
         self.moved = 0
         self.statuses: dict[str, PoolStatus] = {}
+        self.sweeper = Sweeper(db, settings.max_stored_bytes)
         self._forget()
 
     def _forget(self) -> None:
@@ -107,7 +107,7 @@ class Controller:
                     group.create_task(self._reconcile_forever(), name="reconciler")
                     group.create_task(self._present_forever(), name="presence")
                     group.create_task(self._meter_forever(), name="metering-writer")
-                    group.create_task(self._sweep_forever(), name="sweeper")
+                    group.create_task(self.sweeper.run(), name="sweeper")
             except* LostLead as lost:
                 log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
             finally:
@@ -269,15 +269,6 @@ class Controller:
                 await asyncio.sleep(TICK_S)
             if moved < EVENTS_AT_ONCE:
                 await asyncio.sleep(METER_S)
-
-    async def _sweep_forever(self) -> None:
-        while True:
-            try:
-                while await delete_old(self._db) or await delete_surplus(self._db):
-                    pass
-            except Unavailable as error:
-                log.warning("stored answers cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
-            await asyncio.sleep(SWEEP_S)
 
 
 def _newest_start(rows: Sequence[Replica]) -> Mapping[str, Any]:

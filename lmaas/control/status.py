@@ -55,7 +55,10 @@ def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Me
         desired.add_metric([pool.model], pool.desired)
         for state in (Observed.STARTING, Observed.READY, Observed.DRAINING):
             replicas.add_metric([pool.model, state], pool.observed.count(state))
-    found += [queued, running, desired, replicas, start]
+    stored = GaugeMetricFamily("lmaas_stored_bytes", "Stored responses and conversations of all tenants, as last counted.")
+    if controller.sweeper.stored_bytes is not None:
+        stored.add_metric([], controller.sweeper.stored_bytes)
+    found += [queued, running, desired, replicas, start, stored]
     return found + (_bill(times) if times is not None else [])
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ class EngineClient:
             return text
 
     async def healthy(self, url: str) -> bool:
-        """Return whether the server responds. It may still be unable to generate."""
+        """Return whether the server responds. It may still be unable to do its work."""
         try:
             await self._ask("GET", f"{url}/health", timeout_s=5)
         except (EngineError, *CONNECTION_ERRORS):
@@ -110,16 +111,28 @@ class EngineClient:
         return True
 
     async def generate_token(self, url: str, model: str, request_id: str, timeout_s: float) -> ProbeResult:
-        """Make the engine generate one token, which is the only proof that it works. Raises EngineError or one of CONNECTION_ERRORS."""
+        """Make the engine generate one token, which is the only proof that it can. Raises EngineError or one of CONNECTION_ERRORS."""
         body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0, "cache_salt": "probe"}
+        usage: dict[str, Any] = (await self._post_probe(f"{url}/v1/completions", body, request_id, timeout_s))["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return ProbeResult(request_id, usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+    async def embed_token(self, url: str, model: str, request_id: str, timeout_s: float) -> ProbeResult:
+        """Make the engine embed one token. Raises EngineError, also for a vector with NaN or infinity, or one of CONNECTION_ERRORS."""
+        answer = await self._post_probe(f"{url}/v1/embeddings", {"model": model, "input": [[1]]}, request_id, timeout_s)
+        [vector] = [each["embedding"] for each in answer["data"]]
+        if not vector or not all(math.isfinite(number) for number in vector):
+            raise EngineError(200, "the vector is empty or has numbers that are not finite")
+        return ProbeResult(request_id, answer["usage"]["prompt_tokens"], 0, 0)
+
+    async def _post_probe(self, url: str, body: dict[str, Any], request_id: str, timeout_s: float) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5)
-        async with self.session.post(f"{url}/v1/completions", json=body, timeout=timeout, headers={"x-request-id": request_id}) as response:
+        async with self.session.post(url, json=body, timeout=timeout, headers={"x-request-id": request_id}) as response:
             text = await response.read()
             if response.status >= 400:
                 raise EngineError(response.status, text.decode(errors="replace"))
-        usage: dict[str, Any] = json.loads(text)["usage"]
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return ProbeResult(request_id, usage["prompt_tokens"], cached, usage["completion_tokens"])
+        answer: dict[str, Any] = json.loads(text)
+        return answer
 
     async def abort(self, url: str, engine_ids: list[str]) -> None:
         """Abort requests. Their responses then end with the usage so far."""
@@ -141,8 +154,9 @@ class EngineClient:
             if error.status != 404:
                 raise
 
-    async def generated_tokens(self, url: str) -> float:
-        """Return the sum of the engine's counters of prompt and generated tokens, which grows while it works."""
+    async def counted_tokens(self, url: str) -> float:
+        """Return the sum of the engine's counters of prompt and generated tokens, which grows while it works. An engine that embeds counts
+        the prompts."""
         text = (await self._ask("GET", f"{url}/metrics", timeout_s=COUNTERS_TIMEOUT_S)).decode()
         wanted = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(wanted))

@@ -11,6 +11,8 @@ MAX_FILE_BYTES = 1024 * 1024
 #: The ends of architectures' names, in the order in which vLLM 0.32 tries them (`_SUFFIX_TO_DEFAULTS` in vllm/config/model.py). None for
 #: architectures that do neither.
 _SUFFIXES: tuple[tuple[str, PoolKind | None], ...] = (
+    # Five that are named unlike the others of their kind.
+    *((name, PoolKind.GENERATE) for name in ("ChatGLMModel", "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel")),
     *((suffix, PoolKind.GENERATE) for suffix in ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")),
     *((suffix, PoolKind.EMBED) for suffix in ("ForTextEncoding", "EmbeddingModel", "ForMaskedLM")),
     *((suffix, None) for suffix in ("Classification", "ClassificationModel", "ForRewardModeling", "RewardModel", "ForRanking")),

@@ -28,6 +28,7 @@ from lmaas.engine.zygote.commands import SERVER, command_key, remember
 from lmaas.engine.zygote.owner import ZygoteOwner
 from lmaas.engine.zygote.progress import Sight, importing_plainly
 from lmaas.process import bound_command
+from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 from lmaas.types import AUTO
 
@@ -59,7 +60,7 @@ class EngineSpec:
     """The model and the limits of one engine. `source` is a folder or a hub id, `name` the served name of the base model.
 
     `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`. `max_cpu_loras` adapters
-    stay in memory. `module` is the server's Python module.
+    stay in memory; an engine that embeds takes none. `module` is the server's Python module.
     """
 
     module: str
@@ -73,6 +74,7 @@ class EngineSpec:
     max_cpu_loras: int
     kv_cache_bytes: int
     extra_args: str = ""
+    kind: PoolKind = PoolKind.GENERATE
     #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
 
@@ -97,15 +99,19 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     dtype = "float32" if spec.dtype == AUTO and has_cpu_build() else spec.dtype
     command += ["--host", spec.host, "--port", str(port), "--dtype", dtype, "--max-model-len", str(spec.max_model_len)]
     command += ["--max-num-seqs", str(spec.max_num_seqs), "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+    command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
+    if has_cpu_build():
+        # A start with compilation takes three times as long, and LoRA disables compilation anyway.
+        command += ["--enforce-eager"]
+    if spec.kind is PoolKind.EMBED:
+        # What a model supports (prefix caching, prefill in chunks) and how it pools is read from its files by vLLM. A model without a KV
+        # cache ignores its size.
+        return [*command, *shlex.split(spec.extra_args), "--runner", "pooling"]
     # Both maxima are set, because with vLLM's defaults (1 and `max_loras`) each switch of adapter reads the disk.
     command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
     command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
     # Options for cached tokens in the usage, for /inference/v1/abort_requests, and for tools.
     command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
-    if has_cpu_build():
-        # A start with compilation takes three times as long, and LoRA disables compilation anyway.
-        command += ["--enforce-eager"]
     # The last option wins, so `engine_args` cannot change it. With `auto`, an engine's first grammar decides the library for all later
     # ones.
     return command + shlex.split(spec.extra_args) + ["--structured-outputs-config", GRAMMAR_LIBRARY]
@@ -182,6 +188,7 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
         max_cpu_loras=max(model.max_cpu_loras, model.max_loras),
         kv_cache_bytes=model.kv_cache_bytes,
         extra_args=model.engine_args,
+        kind=model.kind,
         host=host,
     )
 

@@ -27,6 +27,7 @@ CAUSES = {
     "the engine was not ready within": "it was not ready in time",
     "the engine stood still": "it was not ready in time",
     "the engine does not generate": "it does not generate",
+    "the engine does not embed": "it does not embed",
     "its supervisor could not be started": "no process could be started for it",
     "its supervisor is gone": "its process ended early",
 }

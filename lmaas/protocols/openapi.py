@@ -187,7 +187,7 @@ IDEMPOTENCY_KEY: Schema = {
     "description": "The request runs once: for 24 hours the tenant's other requests with this key and the same body get the same answer, "
     "at no cost. A failed request, or one whose answer was not read to its end, is not kept and runs anew.",
 }
-RATE_LIMITS = {
+_RATE_LIMITS = {
     f"x-ratelimit-{what}-{unit}": {"description": f"{words} of the limit of {unit} per minute, if there is one.", "schema": _TEXT}
     for unit in ("requests", "tokens")
     for what, words in (("limit", "The value"), ("remaining", "What is left"), ("reset", "When all is available again:"))
@@ -197,7 +197,7 @@ MODEL_HEADER: Schema = {
 }
 #: The headers of an answer to an inference.
 ANSWER_HEADERS: Schema = (
-    RATE_LIMITS
+    _RATE_LIMITS
     | MODEL_HEADER
     | {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
 )

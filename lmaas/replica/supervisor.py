@@ -1,4 +1,4 @@
-"""The life of one replica: start the engine, wait until it generates, report it to the scheduler, drain it, stop it.
+"""The life of one replica: start the engine, wait until it works, report it to the scheduler, drain it, stop it.
 
 The supervisor restarts nothing. If its engine ends, it records the reason and ends as well. The controller decides whether to start another
 replica.
@@ -27,7 +27,7 @@ from lmaas.replica.residency import Residency
 from lmaas.replica.start import Times, process_began, start_record
 from lmaas.replica.timesheet import TimeSheet
 from lmaas.scheduling.client import Beat, Scheduler, replica_channel
-from lmaas.states import Desired, EnginePhase, Observed, UsageStatus
+from lmaas.states import Desired, EnginePhase, Observed, PoolKind, UsageStatus
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import get_replica, observe, usual_start_ms
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 #: The interval between health checks of a starting engine.
 HEALTH_POLL_S = 0.025
-#: If requests run but no token is generated for this long, the engine is probed. A long prefill alone does not mean that it has failed.
+#: If requests run but no token is counted for this long, the engine is probed. A long prefill alone does not mean that it has failed.
 STALL_S = 20.0
 PROBE_TIMEOUT_S = 30.0
 #: If the engine's server does not respond for this long, the engine gets no new work and is probed. After the same time again it counts as
@@ -176,7 +176,7 @@ class Supervisor:
         self.end(Observed.FAILED, f"the engine ended with code {code}: {engine.last_words()}")
 
     async def _get_ready(self, engine: EngineProcess) -> None:
-        """Wait until the engine is ready, that is, until it has generated a token, and report it."""
+        """Wait until the engine is ready, that is, until it has generated or embedded a token, and report it."""
         watching = asyncio.create_task(self._watch_start(engine), name="start-progress")
         try:
             await self._become_ready(engine)
@@ -191,7 +191,7 @@ class Supervisor:
         while not await self._client.healthy(engine.url):  # noqa: ASYNC110 (it is another process that gets healthy)
             await asyncio.sleep(HEALTH_POLL_S)
         self._times.healthy = time.monotonic()
-        if not engine.keeps_adapters_apart():
+        if self._model.takes_adapters and not engine.keeps_adapters_apart():
             self.end(Observed.FAILED, "the engine runs without the LoRA plugin of lmaas, and would mix up tenants' adapters")
             return
         # Load adapters that requests wait for before the replica becomes ready.
@@ -199,7 +199,7 @@ class Supervisor:
         warming.add_done_callback(lambda _: setattr(self._times, "resident", time.monotonic()))
         try:
             if not await self._probe(engine, max(PROBE_TIMEOUT_S, self._settings.start_timeout_s)):
-                self.end(Observed.FAILED, f"the engine does not generate: {engine.last_words()}")
+                self.end(Observed.FAILED, self._fruitless(engine))
                 return
             self._times.generated = time.monotonic()
             engine.seal_log()
@@ -236,12 +236,17 @@ class Supervisor:
         except Unavailable:
             return True
 
+    def _fruitless(self, engine: EngineProcess | None) -> str:
+        verb = "embed" if self._model.kind is PoolKind.EMBED else "generate"
+        return f"the engine does not {verb}: {'' if engine is None else engine.last_words()}"
+
     async def _probe(self, engine: EngineProcess, timeout_s: float) -> bool:
-        """Have the engine generate a token. Its usage is recorded in the ledger without a tenant."""
+        """Have the engine generate or embed a token. Its usage is recorded in the ledger without a tenant."""
         record = UsageRecord(new_id("probe"), None, None, self._model.name, self._model.name, None, None, stream=False)
         record.start(self._id, 0, 0)
         try:
-            result = await self._client.generate_token(engine.url, self._model.name, record.request_id, timeout_s)
+            probe = self._client.embed_token if self._model.kind is PoolKind.EMBED else self._client.generate_token
+            result = await probe(engine.url, self._model.name, record.request_id, timeout_s)
         except (EngineError, *CONNECTION_ERRORS) as error:
             log.warning("probe failed", extra=self._extra("probe", repr(error)))
             return False
@@ -300,8 +305,7 @@ class Supervisor:
                 cleared, self._probing = self._probing.result(), None
                 if cleared:
                     continue
-                words = "" if self._engine is None else self._engine.last_words()
-                self.end(Observed.FAILED, f"the engine does not generate: {words}")
+                self.end(Observed.FAILED, self._fruitless(self._engine))
             # Not asyncio.wait_for: on Python 3.11 it can swallow a cancellation.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
@@ -313,7 +317,7 @@ class Supervisor:
             self._sheet.observe(phase_when_ready(load, waiting))
 
     async def _works(self, engine: EngineProcess) -> bool:
-        """Return whether the engine generates tokens: its counters increase, or it completes a probe. A busy engine is given time, but an
+        """Return whether the engine works: its counters of tokens increase, or it completes a probe. A busy engine is given time, but an
         engine whose server does not return its counters for MUTE_S seconds has failed."""
         before, answered = await self._tokens(engine.url), time.monotonic()
         probe = asyncio.create_task(self._probe(engine, STALL_S + PROBE_TIMEOUT_S), name="probe")
@@ -334,13 +338,13 @@ class Supervisor:
 
     async def _tokens(self, url: str) -> float | None:
         try:
-            return await self._client.generated_tokens(url)
+            return await self._client.counted_tokens(url)
         except (EngineError, *CONNECTION_ERRORS):
             return None
 
     async def _moves(self, url: str) -> bool:
-        """Return whether the engine has generated tokens since the last call. Used while Redis is down, when no other information is
-        available."""
+        """Return whether the engine's counters of tokens have increased since the last call. Used while Redis is down, when no other
+        information is available."""
         before, self._counted = self._counted, await self._tokens(url)
         return before is not None and self._counted is not None and self._counted > before
 

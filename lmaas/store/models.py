@@ -61,6 +61,11 @@ class BaseModel:
     created_at: datetime | None = field(default=None, compare=False)
 
     @property
+    def takes_adapters(self) -> bool:
+        """Whether its engines compute LoRA adapters."""
+        return self.kind is PoolKind.GENERATE
+
+    @property
     def shapes(self) -> BaseModelShapes:
         """The properties that an adapter must fit."""
         # Decided where an engine starts: whatever that will be, what is finite in the narrowest is finite in it.

@@ -76,6 +76,7 @@ def lock(column: str, rows: str = ALL) -> Grant:
 
 _LIMITS = tuple(field.name for field in fields(Limits))
 _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
+_SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -124,6 +125,24 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id",)), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT"), Grant("DELETE"), lock("key")),
     },
+    # Operators delete a tenant's responses and conversations with the tenant, and controllers expired ones. Neither can read them.
+    "responses": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+    },
+    "conversations": {
+        GATEWAY: (
+            Grant("SELECT", OWN),
+            Grant("INSERT", check=OWN),
+            Grant("UPDATE", OWN, ("metadata", "next_position", "item_count", "size_bytes", "expires_at")),
+            Grant("DELETE", OWN),
+        ),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+    },
+    # They go with their conversation.
+    "conversation_items": {GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN))},
     "audit_log": {
         # Records can be added, and never changed.
         GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),

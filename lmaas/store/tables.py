@@ -244,6 +244,62 @@ idempotency = Table(
     Index(None, "state", "seen_at"),
 )
 
+# JSON is kept as bytes, which Postgres does not parse: a stored text may contain what `jsonb` cannot hold.
+responses = Table(
+    "responses",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    # The response that this one continues. It may have been deleted since.
+    Column("previous_id", Text),
+    # The conversation to which it belongs, and the position of its first item there.
+    Column("conversation_id", Text),
+    Column("conversation_start", BigInteger),
+    # A JSON list: the items of its own request, without those that it continued.
+    Column("input", LargeBinary, nullable=False),
+    # The response object, as the client received it.
+    Column("body", LargeBinary, nullable=False),
+    # Of both together. A column of its own, so that controllers can count bytes that they may not read.
+    Column("size_bytes", BigInteger, nullable=False),
+    _created(),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "expires_at"),
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    # A JSON object.
+    Column("metadata", LargeBinary, nullable=False),
+    # The position of the next item. It never decreases.
+    Column("next_position", BigInteger, nullable=False),
+    # Of its items: their number and the bytes of all together.
+    Column("item_count", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    _created(),
+    # Every change of the conversation moves this into the future.
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "expires_at"),
+)
+
+conversation_items = Table(
+    "conversation_items",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("conversation_id", Text, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("id", Text, nullable=False),
+    # A JSON object, with the id.
+    Column("body", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "conversation_id", "position"),
+    ForeignKeyConstraint(["tenant_id", "conversation_id"], ["conversations.tenant_id", "conversations.id"], ondelete="CASCADE"),
+    Index(None, "tenant_id", "id"),
+)
+
 # Triggers increase the sum of these numbers with every change of a tenant, a key, a base model or an adapter (migration 0005).
 changes = Table(
     "changes",

@@ -1,4 +1,4 @@
-"""Prepares a stack for its first request: the base model, the operator's key and the credentials file."""
+"""Prepares a stack for its first request: the base models, the operator's key and the credentials file."""
 
 import asyncio
 import contextlib
@@ -15,16 +15,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lmaas.adapters.safetensors import base_model_shapes
+from lmaas.api.base_models import defined_model
+from lmaas.api.shapes.models import NewBaseModel
 from lmaas.audit import Action, Audit
 from lmaas.config import Settings
-from lmaas.engine import default_model
-from lmaas.engine.source import engine_dtype, model_config, model_folder
-from lmaas.errors import SettingsError
+from lmaas.engine import default_model, embedding_model
+from lmaas.engine.source import local_model_folder, model_folder
+from lmaas.errors import Conflict, SettingsError
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.process import bound_command
+from lmaas.states import PoolKind
 from lmaas.store.database import Database
-from lmaas.store.models import BaseModel, put_base_model
+from lmaas.store.models import BaseModel, create_base_model, list_base_models, put_base_model
 from lmaas.store.tenants import create_key, find_principal
 from lmaas.types import Role, is_model_name
 from lmaas.up.keeping import ending
@@ -81,22 +83,51 @@ async def register_model(settings: Settings, db: Database, console: Console, sto
     name = default_model.registered_name(settings)
     if not is_model_name(name):
         raise SettingsError(f"{name!r} cannot be a model's name. Set LMAAS_MODEL_NAME to lower-case letters, digits, '.', '_' or '-'.")
-    dtype = engine_dtype(settings.engine_dtype, model_config(folder))
-    model = BaseModel(
-        id="",
-        name=name,
-        source=str(folder),
-        dtype=dtype,
-        linears={path: list(shape) for path, shape in base_model_shapes(folder).items()},
-        max_lora_rank=settings.engine_max_lora_rank,
-        max_loras=settings.engine_max_loras,
-        max_cpu_loras=settings.engine_max_cpu_loras,
-        max_num_seqs=settings.engine_max_num_seqs,
-        max_model_len=settings.engine_max_model_len,
-        kv_cache_bytes=settings.engine_kv_cache_bytes,
-        engine_args=settings.engine_args,
-    )
+    model = await defined_model(settings, NewBaseModel(name=name, source=str(folder)))
     return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
+
+
+async def register_embedding_model(settings: Settings, db: Database, console: Console) -> BaseModel | None:
+    """Register the embedding model of the settings, and return it; None if none is offered.
+
+    Raises SettingsError or InvalidRequest for one of the settings that cannot be used. Without such a setting, it is the one from the
+    wheel.
+    """
+    asked = settings.embedding_model
+    if asked == embedding_model.NONE:
+        return None
+    if not asked:
+        return await _register_packaged(settings, db, console)
+    name, folder = Path(asked).name.lower(), _given_folder(asked)
+    if not is_model_name(name):
+        raise SettingsError(f"{name!r}, from LMAAS_EMBEDDING_MODEL, cannot be a model's name. Rename the folder, or use `lmaas model add`.")
+    model = await defined_model(settings, NewBaseModel(name=name, source=str(folder)))
+    if model.kind is not PoolKind.EMBED:
+        raise SettingsError(f"LMAAS_EMBEDDING_MODEL is {asked!r}, which is no embedding model. Give another one, or 'none'.")
+    return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
+
+
+async def _register_packaged(settings: Settings, db: Database, console: Console) -> BaseModel | None:
+    """Register the embedding model from the wheel. It is optional: if the wheel is not installed, if the model cannot be copied, or if
+    its name is in use for another model or for an adapter, the service runs without it."""
+    packaged, name = embedding_model.packaged_folder(), embedding_model.NAME
+    if packaged is None or name == default_model.registered_name(settings):
+        return None
+    folder = settings.cache.expanduser() / "models" / name
+    try:
+        if not folder.exists():
+            await asyncio.to_thread(embedding_model.copy, packaged, folder)
+        model = await defined_model(settings, NewBaseModel(name=name, source=str(folder)))
+        known = next((each for each in await list_base_models(db) if each.name == name), None)
+        if known is None:
+            return await create_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
+        # Another source that is there, or another kind, is an operator's own model.
+        ours = known.source == model.source or (known.kind is model.kind and local_model_folder(known.source) is None)
+        return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER)) if ours else None
+    except (OSError, Conflict) as error:
+        why = error.message if isinstance(error, Conflict) else f"{folder}: {error.strerror or error}"
+        console.print(f"The embedding model {name} is not offered: {why}", markup=False, highlight=False)
+        return None
 
 
 def read_credentials(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`lmaas init`: register the base model and the operator's key of a service that runs without `lmaas up`."""
+"""`lmaas init`: register the base models and the operator's key of a service that runs without `lmaas up`."""
 
 from rich.console import Console
 
@@ -11,14 +11,14 @@ from lmaas.store.database import Database
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.tenants import create_key, find_principal, list_keys, revoke_key
 from lmaas.types import Role
-from lmaas.up.bootstrap import register_model
+from lmaas.up.bootstrap import register_embedding_model, register_model
 
 #: The name of the key, by which a later run finds the key to replace, among those that no operator made.
 KEY_NAME = "LMAAS_OPERATOR_KEY"
 
 
 async def initialise(settings: Settings, console: Console) -> None:
-    """Prepare and register the base model, and register the operator's key of the settings. Safe to run repeatedly.
+    """Prepare and register the base models, and register the operator's key of the settings. Safe to run repeatedly.
 
     Raises SettingsError without a database, for a key that could be guessed, or for a model that is not available.
     """
@@ -30,6 +30,8 @@ async def initialise(settings: Settings, console: Console) -> None:
     try:
         model = await register_model(settings, db, console)
         console.print(f"base model {model.name}: registered")
+        if (embedding := await register_embedding_model(settings, db, console)) is not None:
+            console.print(f"base model {embedding.name}: registered")
         console.print(f"operator key {shown_prefix(key)}…: {await put_operator_key(db, key)}")
     finally:
         await db.close()

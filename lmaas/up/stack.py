@@ -26,9 +26,10 @@ from lmaas.manifests.folder import Manifests, read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
 from lmaas.scheduling.client import connect
+from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.store.rights import DatabaseRole
-from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_model, write_credentials
+from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_embedding_model, register_model, write_credentials
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
@@ -47,6 +48,7 @@ class Stack:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._keepers: list[asyncio.Task[NoReturn]] = []
+        self._embedding = ""
 
     async def run(self) -> None:
         """Start everything, print the addresses, and stop everything on SIGINT, SIGTERM or SIGHUP. A second signal skips the drain."""
@@ -88,11 +90,13 @@ class Stack:
         return True
 
     async def _prepare(self, settings: Settings) -> tuple[Logins, BaseModel, str]:
-        """Prepare the database. Return the processes' database logins, the base model and the operator's key."""
+        """Prepare the database. Return the processes' database logins, the default base model and the operator's key."""
         logins = await asyncio.to_thread(prepare_database, settings, embedded=self._settings.database_url is None)
         db = logins.database(DatabaseRole.GATEWAY)
         try:
             model = await register_model(settings, db, self._console, self._stop.is_set)
+            if (embedding := await register_embedding_model(settings, db, self._console)) is not None:
+                self._embedding = embedding.name
             return logins, model, await ensure_operator_key(settings, db)
         finally:
             await db.close()
@@ -211,25 +215,29 @@ class Stack:
     def _say_where(self, settings: Settings, model: BaseModel) -> None:
         self._console.print(f"\n[bold green]lmaas is up[/bold green] at {settings.base_url}", soft_wrap=True)
         self._say("No engine runs until the first request.")
+        embedding = f"; {self._embedding} (embeddings)" if self._embedding else ""
+        self._say(f"Models:      {model.name}{embedding}")
         self._say(f"Credentials: {settings.credentials_path}")
         self._say(f"Logs:        {settings.home / 'logs'}")
         tenant = next((name for name, keys in read_credentials(settings)["tenants"].items() if "api_key" in keys), None)
         if tenant is not None:
             self._say("\nTry it:")
-            self._say(example(settings, tenant, model.name))
+            self._say(example(settings, tenant, model.name, model.kind))
         self._say("\nCtrl-C stops it.\n")
 
 
-def example(settings: Settings, tenant: str, model: str) -> str:
+def example(settings: Settings, tenant: str, model: str, kind: PoolKind = PoolKind.GENERATE) -> str:
     """Return shell commands that send a tenant's request, in lines that fit a narrow terminal."""
+    path, more = "chat/completions", '"stream": true, "messages":\n       [{"role": "user", "content": "What is the capital of France?"}]'
+    if kind is PoolKind.EMBED:
+        path, more = "embeddings", '"input":\n       "What is the capital of France?"'
     return f"""\
 KEY=$(python3 -c \\
   'import json; print(json.load(open(0))["tenants"]["{tenant}"]["api_key"])' \\
   < {shlex.quote(str(settings.credentials_path))})
-curl -N {settings.base_url}/chat/completions \\
+curl -N {settings.base_url}/{path} \\
   -H "authorization: Bearer $KEY" -H 'content-type: application/json' \\
-  -d '{{"model": "{model}", "stream": true, "messages":
-       [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+  -d '{{"model": "{model}", {more}}}'"""
 
 
 def check_port(settings: Settings) -> None:

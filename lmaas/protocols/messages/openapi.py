@@ -116,8 +116,7 @@ def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/MessagesRequest"}}},
                 },
-                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content}}
-                | errors(error),
+                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content}} | errors(error),
             }
         }
     }

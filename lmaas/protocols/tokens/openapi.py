@@ -6,6 +6,9 @@ from lmaas.protocols.messages.openapi import OWN as MESSAGES_OWN
 from lmaas.protocols.messages.openapi import errors as messages_errors
 from lmaas.protocols.messages.table import COUNT_TOKENS
 from lmaas.protocols.openapi import ERRORS, MODEL_HEADER, OWN, Schema, request_schema
+from lmaas.protocols.responses.openapi import OWN as RESPONSES_OWN
+from lmaas.protocols.responses.openapi import WORDS as RESPONSES_WORDS
+from lmaas.protocols.tokens.counts import INPUT_TOKENS
 from lmaas.protocols.tokens.tokenize import DETOKENIZE, TOKENIZE
 
 _TEXT: Schema = {"type": "string"}
@@ -18,14 +21,14 @@ def _closed(**properties: Schema) -> Schema:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "TokenizeRequest": request_schema(TOKENIZE, "The parameters of vLLM: `prompt`, or `messages` with those of a chat.", OWN | {"prompt": _TEXT}),
+    "TokenizeRequest": request_schema(TOKENIZE, "The parameters of vLLM: `prompt`, or a chat's.", OWN | {"prompt": _TEXT}),
     "DetokenizeRequest": request_schema(DETOKENIZE, "The parameters of vLLM.", {"tokens": _IDS}),
     "CountTokensRequest": request_schema(COUNT_TOKENS, "Anthropic's parameters.", MESSAGES_OWN),
-    "TokenizedPrompt": _closed(
-        count=_COUNT, max_model_len=_COUNT, tokens=_IDS, token_strs={"type": ["array", "null"], "items": _TEXT}
-    ),
+    "InputTokensRequest": request_schema(INPUT_TOKENS, RESPONSES_WORDS, OWN | RESPONSES_OWN),
+    "TokenizedPrompt": _closed(count=_COUNT, max_model_len=_COUNT, tokens=_IDS, token_strs={"type": ["array", "null"], "items": _TEXT}),
     "DetokenizedPrompt": _closed(prompt=_TEXT),
     "CountedTokens": _closed(input_tokens=_COUNT),
+    "InputTokens": _closed(object={"const": "response.input_tokens"}, input_tokens=_COUNT),
 }
 
 
@@ -55,6 +58,9 @@ def tokens_paths(headers: Schema, error: Any) -> dict[str, Any]:
     return {
         TOKENIZE.path: path("tokenize", "Show the tokens of a text or a chat.", "tokens", "TokenizeRequest", "TokenizedPrompt", own),
         DETOKENIZE.path: path("detokenize", "Show the text of tokens.", "tokens", "DetokenizeRequest", "DetokenizedPrompt", own),
+        INPUT_TOKENS.path: path(
+            "input_tokens", "Count the tokens of a response's prompt.", "openai", "InputTokensRequest", "InputTokens", own
+        ),
         COUNT_TOKENS.path: path(
             "count_tokens", "Count the tokens of a message's prompt.", "anthropic", "CountTokensRequest", "CountedTokens", theirs
         ),

@@ -7,7 +7,8 @@ import pytest
 
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
-from lmaas.errors import Conflict, NotFound, Unavailable
+from lmaas.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from lmaas.states import PoolKind
 from lmaas.store import adapters as rows
 from lmaas.store import models, tenants
 from lmaas.store.adapters import Uploaded
@@ -138,4 +139,13 @@ async def test_a_base_model_that_changes_while_an_adapter_is_validated(world: Wo
     world.files.before[1] = change
     with pytest.raises(Conflict, match="changed while the adapter was validated"):
         await world.upload()
+    assert await world.sources() == []
+
+
+async def test_a_base_model_that_would_ignore_an_adapter_takes_none(db: Database, tmp_path: Path) -> None:
+    world = World(db, tmp_path, (await tenant(db, "acme")).id)
+    await base_model(db, "base", linears={name: list(shape) for name, shape in shapes().linears.items()}, kind=PoolKind.EMBED)
+    with pytest.raises(InvalidRequest, match="'base' embeds text") as raised:
+        await world.upload()
+    assert (raised.value.error_code, raised.value.param) == ("base_model_takes_no_adapters", "base_model")
     assert await world.sources() == []

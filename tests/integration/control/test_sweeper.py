@@ -19,7 +19,7 @@ from tests.support.conditions import until
 async def test_answers_past_their_day_go_and_others_stay(
     settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmaas.control.controller.SWEEP_S", 0.05)
+    monkeypatch.setattr("lmaas.control.sweeper.SWEEP_S", 0.05)
     acme = await tenant(db, "acme")
     claims = [Claim(acme.id, f"k{number}", b"", f"r{number}") for number in range(ROWS_AT_ONCE + 2)]
     for claim in claims:

@@ -27,7 +27,7 @@ from lmaas.engine.grammars.service import serve_checks
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor
-from lmaas.states import UsageStatus
+from lmaas.states import PoolKind, UsageStatus
 from lmaas.store.adapters import add_version
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import BaseModel, put_base_model
@@ -165,9 +165,9 @@ class Stack:
         assert self._checks is not None
         await _end(self._checks)
 
-    async def model(self, name: str, slots: int = 16, loras: int = 8) -> BaseModel:
+    async def model(self, name: str, slots: int = 16, loras: int = 8, kind: PoolKind = PoolKind.GENERATE) -> BaseModel:
         """Create a base model without a replica."""
-        model = BaseModel("", name, "no-model", "float32", {}, 16, loras, loras, slots, 2048, 2**28, "")
+        model = BaseModel("", name, "no-model", "float32", {}, 16, loras, loras, slots, 2048, 2**28, "", kind)
         return await put_base_model(self.db, model)
 
     async def tenant(self, max_queued: int = 256) -> Tenant:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnEleme
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import InvalidRequest
-from lmaas.store import adapters, audit, idempotency, tenants, usage
+from lmaas.store import adapters, audit, conversations, idempotency, responses, retention, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
@@ -30,6 +31,7 @@ from tests.support.databases import login_url
 
 AUDIT = Audit(Action.KEY_CREATE, "tenant_admin", "key", "req")
 ANSWER = Answer(200, "application/json", b"theirs")
+MONTH = timedelta(days=30)
 
 
 @dataclass
@@ -52,6 +54,9 @@ async def side(db: Database, name: str, base: BaseModel) -> Side:
     await usage.record_events(db, [usage_event(f"req-{name}", row.id, key_id=key.id)])
     claim = Claim(row.id, "k", b"same", f"claim-{name}")
     await idempotency.take(db, claim)
+    item = conversations.Item("msg_1", f"item-{name}".encode())
+    await conversations.create_conversation(db, row.id, "conv_1", f"metadata-{name}".encode(), [item], MONTH)
+    await responses.save(db, row.id, [responses.Response("resp_1", f"input-{name}".encode(), f"body-{name}".encode())], MONTH)
     [adapter] = await adapters.list_adapters(db, row.id)
     return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim)
 
@@ -81,6 +86,7 @@ class Both:
         """Which of the other tenant's things a result holds."""
         theirs = self.theirs
         things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
+        things |= {"item-other", "metadata-other", "input-other", "body-other"}
         return {thing for thing in things if thing in repr(result)}
 
 
@@ -153,6 +159,8 @@ FORBIDDEN = {
     "api_keys": {"delete"},
     "adapter_versions": {"update", "delete"},
     "usage_events": {"update", "delete"},
+    "responses": {"update"},
+    "conversation_items": {"update"},
     "audit_log": {"update", "delete"},
 }
 
@@ -192,18 +200,22 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
     async with both.gateway.begin(both.mine.id) as connection:
         await connection.execute(text("SET LOCAL enable_seqscan = off"))
         one = "id" if table.name != "idempotency" else "key"
+        if table.name == "conversation_items":
+            one = "position"
         if table.name == "usage_events":
             one = "request_id"
         plan = "\n".join((await connection.execute(text(f"EXPLAIN SELECT {one} FROM {table.name}"))).scalars())  # noqa: S608
     assert f"Index Cond: ({column} = current_setting('lmaas.tenant'::text, true))" in plan
 
 
-@pytest.mark.parametrize("name", ["adapters", "adapter_versions", "api_keys", "idempotency", "audit_log"])
+@pytest.mark.parametrize(
+    "name", ["adapters", "adapter_versions", "api_keys", "idempotency", "audit_log", "responses", "conversations", "conversation_items"]
+)
 async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str) -> None:
     table = metadata.tables[name]
     async with both.db.begin(SYSTEM) as connection:
         row = (await connection.execute(select(table).where(table.c.tenant_id == both.theirs.id))).mappings().one()
-    new = {"id": "new", "name": "new", "hash": "new", "version": 9, "key": "new"} if name != "audit_log" else {"id": 10**9}
+    new = {"id": "new", "name": "new", "hash": "new", "version": 9, "key": "new", "position": 9} if name != "audit_log" else {"id": 10**9}
     values = dict(row) | {column: value for column, value in new.items() if column in table.c}
     async with both.db.begin(SYSTEM) as connection:
         # It is the tenant that is wrong, and nothing else.
@@ -321,6 +333,9 @@ async def test_the_ledger_is_final(both: Both, controller_db: Database) -> None:
 
 # Forgetting the WHERE of every store function.
 
+ITEM = conversations.Item("msg_9", b"mine")
+TURN = responses.Response("resp_9", b"mine", b"mine")
+
 Case = Callable[[Both], Awaitable[object]]
 
 
@@ -346,6 +361,20 @@ CASES: dict[str, Case] = {
     "idempotency.take": lambda both: idempotency.take(both.gateway, Claim(both.mine.id, "k", b"same", "r9")),
     "idempotency.keep": lambda both: idempotency.keep(both.gateway, both.mine.claim, ANSWER),
     "idempotency.give_up": lambda both: idempotency.give_up(both.gateway, both.mine.claim),
+    "responses.find_response": lambda both: responses.find_response(both.gateway, both.mine.id, "resp_1"),
+    "responses.find_chain": lambda both: responses.find_chain(both.gateway, both.mine.id, "resp_1"),
+    "responses.find_responses": lambda both: responses.find_responses(both.gateway, both.mine.id, ["resp_1"]),
+    "responses.delete_response": lambda both: responses.delete_response(both.gateway, both.mine.id, "resp_1"),
+    "conversations.get_conversation": lambda both: conversations.get_conversation(both.gateway, both.mine.id, "conv_1"),
+    "conversations.change_metadata": lambda both: conversations.change_metadata(both.gateway, both.mine.id, "conv_1", b"mine", MONTH),
+    "conversations.delete_conversation": lambda both: conversations.delete_conversation(both.gateway, both.mine.id, "conv_1"),
+    "conversations.add_items": lambda both: conversations.add_items(both.gateway, both.mine.id, "conv_1", [ITEM], MONTH),
+    "conversations.save_turn": lambda both: conversations.save_turn(both.gateway, both.mine.id, TURN, "conv_1", [ITEM], MONTH),
+    "conversations.list_items": lambda both: conversations.list_items(both.gateway, both.mine.id, "conv_1", Part(9), newest_first=True),
+    "conversations.find_context": lambda both: conversations.find_context(both.gateway, both.mine.id, "conv_1"),
+    "conversations.find_items": lambda both: conversations.find_items(both.gateway, both.mine.id, ["msg_1"]),
+    "conversations.get_item": lambda both: conversations.get_item(both.gateway, both.mine.id, "conv_1", "msg_1"),
+    "conversations.delete_item": lambda both: conversations.delete_item(both.gateway, both.mine.id, "conv_1", "msg_1", MONTH),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
@@ -359,12 +388,18 @@ NO_TENANTS = {
     "tenants.delete_tenant",
     "tenants.create_key",
     "audit.record",
+    "responses.save",
+    "responses.owned",
+    "conversations.create_conversation",
+    # For operators and controllers, as other tests of them show.
+    "retention.delete_state",
+    "retention.delete_oldest",
 }
 
 
 def test_every_store_function_of_a_tenant_is_tried() -> None:
     found = set()
-    for module in (adapters, audit, idempotency, tenants, usage):
+    for module in (adapters, audit, conversations, idempotency, responses, retention, tenants, usage):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
                 found.add(f"{module.__name__.rpartition('.')[2]}.{name}")

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from lmaas.audit import Action, Audit
 from lmaas.config import Settings
+from lmaas.engine.embedding_model import NAME
 from lmaas.errors import SettingsError
 from lmaas.keys import hash_key, new_key
 from lmaas.store.database import Database
@@ -27,7 +28,8 @@ async def test_everything_a_service_needs(settings: Settings, db: Database, mode
     said = io.StringIO()
     for _ in range(2):
         await initialise(settings, Console(file=said, width=200))
-    assert [model.source for model in await list_base_models(db)] == [str(model_folder)]
+    embedding = settings.cache.expanduser() / "models" / NAME
+    assert [model.source for model in await list_base_models(db)] == [str(embedding), str(model_folder)]
     principal = await find_principal(db, hash_key(key))
     assert principal is not None
     assert principal.role is Role.OPERATOR
@@ -41,7 +43,8 @@ async def test_a_model_may_be_a_folder_where_it_is_started(
     settings: Settings, db: Database, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model_folder.parent)
-    await initialise(replace(settings, operator_key=new_key(), model=model_folder.name), Console(file=io.StringIO()))
+    settings = replace(settings, operator_key=new_key(), model=model_folder.name, embedding_model="none")
+    await initialise(settings, Console(file=io.StringIO()))
     assert [model.source for model in await list_base_models(db)] == [str(model_folder)]
 
 
@@ -61,7 +64,7 @@ async def test_the_audit_log_names_the_system(settings: Settings, db: Database, 
     async with db.begin(SYSTEM) as connection:
         columns = (audit_log.c.action, audit_log.c.actor, audit_log.c.key_id, audit_log.c.request_id)
         rows = [tuple(row) for row in await connection.execute(select(*columns).order_by(audit_log.c.id))]
-    actions = ("base_model.register", "key.create", "key.create", "key.revoke")
+    actions = ("base_model.register", "base_model.register", "key.create", "key.create", "key.revoke")
     assert rows == [(action, "system", None, None) for action in actions]
 
 

@@ -392,10 +392,10 @@ async def test_cached_tokens_are_told_and_salts_keep_tenants_apart(engine: Engin
 
 async def test_our_client_probes_it(engine: Engine) -> None:
     async with EngineClient() as client:
-        before = await client.generated_tokens(engine.process.url)
+        before = await client.counted_tokens(engine.process.url)
         result = await client.generate_token(engine.process.url, BASE, "probe", 60)
         assert (result.prompt_tokens, result.completion_tokens) == (1, 1)
-        assert await client.generated_tokens(engine.process.url) == before + 2
+        assert await client.counted_tokens(engine.process.url) == before + 2
 
 
 async def test_a_dying_engine_never_seems_to_succeed_and_leaves_nothing_behind(engine: Engine) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lmaas.engine.grammars.client import Checkers
-from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, TOO_COMPLEX, Prompt, Tokens
+from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, TOO_COMPLEX, Prompt
 from lmaas.engine.launch import VLLM
 from lmaas.protocols.parameters.request import read_chat, read_completion
 from tests.system.engine.conftest import BASE, CHAT, COMPLETION, MAX_LEN, Engine, total
@@ -71,7 +71,7 @@ async def test_the_count_is_that_of_the_request(engine: Engine, checkers: Checke
     assert tokens.count == len(tokens.ids) == len(tokens.strings)
     assert (await engine.counters()).since(before) == (0, 0)
     request.parameters["max_tokens"] = 1
-    answer = (await engine.http.post(path, content=request.body(BASE, "salt"))).json()
+    answer = (await engine.http.post(path, content=request.body(BASE, "salt"), headers={"content-type": "application/json"})).json()
     assert tokens.count == total(answer["usage"])[0]
     # Without the tokens themselves, which may be many.
     plain = await checkers.tokens(engine.spec, Prompt(path, request.parameters))

@@ -1,15 +1,18 @@
 """What the bars of the gateway count as a right answer, and what as a command."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from bench.gateways import load
+from bench.gateways import load, protocols
 from bench.gateways.counted import Commands
-from bench.gateways.engine import TOKEN, TOKENS, Connection, Engine, compact
+from bench.gateways.engine import TOKEN, TOKENS, Connection, Engine
+from bench.gateways.protocols import PROTOCOLS
+from lmaas.testing.answer import compact
 
 
 @asynccontextmanager
@@ -29,8 +32,55 @@ async def test_the_engine_gives_what_the_load_asks_for(body: dict[str, Any], pac
     assert result["requests"] == engine.answered >= 4
 
 
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name.startswith("embeddings")])
+async def test_the_engine_embeds(name: str) -> None:
+    engine = Engine("base")
+    async with serving(engine) as chat:
+        url = chat.replace(PROTOCOLS["chat"].path, PROTOCOLS[name].path)
+        order = {"url": url, "headers": {}, "body": PROTOCOLS[name].body("m", stream=False), "connections": 2, "seconds": 0.05}
+        result = await load.run(order | {"protocol": name})
+        assert result["requests"] == engine.answered >= 2
+        with pytest.raises(ValueError, match="0 of 32 tokens"):
+            await load.run(order | {"protocol": "messages"})
+
+
+def _streamed(kind: str, text: str) -> bytes:
+    return f'event: {kind}\ndata: {{"type":"{kind}","delta":"{text}"}}\n\n'.encode()
+
+
+_WORD = json.loads(TOKEN)
+_WHOLE_TEXT = _streamed("response.output_text.done", _WORD * TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "right", "wrong"),
+    [
+        (
+            "responses",
+            _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT + _streamed("response.completed", _WORD * TOKENS),
+            [
+                _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT + _streamed("response.failed", ""),
+                _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT,
+                _streamed("response.output_text.delta", _WORD) + _WHOLE_TEXT + _streamed("response.completed", _WORD * TOKENS),
+            ],
+        ),
+        (
+            "messages",
+            _streamed("content_block_delta", _WORD) * TOKENS + b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+            [
+                _streamed("content_block_delta", _WORD) * TOKENS,
+                _streamed("content_block_delta", _WORD) + b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+            ],
+        ),
+    ],
+)
+def test_what_is_a_whole_stream_of_another_protocol(protocol: str, right: bytes, wrong: list[bytes]) -> None:
+    assert load.complaint(b"200", right, streamed=True, protocol=protocol) is None
+    assert all(load.complaint(b"200", each, streamed=True, protocol=protocol) for each in wrong)
+
+
 async def test_a_wrong_answer_is_an_error_and_not_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "TOKENS", TOKENS + 1)
+    monkeypatch.setattr(protocols, "TOKENS", TOKENS + 1)
     async with serving(Engine("base")) as url:
         order = {"url": url, "headers": {}, "body": {"model": "m", "stream": True}, "connections": 1, "seconds": 0}
         with pytest.raises(ValueError, match=f"{TOKENS} of {TOKENS + 1} tokens"):

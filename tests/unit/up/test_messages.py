@@ -14,6 +14,7 @@ from rich.console import Console
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.scheduling.client import connect
+from lmaas.states import PoolKind
 from lmaas.store.database import driver_url
 from lmaas.up.bootstrap import prepare_default_model, read_credentials, write_credentials
 from lmaas.up.stack import check_port, example
@@ -36,10 +37,14 @@ def test_the_example_sends_the_tenants_key_from_any_folder(name: str, tmp_path: 
     assert (body["model"], body["messages"][0]["role"]) == ("base", "user")
 
 
-def test_the_example_fits_a_narrow_terminal() -> None:
-    lines = example(Settings(home=Path("/home/somebody/lmaas/.lmaas")), "acme", "smollm2-135m-instruct").splitlines()
-    assert max(map(len, lines)) <= 80
-    assert shlex.split("\n".join(lines))
+@pytest.mark.parametrize("kind", list(PoolKind))
+def test_the_example_fits_a_narrow_terminal(kind: PoolKind) -> None:
+    text = example(Settings(home=Path("/home/somebody/lmaas/.lmaas")), "acme", "smollm2-135m-instruct", kind)
+    assert max(map(len, text.splitlines())) <= 80
+    words = shlex.split(text)
+    assert words[-1].startswith("{")
+    assert ("input" in json.loads(words[-1])) is (kind is PoolKind.EMBED)
+    assert any(word.endswith("/v1/embeddings") for word in words) is (kind is PoolKind.EMBED)
 
 
 def test_credentials_are_never_readable_by_others(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Deletion of what the service keeps only for a time: responses of idempotency keys, and tenants' stored responses and conversations."""
+
+import asyncio
+import logging
+import time
+
+from lmaas.errors import Unavailable
+from lmaas.store.database import Database
+from lmaas.store.idempotency import delete_old, delete_surplus
+from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 60.0
+#: The interval at which the bytes of tenants are counted, which reads a whole index.
+COUNT_S = 600.0
+
+
+class Sweeper:
+    """Deletes in portions, so that no statement runs for long. Its work may stop at any place, and be done by another controller."""
+
+    def __init__(self, db: Database, max_stored_bytes: int) -> None:
+        self._db, self._max_stored_bytes = db, max_stored_bytes
+        #: The bytes of all stored responses and conversations, None before they were counted.
+        self.stored_bytes: int | None = None
+
+    async def run(self) -> None:
+        """Sweep once a minute until cancelled."""
+        counted_at = float("-inf")
+        while True:
+            try:
+                while await delete_old(self._db) or await delete_surplus(self._db) or await delete_expired(self._db):
+                    pass
+                if time.monotonic() - counted_at >= COUNT_S:
+                    await self.bound()
+                    counted_at = time.monotonic()
+            except Unavailable as error:
+                log.warning("stored data cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
+            await asyncio.sleep(SWEEP_S)
+
+    async def bound(self) -> None:
+        """Count the bytes of each tenant, and delete the oldest of those that have too many. Raises Unavailable."""
+        sizes = await stored_bytes(self._db)
+        for tenant_id, size in sizes.items():
+            surplus = size - self._max_stored_bytes
+            if surplus > 0:
+                log.warning("a tenant's oldest responses are deleted early", extra={"tenant_id": tenant_id, "action": "sweep"})
+            while surplus > 0 and (deleted := await delete_oldest(self._db, tenant_id, surplus)) > 0:
+                surplus -= deleted
+            sizes[tenant_id] = min(size, self._max_stored_bytes + max(surplus, 0))
+        self.stored_bytes = sum(sizes.values())

@@ -1,0 +1,1 @@
+"""Tests of protocols with real servers."""
