@@ -166,14 +166,14 @@ def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
 def called(body: dict[str, Any]) -> tuple[str, str] | None:
     """Return the function to call, with the smallest arguments that its schema allows, or None.
 
-    A call is made if the request asks for one, or if the last message of the conversation is a user's with the words "use the tool". It is
+    A call is made if the request asks for one, or if the last message, but for a system's, is a user's with the words "use the tool". It is
     the function that the request or this message names. Otherwise it is the first one; after a function's result, the last one, which is
     how agents let a model hand over its final output.
     """
     tools, choice = body.get("tools"), body.get("tool_choice", "auto")
     if not tools or choice == "none":
         return None
-    last = body["messages"][-1]
+    last = next((message for message in reversed(body["messages"]) if message["role"] not in ("system", "developer")), body["messages"][-1])
     said = json.dumps(last.get("content"))
     if choice == "auto" and (last["role"] != "user" or "use the tool" not in said.lower()):
         return None

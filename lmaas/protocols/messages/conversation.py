@@ -24,6 +24,10 @@ class Conversation:
 
     #: For the engine.
     messages: list[dict[str, Any]] = field(default_factory=list)
+    #: The system messages before the first other message.
+    system: list[str] = field(default_factory=list)
+    #: Later ones, which become part of the next user message.
+    reminders: list[str] = field(default_factory=list)
     #: The last message is an assistant's, whose text the answer continues.
     prefilled: bool = False
     #: The names of tools that the conversation uses or refers to.
@@ -45,6 +49,9 @@ def read_conversation(name: str, value: Any) -> Conversation:
         if not isinstance(role, str) or role not in _ROLES:
             raise wrong_type(where, f"an object whose role is one of: {', '.join(_ROLES)}")
         _READERS[role](found, f"{where}.content", read_blocks(f"{where}.content", message.get("content")))
+    _remind(found)
+    if not found.messages:
+        raise InvalidRequest(f"'{name}' must have a message of the user.", code="empty_prompt", param=name)
     last = found.messages[-1]
     if last["role"] == "assistant":
         if not last["content"] or last.get("tool_calls"):
@@ -56,7 +63,7 @@ def read_conversation(name: str, value: Any) -> Conversation:
     return found
 
 
-def _add(found: Conversation, role: str, text: str, separator: str) -> dict[str, Any]:
+def _add(found: Conversation, role: str, text: str, separator: str = "\n") -> dict[str, Any]:
     """Add text to the last message if it has the role, otherwise add a message."""
     last = found.messages[-1] if found.messages else None
     if last is None or last["role"] != role:
@@ -77,9 +84,17 @@ def _read_user(found: Conversation, where: str, blocks: list[dict[str, Any]]) ->
             results += 1
         else:
             texts.append(text_of(place, block))
+    _remind(found)
     text = joined(texts)
     if text or not results:
-        _add(found, "user", text, "\n")
+        _add(found, "user", text)
+
+
+def _remind(found: Conversation) -> None:
+    """Add the waiting system messages to the conversation. Not as such: many chat templates refuse them after the beginning."""
+    for text in found.reminders:
+        _add(found, "user", f"<system-reminder>\n{text}\n</system-reminder>")
+    found.reminders.clear()
 
 
 def _result(found: Conversation, where: str, block: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +129,7 @@ def _read_assistant(found: Conversation, where: str, blocks: list[dict[str, Any]
             calls.append(_call(found, place, block))
         elif kind != "redacted_thinking":  # its content is for its author only
             raise not_supported(place, block)
+    _remind(found)
     message = _add(found, "assistant", "".join(texts), "")
     if any(thoughts):
         message["reasoning"] = message.get("reasoning", "") + "".join(thoughts)
@@ -133,8 +149,8 @@ def _call(found: Conversation, where: str, block: dict[str, Any]) -> dict[str, A
 
 def _read_system(found: Conversation, where: str, blocks: list[dict[str, Any]]) -> None:
     text = system_text(where, blocks)
-    if text or not found.messages:
-        _add(found, "system", text, "\n")
+    if text:
+        (found.reminders if found.messages else found.system).append(text)
 
 
 _READERS: dict[str, Callable[[Conversation, str, list[dict[str, Any]]], None]] = {

@@ -8,7 +8,7 @@ from lmaas.error_bodies import anthropic_body
 from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference
 from lmaas.protocols.chunks import ChatStream, Choice, ToolCall, Usage
-from lmaas.protocols.messages.message import SERVICE_TIER, is_object, message_id, signature, stop_of, tool_id, usage_of
+from lmaas.protocols.messages.message import SERVICE_TIER, arguments_of, is_object, message_id, signature, stop_of, tool_id, usage_of
 from lmaas.protocols.messages.request import MessagesRequest
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
@@ -49,6 +49,8 @@ class MessageStream(Answer):
         self._call = -1
         self._calls = 0
         self._arguments: list[str] = []
+        #: Whether those are an object, as far as their first character tells; None before it has come.
+        self._is_object: bool | None = None
         self._finish: str | None = None
         self._stop: int | str | None = None
         self._out: list[bytes] = []
@@ -150,12 +152,23 @@ class MessageStream(Answer):
             self._held = ""
             block = {"type": _TOOL, "id": tool_id(self._request_id, self._calls), "name": function.name, "input": {}}
             self._start_block(_TOOL, _json(block))
-            self._call, self._calls, self._arguments = call.index, self._calls + 1, []
+            self._call, self._calls = call.index, self._calls + 1
+            self._arguments, self._is_object = [], None
         if function is not None and function.arguments:
             if self._open != _TOOL:
                 raise ValueError("a piece of a tool call that has ended")
-            self._pieces.append(function.arguments)
-            self._arguments.append(function.arguments)
+            self._argue(function.arguments)
+
+    def _argue(self, piece: str) -> None:
+        """Add to the arguments of the open call. They are held back if they are no object, which clients cannot read."""
+        self._arguments.append(piece)
+        if self._is_object is None:
+            piece = "".join(self._arguments).lstrip()
+            if not piece:
+                return
+            self._is_object = piece.startswith("{")
+        if self._is_object:
+            self._pieces.append(piece)
 
     def _piece(self, kind: str, text: str) -> None:
         """Add to the open block, or to a new one if another kind of block is open."""
@@ -173,6 +186,8 @@ class MessageStream(Answer):
         kind = self._open
         if kind is None:
             return
+        if kind == _TOOL and self._is_object is False:
+            self._pieces.append(_json(arguments_of("".join(self._arguments))).decode())
         self._flush()
         if kind == _THINKING:
             self._out.append(_DELTA % (self._blocks, b"signature", b"signature", _json(signature(self._request_id))))

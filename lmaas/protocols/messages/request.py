@@ -7,6 +7,7 @@ from typing import Any
 from lmaas.admission.estimate import estimate
 from lmaas.errors import InvalidRequest
 from lmaas.inference.request import EngineRequest
+from lmaas.protocols.messages.blocks import joined
 from lmaas.protocols.messages.conversation import Conversation
 from lmaas.protocols.messages.table import COUNT_TOKENS, MESSAGES
 from lmaas.protocols.messages.tools import Choice, Tool, offered
@@ -70,7 +71,7 @@ def _read(table: Table, body: dict[str, Any]) -> MessagesRequest:
     model = read_model(body)
     given = read_parameters(table, body)
     conversation: Conversation = given.pop("messages")
-    system: str = given.pop("system", "")
+    system = joined([given.pop("system", ""), *conversation.system])
     messages = conversation.messages
     chat: dict[str, Any] = {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
     if conversation.prefilled:

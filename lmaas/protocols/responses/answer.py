@@ -34,7 +34,7 @@ class ResponseAnswer(Answer):
     def __init__(self, inference: Inference[ResponsesRequest]) -> None:
         self._inference, self._request = inference, inference.request
         self.response_id = response_id(inference.request_id)
-        self._output = OutputStream(self.response_id, inference.request.custom)
+        self._output = OutputStream(self.response_id, inference.request.custom, inference.request.namespaces)
         self._created = int(time.time())
         self._usage: Usage | None = None
         self._finish: str | None = None

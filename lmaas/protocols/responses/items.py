@@ -13,6 +13,7 @@ from lmaas.errors import InvalidRequest
 from lmaas.protocols.parameters.checks import out_of_range, wrong_type
 from lmaas.protocols.parameters.messages import arguments_text, part_text
 from lmaas.protocols.responses.state import Item
+from lmaas.protocols.responses.tools import engine_name
 
 MAX_ITEMS = 2048
 ROLES = ("user", "assistant", "system", "developer")
@@ -117,6 +118,12 @@ def _string(where: str, item: Item, field: str) -> str:
     return value
 
 
+def _names(where: str, item: Item) -> Item:
+    """Read the name of a call's tool, and its namespace if it is in one."""
+    found = {"name": _string(where, item, "name")}
+    return found if item.get("namespace") is None else found | {"namespace": _string(where, item, "namespace")}
+
+
 def _read_function_call(where: str, item: Item) -> Item:
     arguments = item.get("arguments")
     if not isinstance(arguments, str):
@@ -124,7 +131,7 @@ def _read_function_call(where: str, item: Item) -> Item:
     return {
         "type": "function_call",
         "call_id": _string(where, item, "call_id"),
-        "name": _string(where, item, "name"),
+        **_names(where, item),
         "arguments": arguments,
         "status": _state(item.get("status")),
     }
@@ -134,7 +141,7 @@ def _read_custom_call(where: str, item: Item) -> Item:
     return {
         "type": "custom_tool_call",
         "call_id": _string(where, item, "call_id"),
-        "name": _string(where, item, "name"),
+        **_names(where, item),
         "input": _string(where, item, "input"),
         "status": _state(item.get("status")),
     }
@@ -231,7 +238,8 @@ def _extended(messages: list[dict[str, Any]], turn: dict[str, Any] | None, item:
     if turn is None:
         turn = _begun(messages)
     arguments = json.dumps({"input": item["input"]}, ensure_ascii=False) if kind == "custom_tool_call" else item["arguments"]
-    function = {"name": item["name"], "arguments": arguments_text("arguments", arguments)}
+    name = engine_name(item["name"], item.get("namespace"))
+    function = {"name": name, "arguments": arguments_text("arguments", arguments)}
     turn.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
     return turn
 

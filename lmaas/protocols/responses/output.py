@@ -144,14 +144,15 @@ class FunctionCall(OutputItem):
 
     _piece_event, _text_event = b"response.function_call_arguments.delta", b"response.function_call_arguments.done"
     _text_field = b"arguments"
-    _form = b'{"id":"%b","type":"function_call","status":"%b","arguments":%b,"call_id":"%b","name":%b}'
+    _form = b'{"id":"%b","type":"function_call","status":"%b","arguments":%b,"call_id":"%b","name":%b%b}'
 
-    def __init__(self, write: Write, item_id: str, index: int, call_id: str, name: str) -> None:
+    def __init__(self, write: Write, item_id: str, index: int, call_id: str, name: str, namespace: str | None = None) -> None:
         super().__init__(write, item_id, index)
         self._call_id, self._name = call_id.encode(), encode(name)
+        self._namespace = b"" if namespace is None else b',"namespace":%b' % encode(namespace)
 
     def _item(self, status: bytes, text: bytes | None) -> bytes:
-        return self._form % (self._id, status, b'""' if text is None else text, self._call_id, self._name)
+        return self._form % (self._id, status, b'""' if text is None else text, self._call_id, self._name, self._namespace)
 
 
 class CustomCall(FunctionCall):
@@ -159,10 +160,10 @@ class CustomCall(FunctionCall):
 
     _piece_event, _text_event = b"response.custom_tool_call_input.delta", b"response.custom_tool_call_input.done"
     _text_field = b"input"
-    _form = b'{"id":"%b","type":"custom_tool_call","status":"%b","input":%b,"call_id":"%b","name":%b}'
+    _form = b'{"id":"%b","type":"custom_tool_call","status":"%b","input":%b,"call_id":"%b","name":%b%b}'
 
-    def __init__(self, write: Write, item_id: str, index: int, call_id: str, name: str) -> None:
-        super().__init__(write, item_id, index, call_id, name)
+    def __init__(self, write: Write, item_id: str, index: int, call_id: str, name: str, namespace: str | None = None) -> None:
+        super().__init__(write, item_id, index, call_id, name, namespace)
         self._unwrapper: Unwrapper | None = Unwrapper()
 
     def add(self, text: str, logprobs: bytes = b"") -> None:

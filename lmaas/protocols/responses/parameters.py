@@ -161,7 +161,7 @@ TABLE = Table(
         ),
         forwarded("reasoning", "effort as reasoning_effort of chat completions; summary and others have no effect", reasoning),
         # Tools and formats.
-        forwarded("tools", f"at most {MAX_TOOLS} functions and custom tools; others are refused by type", read_tools),
+        forwarded("tools", f"at most {MAX_TOOLS} functions and custom tools, also in namespaces; others are refused by type", read_tools),
         forwarded("tool_choice", "none, auto, required, a function, a custom tool, or allowed_tools", read_tool_choice),
         forwarded("text", "format: text, json_object or json_schema; verbosity has no effect", text_options),
         # Length, and the form of the answer.

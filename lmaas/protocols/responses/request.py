@@ -20,7 +20,7 @@ from lmaas.store.models import BaseModel
 _INSTRUCTING = ("system", "developer")
 #: A context that every prompt fits into.
 _UNBOUNDED = 2**31
-_NO_TOOLS = Tools([], [], frozenset())
+_NO_TOOLS = Tools([], [], frozenset(), {})
 _REPEATED_AS_GIVEN = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "max_tool_calls")
 #: The client's field for each parameter of the engine that an error may blame.
 NAMES: Mapping[str, str] = {name: name for name in (*AS_IN_CHAT, "tools", "tool_choice", "top_logprobs")} | {
@@ -50,8 +50,10 @@ class ResponsesRequest(TextRequest):
     wants_logprobs: bool
     #: Whether old items may be left out of a prompt that is too long.
     truncates: bool
-    #: The names of the custom tools.
+    #: The engine's names of the custom tools.
     custom: frozenset[str]
+    #: The namespace and the name of each tool in a namespace, by the engine's name.
+    namespaces: Mapping[str, tuple[str, str]]
     repeated: dict[str, Any]
     #: The items before the request's own.
     context: list[Item] = field(default_factory=list)
@@ -178,5 +180,6 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
         wants_logprobs=wants_logprobs,
         truncates=given.get("truncation") == "auto",
         custom=tools.custom,
+        namespaces=tools.namespaces,
         repeated=repeated,
     )

@@ -1,5 +1,7 @@
 """The items of a response as they arrive, and their events."""
 
+from collections.abc import Mapping
+
 from lmaas.protocols.responses.items import item_id
 from lmaas.protocols.responses.output import COMPLETED, INCOMPLETE, CustomCall, FunctionCall, Message, OutputItem, Reasoning
 
@@ -13,8 +15,8 @@ class OutputStream:
     the templates of some models put it around calls.
     """
 
-    def __init__(self, response_id: str, custom: frozenset[str]) -> None:
-        self._response_id, self._custom = response_id, custom
+    def __init__(self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]]) -> None:
+        self._response_id, self._custom, self._namespaces = response_id, custom, namespaces
         #: The number of the next event.
         self._number = 0
         self._out: list[bytes] = []
@@ -80,7 +82,8 @@ class OutputStream:
             custom = name in self._custom
             item, index = self._next("custom_tool_call" if custom else "function_call")
             call_id = f"call_{item.partition('_')[2]}"
-            self._begin((CustomCall if custom else FunctionCall)(self.event, item, index, call_id, name))
+            namespace, own = self._namespaces.get(name, (None, name))
+            self._begin((CustomCall if custom else FunctionCall)(self.event, item, index, call_id, own, namespace))
             self._call = number
         if arguments:
             self._pieces.append(arguments)

@@ -1,8 +1,10 @@
-"""Tools and the choice among them, as the Responses API writes them: functions without a wrapper, and custom tools.
+"""Tools and the choice among them, as the Responses API writes them: functions without a wrapper, custom tools, and namespaces.
 
 A custom tool takes any text. The engine gets it as a function with one string, and the answer is translated back.
 """
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,43 +21,113 @@ _CUSTOM_PARAMETERS = {
     "additionalProperties": False,
 }
 _OURS = ("function", "custom")
-_OFFERED = "only tools of the types 'function' and 'custom' are offered"
+_OFFERED = "only functions and custom tools are offered, and namespaces of them"
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools of a request: as the engine receives them, as the response repeats them, and the names of those that are custom."""
+    """The tools of a request: as the engine receives them, as the response repeats them, and what calls of them are translated to.
+
+    `custom` has the engine's names of those that are custom, `namespaces` the namespace and the name of those that are in one.
+    """
 
     for_engine: list[dict[str, Any]]
     repeated: list[dict[str, Any]]
     custom: frozenset[str]
+    namespaces: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tool with its place in the request."""
+
+    where: str
+    given: dict[str, Any]
+    namespace: str | None = None
+
+    @property
+    def is_custom(self) -> bool:
+        return bool(self.given["type"] == "custom")
+
+
+def engine_name(name: str, namespace: str | None) -> str:
+    """Return the engine's name of a tool. That of a tool in a namespace has both names."""
+    return name if namespace is None else f"{namespace}.{name}"
 
 
 def read_tools(name: str, value: Any) -> Tools:
-    """Read a list of functions and custom tools. Raises InvalidRequest with the type of a tool that is not offered."""
+    """Read a list of functions, custom tools and namespaces. Raises InvalidRequest with the type of a tool that is not offered."""
     if not isinstance(value, list) or len(value) > chat.MAX_TOOLS:
         raise wrong_type(name, f"a list of at most {chat.MAX_TOOLS} tools")
-    functions, customs = [], []
+    entries: list[_Entry] = []
+    # Each is one tool, or a namespace with the number of its tools.
+    shown: list[tuple[dict[str, Any], int] | None] = []
     for index, tool in enumerate(value):
-        given = without_nulls(tool) if isinstance(tool, dict) else {}
-        kind = given.get("type")
-        if kind not in _OURS:
-            if isinstance(kind, str):
-                raise unsupported(f"{name}[{index}].type", f"there is no tool of the type '{kind[:50]}', {_OFFERED}")
-            raise wrong_type(f"{name}[{index}]", "an object whose type is 'function' or 'custom'")
-        if kind == "custom":
-            customs.append(_custom(f"{name}[{index}]", given))
-        # The form of chat completions has the function in a field of its own.
-        functions.append(_as_function(customs[-1]) if kind == "custom" else given.get("function", given))
+        where, given = f"{name}[{index}]", without_nulls(tool) if isinstance(tool, dict) else {}
+        if given.get("type") == "namespace":
+            head, inner = _namespace(where, given)
+            shown.append((head, len(inner)))
+            entries += inner
+        elif _is_idle(given):
+            shown.append((given, 0))
+        else:
+            shown.append(None)
+            entries.append(_entry(where, given))
+    customs = {place: _custom(entry.where, entry.given) for place, entry in enumerate(entries) if entry.is_custom}
+    # The form of chat completions has the function in a field of its own.
+    functions = [
+        _as_function(customs[place]) if entry.is_custom else entry.given.get("function", entry.given) for place, entry in enumerate(entries)
+    ]
     for_engine = chat.read_tools(name, [{"type": "function", "function": function} for function in functions])
+    each = iter([customs.get(place) or _repeated(tool["function"]) for place, tool in enumerate(for_engine)])
+    repeated = [next(each) if found is None else _filled(*found, each) for found in shown]
+    namespaces: dict[str, tuple[str, str]] = {}
+    for tool, entry in zip(for_engine, entries, strict=True):
+        if entry.namespace is not None:
+            own = tool["function"]["name"]
+            tool["function"]["name"] = engine_name(own, entry.namespace)
+            namespaces[tool["function"]["name"]] = (entry.namespace, own)
     names = [tool["function"]["name"] for tool in for_engine]
-    custom = frozenset(tool["name"] for tool in customs)
-    for each in custom:
-        if names.count(each) > 1:
-            raise InvalidRequest(f"'{name}' has several tools with the name '{each[:100]}'. Give each its own.", param=name)
-    rest = iter(customs)
-    repeated = [next(rest) if tool["function"]["name"] in custom else _repeated(tool["function"]) for tool in for_engine]
-    return Tools(for_engine, repeated, custom)
+    custom = frozenset(names[place] for place in customs)
+    for found in (*custom, *namespaces):
+        if names.count(found) > 1:
+            raise InvalidRequest(f"'{name}' has several tools with the name '{found[:100]}'. Give each its own.", param=name)
+    return Tools(for_engine, repeated, custom, namespaces)
+
+
+def _entry(where: str, given: dict[str, Any], namespace: str | None = None) -> _Entry:
+    """Return a function or a custom tool. Raises InvalidRequest for every other type."""
+    kind = given.get("type")
+    if kind not in _OURS:
+        if isinstance(kind, str):
+            raise unsupported(f"{where}.type", f"there is no tool of the type '{kind[:50]}', {_OFFERED}")
+        raise wrong_type(where, "an object whose type is 'function' or 'custom'")
+    return _Entry(where, given, namespace)
+
+
+def _is_idle(given: dict[str, Any]) -> bool:
+    """Return whether a tool has no effect: a search of the web that may not reach it, which the Codex CLI offers by default."""
+    return given.get("type") == "web_search" and given.get("external_web_access") is False
+
+
+def _namespace(where: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[_Entry]]:
+    """Return a namespace without its tools as the response repeats it, and its tools."""
+    name, tools = given.get("name"), given.get("tools")
+    if not isinstance(name, str) or not chat.FUNCTION_NAME.fullmatch(name):
+        raise wrong_type(f"{where}.name", "a string of 1 to 256 characters without quotes and backslashes")
+    if not isinstance(given.get("description", ""), str):
+        raise wrong_type(f"{where}.description", "a string")
+    if not isinstance(tools, list) or len(tools) > chat.MAX_TOOLS:
+        raise wrong_type(f"{where}.tools", f"a list of at most {chat.MAX_TOOLS} functions and custom tools")
+    entries = [
+        _entry(f"{where}.tools[{index}]", without_nulls(tool) if isinstance(tool, dict) else {}, name) for index, tool in enumerate(tools)
+    ]
+    return {"type": "namespace", "name": name, "description": given.get("description")}, entries
+
+
+def _filled(head: dict[str, Any], count: int, tools: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Return a namespace with its tools, or a tool without effect as it is."""
+    return head | {"tools": list(itertools.islice(tools, count))} if head["type"] == "namespace" else head
 
 
 def _repeated(function: dict[str, Any]) -> dict[str, Any]:

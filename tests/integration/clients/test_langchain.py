@@ -19,11 +19,15 @@ def _chat() -> BaseChatModel:
     return ChatOpenAI(model="base")
 
 
+def _responses() -> BaseChatModel:
+    return ChatOpenAI(model="base", use_responses_api=True)
+
+
 def _messages() -> BaseChatModel:
     return ChatAnthropic(model="base")
 
 
-MODELS = {"chat": _chat, "messages": _messages}
+MODELS = {"chat": _chat, "responses": _responses, "messages": _messages}
 
 
 @pytest.fixture(params=MODELS)

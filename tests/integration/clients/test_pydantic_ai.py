@@ -6,12 +6,12 @@ import pytest
 from pydantic_ai import Agent
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
 from tests.integration.clients.conftest import Service
 from tests.integration.clients.things import CALL, Trip, Weather
 
-MODELS = {"chat": OpenAIChatModel, "messages": AnthropicModel}
+MODELS = {"chat": OpenAIChatModel, "responses": OpenAIResponsesModel, "messages": AnthropicModel}
 
 
 @pytest.fixture(params=MODELS)
@@ -21,7 +21,7 @@ async def model(environment: Service, request: pytest.FixtureRequest) -> AsyncIt
 
 
 async def test_models_by_name(environment: Service) -> None:
-    for prefix, path in (("openai-chat", "/v1/chat/completions"), ("anthropic", "/v1/messages")):
+    for prefix, path in (("openai", "/v1/responses"), ("openai-responses", "/v1/responses"), ("anthropic", "/v1/messages")):
         async with Agent(f"{prefix}:base") as agent:
             assert (await agent.run("Hello.")).output
         assert len(environment.exchanges(path)) > 0

@@ -8,7 +8,7 @@ import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from 
 
 // This library counts the version to the base URL, other than Anthropic's own.
 const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
-const models = { chat: openai.chat("base"), messages: anthropic("base") };
+const models = { chat: openai.chat("base"), responses: openai("base"), messages: anthropic("base") };
 
 for (const [name, model] of Object.entries(models)) {
   test(`${name}: a stream has the text of the whole answer`, async () => {

@@ -58,6 +58,13 @@ CASES = [
     pytest.param([call(0, "f", '{"a": 1}')], TOOLS, [used("f", a=1)], id="call"),
     pytest.param([call(0, "f"), call(0, arguments='{"a"'), call(0, arguments=": 12}")], TOOLS, [used("f", a=12)], id="call in pieces"),
     pytest.param([call(0, "f")], TOOLS, [used("f")], id="call without arguments"),
+    pytest.param([call(0, "f", " "), call(0, arguments='\n{"a":1}')], TOOLS, [used("f", a=1)], id="call with white space"),
+    pytest.param(
+        [call(0, "f", '"Par'), call(0, arguments='is"'), call(1, "g", "[1]"), call(2, "h", "{}")],
+        TOOLS,
+        [used("f", invalid_arguments='"Paris"'), used("g", invalid_arguments="[1]"), used("h")],
+        id="arguments that are no object",
+    ),
     pytest.param([*said("I call", " f."), call(0, "f", "{}")], TOOLS, [text("I call f."), used("f")], id="text and call"),
     pytest.param([*said("\n"), call(0, "f", "{}")], TOOLS, [used("f")], id="white space before a call"),
     pytest.param(

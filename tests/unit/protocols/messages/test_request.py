@@ -48,6 +48,8 @@ def document(**source: Any) -> dict[str, Any]:
 
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
 EMPTY_THOUGHT = {"type": "thinking", "thinking": "", "signature": ""}
+BRIEF = {"role": "system", "content": "Be brief."}
+REMINDER = "<system-reminder>\nBe brief.\n</system-reminder>"
 ONE_AT_A_TIME = {"type": "auto", "disable_parallel_tool_use": True}
 PDF = document(type="base64", media_type="application/pdf", data="x")
 CALLED = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -75,6 +77,7 @@ def test_what_claude_code_sends() -> None:
                 CALL | {"caller": {"type": "direct"}} | CACHED,
             ),
             user(result([text("1\tprint()")], is_error=False, **CACHED), text("[Request interrupted by user]")),
+            {"role": "system", "content": "The user has selected a.py."},
         ],
         "system": [
             text("x-anthropic-billing-header: cc_version=2.1.0; cch=1f3;"),
@@ -106,7 +109,10 @@ def test_what_claude_code_sends() -> None:
         {"role": "user", "content": "<system-reminder>Today is Monday.</system-reminder>\nRead a.py"},
         {"role": "assistant", "content": "I read it.", "reasoning": "Hm", "tool_calls": [CALLED]},
         {"role": "tool", "tool_call_id": "toolu_1", "content": "1\tprint()"},
-        {"role": "user", "content": "[Request interrupted by user]"},
+        {
+            "role": "user",
+            "content": "[Request interrupted by user]\n<system-reminder>\nThe user has selected a.py.\n</system-reminder>",
+        },
     ]
     assert [tool["function"]["name"] for tool in request.parameters["tools"]] == ["f", "mcp__server__tool"]
     assert request.parameters["reasoning_effort"] == "medium"
@@ -140,7 +146,19 @@ def test_what_claude_code_sends() -> None:
             ],
         ),
         # An instruction in the middle of the conversation.
-        ([USER, {"role": "system", "content": "Be brief."}], [USER, {"role": "system", "content": "Be brief."}]),
+        ([USER, BRIEF], [{"role": "user", "content": f"Hello\n{REMINDER}"}]),
+        ([USER, BRIEF, USER], [{"role": "user", "content": f"Hello\n{REMINDER}\nHello"}]),
+        ([BRIEF, BRIEF, USER], [{"role": "system", "content": "Be brief.\nBe brief."}, USER]),
+        ([USER, assistant(text("a")), BRIEF], [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": REMINDER}]),
+        (
+            [USER, assistant(CALL), BRIEF, user(result(), text("b"))],
+            [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                {"role": "tool", "tool_call_id": "toolu_1", "content": "42"},
+                {"role": "user", "content": f"{REMINDER}\nb"},
+            ],
+        ),
         ([USER, {"role": "system", "content": [text("x-anthropic-billing-header: 1")]}], [USER]),
         # Thoughts.
         (
@@ -311,6 +329,7 @@ REFUSED = [
     ({"max_tokens": "5"}, "invalid_type", "max_tokens"),
     ({"messages": None}, "missing_parameter", "messages"),
     ({"messages": []}, "empty_prompt", "messages"),
+    ({"messages": [BRIEF]}, "empty_prompt", "messages"),
     ({"messages": "hi"}, "invalid_type", "messages"),
     ({"messages": ["hi"]}, "invalid_type", "messages.0"),
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, "invalid_type", "messages.1"),

@@ -126,7 +126,7 @@ def test_what_the_engine_gets(body: dict[str, Any], expected: dict[str, Any]) ->
 BUILT_IN = (
     *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11", "file_search", "code_interpreter"),
     *("computer", "computer_use", "computer_use_preview", "mcp", "image_generation", "local_shell", "shell", "apply_patch"),
-    *("programmatic_tool_calling", "namespace", "tool_search", "something_new"),
+    *("programmatic_tool_calling", "tool_search", "something_new"),
 )
 REFUSED: list[tuple[str, Any, str, str]] = [
     ("background", True, "unsupported_parameter", "background"),
@@ -136,6 +136,15 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("moderation", {"model": "m"}, "unsupported_parameter", "moderation"),
     ("context_management", [{"type": "compaction"}], "unsupported_parameter", "context_management"),
     *(("tools", [FUNCTION, {"type": kind}], "unsupported_parameter", "tools[1].type") for kind in BUILT_IN),
+    ("tools", [{"type": "web_search", "external_web_access": True}], "unsupported_parameter", "tools[0].type"),
+    ("tools", [{"type": "namespace", "tools": []}], "invalid_type", "tools[0].name"),
+    ("tools", [{"type": "namespace", "name": 'a"b', "tools": []}], "invalid_type", "tools[0].name"),
+    ("tools", [{"type": "namespace", "name": "n"}], "invalid_type", "tools[0].tools"),
+    ("tools", [{"type": "namespace", "name": "n", "tools": [FUNCTION] * 129}], "invalid_type", "tools[0].tools"),
+    ("tools", [{"type": "namespace", "name": n, "tools": [FUNCTION] * 100} for n in "ab"], "invalid_type", "tools"),
+    ("tools", [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}], "unsupported_parameter", "tools[0].tools[0].type"),
+    ("tools", [{"type": "namespace", "name": "n", "tools": [FUNCTION, FUNCTION]}], "invalid_request", "tools"),
+    ("tools", [{"type": "namespace", "name": "n", "description": 1, "tools": []}], "invalid_type", "tools[0].description"),
     *(
         ("tool_choice", {"type": kind}, "unsupported_parameter", "tool_choice.type")
         for kind in ("web_search_preview", "file_search", "mcp", "shell", "apply_patch", "programmatic_tool_calling")
@@ -218,6 +227,32 @@ def test_one_kind_of_context() -> None:
     for context in ({"previous_response_id": "resp_1"}, {"conversation": "conv_1"}):
         assert read_response({"model": "m"} | context).items == []
         assert read_response({"model": "m", "input": []} | context).items == []
+
+
+def test_tools_in_a_namespace() -> None:
+    space = {"type": "namespace", "name": "agents", "description": "Others.", "tools": [FUNCTION, CUSTOM]}
+    idle = {"type": "web_search", "external_web_access": False}
+    request = read(tools=[space, FUNCTION, idle])
+    name = FUNCTION["name"]
+    sent_tools = json.loads(request.body("engine", "salt"))["tools"]
+    assert [tool["function"]["name"] for tool in sent_tools] == [f"agents.{name}", "agents.apply_patch", name]
+    assert request.custom == {"agents.apply_patch"}
+    assert request.namespaces == {f"agents.{name}": ("agents", name), "agents.apply_patch": ("agents", "apply_patch")}
+    shown, alone, unused = request.repeated["tools"]
+    assert (shown["name"], shown["description"]) == ("agents", "Others.")
+    assert [tool["name"] for tool in shown["tools"]] == [name, "apply_patch"]
+    assert shown["tools"][0] == alone
+    assert unused == idle
+    again = read(tools=request.repeated["tools"])
+    assert again.repeated["tools"] == request.repeated["tools"]
+
+
+def test_calls_in_a_namespace() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "close", "arguments": "{}", "namespace": "agents"}
+    request = read(input=[{"role": "user", "content": "x"}, call, {"type": "function_call_output", "call_id": "c", "output": ""}])
+    sent_call = request.parameters["messages"][1]["tool_calls"][0]
+    assert sent_call["function"]["name"] == "agents.close"
+    assert request.items[1]["namespace"] == "agents"
 
 
 def test_codex() -> None:

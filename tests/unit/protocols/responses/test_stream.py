@@ -335,3 +335,13 @@ def test_the_response_is_what_the_client_library_knows() -> None:
     response = streamed(stream(*words("a")), tools=TOOLS, tool_choice={"type": "custom", "name": "apply_patch"}).response
     parsed = Response.model_validate(response)
     assert parsed.output_text == "a"
+
+
+def test_calls_of_tools_in_a_namespace() -> None:
+    function, custom = {"type": "function", "name": "close"}, {"type": "custom", "name": "write"}
+    space = {"type": "namespace", "name": "agents", "description": "Others.", "tools": [function, custom]}
+    engine = stream(calling(0, "agents.close", "{}"), calling(1, "agents.write", '{"input": "a"}'), calling(2, "other", "{}"))
+    found = streamed(engine, tools=[space])
+    named = [(item["type"], item["name"], item.get("namespace")) for item in found.response["output"]]
+    assert named == [("function_call", "close", "agents"), ("custom_tool_call", "write", "agents"), ("function_call", "other", None)]
+    assert [event["item"].get("namespace") for event in found.events if event["type"] == ADDED] == ["agents", "agents", None]

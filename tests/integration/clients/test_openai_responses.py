@@ -1,0 +1,104 @@
+"""OpenAI's library for Python: responses, conversations and their items."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.integration.clients.conftest import Service
+from tests.integration.clients.things import CALL, Trip
+
+PATH = "/v1/responses"
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+TOOL: Any = {"type": "function", "name": "weather", "description": "Forecast.", "parameters": CITY, "strict": True}
+
+
+@pytest.fixture
+async def client(environment: Service) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI() as client:
+        yield client
+
+
+async def test_an_answer(client: AsyncOpenAI) -> None:
+    answer = await client.responses.create(model="base", instructions="Be brief.", input="Hello.", metadata={"a": "b"})
+    assert answer.status == "completed"
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == len(answer.output_text.split())
+    assert (answer.instructions, answer.metadata) == ("Be brief.", {"a": "b"})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_structured_output_is_parsed(client: AsyncOpenAI, streamed: bool) -> None:
+    if streamed:
+        async with client.responses.stream(model="base", input="Plan a trip.", text_format=Trip) as stream:
+            answer = await stream.get_final_response()
+    else:
+        answer = await client.responses.parse(model="base", input="Plan a trip.", text_format=Trip)
+    assert answer.output_parsed is not None
+    assert answer.output_parsed.first.days == 1
+
+
+async def _ask(client: AsyncOpenAI, streamed: bool, **body: Any) -> Any:
+    if not streamed:
+        return await client.responses.create(model="base", tools=[TOOL], **body)
+    async with client.responses.stream(model="base", tools=[TOOL], **body) as stream:
+        return await stream.get_final_response()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("state", ["input", "previous_response_id", "nothing stored"])
+async def test_a_loop_with_a_tool(client: AsyncOpenAI, streamed: bool, state: str) -> None:
+    more: dict[str, Any] = {"store": False} if state == "nothing stored" else {}
+    if state == "conversation":
+        more["conversation"] = (await client.conversations.create()).id
+    given: list[Any] = []
+    for _ in range(2):
+        given += [{"role": "user", "content": CALL}]
+        asked = await _ask(client, streamed, input=given, **more)
+        (call,) = (item for item in asked.output if item.type == "function_call")
+        assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "x"})
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+        if state == "previous_response_id":
+            more["previous_response_id"] = asked.id
+        given = [result] if state in ("previous_response_id", "conversation") else [*given, *asked.output, result]
+        final = await _ask(client, streamed, input=given, **more)
+        assert final.output_text
+        if state == "previous_response_id":
+            more["previous_response_id"] = final.id
+        given = [] if state in ("previous_response_id", "conversation") else [*given, *final.output]
+    if state == "conversation":
+        items = [item.type async for item in client.conversations.items.list(more["conversation"], order="asc")]
+        assert items == ["message", "function_call", "function_call_output", "message"] * 2
+
+
+async def test_errors_become_the_librarys_exceptions(client: AsyncOpenAI) -> None:
+    create = client.responses.create
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await create(model="captain", input="Hello.")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        await create(model="base", input="Hello.", previous_response_id="resp_0")
+    for body, param in (
+        ({"temperature": 7}, "temperature"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"previous_response_id": "resp_0", "conversation": "conv_0"}, "conversation"),
+    ):
+        with pytest.raises(openai.BadRequestError) as bad:
+            await create(**{"model": "base", "input": "Hello."} | body)
+        assert (bad.value.param or "").startswith(param.partition("[")[0]), body
+    with pytest.raises(openai.BadRequestError) as ended:
+        await create(model="base", input="word " * 3000, stream=True)
+    assert ended.value.code == "context_length_exceeded"
+
+
+async def test_a_stream_that_is_left(client: AsyncOpenAI, environment: Service) -> None:
+    stream = await client.responses.create(model="base", input="Hello.", stream=True)
+    async for event in stream:
+        if event.type == "response.output_text.delta":
+            break
+    await stream.close()
+    assert (await client.responses.create(model="base", input="Hello.")).output_text
