@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from lmaas.admission.limits import PrincipalLimits, limited_scopes, rate_limit_lines
+from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
@@ -76,7 +76,7 @@ class Inferences:
         ticket = self._ticket(principal, inference)
         async with self.leases.open(ticket, inference.record, limits, deadline_s=self.settings.queue_deadline_s) as opened:
             if opened.left:
-                sink.add_to_head(rate_limit_lines(opened.left))
+                sink.add_to_head(protocol.limit_lines(opened.left))
             with self.metrics.in_flight.track_inprogress():
                 await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
 
