@@ -37,6 +37,8 @@ from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
+from lmaas.inference.checker_hosts import CheckerHosts
+from lmaas.inference.counting import Counting, PromptReaders, TokenCounts
 from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
@@ -57,6 +59,10 @@ from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.protocols.responses.writer import Writer
 from lmaas.protocols.text import ChatCompletions, Completions
+from lmaas.protocols.tokens.counts import CountTokens, InputTokens
+from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
+from lmaas.protocols.tokens.openapi import tokens_paths
+from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -116,8 +122,8 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
     return openapi.document(
-        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | responses_paths(*common),
-        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS,
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | responses_paths(*common) | tokens_paths(*common),
+        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS | TOKENS_SCHEMAS,
     )
 
 
@@ -125,7 +131,7 @@ def build_inferences(settings: Settings, services: Services, changes: Changes, m
     """Build the path of requests. Its `client` must be open, and its `leases` and the `changes` must run, while it serves."""
     db, client = services.db, EngineClient()
     leases = Leases(services.scheduler, new_id("gw"))
-    grammars = Grammars(services.redis, client, metrics)
+    grammars = Grammars(CheckerHosts(services.redis, client), metrics)
     return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
 
 
@@ -141,8 +147,11 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     kept_for = timedelta(seconds=settings.response_retention_s)
     writer = Writer(db, metrics, kept_for, _end_process_on_failure)
     state = StoredState(db, writer)
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), Responses(state)]
-    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
+    responses = Responses(state)
+    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
+    countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
+    counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
+    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
     api = Api(settings, db, authenticate, Adapters(db, services.files), state)
 
     async def ready() -> None:

@@ -27,6 +27,10 @@ OTHERS = {
     ("/v1/embeddings", "POST"),
     ("/v1/rerank", "POST"),
     ("/v1/score", "POST"),
+    ("/v1/tokenize", "POST"),
+    ("/v1/detokenize", "POST"),
+    ("/v1/messages/count_tokens", "POST"),
+    ("/v1/responses/input_tokens", "POST"),
     *((path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/health", "/healthz", "/readyz", "/metrics", "/openapi.json")),
 }
 
