@@ -114,7 +114,7 @@ async def test_a_request_that_fails_stores_nothing(service: Service, tenant: Ten
     conversation = await client.conversations.create()
     for wrong in ({"model": "none"}, {"temperature": 9}, {"max_output_tokens": 10**6}, {"previous_response_id": "resp_x"}):
         with pytest.raises(openai.APIStatusError):
-            await client.responses.create(**{"model": "base", "input": "Hi", "conversation": conversation.id, **wrong})  # type: ignore[call-overload]
+            await client.responses.create(**{"model": "base", "input": "Hi", "conversation": conversation.id, **wrong})
     assert await service.count(tenant, "responses") == 0
     assert await service.count(tenant, "conversation_items") == 0
 
@@ -140,13 +140,13 @@ async def test_pages_of_input_items(service: Service, tenant: Tenant, client: As
     assert ([item.id for item in page.data], page.has_more) == (names[40:], False)
     for wrong in ({"limit": 0}, {"limit": 101}, {"limit": "x"}, {"order": "up"}, {"after": "msg_99"}):
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.responses.input_items.list("resp_1", **wrong)  # type: ignore[arg-type]
+            await client.responses.input_items.list("resp_1", **wrong)
         assert caught.value.param == next(iter(wrong))
 
 
 async def test_a_conversation_as_openais_client_uses_it(service: Service, client: AsyncOpenAI) -> None:
     system = {"type": "message", "role": "system", "content": "Be brief."}
-    made = await client.conversations.create(items=[system], metadata={"topic": "demo"})  # type: ignore[list-item]
+    made = await client.conversations.create(items=[system], metadata={"topic": "demo"})
     assert (made.object, made.metadata) == ("conversation", {"topic": "demo"})
     assert await client.conversations.retrieve(made.id) == made
     assert (await client.conversations.update(made.id, metadata={"topic": "other"})).metadata == {"topic": "other"}
@@ -229,7 +229,7 @@ async def test_odd_text_in_items_comes_back(service: Service, tenant: Tenant) ->
 async def test_the_things_of_others_are_the_same_404_as_nothing(service: Service, tenant: Tenant) -> None:
     other = await service.stack.tenant()
     async with service.client(other) as client:
-        conversation = await client.conversations.create(items=[{"role": "user", "content": "secret"}])  # type: ignore[list-item]
+        conversation = await client.conversations.create(items=[{"role": "user", "content": "secret"}])
         response = await ask(client, "secret", conversation=conversation.id)
         [item, *_] = (await client.conversations.items.list(conversation.id)).data
 
@@ -304,7 +304,7 @@ async def test_two_of_everything_at_once(service: Service, client: AsyncOpenAI) 
         client.conversations.delete(conversation.id),
         client.conversations.delete(conversation.id),
         ask(client, "late", conversation=conversation.id),
-        client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x"}]),  # type: ignore[list-item]
+        client.conversations.items.create(conversation.id, items=[{"role": "user", "content": "x"}]),
         return_exceptions=True,
     )
     assert [type(each) for each in ended[:2]].count(openai.NotFoundError) == 1
@@ -312,7 +312,7 @@ async def test_two_of_everything_at_once(service: Service, client: AsyncOpenAI) 
 
 
 async def test_a_deleted_tenant_leaves_nothing(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
-    conversation = await client.conversations.create(items=[{"role": "user", "content": "x"}])  # type: ignore[list-item]
+    conversation = await client.conversations.create(items=[{"role": "user", "content": "x"}])
     await ask(client, "one", conversation=conversation.id)
     await delete_tenant(service.stack.db, tenant.id)
     for table in ("responses", "conversations", "conversation_items"):
@@ -383,12 +383,12 @@ async def test_what_a_client_saw_the_end_of_survives_the_gateways_death(service:
 
 
 async def test_a_full_conversation(service: Service, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = await client.conversations.create(items=[{"role": "user", "content": "x"}] * 3)  # type: ignore[list-item]
+    made = await client.conversations.create(items=[{"role": "user", "content": "x"}] * 3)
     monkeypatch.setattr(conversations, "MAX_ITEMS", 3)
     for call in (
         ask(client, "x", conversation=made.id),
         client.conversations.items.create(made.id, items=[{"role": "user", "content": "x"}]),
-    ):  # type: ignore[list-item]
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             await call
         assert caught.value.code == "conversation_full"
