@@ -250,6 +250,9 @@ async def test_manifests_and_commands(stack: Stack, operator_key: str, folder: P
     code, out, err = await lmaas(stack, operator_key, "model", "add", "second", str(other), "--max-loras", "2", "--cpus", "2")
     assert code == 0, err
     assert "second" in out
+    code, out, err = await lmaas(stack, operator_key, "model", "add", "third", str(other), "--kind", "embed")
+    assert code == 0, err
+    assert "embed" in out
     await add_replica(stack.db, "rep_1", model.id)
     await observe(stack.db, "rep_1", Observed.FAILED, reason="the engine ended with code 1: no memory")
     idle = {"keep_s": 60.0, "ready_s": None, "until_s": None, "idle_engine_s": 42.0, "cold_share": 0.25, "gaps": 20.0}

@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from langchain_openai import OpenAIEmbeddings
 from openai import AsyncOpenAI
+from pydantic import SecretStr
 
 from lmaas.protocols.pooling.requests import MAX_INPUTS
 from lmaas.states import PoolKind, UsageStatus
@@ -119,6 +121,16 @@ async def test_openais_client_reads_2048_inputs_as_base64_and_as_numbers(service
     assert decoded.usage.prompt_tokens == decoded.usage.total_tokens == plain.usage.prompt_tokens == 5 * MAX_INPUTS
     events = await service.stack.ledger(service.embedder, tenant)
     assert sum(event.prompt_tokens for event in events) == (await service.replica.counters())[0] - before[0] == 5 * (2 * MAX_INPUTS + 6)
+
+
+async def test_langchain_embeds_documents_and_queries(service: Service, tenant: Tenant) -> None:
+    # Without this setting, LangChain sends the token ids of OpenAI's tokenizer, whatever the model.
+    settings: dict[str, Any] = {"model": "embedder", "base_url": f"{service.stack.url}/v1", "check_embedding_ctx_length": False}
+    async with httpx.AsyncClient() as http:
+        model = OpenAIEmbeddings(**settings, api_key=SecretStr(tenant.key), http_async_client=http)
+        found = await model.aembed_documents(["one two", "three"])
+        assert await model.aembed_query("three") == found[1]
+    assert found == [pytest.approx(each, abs=1e-7) for each in await service.vectors(tenant, ["one two", "three"])]
 
 
 async def test_a_ranking(service: Service, tenant: Tenant) -> None:

@@ -38,6 +38,20 @@ async def base(stack: Stack) -> BaseModel:
     return model
 
 
+@pytest.fixture(scope="module")
+async def cold(stack: Stack, base: BaseModel) -> dict[str, BaseModel]:
+    """Models without an engine, which the gateway knows by the time that one of them is called."""
+    models = {name: await stack.model(name) for name in ("late", "never")}
+    other = await stack.tenant()
+
+    async def known() -> bool:
+        async with stack.client(other) as http:
+            return (await http.get("/v1/models/never")).status_code == 200
+
+    await until(known)
+    return models
+
+
 @pytest.fixture
 async def tenant(stack: Stack) -> Tenant:
     return await stack.tenant()
@@ -170,6 +184,12 @@ async def test_half_a_character_in_the_input(stack: Stack, base: BaseModel, tena
     assert response.json()["instructions"] == "\ufffd cut"
 
 
+async def test_any_text_can_be_stored_and_continued(client: AsyncOpenAI) -> None:
+    first = await client.responses.create(model="base", input="a\0b \u2028 🎉", instructions="\0", metadata={"k": "é"}, max_output_tokens=4)
+    second = await client.responses.create(model="base", input="c", previous_response_id=first.id, max_output_tokens=4)
+    assert (second.previous_response_id, first.instructions) == (first.id, "\0")
+
+
 async def test_a_repeated_request_gets_the_same_response(stack: Stack, base: BaseModel, tenant: Tenant) -> None:
     for streams in (False, True):
         headers = {"idempotency-key": f"key-{streams}"}
@@ -179,26 +199,24 @@ async def test_a_repeated_request_gets_the_same_response(stack: Stack, base: Bas
     assert len(await stack.ledger(base, tenant)) == 2
 
 
-async def test_a_client_that_waits_and_an_engine_that_comes(stack: Stack, tenant: Tenant) -> None:
-    pool = await stack.model("late")
+async def test_a_client_that_waits_and_an_engine_that_comes(stack: Stack, tenant: Tenant, cold: dict[str, BaseModel]) -> None:
     reading = Reading()
     task = asyncio.create_task(reading.read(stack, tenant, ask("late")))
     await until(lambda: reading.received)
     assert reading.received.startswith(b": queued position=1")
-    await stack.replica(pool)
+    await stack.replica(cold["late"])
     found = await task
     assert found.comments
     assert found.response["status"] == "incomplete"
 
 
-async def test_past_its_deadline_a_stream_ends_with_a_failure(stack: Stack, tenant: Tenant) -> None:
-    pool = await stack.model("never")
+async def test_past_its_deadline_a_stream_ends_with_a_failure(stack: Stack, tenant: Tenant, cold: dict[str, BaseModel]) -> None:
     async with stack.gateway(queue_deadline_s=1.2) as gateway:
         found = await read(stack, tenant, ask("never"), gateway.url)
     assert found.comments
     assert found.kinds == ["response.created", "response.in_progress", "response.failed"]
     assert found.response["error"]["code"] == "server_error"
-    (event,) = await stack.ledger(pool, tenant)
+    (event,) = await stack.ledger(cold["never"], tenant)
     assert (event.status, event.code) == (UsageStatus.EXPIRED, "no_capacity")
 
 

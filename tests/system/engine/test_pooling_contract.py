@@ -71,7 +71,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     async with AsyncExitStack() as stack:
         home = None if fake else (await stack.enter_async_context(zygote_in(tmp_path_factory.mktemp("home")))).home
         process, http, _ = await stack.enter_async_context(running(spec, tmp_path_factory.mktemp("engine") / "engine.log", home))
-        yield Engine(process, http)
+        yield Engine(process, http, spec)
 
 
 async def embed(engine: Engine, given: Any, **more: Any) -> dict[str, Any]:

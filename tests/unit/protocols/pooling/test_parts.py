@@ -73,6 +73,20 @@ def test_long_inputs_make_smaller_parts() -> None:
     assert request.estimate(PART_TOKENS) == (40_960, 0)
 
 
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        # By the estimate a document has three tokens and a query seven, and the query is computed in both parts.
+        ({"queries": "q" * 20, "documents": ["d" * 8] * 20}, 20 * 3 + 2 * 7),
+        ({"queries": ["q" * 20] * 20, "documents": ["d" * 8] * 20}, 20 * (3 + 7)),
+        ({"queries": "q" * 20, "documents": ["d" * 8], "truncate_prompt_tokens": 2}, 2 + 2),
+    ],
+)
+def test_the_estimate_has_both_sides_of_the_pairs(body: dict[str, Any], tokens: int) -> None:
+    request = inference_of(Score(), body).request
+    assert request.estimate(256) == (tokens, 0)
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 @pytest.mark.parametrize("count", [1, 5, 16, 17, MAX_INPUTS])
 def test_embeddings_are_joined_in_the_order_of_the_inputs(count: int, as_text: bool) -> None:
@@ -166,6 +180,14 @@ def test_scores_are_joined_in_the_order_of_the_pairs() -> None:
     expected = [len(text) / 8 * (-1 if sign == "-" else 1) for sign, text in zip(first, TEXTS, strict=True)]
     assert found["data"] == [{"index": index, "object": "score", "score": score} for index, score in enumerate(expected)]
     assert found["usage"] == {"prompt_tokens": 70, "total_tokens": 70}
+
+
+def test_a_ranking_shows_documents_that_were_cut_as_they_came() -> None:
+    text = "x" * 9000
+    inference = inference_of(Rerank(), {"query": "+", "documents": [text], "max_tokens_per_doc": 1})
+    answer = Rerank().answer(inference)
+    answer.take(scored(parts_of(inference.request)[0]))
+    assert json.loads(answer.end())["results"] == [{"index": 0, "relevance_score": 8.0, "document": {"text": text}}]
 
 
 @pytest.mark.parametrize(
