@@ -89,9 +89,24 @@ def table(bars: Sequence[Bar]) -> Table:
 
 
 def write(bars: Sequence[Bar], path: Path) -> None:
-    """Write the results as JSON: the machine, the commit, and each bar with its detail."""
-    results = {"machine": machine(), "commit": commit(), "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars]}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    """Write the results as JSON: the machine, the commit, and each bar with its detail and the commit that it was measured on.
+
+    Bars of an earlier run on the same machine that were not measured now are kept, because all of them together take longer than an hour.
+    """
+    here, measured = machine(), commit()
+    results = {bar["name"]: bar for bar in _earlier(path, here)}
+    results |= {bar.name: asdict(bar) | {"holds": bar.holds, "commit": measured} for bar in bars}
+    path.write_text(json.dumps({"machine": here, "commit": measured, "bars": list(results.values())}, indent=1) + "\n")
+
+
+def _earlier(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the bars of an earlier run on this machine."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if earlier["machine"] != here:
+        return []
+    return [{"commit": earlier["commit"], **bar} for bar in earlier["bars"]]
 
 
 def machine() -> dict[str, Any]:

@@ -37,6 +37,8 @@ from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
+from lmaas.inference.checker_hosts import CheckerHosts
+from lmaas.inference.counting import Counting, PromptReaders, TokenCounts
 from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
@@ -51,10 +53,16 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
+from lmaas.protocols.responses.openapi import responses_paths
 from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.protocols.responses.writer import Writer
 from lmaas.protocols.text import ChatCompletions, Completions
+from lmaas.protocols.tokens.counts import CountTokens, InputTokens
+from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
+from lmaas.protocols.tokens.openapi import tokens_paths
+from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -114,7 +122,8 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
     return openapi.document(
-        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common), OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS
+        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | responses_paths(*common) | tokens_paths(*common),
+        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS | TOKENS_SCHEMAS,
     )
 
 
@@ -122,7 +131,7 @@ def build_inferences(settings: Settings, services: Services, changes: Changes, m
     """Build the path of requests. Its `client` must be open, and its `leases` and the `changes` must run, while it serves."""
     db, client = services.db, EngineClient()
     leases = Leases(services.scheduler, new_id("gw"))
-    grammars = Grammars(services.redis, client, metrics)
+    grammars = Grammars(CheckerHosts(services.redis, client), metrics)
     return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
 
 
@@ -137,10 +146,13 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     leases = inferences.leases
     kept_for = timedelta(seconds=settings.response_retention_s)
     writer = Writer(db, metrics, kept_for, _end_process_on_failure)
-    responses = Responses(StoredState(db, writer))
+    state = StoredState(db, writer)
+    responses = Responses(state)
     protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
-    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols)
-    api = Api(settings, db, authenticate, Adapters(db, services.files))
+    countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
+    counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
+    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
+    api = Api(settings, db, authenticate, Adapters(db, services.files), state)
 
     async def ready() -> None:
         await db.check()

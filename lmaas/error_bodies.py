@@ -1,6 +1,8 @@
-"""The bodies of error responses, by the protocol of the client."""
+"""The bodies and headers of error responses, by the protocol of the client."""
 
 import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from lmaas.errors import InternalError, LmaasError, SettingsError
@@ -75,3 +77,15 @@ def anthropic_body(error: LmaasError, request_id: str) -> dict[str, Any]:
         "details": {"error_code": shown.error_code},
     }
     return {"type": "error", "error": inner, "request_id": request_id}
+
+
+def anthropic_limit_headers(headers: Mapping[str, str], now_s: float) -> dict[str, str]:
+    """Return Anthropic's `anthropic-ratelimit-*` headers for OpenAI's. `now_s` is in seconds since 1970."""
+    found = {}
+    for name in ("requests", "tokens"):
+        if f"x-ratelimit-limit-{name}" in headers:
+            reset_s = float(headers[f"x-ratelimit-reset-{name}"].removesuffix("s"))
+            found[f"anthropic-ratelimit-{name}-limit"] = headers[f"x-ratelimit-limit-{name}"]
+            found[f"anthropic-ratelimit-{name}-remaining"] = headers[f"x-ratelimit-remaining-{name}"]
+            found[f"anthropic-ratelimit-{name}-reset"] = datetime.fromtimestamp(now_s + reset_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return found

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmaas.compression import Unpacker
-from lmaas.error_bodies import anthropic_body, anthropic_status, openai_body
+from lmaas.error_bodies import anthropic_body, anthropic_limit_headers, anthropic_status, openai_body
 from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, SettingsError, TooLarge, Unauthenticated
 from lmaas.types import Principal
 
@@ -50,7 +50,9 @@ class JsonResponse(Response):
 def error_response(error: LmaasError, scope: Scope) -> JsonResponse:
     """Return the response for an error of a request, in the shape of the client's protocol."""
     if speaks_anthropic(scope):
-        return JsonResponse(anthropic_body(error, scope["request_id"]), status_code=anthropic_status(error), headers=error.headers())
+        headers = error.headers()
+        headers |= anthropic_limit_headers(headers, time.time())
+        return JsonResponse(anthropic_body(error, scope["request_id"]), status_code=anthropic_status(error), headers=headers)
     return JsonResponse(openai_body(error), status_code=int(error.status), headers=error.headers())
 
 

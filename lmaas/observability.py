@@ -13,6 +13,8 @@ FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter
 
 #: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
+#: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
+COUNTED = "counted"
 
 
 class JsonFormatter(logging.Formatter):
@@ -89,6 +91,13 @@ class GatewayMetrics:
         self._prompt.inc(prompt)
         self._cached.inc(cached)
         self._completion.inc(completion)
+
+    def counted(self, endpoint: str) -> None:
+        """Count a request for the tokens of a prompt that was answered."""
+        counter = self._outcomes.get((endpoint, COUNTED))
+        if counter is None:
+            counter = self._outcomes[endpoint, COUNTED] = self.requests.labels(endpoint, COUNTED)
+        counter.inc()
 
     def refused(self, endpoint: str, kind: str, code: str) -> None:
         """Count a request that got an error. Beyond MAX_CODES series, codes are counted as `other`."""

@@ -12,6 +12,7 @@ from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.manifests.client import ApiClient
+from lmaas.states import PoolKind
 
 POLL_S = 0.2
 
@@ -69,7 +70,7 @@ def connect(settings: Settings) -> Service:
             ) from None
     operator = ApiClient(url, key)
     models = operator.items(table.LIST_MODELS)
-    wanted = [row for row in models if settings.model_name in (None, row["name"])]
+    wanted = [row for row in models if settings.model_name in (None, row["name"]) and row["kind"] == PoolKind.GENERATE]
     if not wanted:
-        raise SettingsError(f"The service has no base model {settings.model_name or ''}.")
+        raise SettingsError(f"The service has no base model {settings.model_name or ''} that generates text.")
     return Service(url.removesuffix("/").removesuffix("/v1"), operator, keys, wanted[0]["name"], wanted[0]["source"])

@@ -50,12 +50,13 @@ def _chat(content: bytes, streamed: bool) -> str | None:
 
 
 def _responses(content: bytes, streamed: bool) -> str | None:
+    # The engine ends every answer at its limit, so a response with all tokens is incomplete.
     if not streamed:
-        return _tokens(content, b"}") or (None if b'"status":"completed"' in content else f"it is not completed: {content[:300]!r}")
+        return _tokens(content, b"}") or (None if b'"reason":"max_output_tokens"' in content else f"another end: {content[:300]!r}")
     # The events after the pieces have the whole text again, the last one in the whole response.
     pieces, _, rest = content.partition(b"event: response.output_text.done\n")
     last = rest.rpartition(b"\nevent: ")[2]
-    return _tokens(pieces, b"") or (None if last.startswith(b"response.completed\n") else f"ending with {content[-300:]!r}")
+    return _tokens(pieces, b"") or (None if last.startswith(b"response.incomplete\n") else f"ending with {content[-300:]!r}")
 
 
 def _messages(content: bytes, streamed: bool) -> str | None:

@@ -34,6 +34,8 @@ from lmaas.types import AUTO
 #: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
 _FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
 _WORDS = ("source", "dtype", "engine_args")
+#: The least default of `max_num_seqs` for a model that embeds: texts are short, and take no KV cache or only for one step.
+EMBEDDED_AT_ONCE = 64
 
 
 async def shown_models(api: Api, found: list[models.BaseModel]) -> list[BaseModel]:
@@ -158,9 +160,11 @@ def _given(body: Struct) -> dict[str, Any]:
     return {name: getattr(body, name) for name in body.__struct_fields__ if getattr(body, name) is not UNSET}
 
 
-def _defaults(settings: Settings, name: str) -> dict[str, Any]:
-    """Return the values of a base model of this name that gives none, but for those that are null in the database."""
+def _defaults(settings: Settings, name: str, kind: PoolKind) -> dict[str, Any]:
+    """Return the values of a base model of this name and kind that gives none, but for those that are null in the database."""
     values: dict[str, Any] = {name: getattr(settings, f"engine_{name}") for name in _FROM_SETTINGS}
+    if kind is PoolKind.EMBED:
+        values["max_num_seqs"] = max(values["max_num_seqs"], EMBEDDED_AT_ONCE)
     # The engine arguments of the settings are for the base model of the settings.
     engine_args = settings.engine_args if name == registered_name(settings) else ""
     return values | {"engine_args": engine_args, "dtype": settings.engine_dtype} | dict.fromkeys(models.PRICES, 0)
@@ -170,13 +174,12 @@ async def defined_model(settings: Settings, new: NewBaseModel) -> models.BaseMod
     """Return the base model that the body of a creation defines, not stored yet. Reads the model's own files. Raises InvalidRequest."""
     body = {name: value for name, value in _given(new).items() if value is not None}
     _check(body)
-    values = _defaults(settings, new.name) | body
+    read = await _read(body["source"], body.get("dtype", settings.engine_dtype), body.get("kind"), settings)
+    longest = read.pop("longest")
+    read["kind"] = fitting_kind(read["kind"], body.get("kind"))
+    values = _defaults(settings, new.name, read["kind"]) | body
     if "max_cpu_loras" not in body:
         values["max_cpu_loras"] = max(values["max_cpu_loras"], values["max_loras"])
-    asked = values.get("kind")
-    read = await _read(values["source"], values["dtype"], asked, settings)
-    longest = read.pop("longest")
-    read["kind"] = fitting_kind(read["kind"], asked)
     if "max_model_len" not in body and longest is not None:
         values["max_model_len"] = min(values["max_model_len"], longest)
     values |= read
@@ -206,7 +209,7 @@ async def change_model(api: Api, call: ApiCall[BaseModelChange, DryRun]) -> Base
 
 async def _changes(settings: Settings, model: models.BaseModel, given: dict[str, Any]) -> dict[str, Any]:
     """Return the values that differ from the model's, if it gets what is `given`. Raises InvalidRequest."""
-    defaults = _defaults(settings, model.name)
+    defaults = _defaults(settings, model.name, model.kind)
     body: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     kind = body.pop("kind", None)
     if kind is not None and kind is not model.kind:

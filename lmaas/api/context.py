@@ -2,9 +2,10 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 from starlette.requests import Request
 
 from lmaas.adapters.service import Adapters
@@ -13,6 +14,7 @@ from lmaas.audit import Audit
 from lmaas.config import Settings
 from lmaas.errors import Forbidden
 from lmaas.http import Authenticate, api_key
+from lmaas.protocols.responses.stored import StoredState
 from lmaas.store.database import Database
 from lmaas.store.tenants import get_tenant
 from lmaas.types import Principal, Role
@@ -29,6 +31,13 @@ class Api:
     db: Database
     authenticate: Authenticate
     adapters: Adapters
+    #: The stored responses and conversations.
+    state: StoredState
+
+    @property
+    def kept_for(self) -> timedelta:
+        """The time for which a conversation is stored after its last change."""
+        return timedelta(seconds=self.settings.response_retention_s)
 
     async def allowed(self, place: Place, request: Request) -> tuple[str | None, Principal]:
         """Authenticate a request and check its permission. Returns the id of the tenant whose resources it is about, None for an operation
@@ -78,4 +87,4 @@ class WithStatus:
     status: int
 
 
-Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | WithStatus]]
+Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus]]

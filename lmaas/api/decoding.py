@@ -56,7 +56,8 @@ def _fault(kind: inspect.Type, value: Any, path: str, *, text: bool) -> InvalidR
         return _struct_fault(plain, value, f"{path}." if path else "", text=text)
     if isinstance(plain, inspect.ListType) and isinstance(value, list):
         faults = (_fault(plain.item_type, item, f"{path}[{index}]", text=text) for index, item in enumerate(value))
-        return next((fault for fault in faults if fault is not None), None)
+        if plain.max_length is None or len(value) <= plain.max_length:
+            return next((fault for fault in faults if fault is not None), None)
     read = _read(plain, value, text=text)
     if read is None:
         code = "invalid_type"
@@ -96,6 +97,7 @@ _PLAIN: dict[type[inspect.Type], Any] = {
     inspect.DateType: date,
     inspect.ListType: list,
     inspect.StructType: dict,
+    inspect.DictType: dict,
 }
 
 
@@ -106,6 +108,8 @@ def _is_allowed(kind: inspect.Type, value: Any) -> bool:
         case inspect.StrType():
             fits = kind.max_length is None or len(value) <= kind.max_length
             return fits and (kind.pattern is None or re.search(kind.pattern, value) is not None)
+        case inspect.ListType(max_length=int(most)):
+            return len(value) <= most
         case inspect.LiteralType():
             return value in kind.values
         case inspect.EnumType():
@@ -122,6 +126,8 @@ def _words(kind: inspect.Type) -> str:
             return words if kind.ge is None or kind.le is None else f"{words} from {kind.ge:,} to {kind.le:,}"
         case inspect.StrType(max_length=int(longest)):
             return f"text of at most {longest:,} characters"
+        case inspect.ListType(max_length=int(most)):
+            return f"a list of at most {most:,} items"
         case inspect.LiteralType():
             return "one of: " + ", ".join(str(value) for value in kind.values)
         case inspect.EnumType():
@@ -135,6 +141,7 @@ _OTHER_WORDS: dict[type[inspect.Type], str] = {
     inspect.DateType: "a day such as 2026-11-22",
     inspect.ListType: "a list",
     inspect.StructType: "an object",
+    inspect.DictType: "an object",
 }
 
 

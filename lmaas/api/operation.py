@@ -41,6 +41,7 @@ class Operation:
     An operation on a tenant's resources (permission TENANT or TENANT_ADMIN) has its `path` under `/v1`, for keys of tenants, and with
     `for_operators` a second one under `/admin/v1/tenants/{tenant}`, for keys of operators. `audit` is the action that the audit log
     records if the operation changes something. `files` are the fields of a form that are files: then the body is a multipart form.
+    `texts` are the fields of the body whose strings are for a model: then the body may be as large as that of an inference request.
     `also` describes further statuses of success.
     """
 
@@ -56,6 +57,7 @@ class Operation:
     also: Mapping[int, str] = field(default_factory=dict)
     audit: Action | None = None
     files: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     for_operators: bool = True
 
     @property

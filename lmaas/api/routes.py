@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, replicas, table, tenants, usage
+from lmaas.api import adapters, base_models, conversations, replicas, responses, table, tenants, usage
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
@@ -33,6 +33,18 @@ HANDLERS: Mapping[str, Handler] = {
         (table.CREATE_KEY, tenants.create_key),
         (table.CHANGE_KEY, tenants.change_key),
         (table.REVOKE_KEY, tenants.revoke_key),
+        (table.GET_RESPONSE, responses.get_response),
+        (table.DELETE_RESPONSE, responses.delete_response),
+        (table.CANCEL_RESPONSE, responses.cancel_response),
+        (table.LIST_INPUT_ITEMS, responses.list_input_items),
+        (table.CREATE_CONVERSATION, conversations.create_conversation),
+        (table.GET_CONVERSATION, conversations.get_conversation),
+        (table.CHANGE_CONVERSATION, conversations.change_conversation),
+        (table.DELETE_CONVERSATION, conversations.delete_conversation),
+        (table.ADD_ITEMS, conversations.add_items),
+        (table.LIST_ITEMS, conversations.list_items),
+        (table.GET_ITEM, conversations.get_item),
+        (table.DELETE_ITEM, conversations.delete_item),
         (table.LIST_OPERATOR_KEYS, tenants.list_keys),
         (table.CREATE_OPERATOR_KEY, tenants.create_key),
         (table.REVOKE_OPERATOR_KEY, tenants.revoke_key),
@@ -90,19 +102,20 @@ async def serve(api: Api, place: Place, request: Request) -> Response:
     owner, principal = await api.allowed(place, request)
     query = None if operation.query is None else decode(operation.query, dict(request.query_params), text=True)
     call: ApiCall[Any, Any] = ApiCall(
-        owner, request.path_params, await _body(operation, request), query, _audit(operation, principal, request), request
+        owner, request.path_params, await _body(api, operation, request), query, _audit(operation, principal, request), request
     )
     answered = await HANDLERS[operation.id](api, call)
     answer, status = (answered.answer, answered.status) if isinstance(answered, WithStatus) else (answered, operation.status)
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
 
-async def _body(operation: Operation, request: Request) -> Any:
+async def _body(api: Api, operation: Operation, request: Request) -> Any:
     # The handler itself reads a form, whose files stream to disk.
     if operation.body is None or operation.files:
         return None
-    text = await Request(request.scope, limited(request.receive, request.scope, MAX_JSON_BYTES)).body()
-    return decode(operation.body, parse_json(text) if text.strip() else {})
+    limit_bytes = api.settings.max_body_bytes if operation.texts else MAX_JSON_BYTES
+    text = await Request(request.scope, limited(request.receive, request.scope, limit_bytes)).body()
+    return decode(operation.body, parse_json(text, texts=operation.texts) if text.strip() else {})
 
 
 def _audit(operation: Operation, principal: Principal, request: Request) -> Audit | None:

@@ -9,7 +9,7 @@ its row.
 """
 
 from lmaas.api.operation import Operation, Permission
-from lmaas.api.shapes import adapters, models, tenants, usage
+from lmaas.api.shapes import adapters, models, responses, tenants, usage
 from lmaas.api.shapes.common import DryRun, List, Page, Paging
 from lmaas.audit import Action
 
@@ -112,6 +112,124 @@ LIST_EVENTS = Operation(
     "List the events of the ledger, one for each request, newest first.",
     Page[usage.UsageEvent],
     query=Paging,
+    for_operators=False,
+)
+
+# What a tenant's requests have left behind, in OpenAI's shapes. Operators do not see it.
+GET_RESPONSE = Operation(
+    "get_response",
+    "GET",
+    "/v1/responses/{response}",
+    _ANY,
+    "Retrieve a stored response.",
+    responses.Response,
+    query=responses.ResponseQuery,
+    for_operators=False,
+)
+DELETE_RESPONSE = Operation(
+    "delete_response",
+    "DELETE",
+    "/v1/responses/{response}",
+    _ANY,
+    "Delete a stored response with its input, at once.",
+    responses.DeletedResponse,
+    for_operators=False,
+)
+CANCEL_RESPONSE = Operation(
+    "cancel_response",
+    "POST",
+    "/v1/responses/{response}/cancel",
+    _ANY,
+    "Cancel a response in the background. As there are none yet, every stored response is refused.",
+    responses.Response,
+    for_operators=False,
+)
+LIST_INPUT_ITEMS = Operation(
+    "list_input_items",
+    "GET",
+    "/v1/responses/{response}/input_items",
+    _ANY,
+    "List the items of a response's own input, newest first.",
+    Page[responses.ResponseItem],
+    query=responses.ItemPaging,
+    for_operators=False,
+)
+CREATE_CONVERSATION = Operation(
+    "create_conversation",
+    "POST",
+    "/v1/conversations",
+    _ANY,
+    "Create a conversation.",
+    responses.Conversation,
+    body=responses.NewConversation,
+    texts=("items",),
+    for_operators=False,
+)
+GET_CONVERSATION = Operation(
+    "get_conversation",
+    "GET",
+    "/v1/conversations/{conversation}",
+    _ANY,
+    "Retrieve a conversation.",
+    responses.Conversation,
+    for_operators=False,
+)
+CHANGE_CONVERSATION = Operation(
+    "change_conversation",
+    "POST",
+    "/v1/conversations/{conversation}",
+    _ANY,
+    "Replace the metadata of a conversation.",
+    responses.Conversation,
+    body=responses.ConversationChange,
+    for_operators=False,
+)
+DELETE_CONVERSATION = Operation(
+    "delete_conversation",
+    "DELETE",
+    "/v1/conversations/{conversation}",
+    _ANY,
+    "Delete a conversation with its items, at once. Responses in it stay.",
+    responses.DeletedConversation,
+    for_operators=False,
+)
+ADD_ITEMS = Operation(
+    "add_items",
+    "POST",
+    "/v1/conversations/{conversation}/items",
+    _ANY,
+    "Append items to a conversation.",
+    Page[responses.ResponseItem],
+    body=responses.NewItems,
+    texts=("items",),
+    for_operators=False,
+)
+LIST_ITEMS = Operation(
+    "list_items",
+    "GET",
+    "/v1/conversations/{conversation}/items",
+    _ANY,
+    "List the items of a conversation, newest first.",
+    Page[responses.ResponseItem],
+    query=responses.ItemPaging,
+    for_operators=False,
+)
+GET_ITEM = Operation(
+    "get_item",
+    "GET",
+    "/v1/conversations/{conversation}/items/{item}",
+    _ANY,
+    "Retrieve an item of a conversation.",
+    responses.ResponseItem,
+    for_operators=False,
+)
+DELETE_ITEM = Operation(
+    "delete_item",
+    "DELETE",
+    "/v1/conversations/{conversation}/items/{item}",
+    _ANY,
+    "Delete an item of a conversation, at once.",
+    responses.Conversation,
     for_operators=False,
 )
 

@@ -24,8 +24,22 @@ def packaged_folder() -> Path | None:
     return None
 
 
-def copy(source: Path, folder: Path) -> None:
-    """Copy the model (91 MB) into `folder`, completely or not at all, where engines in other containers may read it. Raises OSError."""
+def prepare(packaged: Path, cache: Path) -> Path:
+    """Copy the model (91 MB) into the cache folder, where engines in other containers may read it, unless it is there. Return its folder.
+
+    Raises OSError.
+    """
+    try:
+        folder = cache.expanduser() / "models" / NAME
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    if not folder.exists():
+        _copy(packaged, folder)
+    return folder
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy a folder completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
         # Remove the remains of copies that were killed.

@@ -25,7 +25,10 @@ _PINNED = re.compile(rf"({NAME_PATTERN.pattern})(?:@([1-9][0-9]{{0,8}}))?")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model behind a name that a tenant calls. `engine_name` is the engine's name for it, `adapter` is empty for a base model."""
+    """The model behind a name that a tenant calls. `engine_name` is the engine's name for it, `adapter` is empty for a base model.
+
+    `adapter_name` is the tenant's name for the adapter, without a version.
+    """
 
     base: BaseModel
     engine_name: str
@@ -34,6 +37,17 @@ class ServedModel:
     version: int | None
     #: In seconds since 1970.
     created: int
+    adapter_name: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The tenant's name for exactly these weights: that of a base model, or of an adapter with its version, such as `robot@3`."""
+        return f"{self.adapter_name}@{self.version}" if self.adapter_name else self.base.name
+
+    @property
+    def head_line(self) -> bytes:
+        """The header line that names the model in a response. The name has only letters, digits and a few marks."""
+        return f"x-lmaas-model: {self.shown}\r\n".encode()
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +101,7 @@ class Catalog:
         # A name always stands for the same weights, because the engine keys its prefix cache by the name.
         adapter = f"{tenant_id}-{found.content_hash}"
         source = source_of(tenant_id, found.content_hash)
-        return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at))
+        return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at), plain)
 
     async def listed(self, tenant_id: str) -> list[ListedModel]:
         """Return every model that the tenant may call by its plain name."""

@@ -15,15 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
 import msgspec
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-from lmaas.cancellation import unswallowed
-from lmaas.engine.client import CONNECTION_ERRORS, EngineClient
-from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode, key_of
+from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
+from lmaas.inference.checker_hosts import CheckerHosts, CheckerUnavailable
 from lmaas.inference.schemas import MAX_DEPTH, depth
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
@@ -44,12 +40,6 @@ TOO_COMPLEX_S = 600.0
 #: The maximum numbers of cached verdicts, and of tenants whose checks are counted.
 KNOWN_VERDICTS = 20_000
 KNOWN_TENANTS = 10_000
-#: The time for which a checker's address is cached, and the time that a check may take once it is the tenant's turn.
-ADDRESS_S = 5.0
-CHECK_S = 150.0
-CONNECT_S = 2.0
-#: The time for which an unreachable checker is tried again, and the interval between attempts.
-RETRY_S, AGAIN_S = 15.0, 0.25
 
 Key = tuple[str, str, bytes]
 
@@ -108,25 +98,19 @@ class Checks:
             self.lately.popitem(last=False)
 
 
-class NoCheckerError(Exception):
-    """No host that can check grammars is known."""
-
-
 class Grammars:
-    """The verdicts of one gateway about grammars, and its client for the checkers."""
+    """The verdicts of one gateway about grammars."""
 
     def __init__(
         self,
-        redis: Redis,
-        client: EngineClient,
+        hosts: CheckerHosts,
         metrics: GatewayMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._redis, self._client, self._metrics, self._clock = redis, client, metrics, clock
+        self.hosts, self._metrics, self._clock = hosts, metrics, clock
         #: Each verdict with the time at which it expires.
         self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
         self._tenants: OrderedDict[str, Checks] = OrderedDict()
-        self._addresses: dict[str, tuple[float, str]] = {}
 
     def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any], field: str) -> Lookup:
         """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name; `field` is the client's field.
@@ -157,7 +141,10 @@ class Grammars:
                 code="queue_full",
                 retry_after_s=5,
             )
-        await self._checker(lookup.model_id)
+        try:
+            await self.hosts.address(lookup.model_id)
+        except CheckerUnavailable as error:
+            raise unavailable() from error
         checks.waiting += 1
         try:
             asking = checks.asking.get(lookup.key)
@@ -194,40 +181,11 @@ class Grammars:
         return verdict
 
     async def _verdict(self, lookup: Lookup) -> Verdict:
-        """Ask a checker. For RETRY_S, ask repeatedly, because another host takes over when one ends. Raises Unavailable."""
-        deadline = time.monotonic() + RETRY_S
-        while True:
-            try:
-                return await self._exchange(await self._checker(lookup.model_id), lookup)
-            except (NoCheckerError, *CONNECTION_ERRORS, msgspec.DecodeError) as error:
-                self._addresses.pop(lookup.model_id, None)
-                if time.monotonic() > deadline:
-                    raise unavailable() from error
-            await asyncio.sleep(AGAIN_S)
-
-    async def _exchange(self, url: str, lookup: Lookup) -> Verdict:
-        timeout = aiohttp.ClientTimeout(total=CHECK_S, sock_connect=CONNECT_S)
-        query = {"model": lookup.model_id}
-        async with self._client.session.post(f"{url}/check", params=query, data=lookup.text, timeout=timeout) as response:
-            answer = await response.read()
-            if response.status != 200:
-                raise unavailable()
-            return decode_verdict(answer)
-
-    async def _checker(self, model_id: str) -> str:
-        """Return the address of a host that checks for this base model. Raises NoCheckerError, or Unavailable while Redis is away."""
-        now = self._clock()
-        found, url = self._addresses.get(model_id, (-math.inf, ""))
-        if now - found > ADDRESS_S:
-            try:
-                with unswallowed():
-                    url = str(await self._redis.get(key_of()) or await self._redis.get(key_of(model_id)) or "")
-            except RedisError as error:
-                raise unavailable() from error
-            if not url:
-                raise NoCheckerError
-            self._addresses[model_id] = (now, url)
-        return url
+        """Ask a checker. Raises Unavailable."""
+        try:
+            return await self.hosts.ask("/check", lookup.model_id, lookup.text, decode_verdict)
+        except CheckerUnavailable as error:
+            raise unavailable() from error
 
 
 def _answered(checks: Checks, key: Key, asking: "asyncio.Task[Verdict]") -> None:

@@ -1,10 +1,11 @@
 """What the path of a request needs from a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from lmaas.admission.limits import rate_limit_lines
 from lmaas.error_bodies import openai_body
 from lmaas.errors import LmaasError
 from lmaas.inference.catalog import ServedModel
@@ -145,6 +146,10 @@ class Protocol(ABC, Generic[Request]):
     def error_status(self, error: LmaasError) -> int:
         """Return the HTTP status of an error response."""
         return int(error.status)
+
+    def limit_lines(self, left: Mapping[str, Sequence[int]]) -> bytes:
+        """Return header lines about the limits per minute. `left` is as for `rate_limit_lines`."""
+        return rate_limit_lines(left)
 
     def waiting(self, comments: Sequence[str]) -> bytes:
         """Return what a streaming client gets while its request waits. It must not end an event.

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from lmaas.admission.limits import PrincipalLimits, limited_scopes, rate_limit_lines
+from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
@@ -14,10 +14,11 @@ from lmaas.engine.client import EngineClient
 from lmaas.errors import EngineFailed, InternalError, InvalidRequest, LmaasError, Unavailable
 from lmaas.http import log_settings_error
 from lmaas.inference.catalog import Catalog
+from lmaas.inference.checker_hosts import NoCheckerError
 from lmaas.inference.checking import check_grammar
 from lmaas.inference.delivery import Delivery
 from lmaas.inference.engine_errors import EngineLost
-from lmaas.inference.grammars import Grammars, NoCheckerError, unavailable
+from lmaas.inference.grammars import Grammars, unavailable
 from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import STREAM_HEADERS, ReceiverGone, Sink
 from lmaas.inference.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
@@ -56,6 +57,7 @@ class Inferences:
         inference.tenant_id = principal.tenant_id or ""
         await protocol.expand(inference.tenant_id, request)
         inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
+        sink.add_to_head(inference.model.head_line)
         _check_kind(inference)
         request.check(inference.model.base)
         sink.watch()
@@ -74,7 +76,7 @@ class Inferences:
         ticket = self._ticket(principal, inference)
         async with self.leases.open(ticket, inference.record, limits, deadline_s=self.settings.queue_deadline_s) as opened:
             if opened.left:
-                sink.add_to_head(rate_limit_lines(opened.left))
+                sink.add_to_head(protocol.limit_lines(opened.left))
             with self.metrics.in_flight.track_inprogress():
                 await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
 

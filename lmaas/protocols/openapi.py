@@ -187,11 +187,20 @@ IDEMPOTENCY_KEY: Schema = {
     "description": "The request runs once: for 24 hours the tenant's other requests with this key and the same body get the same answer, "
     "at no cost. A failed request, or one whose answer was not read to its end, is not kept and runs anew.",
 }
-RATE_LIMITS = {
+_RATE_LIMITS = {
     f"x-ratelimit-{what}-{unit}": {"description": f"{words} of the limit of {unit} per minute, if there is one.", "schema": _TEXT}
     for unit in ("requests", "tokens")
     for what, words in (("limit", "The value"), ("remaining", "What is left"), ("reset", "When all is available again:"))
 }
+MODEL_HEADER: Schema = {
+    "x-lmaas-model": {"description": "The model that served: a base model, or an adapter as name@version.", "schema": _TEXT}
+}
+#: The headers of an answer to an inference.
+ANSWER_HEADERS: Schema = (
+    _RATE_LIMITS
+    | MODEL_HEADER
+    | {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
+)
 _STREAM = (
     "With `stream`: server-sent events, each `data: ` and the JSON of a chunk, ending with `data: [DONE]`. An error after the first event "
     "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
@@ -228,7 +237,6 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
         return {"description": "Done.", "headers": headers | (more or {}), "content": content}
 
     def completion(operation_id: str, summary: str, request: str, answer: str, chunk: str) -> Schema:
-        replayed = {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
         return {
             "post": {
                 "operationId": operation_id,
@@ -239,7 +247,7 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}},
                 },
-                "responses": {"200": done(answer, RATE_LIMITS | replayed, chunk)} | errors,
+                "responses": {"200": done(answer, ANSWER_HEADERS, chunk)} | errors,
             }
         }
 

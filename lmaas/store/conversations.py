@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
-from lmaas.store.responses import Response, owned
+from lmaas.store.responses import ROW_BYTES, Response, owned
 from lmaas.store.tables import conversation_items, conversations, responses, tenants
 
 #: The limits of one conversation. More would not fit into a model's context.
@@ -27,6 +27,11 @@ class Item:
     id: str
     body: bytes
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in the database."""
+        return len(self.body) + ROW_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -40,11 +45,13 @@ class Conversation:
 _COLUMNS = (conversations.c.id, conversations.c.metadata, conversations.c.created_at)
 
 
-def _not_found() -> NotFound:
+def not_found() -> NotFound:
+    """Return the error for a conversation that the tenant does not have."""
     return NotFound("The conversation does not exist.", code="conversation_not_found")
 
 
-def _item_not_found() -> NotFound:
+def item_not_found() -> NotFound:
+    """Return the error for an item that the conversation does not have."""
     return NotFound("The conversation has no such item.", code="item_not_found")
 
 
@@ -60,7 +67,7 @@ async def create_conversation(
     db: Database, tenant_id: str, conversation_id: str, metadata: bytes, items: Sequence[Item], kept_for: timedelta
 ) -> Conversation:
     """Store a new conversation with its first items. Raises NotFound for a tenant that has been deleted."""
-    size = sum(len(item.body) for item in items)
+    size = len(metadata) + ROW_BYTES + sum(item.size_bytes for item in items)
     values: dict[str, Any] = {"tenant_id": tenants.c.id, "id": literal(conversation_id), "metadata": literal(metadata)}
     values |= {"next_position": literal(len(items)), "item_count": literal(len(items)), "size_bytes": literal(size)}
     values["expires_at"] = func.now() + kept_for
@@ -69,7 +76,7 @@ async def create_conversation(
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(insert(conversations).from_select(list(values), living).returning(*_COLUMNS))).first()
         if row is None:
-            raise _not_found()
+            raise not_found()
         await _append(connection, tenant_id, conversation_id, 0, items)
     return Conversation(*row)
 
@@ -79,18 +86,19 @@ async def get_conversation(db: Database, tenant_id: str, conversation_id: str) -
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(select(*_COLUMNS).where(*_one(tenant_id, conversation_id)))).first()
     if row is None:
-        raise _not_found()
+        raise not_found()
     return Conversation(*row)
 
 
 async def change_metadata(db: Database, tenant_id: str, conversation_id: str, metadata: bytes, kept_for: timedelta) -> Conversation:
     """Replace the metadata of a conversation. Raises NotFound."""
     changing = update(conversations).where(*_one(tenant_id, conversation_id))
-    changing = changing.values(metadata=metadata, expires_at=func.now() + kept_for)
+    size = conversations.c.size_bytes - func.octet_length(conversations.c.metadata) + len(metadata)
+    changing = changing.values(metadata=metadata, size_bytes=size, expires_at=func.now() + kept_for)
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(changing.returning(*_COLUMNS))).first()
     if row is None:
-        raise _not_found()
+        raise not_found()
     return Conversation(*row)
 
 
@@ -99,7 +107,7 @@ async def delete_conversation(db: Database, tenant_id: str, conversation_id: str
     async with db.begin(tenant_id) as connection:
         gone = await connection.execute(delete(conversations).where(*_one(tenant_id, conversation_id)).returning(conversations.c.id))
         if gone.first() is None:
-            raise _not_found()
+            raise not_found()
 
 
 async def add_items(db: Database, tenant_id: str, conversation_id: str, items: Sequence[Item], kept_for: timedelta) -> None:
@@ -107,7 +115,7 @@ async def add_items(db: Database, tenant_id: str, conversation_id: str, items: S
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(_appending(tenant_id, conversation_id, items, kept_for))).first()
         if row is None:
-            raise _not_found()
+            raise not_found()
         if row.item_count > MAX_ITEMS or row.size_bytes > MAX_BYTES:
             raise _full()
         await _append(connection, tenant_id, conversation_id, row.start, items)
@@ -130,7 +138,7 @@ def _appending(tenant_id: str, conversation_id: str, items: Sequence[Item], kept
     changes = {
         "next_position": columns.next_position + len(items),
         "item_count": columns.item_count + len(items),
-        "size_bytes": columns.size_bytes + sum(len(item.body) for item in items),
+        "size_bytes": columns.size_bytes + sum(item.size_bytes for item in items),
         "expires_at": func.now() + kept_for,
     }
     start = (columns.next_position - len(items)).label("start")
@@ -188,7 +196,7 @@ async def find_context(db: Database, tenant_id: str, conversation_id: str) -> li
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(size)).first()
         if row is None:
-            raise _not_found()
+            raise not_found()
         if row.item_count >= MAX_ITEMS or row.size_bytes >= MAX_BYTES:
             raise _full()
         return list((await connection.execute(query)).scalars())
@@ -202,7 +210,7 @@ async def get_item(db: Database, tenant_id: str, conversation_id: str, item_id: 
         await _must_exist(connection, tenant_id, conversation_id)
         row = (await connection.execute(query)).first()
     if row is None:
-        raise _item_not_found()
+        raise item_not_found()
     return Item(*row)
 
 
@@ -216,18 +224,18 @@ async def delete_item(db: Database, tenant_id: str, conversation_id: str, item_i
         touching = update(conversations).where(*_one(tenant_id, conversation_id)).values(expires_at=func.now() + kept_for)
         row = (await connection.execute(touching.returning(*_COLUMNS))).first()
         if row is None:
-            raise _not_found()
+            raise not_found()
         size = (await connection.execute(deleting)).scalar_one_or_none()
         if size is None:
-            raise _item_not_found()
-        less = {"item_count": columns.item_count - 1, "size_bytes": columns.size_bytes - size}
+            raise item_not_found()
+        less = {"item_count": columns.item_count - 1, "size_bytes": columns.size_bytes - size - ROW_BYTES}
         await connection.execute(update(conversations).where(*_one(tenant_id, conversation_id)).values(less))
     return Conversation(*row)
 
 
 async def _must_exist(connection: AsyncConnection, tenant_id: str, conversation_id: str) -> None:
     if (await connection.execute(select(conversations.c.id).where(*_one(tenant_id, conversation_id)))).first() is None:
-        raise _not_found()
+        raise not_found()
 
 
 async def find_items(db: Database, tenant_id: str, item_ids: Collection[str]) -> list[Item]:

@@ -18,14 +18,16 @@ from lmaas.store.tables import responses as rows
 #: The limits of a chain: the number of its responses, and their bytes together. More would not fit into a model's context.
 MAX_CHAIN = 1000
 MAX_CHAIN_BYTES = 16 * 1024 * 1024
+#: What a row takes besides its JSON. It is counted, so that many small rows count too.
+ROW_BYTES = 256
 
 #: Stores many responses by one short statement, because its cost is part of every request's. The lock waits for a running deletion of the
 #: tenant. After a deletion, no new row of the tenant may be created.
 _SAVE = """
 INSERT INTO responses (tenant_id, id, previous_id, input, body, size_bytes, expires_at)
-SELECT tenant.id, new.id, new.previous_id, new.input, new.body, octet_length(new.input) + octet_length(new.body), now() + %s
+SELECT tenant.id, new.id, new.previous_id, new.input, new.body, octet_length(new.input) + octet_length(new.body) + %s, now() + %s
 FROM (SELECT id FROM tenants WHERE id = %s AND deleted_at IS NULL FOR SHARE) AS tenant,
-    unnest(%s::text[], %s::text[], %s::bytea[], %s::bytea[]) AS new (id, previous_id, input, body)
+    unnest(%b::text[], %b::text[], %b::bytea[], %b::bytea[]) AS new (id, previous_id, input, body)
 ON CONFLICT DO NOTHING
 """
 
@@ -41,8 +43,8 @@ class Response:
 
     @property
     def size_bytes(self) -> int:
-        """What is stored of it."""
-        return len(self.input) + len(self.body)
+        """What it takes in the database."""
+        return len(self.input) + len(self.body) + ROW_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,8 @@ def owned(table: FromClause, tenant_id: str) -> tuple[ColumnElement[bool], Colum
 
 async def save(db: Database, tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> None:
     """Store responses that belong to no conversation. One that is stored already stays as it is. Nothing is stored for a deleted tenant."""
-    values = (kept_for, tenant_id, [each.id for each in responses], [each.previous_id for each in responses])
-    async with db.begin(tenant_id) as connection:
-        # The driver's own statement: it costs a third of one whose lists SQLAlchemy converts item by item.
-        await connection.exec_driver_sql(_SAVE, (*values, [each.input for each in responses], [each.body for each in responses]))
+    values = (ROW_BYTES, kept_for, tenant_id, [each.id for each in responses], [each.previous_id for each in responses])
+    await db.execute_once(tenant_id, _SAVE, (*values, [each.input for each in responses], [each.body for each in responses]))
 
 
 async def find_response(db: Database, tenant_id: str, response_id: str) -> Response | None:

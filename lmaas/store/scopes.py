@@ -1,5 +1,6 @@
 """The scope of a transaction: the rows that it may see and change. Every transaction names one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psycopg.sql import Literal
@@ -55,6 +56,16 @@ def begin_statement(scope: AnyScope, prefix: str, acts_as: DatabaseRole | None) 
         setting = f"; SET LOCAL lmaas.tenant = {_quoted(scope)}"
     become = f"; SET LOCAL ROLE {role_name(prefix, role)}" if role is not None else ""
     return "BEGIN" + become + setting
+
+
+def tenant_settings(tenant_id: str, prefix: str, acts_as: DatabaseRole | None) -> tuple[str, Sequence[str]]:
+    """Return the statement that puts the rest of a transaction into the scope of a tenant, and its values. It can be prepared, unlike
+    that of `begin_statement`. Raises ValueError for an empty id."""
+    if not tenant_id:
+        raise ValueError("A tenant's id is empty.")
+    if acts_as is None:
+        return "SELECT set_config('lmaas.tenant', %s, true)", (tenant_id,)
+    return "SELECT set_config('role', %s, true), set_config('lmaas.tenant', %s, true)", (role_name(prefix, acts_as), tenant_id)
 
 
 def _quoted(value: str) -> str:

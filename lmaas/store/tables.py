@@ -259,7 +259,7 @@ responses = Table(
     Column("input", LargeBinary, nullable=False),
     # The response object, as the client received it.
     Column("body", LargeBinary, nullable=False),
-    # Of both together. A column of its own, so that controllers can count bytes that they may not read.
+    # Of the whole row, about. A column of its own, so that controllers can count bytes that they may not read.
     Column("size_bytes", BigInteger, nullable=False),
     _created(),
     Column("expires_at", DateTime(timezone=True), nullable=False),
@@ -276,8 +276,8 @@ conversations = Table(
     Column("metadata", LargeBinary, nullable=False),
     # The position of the next item. It never decreases.
     Column("next_position", BigInteger, nullable=False),
-    # Of its items: their number and the bytes of all together.
     Column("item_count", BigInteger, nullable=False),
+    # Of the row and its items, about.
     Column("size_bytes", BigInteger, nullable=False),
     _created(),
     # Every change of the conversation moves this into the future.

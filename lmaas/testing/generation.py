@@ -185,9 +185,9 @@ def called(body: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def formatted(body: dict[str, Any]) -> str | None:
-    """Return the smallest JSON that the format of the request allows, or None if it asks for text."""
+    """Return the smallest JSON that the format of the request allows, or None if it asks for text or ignores the end."""
     form = body.get("response_format") or {}
-    if form.get("type") not in ("json_object", "json_schema"):
+    if body.get("ignore_eos") or form.get("type") not in ("json_object", "json_schema"):
         return None
     return json.dumps(least((form.get("json_schema") or {}).get("schema") or {}))
 

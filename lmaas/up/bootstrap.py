@@ -20,8 +20,8 @@ from lmaas.api.shapes.models import NewBaseModel
 from lmaas.audit import Action, Audit
 from lmaas.config import Settings
 from lmaas.engine import default_model, embedding_model
-from lmaas.engine.source import local_model_folder, model_folder
-from lmaas.errors import Conflict, SettingsError
+from lmaas.engine.source import is_folder, model_folder
+from lmaas.errors import Conflict, InvalidRequest, SettingsError
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.process import bound_command
 from lmaas.states import PoolKind
@@ -108,26 +108,27 @@ async def register_embedding_model(settings: Settings, db: Database, console: Co
 
 
 async def _register_packaged(settings: Settings, db: Database, console: Console) -> BaseModel | None:
-    """Register the embedding model from the wheel. It is optional: if the wheel is not installed, if the model cannot be copied, or if
-    its name is in use for another model or for an adapter, the service runs without it."""
+    """Register the embedding model from the wheel. It is optional: if the wheel is not installed, if the model cannot be copied or used, or
+    if its name is in use for another model or for an adapter, the service runs without it."""
     packaged, name = embedding_model.packaged_folder(), embedding_model.NAME
     if packaged is None or name == default_model.registered_name(settings):
         return None
-    folder = settings.cache.expanduser() / "models" / name
     try:
-        if not folder.exists():
-            await asyncio.to_thread(embedding_model.copy, packaged, folder)
+        folder = await asyncio.to_thread(embedding_model.prepare, packaged, settings.cache)
         model = await defined_model(settings, NewBaseModel(name=name, source=str(folder)))
         known = next((each for each in await list_base_models(db) if each.name == name), None)
         if known is None:
             return await create_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER))
-        # Another source that is there, or another kind, is an operator's own model.
-        ours = known.source == model.source or (known.kind is model.kind and local_model_folder(known.source) is None)
+        # Another source is an operator's own model, unless it is the cache of before, which is gone.
+        moved = known.kind is model.kind and is_folder(known.source) and not await asyncio.to_thread(Path(known.source).exists)
+        ours = known.source == model.source or (moved and Path(known.source).name == name)
         return await put_base_model(db, model, audit=Audit(Action.BASE_MODEL_REGISTER)) if ours else None
-    except (OSError, Conflict) as error:
-        why = error.message if isinstance(error, Conflict) else f"{folder}: {error.strerror or error}"
-        console.print(f"The embedding model {name} is not offered: {why}", markup=False, highlight=False)
-        return None
+    except (Conflict, InvalidRequest) as error:
+        why = error.message
+    except OSError as error:
+        why = f"The cache folder {settings.cache} cannot be used: {error.strerror or error}."
+    console.print(f"The embedding model {name} is not offered. {why}", markup=False, highlight=False)
+    return None
 
 
 def read_credentials(settings: Settings) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -16,6 +18,7 @@ from lmaas.config import Settings
 from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
 from lmaas.http import JsonResponse, api_key, parse_json
 from lmaas.inference.catalog import ListedModel
+from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.observability import GatewayMetrics
@@ -35,27 +38,41 @@ class Gateway:
     inferences: Inferences
     metrics: GatewayMetrics
     protocols: Sequence[AnyProtocol]
+    counts: TokenCounts
+    countings: Sequence[Counting]
 
 
-class Endpoint:
-    """An ASGI endpoint that serves the requests of one protocol."""
+class Endpoint(ABC):
+    """An ASGI endpoint that serves the requests to one path of a protocol."""
 
-    def __init__(self, gateway: Gateway, protocol: AnyProtocol) -> None:
-        self._gateway, self._protocol = gateway, protocol
+    def __init__(self, gateway: Gateway, path: str) -> None:
+        self._gateway, self._path = gateway, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        path, metrics = self._protocol.path, self._gateway.metrics
+        metrics = self._gateway.metrics
         try:
             await self._serve(Call(scope, receive, send))
         except LmaasError as error:
-            metrics.refused(path, error.kind, error.error_code)
+            metrics.refused(self._path, error.kind, error.error_code)
             raise
         except ClientDisconnect:
             raise  # no response is sent
         except Exception:
-            metrics.refused(path, InternalError.kind, InternalError.code)
+            metrics.refused(self._path, InternalError.kind, InternalError.code)
             raise
+
+    @abstractmethod
+    async def _serve(self, call: Call) -> None:
+        """Read the request and send its response."""
+
+
+class InferenceEndpoint(Endpoint):
+    """Serves the inferences of one protocol."""
+
+    def __init__(self, gateway: Gateway, protocol: AnyProtocol) -> None:
+        super().__init__(gateway, protocol.path)
+        self._protocol = protocol
 
     async def _serve(self, call: Call) -> None:
         gateway, protocol = self._gateway, self._protocol
@@ -73,9 +90,29 @@ class Endpoint:
                 await gateway.inferences.serve(principal, inference, sink)
 
 
+class TokensEndpoint(Endpoint):
+    """Reports the tokens of prompts in the shape of one protocol. An `Idempotency-Key` has no effect: a count changes nothing."""
+
+    def __init__(self, gateway: Gateway, counting: Counting) -> None:
+        super().__init__(gateway, counting.path)
+        self._counting = counting
+
+    async def _serve(self, call: Call) -> None:
+        gateway, counting = self._gateway, self._counting
+        principal = await gateway.authenticate(call.api_key)
+        _tenant_of(principal)
+        asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
+        answer = await gateway.counts.serve(principal, counting, asked, call)
+        text = msgspec.json.encode(answer)
+        gateway.metrics.counted(counting.path)
+        await call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
+        await call.finish(text)
+
+
 def endpoints(gateway: Gateway) -> dict[str, Endpoint]:
     """Return the endpoints of the protocols by path. Nearly all requests go to them."""
-    return {protocol.path: Endpoint(gateway, protocol) for protocol in gateway.protocols}
+    found: dict[str, Endpoint] = {protocol.path: InferenceEndpoint(gateway, protocol) for protocol in gateway.protocols}
+    return found | {counting.path: TokensEndpoint(gateway, counting) for counting in gateway.countings}
 
 
 def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:

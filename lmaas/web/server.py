@@ -11,9 +11,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
-from lmaas.error_bodies import openai_body
 from lmaas.errors import InvalidRequest, LmaasError
-from lmaas.http import JsonResponse, new_request_id
+from lmaas.http import error_response, new_request_id
 from lmaas.web.slow_clients import SlowClientProtocol, client_bounds
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -97,6 +96,8 @@ class BoundedProtocol(SlowClientProtocol):
     (not for HEAD requests) takes more header lines for the response.
     """
 
+    #: The target of the latest request.
+    url = b""
     _header_bytes = 0
     _on_lost: Callable[[], None] | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -224,12 +225,21 @@ class BoundedProtocol(SlowClientProtocol):
     def _refuse(self, error: LmaasError) -> None:
         # While a body is awaited, the response has not begun yet, so this can still be it.
         if self.cycle is None or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.response_started):
-            body = JsonResponse(openai_body(error)).body
-            headers = error.headers() | {"content-type": "application/json", "x-request-id": new_request_id()}
-            head = f"HTTP/1.1 {int(error.status)} {HTTPStatus(error.status).phrase}\r\n"
-            head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + bytes(body))
+            request_id = new_request_id()
+            path, headers = self.url.partition(b"?")[0].decode("latin-1"), self.headers or []
+            response = error_response(error, {"path": path, "headers": headers, "request_id": request_id})
+            lines = [b"%b: %b" % line for line in response.raw_headers]
+            head = [f"HTTP/1.1 {response.status_code} {_phrase(response.status_code)}".encode(), *lines]
+            head += [f"x-request-id: {request_id}".encode(), b"connection: close"]
+            self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + bytes(response.body))
         self.transport.close()
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Overloaded"  # Anthropic's 529, the only status that HTTP does not know
 
 
 def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:

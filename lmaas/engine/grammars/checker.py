@@ -1,8 +1,9 @@
-"""The checker of one base model: `main` listens on a Unix socket and checks each grammar in a separate child process.
+"""The checker of one base model: `main` listens on a Unix socket, and checks each grammar and reads each prompt in a separate child
+process.
 
-A client connects, sends one Question, closes its side of the connection, and receives one Verdict. The child has limits on CPU time, memory
-and files. If it dies, from a limit or for another reason, the parent sends the verdict. The parent has a single thread, so that it can
-fork, and ends after some idle time.
+A client connects, sends one Question or Prompt, closes its side of the connection, and receives one Verdict or Tokens. The child has
+limits on CPU time, memory and files. If it dies, from a limit or for another reason, the parent sends a Verdict. The parent has a single
+thread, so that it can fork, and ends after some idle time.
 
 Started as `python -m lmaas.engine.grammars.checker SOCKET IDLE_S ENGINE_ARGUMENT...`, or forked by the zygote.
 """
@@ -17,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,23 @@ import msgspec
 from setproctitle import setproctitle
 
 from lmaas.engine.grammars.compile import ADVICE, Compiler
-from lmaas.engine.grammars.verdict import CPU_S, INVALID, MEMORY_BYTES, TOO_COMPLEX, UNKNOWN, WALL_S, Verdict, decode_question, encode
+from lmaas.engine.grammars.prompts import PromptReader
+from lmaas.engine.grammars.verdict import (
+    CPU_S,
+    INVALID,
+    MEMORY_BYTES,
+    PROMPT_CPU_S,
+    PROMPT_MEMORY_BYTES,
+    TOO_COMPLEX,
+    UNKNOWN,
+    WALL_S,
+    Prompt,
+    Question,
+    Tokens,
+    Verdict,
+    decode_asked,
+    encode,
+)
 from lmaas.engine.zygote.wire import short_path
 from lmaas.process import die_with_parent
 
@@ -36,6 +54,8 @@ BACKLOG = 256
 MAX_QUESTION_BYTES = 8 * 1024 * 1024
 #: The time that a client may take to send its question.
 QUESTION_S = 5.0
+#: Does what a client asks for.
+Answer = Callable[[Question | Prompt], Verdict | Tokens]
 #: The scheduling priority of a checker, below that of engines that serve.
 NICENESS = 10
 #: Memory of a child besides the grammar's: a thread's stack, and address space that its allocator reserves.
@@ -45,7 +65,7 @@ POLL_S = 1.0
 
 @dataclass(slots=True)
 class Check:
-    """A running check: its process, its client, and its start by time.monotonic()."""
+    """A running check, or a prompt that is being read: its process, its client, and its start by time.monotonic()."""
 
     pidfd: int
     client: socket.socket
@@ -54,10 +74,10 @@ class Check:
 
 
 class Checker:
-    """Serves checks on `listener` until it has been idle for `idle_s` seconds."""
+    """Serves checks on `listener` until it has been idle for `idle_s` seconds. `answer` is called in the children."""
 
-    def __init__(self, compiler: Compiler, listener: socket.socket, idle_s: float) -> None:
-        self._compiler, self._listener, self._idle_s = compiler, listener, idle_s
+    def __init__(self, answer: Answer, listener: socket.socket, idle_s: float) -> None:
+        self._answer, self._listener, self._idle_s = answer, listener, idle_s
         self._running: dict[int, Check] = {}
         self._asked = time.monotonic()
 
@@ -85,7 +105,7 @@ class Checker:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._answer(client, parent)  # does not return
+            self._reply(client, parent)  # does not return
         self._running[pid] = Check(os.pidfd_open(pid), client, self._asked)
 
     def _finish(self, pid: int, check: Check) -> None:
@@ -94,20 +114,23 @@ class Checker:
         _, status, usage = os.wait4(pid, 0)
         with check.client:
             if status == 0:
-                return  # the child has sent its verdict
+                return  # the child has sent its answer
             verdict = _died(os.waitstatus_to_exitcode(status), check, usage.ru_utime + usage.ru_stime)
             with contextlib.suppress(OSError):
                 check.client.sendall(encode(verdict))
 
-    def _answer(self, client: socket.socket, parent: int) -> None:
-        """Read the question in the child process, check it within the limits, send the verdict, and exit."""
+    def _reply(self, client: socket.socket, parent: int) -> None:
+        """Read the question in the child process, answer it within the limits, send the answer, and exit."""
         try:
             die_with_parent(parent)
             self._listener.close()
             client.settimeout(QUESTION_S)
-            question = decode_question(_read(client))
-            _limit()
-            client.sendall(encode(self._compiler.check(question)))
+            asked = decode_asked(_read(client))
+            if isinstance(asked, Prompt):
+                _limit(PROMPT_CPU_S, PROMPT_MEMORY_BYTES)
+            else:
+                _limit(CPU_S, MEMORY_BYTES)
+            client.sendall(encode(self._answer(asked)))
             os._exit(0)
         except (OSError, msgspec.DecodeError, RecursionError):
             os._exit(1)  # the client has disconnected, or is not a client of lmaas
@@ -140,19 +163,31 @@ def _read(client: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def _limit() -> None:
+def _limit(cpu_s: float, memory_bytes: int) -> None:
     """Limit the resources that this process may use from now on. Beyond a limit, it is killed by a signal, or MemoryError is raised."""
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
         os.dup2(quiet, stream)  # the grammar library prints tenants' text, without a bound
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)
-    seconds = int(CPU_S) + 1
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    seconds = int(cpu_s) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    address_space = pages * resource.getpagesize() + MEMORY_BYTES + RESERVED_BYTES
+    address_space = pages * resource.getpagesize() + memory_bytes + RESERVED_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+
+
+def answering(reader: PromptReader) -> Answer:
+    """Return the function that checks grammars and reads prompts. A pooling engine compiles no grammars, so none is compiled here."""
+    compiler = None if reader.pooling else Compiler(reader)
+
+    def answer(asked: Question | Prompt) -> Verdict | Tokens:
+        if isinstance(asked, Prompt):
+            return reader.read(asked)
+        return compiler.check(asked) if compiler is not None else Verdict(INVALID, "This model generates no text.")
+
+    return answer
 
 
 def main() -> None:
@@ -162,7 +197,7 @@ def main() -> None:
     sys.argv = [sys.argv[0], *arguments]  # the key of the prepared tokenizer
     os.nice(NICENESS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    compiler = Compiler(arguments)
+    answer = answering(PromptReader(arguments))
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         sys.exit(f"the checker has {threads} threads, of which its children would keep one")
@@ -178,7 +213,7 @@ def main() -> None:
         finally:
             os.umask(before)
         listener.listen(BACKLOG)
-        Checker(compiler, listener, idle_s).serve()
+        Checker(answer, listener, idle_s).serve()
         path.unlink(missing_ok=True)
 
 

@@ -1,21 +1,23 @@
-"""Checks grammars on this machine, with one checker process for each base model, started on demand."""
+"""Checks grammars and reads prompts on this machine, with one checker process for each base model, started on demand."""
 
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 
 from lmaas.engine.activity import Standstill, activity_of, family_of
-from lmaas.engine.grammars.verdict import Question, Verdict, decode_verdict, encode
+from lmaas.engine.grammars.prompts import TOO_LONG
+from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, Prompt, Question, Tokens, Verdict, decode_told, encode
 from lmaas.engine.launch import VLLM, EngineSpec, command_line, environment, shared_environment
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
@@ -42,7 +44,7 @@ def key_of_arguments(arguments: list[str]) -> str:
 
 
 class NoVerdict(Exception):
-    """The grammar could not be checked, for the reason given."""
+    """The grammar could not be checked, or the prompt not be read, for the reason given."""
 
 
 class Checkers:
@@ -83,29 +85,52 @@ class Checkers:
         """Return the verdict on a request to an engine like `spec`. Raises NoVerdict."""
         if spec.module != VLLM:
             return Verdict()  # an engine without a grammar library
+        told = await self._ask(spec, question)
+        if isinstance(told, Tokens):
+            raise NoVerdict("the checker has not sent a verdict")
+        return told
+
+    async def tokens(self, spec: EngineSpec, prompt: Prompt) -> Tokens:
+        """Return the tokens of a prompt for an engine like `spec`. Raises NoVerdict."""
+        if spec.module != VLLM:
+            # Another engine brings its own function.
+            read: Callable[[Prompt], Tokens] = importlib.import_module(spec.module).read_prompt
+            return read(prompt)
+        told = await self._ask(spec, prompt)
+        if isinstance(told, Tokens):
+            return told
+        # The process that read the prompt has died. A verdict without a code of the prompt's own says nothing about it.
+        if told.code == TOO_COMPLEX:
+            return Tokens(TOO_COMPLEX, TOO_LONG, cpu_s=told.cpu_s)
+        if told.code == INVALID:
+            return Tokens(INVALID, "The engine cannot read this prompt.", cpu_s=told.cpu_s)
+        raise NoVerdict(told.message)
+
+    async def _ask(self, spec: EngineSpec, asked: Question | Prompt) -> Verdict | Tokens:
         arguments = command_line(spec, 0)[3:]
         key = key_of_arguments(arguments)
         try:
             try:
-                verdict = await self._exchange(key, arguments, spec, question)
+                told = await self._exchange(key, arguments, spec, asked)
             except (ConnectionError, msgspec.DecodeError):
                 # The checker has just ended, perhaps with this question in its queue. Ask the next one.
-                verdict = await self._exchange(key, arguments, spec, question)
+                told = await self._exchange(key, arguments, spec, asked)
         except (OSError, msgspec.DecodeError) as error:
             if isinstance(error, TimeoutError):
                 self._give_up_on(key)
             raise NoVerdict(repr(error)) from error
         self._answered[key] = time.monotonic()
-        return verdict
+        return told
 
-    async def _exchange(self, key: str, arguments: list[str], spec: EngineSpec, question: Question) -> Verdict:
+    async def _exchange(self, key: str, arguments: list[str], spec: EngineSpec, asked: Question | Prompt) -> Verdict | Tokens:
         async with asyncio.timeout(START_S):
             reader, writer = await self._connected(key, arguments, spec)
         try:
-            writer.write(encode(question))
+            writer.write(encode(asked))
             writer.write_eof()
             async with asyncio.timeout(ANSWER_S):
-                return decode_verdict(await reader.read())
+                told: Verdict | Tokens = decode_told(await reader.read())
+                return told
         finally:
             writer.close()
 

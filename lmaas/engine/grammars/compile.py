@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from lmaas.engine.grammars.features import unsupported_feature
+from lmaas.engine.grammars.prompts import CHAT, PromptReader
 from lmaas.engine.grammars.verdict import COMPILATION_S, INVALID, MASK_S, TOO_COMPLEX, VALIDATION_S, Question, Verdict
 
-CHAT = "/v1/chat/completions"
 #: The number of tokens of an answer that are tried.
 STEPS = 64
 MAX_MESSAGE = 500
@@ -27,37 +27,15 @@ class Rejected(Exception):
 
 
 class Compiler:
-    """Holds the state that compilation needs for one base model: its configuration, its tokenizer, its tool parser and the grammar
+    """Holds the state that compilation needs for one base model that generates text: what its engines read prompts with, and the grammar
     library."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, reader: PromptReader) -> None:
         # Imported here, because the control plane reads this module's constants without vLLM.
         import xgrammar  # noqa: PLC0415 (only where the engine is)
-        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 (only where the engine is)
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser  # noqa: PLC0415 (only where the engine is)
-        from vllm.renderers.online_renderer import OnlineRenderer  # noqa: PLC0415 (only where the engine is)
-        from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415 (only where the engine is)
-        from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415 (only where the engine is)
-        from vllm.v1.engine import async_llm  # noqa: PLC0415 (only where the engine is)
         from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend  # noqa: PLC0415 (only where the engine is)
 
-        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-        self._config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        self._model = self._config.model_config
-        # Looked up through its module: in a process that the zygote forked, this returns the tokenizer that is already in memory.
-        renderer = async_llm.renderer_from_config(self._config)
-        self._tokenizer = renderer.get_tokenizer()
-        self._parser = OnlineRenderer(
-            self._model,
-            renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format=parsed.chat_template_content_format,
-            enable_auto_tools=parsed.enable_auto_tool_choice,
-            tool_parser=parsed.tool_call_parser,
-            tool_strict_level=parsed.tool_strict_level,
-            reasoning_parser=parsed.structured_outputs_config.reasoning_parser,
-        ).parser
+        self._config, self._model, self._tokenizer, self._parser = reader.config, reader.model, reader.tokenizer, reader.parser
         self._end = int(self._tokenizer.eos_token_id)
         usual = xgrammar.GrammarCompiler
         # The same settings as in the engine, except for a single thread. Without its cache, the library takes other paths and accepts more.

@@ -1,4 +1,4 @@
-"""The messages between gateways and grammar checkers, and the limits of a check. This module does not import the engine."""
+"""The messages between gateways and checkers, and the limits of a check. This module does not import the engine."""
 
 import msgspec
 
@@ -12,6 +12,9 @@ COMPILATION_S = 1.0
 MASK_S = 0.1
 #: The address space that a check may use in addition to that at its start, in bytes.
 MEMORY_BYTES = 512 * 1024 * 1024
+#: The CPU time, and the address space in addition to that at its start, that one reading of a prompt may use.
+PROMPT_CPU_S = 5.0
+PROMPT_MEMORY_BYTES = 1024 * 1024 * 1024
 #: Wall-clock time of one check. A busy machine needs more than the CPU time. A check that takes longer gives no verdict.
 WALL_S = 30.0
 
@@ -21,7 +24,7 @@ TOO_COMPLEX = "schema_too_complex"
 UNKNOWN = "unknown"
 
 
-class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
+class Verdict(msgspec.Struct, frozen=True, omit_defaults=True, tag="verdict"):
     """The result of a check: whether an engine may compile a grammar.
 
     `code` is empty if it may; otherwise it is INVALID, TOO_COMPLEX or UNKNOWN, with a `message` for the client and the parameter of the
@@ -34,12 +37,46 @@ class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
     cpu_s: float = 0.0
 
 
-class Question(msgspec.Struct, frozen=True):
-    """The grammar to check: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and those parameters of the engine's
+class Question(msgspec.Struct, frozen=True, tag="grammar"):
+    """A grammar to check: the endpoint's path (`/v1/chat/completions` or `/v1/completions`), and those parameters of the engine's
     request, by name, from which the engine makes its grammar."""
 
     path: str
     parameters: dict[str, object]
+
+
+class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
+    """A prompt whose tokens are wanted: the endpoint's path (`/v1/chat/completions`, `/v1/completions`, or DETOKENIZE), and the parameters
+    of the engine's request. DETOKENIZE takes `tokens`.
+
+    `ids` and `strings` say whether the tokens themselves are wanted beside their number.
+    """
+
+    path: str
+    parameters: dict[str, object]
+    ids: bool = False
+    strings: bool = False
+
+
+class Tokens(msgspec.Struct, frozen=True, omit_defaults=True, tag="tokens"):
+    """The tokens of a prompt, or with DETOKENIZE its text.
+
+    `code` is empty, or INVALID if an engine would refuse the prompt, TOO_COMPLEX if it is too long to be read here, or UNKNOWN; then there
+    is a `message` for the client, and the parameter at fault. `cpu_s` is the CPU time in seconds.
+    """
+
+    code: str = ""
+    message: str = ""
+    param: str = ""
+    count: int = 0
+    ids: list[int] = []
+    strings: list[str] = []
+    text: str = ""
+    cpu_s: float = 0.0
+
+
+#: The path of a Prompt that is token ids, and whose text is wanted.
+DETOKENIZE = "/detokenize"
 
 
 def key_of(model_id: str = "") -> str:
@@ -49,4 +86,9 @@ def key_of(model_id: str = "") -> str:
 
 decode_verdict = msgspec.json.Decoder(Verdict).decode
 decode_question = msgspec.json.Decoder(Question).decode
+decode_prompt = msgspec.json.Decoder(Prompt).decode
+decode_tokens = msgspec.json.Decoder(Tokens).decode
+#: What a checker's process receives and sends. It sends a Verdict on a prompt if the prompt's reader has died.
+decode_asked = msgspec.json.Decoder(Question | Prompt).decode
+decode_told = msgspec.json.Decoder(Verdict | Tokens).decode
 encode = msgspec.json.Encoder().encode

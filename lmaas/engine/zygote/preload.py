@@ -37,6 +37,10 @@ MODULES = (
     "vllm.v1.worker.worker_base",
     "vllm.v1.worker.gpu_worker",
     "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.bert",
+    "vllm.entrypoints.pooling.pooling.api_router",
+    "vllm.entrypoints.pooling.embed.api_router",
+    "vllm.entrypoints.pooling.scoring.api_router",
     "vllm.lora.model_manager",
     "vllm.lora.worker_manager",
     "vllm.v1.structured_output.backend_xgrammar",
@@ -86,6 +90,7 @@ class Preloaded:
         else:
             # vLLM spawns regardless of this once CUDA is initialised in the process that would fork.
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+        _inspect_in_process()
         self._reuse_renderers()
 
     def _prepare_all(self) -> None:
@@ -195,6 +200,25 @@ def _renderer(command: list[str]) -> Any:
     renderer = renderer_from_config(config)
     renderer.warmup(ChatParams(chat_template=None, chat_template_content_format="auto", chat_template_kwargs={}))
     return renderer
+
+
+def _inspect_in_process() -> None:
+    """Make vLLM inspect a model's class in this process if its module is imported already. Otherwise it starts a process that imports all
+    of vLLM, once for each class on a machine."""
+    from vllm.model_executor.models import registry  # noqa: PLC0415 (imported above)
+
+    lazy, information = getattr(registry, "_LazyRegisteredModel", None), getattr(registry, "_ModelInfo", None)
+    if lazy is None or information is None:
+        return
+    original = lazy.inspect_model_cls
+
+    @functools.wraps(original)
+    def inspect_model_cls(model: Any) -> Any:
+        if model.module_name not in sys.modules:
+            return original(model)
+        return information.from_model_cls(model.load_model_cls())
+
+    lazy.inspect_model_cls = inspect_model_cls
 
 
 def _fork_on_cpu(platform: Any) -> None:

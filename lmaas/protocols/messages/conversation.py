@@ -52,9 +52,11 @@ def read_conversation(name: str, value: Any) -> Conversation:
     _remind(found)
     if not found.messages:
         raise InvalidRequest(f"'{name}' must have a message of the user.", code="empty_prompt", param=name)
+    for message in found.messages:
+        _join(message)
     last = found.messages[-1]
     if last["role"] == "assistant":
-        if not last["content"] or last.get("tool_calls"):
+        if not (last["content"] or "").strip() or "tool_calls" in last:
             raise InvalidRequest(
                 f"'{name}' ends with an assistant message that has no text to be continued. End it with a user message.",
                 param=f"{name}.{len(value) - 1}",
@@ -63,15 +65,24 @@ def read_conversation(name: str, value: Any) -> Conversation:
     return found
 
 
-def _add(found: Conversation, role: str, text: str, separator: str = "\n") -> dict[str, Any]:
-    """Add text to the last message if it has the role, otherwise add a message."""
+def _add(found: Conversation, role: str, texts: list[str]) -> dict[str, Any]:
+    """Add texts to the last message if it has the role, otherwise add a message. `_join` makes one text of them."""
     last = found.messages[-1] if found.messages else None
     if last is None or last["role"] != role:
-        last = {"role": role, "content": text}
+        last = {"role": role, "content": []}
         found.messages.append(last)
-    elif text:
-        last["content"] = last["content"] + separator + text if last["content"] else text
+    last["content"] += texts
     return last
+
+
+def _join(message: dict[str, Any]) -> None:
+    """Give a message the content that an engine takes."""
+    if message["role"] == "user":
+        message["content"] = joined(message["content"])
+    elif message["role"] == "assistant":
+        message["content"] = "".join(message["content"]) or (None if "tool_calls" in message else "")
+        if "reasoning" in message:
+            message["reasoning"] = "".join(message["reasoning"])
 
 
 def _read_user(found: Conversation, where: str, blocks: list[dict[str, Any]]) -> None:
@@ -85,15 +96,14 @@ def _read_user(found: Conversation, where: str, blocks: list[dict[str, Any]]) ->
         else:
             texts.append(text_of(place, block))
     _remind(found)
-    text = joined(texts)
-    if text or not results:
-        _add(found, "user", text)
+    if any(texts) or not results:
+        _add(found, "user", texts)
 
 
 def _remind(found: Conversation) -> None:
     """Add the waiting system messages to the conversation. Not as such: many chat templates refuse them after the beginning."""
     for text in found.reminders:
-        _add(found, "user", f"<system-reminder>\n{text}\n</system-reminder>")
+        _add(found, "user", [f"<system-reminder>\n{text}\n</system-reminder>"])
     found.reminders.clear()
 
 
@@ -110,7 +120,7 @@ def _result(found: Conversation, where: str, block: dict[str, Any]) -> dict[str,
             texts.append(text_of(place, part))
     text = joined(texts)
     failed = block.get("is_error")
-    if failed is not None and boolean(f"{where}.is_error", failed) and not text.lower().startswith("error"):
+    if failed is not None and boolean(f"{where}.is_error", failed) and text[:5].lower() != "error":
         text = _FAILED + text
     return {"role": "tool", "tool_call_id": string(where, block, "tool_use_id"), "content": text}
 
@@ -130,12 +140,11 @@ def _read_assistant(found: Conversation, where: str, blocks: list[dict[str, Any]
         elif kind != "redacted_thinking":  # its content is for its author only
             raise not_supported(place, block)
     _remind(found)
-    message = _add(found, "assistant", "".join(texts), "")
+    message = _add(found, "assistant", texts)
     if any(thoughts):
-        message["reasoning"] = message.get("reasoning", "") + "".join(thoughts)
+        message.setdefault("reasoning", []).extend(thoughts)
     if calls:
-        message["tool_calls"] = message.get("tool_calls", []) + calls
-        message["content"] = message["content"] or None
+        message.setdefault("tool_calls", []).extend(calls)
 
 
 def _call(found: Conversation, where: str, block: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class MessageStream(Answer):
         #: What has arrived for the open block and is not written yet.
         self._pieces: list[str] = []
         #: Text that waits: white space before a block that may turn out to be no text, or text that came within a tool call.
-        self._held = ""
+        self._held: list[str] = []
         #: The engine's index of the latest tool call, the number of calls, and the arguments of the latest one.
         self._call = -1
         self._calls = 0
@@ -78,7 +78,7 @@ class MessageStream(Answer):
             self._begin()
         self._close_block()
         if self._held and not self._blocks:
-            self._piece(_TEXT, self._held)
+            self._piece(_TEXT, "".join(self._held))
             self._close_block()
         usage = self._chat.usage or Usage()
         reason, sequence = stop_of(
@@ -136,12 +136,12 @@ class MessageStream(Answer):
     def _text(self, text: str) -> None:
         if self._open == _TEXT:
             self._pieces.append(text)
-        elif self._open == _TOOL or not (self._held + text).strip():
+        elif self._open == _TOOL or not text.strip():
             # A block cannot be opened within a call whose arguments may not have ended, and white space may be all that comes.
-            self._held += text
+            self._held.append(text)
         else:
-            text, self._held = self._held + text, ""
-            self._piece(_TEXT, text)
+            self._piece(_TEXT, "".join((*self._held, text)))
+            self._held.clear()
 
     def _tool(self, call: ToolCall) -> None:
         function = call.function
@@ -149,7 +149,7 @@ class MessageStream(Answer):
             if function is None or not function.name or call.index < self._call:
                 raise ValueError("a piece of a tool call that has not begun, or that has ended")
             self._close_block()
-            self._held = ""
+            self._held.clear()
             block = {"type": _TOOL, "id": tool_id(self._request_id, self._calls), "name": function.name, "input": {}}
             self._start_block(_TOOL, _json(block))
             self._call, self._calls = call.index, self._calls + 1
@@ -194,12 +194,11 @@ class MessageStream(Answer):
         self._out.append(_CLOSE % self._blocks)
         self._open = None
         self._blocks += 1
-        if self._held.strip():
-            text, self._held = self._held, ""
+        text = "".join(self._held)
+        self._held.clear()
+        if text.strip():
             self._piece(_TEXT, text)
             self._close_block()
-        else:
-            self._held = ""
 
     def _flush(self) -> None:
         """Write what has arrived for the open block as one delta."""

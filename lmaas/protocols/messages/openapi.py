@@ -3,7 +3,7 @@
 from typing import Any
 
 from lmaas.protocols.messages.table import EFFORTS, MESSAGES, THINKING_KINDS
-from lmaas.protocols.openapi import IDEMPOTENCY_KEY, RATE_LIMITS, Schema, request_schema
+from lmaas.protocols.openapi import ANSWER_HEADERS, IDEMPOTENCY_KEY, Schema, request_schema
 from lmaas.protocols.parameters.checks import MAX_STOP_STRINGS
 
 _TEXT: Schema = {"type": "string"}
@@ -101,7 +101,6 @@ def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    replayed = {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
     content: Schema = {
         "application/json": {"schema": {"$ref": "#/components/schemas/Message"}},
         "text/event-stream": {"schema": {"type": "string", "description": _STREAM}},
@@ -117,8 +116,7 @@ def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/MessagesRequest"}}},
                 },
-                "responses": {"200": {"description": "Done.", "headers": headers | RATE_LIMITS | replayed, "content": content}}
-                | errors(error),
+                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content}} | errors(error),
             }
         }
     }

@@ -1,9 +1,11 @@
 """The Messages protocol on the path of a request."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmaas.error_bodies import anthropic_body, anthropic_status
+from lmaas.admission.limits import rate_limit_headers
+from lmaas.error_bodies import anthropic_body, anthropic_limit_headers, anthropic_status
 from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference, Protocol
 from lmaas.protocols.messages.events import PING, MessageStream
@@ -38,6 +40,11 @@ class Messages(Protocol[MessagesRequest]):
     def error_status(self, error: LmaasError) -> int:
         """Return the status that Anthropic's clients expect for an error."""
         return anthropic_status(error)
+
+    def limit_lines(self, left: Mapping[str, Sequence[int]]) -> bytes:
+        """Return the headers about the limits per minute, and Anthropic's beside them."""
+        theirs = anthropic_limit_headers(rate_limit_headers(left), time.time())
+        return super().limit_lines(left) + "".join(f"{name}: {value}\r\n" for name, value in theirs.items()).encode()
 
     def waiting(self, comments: Sequence[str]) -> bytes:
         """Return the comments about the wait and a ping, which Anthropic's clients expect and skip."""

@@ -9,6 +9,8 @@ from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table,
 from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
 from lmaas.protocols.pooling.ranking import RERANK, SCORE
 from lmaas.protocols.responses.parameters import TABLE as RESPONSES
+from lmaas.protocols.tokens.counts import INPUT_TOKENS
+from lmaas.protocols.tokens.tokenize import DETOKENIZE, TOKENIZE
 
 _INTRODUCTION = """\
 # Request parameters
@@ -73,6 +75,9 @@ _MESSAGES_NOTES = """\
 _RESPONSES_NOTES = """\
 [responses.md](responses.md) describes the items, the events and what is stored.
 """
+_TOKENS_NOTES = """\
+[Tokens](tokens.md) describes the answers, and how tokens are counted.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,9 @@ class Group:
 GROUPS = (
     Group("Chat completions and completions", (CHAT, COMPLETION), _NOTES),
     Group("Embeddings, rankings and scores", (EMBEDDINGS, RERANK, SCORE), _POOLING_NOTES),
-    Group("Responses", (RESPONSES,), _RESPONSES_NOTES),
+    Group("Responses", (RESPONSES, INPUT_TOKENS), _RESPONSES_NOTES),
     Group("Messages", (MESSAGES, COUNT_TOKENS), _MESSAGES_NOTES),
+    Group("Tokens", (TOKENIZE, DETOKENIZE), _TOKENS_NOTES),
 )
 #: The tables of all protocols.
 TABLES = tuple(table for group in GROUPS for table in group.tables)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lmaas.protocols.openapi import ERRORS, IDEMPOTENCY_KEY, RATE_LIMITS, Schema, request_schema
+from lmaas.protocols.openapi import ANSWER_HEADERS, ERRORS, IDEMPOTENCY_KEY, Schema, request_schema
 from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
 from lmaas.protocols.pooling.ranking import PAIRS, RERANK, SCORE
 from lmaas.protocols.pooling.requests import MAX_INPUTS
@@ -54,13 +54,12 @@ def pooling_paths(headers: Schema, error: Any) -> dict[str, Any]:
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
     errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
-    replayed = {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
 
     def path(operation_id: str, summary: str, request: str, answer: str) -> Schema:
         def content(name: str) -> Schema:
             return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
-        done = {"description": "Done.", "headers": headers | RATE_LIMITS | replayed, "content": content(answer)}
+        done = {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content(answer)}
         operation = {"operationId": operation_id, "summary": summary, "tags": ["embeddings"], "parameters": [IDEMPOTENCY_KEY]}
         return {"post": operation | {"requestBody": {"required": True, "content": content(request)}, "responses": {"200": done} | errors}}
 

@@ -16,7 +16,7 @@ from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.table import MAX_TOKENS, Parameter, Table, forwarded, refused
 from lmaas.protocols.pooling.answers import ENCODE, PooledAnswer, Usage
 from lmaas.protocols.pooling.inputs import COMMON, check_count
-from lmaas.protocols.pooling.requests import MAX_INPUTS, PoolingRequest, settle_truncation
+from lmaas.protocols.pooling.requests import MAX_INPUTS, PoolingRequest, estimated, settle_truncation, shortened
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 
@@ -131,7 +131,29 @@ class ScoreRequest(PoolingRequest):
                     code="out_of_range",
                     param=name,
                 )
+        if limit := self.parameters.get("max_tokens_per_query"):
+            self.first = [shortened(each, limit) for each in self.first]
+        if limit := self.parameters.get("max_tokens_per_doc"):
+            self.inputs = [shortened(each, limit) for each in self.inputs]
         PoolingRequest.check(self, model)
+
+    def cut(self, tokens: int, *, from_end: bool) -> None:
+        """Take off what an engine would read in vain of texts of which it keeps so many tokens."""
+        PoolingRequest.cut(self, tokens, from_end=from_end)
+        self.first = [shortened(each, tokens, from_end=from_end) for each in self.first]
+
+    def estimate(self, max_model_len: int) -> tuple[int, int]:
+        """Return an estimate of the prompt tokens, and 0 completion tokens. One first side is computed in each part."""
+        tokens, _ = PoolingRequest.estimate(self, max_model_len)
+        shared = estimated(self.first[0], self.kept(max_model_len)) * max(1, self.parts) if len(self.first) == 1 else 0
+        return tokens + shared, 0
+
+    def sizes(self, most: int) -> list[int]:
+        """Return estimates of the tokens for each pair, without a first side that all pairs share."""
+        second = [estimated(each, most) for each in self.inputs]
+        if len(self.first) == 1:
+            return second
+        return [size + estimated(each, most) for size, each in zip(second, self.first, strict=True)]
 
     def of_part(self, indices: Sequence[int]) -> Mapping[str, Any]:
         """Return the pairs of a part."""
@@ -144,7 +166,8 @@ class RankingRequest(ScoreRequest):
     """A checked request for a ranking. `top_n` is the number of documents in the answer, None for all."""
 
     top_n: int | None
-    return_documents: bool
+    #: The documents as the answer shows them, None if it does not.
+    shown: Sequence[str] | None
 
 
 def read_score(body: dict[str, Any]) -> ScoreRequest:
@@ -172,8 +195,8 @@ def read_rerank(body: dict[str, Any]) -> RankingRequest:
     """Read a `/v1/rerank` request. Raises InvalidRequest with the parameter to blame."""
     model, given = read_model(body), read_parameters(RERANK, body)
     query, documents = given.pop("query"), given.pop("documents")
-    top_n, return_documents = given.pop("top_n", 0) or None, given.pop("return_documents", True)
-    return RankingRequest(top_n=top_n, return_documents=return_documents, **_common(model, given, "query", [query], "documents", documents))
+    top_n, shown = given.pop("top_n", 0) or None, documents if given.pop("return_documents", True) else None
+    return RankingRequest(top_n=top_n, shown=shown, **_common(model, given, "query", [query], "documents", documents))
 
 
 def _common(
@@ -247,7 +270,7 @@ class RankingAnswer(_ScoresAnswer[RankingRequest]):
         order = sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)
         items = []
         for index in order[: request.top_n]:
-            shown = b',"document":{"text":%b}' % ENCODE(request.inputs[index]) if request.return_documents else b""
+            shown = b',"document":{"text":%b}' % ENCODE(request.shown[index]) if request.shown is not None else b""
             items.append(b'{"index":%d,"relevance_score":%b%b}' % (index, ENCODE(self.scores[index]), shown))
         head = b'{"id":%b,' % ENCODE(f"rerank-{self.request_id}")
         return head + self.written_model() + b',"results":[%b],%b}' % (b",".join(items), self.written_usage())

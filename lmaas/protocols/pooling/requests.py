@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,15 +25,16 @@ CHARACTERS_KEPT_PER_TOKEN = 64
 
 #: A text, or its token ids.
 Input = str | list[int]
+Kept = TypeVar("Kept", str, list[int], Input)
 
 
 @dataclass(slots=True, kw_only=True)
 class PoolingRequest(EngineRequest):
     """A checked request whose answer has one result for each of `inputs`.
 
-    A part is one request to the engine. The parts follow each other under one lease, so a request with 2,048 inputs leaves other tenants
-    their slots, and the engine never queues more than it can run. The longest inputs come first: one that is too long for the model is
-    then found before the others are computed.
+    A part is one request to the engine. The parts follow each other under one lease, so of a request with 2,048 inputs the engine has few
+    at a time, and computes those of other tenants in between. The longest inputs come first: one that is too long for the model is then
+    found before the others are computed.
     """
 
     inputs: Sequence[Input]
@@ -68,28 +69,35 @@ class PoolingRequest(EngineRequest):
                     code="out_of_range",
                     param="truncate_prompt_tokens",
                 )
-            self.inputs = self._cut(self.inputs, kept if kept > 0 else longest)
+            self.cut(kept if kept > 0 else longest, from_end=self.parameters.get("truncation_side") == "left")
         else:
             for one in self.inputs:
                 if isinstance(one, list) and len(one) > longest:
                     raise context_exceeded(self.inputs_name, longest, f"has {len(one)} tokens")
-        # Never more than the engine can run at once: its own queue would replace the order of the scheduler.
+        # A part is never more than the engine runs at once.
         most = (model.max_num_seqs - self.shared_sequences) // self.sequences_per_input
-        self.divided = divide([estimated(one, longest) for one in self.inputs], max(1, min(PART_INPUTS, most)), PART_TOKENS)
-        # At most half of a replica, so that other tenants' requests are served between the parts.
+        self.divided = divide(self.sizes(longest), max(1, min(PART_INPUTS, most)), PART_TOKENS)
+        # A request keeps its slots until its last part, so it takes at most a quarter of a replica: three large batches leave room for
+        # others, whose inputs the engine computes between the parts.
         sequences = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
-        self.weight = min(sequences, max(1, model.max_num_seqs // 2))
+        self.weight = min(sequences, max(1, model.max_num_seqs // 4))
 
-    def _cut(self, inputs: Sequence[Input], tokens: int) -> list[Input]:
-        from_end = self.parameters.get("truncation_side") == "left"
-        characters = tokens * CHARACTERS_KEPT_PER_TOKEN
-        return [one[-characters:] if from_end else one[:characters] for one in inputs]
+    def cut(self, tokens: int, *, from_end: bool) -> None:
+        """Take off what an engine would read in vain of texts of which it keeps so many tokens."""
+        self.inputs = [shortened(one, tokens, from_end=from_end) for one in self.inputs]
 
     def estimate(self, max_model_len: int) -> tuple[int, int]:
         """Return an estimate of the prompt tokens, and 0 completion tokens."""
+        return sum(self.sizes(self.kept(max_model_len))), 0
+
+    def kept(self, max_model_len: int) -> int:
+        """Return how many tokens of a text are computed at most."""
         kept: int = self.parameters.get("truncate_prompt_tokens", -1)
-        most = kept if kept > 0 else max_model_len
-        return sum(estimated(one, most) for one in self.inputs), 0
+        return kept if kept > 0 else max_model_len
+
+    def sizes(self, most: int) -> list[int]:
+        """Return estimates of the tokens for each input, of whose texts at most `most` are computed."""
+        return [estimated(one, most) for one in self.inputs]
 
     def body(self, engine_name: str, cache_salt: str, part: int = 0) -> bytes:
         """Return the engine's request body of one part."""
@@ -104,6 +112,12 @@ class PoolingRequest(EngineRequest):
     @abstractmethod
     def of_part(self, indices: Sequence[int]) -> Mapping[str, Any]:
         """Return the engine's parameters that hold the inputs with these indices."""
+
+
+def shortened(one: Kept, tokens: int, *, from_end: bool = False) -> Kept:
+    """Return the part of an input that an engine reads of which it keeps so many tokens."""
+    length = tokens * CHARACTERS_KEPT_PER_TOKEN if isinstance(one, str) else tokens
+    return one[-length:] if from_end else one[:length]
 
 
 def estimated(one: Input, most: int) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lmaas.protocols.openapi import ERRORS, IDEMPOTENCY_KEY, RATE_LIMITS, Schema, request_schema
+from lmaas.protocols.openapi import ANSWER_HEADERS, ERRORS, IDEMPOTENCY_KEY, Schema, request_schema
 from lmaas.protocols.openapi import OWN as OWN_OF_CHAT
 from lmaas.protocols.responses.items import MAX_ITEMS, PREFIXES
 from lmaas.protocols.responses.parameters import INCLUDABLE, MAX_KEY, MAX_PAIRS, MAX_VALUE, SUMMARIES, TABLE, VERBOSITIES
@@ -111,7 +111,6 @@ def responses_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    replayed = {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
     content: Schema = {
         "application/json": {"schema": {"$ref": "#/components/schemas/Response"}},
         "text/event-stream": {"schema": {"type": "string", "description": _STREAM}},
@@ -129,7 +128,7 @@ def responses_paths(headers: Schema, error: Any) -> dict[str, Any]:
                     "required": True,
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResponsesRequest"}}},
                 },
-                "responses": {"200": {"description": "Done.", "headers": headers | RATE_LIMITS | replayed, "content": content}} | errors,
+                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content}} | errors,
             }
         }
     }

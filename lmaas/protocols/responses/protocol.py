@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import msgspec
-
 from lmaas.inference.protocol import Answer, Inference, Protocol
 from lmaas.protocols.responses.answer import ResponseAnswer, StreamedResponse, WholeResponse
 from lmaas.protocols.responses.items import named
@@ -49,12 +47,10 @@ class Responses(Protocol[ResponsesRequest]):
         request, answer = inference.request, inference.answer
         if not request.store or not isinstance(answer, ResponseAnswer):
             return
-        body = answer.response()
         new = NewResponse(
             answer.response_id,
-            body,
+            answer.response(),
             named(request.items, answer.response_id),
-            msgspec.json.decode(body)["output"],
             request.previous_response_id,
             request.conversation_id,
         )

@@ -19,7 +19,6 @@ class NewResponse:
     id: str
     body: bytes
     input_items: list[Item]
-    output: list[Item]
     previous_response_id: str | None
     conversation_id: str | None
 

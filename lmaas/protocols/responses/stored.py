@@ -96,7 +96,9 @@ class StoredState:
 
     async def store(self, tenant_id: str, response: NewResponse) -> None:
         """Store a response, and add its items to its conversation if it has one. Waits for Postgres, but not for long."""
-        items = stored_items([*response.input_items, *response.output]) if response.conversation_id is not None else ()
+        items: Sequence[conversations.Item] = ()
+        if response.conversation_id is not None:
+            items = stored_items([*response.input_items, *_OUTPUT.decode(response.body).output])
         row = Response(response.id, msgspec.json.encode(response.input_items), response.body, response.previous_response_id)
         await self._writer.store(tenant_id, Turn(row, response.conversation_id, items))
 

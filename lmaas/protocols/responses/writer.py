@@ -42,7 +42,7 @@ class Turn:
     @property
     def size_bytes(self) -> int:
         """What it takes of memory."""
-        return self.response.size_bytes + sum(len(item.body) for item in self.items)
+        return self.response.size_bytes + sum(item.size_bytes for item in self.items)
 
 
 @dataclass(slots=True)

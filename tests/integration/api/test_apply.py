@@ -253,6 +253,14 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         lambda folder: folder.write("models/y.yaml", "name: y\nsource: ../../tiny\nengine: {max_model_len: 513}\n"),
         ["models/y.yaml: 'engine.max_model_len' must not be more than the model's own (512)"],
     ),
+    "no such kind": (
+        lambda folder: folder.write("models/y.yaml", "name: y\nsource: ../../tiny\nkind: rerank\n"),
+        ["models/y.yaml: 'kind' must be"],
+    ),
+    "no adapters": (
+        lambda folder: folder.write("models/tiny.yaml", "name: tiny\nsource: ../../tiny\nkind: embed\n"),
+        ["acme.yaml: 'adapters[0]':", "'tiny' embeds text"],
+    ),
     "arguments": (
         lambda folder: folder.write("models/y.yaml", "name: y\nsource: ../../tiny\nengine: {args: --port 1}\n"),
         ["models/y.yaml: 'engine.args'"],
@@ -266,8 +274,8 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         ["acme.yaml: The tenant would have 1 adapters", "'limits.max_adapters' is 0"],
     ),
 }
-#: Once the adapter exists, lowering the limit is allowed, and the base model's rank is refused in another way.
-FIRST_ONLY = {"too many adapters", "bad rank"}
+#: Once the adapter exists, lowering the limit is allowed, and the base model's rank and kind are refused in another way.
+FIRST_ONLY = {"too many adapters", "bad rank", "no adapters"}
 
 
 async def test_an_error_names_its_file_and_changes_nothing(stack: Stack, folder: Folder, versions: list[bytes]) -> None:

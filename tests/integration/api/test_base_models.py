@@ -103,15 +103,16 @@ async def test_a_base_model_has_a_kind_for_ever(stack: Stack, operator: httpx.As
     (bert / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 256}))
     llama = write_model(tmp_path / "llama", architectures=["LlamaForCausalLM"])
     unknown = write_model(tmp_path / "unknown", architectures=["SomethingNew"])
-    for name, folder, asked, kind, longest in (
-        ("bert", bert, {}, "embed", 256),
-        ("llama", llama, {"kind": None}, "generate", 512),
-        ("new", unknown, {}, "generate", 512),
-        ("new-embeds", unknown, {"kind": "embed"}, "embed", 512),
+    for name, folder, asked, kind, longest, slots in (
+        ("bert", bert, {}, "embed", 256, 64),
+        ("llama", llama, {"kind": None}, "generate", 512, 16),
+        ("new", unknown, {}, "generate", 512, 16),
+        ("new-embeds", unknown, {"kind": "embed", "max_num_seqs": 3}, "embed", 512, 3),
     ):
         answer = await operator.post(MODELS, json={"name": name, "source": str(folder)} | asked)
         assert (answer.status_code, answer.json()["kind"], answer.json()["max_model_len"]) == (201, kind, longest), answer.text
-        assert (await get_base_model(stack.db, name)).kind is PoolKind(kind)
+        model = await get_base_model(stack.db, name)
+        assert (model.kind, model.max_num_seqs) == (PoolKind(kind), slots)
     for name, change, param in (
         ("bert", {"kind": "generate"}, "kind"),
         ("llama", {"kind": "embed"}, "kind"),
@@ -124,13 +125,14 @@ async def test_a_base_model_has_a_kind_for_ever(stack: Stack, operator: httpx.As
     # The same is no change, and files that say nothing contradict nothing.
     unchanged: list[tuple[str, dict[str, Any]]] = [
         ("bert", {"kind": "embed"}),
-        ("new-embeds", {"kind": None, "cpus": 2}),
+        ("new-embeds", {"kind": None, "cpus": 2, "max_num_seqs": None}),
         ("new-embeds", {"source": str(bert), "max_model_len": None}),
         ("bert", {"source": str(unknown), "max_model_len": None}),
     ]
     for name, change in unchanged:
         answer = await operator.patch(f"{MODELS}/{name}", json=change)
         assert (answer.status_code, answer.json()["kind"]) == (200, "embed"), answer.text
+    assert (await get_base_model(stack.db, "new-embeds")).max_num_seqs == 64
     answer = await operator.patch(f"{MODELS}/bert", json={"completion_price": 1})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "completion_price")
 
@@ -248,6 +250,9 @@ async def test_manifests_and_commands(stack: Stack, operator_key: str, folder: P
     code, out, err = await lmaas(stack, operator_key, "model", "add", "second", str(other), "--max-loras", "2", "--cpus", "2")
     assert code == 0, err
     assert "second" in out
+    code, out, err = await lmaas(stack, operator_key, "model", "add", "third", str(other), "--kind", "embed")
+    assert code == 0, err
+    assert "embed" in out
     await add_replica(stack.db, "rep_1", model.id)
     await observe(stack.db, "rep_1", Observed.FAILED, reason="the engine ended with code 1: no memory")
     idle = {"keep_s": 60.0, "ready_s": None, "until_s": None, "idle_engine_s": 42.0, "cold_share": 0.25, "gaps": 20.0}

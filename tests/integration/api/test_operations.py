@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lmaas.manifests import client
 from lmaas.states import Observed
 from lmaas.store.adapters import add_version
 from lmaas.store.replicas import add_replica, observe
+from lmaas.store.responses import save
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import audit_log
 from lmaas.store.tenants import create_key, find_principal, revoke_key
@@ -27,7 +29,7 @@ from lmaas.store.usage import record_events
 from lmaas.types import Role
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.schemas import CHECKED, SPEC
-from tests.integration.store.build import usage_event
+from tests.integration.store.build import stored_response, usage_event
 from tests.support.adapters import base, config, pack, tensors
 from tests.support.base_models import write_model
 
@@ -215,6 +217,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     [event] = (await walk("list_events"))["data"]
     assert event["request_id"] == "r1"
     assert event.keys() & {"adapter", "replica_id"} == set()
+    await _walk_stored(walk, acme["id"])
     walk.key = operator_key
     assert len((await walk("report_all_usage"))["data"]) == 2
     [event] = (await walk("list_all_events", tenant="acme"))["data"]
@@ -223,6 +226,29 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await walk("delete_base_model")
     await walk("delete_tenant")
     assert walk.walked == set(BY_ID)
+
+
+async def _walk_stored(walk: Walker, tenant_id: str) -> None:
+    """Call the operations on what a tenant's requests have stored, which leave no records."""
+    await save(walk.stack.db, tenant_id, [stored_response("resp_1")], timedelta(days=1))
+    walk.path["response"] = "resp_1"
+    assert (await walk("get_response"))["object"] == "response"
+    assert [item["id"] for item in (await walk("list_input_items", limit="1", order="asc"))["data"]] == ["msg_1"]
+    with pytest.raises(AssertionError, match="Cannot cancel a synchronous response"):
+        await walk("cancel_response")
+    walk.walked.add("cancel_response")
+    assert await walk("delete_response") == {"id": "resp_1", "object": "response", "deleted": True}
+    item = {"role": "user", "content": "Hi"}
+    made = await walk("create_conversation", {"items": [item], "metadata": {"a": "b"}})
+    walk.path["conversation"] = made["id"]
+    assert await walk("get_conversation") == made
+    assert (await walk("change_conversation", {"metadata": None}))["metadata"] == {}
+    [added] = (await walk("add_items", {"items": [item | {"content": "Ho"}]}))["data"]
+    assert (await walk("list_items"))["data"][0] == added
+    walk.path["item"] = added["id"]
+    assert await walk("get_item") == added
+    assert await walk("delete_item") == made | {"metadata": {}}
+    assert (await walk("delete_conversation"))["deleted"] is True
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.id)

@@ -16,7 +16,7 @@ from tests.support.response_streams import check as check_response_stream
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 #: Items and tools of OpenAI that the Open Responses specification does not have.
-BEYOND = ("custom_tool_call", "custom", "reasoning_text")
+BEYOND = ("custom_tool_call", "custom", "namespace", "web_search", "reasoning_text")
 
 
 def check_exchange(exchange: Exchange) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lmaas.states import PoolKind
 from tests.integration.clients.checks import check_exchange
 from tests.integration.clients.tap import Exchange, Tap, tapped
 from tests.integration.gateway.stack import Stack, Tenant, running
@@ -12,7 +13,7 @@ from tests.integration.gateway.stack import Stack, Tenant, running
 
 @dataclass(frozen=True)
 class Service:
-    """What a client is told, `url` and `key`, and what a test may look at. The models are `base` and its adapter `pirate`."""
+    """What a client is told, `url` and `key`, and what a test may look at. The models are `base`, its adapter `pirate`, and `embedder`."""
 
     stack: Stack
     tenant: Tenant
@@ -36,6 +37,7 @@ async def _service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.
         base, tenant = await stack.model("base"), await stack.tenant()
         await stack.adapter(tenant, "pirate", base)
         await stack.replica(base, "--fake-token-ms 1")
+        await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED), "--fake-token-ms 1")
         async with tapped("127.0.0.1", int(stack.url.rpartition(":")[2])) as tap:
             yield Service(stack, tenant, tap, tap.url, tenant.key)
 

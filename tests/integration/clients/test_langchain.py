@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
+import tiktoken
 from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from openai import DefaultAsyncHttpxClient
 
 from tests.integration.clients.conftest import Service
 from tests.integration.clients.things import CALL, Trip, Weather
@@ -68,3 +70,20 @@ async def test_structured_output(model: BaseChatModel) -> None:
     trip = await model.with_structured_output(Trip).ainvoke("Plan a trip.")
     assert isinstance(trip, Trip)
     assert trip.first.days == 1
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+async def test_embeddings(environment: Service, monkeypatch: pytest.MonkeyPatch, by_tokens: bool) -> None:
+    # The library's default sends the ids of tokens. It would download this vocabulary, of which the test needs no more than the bytes.
+    ranks = {bytes([each]): each for each in range(256)}
+    small = tiktoken.Encoding("cl100k_base", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", small)
+    more: dict[str, Any] = {} if by_tokens else {"check_embedding_ctx_length": False}
+    # It never closes a client of its own.
+    async with DefaultAsyncHttpxClient() as http:
+        embeddings = OpenAIEmbeddings(model="embedder", http_async_client=http, **more)
+        vectors = await embeddings.aembed_documents(["one two", "three"])
+        assert vectors[1] == pytest.approx(await embeddings.aembed_query("three"), abs=1e-6)
+    assert vectors[0] != vectors[1]
+    exchange = environment.exchanges("/v1/embeddings")[0]
+    assert isinstance(exchange.body["input"][1], list if by_tokens else str)

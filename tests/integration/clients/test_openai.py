@@ -74,6 +74,21 @@ async def test_completions(client: AsyncOpenAI) -> None:
     assert "".join([chunk.choices[0].text async for chunk in stream]) == answer.choices[0].text
 
 
+async def test_embeddings(client: AsyncOpenAI, environment: Service) -> None:
+    answer = await client.embeddings.create(model="embedder", input=["One two", "three"])
+    # The library asks for base64 and decodes it.
+    assert environment.exchanges("/v1/embeddings")[0].body["encoding_format"] == "base64"
+    plain = await client.embeddings.create(model="embedder", input="three", encoding_format="float")
+    assert [each.index for each in answer.data] == [0, 1]
+    assert plain.data[0].embedding == pytest.approx(answer.data[1].embedding, abs=1e-6)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+    tokens = await client.embeddings.create(model="embedder", input=[[1, 2, 3], [4]])
+    assert len(tokens.data) == 2
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.embeddings.create(model="base", input="three")
+    assert refused.value.param == "model"
+
+
 async def test_models(client: AsyncOpenAI) -> None:
     assert {model.id async for model in await client.models.list()} >= {"base", "pirate"}
     assert (await client.models.retrieve("pirate")).id == "pirate"

@@ -3,10 +3,12 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from pydantic_ai import Agent
+from pydantic_ai import Agent, Embedder
+from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.integration.clients.conftest import Service
 from tests.integration.clients.things import CALL, Trip, Weather
@@ -48,3 +50,12 @@ async def test_a_tool_and_a_structured_output(model: Model) -> None:
     async with agent.run_stream(CALL) as stream:
         assert await stream.get_output() == answer.output
     assert len(weather.asked) == 3
+
+
+async def test_embeddings(environment: Service) -> None:
+    async with OpenAIProvider() as provider:
+        embedder = Embedder(OpenAIEmbeddingModel("embedder", provider=provider))
+        documents = await embedder.embed_documents(["one two", "three"])
+        query = await embedder.embed_query("three")
+    assert query.embeddings[0] == pytest.approx(documents.embeddings[1], abs=1e-6)
+    assert documents.usage.input_tokens > 0

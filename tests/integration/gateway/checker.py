@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lmaas.engine.grammars.verdict import Question, Verdict, decode_question, encode
+from lmaas.engine.grammars.verdict import Prompt, Question, Tokens, Verdict, decode_prompt, decode_question, encode
 from lmaas.private_server import serve_privately
 from tests.support.conditions import until
 from tests.support.processes import free_port
@@ -23,7 +23,7 @@ def name_of(question: Question) -> str:
 
 
 class Checker:
-    """A checker with the test's verdicts: `verdicts` by the schema's name. Every other schema passes."""
+    """A checker with the test's verdicts: `verdicts` by the schema's name. Every other schema passes. `read` reads prompts."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -31,6 +31,8 @@ class Checker:
         self.models: list[str] = []
         self.verdicts: dict[str, Verdict] = {}
         self.judge: Callable[[Question], Verdict] = lambda question: self.verdicts.get(name_of(question), Verdict(cpu_s=0.05))
+        self.prompts: list[Prompt] = []
+        self.read: Callable[[Prompt], Tokens] = lambda _: Tokens(count=1)
         self.status = 200
         self.open = asyncio.Event()
         self.open.set()
@@ -43,13 +45,21 @@ class Checker:
         await self.open.wait()
         return Response(encode(self.judge(question)), self.status)
 
+    async def tokens(self, request: Request) -> Response:
+        """Read one prompt."""
+        prompt = decode_prompt(await request.body())
+        self.prompts.append(prompt)
+        await self.open.wait()
+        return Response(encode(self.read(prompt)), self.status)
+
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[Checker]:
     """Serve a checker on a free port for the block."""
     port = free_port()
     checker = Checker(f"http://127.0.0.1:{port}")
-    app = Starlette(routes=[Route("/check", checker.check, methods=["POST"])])
+    routes = [Route("/check", checker.check, methods=["POST"]), Route("/tokens", checker.tokens, methods=["POST"])]
+    app = Starlette(routes=routes)
     task = asyncio.create_task(serve_privately(app, "127.0.0.1", port))
 
     async def listens() -> bool:

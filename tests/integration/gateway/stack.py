@@ -165,9 +165,9 @@ class Stack:
         assert self._checks is not None
         await _end(self._checks)
 
-    async def model(self, name: str, slots: int = 16, loras: int = 8, kind: PoolKind = PoolKind.GENERATE) -> BaseModel:
+    async def model(self, name: str, slots: int = 16, loras: int = 8, context: int = 2048, kind: PoolKind = PoolKind.GENERATE) -> BaseModel:
         """Create a base model without a replica."""
-        model = BaseModel("", name, "no-model", "float32", {}, 16, loras, loras, slots, 2048, 2**28, "", kind)
+        model = BaseModel("", name, "no-model", "float32", {}, 16, loras, loras, slots, context, 2**28, "", kind)
         return await put_base_model(self.db, model)
 
     async def tenant(self, max_queued: int = 256) -> Tenant:

@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Verdict, key_of
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
-from lmaas.inference import grammars as module
-from lmaas.inference.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars, NoCheckerError
+from lmaas.inference import checker_hosts
+from lmaas.inference.checker_hosts import CheckerHosts, NoCheckerError
+from lmaas.inference.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
 from tests.integration.gateway.checker import Checker, serving
@@ -61,7 +62,7 @@ async def checker(redis: Redis) -> AsyncIterator[Checker]:
 async def grammars(redis: Redis) -> AsyncIterator[Grammars]:
     """The view of a gateway without a past, whose clock stands still."""
     async with EngineClient() as client:
-        yield Grammars(redis, client, GatewayMetrics(), Clock())
+        yield Grammars(CheckerHosts(redis, client, Clock()), GatewayMetrics(), Clock())
 
 
 async def test_a_grammar_is_checked_once(checker: Checker, grammars: Grammars) -> None:
@@ -117,7 +118,7 @@ async def test_a_checker_that_fails_is_unavailable(checker: Checker, grammars: G
 
 
 async def test_a_checker_that_is_gone_is_looked_for_again(redis: Redis, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RETRY_S", 0.3)
+    monkeypatch.setattr(checker_hosts, "RETRY_S", 0.3)
     assert not await admit(grammars, "a", MODEL, CHAT, grammar("one"))  # none is known
     async with serving() as first:
         await redis.set(key_of(), first.url)
@@ -142,7 +143,7 @@ async def test_another_host_takes_over_unnoticed(redis: Redis, grammars: Grammar
 async def test_a_flood_of_new_grammars_is_refused(redis: Redis, checker: Checker) -> None:
     clock = Clock()
     async with EngineClient() as client:
-        grammars = Grammars(redis, client, GatewayMetrics(), clock)
+        grammars = Grammars(CheckerHosts(redis, client, clock), GatewayMetrics(), clock)
         for number in range(MAX_NEW):
             await admit(grammars, "a", MODEL, CHAT, grammar(f"s{number}"))
         with pytest.raises(OverLimit) as refused:
@@ -228,7 +229,7 @@ async def test_a_tenants_waiting_requests_are_bounded(checker: Checker, grammars
 async def test_using_expensive_grammars_in_turn_counts(checker: Checker, redis: Redis) -> None:
     clock = Clock()
     async with EngineClient() as client:
-        grammars = Grammars(redis, client, GatewayMetrics(), clock)
+        grammars = Grammars(CheckerHosts(redis, client, clock), GatewayMetrics(), clock)
         for number in range(20):
             checker.verdicts[f"s{number}"] = Verdict(cpu_s=0.9)
             await admit(grammars, "a", MODEL, CHAT, grammar(f"s{number}"))
@@ -247,7 +248,7 @@ async def test_too_complex_is_not_for_ever(checker: Checker, redis: Redis) -> No
     clock = Clock()
     checker.verdicts["bad"] = Verdict(TOO_COMPLEX, "It explodes.", "tools", 2.0)
     async with EngineClient() as client:
-        grammars = Grammars(redis, client, GatewayMetrics(), clock)
+        grammars = Grammars(CheckerHosts(redis, client, clock), GatewayMetrics(), clock)
         with pytest.raises(InvalidRequest):
             await admit(grammars, "a", MODEL, CHAT, grammar("bad"))
         del checker.verdicts["bad"]

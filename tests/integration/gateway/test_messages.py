@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -237,12 +238,17 @@ async def test_every_path_has_anthropics_errors_for_its_clients(service: Service
 @STREAMS
 async def test_a_limit_that_is_reached(service: Service, tenant: Tenant, stream: bool) -> None:
     await change_key(service.stack.db, tenant.id, tenant.key_id, {"requests_per_minute": 1})
-    assert (await service.post(tenant)).status_code == 200
+    served = await service.post(tenant)
+    assert served.status_code == 200
     refused = await service.post(tenant, stream=stream)
     assert refused.status_code == 429
     check_error(refused.json())
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert int(refused.headers["retry-after"]) >= 1
+    for response in (served, refused):
+        assert response.headers["anthropic-ratelimit-requests-limit"] == response.headers["x-ratelimit-limit-requests"] == "1"
+        assert response.headers["anthropic-ratelimit-requests-remaining"] == "0"
+        assert datetime.fromisoformat(response.headers["anthropic-ratelimit-requests-reset"]) > datetime.now(UTC) - timedelta(minutes=2)
 
 
 async def test_no_capacity_before_the_deadline(service: Service, tenant: Tenant) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lmaas.metering.cogs import report
 from lmaas.replica import supervisor
 from lmaas.states import Observed, PoolKind, UsageStatus
+from lmaas.store.engine_time import list_engine_time, list_work
 from lmaas.store.models import BaseModel
+from lmaas.store.replicas import desire_stop
 from tests.integration.gateway.stack import Stack, running
 from tests.support.conditions import until
 
@@ -79,3 +82,19 @@ async def test_one_that_embeds_more_and_more_is_left_alone(stack: Stack, model: 
     assert not replica.task.done()
     ledger = await stack.ledger(model)
     assert sorted(row.status for row in ledger) == [UsageStatus.COMPLETED, UsageStatus.PROBE], "only the probe of its start"
+
+
+async def test_its_cost_is_allocated_to_those_whose_texts_it_embedded(stack: Stack, model: BaseModel) -> None:
+    replica = await stack.replica(model, "--fake-token-ms 50")
+    many, few = await stack.tenant(), await stack.tenant()
+    for tenant, texts in ((many, 16), (few, 1)):
+        async with stack.client(tenant) as http:
+            assert (await http.post(EMBEDDINGS, json={"model": "embedder", "input": ["text"] * texts})).status_code == 200
+    assert len(await stack.ledger(model)) == 3
+    await desire_stop(stack.db, replica.id)
+    await replica.task
+    told = report(await list_engine_time(stack.db), await list_work(stack.db), [], by=("tenant",))
+    shares = {line.consumer.tenant_id: sum(line.ms.values()) for line in told.lines if line.consumer is not None}
+    assert shares.keys() == {many.id, few.id}
+    assert shares[many.id] > shares[few.id] > 0
+    assert told.unallocated_ms == 0

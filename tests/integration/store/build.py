@@ -1,5 +1,6 @@
 """Creates rows for tests that need a database with contents."""
 
+import json
 import secrets
 from datetime import UTC, datetime
 from typing import Any
@@ -9,6 +10,7 @@ from lmaas.states import UsageStatus
 from lmaas.store.adapters import add_version
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
+from lmaas.store.responses import Response
 from lmaas.store.tenants import Tenant, create_tenant
 from lmaas.store.usage import UsageEvent
 
@@ -88,3 +90,26 @@ def usage_event(request_id: str, tenant_id: str | None, **changes: Any) -> Usage
         "created_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     }
     return UsageEvent(**values | changes)
+
+
+def stored_response(response_id: str, inputs: int = 1) -> Response:
+    """Return a response to this many messages, `msg_1` and so on, as the protocol makes it."""
+    given = [
+        {
+            "id": f"msg_{number}",
+            "type": "message",
+            "role": "user",
+            "status": "completed",
+            "content": [{"type": "input_text", "text": f"q{number}"}],
+        }
+        for number in range(1, inputs + 1)
+    ]
+    nothing = (
+        *("error", "incomplete_details", "conversation", "instructions", "max_output_tokens", "max_tool_calls", "previous_response_id"),
+        *("prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user", "usage"),
+    )
+    body: dict[str, Any] = dict.fromkeys(nothing) | {"id": response_id, "object": "response", "created_at": 1, "completed_at": 2}
+    body |= {"status": "completed", "output": [], "background": False, "frequency_penalty": 0, "presence_penalty": 0, "metadata": {}}
+    body |= {"model": "base", "parallel_tool_calls": True, "reasoning": {}, "service_tier": "default", "store": True, "temperature": 1}
+    body |= {"text": {}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1, "truncation": "disabled"}
+    return Response(response_id, json.dumps(given).encode(), json.dumps(body).encode())

@@ -39,10 +39,12 @@ def names(found: list[Item]) -> list[str]:
 
 
 async def sizes(db: Database) -> tuple[int, int, int, int]:
-    """What the conversation says of its items, and what they are."""
+    """What the only conversation says of its items, and what they are."""
     async with db.begin(SYSTEM) as connection:
-        count, size = (await connection.execute(text("SELECT item_count, size_bytes FROM conversations"))).one()
-        query = text("SELECT count(*), coalesce(sum(octet_length(body)), 0) FROM conversation_items")
+        count, size = (
+            await connection.execute(text("SELECT item_count, size_bytes - octet_length(metadata) - 256 FROM conversations"))
+        ).one()
+        query = text("SELECT count(*), coalesce(sum(octet_length(body) + 256), 0) FROM conversation_items")
         return (count, size, *(await connection.execute(query)).one())
 
 
@@ -59,6 +61,8 @@ async def test_a_conversation_is_stored_changed_and_deleted(db: Database, gatewa
     assert (found.id, found.metadata) == ("conv_1", b'{"a":"1"}')
     changed = await change_metadata(gateway_db, acme, "conv_1", b"{}", MONTH)
     assert (changed.metadata, changed.created_at) == (b"{}", found.created_at)
+    count, size, counted, summed = await sizes(db)
+    assert (count, size) == (counted, summed) == (2, 28 + 512)
     assert await get_conversation(gateway_db, acme, "conv_1") == changed
     await delete_conversation(gateway_db, acme, "conv_1")
     async with db.begin(SYSTEM) as connection:
@@ -104,7 +108,7 @@ async def test_an_item_is_found_and_deleted(db: Database, gateway_db: Database, 
     await add_items(gateway_db, acme, "conv_1", items("msg_3"), MONTH)
     assert await find_context(gateway_db, acme, "conv_1") == [item.body for item in items("msg_1", "msg_3")]
     count, size, counted, summed = await sizes(db)
-    assert (count, size) == (counted, summed) == (2, 28)
+    assert (count, size) == (counted, summed) == (2, 28 + 512)
 
 
 async def test_turns_at_once_append_one_after_the_other(db: Database, gateway_db: Database, acme: str) -> None:
@@ -160,7 +164,7 @@ async def test_a_conversation_lasts_from_its_last_change(db: Database, gateway_d
 
 async def test_a_full_conversation_takes_no_more(db: Database, gateway_db: Database, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = await sizes(db)
-    for limit, value in (("MAX_ITEMS", 3), ("MAX_BYTES", 30)):
+    for limit, value in (("MAX_ITEMS", 3), ("MAX_BYTES", 900)):
         with monkeypatch.context() as patch:
             patch.setattr(conversations, limit, value)
             with pytest.raises(InvalidRequest, match="at most") as caught:

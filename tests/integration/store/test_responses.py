@@ -105,7 +105,7 @@ async def test_a_chain_has_limits(db: Database, gateway_db: Database, monkeypatc
     assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), chain[1:], whole=False)
     assert await find_chain(gateway_db, acme.id, "resp_8") == Chain((), chain[:9])
     monkeypatch.setattr(responses, "MAX_CHAIN", 1000)
-    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 300)
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 300 + 3 * 256)
     found = await find_chain(gateway_db, acme.id, "resp_9")
     assert found is not None
     assert not found.whole
@@ -148,7 +148,7 @@ async def test_responses_that_are_too_large_together_are_not_read(
     acme = await tenant(db, "acme")
     sized = [response(f"resp_{number}", size=100 * number) for number in range(4)]
     await save(gateway_db, acme.id, sized, MONTH)
-    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 200)
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 200 + 2 * 256)
     assert await find_responses(gateway_db, acme.id, [each.id for each in reversed(sized)]) == sized[:2]
 
 

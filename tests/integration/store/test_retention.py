@@ -83,18 +83,18 @@ async def test_a_deleted_tenants_state_goes_with_it(db: Database, gateway_db: Da
 
 async def test_the_oldest_go_beyond_a_tenants_bound(db: Database, gateway_db: Database, controller_db: Database) -> None:
     acme, globex = await tenant(db, "acme"), await tenant(db, "globex")
-    for number in range(4):
-        await save(gateway_db, acme.id, [Response(f"resp_{number}", b"[]", b"x" * 98)], MONTH)
-        await create_conversation(gateway_db, acme.id, f"conv_{number}", b"{}", items("m" * 41), MONTH)
+    for number in range(4):  # 400 and 600 bytes, with what a row takes
+        await save(gateway_db, acme.id, [Response(f"resp_{number}", b"[]", b"x" * 142)], MONTH)
+        await create_conversation(gateway_db, acme.id, f"conv_{number}", b"{}", items("m" * 77), MONTH)
     await save(gateway_db, globex.id, [Response("resp_globex", b"[]", b"x" * 8)], MONTH)
-    assert await stored_bytes(controller_db) == {acme.id: 600, globex.id: 10}
-    assert await delete_oldest(controller_db, acme.id, 101) == 150
-    assert await stored_bytes(controller_db) == {acme.id: 450, globex.id: 10}
+    assert await stored_bytes(controller_db) == {acme.id: 4000, globex.id: 266}
+    assert await delete_oldest(controller_db, acme.id, 401) == 1000
+    assert await stored_bytes(controller_db) == {acme.id: 3000, globex.id: 266}
     kept = [name for name in await left(db) if not name.startswith("m")]
     assert kept == ["conv_1", "conv_2", "conv_3", "resp_1", "resp_2", "resp_3", "resp_globex"]
     # At most a portion at a time: two conversations and three responses.
-    assert await delete_oldest(controller_db, acme.id, 10_000) == 400
-    assert await delete_oldest(controller_db, acme.id, 10_000) == 50
+    assert await delete_oldest(controller_db, acme.id, 10_000) == 2400
+    assert await delete_oldest(controller_db, acme.id, 10_000) == 600
     assert await delete_oldest(controller_db, acme.id, 10_000) == 0
     assert await left(db) == ["resp_globex"]
 

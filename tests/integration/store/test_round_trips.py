@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import make_url, text
 
@@ -96,6 +97,69 @@ async def test_a_lookup_of_the_hot_path_is_three_exchanges(proxy: Proxy, databas
         before = proxy.answers
         await find_served(db, "ten_a", "bot", None)
     assert proxy.answers - before == 3
+    await db.close()
+
+
+_NOTE = "INSERT INTO notes SELECT %s, current_user, current_setting('lmaas.tenant') ON CONFLICT DO NOTHING"
+
+
+@pytest.fixture
+async def notes(database_url: str) -> AsyncIterator[Database]:
+    """A table that a gateway may write: an id, the role and the tenant of the transaction."""
+    admin = Database(database_url)
+    async with admin.begin(SYSTEM) as connection:
+        await connection.execute(text("CREATE TABLE notes (id text PRIMARY KEY, role text, tenant text)"))
+        await connection.execute(text("GRANT ALL ON notes TO PUBLIC"))
+    yield admin
+    async with admin.begin(SYSTEM) as connection:
+        await connection.execute(text("DROP TABLE notes"))
+    await admin.close()
+
+
+async def noted(admin: Database) -> list[tuple[str, ...]]:
+    async with admin.begin(SYSTEM) as connection:
+        return [tuple(row) for row in await connection.execute(text("SELECT id, tenant FROM notes ORDER BY id"))]
+
+
+@pytest.mark.parametrize("role", [DatabaseRole.GATEWAY, None], ids=["own login", "one login for all"])
+async def test_a_statement_executed_once_is_one_exchange_in_its_scope(
+    proxy: Proxy, notes: Database, database_url: str, role: DatabaseRole | None
+) -> None:
+    db = through(proxy, database_url, role)
+    await db.check()
+    for number in range(8):  # prepared by then
+        before = proxy.answers
+        await db.execute_once(f"ten_{number}", _NOTE, (str(number),))
+    assert proxy.answers - before == 1
+    assert await noted(notes) == [(str(number), f"ten_{number}") for number in range(8)]
+    async with notes.begin(SYSTEM) as connection:
+        assert len((await connection.execute(text("SELECT DISTINCT role FROM notes WHERE role LIKE '%gateway'"))).all()) == 1
+        assert len((await connection.execute(text("SELECT DISTINCT role FROM notes"))).all()) == 1
+    async with db.begin(SYSTEM) as connection:  # the scope has ended with the transaction
+        assert (await connection.execute(text("SELECT current_setting('lmaas.tenant', true)"))).scalar_one() in (None, "")
+    assert proxy.connections == 1
+    await db.close()
+
+
+async def test_a_statement_executed_once_that_fails_has_no_effect(proxy: Proxy, notes: Database, database_url: str) -> None:
+    db = through(proxy, database_url)
+    with pytest.raises(ValueError, match="empty"):
+        await db.execute_once("", _NOTE, ("a",))
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await db.execute_once("ten_a", "INSERT INTO notes SELECT 'a', 'b', 1 / %s::int", (0,))
+    await db.execute_once("ten_a", _NOTE, ("b",))
+    assert await noted(notes) == [("b", "ten_a")]
+    assert proxy.connections == 1
+    await db.close()
+
+
+async def test_a_statement_executed_once_survives_dead_connections(proxy: Proxy, notes: Database, database_url: str) -> None:
+    db = through(proxy, database_url)
+    async with db.begin(SYSTEM), db.begin(SYSTEM):
+        pass
+    proxy.cut()
+    await db.execute_once("ten_a", _NOTE, ("a",))
+    assert await noted(notes) == [("a", "ten_a")]
     await db.close()
 
 

@@ -35,14 +35,15 @@ async def test_it_embeds_as_its_files_say(settings: Settings, db: Database) -> N
     model, _ = await registered(settings, db)
     assert model is not None
     folder = settings.cache / "models" / NAME
-    assert (model.name, model.source, model.kind, model.max_model_len) == (NAME, str(folder), PoolKind.EMBED, 256)
+    assert (model.name, model.source, model.kind) == (NAME, str(folder), PoolKind.EMBED)
+    assert (model.max_model_len, model.max_num_seqs) == (256, 64)
     assert [path.name for path in folder.parent.iterdir()] == [NAME], "no remains of the copy"
     assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
     # What an operator sets stays, and what settings say follows them.
     await change_base_model(db, NAME, {"prompt_price": 5, "max_replicas": 3})
-    again, _ = await registered(replace(settings, engine_max_num_seqs=4), db)
+    again, _ = await registered(replace(settings, engine_max_num_seqs=128), db)
     assert again is not None
-    assert (again.id, again.prompt_price, again.max_replicas, again.max_num_seqs) == (model.id, 5, 3, 4)
+    assert (again.id, again.prompt_price, again.max_replicas, again.max_num_seqs) == (model.id, 5, 3, 128)
 
 
 async def test_it_moves_with_the_cache(settings: Settings, db: Database, tmp_path: Path) -> None:
@@ -62,10 +63,20 @@ async def test_a_copy_that_was_killed_leaves_nothing(settings: Settings, db: Dat
     assert [path.name for path in partial.parent.iterdir()] == [NAME]
 
 
-@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForCausalLM"])
-async def test_an_operators_model_of_that_name_stays(settings: Settings, db: Database, tmp_path: Path, architecture: str) -> None:
-    kind = PoolKind.EMBED if architecture == "BertModel" else PoolKind.GENERATE
-    mine = await build.base_model(db, NAME, source=str(write_model(tmp_path / "mine", architectures=[architecture])), kind=kind)
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("mine", PoolKind.EMBED),
+        ("mine", PoolKind.GENERATE),
+        ("sentence-transformers/all-MiniLM-L6-v2", PoolKind.EMBED),
+        (f"/only/on/the/nodes/of/{NAME}-fine", PoolKind.EMBED),
+        (f"/old/cache/{NAME}", PoolKind.GENERATE),
+    ],
+)
+async def test_an_operators_model_of_that_name_stays(settings: Settings, db: Database, tmp_path: Path, source: str, kind: PoolKind) -> None:
+    if source == "mine":
+        source = str(write_model(tmp_path / NAME))
+    mine = await build.base_model(db, NAME, source=source, kind=kind)
     assert (await registered(settings, db))[0] is None
     assert await get_base_model(db, NAME) == mine
 
@@ -75,7 +86,7 @@ async def test_a_name_that_a_tenants_adapter_has_stays_the_tenants(settings: Set
     await build.upload(db, tenant.id, NAME, base)
     model, said = await registered(settings, db)
     assert model is None
-    assert f"The embedding model {NAME} is not offered: A tenant has an adapter named '{NAME}'." in said
+    assert f"The embedding model {NAME} is not offered. A tenant has an adapter named '{NAME}'." in said
     assert [each.name for each in await list_base_models(db)] == ["base"]
 
 
@@ -83,9 +94,17 @@ async def test_without_its_wheel_or_a_place_the_service_runs_without_it(
     settings: Settings, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    model, said = await registered(replace(settings, cache=tmp_path / "file"), db)
-    assert model is None
-    assert "is not offered" in said
+    damaged = tmp_path / "cache" / "models" / NAME
+    damaged.mkdir(parents=True)
+    for cache, why in (
+        (tmp_path / "file", "cannot be used: Not a directory."),
+        (Path("~no-such-user/cache"), "cannot be used: Could not determine home directory"),
+        (tmp_path / "cache", f"{damaged}/config.json cannot be used"),
+    ):
+        model, said = await registered(replace(settings, cache=cache), db)
+        assert model is None
+        assert f"The embedding model {NAME} is not offered. " in said
+        assert why in said
     monkeypatch.setattr(embedding_model, "packaged_folder", lambda: None)
     assert await registered(settings, db) == (None, "")
     assert await list_base_models(db) == []

@@ -21,6 +21,7 @@ from tests.support.processes import command_of, free_port
 
 ROOT = Path(__file__).parents[3]
 MODEL = "smollm2-135m-instruct"
+EMBEDDING_MODEL = "all-minilm-l6-v2"
 #: An engine starts in 20 s here; on a busy machine it may take minutes.
 START_S = 300.0
 

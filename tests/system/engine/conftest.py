@@ -79,6 +79,7 @@ class Engine:
 
     process: EngineProcess
     http: httpx.AsyncClient
+    spec: EngineSpec
 
     async def post(self, path: str, body: object, request_id: str = "one") -> httpx.Response:
         """Send a request."""
@@ -146,7 +147,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     async with AsyncExitStack() as stack:
         home = None if fake else (await stack.enter_async_context(zygote_in(tmp_path_factory.mktemp("home")))).home
         process, http, _ = await stack.enter_async_context(running(spec, tmp_path_factory.mktemp("engine") / "engine.log", home))
-        yield Engine(process, http)
+        yield Engine(process, http, spec)
 
 
 def ask(path: str, words: str = "Count from one to ten.", *, tokens: int = 8, **more: Any) -> dict[str, Any]:

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 
 from lmaas.engine.launch import has_engine
+from lmaas.protocols.messages.request import read_messages
 from lmaas.protocols.parameters.enforceable import enforceable
 from lmaas.protocols.parameters.request import read_chat, read_completion
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, Treatment
+from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
+from lmaas.protocols.pooling.embeddings import read_embeddings
+from lmaas.protocols.pooling.ranking import RERANK, read_rerank
+from lmaas.protocols.responses.request import read_response
+from lmaas.states import PoolKind
+from lmaas.store.models import BaseModel
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": CITY}}
@@ -106,6 +113,91 @@ def bodies(table: Table) -> list[Any]:
     return [json.loads(read(body).body("engine", "salt")) for body in found]
 
 
+def messages() -> list[Any]:
+    """The chats that the requests of other protocols become."""
+    plain: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "5"}
+    tool = {"name": "f", "input_schema": CITY, "strict": True}
+    history = [{"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, call]}, {"role": "user", "content": [result]}]
+    more: list[dict[str, Any]] = [
+        {"messages": plain["messages"] + history},
+        {"messages": [*plain["messages"], {"role": "assistant", "content": "y"}]},
+        {
+            "system": "s",
+            "thinking": {"type": "enabled", "budget_tokens": 5},
+            "stop_sequences": ["x"],
+            "top_k": 0,
+            "top_p": 0,
+            "temperature": 0,
+        },
+        {"output_config": {"effort": "max", "format": {"type": "json_schema", "schema": CITY}}},
+        *(
+            {"tools": [tool], "tool_choice": {"type": kind, "name": "f", "disable_parallel_tool_use": True}}
+            for kind in ("auto", "any", "tool", "none")
+        ),
+    ]
+    return [
+        json.loads(read_messages(plain | each | {"stream": stream}).body("engine", "salt")) for each in more for stream in (False, True)
+    ]
+
+
+def responses() -> list[Any]:
+    """The chats that the requests of the Responses API become."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    custom = {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x"}
+    results = [{"type": kind, "call_id": "c", "output": "5"} for kind in ("function_call_output", "custom_tool_call_output")]
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    thoughts = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    tools = [
+        {"type": "function", "name": "f", "parameters": CITY, "strict": True},
+        {"type": "custom", "name": "g", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+        {"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "h"}]},
+    ]
+    more: list[dict[str, Any]] = [
+        {"instructions": "s", "input": [thoughts, said, call, custom, *results, {"role": "developer", "content": parts}, thoughts]},
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 20, "reasoning": {"effort": "max"}, "max_output_tokens": 5},
+        *({"text": {"format": {"type": kind, "name": "n", "schema": CITY}}} for kind in ("text", "json_object", "json_schema")),
+        *(
+            {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+            for choice in ("auto", "required", "none", {"type": "function", "name": "f"}, {"type": "custom", "name": "g"})
+        ),
+    ]
+    plain: dict[str, Any] = {"model": "m", "input": "x"}
+    return [
+        json.loads(read_response(plain | each | {"stream": stream}).body("engine", "salt")) for each in more for stream in (False, True)
+    ]
+
+
+#: A value for each parameter of embeddings and rankings that the engine receives and that has no value above.
+POOLED: dict[str, list[Any]] = {
+    "input": ["x", ["x"], [1], [[1], [2]]],
+    "encoding_format": ["float", "base64"],
+    "dimensions": [64],
+    "query": ["q"],
+    "documents": [["x"], [{"text": "x"}]],
+    "top_n": [1],
+    "max_tokens_per_query": [5],
+    "max_tokens_per_doc": [5],
+}
+
+
+def pooled(table: Table) -> list[Any]:
+    """Requests for embeddings or rankings that are accepted, as the engine receives them."""
+    base = BaseModel("", "base", "", "float32", {}, 8, 8, 8, 16, 256, 0, "", PoolKind.EMBED)
+    plain: dict[str, Any] = {"model": "m"} | ({"input": "x"} if table is EMBEDDINGS else {"query": "q", "documents": ["x"]})
+    found = []
+    for item in table.parameters:
+        if item.treatment is Treatment.FORWARDED:
+            needed = {"truncation_side": {"truncate_prompt_tokens": 5}}.get(item.name, {})
+            for value in (POOLED | VALUES).get(item.name, [True, False]):
+                request = (read_embeddings if table is EMBEDDINGS else read_rerank)(plain | needed | {item.name: value})
+                request.check(base)
+                found.append(json.loads(request.body("engine", "salt")))
+    return found
+
+
 @pytest.mark.skipif(not has_engine(), reason="vLLM is not installed")
 def test_vllms_request_models_take_what_is_forwarded() -> None:
     code = """
@@ -113,18 +205,23 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-for kind, bodies in zip((ChatCompletionRequest, CompletionRequest), json.load(sys.stdin)):
+from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+from vllm.entrypoints.pooling.scoring.protocol import ScoreTextRequest
+kinds = (ChatCompletionRequest, CompletionRequest, EmbeddingCompletionRequest, ScoreTextRequest)
+for kind, bodies in zip(kinds, json.load(sys.stdin), strict=True):
     for body in bodies:
         try:
             request = kind.model_validate(body)
-            request.to_sampling_params(5, {})
+            request.to_pooling_params() if hasattr(request, "to_pooling_params") else request.to_sampling_params(5, {})
             if unknown := set(body) - set(kind.model_fields):
                 raise ValueError(f"vLLM does not know {unknown}")
         except Exception as error:
             print("REFUSED", json.dumps(body), repr(error))
 """
     # One that vLLM does not take shows that the others could have failed.
-    sent = json.dumps([[*bodies(CHAT), {"messages": [], "n": "many"}], bodies(COMPLETION)])
+    sent = json.dumps(
+        [[*bodies(CHAT), *messages(), *responses(), {"messages": [], "n": "many"}], bodies(COMPLETION), pooled(EMBEDDINGS), pooled(RERANK)]
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=sent, check=True, capture_output=True, text=True)
     (refused,) = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
     assert '"n": "many"' in refused

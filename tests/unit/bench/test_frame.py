@@ -60,7 +60,8 @@ def test_results_and_table(tmp_path: Path) -> None:
     assert set(results) == {"machine", "commit", "bars"}
     assert results["commit"] == frame.commit()
     fast, later = results["bars"]
-    assert fast == {"name": "fast", "value": 1.9, "op": ">=", "bar": 1.8, "holds": True, "detail": {"min": 1.7, "max": 2.0}}
+    shown = {"name": "fast", "value": 1.9, "op": ">=", "bar": 1.8, "holds": True, "detail": {"min": 1.7, "max": 2.0}}
+    assert fast == shown | {"commit": frame.commit()}
     assert (later["value"], later["holds"], later["detail"]) == (None, None, {"why": "no network"})
     console = Console(record=True, width=120)
     console.print(frame.table(bars))
@@ -68,3 +69,19 @@ def test_results_and_table(tmp_path: Path) -> None:
     assert "1.7 to 2" in text
     assert "not measured" in text
     assert "no network" in text
+
+
+def test_bars_of_an_earlier_run_on_the_same_machine_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+
+    def written() -> list[tuple[str, float, str]]:
+        return [(bar["name"], bar["value"], bar["commit"]) for bar in json.loads(path.read_text())["bars"]]
+
+    monkeypatch.setattr(frame, "commit", lambda: "old")
+    frame.write([Bar("a", 1, ">=", 1), Bar("b", 1, ">=", 1)], path)
+    monkeypatch.setattr(frame, "commit", lambda: "new")
+    frame.write([Bar("b", 2, ">=", 1), Bar("c", 2, ">=", 1)], path)
+    assert written() == [("a", 1, "old"), ("b", 2, "new"), ("c", 2, "new")]
+    monkeypatch.setattr(frame, "machine", lambda: {"cpu": "another"})
+    frame.write([Bar("c", 3, ">=", 1)], path)
+    assert written() == [("c", 3, "new")]

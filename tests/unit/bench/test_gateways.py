@@ -57,11 +57,11 @@ _WHOLE_TEXT = _streamed("response.output_text.done", _WORD * TOKENS)
     [
         (
             "responses",
-            _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT + _streamed("response.completed", _WORD * TOKENS),
+            _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT + _streamed("response.incomplete", _WORD * TOKENS),
             [
                 _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT + _streamed("response.failed", ""),
                 _streamed("response.output_text.delta", _WORD * TOKENS) + _WHOLE_TEXT,
-                _streamed("response.output_text.delta", _WORD) + _WHOLE_TEXT + _streamed("response.completed", _WORD * TOKENS),
+                _streamed("response.output_text.delta", _WORD) + _WHOLE_TEXT + _streamed("response.incomplete", _WORD * TOKENS),
             ],
         ),
         (

@@ -144,7 +144,7 @@ def test_a_wrong_base_model_is_refused_with_its_place(tmp_path: Path, text: str,
 
 
 def test_a_base_model_as_code(tmp_path: Path) -> None:
-    write(tmp_path / "models", "b.yml", "name: b\nsource: org/name\nreplicas:\nengine: {args: null}\n")
+    write(tmp_path / "models", "b.yml", "name: b\nsource: org/name\nkind: embed\nreplicas:\nengine: {args: null}\n")
     write(tmp_path / "models", ".c.yaml", "not: read\n")
     write(
         tmp_path / "models",
@@ -153,7 +153,7 @@ def test_a_base_model_as_code(tmp_path: Path) -> None:
         "engine: {args: --enforce-eager, max_lora_rank: 8}\nprices: {cached: 3, engine: 0}\n",
     )
     first, second = read_folder(tmp_path).models
-    assert (second.name, second.values) == ("b", {"source": "org/name"})
+    assert (second.name, second.values) == ("b", {"source": "org/name", "kind": "embed"})
     assert first.values == {
         "source": str(tmp_path / "models" / "weights"),
         "dtype": "auto",

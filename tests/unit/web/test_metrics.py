@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from lmaas.observability import MAX_CODES, GatewayMetrics
 from lmaas.protocols.text import ChatCompletions
-from lmaas.web.routes import Endpoint
+from lmaas.web.routes import InferenceEndpoint
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -48,7 +48,7 @@ async def test_unexpected_errors_are_counted_too() -> None:
     gateway = Mock(metrics=GatewayMetrics(), authenticate=AsyncMock(side_effect=ZeroDivisionError))
     scope = {"type": "http", "path": protocol.path, "method": "POST", "headers": [], "request_id": "req_1"}
     with pytest.raises(ZeroDivisionError):  # the frame answers it
-        await Endpoint(gateway, protocol)(scope, AsyncMock(), AsyncMock())
+        await InferenceEndpoint(gateway, protocol)(scope, AsyncMock(), AsyncMock())
     (family,) = gateway.metrics.refusals.collect()
     (labels,) = [sample.labels for sample in family.samples if sample.name.endswith("_total")]
     assert labels == {"endpoint": protocol.path, "kind": "internal", "code": "internal_error"}

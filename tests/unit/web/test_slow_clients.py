@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lmaas.config import Settings
 from lmaas.web.server import server
 from lmaas.web.slow_clients import MIN_BODY_BYTES, SURPLUS, client_bounds
+from tests.support.anthropic_stream import check_error
 from tests.support.conditions import until
 from tests.support.processes import free_port
 from tests.unit.web.test_server import Application, Connection, head
@@ -251,3 +252,38 @@ async def test_nobody_is_late_while_he_is_answered_or_idle() -> None:
     assert not connection.transport.close.called
     assert connection.protocol.deadline_timer is None
     connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "changes", "status", "kind"),
+    [
+        (
+            b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n",
+            {"body_timeout_s": SOON_S},
+            408,
+            "invalid_request_error",
+        ),
+        (b"POST /x HTTP/1.1\r\nhost: x\r\nanthropic-version: 1\r\nx-a: ", {"header_timeout_s": SOON_S}, 408, "invalid_request_error"),
+        (b"POST /v1/messages HTTP/1.1\r\nx-a: " + b"a" * 70_000 + b"\r\n\r\n", {}, 431, "invalid_request_error"),
+        (b"POST /v1/messages HTTP/1.1\r\nx a: b\r\n\r\n", {}, 400, "invalid_request_error"),
+    ],
+    ids=["slow body", "slow head", "long head", "no HTTP"],
+)
+async def test_anthropics_clients_are_refused_in_their_own_shape(
+    request_bytes: bytes, changes: dict[str, Any], status: int, kind: str
+) -> None:
+    async with serving(**changes) as port, connected(port) as (reader, writer):
+        writer.write(request_bytes)
+        refused = await answer(reader)
+        body = json.loads(refused.body)
+        check_error(body)
+        assert (refused.status, body["error"]["type"]) == (status, kind)
+        assert body["request_id"] == refused.headers["x-request-id"]
+        assert refused.headers["connection"] == "close"
+
+
+async def test_anthropics_status_of_a_full_gateway() -> None:
+    async with serving(max_connections=1) as port, connected(port), connected(port) as (reader, writer):
+        writer.write(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        refused = await answer(reader)
+        assert (refused.status, json.loads(refused.body)["error"]["type"]) == (529, "overloaded_error")

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { createAnthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
-import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
+import { embedMany, generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
 // This library counts the version to the base URL, other than Anthropic's own.
 const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
@@ -46,3 +46,9 @@ for (const [name, model] of Object.entries(models)) {
     assert.deepEqual(output, { city: "x", days: 1 });
   });
 }
+
+test("values are embedded", async () => {
+  const { embeddings, usage } = await embedMany({ model: openai.embedding("embedder"), values: ["one two", "three"] });
+  assert.equal(embeddings.length, 2);
+  assert.ok(usage.tokens > 0);
+});

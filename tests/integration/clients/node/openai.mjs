@@ -38,6 +38,15 @@ test("a tool is called and its result is sent back", async () => {
   assert.deepEqual(asked, ["x"]);
 });
 
+test("embeddings are decoded", async () => {
+  const input = ["one two", "three"];
+  const encoded = await client.embeddings.create({ model: "embedder", input });
+  const plain = await client.embeddings.create({ model: "embedder", input, encoding_format: "float" });
+  assert.equal(encoded.data.length, 2);
+  for (const [index, { embedding }] of encoded.data.entries())
+    for (const [place, value] of embedding.entries()) assert.ok(Math.abs(value - plain.data[index].embedding[place]) < 1e-6);
+});
+
 test("models are listed", async () => {
   const names = [];
   for await (const model of client.models.list()) names.push(model.id);

@@ -57,7 +57,7 @@ def main() -> None:
         listener.bind(sys.argv[1] + ".new")
         listener.listen(64)
         os.rename(sys.argv[1] + ".new", sys.argv[1])  # a client that sees it can connect
-        checker.Checker(compiler, listener, float(sys.argv[2])).serve()
+        checker.Checker(compiler.check, listener, float(sys.argv[2])).serve()
     Path(sys.argv[1]).unlink()
     if LINGERS in sys.argv:
         time.sleep(1)

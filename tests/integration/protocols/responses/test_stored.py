@@ -37,7 +37,12 @@ def new(number: int, previous: NewResponse | None = None, conversation_id: str |
     given = named([message(f"q{number}")], response_id)
     output = [{"id": f"msg_{number:024x}0000"} | message(f"a{number}", "assistant")]
     body = msgspec.json.encode({"id": response_id, "object": "response", "output": output, "pad": "x" * size})
-    return NewResponse(response_id, body, given, output, previous.id if previous else None, conversation_id)
+    return NewResponse(response_id, body, given, previous.id if previous else None, conversation_id)
+
+
+def _output(response: NewResponse) -> Item:
+    item: Item = msgspec.json.decode(response.body)["output"][0]
+    return item
 
 
 def texts(items: list[Item]) -> list[str]:
@@ -157,8 +162,8 @@ async def test_items_are_found_by_their_ids(service: Service, acme: str, db: Dat
     mine, theirs = new(1), new(2)
     await service.state.store(acme, mine)
     await service.state.store(other.id, theirs)
-    wanted = [mine.input_items[0], mine.output[0], {"id": "msg_x"}]
-    ids = [item["id"] for item in (*wanted, *theirs.output)] + HOSTILE
+    wanted = [mine.input_items[0], _output(mine), {"id": "msg_x"}]
+    ids = [item["id"] for item in (*wanted, _output(theirs))] + HOSTILE
     found = await service.state.items_of(acme, ids)
     assert len(found) == 3
     assert [found[item["id"]] for item in wanted] == wanted

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from lmaas.engine.grammars.client import Checkers
-from lmaas.engine.grammars.compile import CHAT
+from lmaas.engine.grammars.prompts import CHAT
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, Question
 from lmaas.engine.launch import VLLM, EngineSpec
 from tests.support.conditions import until

@@ -1,13 +1,17 @@
 """Requests of the Messages protocol, and the chats that are made of them."""
 
 import json
+import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmaas.errors import InvalidRequest
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.messages.request import MessagesRequest, read_count_tokens, read_messages
+from lmaas.protocols.messages.table import MESSAGES
 from tests.unit.protocols.messages.build import BODY, TOOL, USER
 from tests.unit.protocols.parameters.build import model
 
@@ -215,6 +219,15 @@ def test_an_answer_is_accepted_back() -> None:
     assert found[1]["tool_calls"][1]["function"]["arguments"] == '{"invalid_arguments": "{\\"a\\": "}'
 
 
+def test_a_conversation_of_many_short_messages_is_read_in_linear_time() -> None:
+    began = time.process_time()
+    many = [{"role": role, "content": "x" * 800} for role in ("user", "assistant") for _ in range(4999)]
+    (said, answered), last = messages(*many, USER)[:2], messages(*many, USER)[2]
+    assert [len(said["content"]), len(answered["content"]), last] == [4999 * 801 - 1, 4999 * 800, USER]
+    # Copying the text for each message would take more than ten seconds.
+    assert time.process_time() - began < 3
+
+
 def test_a_prefilled_answer_is_continued() -> None:
     found = chat(messages=[USER, assistant(text("The answer is ("))])
     assert found["messages"][-1] == {"role": "assistant", "content": "The answer is ("}
@@ -361,6 +374,7 @@ REFUSED = [
         "messages.0.content.0.citations",
     ),
     ({"messages": [USER, assistant()]}, "invalid_request", "messages.1"),
+    ({"messages": [USER, assistant(text(" "))]}, "invalid_request", "messages.1"),
     ({"messages": [USER, assistant(text("a"), CALL)]}, "invalid_request", "messages.1"),
     ({"messages": [{"role": "system", "content": [CALL]}]}, "unsupported_content", "messages.0.content.0"),
     ({"system": 7}, "invalid_type", "system"),
@@ -452,6 +466,42 @@ def test_input_that_is_nested_too_deeply() -> None:
         with pytest.raises(InvalidRequest) as refused:
             read_messages(BODY | more)
         assert refused.value.param == param
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("type", "text", "role", "content", "name", "id", "input", "source", "data", "thinking", "tool_use_id", "is_error", "citations")
+KINDS = ("text", "tool_use", "tool_result", "document", "thinking", "redacted_thinking", "image", "search_result", "tool_reference")
+ODD = st.dictionaries(st.sampled_from(FIELDS), JSON | st.sampled_from(KINDS), max_size=6) | JSON
+ODD_BLOCK = st.fixed_dictionaries({"type": st.sampled_from(KINDS)}, optional=dict.fromkeys(FIELDS[1:], ODD | st.lists(ODD, max_size=2)))
+ODD_BLOCKS = st.lists(ODD_BLOCK, max_size=3)
+ODD_MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(("user", "assistant", "system"))}, optional={"content": ODD_BLOCKS | ODD})
+ODD_FIELDS = st.dictionaries(st.sampled_from(sorted(MESSAGES.by_name)), ODD | ODD_BLOCKS, max_size=4)
+
+
+def outcome(body: dict[str, Any]) -> tuple[MessagesRequest | None, InvalidRequest | None]:
+    """The request that is read, or the error."""
+    try:
+        return read_messages(body), None
+    except InvalidRequest as refused:
+        return None, refused
+
+
+@given(st.lists(ODD_MESSAGE | ODD, max_size=4), ODD_FIELDS)
+def test_odd_requests_are_read_or_refused_by_name(odd: list[Any], more: dict[str, Any]) -> None:
+    for body in (BODY | {"messages": odd}, BODY | more, BODY | more | {"messages": odd}):
+        request, refused = outcome(body)
+        if request is not None:
+            request.check(model(4096))
+            assert json.loads(request.body("engine", "salt"))["messages"]
+            assert min(request.estimate(4096)) > 0
+        elif refused is not None:
+            assert refused.param is not None
+            assert refused.param.split(".")[0] in body
+            assert len(refused.message) < 500
 
 
 def test_the_protocol_reads_its_requests() -> None:

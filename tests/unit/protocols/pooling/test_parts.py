@@ -34,10 +34,11 @@ def test_inputs_are_divided_with_the_largest_first(sizes: list[int], most_inputs
     [
         (16, 1, 1, 1),
         (16, 3, 1, 3),
-        (16, 16, 1, 8),
-        (16, 2048, 128, 8),
+        (16, 16, 1, 4),
+        (16, 2048, 128, 4),
+        (64, 2048, 32, 16),
         (256, 2048, 32, 64),
-        (100, 2048, 32, 50),
+        (300, 2048, 32, 64),
         (1, 3, 3, 1),
         (2, 2, 1, 1),
     ],
@@ -63,13 +64,27 @@ def test_a_request_never_has_more_in_the_engine_than_it_can_run_nor_takes_a_whol
 def test_pairs_take_the_slots_of_both_sides(body: dict[str, Any], slots: int, most: int) -> None:
     request = inference_of(Score(), body, base_model(slots)).request
     assert max(len(part["text_2"]) for part in parts_of(request)) == most
-    assert request.weight == max(1, slots // 2)
+    assert request.weight == max(1, slots // 4)
 
 
 def test_long_inputs_make_smaller_parts() -> None:
     request = inference_of(Embeddings(), {"input": [[1] * 4096] * 10}, base_model(256, context=PART_TOKENS)).request
     assert [len(part["input"]) for part in parts_of(request)] == [2] * 5
     assert request.estimate(PART_TOKENS) == (40_960, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        # By the estimate a document has three tokens and a query seven, and the query is computed in both parts.
+        ({"queries": "q" * 20, "documents": ["d" * 8] * 20}, 20 * 3 + 2 * 7),
+        ({"queries": ["q" * 20] * 20, "documents": ["d" * 8] * 20}, 20 * (3 + 7)),
+        ({"queries": "q" * 20, "documents": ["d" * 8], "truncate_prompt_tokens": 2}, 2 + 2),
+    ],
+)
+def test_the_estimate_has_both_sides_of_the_pairs(body: dict[str, Any], tokens: int) -> None:
+    request = inference_of(Score(), body).request
+    assert request.estimate(256) == (tokens, 0)
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -165,6 +180,14 @@ def test_scores_are_joined_in_the_order_of_the_pairs() -> None:
     expected = [len(text) / 8 * (-1 if sign == "-" else 1) for sign, text in zip(first, TEXTS, strict=True)]
     assert found["data"] == [{"index": index, "object": "score", "score": score} for index, score in enumerate(expected)]
     assert found["usage"] == {"prompt_tokens": 70, "total_tokens": 70}
+
+
+def test_a_ranking_shows_documents_that_were_cut_as_they_came() -> None:
+    text = "x" * 9000
+    inference = inference_of(Rerank(), {"query": "+", "documents": [text], "max_tokens_per_doc": 1})
+    answer = Rerank().answer(inference)
+    answer.take(scored(parts_of(inference.request)[0]))
+    assert json.loads(answer.end())["results"] == [{"index": 0, "relevance_score": 8.0, "document": {"text": text}}]
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,23 @@ def test_a_text_that_is_cut_is_bounded_from_the_side_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "query", "document"),
+    [
+        ({}, 9000, 9000),
+        ({"truncate_prompt_tokens": 2}, 128, 128),
+        ({"max_tokens_per_query": 3}, 192, 9000),
+        ({"max_tokens_per_doc": 3}, 9000, 192),
+        ({"max_tokens_per_query": 3, "truncate_prompt_tokens": -1}, 192, 9000),
+        ({"max_tokens_per_query": 0, "max_tokens_per_doc": 0}, 9000, 9000),
+    ],
+)
+def test_queries_and_documents_that_are_cut_are_bounded(limits: dict[str, int], query: int, document: int) -> None:
+    body = {"query": "q" * 9000, "documents": ["d" * 9000]} | limits
+    found = sent(inference_of(Rerank(), body).request)
+    assert (len(found["text_1"][0]), len(found["text_2"][0])) == (query, document)
+
+
+@pytest.mark.parametrize(
     ("given", "forwarded"),
     [
         # The tokenizer's own truncation keeps the special token at the end, which vLLM's explicit one cuts off.

@@ -37,6 +37,9 @@ CASES: dict[str, Shape | None] = {
     "parallel": [("function_call", PARIS), ("function_call", ROME)],
     "custom": [("custom_tool_call", PATCH)],
     "custom_odd": [("custom_tool_call", '{"patch": "x"}')],
+    "reasoning": [("reasoning", "The user asks about France."), ("message", "\n\nParis is the capital.")],
+    "reasoning_call": [("reasoning", "I should look."), ("function_call", PARIS)],
+    "reasoning_cut": [("reasoning", "The use")],
 }
 
 
