@@ -94,7 +94,7 @@ def _cut_short(row: Replica, faults: list[Fault]) -> bool:
     """Whether a replica was written off at its start because its controller was killed in the middle of that: then there is a row and
     nothing else. Or because two controllers were active for a moment, as after the loss of the connection that holds the lead."""
     made = row.created_at.timestamp()
-    disturbed = any(fault.kind.startswith(("controller", "postgres")) and fault.began - 3 < made < fault.ended + 3 for fault in faults)
+    disturbed = any(fault.kind.startswith(("controller", "postgres")) and fault.began - 10 < made < fault.ended + 3 for fault in faults)
     return disturbed and row.observed == Observed.LOST and row.ready_at is None
 
 
