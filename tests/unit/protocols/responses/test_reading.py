@@ -224,7 +224,8 @@ def test_min_tokens_above_the_limit() -> None:
 def test_one_kind_of_context() -> None:
     both = {"previous_response_id": "resp_1", "conversation": "conv_1"}
     assert refusal(read_response, BODY | both) == ("invalid_request", "conversation")
-    assert read(conversation={"id": "conv_1"}).conversation_id == "conv_1"
+    assert refusal(read_response, BODY | {"conversation": "conv_1", "store": False}) == ("invalid_request", "store")
+    assert read(conversation={"id": "conv_1"}, store=True).conversation_id == "conv_1"
     for context in ({"previous_response_id": "resp_1"}, {"conversation": "conv_1"}):
         assert read_response({"model": "m"} | context).items == []
         assert read_response({"model": "m", "input": []} | context).items == []
