@@ -16,7 +16,7 @@ from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.table import MAX_TOKENS, Parameter, Table, forwarded, refused
 from lmaas.protocols.pooling.answers import ENCODE, PooledAnswer, Usage
 from lmaas.protocols.pooling.inputs import COMMON, check_count
-from lmaas.protocols.pooling.requests import MAX_INPUTS, PoolingRequest, settle_truncation, shortened
+from lmaas.protocols.pooling.requests import MAX_INPUTS, PoolingRequest, estimated, settle_truncation, shortened
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 
@@ -141,6 +141,19 @@ class ScoreRequest(PoolingRequest):
         """Take off what an engine would read in vain of texts of which it keeps so many tokens."""
         PoolingRequest.cut(self, tokens, from_end=from_end)
         self.first = [shortened(each, tokens, from_end=from_end) for each in self.first]
+
+    def estimate(self, max_model_len: int) -> tuple[int, int]:
+        """Return an estimate of the prompt tokens, and 0 completion tokens. One first side is computed in each part."""
+        tokens, _ = PoolingRequest.estimate(self, max_model_len)
+        shared = estimated(self.first[0], self.kept(max_model_len)) * max(1, self.parts) if len(self.first) == 1 else 0
+        return tokens + shared, 0
+
+    def sizes(self, most: int) -> list[int]:
+        """Return estimates of the tokens for each pair, without a first side that all pairs share."""
+        second = [estimated(each, most) for each in self.inputs]
+        if len(self.first) == 1:
+            return second
+        return [size + estimated(each, most) for size, each in zip(second, self.first, strict=True)]
 
     def of_part(self, indices: Sequence[int]) -> Mapping[str, Any]:
         """Return the pairs of a part."""

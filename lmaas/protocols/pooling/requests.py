@@ -74,9 +74,9 @@ class PoolingRequest(EngineRequest):
             for one in self.inputs:
                 if isinstance(one, list) and len(one) > longest:
                     raise context_exceeded(self.inputs_name, longest, f"has {len(one)} tokens")
-        # Never more than the engine can run at once: its own queue would replace the order of the scheduler.
+        # A part is never more than the engine runs at once.
         most = (model.max_num_seqs - self.shared_sequences) // self.sequences_per_input
-        self.divided = divide([estimated(one, longest) for one in self.inputs], max(1, min(PART_INPUTS, most)), PART_TOKENS)
+        self.divided = divide(self.sizes(longest), max(1, min(PART_INPUTS, most)), PART_TOKENS)
         # A request keeps its slots until its last part, so it takes at most a quarter of a replica: three large batches leave room for
         # others, whose inputs the engine computes between the parts.
         sequences = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
@@ -88,9 +88,16 @@ class PoolingRequest(EngineRequest):
 
     def estimate(self, max_model_len: int) -> tuple[int, int]:
         """Return an estimate of the prompt tokens, and 0 completion tokens."""
+        return sum(self.sizes(self.kept(max_model_len))), 0
+
+    def kept(self, max_model_len: int) -> int:
+        """Return how many tokens of a text are computed at most."""
         kept: int = self.parameters.get("truncate_prompt_tokens", -1)
-        most = kept if kept > 0 else max_model_len
-        return sum(estimated(one, most) for one in self.inputs), 0
+        return kept if kept > 0 else max_model_len
+
+    def sizes(self, most: int) -> list[int]:
+        """Return estimates of the tokens for each input, of whose texts at most `most` are computed."""
+        return [estimated(one, most) for one in self.inputs]
 
     def body(self, engine_name: str, cache_salt: str, part: int = 0) -> bytes:
         """Return the engine's request body of one part."""
@@ -109,8 +116,8 @@ class PoolingRequest(EngineRequest):
 
 def shortened(one: Kept, tokens: int, *, from_end: bool = False) -> Kept:
     """Return the part of an input that an engine reads of which it keeps so many tokens."""
-    characters = tokens * CHARACTERS_KEPT_PER_TOKEN
-    return one[-characters:] if from_end else one[:characters]
+    length = tokens * CHARACTERS_KEPT_PER_TOKEN if isinstance(one, str) else tokens
+    return one[-length:] if from_end else one[:length]
 
 
 def estimated(one: Input, most: int) -> int:

@@ -1,7 +1,7 @@
 """Reads a request of the Responses API, and builds the request for the engine's chat endpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lmaas.admission.estimate import estimate
@@ -55,8 +55,6 @@ class ResponsesRequest(TextRequest):
     #: The namespace and the name of each tool in a namespace, by the engine's name.
     namespaces: Mapping[str, tuple[str, str]]
     repeated: dict[str, Any]
-    #: The items before the request's own.
-    context: list[Item] = field(default_factory=list)
 
     @property
     def references(self) -> dict[str, str]:
@@ -71,7 +69,6 @@ class ResponsesRequest(TextRequest):
         for item_id, place in self.references.items():
             if item_id not in referred:
                 raise NotFound(f"The item '{item_id[:100]}' does not exist. Send the item itself instead of a reference.", param=place)
-        self.context = context
         self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
         self.parameters["messages"] = messages_of(self.instructions, [*context, *self.items])
 
@@ -110,6 +107,10 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
     previous, conversation = given.get("previous_response_id"), given.get("conversation")
     if previous is not None and conversation is not None:
         raise InvalidRequest("'previous_response_id' and 'conversation' cannot be used together. Send one of them.", param="conversation")
+    if conversation is not None and given.get("store") is False:
+        raise InvalidRequest("A response of a conversation is stored. Remove 'store' or 'conversation' from the request.", param="store")
+    if conversation is not None and not given.get("store", True):
+        raise InvalidRequest("'store: false' cannot be used with 'conversation', which stores the items. Send one of them.", param="store")
     continues = previous is not None or conversation is not None
     items: list[Item] | None = given.get("input")
     if items is None and not continues:

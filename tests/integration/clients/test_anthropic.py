@@ -142,3 +142,10 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncAnthropic) -> 
         await client.messages.create(**LIMIT, messages=[{"role": "user", "content": "word " * 3000}])
     assert kind(ended) == "invalid_request_error"
     assert "prompt is too long" in ended.value.message
+
+
+async def test_tokens_are_counted(client: AsyncAnthropic) -> None:
+    counted = await client.messages.count_tokens(model="pirate", system="Be brief.", messages=HELLO, tools=[TOOL])
+    assert counted.input_tokens > 0
+    beta = await client.beta.messages.count_tokens(model="base", messages=HELLO)
+    assert 0 < beta.input_tokens < counted.input_tokens

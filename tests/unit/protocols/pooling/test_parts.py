@@ -73,6 +73,20 @@ def test_long_inputs_make_smaller_parts() -> None:
     assert request.estimate(PART_TOKENS) == (40_960, 0)
 
 
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        # By the estimate a document has three tokens and a query seven, and the query is computed in both parts.
+        ({"queries": "q" * 20, "documents": ["d" * 8] * 20}, 20 * 3 + 2 * 7),
+        ({"queries": ["q" * 20] * 20, "documents": ["d" * 8] * 20}, 20 * (3 + 7)),
+        ({"queries": "q" * 20, "documents": ["d" * 8], "truncate_prompt_tokens": 2}, 2 + 2),
+    ],
+)
+def test_the_estimate_has_both_sides_of_the_pairs(body: dict[str, Any], tokens: int) -> None:
+    request = inference_of(Score(), body).request
+    assert request.estimate(256) == (tokens, 0)
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 @pytest.mark.parametrize("count", [1, 5, 16, 17, MAX_INPUTS])
 def test_embeddings_are_joined_in_the_order_of_the_inputs(count: int, as_text: bool) -> None:
