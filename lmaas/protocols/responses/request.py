@@ -107,8 +107,6 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
     previous, conversation = given.get("previous_response_id"), given.get("conversation")
     if previous is not None and conversation is not None:
         raise InvalidRequest("'previous_response_id' and 'conversation' cannot be used together. Send one of them.", param="conversation")
-    if conversation is not None and given.get("store") is False:
-        raise InvalidRequest("A response of a conversation is stored. Remove 'store' or 'conversation' from the request.", param="store")
     if conversation is not None and not given.get("store", True):
         raise InvalidRequest("'store: false' cannot be used with 'conversation', which stores the items. Send one of them.", param="store")
     continues = previous is not None or conversation is not None
