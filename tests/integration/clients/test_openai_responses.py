@@ -49,26 +49,26 @@ async def _ask(client: AsyncOpenAI, streamed: bool, **body: Any) -> Any:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("state", ["input", "previous_response_id", "conversation", "nothing stored"])
+@pytest.mark.parametrize("state", ["previous_response_id", "conversation", "input", "input, with nothing stored"])
 async def test_a_loop_with_a_tool(client: AsyncOpenAI, streamed: bool, state: str) -> None:
-    more: dict[str, Any] = {"store": False} if state == "nothing stored" else {}
+    more: dict[str, Any] = {"store": False} if state == "input, with nothing stored" else {}
     if state == "conversation":
         more["conversation"] = (await client.conversations.create()).id
-    given: list[Any] = []
+    history: list[Any] = []
+
+    async def turn(item: dict[str, Any]) -> Any:
+        answer = await _ask(client, streamed, input=[*history, item], **more)
+        if state == "previous_response_id":
+            more["previous_response_id"] = answer.id
+        elif state != "conversation":
+            history.extend([item, *answer.output])
+        return answer
+
     for _ in range(2):
-        given += [{"role": "user", "content": CALL}]
-        asked = await _ask(client, streamed, input=given, **more)
+        asked = await turn({"role": "user", "content": CALL})
         (call,) = (item for item in asked.output if item.type == "function_call")
         assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "x"})
-        result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
-        if state == "previous_response_id":
-            more["previous_response_id"] = asked.id
-        given = [result] if state in ("previous_response_id", "conversation") else [*given, *asked.output, result]
-        final = await _ask(client, streamed, input=given, **more)
-        assert final.output_text
-        if state == "previous_response_id":
-            more["previous_response_id"] = final.id
-        given = [] if state in ("previous_response_id", "conversation") else [*given, *final.output]
+        assert (await turn({"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."})).output_text
     if state == "conversation":
         items = [item.type async for item in client.conversations.items.list(more["conversation"], order="asc")]
         assert items == ["message", "function_call", "function_call_output", "message"] * 2
@@ -89,7 +89,7 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncOpenAI) -> Non
     ):
         with pytest.raises(openai.BadRequestError) as bad:
             await create(**{"model": "base", "input": "Hello."} | body)
-        assert (bad.value.param or "").startswith(param.partition("[")[0]), body
+        assert bad.value.param == param
     with pytest.raises(openai.BadRequestError) as ended:
         await create(model="base", input="word " * 3000, stream=True)
     assert ended.value.code == "context_length_exceeded"
