@@ -149,3 +149,10 @@ async def test_tokens_are_counted(client: AsyncAnthropic) -> None:
     assert counted.input_tokens > 0
     beta = await client.beta.messages.count_tokens(model="base", messages=HELLO)
     assert 0 < beta.input_tokens < counted.input_tokens
+
+
+async def test_models(client: AsyncAnthropic) -> None:
+    assert {model.id async for model in client.models.list(limit=1)} >= {"base", "pirate"}
+    assert (await client.models.retrieve("pirate")).type == "model"
+    with pytest.raises(anthropic.NotFoundError):
+        await client.models.retrieve("captain")

@@ -370,6 +370,13 @@ def test_a_reference_to_nothing() -> None:
     assert caught.value.param == "input[1].id"
 
 
+def test_an_empty_conversation_without_input() -> None:
+    request = read_response({"model": "m", "conversation": "conv_1"})
+    with pytest.raises(InvalidRequest) as caught:
+        request.expand([], {})
+    assert (caught.value.error_code, caught.value.param) == ("empty_prompt", "input")
+
+
 def truncated(max_model_len: int, *, limit: int | None = None) -> list[str]:
     """What is left of a long conversation: each message by its first letters."""
     long = " word" * 60
