@@ -21,7 +21,7 @@ from lmaas.inference.catalog import ListedModel
 from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
-from lmaas.observability import GatewayMetrics
+from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.types import Principal
 from lmaas.web.auth import Authenticator
 from lmaas.web.call import Call
@@ -104,7 +104,7 @@ class TokensEndpoint(Endpoint):
         asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
         answer = await gateway.counts.serve(principal, counting, asked, call)
         text = msgspec.json.encode(answer)
-        gateway.metrics.counted(counting.path)
+        gateway.metrics.requests.counted(counting.path, COUNTED)
         await call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
         await call.finish(text)
 
