@@ -17,7 +17,7 @@ from lmaas.store.tables import responses as rows
 
 #: The limits of a chain: the number of its responses, and their bytes together. More would not fit into a model's context.
 MAX_CHAIN = 1000
-MAX_CHAIN_BYTES = 16 * 1024 * 1024
+MAX_CHAIN_BYTES = 8 * 1024 * 1024
 #: What a row takes besides its JSON. It is counted, so that many small rows count too.
 ROW_BYTES = 256
 

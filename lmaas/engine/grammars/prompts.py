@@ -55,7 +55,7 @@ class PromptReader:
         )
         self.parser = self._online.parser
         self.pooling = self.model.runner_type == "pooling"
-        self._chat, self._plain = _request_types(self.pooling)
+        self._chat, self._text = _request_types(self.pooling)
         self._online.warmup()  # compiles the chat template, once for all prompts
 
     def read(self, prompt: Prompt) -> Tokens:
@@ -83,28 +83,29 @@ class PromptReader:
             # The conversation, and the prompt made of it.
             found = read[1] if isinstance(read, tuple) else read
         else:
-            found = await self._online.render_completion(self._plain.model_validate(parameters))
+            request = self._text.model_validate(parameters)
+            found = await self._online.preprocess_completion(request, prompt_input=request.prompt, prompt_embeds=None)
         if not isinstance(found, list):
             raise Refused(found.error.message, found.error.param or "")
         return [token for one in found for token in one["prompt_token_ids"]]
 
 
 def _request_types(pooling: bool) -> tuple[Any, Any]:
-    """Return vLLM's types of chats and completions, but whose prompts may be longer than the model's context."""
+    """Return vLLM's types of a chat and of a text, but of prompts that may be longer than the model's context."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415 (only where the engine is)
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415 (only where the engine is)
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest  # noqa: PLC0415 (only where the engine is)
 
     class Chat(ChatCompletionRequest):  # type: ignore[misc, unused-ignore]
         def build_tok_params(self, model_config: Any) -> Any:
             return replace(super().build_tok_params(model_config), max_total_tokens=None, max_output_tokens=0)
 
-    class Completion(CompletionRequest):  # type: ignore[misc, unused-ignore]
+    class Text(TokenizeCompletionRequest):  # type: ignore[misc, unused-ignore]
         def build_tok_params(self, model_config: Any) -> Any:
             # As in a pooling engine's own types of requests.
             lower = bool(pooling and (model_config.encoder_config or {}).get("do_lower_case", False))
-            return replace(super().build_tok_params(model_config), max_total_tokens=None, max_output_tokens=0, do_lower_case=lower)
+            return replace(super().build_tok_params(model_config), do_lower_case=lower)
 
-    return Chat, Completion
+    return Chat, Text
 
 
 def _reason(error: Exception) -> str:

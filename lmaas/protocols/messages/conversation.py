@@ -56,7 +56,7 @@ def read_conversation(name: str, value: Any) -> Conversation:
         _join(message)
     last = found.messages[-1]
     if last["role"] == "assistant":
-        if not last["content"] or last.get("tool_calls"):
+        if not (last["content"] or "").strip() or "tool_calls" in last:
             raise InvalidRequest(
                 f"'{name}' ends with an assistant message that has no text to be continued. End it with a user message.",
                 param=f"{name}.{len(value) - 1}",

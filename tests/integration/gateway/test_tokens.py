@@ -139,8 +139,12 @@ async def test_another_tenants_model_does_not_exist(service: Service, tenant: Te
 
 
 @ALL
-async def test_an_embedding_model_has_tokens_too(service: Service, tenant: Tenant, path: str) -> None:
-    assert (await service.post(tenant, path, **BODIES[path], model="embedder")).status_code == 200
+async def test_an_embedding_model_has_texts_and_no_chats(service: Service, tenant: Tenant, path: str) -> None:
+    answer = await service.post(tenant, path, **BODIES[path], model="embedder")
+    if path in (TOKENIZE, DETOKENIZE):
+        assert answer.status_code == 200
+        answer = await service.post(tenant, TOKENIZE, messages=MESSAGES, model="embedder")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_model")
 
 
 @ALL

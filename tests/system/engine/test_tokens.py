@@ -47,7 +47,6 @@ CHATS: list[dict[str, Any]] = [
 COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": "Once upon a time"},
     {"prompt": "Ünïcödé 天気 🌧️", "add_special_tokens": False},
-    {"prompt": [5, 6, 7, 8]},
 ]
 
 
@@ -83,6 +82,11 @@ async def test_a_prompt_beyond_the_context_is_counted(engine: Engine, checkers: 
     tokens = await checkers.tokens(engine.spec, Prompt(CHAT, {"messages": [{"role": "user", "content": words}]}))
     assert tokens.count > MAX_LEN * 2
     assert tokens.code == ""
+
+
+async def test_an_empty_text_has_no_tokens(engine: Engine, checkers: Checkers) -> None:
+    tokens = await checkers.tokens(engine.spec, Prompt(COMPLETION, {"prompt": ""}, ids=True))
+    assert (tokens.code, tokens.count, tokens.ids) == ("", 0, [])
 
 
 async def test_tokens_become_text_again(engine: Engine, checkers: Checkers) -> None:

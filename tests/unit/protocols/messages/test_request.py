@@ -374,6 +374,7 @@ REFUSED = [
         "messages.0.content.0.citations",
     ),
     ({"messages": [USER, assistant()]}, "invalid_request", "messages.1"),
+    ({"messages": [USER, assistant(text(" "))]}, "invalid_request", "messages.1"),
     ({"messages": [USER, assistant(text("a"), CALL)]}, "invalid_request", "messages.1"),
     ({"messages": [{"role": "system", "content": [CALL]}]}, "unsupported_content", "messages.0.content.0"),
     ({"system": 7}, "invalid_type", "system"),
