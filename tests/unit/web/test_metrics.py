@@ -76,13 +76,3 @@ async def test_unexpected_errors_are_counted_too() -> None:
     (family,) = gateway.metrics.refusals.collect()
     (labels,) = [sample.labels for sample in family.samples if sample.name.endswith("_total")]
     assert labels == {"endpoint": protocol.path, "kind": "internal", "code": "internal_error"}
-
-
-def test_counts_of_tokens_have_an_outcome_of_their_own() -> None:
-    metrics = GatewayMetrics()
-    for _ in range(3):
-        metrics.counted("/v1/tokenize")
-    metrics.ended("/v1/chat/completions", "completed", queue_s=0, prompt=1, cached=0, completion=1)
-    (family,) = metrics.requests.collect()
-    counted = {tuple(sample.labels.values()): sample.value for sample in family.samples if sample.name.endswith("_total")}
-    assert counted == {("/v1/tokenize", "counted"): 3, ("/v1/chat/completions", "completed"): 1}
