@@ -80,7 +80,7 @@ async def find_response(db: Database, tenant_id: str, response_id: str) -> Respo
 
 
 def _chain_query() -> Select[Any]:
-    tenant_id = bindparam("tenant")
+    tenant_id: BindParameter[str] = bindparam("tenant")
     steps = (
         select(rows.c.id, rows.c.previous_id, literal(1).label("depth"), rows.c.size_bytes.label("bytes"))
         .where(*owned(rows, tenant_id), rows.c.id == bindparam("response"))
