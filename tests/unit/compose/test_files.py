@@ -196,7 +196,7 @@ def test_the_images_settings_mean_something() -> None:
 def known_metrics() -> set[str]:
     """Every sample's name that gateways and controllers show."""
     gateway = GatewayMetrics()
-    gateway.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
+    gateway.requests.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved = True, 1
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}

@@ -264,6 +264,16 @@ async def test_without_postgres_the_client_waits_briefly_and_the_response_is_sto
     assert service.lost == 0
 
 
+async def test_a_postgres_that_hangs_holds_up_no_client(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "STORE_S", 0.2)
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("LOCK TABLE responses"))
+        async with asyncio.timeout(10):
+            await service.state.store(acme, new(1))
+    await service.writer.drained()
+    assert await find_response(service.db, acme, new(1).id) is not None
+
+
 async def test_what_waits_is_bounded_and_what_is_lost_is_reported(
     service: Service, acme: str, db: Database, database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
