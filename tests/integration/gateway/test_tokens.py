@@ -111,6 +111,20 @@ async def test_openais_client_counts_with_earlier_responses(service: Service, te
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, unknown.json()["error"]["code"])
 
 
+async def test_a_conversation_is_counted_with_its_items(service: Service, tenant: Tenant) -> None:
+    async with AsyncOpenAI(base_url=f"{service.stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
+        said: Any = {"type": "message", "role": "user", "content": "My name is Ada, and I live in Zürich."}
+        conversation = await client.conversations.create(items=[said])
+        given: Any = {"model": "base", "input": "Who am I?", "conversation": conversation.id}
+        counted = await client.responses.input_tokens.count(**given)
+        alone = await client.responses.input_tokens.count(**given | {"conversation": None})
+        answer = await client.responses.create(**given, max_output_tokens=1)
+    assert answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens > alone.input_tokens
+    refused = await service.post(await service.stack.tenant(), INPUT, input="Who am I?", conversation=conversation.id)
+    assert refused.status_code == 404
+
+
 @ALL
 async def test_a_count_costs_nothing_and_starts_no_engine(service: Service, tenant: Tenant, path: str) -> None:
     await service.stack.adapter(tenant, "robot", service.cold, files=False)
