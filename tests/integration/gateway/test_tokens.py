@@ -64,13 +64,18 @@ async def tenant(service: Service) -> Tenant:
 
 
 @pytest.fixture
-async def checker(service: Service) -> AsyncIterator[Checker]:
-    """A host with the test's answers instead of the service's own."""
+async def checker(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Checker]:
+    """A host with the test's answers instead of the service's own, which publishes its address again afterwards."""
+    monkeypatch.setattr(checker_hosts, "ADDRESS_S", -1.0)
     async with serving() as checker:
-        own = await service.stack.redis.get(key_of())
         await service.stack.redis.set(key_of(), checker.url)
         yield checker
-        await service.stack.redis.set(key_of(), own or "")
+        await service.stack.redis.delete(key_of())
+
+    async def again() -> bool:
+        return await service.stack.redis.get(key_of()) is not None
+
+    await until(again)
 
 
 async def test_a_chat_has_as_many_tokens_as_are_counted(service: Service, tenant: Tenant) -> None:
