@@ -67,8 +67,17 @@ def owned(table: FromClause, tenant_id: str | BindParameter[Any]) -> tuple[Colum
 
 async def save(db: Database, tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> None:
     """Store responses that belong to no conversation. One that is stored already stays as it is. Nothing is stored for a deleted tenant."""
-    values = (ROW_BYTES, kept_for, tenant_id, [each.id for each in responses], [each.previous_id for each in responses])
-    await db.execute_once(tenant_id, _SAVE, (*values, [each.input for each in responses], [each.body for each in responses]))
+    await save_together(db, [(tenant_id, responses)], kept_for)
+
+
+async def save_together(db: Database, batches: Sequence[tuple[str, Sequence[Response]]], kept_for: timedelta) -> None:
+    """Store responses of several tenants as `save` does, in one transaction."""
+    await db.execute_for_each(_SAVE, [(tenant_id, _values(tenant_id, responses, kept_for)) for tenant_id, responses in batches])
+
+
+def _values(tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> Sequence[Any]:
+    ids, previous = [each.id for each in responses], [each.previous_id for each in responses]
+    return ROW_BYTES, kept_for, tenant_id, ids, previous, [each.input for each in responses], [each.body for each in responses]
 
 
 async def find_response(db: Database, tenant_id: str, response_id: str) -> Response | None:

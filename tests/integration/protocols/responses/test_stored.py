@@ -227,6 +227,19 @@ async def test_responses_that_end_together_are_stored_together(service: Service,
     assert after - before <= 6  # this one, and at most 256 responses each
 
 
+async def test_responses_of_many_tenants_that_end_together_are_stored_together(service: Service, db: Database) -> None:
+    tenants = [(await tenant(db, f"tenant-{number}")).id for number in range(20)]
+    async with db.begin(SYSTEM) as connection:
+        before = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    await asyncio.gather(*(service.state.store(tenant_id, new(number)) for number in range(5) for tenant_id in tenants))
+    async with db.begin(SYSTEM) as connection:
+        after = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    assert after - before <= 10  # far fewer than tenants
+    for tenant_id in tenants:
+        for number in range(5):
+            assert await find_response(service.db, tenant_id, new(number).id) is not None
+
+
 async def test_turns_of_one_conversation_are_stored_in_the_order_of_their_ends(service: Service, acme: str) -> None:
     await conversations.create_conversation(service.db, acme, "conv_1", b"{}", [], MONTH)
     ended = [new(number, conversation_id="conv_1" if number % 3 else None) for number in range(1, 31)]
