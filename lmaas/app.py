@@ -47,6 +47,8 @@ from lmaas.observability import GatewayMetrics
 from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
 from lmaas.protocols.messages.openapi import messages_paths
 from lmaas.protocols.messages.protocol import Messages
+from lmaas.protocols.models import SCHEMAS as MODELS_SCHEMAS
+from lmaas.protocols.models import models_paths
 from lmaas.protocols.openapi import SCHEMAS as OPENAI_SCHEMAS
 from lmaas.protocols.openapi import openai_paths
 from lmaas.protocols.pooling.embeddings import Embeddings
@@ -122,8 +124,13 @@ def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI document of the whole HTTP surface."""
     common = openapi.headers(), openapi.error_response
     return openapi.document(
-        openai_paths(*common) | pooling_paths(*common) | messages_paths(*common) | responses_paths(*common) | tokens_paths(*common),
-        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS | TOKENS_SCHEMAS,
+        openai_paths(*common)
+        | pooling_paths(*common)
+        | messages_paths(*common)
+        | responses_paths(*common)
+        | tokens_paths(*common)
+        | models_paths(*common),
+        OPENAI_SCHEMAS | POOLING_SCHEMAS | MESSAGES_SCHEMAS | RESPONSES_SCHEMAS | TOKENS_SCHEMAS | MODELS_SCHEMAS,
     )
 
 

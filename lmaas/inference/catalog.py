@@ -8,8 +8,9 @@ from datetime import datetime
 from importlib.metadata import version as installed_version
 
 from lmaas.adapters.objects import source_of
-from lmaas.errors import ModelNotFound
+from lmaas.errors import InvalidRequest, ModelNotFound
 from lmaas.inference.cache import Changes, ReadCache
+from lmaas.states import PoolKind
 from lmaas.store.adapters import ServedAdapter, find_served, list_adapters
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, list_base_models
@@ -49,6 +50,16 @@ class ServedModel:
         """The header line that names the model in a response. The name has only letters, digits and a few marks."""
         return f"x-lmaas-model: {self.shown}\r\n".encode()
 
+    def check_kind(self, wanted: PoolKind, name: str, path: str) -> None:
+        """Raise InvalidRequest if the model's engines do not do what the requests to `path` ask for. `name` is that of the request."""
+        if self.base.kind is not wanted:
+            does = {PoolKind.GENERATE: "generates text", PoolKind.EMBED: "embeds text"}[self.base.kind]
+            raise InvalidRequest(
+                f"The model '{name}' {does} and cannot serve {path}. GET /v1/models lists the models.",
+                code="unsupported_model",
+                param="model",
+            )
+
     @property
     def fingerprint(self) -> str:
         """The `system_fingerprint` of this model's answers: it changes when anything changes that can affect them."""
@@ -69,6 +80,7 @@ class ListedModel:
     created: int
     parent: str | None
     max_model_len: int
+    kind: PoolKind
 
 
 class Catalog:
@@ -106,12 +118,13 @@ class Catalog:
     async def listed(self, tenant_id: str) -> list[ListedModel]:
         """Return every model that the tenant may call by its plain name."""
         bases = await self._bases.get("") or ()
-        listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len) for base in bases]
-        lengths = {base.name: base.max_model_len for base in bases}
+        listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len, base.kind) for base in bases]
+        by_name = {base.name: base for base in bases}
         for adapter in await list_adapters(self._db, tenant_id):
             # A new base model may not be in the cache yet. Its adapters are listed as soon as it is.
-            if adapter.live_version is not None and adapter.base_model in lengths:
-                listed.append(ListedModel(adapter.name, _seconds(adapter.created_at), adapter.base_model, lengths[adapter.base_model]))
+            base = by_name.get(adapter.base_model)
+            if adapter.live_version is not None and base is not None:
+                listed.append(ListedModel(adapter.name, _seconds(adapter.created_at), base.name, base.max_model_len, base.kind))
         return listed
 
     async def _list_bases(self, _: str) -> list[BaseModel] | None:

@@ -20,6 +20,7 @@ from lmaas.inference.checker_hosts import CheckerHosts, CheckerUnavailable, NoCh
 from lmaas.inference.grammars import Grammars
 from lmaas.inference.request import EngineRequest
 from lmaas.inference.sink import Sink
+from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 from lmaas.types import Principal
 
@@ -182,6 +183,7 @@ class TokenCounts:
         model = await self.catalog.resolve(tenant_id, asked.model)
         sink.add_to_head(model.head_line)
         if asked.request is not None:
+            model.check_kind(PoolKind.GENERATE, asked.model, counting.path)
             asked.request.check(model.base)
             await self._settle_tools(principal, model.base, asked.request, asked.path)
         prompt = Prompt(asked.path, asked.parameters, asked.ids, asked.strings)

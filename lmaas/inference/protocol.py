@@ -87,14 +87,9 @@ class Inference(Generic[Request]):
     answer: Answer = field(init=False)
 
     @property
-    def adapter(self) -> str:
-        """The adapter that the engine must have, by its name there; empty if there is none."""
-        return self.model.adapter if self.protocol.uses_adapter else ""
-
-    @property
     def engine_name(self) -> str:
-        """The engine's name for what serves the request."""
-        return self.model.engine_name if self.protocol.uses_adapter else self.model.base.name
+        """The engine's name for the model."""
+        return self.model.engine_name
 
     @property
     def facts(self) -> dict[str, str]:
@@ -110,10 +105,8 @@ class Protocol(ABC, Generic[Request]):
     path: str
     #: The path on the engine.
     engine_path: str
-    #: The kind of pool that can serve it; None for both.
-    kind: PoolKind | None = PoolKind.GENERATE
-    #: Whether an adapter takes part. Without it, a request for an adapter goes to the base model, and needs no adapter slot.
-    uses_adapter = True
+    #: The kind of pool that can serve it.
+    kind = PoolKind.GENERATE
     #: The top-level fields whose strings are for a model: they may have NUL, and half a surrogate pair in them is replaced.
     texts: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from lmaas.admission.months import Months
 from lmaas.admission.tiers import SERVICE_TIERS, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
-from lmaas.errors import EngineFailed, InternalError, InvalidRequest, LmaasError, Unavailable
+from lmaas.errors import EngineFailed, InternalError, LmaasError, Unavailable
 from lmaas.http import log_settings_error
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.checker_hosts import NoCheckerError
@@ -58,7 +58,7 @@ class Inferences:
         await protocol.expand(inference.tenant_id, request)
         inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
         sink.add_to_head(inference.model.head_line)
-        _check_kind(inference)
+        inference.model.check_kind(protocol.kind, request.model, protocol.path)
         request.check(inference.model.base)
         sink.watch()
         is_checked = True
@@ -77,8 +77,8 @@ class Inferences:
         async with self.leases.open(ticket, inference.record, limits, deadline_s=self.settings.queue_deadline_s) as opened:
             if opened.left:
                 sink.add_to_head(protocol.limit_lines(opened.left))
-            with self.metrics.in_flight.track_inprogress():
-                await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
+            self.metrics.requests.begun()
+            await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
 
     async def _run_accepted(
         self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool
@@ -111,7 +111,7 @@ class Inferences:
             record.end(UsageStatus.FAILED, "internal_error")
             await self._answer_error(inference, sink, InternalError())
         finally:
-            self.metrics.ended(
+            self.metrics.requests.ended(
                 inference.protocol.path,
                 record.status,
                 queue_s=record.queue_ms / 1000,
@@ -202,14 +202,13 @@ class Inferences:
         model, record, request = inference.model, inference.record, inference.request
         service = SERVICE_TIERS[request.service_tier]
         prompt_tokens, completion_tokens = request.estimate(model.base.max_model_len)
-        adapter = inference.adapter
         return Ticket(
             id=record.request_id,
             pool=model.base.id,
             tenant=inference.tenant_id,
             gateway=self.leases.gateway,
-            adapter=adapter,
-            source=model.source if adapter else "",
+            adapter=model.adapter,
+            source=model.source,
             weight=request.weight,
             event=record.event(),
             share=tier(principal.tier).share * service.share,
@@ -227,18 +226,6 @@ async def _finish(inference: AnyInference, sink: Sink, rest: bytes) -> None:
     if not inference.request.stream:
         await sink.start(200, {"content-type": "application/json", "content-length": str(len(last))})
     await sink.finish(rest + last)
-
-
-def _check_kind(inference: AnyInference) -> None:
-    """Raise InvalidRequest if the model's engines do not do what the protocol asks for."""
-    wanted, found = inference.protocol.kind, inference.model.base.kind
-    if wanted is not None and wanted is not found:
-        does = {"generate": "generates text", "embed": "embeds text"}[found]
-        raise InvalidRequest(
-            f"The model '{inference.request.model}' {does} and cannot serve {inference.protocol.path}. GET /v1/models lists the models.",
-            code="unsupported_model",
-            param="model",
-        )
 
 
 def _record(principal: Principal, inference: AnyInference) -> UsageRecord:

@@ -152,25 +152,6 @@ SCHEMAS: dict[str, Schema] = {
     "ChatCompletionChunk": _answer("chat.completion.chunk", _DELTA, usage=_usage(nullable=True), complete=False),
     "Completion": _answer("text_completion", _TEXT_CHOICE, usage=_usage(nullable=False), complete=True),
     "CompletionChunk": _answer("text_completion", _TEXT_CHOICE, usage=_usage(nullable=True), complete=False),
-    "Model": {
-        "type": "object",
-        "properties": {
-            "id": _TEXT,
-            "object": {"const": "model"},
-            "created": _COUNT,
-            "owned_by": {"enum": ["lmaas", "tenant"]},
-            "parent": _MAYBE_TEXT | {"description": "The base model of an adapter."},
-            "max_model_len": _COUNT,
-        },
-        "required": ["id", "object", "created", "owned_by", "parent", "max_model_len"],
-        "additionalProperties": False,
-    },
-    "ModelList": {
-        "type": "object",
-        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}},
-        "required": ["object", "data"],
-        "additionalProperties": False,
-    },
     "Health": {
         "type": "object",
         "properties": {"status": {"enum": ["ok", "ready"]}},
@@ -227,7 +208,6 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
     errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
-    few = {status: errors[status] for status in ("401", "403", "404", "default")}
 
     def done(name: str, more: Schema | None = None, stream: str | None = None) -> Schema:
         content: Schema = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
@@ -254,7 +234,6 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
     def read(operation_id: str, summary: str, answer: Schema, **more: Any) -> Schema:
         return {"get": {"operationId": operation_id, "summary": summary, "tags": ["openai"], "responses": answer} | more}
 
-    model = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
     open_to_all: Schema = {"security": [], "tags": ["health"]}
     health = {"200": done("Health")}
     text = {"200": {"description": "Done.", "headers": headers, "content": {"text/plain": {"schema": _TEXT}}}}
@@ -262,8 +241,6 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
     return {
         "/v1/chat/completions": completion("chat", "Create a chat completion.", "ChatRequest", "ChatCompletion", "ChatCompletionChunk"),
         "/v1/completions": completion("completion", "Create a completion.", "CompletionRequest", "Completion", "CompletionChunk"),
-        "/v1/models": read("list_models", "List the models that this tenant may call.", {"200": done("ModelList")} | few),
-        "/v1/models/{model}": read("get_model", "Show a model.", {"200": done("Model")} | few, parameters=[model]),
         "/health": read("health", "Report that the gateway runs.", health, **open_to_all),
         "/healthz": read("healthz", "Report that the gateway runs.", health, **open_to_all),
         "/readyz": read("readyz", "Report whether tenants can be served.", health | {"503": errors["503"]}, **open_to_all),

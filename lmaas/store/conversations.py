@@ -17,7 +17,7 @@ from lmaas.store.tables import conversation_items, conversations, responses, ten
 
 #: The limits of one conversation. More would not fit into a model's context.
 MAX_ITEMS = 10_000
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +239,19 @@ async def _must_exist(connection: AsyncConnection, tenant_id: str, conversation_
 
 
 async def find_items(db: Database, tenant_id: str, item_ids: Collection[str]) -> list[Item]:
-    """Return the items of the tenant's conversations that have one of these ids."""
+    """Return the items of the tenant's conversations that have one of these ids, the smallest first, at most MAX_BYTES together."""
     items, own = conversation_items.c, owned(conversations, tenant_id)
-    query = (
-        select(items.id, items.body)
+    size = func.octet_length(items.body)
+    together = func.sum(size).over(order_by=(size, items.id)).label("together")
+    sizes = (
+        select(items.conversation_id, items.position, together)
         .join(conversations, (conversations.c.tenant_id == items.tenant_id) & (conversations.c.id == items.conversation_id))
         .where(items.tenant_id == tenant_id, *own, items.id.in_(item_ids))
+        .subquery()
+    )
+    query = select(items.id, items.body).join(
+        sizes, (sizes.c.conversation_id == items.conversation_id) & (sizes.c.position == items.position)
     )
     async with db.begin(tenant_id) as connection:
-        return [Item(*row) for row in await connection.execute(query)]
+        found = await connection.execute(query.where(items.tenant_id == tenant_id, sizes.c.together <= MAX_BYTES))
+        return [Item(*row) for row in found]

@@ -128,7 +128,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     # Operators delete a tenant's responses and conversations with the tenant, and controllers expired ones. Neither can read them.
     "responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
-        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+        OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
     },
     "conversations": {
@@ -138,8 +138,8 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             Grant("UPDATE", OWN, ("metadata", "next_position", "item_count", "size_bytes", "expires_at")),
             Grant("DELETE", OWN),
         ),
-        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+        OPERATOR: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
     },
     # They go with their conversation.
     "conversation_items": {GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN))},

@@ -234,7 +234,7 @@ def read_prompt(prompt: Prompt) -> Tokens:
         return Tokens(count=len(given["tokens"]), text=" ".join(f"word{token}" for token in given["tokens"]))
     words: list[Any] = []
     for one in [_chat_prompt(given["messages"])] if "messages" in given else _prompts(given["prompt"]):
-        words += (one.split() or [""]) if isinstance(one, str) else one
+        words += one.split() if isinstance(one, str) else one
     ids = [word if isinstance(word, int) else zlib.crc32(word.encode(errors="replace")) % 50_000 for word in words]
     return Tokens(count=len(ids), ids=ids if prompt.ids else [], strings=[str(word) for word in words] if prompt.strings else [])
 

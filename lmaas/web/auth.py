@@ -1,6 +1,6 @@
 """Finds the principal of an API key."""
 
-from lmaas.errors import Unauthenticated
+from lmaas.errors import Forbidden, Unauthenticated
 from lmaas.inference.cache import Changes, ReadCache
 from lmaas.keys import PREFIX, hash_key
 from lmaas.store.database import Database
@@ -29,3 +29,10 @@ class Authenticator:
         if principal is None:
             raise Unauthenticated
         return principal
+
+
+def tenant_of(principal: Principal) -> str:
+    """Return the tenant of a key. Raises Forbidden for an operator's."""
+    if principal.tenant_id is None:
+        raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
+    return principal.tenant_id

@@ -9,6 +9,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 #: The response headers that a page's script may read.
 EXPOSED = (
     "x-request-id",
+    "x-lmaas-model",
     "request-id",
     "openai-processing-ms",
     "retry-after",

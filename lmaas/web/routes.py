@@ -1,4 +1,4 @@
-"""The endpoints of the client protocols, the list of models, and the endpoints for load balancers and Prometheus."""
+"""The endpoints of the client protocols, and those for load balancers and Prometheus."""
 
 import asyncio
 import functools
@@ -15,17 +15,16 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from lmaas.config import Settings
-from lmaas.errors import Forbidden, InternalError, LmaasError, ModelNotFound, Unavailable
-from lmaas.http import JsonResponse, api_key, parse_json
-from lmaas.inference.catalog import ListedModel
+from lmaas.errors import InternalError, LmaasError, Unavailable
+from lmaas.http import JsonResponse, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
-from lmaas.observability import GatewayMetrics
-from lmaas.types import Principal
-from lmaas.web.auth import Authenticator
+from lmaas.observability import COUNTED, GatewayMetrics
+from lmaas.web.auth import Authenticator, tenant_of
 from lmaas.web.call import Call
 from lmaas.web.idempotency import Idempotency
+from lmaas.web.models import model_routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class InferenceEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, protocol = self._gateway, self._protocol
         principal = await gateway.authenticate(call.api_key)
-        tenant_id = _tenant_of(principal)
+        tenant_id = tenant_of(principal)
         body = await call.body(gateway.settings.max_body_bytes)
         inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
         claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
@@ -100,11 +99,11 @@ class TokensEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, counting = self._gateway, self._counting
         principal = await gateway.authenticate(call.api_key)
-        _tenant_of(principal)
+        tenant_of(principal)
         asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
         answer = await gateway.counts.serve(principal, counting, asked, call)
         text = msgspec.json.encode(answer)
-        gateway.metrics.counted(counting.path)
+        gateway.metrics.requests.counted(counting.path, COUNTED)
         await call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
         await call.finish(text)
 
@@ -119,49 +118,12 @@ def routes(gateway: Gateway, ready: Callable[[], Any]) -> list[BaseRoute]:
     """Return the gateway's routes. `/readyz` awaits `ready`, which raises an error if a service is away."""
     return [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints(gateway).items()),
-        Route("/v1/models", functools.partial(_list_models, gateway)),
-        Route("/v1/models/{model:path}", functools.partial(_get_model, gateway)),
+        *model_routes(gateway.authenticate, gateway.inferences.catalog),
         Route("/health", _alive),
         Route("/healthz", _alive),
         Route("/readyz", functools.partial(_ready, ready)),
         Route("/metrics", functools.partial(_metrics, gateway)),
     ]
-
-
-async def _tenant(gateway: Gateway, request: Request) -> str:
-    return _tenant_of(await gateway.authenticate(api_key(request.scope["headers"])))
-
-
-def _tenant_of(principal: Principal) -> str:
-    """Return the tenant of a key. Raises Forbidden for an operator's."""
-    if principal.tenant_id is None:
-        raise Forbidden("An operator's key cannot call models. Use a tenant's key.")
-    return principal.tenant_id
-
-
-def _shown(model: ListedModel) -> dict[str, Any]:
-    owner = "lmaas" if model.parent is None else "tenant"
-    shown = {"id": model.name, "object": "model", "created": model.created, "owned_by": owner, "parent": model.parent}
-    return shown | {"max_model_len": model.max_model_len}
-
-
-async def _list_models(gateway: Gateway, request: Request) -> Response:
-    models = await gateway.inferences.catalog.listed(await _tenant(gateway, request))
-    return JsonResponse({"object": "list", "data": [_shown(model) for model in models]})
-
-
-async def _get_model(gateway: Gateway, request: Request) -> Response:
-    tenant_id, name = await _tenant(gateway, request), request.path_params["model"]
-    served = await gateway.inferences.catalog.resolve(tenant_id, name)
-    plain = name.partition("@")[0]
-    for model in await gateway.inferences.catalog.listed(tenant_id):
-        if model.name == plain:
-            created = model.created if name == plain else served.created
-            return JsonResponse(_shown(model) | {"id": name, "created": created})
-    if served.version is None:
-        raise ModelNotFound(name)
-    # A pinned version of an adapter that has no live one.
-    return JsonResponse(_shown(ListedModel(name, served.created, served.base.name, served.base.max_model_len)))
 
 
 async def _alive(_: Request) -> Response:

@@ -161,7 +161,7 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
     match event.status:
         case UsageStatus.COMPLETED:
             if (event.prompt_tokens, charged) != (last.prompt_tokens, last.tokens):
-                yield "not what the engine did"
+                yield f"not what the engine did, which read {last.prompt_tokens} tokens"
             if attempt.done and attempt.tokens != charged:
                 yield "not what the client saw"
             if attempt.usage and attempt.done and attempt.usage["completion_tokens"] != charged:
@@ -171,6 +171,8 @@ def _judge_one(attempt: Attempt, event: UsageEvent, deliveries: list[Delivery], 
         case UsageStatus.ABORTED:
             if not attempt.cut:
                 yield "the client had not cut it"
+            if event.prompt_tokens > last.prompt_tokens:
+                yield f"charged more than the {last.prompt_tokens} tokens that were read"
             if attempt.tokens > charged or (not lost_engine and charged != last.tokens):
                 yield "not what was made for a client that went"
         case UsageStatus.FAILED if event.code == "engine_failed":

@@ -30,6 +30,7 @@ from lmaas.engine.grammars.prompts import PromptReader
 from lmaas.engine.grammars.verdict import (
     CPU_S,
     INVALID,
+    MAX_QUESTION_BYTES,
     MEMORY_BYTES,
     PROMPT_CPU_S,
     PROMPT_MEMORY_BYTES,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 #: The number of checks that run at once. Further clients wait in the socket's queue.
 AT_ONCE = 2
 BACKLOG = 256
-MAX_QUESTION_BYTES = 8 * 1024 * 1024
 #: The time that a client may take to send its question.
 QUESTION_S = 5.0
 #: Does what a client asks for.

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, TOO_COMPLEX, Prompt, Tokens
+from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, MAX_RETURNED, TOO_COMPLEX, Prompt, Tokens
 
 CHAT = "/v1/chat/completions"
 MAX_MESSAGE = 500
@@ -14,11 +14,11 @@ TOO_LONG = "The prompt is too long to be read without an engine. Send a shorter 
 
 
 class Refused(Exception):
-    """An engine would refuse the prompt, for the given reason. `param` is the engine's parameter at fault, or empty."""
+    """The prompt is refused, for the given reason. `param` is the engine's parameter at fault, or empty."""
 
-    def __init__(self, reason: str, param: str = "") -> None:
+    def __init__(self, reason: str, param: str = "", code: str = INVALID) -> None:
         super().__init__(reason)
-        self.param = param
+        self.param, self.code = param, code
 
 
 class PromptReader:
@@ -55,7 +55,7 @@ class PromptReader:
         )
         self.parser = self._online.parser
         self.pooling = self.model.runner_type == "pooling"
-        self._chat, self._plain = _request_types(self.pooling)
+        self._chat, self._text = _request_types(self.pooling)
         self._online.warmup()  # compiles the chat template, once for all prompts
 
     def read(self, prompt: Prompt) -> Tokens:
@@ -71,7 +71,7 @@ class PromptReader:
         except MemoryError:
             return Tokens(TOO_COMPLEX, TOO_LONG, cpu_s=time.process_time() - began)
         except Refused as refused:
-            return Tokens(INVALID, str(refused), refused.param, cpu_s=time.process_time() - began)
+            return Tokens(refused.code, str(refused), refused.param, cpu_s=time.process_time() - began)
         except Exception as error:  # noqa: BLE001 (whatever a client's messages make vLLM's own types and the model's template raise)
             return Tokens(INVALID, _reason(error), str(getattr(error, "parameter", None) or ""), cpu_s=time.process_time() - began)
         return Tokens(count=len(ids), ids=ids if prompt.ids else [], strings=strings, cpu_s=time.process_time() - began)
@@ -83,28 +83,32 @@ class PromptReader:
             # The conversation, and the prompt made of it.
             found = read[1] if isinstance(read, tuple) else read
         else:
-            found = await self._online.render_completion(self._plain.model_validate(parameters))
+            request = self._text.model_validate(parameters)
+            found = await self._online.preprocess_completion(request, prompt_input=request.prompt, prompt_embeds=None)
         if not isinstance(found, list):
             raise Refused(found.error.message, found.error.param or "")
-        return [token for one in found for token in one["prompt_token_ids"]]
+        ids = [token for one in found for token in one["prompt_token_ids"]]
+        if (prompt.ids or prompt.strings) and len(ids) > MAX_RETURNED:
+            raise Refused(f"The prompt has {len(ids)} tokens, and at most {MAX_RETURNED} are returned. Split it.", code=TOO_COMPLEX)
+        return ids
 
 
 def _request_types(pooling: bool) -> tuple[Any, Any]:
-    """Return vLLM's types of chats and completions, but whose prompts may be longer than the model's context."""
+    """Return vLLM's types of a chat and of a text, but of prompts that may be longer than the model's context."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest  # noqa: PLC0415 (only where the engine is)
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: PLC0415 (only where the engine is)
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest  # noqa: PLC0415 (only where the engine is)
 
     class Chat(ChatCompletionRequest):  # type: ignore[misc, unused-ignore]
         def build_tok_params(self, model_config: Any) -> Any:
             return replace(super().build_tok_params(model_config), max_total_tokens=None, max_output_tokens=0)
 
-    class Completion(CompletionRequest):  # type: ignore[misc, unused-ignore]
+    class Text(TokenizeCompletionRequest):  # type: ignore[misc, unused-ignore]
         def build_tok_params(self, model_config: Any) -> Any:
             # As in a pooling engine's own types of requests.
             lower = bool(pooling and (model_config.encoder_config or {}).get("do_lower_case", False))
-            return replace(super().build_tok_params(model_config), max_total_tokens=None, max_output_tokens=0, do_lower_case=lower)
+            return replace(super().build_tok_params(model_config), do_lower_case=lower)
 
-    return Chat, Completion
+    return Chat, Text
 
 
 def _reason(error: Exception) -> str:

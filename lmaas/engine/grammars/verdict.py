@@ -15,6 +15,9 @@ MEMORY_BYTES = 512 * 1024 * 1024
 #: The CPU time, and the address space in addition to that at its start, that one reading of a prompt may use.
 PROMPT_CPU_S = 5.0
 PROMPT_MEMORY_BYTES = 1024 * 1024 * 1024
+#: The largest question, and the most tokens of one prompt that are returned beside their number.
+MAX_QUESTION_BYTES = 8 * 1024 * 1024
+MAX_RETURNED = 200_000
 #: Wall-clock time of one check. A busy machine needs more than the CPU time. A check that takes longer gives no verdict.
 WALL_S = 30.0
 
@@ -46,8 +49,8 @@ class Question(msgspec.Struct, frozen=True, tag="grammar"):
 
 
 class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
-    """A prompt whose tokens are wanted: the endpoint's path (`/v1/chat/completions`, `/v1/completions`, or DETOKENIZE), and the parameters
-    of the engine's request. DETOKENIZE takes `tokens`.
+    """A prompt whose tokens are wanted: the endpoint's path (`/v1/chat/completions`, `/v1/completions` with one text, or DETOKENIZE), and
+    the parameters of the engine's request. DETOKENIZE takes `tokens`.
 
     `ids` and `strings` say whether the tokens themselves are wanted beside their number.
     """

@@ -168,7 +168,9 @@ TABLE = Table(
         forwarded("max_output_tokens", f"1 to {MAX_TOKENS:,}, and at most the model's context", integer(1, MAX_TOKENS)),
         forwarded("include", f"{LOGPROBS} adds log probabilities; without effect are {', '.join(_WITHOUT_EFFECT)}", include),
         forwarded("top_logprobs", f"0 to {MAX_LOGPROBS}; needs {LOGPROBS} in include", integer(0, MAX_LOGPROBS)),
-        forwarded("store", "true (the default) or false: a response that is not stored cannot be retrieved or continued", boolean),
+        forwarded(
+            "store", "true (the default) or false: without it a response cannot be retrieved or continued; not with conversation", boolean
+        ),
         forwarded("stream", "true or false", boolean),
         forwarded("stream_options", "include_obfuscation, which has no effect", checks.stream_options),
         forwarded("service_tier", f"{', '.join(SERVICE_TIERS)}, {FAST}; the answer names the tier that was used", service_tier),

@@ -1,7 +1,7 @@
 """Reads a request of the Responses API, and builds the request for the engine's chat endpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lmaas.admission.estimate import estimate
@@ -21,7 +21,27 @@ _INSTRUCTING = ("system", "developer")
 #: A context that every prompt fits into.
 _UNBOUNDED = 2**31
 _NO_TOOLS = Tools([], [], frozenset(), {})
-_REPEATED_AS_GIVEN = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "max_tool_calls")
+_NO_REASONING: Mapping[str, Any] = {"effort": None, "summary": None}
+#: The format for the engine, and the object that the response has.
+_PLAIN_TEXT: tuple[Any, dict[str, Any]] = (None, {"format": {"type": "text"}})
+#: Fields that the response repeats as they were given, with their defaults.
+_REPEATED: Mapping[str, Any] = {
+    "frequency_penalty": 0.0,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "prompt_cache_retention": None,
+    "safety_identifier": None,
+    "store": True,
+    "temperature": 1.0,
+    "top_logprobs": 0,
+    "truncation": "disabled",
+    "user": None,
+}
 #: The client's field for each parameter of the engine that an error may blame.
 NAMES: Mapping[str, str] = {name: name for name in (*AS_IN_CHAT, "tools", "tool_choice", "top_logprobs")} | {
     "messages": "input",
@@ -55,8 +75,6 @@ class ResponsesRequest(TextRequest):
     #: The namespace and the name of each tool in a namespace, by the engine's name.
     namespaces: Mapping[str, tuple[str, str]]
     repeated: dict[str, Any]
-    #: The items before the request's own.
-    context: list[Item] = field(default_factory=list)
 
     @property
     def references(self) -> dict[str, str]:
@@ -66,14 +84,15 @@ class ResponsesRequest(TextRequest):
     def expand(self, context: list[Item], referred: Mapping[str, Item]) -> None:
         """Put these items before the request's own, and the items that are referred to in their places.
 
-        Raises NotFound with the place of a reference to an item that is not among them.
+        Raises NotFound with the place of a reference to an item that is not among them, and InvalidRequest if there is nothing to answer.
         """
         for item_id, place in self.references.items():
             if item_id not in referred:
                 raise NotFound(f"The item '{item_id[:100]}' does not exist. Send the item itself instead of a reference.", param=place)
-        self.context = context
         self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
-        self.parameters["messages"] = messages_of(self.instructions, [*context, *self.items])
+        messages = self.parameters["messages"] = messages_of(self.instructions, [*context, *self.items])
+        if not messages:
+            raise _nothing_to_answer()
 
     def check(self, model: BaseModel) -> None:
         """Raise InvalidRequest for what cannot fit into the model's context. With `truncation: auto`, leave out old messages before."""
@@ -107,79 +126,87 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
     """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame."""
     model = read_model(body)
     given = read_parameters(TABLE, body)
-    previous, conversation = given.get("previous_response_id"), given.get("conversation")
-    if previous is not None and conversation is not None:
-        raise InvalidRequest("'previous_response_id' and 'conversation' cannot be used together. Send one of them.", param="conversation")
-    continues = previous is not None or conversation is not None
-    items: list[Item] | None = given.get("input")
-    if items is None and not continues:
-        raise InvalidRequest("'input' is required. Add it to the request.", code="missing_parameter", param="input")
-    if not items and not continues:
-        raise InvalidRequest("'input' must have at least one item.", code="empty_prompt", param="input")
-    items = items or []
-    instructions = given.get("instructions")
-    form, text = given.get("text", (None, {"format": {"type": "text"}}))
-    reasoning = given.get("reasoning", {"effort": None, "summary": None})
-    tools: Tools = given.get("tools", _NO_TOOLS)
-    choice = given.get("tool_choice")
-    limit, wants_logprobs = given.get("max_output_tokens"), LOGPROBS in given.get("include", ())
-    if limit is not None and given.get("min_tokens", 0) > limit:
-        raise out_of_range("min_tokens", "at most max_output_tokens")
+    items = _items(given)
     # References are resolved later, and so may be everything before the input.
     own = [item for item in items if item["type"] != "item_reference"]
-    parameters: dict[str, Any] = {"messages": messages_of(instructions, own)}
-    parameters |= {name: given[name] for name in AS_IN_CHAT if name in given}
-    if limit is not None:
-        parameters["max_completion_tokens"] = limit
-    if form is not None:
-        parameters["response_format"] = form
-    if reasoning["effort"] is not None:
-        parameters["reasoning_effort"] = reasoning["effort"]
-    if wants_logprobs:
-        parameters |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
+    parameters = {"messages": messages_of(given.get("instructions"), own)} | _sampling(given)
+    tools: Tools = given.get("tools", _NO_TOOLS)
     tools_as_sent: list[Any] = []
-    if tools.for_engine or choice is not None:
-        parameters |= {"tools": tools.for_engine, "tool_choice": choice}
+    if tools.for_engine or "tool_choice" in given:
+        parameters |= {"tools": tools.for_engine, "tool_choice": given.get("tool_choice")}
         tools_as_sent = settle_tools(parameters, legacy=False)
-    stream, store = given.get("stream", False), given.get("store", True)
-    repeated = {
-        "background": False,
-        "conversation": None if conversation is None else {"id": conversation},
-        "frequency_penalty": given.get("frequency_penalty", 0.0),
-        "instructions": instructions,
-        "max_output_tokens": limit,
-        "metadata": given.get("metadata", {}),
-        "model": model,
-        "parallel_tool_calls": given.get("parallel_tool_calls", True),
-        "presence_penalty": given.get("presence_penalty", 0.0),
-        "previous_response_id": previous,
-        "reasoning": reasoning,
-        "store": store,
-        "temperature": given.get("temperature", 1.0),
-        "text": text,
-        "tool_choice": "auto" if choice is None else repeated_choice(choice, tools.custom),
-        "tools": tools.repeated,
-        "top_logprobs": given.get("top_logprobs", 0),
-        "top_p": body["top_p"] if "top_p" in given else 1.0,
-        "truncation": given.get("truncation", "disabled"),
-    } | {name: given.get(name) for name in _REPEATED_AS_GIVEN}
+    # As the client wrote it: for 0 the engine gets the smallest number that it takes.
+    top_p = body["top_p"] if "top_p" in given else 1.0
     return ResponsesRequest(
         model=model,
-        stream=stream,
+        stream=given.get("stream", False),
         weight=1,
         prompts=1,
         service_tier=given.get("service_tier", "default"),
         parameters=parameters,
         names=NAMES,
         tools_as_sent=tools_as_sent,
-        instructions=instructions,
+        instructions=given.get("instructions"),
         items=items,
-        previous_response_id=previous,
-        conversation_id=conversation,
-        store=store,
-        wants_logprobs=wants_logprobs,
+        previous_response_id=given.get("previous_response_id"),
+        conversation_id=given.get("conversation"),
+        store=given.get("store", True),
+        wants_logprobs=LOGPROBS in given.get("include", ()),
         truncates=given.get("truncation") == "auto",
         custom=tools.custom,
         namespaces=tools.namespaces,
-        repeated=repeated,
+        repeated={"model": model, "top_p": top_p} | _repeated(given, tools),
     )
+
+
+def _items(given: dict[str, Any]) -> list[Item]:
+    """Return the request's own input, which may be empty if it continues something. Raises InvalidRequest if there is nothing to answer."""
+    conversation = given.get("conversation")
+    if conversation is not None and "previous_response_id" in given:
+        raise InvalidRequest("'previous_response_id' and 'conversation' cannot be used together. Send one of them.", param="conversation")
+    if conversation is not None and not given.get("store", True):
+        raise InvalidRequest("'store: false' cannot be used with 'conversation', which stores the items. Send one of them.", param="store")
+    items: list[Item] = given.get("input", [])
+    if not items and conversation is None and "previous_response_id" not in given:
+        if "input" in given:
+            raise _nothing_to_answer()
+        raise InvalidRequest("'input' is required. Add it to the request.", code="missing_parameter", param="input")
+    return items
+
+
+def _nothing_to_answer() -> InvalidRequest:
+    return InvalidRequest("'input' must have at least one item.", code="empty_prompt", param="input")
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine's parameters, without messages and tools."""
+    parameters = {name: given[name] for name in AS_IN_CHAT if name in given}
+    limit = given.get("max_output_tokens")
+    if limit is not None:
+        if given.get("min_tokens", 0) > limit:
+            raise out_of_range("min_tokens", "at most max_output_tokens")
+        parameters["max_completion_tokens"] = limit
+    form, _ = given.get("text", _PLAIN_TEXT)
+    if form is not None:
+        parameters["response_format"] = form
+    effort = given.get("reasoning", _NO_REASONING)["effort"]
+    if effort is not None:
+        parameters["reasoning_effort"] = effort
+    if LOGPROBS in given.get("include", ()):
+        parameters |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
+    return parameters
+
+
+def _repeated(given: dict[str, Any], tools: Tools) -> dict[str, Any]:
+    """Return the fields of the response that repeat the request, with OpenAI's defaults."""
+    conversation, choice = given.get("conversation"), given.get("tool_choice")
+    return {
+        "background": False,
+        "conversation": None if conversation is None else {"id": conversation},
+        "metadata": given.get("metadata", {}),
+        "reasoning": given.get("reasoning", _NO_REASONING),
+        "text": given.get("text", _PLAIN_TEXT)[1],
+        "tool_choice": "auto" if choice is None else repeated_choice(choice, tools.custom),
+        "tools": tools.repeated,
+        **{name: given.get(name, default) for name, default in _REPEATED.items()},
+    }

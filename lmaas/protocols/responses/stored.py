@@ -1,5 +1,6 @@
 """Responses and conversations of tenants, stored in Postgres."""
 
+import asyncio
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
@@ -10,12 +11,14 @@ from lmaas.protocols.responses.state import Item, NewResponse
 from lmaas.protocols.responses.writer import Turn, Writer
 from lmaas.store import conversations
 from lmaas.store.database import Database
-from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Response, find_chain, find_responses
+from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Chain, Response, find_chain, find_responses
 
 #: The longest id that a client may send. Those of the service are shorter.
 MAX_ID = 100
 #: The most ids of items that one request may refer to.
 MAX_REFERENCES = 1000
+#: The bytes that are decoded before other requests run again.
+BYTES_AT_ONCE = 256 * 1024
 
 
 class _Output(msgspec.Struct):
@@ -53,9 +56,10 @@ class StoredState:
         if not is_id(conversation_id):
             raise _no_conversation(conversation_id)
         try:
-            return [_ITEM.decode(item) for item in await conversations.find_context(self._db, tenant_id, conversation_id)]
+            items = await conversations.find_context(self._db, tenant_id, conversation_id)
         except NotFound:
             raise _no_conversation(conversation_id) from None
+        return await _decoded(Chain(items, ()))
 
     async def _chain(self, tenant_id: str, response_id: str) -> list[Item]:
         chain = await find_chain(self._db, tenant_id, response_id) if is_id(response_id) else None
@@ -66,15 +70,14 @@ class StoredState:
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        if not chain.whole:
+        found = await _decoded(chain) if chain.whole else []
+        if not chain.whole or len(found) > conversations.MAX_ITEMS:
             raise InvalidRequest(
-                f"The response continues more than {MAX_CHAIN:,} responses or {MAX_CHAIN_BYTES:,} bytes. Begin a new chain.",
+                f"The response continues more than {MAX_CHAIN:,} responses, {conversations.MAX_ITEMS:,} items, or {MAX_CHAIN_BYTES:,} "
+                "bytes. Begin a new chain.",
                 code="context_length_exceeded",
                 param="previous_response_id",
             )
-        found = [_ITEM.decode(item) for item in chain.items]
-        for response in chain.responses:
-            found += _items_of(response)
         return found
 
     async def items_of(self, tenant_id: str, ids: Collection[str]) -> dict[str, Item]:
@@ -115,6 +118,27 @@ def input_of(response: Response) -> list[Item]:
 
 def _items_of(response: Response) -> list[Item]:
     return input_of(response) + _OUTPUT.decode(response.body).output
+
+
+async def _decoded(chain: Chain) -> list[Item]:
+    """Return the items of a chain, oldest first. Other requests run meanwhile."""
+    found: list[Item] = []
+    size = 0
+    for item in chain.items:
+        found.append(_ITEM.decode(item))
+        size = await _paused(size + len(item))
+    for response in chain.responses:
+        found += _items_of(response)
+        size = await _paused(size + response.size_bytes)
+    return found
+
+
+async def _paused(size: int) -> int:
+    """Let other requests run if this many bytes were decoded since they last did. Returns the bytes since then."""
+    if size < BYTES_AT_ONCE:
+        return size
+    await asyncio.sleep(0)
+    return 0
 
 
 def _no_conversation(conversation_id: str) -> NotFound:

@@ -69,6 +69,8 @@ def read_tools(name: str, value: Any) -> Tools:
             shown.append((head, len(inner)))
             entries += inner
         elif _is_idle(given):
+            # The response repeats it.
+            chat.check_plain(name, given)
             shown.append((given, 0))
         else:
             shown.append(None)

@@ -142,3 +142,17 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncAnthropic) -> 
         await client.messages.create(**LIMIT, messages=[{"role": "user", "content": "word " * 3000}])
     assert kind(ended) == "invalid_request_error"
     assert "prompt is too long" in ended.value.message
+
+
+async def test_tokens_are_counted(client: AsyncAnthropic) -> None:
+    counted = await client.messages.count_tokens(model="pirate", system="Be brief.", messages=HELLO, tools=[TOOL])
+    assert counted.input_tokens > 0
+    beta = await client.beta.messages.count_tokens(model="base", messages=HELLO)
+    assert 0 < beta.input_tokens < counted.input_tokens
+
+
+async def test_models(client: AsyncAnthropic) -> None:
+    assert {model.id async for model in client.models.list(limit=1)} >= {"base", "pirate"}
+    assert (await client.models.retrieve("pirate")).type == "model"
+    with pytest.raises(anthropic.NotFoundError):
+        await client.models.retrieve("captain")

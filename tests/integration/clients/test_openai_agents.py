@@ -5,7 +5,7 @@ from typing import Any
 
 import agents
 import pytest
-from agents import Agent, Runner, function_tool
+from agents import Agent, OpenAIConversationsSession, Runner, function_tool
 from openai import AsyncOpenAI
 
 from tests.integration.clients.conftest import Service
@@ -64,3 +64,13 @@ async def test_a_handoff(service: Service) -> None:
     result = await Runner.run(desk, f"{CALL} It is transfer_to_forecaster.")
     assert result.last_agent.name == "Forecaster"
     assert result.final_output
+
+
+async def test_a_session_in_a_conversation(service: Service) -> None:
+    weather, session = Weather(), OpenAIConversationsSession()
+    await Runner.run(agent(weather), CALL, session=session)
+    second = await Runner.run(agent(weather), "And now?", session=session)
+    assert second.final_output
+    assert [item["type"] for item in await session.get_items()] == ["message", "function_call", "function_call_output"] + ["message"] * 3
+    assert (await session.pop_item())["role"] == "assistant"
+    await session.clear_session()

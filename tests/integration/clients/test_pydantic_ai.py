@@ -3,11 +3,11 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from pydantic_ai import Agent, Embedder
+from pydantic_ai import Agent, Embedder, NativeOutput
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
-from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel, OpenAIResponsesModelSettings
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.integration.clients.conftest import Service
@@ -50,6 +50,22 @@ async def test_a_tool_and_a_structured_output(model: Model) -> None:
     async with agent.run_stream(CALL) as stream:
         assert await stream.get_output() == answer.output
     assert len(weather.asked) == 3
+
+
+@pytest.mark.parametrize("kind", [OpenAIChatModel, OpenAIResponsesModel])
+async def test_the_models_own_structured_output(environment: Service, kind: type[OpenAIChatModel] | type[OpenAIResponsesModel]) -> None:
+    async with kind("base") as model:
+        answer = await Agent(model, output_type=NativeOutput(Trip)).run("Plan a trip.")
+        assert answer.output.first.days == 1
+
+
+async def test_turns_that_the_service_remembers(environment: Service) -> None:
+    settings = OpenAIResponsesModelSettings(openai_previous_response_id="auto")
+    async with OpenAIResponsesModel("base", settings=settings) as model:
+        agent = Agent(model)
+        first = await agent.run("Hello.")
+        assert (await agent.run("And now?", message_history=first.all_messages())).output
+    assert [len(exchange.body["input"]) for exchange in environment.exchanges("/v1/responses")] == [1, 1]
 
 
 async def test_embeddings(environment: Service) -> None:

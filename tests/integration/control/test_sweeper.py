@@ -1,18 +1,22 @@
 """The controller deletes what is past its day."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
 
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
+from lmaas.control.sweeper import Sweeper
 from lmaas.scheduling.client import Scheduler
+from lmaas.store.conversations import Item, create_conversation
 from lmaas.store.database import Database
 from lmaas.store.idempotency import ROWS_AT_ONCE, Answer, Claim, keep, take
+from lmaas.store.responses import save
 from lmaas.store.scopes import SYSTEM
 from tests.integration.control.test_controller import Names
-from tests.integration.store.build import tenant
+from tests.integration.store.build import stored_response, tenant
 from tests.support.conditions import until
 
 
@@ -43,6 +47,49 @@ async def test_answers_past_their_day_go_and_others_stay(
     assert await left() == 1
 
 
-async def _is(left: object, number: int) -> bool:
+async def test_expired_responses_and_conversations_go(
+    settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmaas.control.sweeper.SWEEP_S", 0.05)
+    acme = await tenant(db, "acme")
+    for number, days in enumerate((1, 30)):
+        await save(db, acme.id, [stored_response(f"resp_{number}")], timedelta(days=days))
+        await create_conversation(db, acme.id, f"conv_{number}", b"{}", [Item(f"msg_{number}", b"{}")], timedelta(days=days))
+    controller = Controller(settings, controller_db, scheduler, Names())
+    running = asyncio.create_task(controller.run())
+
+    async def left() -> list[str]:
+        async with db.begin(SYSTEM) as connection:
+            query = "SELECT id FROM responses UNION ALL SELECT id FROM conversations UNION ALL SELECT id FROM conversation_items ORDER BY 1"
+            return list((await connection.execute(text(query))).scalars())
+
+    try:
+        await until(lambda: controller.sweeper.stored_bytes is not None)
+        assert len(await left()) == 6
+        async with db.begin(SYSTEM) as connection:
+            for table in ("responses", "conversations"):
+                await connection.execute(text(f"UPDATE {table} SET expires_at = expires_at - interval '25 hours'"))  # noqa: S608 (our own names)
+        await until(lambda: _is(left, ["conv_1", "msg_1", "resp_1"]))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_tenant_has_a_bound(db: Database, controller_db: Database) -> None:
+    acme, globex = await tenant(db, "acme"), await tenant(db, "globex")
+    size = stored_response("resp_00").size_bytes
+    for each, count in ((acme, 50), (globex, 5)):
+        for number in range(count):
+            await save(db, each.id, [stored_response(f"resp_{number:02}")], timedelta(days=1))
+    sweeper = Sweeper(controller_db, 10 * size)
+    await sweeper.bound()
+    assert sweeper.stored_bytes == 15 * size
+    async with db.begin(SYSTEM) as connection:
+        query = text("SELECT id FROM responses WHERE tenant_id = :tenant ORDER BY 1")
+        left = [list((await connection.execute(query, {"tenant": each.id})).scalars()) for each in (acme, globex)]
+    assert left == [[f"resp_{number:02}" for number in range(40, 50)], [f"resp_{number:02}" for number in range(5)]]
+
+
+async def _is(left: object, expected: object) -> bool:
     assert callable(left)
-    return bool(await left() == number)
+    return bool(await left() == expected)

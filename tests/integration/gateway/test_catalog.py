@@ -133,7 +133,7 @@ async def test_a_new_adapter_is_seen_at_once(db: Database, base: BaseModel, acme
 async def test_the_list_is_the_tenants_own(db: Database, base: BaseModel, acme: Tenant, other: Tenant) -> None:
     catalog = Catalog(db)
     [listed_base, bot] = await catalog.listed(acme.id)
-    assert listed_base == ListedModel("base-model", listed_base.created, None, base.max_model_len)
+    assert listed_base == ListedModel("base-model", listed_base.created, None, base.max_model_len, base.kind)
     assert (bot.name, bot.parent, bot.max_model_len) == ("bot", "base-model", base.max_model_len)
     assert min(listed_base.created, bot.created) > 1_700_000_000
     assert [model.name for model in await catalog.listed(other.id)] == ["base-model", "bot", "secret"]

@@ -112,7 +112,13 @@ async def test_nothing_is_stored_without_store(service: Service, tenant: Tenant,
 
 async def test_a_request_that_fails_stores_nothing(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
     conversation = await client.conversations.create()
-    for wrong in ({"model": "none"}, {"temperature": 9}, {"max_output_tokens": 10**6}, {"previous_response_id": "resp_x"}):
+    for wrong in (
+        {"model": "none"},
+        {"temperature": 9},
+        {"max_output_tokens": 10**6},
+        {"previous_response_id": "resp_x"},
+        {"store": False},
+    ):
         with pytest.raises(openai.APIStatusError):
             await client.responses.create(**{"model": "base", "input": "Hi", "conversation": conversation.id, **wrong})
     assert await service.count(tenant, "responses") == 0

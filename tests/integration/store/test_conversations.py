@@ -179,3 +179,8 @@ async def test_a_full_conversation_takes_no_more(db: Database, gateway_db: Datab
             for name in ("msg_5", "msg_6"):
                 await delete_item(gateway_db, acme, "conv_1", name, timedelta(days=1))
     await add_items(gateway_db, acme, "conv_1", items("msg_3", "msg_4"), MONTH)
+
+
+async def test_items_that_are_too_large_together_are_not_read(gateway_db: Database, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "MAX_BYTES", 20)
+    assert names(await find_items(gateway_db, acme, ["msg_2", "msg_1"])) == ["msg_1"]

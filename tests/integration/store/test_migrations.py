@@ -1,6 +1,7 @@
 """The migrations make exactly the tables that the code knows."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from sqlalchemy import Connection, create_engine, text
 
 from lmaas.errors import Unavailable
 from lmaas.store import migrate
-from lmaas.store.database import driver_url
+from lmaas.store.database import Database, driver_url
 from lmaas.store.migrate import upgrade
+from lmaas.store.responses import find_response, save
 from lmaas.store.tables import metadata
+from tests.integration.store.build import stored_response, tenant
 
 
 def test_the_newest_schema_is_what_the_tables_say(database_url: str) -> None:
@@ -80,6 +83,16 @@ def version(url: str) -> str:
         found: str = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
     engine.dispose()
     return found
+
+
+async def test_a_database_of_the_release_before_stored_responses(older_url: str) -> None:
+    upgrade(older_url, "0011")
+    upgrade(older_url)
+    db = Database(older_url)
+    acme = await tenant(db, "acme")
+    await save(db, acme.id, [stored_response("resp_1")], timedelta(days=1))
+    assert await find_response(db, acme.id, "resp_1") == stored_response("resp_1")
+    await db.close()
 
 
 def test_a_locked_table_is_waited_for(older_url: str, reader: Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from lmaas.store.database import Database
 from lmaas.store.responses import Response, save
 from lmaas.store.retention import delete_expired, delete_oldest, delete_state, stored_bytes
 from lmaas.store.scopes import SYSTEM
-from lmaas.store.tables import conversations, responses
 from lmaas.store.tenants import delete_tenant
 from tests.integration.store.build import tenant
 from tests.integration.store.test_conversations import items
@@ -21,7 +20,8 @@ from tests.support.conditions import until
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "AT_ONCE", {responses: 3, conversations: 2})
+    monkeypatch.setattr(retention, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(retention, "ITEMS_AT_ONCE", 2)
 
 
 async def left(db: Database) -> list[str]:
@@ -48,7 +48,7 @@ async def test_what_has_expired_is_deleted_in_portions(db: Database, gateway_db:
     deleted = []
     while (count := await delete_expired(controller_db)) > 0:
         deleted.append(count)
-    assert deleted == [5, 5, 2]
+    assert deleted == [5, 5, 2]  # at most 3 responses, and 2 conversations with an item each
     assert await left(db) == ["conv_new_0", "msg_new_0", "resp_new_0"]
 
 

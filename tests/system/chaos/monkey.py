@@ -82,8 +82,11 @@ class Monkey:
 
     async def _waits_for_the_ledger(self) -> bool:
         """Return whether only Valkey has a request of a dead gateway."""
-        entries: Any = await self._service.scheduler.redis.xrange(f"lmaas:{{{self._service.model.id}}}:usage")
-        return any('"lost"' in fields["event"] for _, fields in entries)
+        for model in self._service.models:
+            entries: Any = await self._service.scheduler.redis.xrange(f"lmaas:{{{model.id}}}:usage")
+            if any('"lost"' in fields["event"] for _, fields in entries):
+                return True
+        return False
 
     def _streams(self, gateway: str = "", tokens: int = 1) -> int:
         """Return the number of streams that have received this many tokens, of one gateway or of all."""

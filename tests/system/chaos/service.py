@@ -26,6 +26,7 @@ from lmaas.config import Settings
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.process import bound_command
 from lmaas.scheduling.client import Scheduler, connect
+from lmaas.states import PoolKind
 from lmaas.store.adapters import add_version
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
@@ -36,6 +37,7 @@ from tests.support.processes import command_of
 from tests.support.verdict import Fault
 
 MODEL = "base"
+EMBEDDER = "embedder"
 SLOTS = 5
 GATEWAYS = 2
 CONTROLLERS = 2
@@ -65,14 +67,18 @@ class Client:
 class Service:
     """Postgres, Valkey, gateways, controllers, and the replicas that the controllers start. Created by `running`."""
 
-    def __init__(self, home: Path, fake: str, changes: dict[str, Any]) -> None:
+    def __init__(self, home: Path, fake: str, changes: dict[str, Any], *, embeds: bool = False) -> None:
         self.settings = Settings(home=home)
+        #: Whether there is a second base model, EMBEDDER.
+        self.embeds = embeds
         self._fake, self._changes = fake, changes
         self.truth = home / "truth"
         self.faults: list[Fault] = []
         #: Replicas whose supervisor or engine the test has killed.
         self.killed_replicas: set[str] = set()
         self.model: BaseModel
+        #: The base models, of which `model` is the first.
+        self.models: list[BaseModel] = []
         self.db: Database
         self.scheduler: Scheduler
         self._postgres, self._valkey = ExitStack(), ExitStack()
@@ -210,6 +216,10 @@ class Service:
         fake = f"--fake-token-ms {TOKEN_MS} --fake-truth {self.truth} {self._fake}"
         self.truth.touch()
         self.model = await put_base_model(self.db, BaseModel("", MODEL, "no-model", "float32", {}, 16, 3, 8, SLOTS, 2048, 2**28, fake))
+        self.models = [self.model]
+        if self.embeds:
+            embedder = BaseModel("", EMBEDDER, "no-model", "float32", {}, 16, 1, 1, SLOTS, 512, 2**28, fake, kind=PoolKind.EMBED)
+            self.models.append(await put_base_model(self.db, embedder))
         for name in (*self.gateways, *(f"controller-{number}" for number in range(CONTROLLERS))):
             self.start(name)
 
@@ -247,10 +257,11 @@ class Service:
 
 
 @asynccontextmanager
-async def running(*, fake: str = "", **changes: Any) -> AsyncIterator[Service]:
-    """Run a service with an empty database until the end of the block. Its engines get the `fake` arguments; `changes` are settings."""
+async def running(*, fake: str = "", embeds: bool = False, **changes: Any) -> AsyncIterator[Service]:
+    """Run a service with an empty database until the end of the block. Its engines get the `fake` arguments; `changes` are settings. With
+    `embeds` it also has a base model that embeds."""
     # A short path, because a Unix socket's path may have at most 107 bytes.
-    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes)
+    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes, embeds=embeds)
     async with AsyncExitStack() as exits:
         exits.callback(service.close)
         await service.bootstrap()

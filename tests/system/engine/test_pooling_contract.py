@@ -15,6 +15,8 @@ import pytest
 
 from lmaas.config import Settings
 from lmaas.engine.embedding_model import packaged_folder
+from lmaas.engine.grammars.client import Checkers
+from lmaas.engine.grammars.verdict import Prompt
 from lmaas.engine.launch import EngineSpec
 from lmaas.inference.catalog import ServedModel
 from lmaas.inference.protocol import AnyProtocol, Inference
@@ -339,3 +341,10 @@ async def test_a_dying_engine_never_seems_to_succeed(engine: Engine) -> None:
     await engine.process.stop(grace_s=5)
     (end,) = await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 30)
     assert isinstance(end, httpx.TransportError) or (isinstance(end, httpx.Response) and end.status_code == 500)
+
+
+async def test_a_checker_counts_the_same_tokens(engine: Engine, tmp_path: Path) -> None:
+    async with Checkers(tmp_path, None).kept() as checkers:
+        for text in SENTENCES:
+            tokens = await checkers.tokens(engine.spec, Prompt("/v1/completions", {"prompt": text}))
+            assert tokens.count == (await embed(engine, text))["usage"]["prompt_tokens"]

@@ -65,7 +65,7 @@ async def test_every_response_has_the_headers(
     assert headers["x-request-id"].startswith("req_")
     assert headers.get("access-control-allow-origin") == allowed
     if allowed is not None:
-        assert {"x-request-id", "retry-after", "x-ratelimit-remaining-tokens", "openai-processing-ms"} <= set(
+        assert {"x-request-id", "x-lmaas-model", "retry-after", "x-ratelimit-remaining-tokens", "openai-processing-ms"} <= set(
             headers["access-control-expose-headers"].split(", ")
         )
     if "*" not in origins:

@@ -35,6 +35,13 @@ test("a tool is called and its result is sent back", async () => {
   assert.deepEqual(asked, ["x", "x"]);
 });
 
+test("tokens are counted and models are listed", async () => {
+  assert.ok((await client.messages.countTokens({ model: "base", messages: request.messages })).input_tokens > 0);
+  const names = [];
+  for await (const model of client.models.list({ limit: 1 })) names.push(model.id);
+  assert.ok(names.includes("base") && names.includes("pirate"));
+});
+
 test("errors become the library's exceptions", async () => {
   await assert.rejects(client.messages.create({ ...request, model: "captain" }), Anthropic.NotFoundError);
   await assert.rejects(client.messages.create({ ...request, temperature: 7 }), (error) => {

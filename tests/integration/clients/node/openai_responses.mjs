@@ -45,3 +45,15 @@ test("a structured output is parsed", async () => {
   const answer = await client.responses.parse({ model: "base", input: "Plan a trip.", text: { format } });
   assert.deepEqual(answer.output_parsed, { city: "x", days: 1 });
 });
+
+test("what is stored can be read and deleted", async () => {
+  const conversation = await client.conversations.create();
+  const answer = await client.responses.create({ model: "base", input: "Hello.", conversation: conversation.id });
+  assert.equal((await client.responses.retrieve(answer.id)).output_text, answer.output_text);
+  const roles = [];
+  for await (const item of client.conversations.items.list(conversation.id, { order: "asc" })) roles.push(item.role);
+  assert.deepEqual(roles, ["user", "assistant"]);
+  await client.responses.delete(answer.id);
+  await assert.rejects(client.responses.retrieve(answer.id), OpenAI.NotFoundError);
+  await client.conversations.delete(conversation.id);
+});

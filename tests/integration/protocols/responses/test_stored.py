@@ -182,6 +182,41 @@ async def test_a_chain_that_is_too_long_is_refused(service: Service, acme: str, 
     assert (caught.value.error_code, caught.value.param) == ("context_length_exceeded", "previous_response_id")
 
 
+async def test_a_chain_of_too_many_items_is_refused(service: Service, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await service.state.store(acme, new(1))
+    await service.state.store(acme, new(2, new(1)))
+    monkeypatch.setattr(conversations, "MAX_ITEMS", 3)
+    with pytest.raises(InvalidRequest, match="continues more than"):
+        await service.chain(acme, new(2))
+    assert await service.chain(acme, new(1)) == ["q1", "a1"]
+
+
+async def test_other_requests_run_while_a_large_context_is_decoded(service: Service, acme: str) -> None:
+    for number in range(1, 5):
+        await service.state.store(acme, new(number, new(number - 1) if number > 1 else None, size=300_000))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    # Reading is over before the other request begins, so that it counts only what happens during the decoding.
+    chain = await responses.find_chain(service.db, acme, new(4).id)
+    assert chain is not None
+
+    async def read(*_: object) -> responses.Chain:
+        return chain
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmaas.protocols.responses.stored.find_chain", read)
+        other = asyncio.create_task(others())
+        assert len(await service.chain(acme, new(4))) == 8
+        other.cancel()
+    assert 3 <= turns <= 5
+
+
 async def test_responses_that_end_together_are_stored_together(service: Service, acme: str, db: Database) -> None:
     async with db.begin(SYSTEM) as connection:
         before = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
@@ -190,6 +225,19 @@ async def test_responses_that_end_together_are_stored_together(service: Service,
         after = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
         assert (await connection.execute(text("SELECT count(*) FROM responses"))).scalar_one() == 300
     assert after - before <= 6  # this one, and at most 256 responses each
+
+
+async def test_responses_of_many_tenants_that_end_together_are_stored_together(service: Service, db: Database) -> None:
+    tenants = [(await tenant(db, f"tenant-{number}")).id for number in range(20)]
+    async with db.begin(SYSTEM) as connection:
+        before = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    await asyncio.gather(*(service.state.store(tenant_id, new(number)) for number in range(5) for tenant_id in tenants))
+    async with db.begin(SYSTEM) as connection:
+        after = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    assert after - before <= 10  # far fewer than tenants
+    for tenant_id in tenants:
+        for number in range(5):
+            assert await find_response(service.db, tenant_id, new(number).id) is not None
 
 
 async def test_turns_of_one_conversation_are_stored_in_the_order_of_their_ends(service: Service, acme: str) -> None:
@@ -227,6 +275,16 @@ async def test_without_postgres_the_client_waits_briefly_and_the_response_is_sto
     for response in ended:
         assert await find_response(service.db, acme, response.id) is not None
     assert service.lost == 0
+
+
+async def test_a_postgres_that_hangs_holds_up_no_client(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "STORE_S", 0.2)
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("LOCK TABLE responses"))
+        async with asyncio.timeout(10):
+            await service.state.store(acme, new(1))
+    await service.writer.drained()
+    assert await find_response(service.db, acme, new(1).id) is not None
 
 
 async def test_what_waits_is_bounded_and_what_is_lost_is_reported(

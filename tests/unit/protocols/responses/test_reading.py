@@ -9,7 +9,7 @@ from openai.types.responses import Response
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.protocols.responses.parameters import INCLUDABLE, TABLE
 from lmaas.protocols.responses.request import ResponsesRequest, read_response
-from tests.unit.protocols.parameters.build import model, refusal
+from tests.unit.protocols.parameters.build import model, nested, refusal
 from tests.unit.protocols.responses.build import BODY, CUSTOM, FUNCTION, stream, streamed, words
 
 CODEX: dict[str, Any] = {
@@ -161,6 +161,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("tool_choice", {"type": "allowed_tools"}, "invalid_type", "tool_choice"),
     ("tool_choice", "sometimes", "out_of_range", "tool_choice"),
     ("tools", {}, "invalid_type", "tools"),
+    ("tools", [{"type": "web_search", "external_web_access": False, "filters": nested(500)}], "invalid_schema", "tools"),
     ("tools", [FUNCTION] * 129, "invalid_type", "tools"),
     ("tools", ["f"], "invalid_type", "tools[0]"),
     ("tools", [{"name": "f"}], "invalid_type", "tools[0]"),
@@ -223,7 +224,8 @@ def test_min_tokens_above_the_limit() -> None:
 def test_one_kind_of_context() -> None:
     both = {"previous_response_id": "resp_1", "conversation": "conv_1"}
     assert refusal(read_response, BODY | both) == ("invalid_request", "conversation")
-    assert read(conversation={"id": "conv_1"}).conversation_id == "conv_1"
+    assert refusal(read_response, BODY | {"conversation": "conv_1", "store": False}) == ("invalid_request", "store")
+    assert read(conversation={"id": "conv_1"}, store=True).conversation_id == "conv_1"
     for context in ({"previous_response_id": "resp_1"}, {"conversation": "conv_1"}):
         assert read_response({"model": "m"} | context).items == []
         assert read_response({"model": "m", "input": []} | context).items == []
@@ -366,6 +368,13 @@ def test_a_reference_to_nothing() -> None:
     with pytest.raises(NotFound) as caught:
         request.expand([], {"msg_1": SAID})
     assert caught.value.param == "input[1].id"
+
+
+def test_an_empty_conversation_without_input() -> None:
+    request = read_response({"model": "m", "conversation": "conv_1"})
+    with pytest.raises(InvalidRequest) as caught:
+        request.expand([], {})
+    assert (caught.value.error_code, caught.value.param) == ("empty_prompt", "input")
 
 
 def truncated(max_model_len: int, *, limit: int | None = None) -> list[str]:
