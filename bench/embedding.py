@@ -39,7 +39,7 @@ class Load:
 
 
 #: As an index is built, and as a search asks. The engine has more to do at any time than it can do at once.
-LOADS = {"64 texts in a request": Load(16, 4, 64), "one text in a request": Load(400, 16, 1)}
+LOADS = {"64 texts in a request": Load(8, 4, 64), "one text in a request": Load(160, 16, 1)}
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:

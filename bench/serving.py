@@ -116,7 +116,7 @@ async def _added_ttft(asker: Client, through: Place, straight: Place) -> Bar:
     detail: dict[str, Any] = summary([median(ours - bare for ours, bare in each) for each in rounds])
     detail |= {"pairs": ROUNDS * PAIRS, "through_ms": summary([median(ours for ours, _ in each) for each in rounds])}
     detail |= {"straight_ms": summary([median(bare for _, bare in each) for each in rounds])}
-    return Bar("added_ttft_ms", detail["median"], "<=", 5, detail)
+    return Bar("added_ttft_ms", detail["median"], "<=", 2, detail)
 
 
 async def _kept_busy(asker: Client, through: Place, straight: Place) -> Bar:
@@ -152,9 +152,9 @@ async def _slot_aware(model: Path, folder: Path, made: dict[str, Path], say: Say
         await SCARCE.run(asker, straight, seed=-1)
         figures = await interleaved(ROUNDS, {way: partial(SCARCE.run, asker, places) for way, places in ways.items()})
     return [
-        worse("slot_aware_ttft_p50", "<=", 0.5, figures, lambda run: run.ttft_s(50)),
-        worse("slot_aware_throughput", ">=", 1.2, figures, lambda run: run.tokens_per_s),
-        worse("slot_aware_ttft_p99", "<=", 1.2, figures, lambda run: run.ttft_s(99)),
+        worse("slot_aware_ttft_p50", "<=", 0.55, figures, lambda run: run.ttft_s(50)),
+        worse("slot_aware_throughput", ">=", 1.8, figures, lambda run: run.tokens_per_s),
+        worse("slot_aware_ttft_p99", "<=", 0.6, figures, lambda run: run.ttft_s(99)),
     ]
 
 

@@ -86,8 +86,8 @@ class Settings:
     max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
     max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
     max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
-    response_retention_s: float = setting(
-        30 * 86400.0, "Time for which a response is stored, and a conversation after its last change. Holds for what is stored from now on."
+    response_retention_s: int = setting(
+        30 * 86400, "Time for which a response is stored, and a conversation after its last change. Holds for what is stored from now on."
     )
     max_stored_bytes: int = setting(
         10 * 1024**3, "Bytes of responses and conversations that are stored for a tenant; beyond, those that would expire first go early."

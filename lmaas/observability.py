@@ -1,12 +1,17 @@
 """Logs as JSON lines on standard error, and the Prometheus metrics of a gateway."""
 
+import itertools
 import json
 import logging
 import sys
 import time
+from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 #: The fields that a log line may have in addition to its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
@@ -15,6 +20,8 @@ FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter
 MAX_CODES = 300
 #: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
 COUNTED = "counted"
+#: The bounds of the histogram of queue times.
+QUEUE_BOUNDS_S = (0.005, 0.05, 0.25, 1, 5, 15, 30, 60, 120)
 
 
 class JsonFormatter(logging.Formatter):
@@ -46,13 +53,64 @@ def configure_logging(level: str) -> None:
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
+class RequestCounts(Collector):
+    """What is counted for every request.
+
+    These are plain numbers, from which metrics are made when Prometheus reads them: the library's own counters, which are safe for many
+    threads, took a twentieth of the CPU time of a request. Only the thread of the event loop may count.
+    """
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._outcomes: dict[tuple[str, str], int] = {}
+        self._prompt = self._cached = self._completion = 0
+        #: The requests by queue time: one number for each bound, and one for those above all bounds.
+        self._queued = [0] * (len(QUEUE_BOUNDS_S) + 1)
+        self._queue_s = 0.0
+
+    def begun(self) -> None:
+        """Count a request that was accepted."""
+        self._running += 1
+
+    def ended(self, endpoint: str, outcome: str, *, queue_s: float, prompt: int, cached: int, completion: int) -> None:
+        """Count the end of a request that was accepted."""
+        self._running -= 1
+        self.counted(endpoint, outcome)
+        self._queued[bisect_left(QUEUE_BOUNDS_S, queue_s)] += 1
+        self._queue_s += queue_s
+        self._prompt += prompt
+        self._cached += cached
+        self._completion += completion
+
+    def counted(self, endpoint: str, outcome: str) -> None:
+        """Count a request by its outcome alone."""
+        key = (endpoint, outcome)
+        self._outcomes[key] = self._outcomes.get(key, 0) + 1
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics for Prometheus."""
+        requests = CounterMetricFamily("lmaas_requests", "Requests by endpoint and outcome.", labels=("endpoint", "outcome"))
+        for labels, count in self._outcomes.items():
+            requests.add_metric(labels, count)
+        tokens = CounterMetricFamily("lmaas_tokens", "Tokens by kind, as the engines reported them.", labels=("kind",))
+        for kind, count in (("prompt", self._prompt), ("cached", self._cached), ("completion", self._completion)):
+            tokens.add_metric((kind,), count)
+        running = GaugeMetricFamily("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", value=self._running)
+        bounds = [*map(str, map(float, QUEUE_BOUNDS_S)), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(self._queued), strict=True))
+        queue = HistogramMetricFamily(
+            "lmaas_queue_seconds", "From the request's arrival to its lease.", buckets=buckets, sum_value=self._queue_s
+        )
+        return requests, tokens, running, queue
+
+
 class GatewayMetrics:
     """The metrics of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("lmaas_requests", "Requests by endpoint and outcome.", ("endpoint", "outcome"), registry=self.registry)
-        self.tokens = Counter("lmaas_tokens", "Tokens by kind, as the engines reported them.", ("kind",), registry=self.registry)
+        self.requests = RequestCounts()
+        self.registry.register(self.requests)
         self.refusals = Counter(
             "lmaas_refusals",
             "Requests that got an error, by its kind and code.",
@@ -69,35 +127,8 @@ class GatewayMetrics:
         self.lost_responses = Counter(
             "lmaas_lost_responses", "Responses that were not stored, because Postgres was away for too long.", registry=self.registry
         )
-        self.in_flight = Gauge("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", registry=self.registry)
-        self.queue = Histogram(
-            "lmaas_queue_seconds",
-            "From the request's arrival to its lease.",
-            buckets=(0.005, 0.05, 0.25, 1, 5, 15, 30, 60, 120),
-            registry=self.registry,
-        )
         # Looking up a label costs more than counting.
-        self._outcomes: dict[tuple[str, str], Counter] = {}
         self._refusals: dict[tuple[str, str, str], Counter] = {}
-        self._prompt, self._cached, self._completion = (self.tokens.labels(kind) for kind in ("prompt", "cached", "completion"))
-
-    def ended(self, endpoint: str, outcome: str, *, queue_s: float, prompt: int, cached: int, completion: int) -> None:
-        """Count a request that has ended."""
-        counter = self._outcomes.get((endpoint, outcome))
-        if counter is None:
-            counter = self._outcomes[endpoint, outcome] = self.requests.labels(endpoint, outcome)
-        counter.inc()
-        self.queue.observe(queue_s)
-        self._prompt.inc(prompt)
-        self._cached.inc(cached)
-        self._completion.inc(completion)
-
-    def counted(self, endpoint: str) -> None:
-        """Count a request for the tokens of a prompt that was answered."""
-        counter = self._outcomes.get((endpoint, COUNTED))
-        if counter is None:
-            counter = self._outcomes[endpoint, COUNTED] = self.requests.labels(endpoint, COUNTED)
-        counter.inc()
 
     def refused(self, endpoint: str, kind: str, code: str) -> None:
         """Count a request that got an error. Beyond MAX_CODES series, codes are counted as `other`."""

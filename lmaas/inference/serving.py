@@ -77,8 +77,8 @@ class Inferences:
         async with self.leases.open(ticket, inference.record, limits, deadline_s=self.settings.queue_deadline_s) as opened:
             if opened.left:
                 sink.add_to_head(protocol.limit_lines(opened.left))
-            with self.metrics.in_flight.track_inprogress():
-                await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
+            self.metrics.requests.begun()
+            await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
 
     async def _run_accepted(
         self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool
@@ -111,7 +111,7 @@ class Inferences:
             record.end(UsageStatus.FAILED, "internal_error")
             await self._answer_error(inference, sink, InternalError())
         finally:
-            self.metrics.ended(
+            self.metrics.requests.ended(
                 inference.protocol.path,
                 record.status,
                 queue_s=record.queue_ms / 1000,

@@ -91,21 +91,23 @@ class Database:
                 # Also if the task is cancelled meanwhile: the pool gets its connection back.
                 await asyncio.shield(connection.close())
 
-    async def execute_once(self, tenant_id: str, statement: LiteralString, values: Sequence[Any]) -> None:
-        """Execute one of the driver's own statements for a tenant, as a transaction of its own, in one exchange with Postgres.
+    async def execute_for_each(self, statement: LiteralString, values: Sequence[tuple[str, Sequence[Any]]]) -> None:
+        """Execute one of the driver's own statements for some tenants, for each with its values, as one transaction in one exchange with
+        Postgres.
 
-        It costs half of the CPU time of `begin`, and is for what happens very often. If a connection is lost, the statement is executed
-        again, although Postgres may have done it: the second time it must have no effect.
+        It costs half of the CPU time of `begin`, and is for what happens very often. Each execution is in the scope of its tenant. If a
+        connection is lost, all are executed again, although Postgres may have done them: the second time they must have no effect.
         """
-        settings, of_settings = tenant_settings(tenant_id, self._prefix, self._acts_as)
+        scoped = [(*tenant_settings(tenant_id, self._prefix, self._acts_as), each) for tenant_id, each in values]
 
         async def exchange(connection: AsyncConnection) -> None:
             driver = await _driver(connection)
             # The statements of a pipeline are one transaction, which its end commits.
             async with driver.pipeline():
                 cursor = driver.cursor()
-                await cursor.execute(settings, of_settings, prepare=True)
-                await cursor.execute(statement, values, prepare=True)
+                for settings, of_settings, each in scoped:
+                    await cursor.execute(settings, of_settings, prepare=True)
+                    await cursor.execute(statement, each, prepare=True)
 
         with _unavailable():
             connection = await self._connected(exchange)

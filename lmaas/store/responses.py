@@ -7,8 +7,9 @@ is stored twice. Times are those of Postgres.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, delete, func, literal, select
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, delete, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
@@ -59,15 +60,24 @@ class Chain:
     whole: bool = True
 
 
-def owned(table: FromClause, tenant_id: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def owned(table: FromClause, tenant_id: str | BindParameter[Any]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """Return the conditions for a tenant's rows that have not expired. Expired rows are found no more, although they are deleted later."""
     return table.c.tenant_id == tenant_id, table.c.expires_at > func.now()
 
 
 async def save(db: Database, tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> None:
     """Store responses that belong to no conversation. One that is stored already stays as it is. Nothing is stored for a deleted tenant."""
-    values = (ROW_BYTES, kept_for, tenant_id, [each.id for each in responses], [each.previous_id for each in responses])
-    await db.execute_once(tenant_id, _SAVE, (*values, [each.input for each in responses], [each.body for each in responses]))
+    await save_together(db, [(tenant_id, responses)], kept_for)
+
+
+async def save_together(db: Database, batches: Sequence[tuple[str, Sequence[Response]]], kept_for: timedelta) -> None:
+    """Store responses of several tenants as `save` does, in one transaction."""
+    await db.execute_for_each(_SAVE, [(tenant_id, _values(tenant_id, responses, kept_for)) for tenant_id, responses in batches])
+
+
+def _values(tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> Sequence[Any]:
+    ids, previous = [each.id for each in responses], [each.previous_id for each in responses]
+    return ROW_BYTES, kept_for, tenant_id, ids, previous, [each.input for each in responses], [each.body for each in responses]
 
 
 async def find_response(db: Database, tenant_id: str, response_id: str) -> Response | None:
@@ -78,24 +88,34 @@ async def find_response(db: Database, tenant_id: str, response_id: str) -> Respo
     return None if row is None else Response(*row)
 
 
-async def find_chain(db: Database, tenant_id: str, response_id: str) -> Chain | None:
-    """Return a response with everything that it continues. None if the tenant does not have it, or has no longer all of that."""
+def _chain_query() -> Select[Any]:
+    tenant_id: BindParameter[str] = bindparam("tenant")
     steps = (
         select(rows.c.id, rows.c.previous_id, literal(1).label("depth"), rows.c.size_bytes.label("bytes"))
-        .where(*owned(rows, tenant_id), rows.c.id == response_id)
+        .where(*owned(rows, tenant_id), rows.c.id == bindparam("response"))
         .cte("steps", recursive=True)
     )
     earlier = rows.alias("earlier")
+    within = (steps.c.depth < bindparam("max_chain"), steps.c.bytes <= bindparam("max_bytes"))
     steps = steps.union_all(
         select(earlier.c.id, earlier.c.previous_id, steps.c.depth + 1, steps.c.bytes + earlier.c.size_bytes).where(
-            *owned(earlier, tenant_id), earlier.c.id == steps.c.previous_id, steps.c.depth < MAX_CHAIN, steps.c.bytes <= MAX_CHAIN_BYTES
+            *owned(earlier, tenant_id), earlier.c.id == steps.c.previous_id, *within
         )
     )
     columns = (rows.c.id, rows.c.input, rows.c.body, rows.c.previous_id)
     query = select(*columns, rows.c.conversation_id, rows.c.conversation_start, steps.c.depth, steps.c.bytes)
-    query = query.join(steps, steps.c.id == rows.c.id).where(rows.c.tenant_id == tenant_id).order_by(steps.c.depth.desc())
+    return query.join(steps, steps.c.id == rows.c.id).where(rows.c.tenant_id == tenant_id).order_by(steps.c.depth.desc())
+
+
+#: Built once, because building it costs about as much as executing it.
+_CHAIN = _chain_query()
+
+
+async def find_chain(db: Database, tenant_id: str, response_id: str) -> Chain | None:
+    """Return a response with everything that it continues. None if the tenant does not have it, or has no longer all of that."""
+    values = {"tenant": tenant_id, "response": response_id, "max_chain": MAX_CHAIN, "max_bytes": MAX_CHAIN_BYTES}
     async with db.begin(tenant_id) as connection:
-        found = (await connection.execute(query)).all()
+        found = (await connection.execute(_CHAIN, values)).all()
         if not found:
             return None
         first = found[0]

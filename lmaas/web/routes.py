@@ -20,7 +20,7 @@ from lmaas.http import JsonResponse, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
-from lmaas.observability import GatewayMetrics
+from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.web.auth import Authenticator, tenant_of
 from lmaas.web.call import Call
 from lmaas.web.idempotency import Idempotency
@@ -103,7 +103,7 @@ class TokensEndpoint(Endpoint):
         asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
         answer = await gateway.counts.serve(principal, counting, asked, call)
         text = msgspec.json.encode(answer)
-        gateway.metrics.counted(counting.path)
+        gateway.metrics.requests.counted(counting.path, COUNTED)
         await call.start(200, {"content-type": "application/json", "content-length": str(len(text))})
         await call.finish(text)
 

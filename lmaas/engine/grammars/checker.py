@@ -30,6 +30,7 @@ from lmaas.engine.grammars.prompts import PromptReader
 from lmaas.engine.grammars.verdict import (
     CPU_S,
     INVALID,
+    MAX_QUESTION_BYTES,
     MEMORY_BYTES,
     PROMPT_CPU_S,
     PROMPT_MEMORY_BYTES,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 #: The number of checks that run at once. Further clients wait in the socket's queue.
 AT_ONCE = 2
 BACKLOG = 256
-MAX_QUESTION_BYTES = 8 * 1024 * 1024
 #: The time that a client may take to send its question.
 QUESTION_S = 5.0
 #: Does what a client asks for.
@@ -196,6 +196,7 @@ def main() -> None:
     name = arguments[arguments.index("--served-model-name") + 1]
     sys.argv = [sys.argv[0], *arguments]  # the key of the prepared tokenizer
     os.nice(NICENESS)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer starts a thread for each processor, and this one must fork
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answer = answering(PromptReader(arguments))
     threads = len(os.listdir("/proc/self/task"))

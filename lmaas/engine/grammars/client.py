@@ -17,7 +17,7 @@ import msgspec
 
 from lmaas.engine.activity import Standstill, activity_of, family_of
 from lmaas.engine.grammars.prompts import TOO_LONG
-from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, Prompt, Question, Tokens, Verdict, decode_told, encode
+from lmaas.engine.grammars.verdict import INVALID, MAX_QUESTION_BYTES, TOO_COMPLEX, Prompt, Question, Tokens, Verdict, decode_told, encode
 from lmaas.engine.launch import VLLM, EngineSpec, command_line, environment, shared_environment
 from lmaas.engine.zygote import client as zygote
 from lmaas.engine.zygote import wire
@@ -96,6 +96,8 @@ class Checkers:
             # Another engine brings its own function.
             read: Callable[[Prompt], Tokens] = importlib.import_module(spec.module).read_prompt
             return read(prompt)
+        if len(encode(prompt)) > MAX_QUESTION_BYTES:
+            return Tokens(TOO_COMPLEX, TOO_LONG)
         told = await self._ask(spec, prompt)
         if isinstance(told, Tokens):
             return told

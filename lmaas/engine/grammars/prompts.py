@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, TOO_COMPLEX, Prompt, Tokens
+from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, MAX_RETURNED, TOO_COMPLEX, Prompt, Tokens
 
 CHAT = "/v1/chat/completions"
 MAX_MESSAGE = 500
@@ -14,11 +14,11 @@ TOO_LONG = "The prompt is too long to be read without an engine. Send a shorter 
 
 
 class Refused(Exception):
-    """An engine would refuse the prompt, for the given reason. `param` is the engine's parameter at fault, or empty."""
+    """The prompt is refused, for the given reason. `param` is the engine's parameter at fault, or empty."""
 
-    def __init__(self, reason: str, param: str = "") -> None:
+    def __init__(self, reason: str, param: str = "", code: str = INVALID) -> None:
         super().__init__(reason)
-        self.param = param
+        self.param, self.code = param, code
 
 
 class PromptReader:
@@ -71,7 +71,7 @@ class PromptReader:
         except MemoryError:
             return Tokens(TOO_COMPLEX, TOO_LONG, cpu_s=time.process_time() - began)
         except Refused as refused:
-            return Tokens(INVALID, str(refused), refused.param, cpu_s=time.process_time() - began)
+            return Tokens(refused.code, str(refused), refused.param, cpu_s=time.process_time() - began)
         except Exception as error:  # noqa: BLE001 (whatever a client's messages make vLLM's own types and the model's template raise)
             return Tokens(INVALID, _reason(error), str(getattr(error, "parameter", None) or ""), cpu_s=time.process_time() - began)
         return Tokens(count=len(ids), ids=ids if prompt.ids else [], strings=strings, cpu_s=time.process_time() - began)
@@ -87,7 +87,10 @@ class PromptReader:
             found = await self._online.preprocess_completion(request, prompt_input=request.prompt, prompt_embeds=None)
         if not isinstance(found, list):
             raise Refused(found.error.message, found.error.param or "")
-        return [token for one in found for token in one["prompt_token_ids"]]
+        ids = [token for one in found for token in one["prompt_token_ids"]]
+        if (prompt.ids or prompt.strings) and len(ids) > MAX_RETURNED:
+            raise Refused(f"The prompt has {len(ids)} tokens, and at most {MAX_RETURNED} are returned. Split it.", code=TOO_COMPLEX)
+        return ids
 
 
 def _request_types(pooling: bool) -> tuple[Any, Any]:

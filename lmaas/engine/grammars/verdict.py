@@ -15,6 +15,9 @@ MEMORY_BYTES = 512 * 1024 * 1024
 #: The CPU time, and the address space in addition to that at its start, that one reading of a prompt may use.
 PROMPT_CPU_S = 5.0
 PROMPT_MEMORY_BYTES = 1024 * 1024 * 1024
+#: The largest question, and the most tokens of one prompt that are returned beside their number.
+MAX_QUESTION_BYTES = 8 * 1024 * 1024
+MAX_RETURNED = 200_000
 #: Wall-clock time of one check. A busy machine needs more than the CPU time. A check that takes longer gives no verdict.
 WALL_S = 30.0
 

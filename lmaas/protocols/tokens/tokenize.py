@@ -3,10 +3,10 @@
 from typing import Any
 
 from lmaas.engine.grammars.verdict import DETOKENIZE as DETOKENIZE_PATH
-from lmaas.engine.grammars.verdict import Tokens
+from lmaas.engine.grammars.verdict import MAX_RETURNED, Tokens
 from lmaas.errors import InvalidRequest
 from lmaas.inference.counting import Counting, PromptRequest
-from lmaas.protocols.parameters.checks import boolean, wrong_type
+from lmaas.protocols.parameters.checks import boolean, out_of_range, wrong_type
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.request import read_chat
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Table, forwarded
@@ -22,7 +22,6 @@ CHATS = (
     "tools",
     "tool_choice",
 )
-_MEDIA = CHAT.by_name["mm_processor_kwargs"].rule
 
 
 def read_text(name: str, value: Any) -> Any:
@@ -33,9 +32,11 @@ def read_text(name: str, value: Any) -> Any:
 
 
 def read_ids(name: str, value: Any) -> Any:
-    """Read a list of token ids, as many as a body may have."""
+    """Read a list of token ids."""
     if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31 for item in value):
         raise wrong_type(name, "a list of token ids")
+    if len(value) > MAX_RETURNED:
+        raise out_of_range(name, f"a list of at most {MAX_RETURNED} token ids")
     return value
 
 
@@ -53,7 +54,9 @@ TOKENIZE = Table(
         CHAT.by_name["mm_processor_kwargs"],
     ),
 )
-DETOKENIZE = Table("detokenize", "/v1/detokenize", ("tokens",), (forwarded("tokens", "a list of token ids", read_ids),))
+DETOKENIZE = Table(
+    "detokenize", "/v1/detokenize", ("tokens",), (forwarded("tokens", f"a list of at most {MAX_RETURNED:,} token ids", read_ids),)
+)
 
 
 class Tokenize(Counting):

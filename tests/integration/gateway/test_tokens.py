@@ -64,13 +64,18 @@ async def tenant(service: Service) -> Tenant:
 
 
 @pytest.fixture
-async def checker(service: Service) -> AsyncIterator[Checker]:
-    """A host with the test's answers instead of the service's own."""
+async def checker(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Checker]:
+    """A host with the test's answers instead of the service's own, which publishes its address again afterwards."""
+    monkeypatch.setattr(checker_hosts, "ADDRESS_S", -1.0)
     async with serving() as checker:
-        own = await service.stack.redis.get(key_of())
         await service.stack.redis.set(key_of(), checker.url)
         yield checker
-        await service.stack.redis.set(key_of(), own or "")
+        await service.stack.redis.delete(key_of())
+
+    async def again() -> bool:
+        return await service.stack.redis.get(key_of()) is not None
+
+    await until(again)
 
 
 async def test_a_chat_has_as_many_tokens_as_are_counted(service: Service, tenant: Tenant) -> None:
@@ -109,6 +114,20 @@ async def test_openais_client_counts_with_earlier_responses(service: Service, te
     refused = await service.post(stranger, INPUT, input="And now?", previous_response_id=first.id)
     unknown = await service.post(stranger, INPUT, input="And now?", previous_response_id="resp_none")
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, unknown.json()["error"]["code"])
+
+
+async def test_a_conversation_is_counted_with_its_items(service: Service, tenant: Tenant) -> None:
+    async with AsyncOpenAI(base_url=f"{service.stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
+        said: Any = {"type": "message", "role": "user", "content": "My name is Ada, and I live in Zürich."}
+        conversation = await client.conversations.create(items=[said])
+        given: Any = {"model": "base", "input": "Who am I?", "conversation": conversation.id}
+        counted = await client.responses.input_tokens.count(**given)
+        alone = await client.responses.input_tokens.count(**given | {"conversation": None})
+        answer = await client.responses.create(**given, max_output_tokens=1)
+    assert answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens > alone.input_tokens
+    refused = await service.post(await service.stack.tenant(), INPUT, input="Who am I?", conversation=conversation.id)
+    assert refused.status_code == 404
 
 
 @ALL

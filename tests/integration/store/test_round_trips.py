@@ -122,16 +122,16 @@ async def noted(admin: Database) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("role", [DatabaseRole.GATEWAY, None], ids=["own login", "one login for all"])
-async def test_a_statement_executed_once_is_one_exchange_in_its_scope(
+async def test_a_statement_for_many_tenants_is_one_exchange_in_the_scope_of_each(
     proxy: Proxy, notes: Database, database_url: str, role: DatabaseRole | None
 ) -> None:
     db = through(proxy, database_url, role)
     await db.check()
-    for number in range(8):  # prepared by then
+    for number in range(0, 160, 40):  # prepared by then
         before = proxy.answers
-        await db.execute_once(f"ten_{number}", _NOTE, (str(number),))
+        await db.execute_for_each(_NOTE, [(f"ten_{each:03}", (f"{each:03}",)) for each in range(number, number + 40)])
     assert proxy.answers - before == 1
-    assert await noted(notes) == [(str(number), f"ten_{number}") for number in range(8)]
+    assert await noted(notes) == [(f"{number:03}", f"ten_{number:03}") for number in range(160)]
     async with notes.begin(SYSTEM) as connection:
         assert len((await connection.execute(text("SELECT DISTINCT role FROM notes WHERE role LIKE '%gateway'"))).all()) == 1
         assert len((await connection.execute(text("SELECT DISTINCT role FROM notes"))).all()) == 1
@@ -141,24 +141,24 @@ async def test_a_statement_executed_once_is_one_exchange_in_its_scope(
     await db.close()
 
 
-async def test_a_statement_executed_once_that_fails_has_no_effect(proxy: Proxy, notes: Database, database_url: str) -> None:
+async def test_a_statement_for_many_tenants_has_no_effect_if_it_fails_for_one(proxy: Proxy, notes: Database, database_url: str) -> None:
     db = through(proxy, database_url)
     with pytest.raises(ValueError, match="empty"):
-        await db.execute_once("", _NOTE, ("a",))
+        await db.execute_for_each(_NOTE, [("ten_a", ("a",)), ("", ("b",))])
     with pytest.raises(psycopg.errors.DivisionByZero):
-        await db.execute_once("ten_a", "INSERT INTO notes SELECT 'a', 'b', 1 / %s::int", (0,))
-    await db.execute_once("ten_a", _NOTE, ("b",))
+        await db.execute_for_each("INSERT INTO notes SELECT 'a', 'b', 1 / %s::int", [("ten_a", (1,)), ("ten_b", (0,))])
+    await db.execute_for_each(_NOTE, [("ten_a", ("b",))])
     assert await noted(notes) == [("b", "ten_a")]
     assert proxy.connections == 1
     await db.close()
 
 
-async def test_a_statement_executed_once_survives_dead_connections(proxy: Proxy, notes: Database, database_url: str) -> None:
+async def test_a_statement_for_many_tenants_survives_dead_connections(proxy: Proxy, notes: Database, database_url: str) -> None:
     db = through(proxy, database_url)
     async with db.begin(SYSTEM), db.begin(SYSTEM):
         pass
     proxy.cut()
-    await db.execute_once("ten_a", _NOTE, ("a",))
+    await db.execute_for_each(_NOTE, [("ten_a", ("a",))])
     assert await noted(notes) == [("a", "ten_a")]
     await db.close()
 

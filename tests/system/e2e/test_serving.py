@@ -158,7 +158,7 @@ def test_everything_that_clients_use(stack: Stack) -> None:
 
 def test_the_engines_own_routes_are_not_there(stack: Stack) -> None:
     with stack.http(stack.key("acme", "admin_key")) as client:
-        for path in ("/v1/load_lora_adapter", "/inference/v1/abort_requests", "/tokenize", "/inference/v1/generate", "/v1/responses"):
+        for path in ("/v1/load_lora_adapter", "/inference/v1/abort_requests", "/tokenize", "/inference/v1/generate", "/detokenize"):
             assert client.post(path, json={}).status_code == 404, path
 
 

@@ -127,8 +127,14 @@ class Engine:
         await until(running)
 
 
+@pytest.fixture(scope="module")
+def vllm_args() -> str:
+    """Further arguments for vLLM, which a module of tests may replace."""
+    return ""
+
+
 @pytest.fixture(scope="module", params=["fake", "vllm"])
-async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+async def engine(vllm_args: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
     """A running engine with 8 slots. vLLM is forked by a zygote, as in a service. Other tests cover plain starts (README.md)."""
     fake = request.param == "fake"
     spec = EngineSpec(
@@ -142,7 +148,7 @@ async def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         max_lora_rank=16,
         max_cpu_loras=4,
         kv_cache_bytes=512 * 1024 * 1024,
-        extra_args="--fake-token-ms 10" if fake else "",
+        extra_args="--fake-token-ms 10" if fake else vllm_args,
     )
     async with AsyncExitStack() as stack:
         home = None if fake else (await stack.enter_async_context(zygote_in(tmp_path_factory.mktemp("home")))).home

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lmaas.engine.grammars.client import Checkers
-from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, TOO_COMPLEX, Prompt
+from lmaas.engine.grammars.verdict import DETOKENIZE, INVALID, MAX_QUESTION_BYTES, TOO_COMPLEX, Prompt
 from lmaas.engine.launch import VLLM
 from lmaas.protocols.parameters.request import read_chat, read_completion
 from tests.system.engine.conftest import BASE, CHAT, COMPLETION, MAX_LEN, Engine, total
@@ -50,6 +50,28 @@ COMPLETIONS: list[dict[str, Any]] = [
 ]
 
 
+#: A chat template that shows the model everything that may be in a prompt. That of the default model leaves out tools.
+TEMPLATE = """\
+{%- if tools %}<|im_start|>tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{{ reasoning_effort or "" }}{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def vllm_args(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The argument for the chat template of these tests."""
+    path = tmp_path_factory.mktemp("template") / "template.jinja"
+    path.write_text(TEMPLATE)
+    return f"--chat-template {path}"
+
+
 @pytest.fixture(scope="module")
 async def checkers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Checkers]:
     """The checkers of this machine."""
@@ -77,6 +99,17 @@ async def test_the_count_is_that_of_the_request(engine: Engine, checkers: Checke
     assert (plain.count, plain.ids, plain.strings) == (tokens.count, [], [])
 
 
+async def test_everything_in_a_chat_is_counted(engine: Engine, checkers: Checkers) -> None:
+    if engine.spec.module != VLLM:
+        pytest.skip("the fake engine shows no tools to its model")
+    plain: dict[str, Any] = {"messages": [USER]}
+    counts = []
+    for more in ({}, {"tools": [TOOL]}, {"reasoning_effort": "low"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        counts.append((await checkers.tokens(engine.spec, Prompt(CHAT, plain | more))).count)
+    assert counts[1] > counts[0] + 50
+    assert min(counts[2:]) > counts[0]
+
+
 async def test_a_prompt_beyond_the_context_is_counted(engine: Engine, checkers: Checkers) -> None:
     words = "word " * MAX_LEN * 2
     tokens = await checkers.tokens(engine.spec, Prompt(CHAT, {"messages": [{"role": "user", "content": words}]}))
@@ -87,6 +120,15 @@ async def test_a_prompt_beyond_the_context_is_counted(engine: Engine, checkers: 
 async def test_an_empty_text_has_no_tokens(engine: Engine, checkers: Checkers) -> None:
     tokens = await checkers.tokens(engine.spec, Prompt(COMPLETION, {"prompt": ""}, ids=True))
     assert (tokens.code, tokens.count, tokens.ids) == ("", 0, [])
+
+
+async def test_not_all_tokens_of_a_long_prompt_are_returned(engine: Engine, checkers: Checkers) -> None:
+    if engine.spec.module != VLLM:
+        pytest.skip("the fake engine reads any prompt")
+    long: dict[str, Any] = {"prompt": "a b " * 100_001}
+    tokens = await checkers.tokens(engine.spec, Prompt(COMPLETION, long, ids=True))
+    assert (tokens.code, tokens.ids) == (TOO_COMPLEX, [])
+    assert (await checkers.tokens(engine.spec, Prompt(COMPLETION, long))).count > 200_000
 
 
 async def test_tokens_become_text_again(engine: Engine, checkers: Checkers) -> None:
@@ -115,4 +157,5 @@ async def test_a_prompt_that_takes_too_much_is_refused_and_others_are_read(engin
         pytest.skip("the fake engine reads any prompt")
     huge = Prompt(COMPLETION, {"prompt": "a1 b2 " * 1_300_000})
     assert (await checkers.tokens(engine.spec, huge)).code == TOO_COMPLEX
+    assert (await checkers.tokens(engine.spec, Prompt(COMPLETION, {"prompt": "x" * MAX_QUESTION_BYTES}))).code == TOO_COMPLEX
     assert (await checkers.tokens(engine.spec, Prompt(COMPLETION, {"prompt": "a"}))).count == 1

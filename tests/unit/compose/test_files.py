@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -196,9 +197,9 @@ def test_the_images_settings_mean_something() -> None:
 def known_metrics() -> set[str]:
     """Every sample's name that gateways and controllers show."""
     gateway = GatewayMetrics()
-    gateway.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
+    gateway.requests.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
     controller = Controller.__new__(Controller)
-    controller.active, controller.moved = True, 1
+    controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
     families = [*gateway.registry.collect(), *metrics(controller, [PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)])]
     return {sample.name for family in families for sample in family.samples}

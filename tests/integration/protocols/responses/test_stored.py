@@ -227,6 +227,19 @@ async def test_responses_that_end_together_are_stored_together(service: Service,
     assert after - before <= 6  # this one, and at most 256 responses each
 
 
+async def test_responses_of_many_tenants_that_end_together_are_stored_together(service: Service, db: Database) -> None:
+    tenants = [(await tenant(db, f"tenant-{number}")).id for number in range(20)]
+    async with db.begin(SYSTEM) as connection:
+        before = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    await asyncio.gather(*(service.state.store(tenant_id, new(number)) for number in range(5) for tenant_id in tenants))
+    async with db.begin(SYSTEM) as connection:
+        after = (await connection.execute(text("SELECT pg_current_xact_id()::text::bigint"))).scalar_one()
+    assert after - before <= 10  # far fewer than tenants
+    for tenant_id in tenants:
+        for number in range(5):
+            assert await find_response(service.db, tenant_id, new(number).id) is not None
+
+
 async def test_turns_of_one_conversation_are_stored_in_the_order_of_their_ends(service: Service, acme: str) -> None:
     await conversations.create_conversation(service.db, acme, "conv_1", b"{}", [], MONTH)
     ended = [new(number, conversation_id="conv_1" if number % 3 else None) for number in range(1, 31)]
@@ -262,6 +275,16 @@ async def test_without_postgres_the_client_waits_briefly_and_the_response_is_sto
     for response in ended:
         assert await find_response(service.db, acme, response.id) is not None
     assert service.lost == 0
+
+
+async def test_a_postgres_that_hangs_holds_up_no_client(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "STORE_S", 0.2)
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("LOCK TABLE responses"))
+        async with asyncio.timeout(10):
+            await service.state.store(acme, new(1))
+    await service.writer.drained()
+    assert await find_response(service.db, acme, new(1).id) is not None
 
 
 async def test_what_waits_is_bounded_and_what_is_lost_is_reported(

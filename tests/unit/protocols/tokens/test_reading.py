@@ -107,6 +107,7 @@ def test_input_tokens_reads_what_a_response_would_be(more: dict[str, Any]) -> No
         (Detokenize(), {"model": "m"}, "missing_parameter", "tokens"),
         (Detokenize(), {"model": "m", "tokens": "x"}, "invalid_type", "tokens"),
         *((Detokenize(), {"model": "m", "tokens": [one]}, "invalid_type", "tokens") for one in (-1, 2**31, True, 1.0, "1", None)),
+        (Detokenize(), {"model": "m", "tokens": [1] * 200_001}, "out_of_range", "tokens"),
         (CountTokens(), {"model": "m"}, "missing_parameter", "messages"),
         (CountTokens(), {"model": "m", "messages": [USER], "max_tokens": 5}, "unsupported_parameter", "max_tokens"),
         (CountTokens(), {"model": "m", "messages": [USER], "stream": True}, "unsupported_parameter", "stream"),
