@@ -124,7 +124,7 @@ class Protocol(ABC, Generic[Request]):
         """Return a new answer for an attempt."""
 
     async def expand(self, tenant_id: str, request: Request) -> None:
-        """Add what the request refers to, such as the items of an earlier response. Called once, before the model is resolved.
+        """Add what the request refers to, such as the items of an earlier response. Called once, after the model is resolved.
 
         Raises NotFound for what this tenant does not have.
         """
