@@ -196,6 +196,7 @@ def main() -> None:
     name = arguments[arguments.index("--served-model-name") + 1]
     sys.argv = [sys.argv[0], *arguments]  # the key of the prepared tokenizer
     os.nice(NICENESS)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the tokenizer starts a thread for each processor, and this one must fork
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answer = answering(PromptReader(arguments))
     threads = len(os.listdir("/proc/self/task"))

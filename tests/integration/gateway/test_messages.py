@@ -27,11 +27,12 @@ STREAMS = pytest.mark.parametrize("stream", [False, True])
 
 @dataclass(frozen=True)
 class Service:
-    """A stack with the model `base`, and `cold`, for which no engine runs."""
+    """A stack with the model `base`, and `cold` and `fragile`, for which no engine runs."""
 
     stack: Stack
     base: BaseModel
     cold: BaseModel
+    fragile: BaseModel
 
     def anthropic(self, tenant: Tenant | None, **more: Any) -> AsyncAnthropic:
         """Anthropic's own client, without retries of its own."""
@@ -59,9 +60,9 @@ def body(**more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 async def service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("stack")) as stack:
-        base, cold = await stack.model("base"), await stack.model("cold")
+        base, cold, fragile = [await stack.model(name) for name in ("base", "cold", "fragile")]
         await stack.replica(base, "--fake-token-ms 1")
-        yield Service(stack, base, cold)
+        yield Service(stack, base, cold, fragile)
 
 
 @pytest.fixture
@@ -273,8 +274,7 @@ async def test_what_is_refused_is_not_charged(service: Service, tenant: Tenant) 
 
 
 async def test_an_engine_that_is_lost_in_the_middle_is_an_error_event(service: Service, tenant: Tenant) -> None:
-    model = await service.stack.model("fragile")
-    replica = await service.stack.replica(model, "--fake-token-ms 5")
+    replica = await service.stack.replica(service.fragile, "--fake-token-ms 20")
     got = bytearray()
     stream = asyncio.create_task(service.stream(tenant, got, model="fragile", max_tokens=2000, temperature=1))
     await until(lambda: b"text_delta" in got or stream.done())
@@ -283,6 +283,6 @@ async def test_an_engine_that_is_lost_in_the_middle_is_an_error_event(service: S
     assert checked.error is not None
     assert (checked.error["type"], checked.error["code"]) == ("api_error", "engine_failed")
     assert checked.events[-2]["type"] == "content_block_delta"
-    (event,) = await service.stack.told_once(model, 1)
+    (event,) = await service.stack.told_once(service.fragile, 1)
     assert event["status"] == UsageStatus.FAILED
     assert event["completion_tokens"] >= 1

@@ -11,7 +11,10 @@ import psutil
 import pytest
 
 from lmaas.engine.client import EngineClient, EngineError
+from lmaas.inference.protocol import Inference
+from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.sse import Rewriter, rewrite_whole
+from tests.support.anthropic_stream import check_message, check_stream
 from tests.support.conditions import until
 from tests.system.engine.conftest import (
     ADAPTER,
@@ -191,6 +194,49 @@ async def test_a_required_call(engine: Engine) -> None:
     assert "".join(part["function"].get("name") or "" for part in calls) == "weather"
     assert json.loads("".join(part["function"].get("arguments") or "" for part in calls))["city"] in ("Rome", "Oslo")
     assert events.finish_reasons() == {0: "tool_calls"}
+
+
+CITIES = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+HELLO: dict[str, Any] = {"role": "user", "content": "Say hello."}
+ONE_CALL = {"type": "any", "disable_parallel_tool_use": True}
+MESSAGES: list[dict[str, Any]] = [
+    {},
+    {"system": "Be brief.", "thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}, "top_k": 0, "top_p": 1},
+    {"messages": [HELLO, {"role": "system", "content": "Be brief."}]},
+    {"messages": [HELLO, {"role": "assistant", "content": "Hello, my name is "}]},
+    {"tools": [{"name": "weather", "input_schema": CITIES}], "tool_choice": ONE_CALL, "temperature": 1, "max_tokens": 100},
+]
+
+
+@pytest.mark.parametrize("more", MESSAGES)
+async def test_messages_are_made_of_its_chats(engine: Engine, more: dict[str, Any]) -> None:
+    protocol = Messages()
+    found = []
+    for stream in (False, True):
+        body = {"model": "robot", "max_tokens": 40, "temperature": 0, "messages": [HELLO], "stream": stream}
+        request = protocol.read(body | more)
+        answer = protocol.answer(Inference("req_1", protocol, request))
+        sent = json.loads(request.body(BASE, "salt"))
+        if stream:
+            events = await engine.stream(protocol.engine_path, sent)
+            out = answer.feed(b"\n\n".join([*events.raw, b""])) + answer.close() + answer.end()
+            message = check_stream(out).message
+        else:
+            answer.take((await engine.post(protocol.engine_path, sent)).content)
+            message = json.loads(answer.end())
+            check_message(message)
+        assert answer.complete
+        found.append(message)
+    plain, streamed = found
+    if "tools" in more:
+        for message in found:
+            (call,) = message["content"]
+            assert (message["stop_reason"], call["name"]) == ("tool_use", "weather")
+            assert call["input"]["city"] in ("Rome", "Oslo")
+        return
+    assert plain["content"] == streamed["content"]
+    assert plain["stop_reason"] == streamed["stop_reason"] in ("end_turn", "max_tokens")
+    assert plain["usage"]["output_tokens"] == streamed["usage"]["output_tokens"] > 0
 
 
 async def test_greedy_answers_are_the_same_again_and_stop_where_told(engine: Engine) -> None:
