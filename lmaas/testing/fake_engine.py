@@ -30,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.grammars.verdict import DETOKENIZE, Prompt, Tokens
+from lmaas.states import PoolKind
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.generation import Engine, Sequence, called, prompt_blocks, write
 from lmaas.testing.pooling import Pooling, PoolingAnswer
@@ -227,14 +228,19 @@ def _prompts(prompt: Any) -> list[Any]:
     return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
-def read_prompt(prompt: Prompt) -> Tokens:
-    """Return the tokens of a prompt as this engine counts them: one for each word, with a number made of it. Their text is lost."""
+def read_prompt(prompt: Prompt, kind: PoolKind) -> Tokens:
+    """Return the tokens of a prompt as this engine counts them: one for each word, with a number made of it. Their text is lost.
+
+    A pooling engine puts a text between two special tokens.
+    """
     given: Any = prompt.parameters
     if prompt.path == DETOKENIZE:
         return Tokens(count=len(given["tokens"]), text=" ".join(f"word{token}" for token in given["tokens"]))
     words: list[Any] = []
     for one in [_chat_prompt(given["messages"])] if "messages" in given else _prompts(given["prompt"]):
         words += one.split() if isinstance(one, str) else one
+    if kind is PoolKind.EMBED and given.get("add_special_tokens", True):
+        words = ["[CLS]", *words, "[SEP]"]
     ids = [word if isinstance(word, int) else zlib.crc32(word.encode(errors="replace")) % 50_000 for word in words]
     return Tokens(count=len(ids), ids=ids if prompt.ids else [], strings=[str(word) for word in words] if prompt.strings else [])
 

@@ -24,6 +24,7 @@ from lmaas.engine.zygote import wire
 from lmaas.engine.zygote.client import ForkedProcess, NoZygote, Order
 from lmaas.engine.zygote.progress import plain_imports
 from lmaas.process import bound_command
+from lmaas.states import PoolKind
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class Checkers:
         """Return the tokens of a prompt for an engine like `spec`. Raises NoVerdict."""
         if spec.module != VLLM:
             # Another engine brings its own function.
-            read: Callable[[Prompt], Tokens] = importlib.import_module(spec.module).read_prompt
-            return read(prompt)
+            read: Callable[[Prompt, PoolKind], Tokens] = importlib.import_module(spec.module).read_prompt
+            return read(prompt, spec.kind)
         if len(encode(prompt)) > MAX_QUESTION_BYTES:
             return Tokens(TOO_COMPLEX, TOO_LONG)
         told = await self._ask(spec, prompt)
