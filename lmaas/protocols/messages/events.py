@@ -68,10 +68,6 @@ class MessageStream(Answer):
         """Return the events that the end of the engine's stream completes."""
         return self._written(self._chat.close())
 
-    def take(self, text: bytes) -> None:
-        """Raise ValueError: the engine sent one body instead of a stream."""
-        raise ValueError("a whole answer instead of a stream")
-
     def end(self) -> bytes:
         """Return the last events: `message_delta` with the reason and the usage, and `message_stop`."""
         if not self._begun:
