@@ -7,7 +7,7 @@ from typing import Any
 from lmaas.errors import InvalidRequest
 from lmaas.inference.catalog import ListedModel
 from lmaas.protocols.openapi import ERRORS
-from lmaas.protocols.openapi_parts import COUNT, TEXT, Schema
+from lmaas.protocols.openapi_parts import COUNT, TEXT, Schema, closed
 from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.states import PoolKind
 
@@ -75,16 +75,12 @@ def _place(models: Sequence[ListedModel], name: str, param: str) -> int:
 _KIND: Schema = {"enum": [kind.value for kind in PoolKind], "description": "Whether it generates text or embeds it."}
 
 
-def _closed(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
 def _list_of(name: str) -> Schema:
     return {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}}
 
 
 SCHEMAS: dict[str, Schema] = {
-    "Model": _closed(
+    "Model": closed(
         id=TEXT,
         object={"const": "model"},
         created=COUNT,
@@ -93,8 +89,8 @@ SCHEMAS: dict[str, Schema] = {
         max_model_len=COUNT,
         kind=_KIND,
     ),
-    "ModelList": _closed(object={"const": "list"}, data=_list_of("Model")),
-    "AnthropicModel": _closed(
+    "ModelList": closed(object={"const": "list"}, data=_list_of("Model")),
+    "AnthropicModel": closed(
         type={"const": "model"},
         id=TEXT,
         display_name=TEXT,
@@ -104,7 +100,7 @@ SCHEMAS: dict[str, Schema] = {
         max_tokens=COUNT,
         kind=_KIND,
     ),
-    "AnthropicModelList": _closed(
+    "AnthropicModelList": closed(
         data=_list_of("AnthropicModel"),
         has_more={"type": "boolean"},
         first_id={"type": ["string", "null"]},
