@@ -181,7 +181,7 @@ def called(body: dict[str, Any]) -> tuple[str, str] | None:
     wanted = choice["function"]["name"] if isinstance(choice, dict) else None
     first = functions[-1 if last["role"] == "tool" else 0]
     function = next((each for each in functions if each["name"] == wanted or (wanted is None and each["name"] in said)), first)
-    return function["name"], json.dumps(least(function.get("parameters") or {}))
+    return function["name"], _least_json(function.get("parameters"))
 
 
 def formatted(body: dict[str, Any]) -> str | None:
@@ -189,7 +189,15 @@ def formatted(body: dict[str, Any]) -> str | None:
     form = body.get("response_format") or {}
     if body.get("ignore_eos") or form.get("type") not in ("json_object", "json_schema"):
         return None
-    return json.dumps(least((form.get("json_schema") or {}).get("schema") or {}))
+    return _least_json((form.get("json_schema") or {}).get("schema"))
+
+
+def _least_json(schema: dict[str, Any] | None) -> str:
+    """Return a small JSON text that a schema allows, or an empty object for one that has no such value, or that is not understood."""
+    try:
+        return json.dumps(least(schema or {}))
+    except (TypeError, LookupError, AttributeError, RecursionError):
+        return "{}"
 
 
 def least(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -> Any:
@@ -203,6 +211,8 @@ def least(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -> 
         if union in schema:
             return least(schema[union][0], definitions)
     kind = schema.get("type", "object")
+    if isinstance(kind, list):
+        kind = kind[0]
     if kind == "object":
         properties = schema.get("properties") or {}
         return {name: least(properties.get(name, {}), definitions) for name in schema.get("required", ())}
