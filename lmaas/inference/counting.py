@@ -179,11 +179,13 @@ class TokenCounts:
     async def serve(self, principal: Principal, counting: Counting, asked: PromptRequest, sink: Sink) -> dict[str, Any]:
         """Return the client's body, and name the model in the head of the response. Raises an LmaasError."""
         tenant_id = principal.tenant_id or ""
-        await counting.expand(tenant_id, asked)
         model = await self.catalog.resolve(tenant_id, asked.model)
         sink.add_to_head(model.head_line)
         if asked.request is not None:
             model.check_kind(PoolKind.GENERATE, asked.model, counting.path)
+        # Afterwards, because it may read much.
+        await counting.expand(tenant_id, asked)
+        if asked.request is not None:
             asked.request.check(model.base)
             await self._settle_tools(principal, model.base, asked.request, asked.path)
         prompt = Prompt(asked.path, asked.parameters, asked.ids, asked.strings)

@@ -10,7 +10,7 @@ from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.request import TextRequest
 from lmaas.protocols.parameters.tools import settle_tools
-from lmaas.protocols.responses.items import messages_of
+from lmaas.protocols.responses.items import check_storable, messages_of
 from lmaas.protocols.responses.parameters import AS_IN_CHAT, LOGPROBS, TABLE
 from lmaas.protocols.responses.state import Item
 from lmaas.protocols.responses.tools import Tools, repeated_choice
@@ -89,7 +89,10 @@ class ResponsesRequest(TextRequest):
         for item_id, place in self.references.items():
             if item_id not in referred:
                 raise NotFound(f"The item '{item_id[:100]}' does not exist. Send the item itself instead of a reference.", param=place)
-        self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
+        if self.references:
+            self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
+            if self.store:
+                check_storable(self.items)
         messages = self.parameters["messages"] = messages_of(self.instructions, [*context, *self.items])
         if not messages:
             raise _nothing_to_answer()
@@ -127,6 +130,8 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
     model = read_model(body)
     given = read_parameters(TABLE, body)
     items = _items(given)
+    if given.get("store", True):
+        check_storable(items)
     # References are resolved later, and so may be everything before the input.
     own = [item for item in items if item["type"] != "item_reference"]
     parameters = {"messages": messages_of(given.get("instructions"), own)} | _sampling(given)
