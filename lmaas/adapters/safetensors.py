@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lmaas.errors import InvalidAdapter, InvalidRequest
+from lmaas.states import PoolKind
 from lmaas.types import TensorSpec
 
 MODEL_FILE = "adapter_model.safetensors"
@@ -41,6 +42,9 @@ EMBEDDING_ARCHITECTURES = frozenset({
     "Exaone4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM", "Qwen3ForCausalLM",
 })  # fmt: skip
 _EMBEDDINGS, _HEAD = "model.embed_tokens", "lm_head"
+#: Architectures of models that embed text on which vLLM 0.32 applies LoRA with the results of PEFT, each compared, with the beginning of
+#: the modules that take it. vLLM drops adapters of other modules silently, such as those of BERT's pooler, which it does not compute.
+_ADAPTED_ENCODERS = {"BertModel": "encoder."}
 
 _SNIFF_BYTES = 512
 _UNSAFE = (
@@ -83,8 +87,9 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     return _read_header(path, MAX_HEADER_BYTES)
 
 
-def base_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the modules of a base model's folder that LoRA may target: module path to `(out_features, in_features)`.
+def base_model_shapes(folder: Path, kind: PoolKind = PoolKind.GENERATE) -> dict[str, tuple[int, int]]:
+    """Return the modules of a base model's folder that LoRA may target: module path to `(out_features, in_features)`. Empty for a model
+    that embeds text with another architecture than those that were compared.
 
     They are the linear modules, from the safetensors headers: each two-dimensional floating `*.weight` that is no embedding, norm or
     `lm_head`; and the embeddings and `lm_head`, if vLLM offers LoRA on them for the architecture that `config.json` names. Weights that
@@ -95,9 +100,9 @@ def base_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     embeddings: dict[str, tuple[int, ...]] = {}
     for path in _model_files(folder):
         for name, record in _base_header(path).items():
-            module, dot, kind = name.rpartition(".")
+            module, dot, last = name.rpartition(".")
             leaf = module.rpartition(".")[2]
-            if not dot or kind != "weight" or len(record.shape) != 2 or record.dtype not in _BASE_DTYPES:
+            if not dot or last != "weight" or len(record.shape) != 2 or record.dtype not in _BASE_DTYPES:
                 continue
             if module in (_EMBEDDINGS, _HEAD):
                 embeddings[module] = record.shape
@@ -106,7 +111,10 @@ def base_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
             linears[module] = (record.shape[0], record.shape[1])
     if not linears:
         raise InvalidRequest(f"The safetensors files in {folder} have no linear module.", code="invalid_base_model")
-    if _EMBEDDINGS in embeddings and _adapts_embeddings(folder):
+    if kind is PoolKind.EMBED:
+        encoder = _ADAPTED_ENCODERS.get(_architecture(folder))
+        return {} if encoder is None else {module: shape for module, shape in linears.items() if module.startswith(encoder)}
+    if _EMBEDDINGS in embeddings and _architecture(folder) in EMBEDDING_ARCHITECTURES:
         vocabulary, width = embeddings[_EMBEDDINGS]
         # Without a weight of its own, the head uses the embeddings.
         head = embeddings.get(_HEAD, (vocabulary, width))
@@ -131,12 +139,13 @@ def _base_header(path: Path) -> dict[str, TensorRecord]:
         raise InvalidRequest(f"The base model's file {path} cannot be read: {error.strerror}.", code="invalid_base_model") from None
 
 
-def _adapts_embeddings(folder: Path) -> bool:
+def _architecture(folder: Path) -> str:
+    """Return the model's architecture, or an empty string if its configuration does not name exactly one."""
     try:
         architectures = json.loads((folder / "config.json").read_bytes()).get("architectures")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
-    return isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in EMBEDDING_ARCHITECTURES
+        return ""
+    return str(architectures[0]) if isinstance(architectures, list) and len(architectures) == 1 else ""
 
 
 def loads_strict(data: bytes) -> dict[str, Any]:

@@ -38,7 +38,7 @@ async def inspect(base: BaseModel, config: bytes, model: Path, base_folder: Call
     if not base.takes_adapters:
         # Its engines would load none, or ignore what they load.
         raise InvalidRequest(
-            f"The base model '{base.name}' embeds text, and lmaas serves adapters only on base models that generate it.",
+            f"The base model '{base.name}' takes no adapters: with its architecture, engines would not compute what PEFT computes.",
             code="base_model_takes_no_adapters",
             param="base_model",
         )

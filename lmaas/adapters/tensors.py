@@ -126,6 +126,12 @@ def _check_modules(modules: Iterable[str], base: BaseModelShapes) -> None:
             "unsupported_adapter",
             f"The adapter targets {show(first)}, which is not supported for base models of this architecture. {served}",
         )
+    if first.startswith("pooler."):
+        refuse_tensors(
+            "unsupported_adapter",
+            f"The adapter targets {show(first)}, which engines do not compute: they pool the tokens' vectors as the model's modules.json "
+            "says. Train with exclude_modules=['pooler.dense'].",
+        )
     if f"model.{first}" in base.linears:
         refuse_tensors(
             "no_target_modules",

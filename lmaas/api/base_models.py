@@ -247,12 +247,13 @@ async def _read(source: str, dtype: str, asked: PoolKind | None, settings: Setti
     def read() -> dict[str, Any]:
         folder = model_folder(source)
         config = model_config(folder)
-        linears = {path: list(shape) for path, shape in base_model_shapes(folder).items()}
         # A hub id stays one: engines elsewhere fetch it themselves.
         kept = str(folder) if is_folder(source) else source
         decided = engine_dtype(settings.engine_dtype if dtype == AUTO else dtype, config)
         declared = declared_kind(folder, config)
-        longest = context_length(folder, config, declared or asked or PoolKind.GENERATE)
+        kind = declared or asked or PoolKind.GENERATE
+        linears = {path: list(shape) for path, shape in base_model_shapes(folder, kind).items()}
+        longest = context_length(folder, config, kind)
         return {"source": kept, "kind": declared, "linears": linears, "dtype": decided, "longest": longest}
 
     return await asyncio.to_thread(read)

@@ -60,7 +60,7 @@ class EngineSpec:
     """The model and the limits of one engine. `source` is a folder or a hub id, `name` the served name of the base model.
 
     `max_num_seqs` sequences run at once, with at most `max_loras` distinct adapters of rank up to `max_lora_rank`. `max_cpu_loras` adapters
-    stay in memory; an engine that embeds takes none. `module` is the server's Python module.
+    stay in memory; without `takes_adapters` it has none. `module` is the server's Python module.
     """
 
     module: str
@@ -75,6 +75,7 @@ class EngineSpec:
     kv_cache_bytes: int
     extra_args: str = ""
     kind: PoolKind = PoolKind.GENERATE
+    takes_adapters: bool = True
     #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
 
@@ -103,13 +104,14 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     if has_cpu_build():
         # A start with compilation takes three times as long, and LoRA disables compilation anyway.
         command += ["--enforce-eager"]
+    if spec.takes_adapters:
+        # Both maxima are set, because with vLLM's defaults (1 and `max_loras`) each switch of adapter reads the disk.
+        command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
+        command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
     if spec.kind is PoolKind.EMBED:
         # What a model supports (prefix caching, prefill in chunks) and how it pools is read from its files by vLLM. A model without a KV
         # cache ignores its size.
         return [*command, *shlex.split(spec.extra_args), "--runner", "pooling"]
-    # Both maxima are set, because with vLLM's defaults (1 and `max_loras`) each switch of adapter reads the disk.
-    command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
-    command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
     # Options for cached tokens in the usage, for /inference/v1/abort_requests, and for tools.
     command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # The last option wins, so `engine_args` cannot change it. With `auto`, an engine's first grammar decides the library for all later
@@ -189,6 +191,7 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
         kv_cache_bytes=model.kv_cache_bytes,
         extra_args=model.engine_args,
         kind=model.kind,
+        takes_adapters=model.takes_adapters,
         host=host,
     )
 

@@ -183,7 +183,6 @@ class TokenCounts:
         sink.add_to_head(model.head_line)
         if asked.request is not None:
             model.check_kind(PoolKind.GENERATE, asked.model, counting.path)
-        # Afterwards, because it may read much.
         await counting.expand(tenant_id, asked)
         if asked.request is not None:
             asked.request.check(model.base)

@@ -20,10 +20,10 @@ Request = TypeVar("Request", bound=EngineRequest)
 class Answer(ABC):
     """Turns an engine's answer to one attempt into the client's.
 
-    For a stream, `feed` is called with the engine's bytes as they arrive, then `close` if the engine's stream ended by itself. For an
-    answer in one piece, `take` is called with the body of each of the engine's responses (one, unless the request has several parts).
-    `end` is called once, after the usage is settled and `Protocol.keep` has returned. `feed`, `close` and `take` raise ValueError for bytes
-    that are no answer of an engine.
+    For a stream, `feed` is called with the engine's bytes as they arrive, then `close` if the engine's stream ended by itself, and `failed`
+    if an error ends it. For an answer in one piece, `take` is called with the body of each of the engine's responses (one, unless the
+    request has several parts). A class implements those of its form. `end` is called once, after the usage is settled and `Protocol.keep`
+    has returned. `feed`, `close` and `take` raise ValueError for bytes that are no answer of an engine.
     """
 
     #: Whether the usage of the whole request has come. Without it the end is no success, because a dying engine ends its stream too.
@@ -49,25 +49,25 @@ class Answer(ABC):
         usage = self.usage or {}
         return usage if usage.get("completion_tokens") else {}
 
-    @abstractmethod
     def feed(self, chunk: bytes) -> bytes:
         """Return the client's events that these bytes complete, without those of the end."""
+        raise ValueError("a stream instead of a whole answer")
 
-    @abstractmethod
     def close(self) -> bytes:
         """Return the client's events that the end of the engine's stream completes."""
+        return b""
 
-    @abstractmethod
     def take(self, text: bytes) -> None:
         """Read the body of one of the engine's responses."""
+        raise ValueError("a whole answer instead of a stream")
 
     @abstractmethod
     def end(self) -> bytes:
         """Return the last bytes of a stream, or the whole body of an answer in one piece."""
 
-    @abstractmethod
     def failed(self, error: LmaasError) -> bytes:
-        """Return the events that end a stream with this error."""
+        """Return the events that end a stream with this error. An answer in one piece has none: its client gets an error response."""
+        return b""
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class Protocol(ABC, Generic[Request]):
         """Return a new answer for an attempt."""
 
     async def expand(self, tenant_id: str, request: Request) -> None:
-        """Add what the request refers to, such as the items of an earlier response. Called once, before the model is resolved.
+        """Add what the request refers to, such as the items of an earlier response. Called once, after the model is resolved.
 
         Raises NotFound for what this tenant does not have.
         """

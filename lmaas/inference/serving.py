@@ -55,12 +55,12 @@ class Inferences:
         """
         protocol, request = inference.protocol, inference.request
         inference.tenant_id = principal.tenant_id or ""
-        await protocol.expand(inference.tenant_id, request)
         inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
         sink.add_to_head(inference.model.head_line)
         inference.model.check_kind(protocol.kind, request.model, protocol.path)
-        request.check(inference.model.base)
         sink.watch()
+        await protocol.expand(inference.tenant_id, request)
+        request.check(inference.model.base)
         is_checked = True
         if request.must_be_checked:
             try:
@@ -97,18 +97,18 @@ class Inferences:
         except LmaasError as error:
             # Past its deadline a request has expired; everything else that ends here has failed.
             expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
-            record.end(UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
+            _failed(inference, UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
             await self._answer_error(inference, sink, error)
         except asyncio.CancelledError:
             # The gateway stops and its drain time is over. The client gets an error instead of a silent end.
-            record.end(UsageStatus.FAILED, "gateway_stopped")
+            _failed(inference, UsageStatus.FAILED, "gateway_stopped")
             stopping = Unavailable("The gateway is stopping. Retry after 1 s.", code="gateway_stopped", retry_after_s=1)
             await self._answer_error(inference, sink, stopping)
             raise
         except Exception:
             # The request was accepted, so it gets its response and its one usage event here. The log has the details.
             log.exception("unexpected error", extra={"request_id": inference.request_id, "tenant_id": inference.tenant_id})
-            record.end(UsageStatus.FAILED, "internal_error")
+            _failed(inference, UsageStatus.FAILED, "internal_error")
             await self._answer_error(inference, sink, InternalError())
         finally:
             self.metrics.requests.ended(
@@ -218,6 +218,13 @@ class Inferences:
             prices=(record.prompt_price, record.cached_price, record.completion_price),
             limits=limited_scopes(principal),
         )
+
+
+def _failed(inference: AnyInference, status: UsageStatus, code: str) -> None:
+    """Record a failure. The client of an answer in one piece has received nothing of it, and pays nothing."""
+    if not inference.request.stream:
+        inference.record.count({})
+    inference.record.end(status, code)
 
 
 async def _finish(inference: AnyInference, sink: Sink, rest: bytes) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from lmaas.errors import InvalidRequest
 from lmaas.inference.catalog import ListedModel
-from lmaas.protocols.openapi import ERRORS, Schema
+from lmaas.protocols.openapi import ERRORS
+from lmaas.protocols.openapi_parts import COUNT, TEXT, Schema, closed
 from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.states import PoolKind
 
@@ -71,13 +72,7 @@ def _place(models: Sequence[ListedModel], name: str, param: str) -> int:
     raise InvalidRequest(f"'{param}' is '{name[:100]}', which is not in the list of models.", param=param)
 
 
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
 _KIND: Schema = {"enum": [kind.value for kind in PoolKind], "description": "Whether it generates text or embeds it."}
-
-
-def _closed(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _list_of(name: str) -> Schema:
@@ -85,27 +80,27 @@ def _list_of(name: str) -> Schema:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "Model": _closed(
-        id=_TEXT,
+    "Model": closed(
+        id=TEXT,
         object={"const": "model"},
-        created=_COUNT,
+        created=COUNT,
         owned_by={"enum": ["lmaas", "tenant"]},
         parent={"type": ["string", "null"], "description": "The base model of an adapter."},
-        max_model_len=_COUNT,
+        max_model_len=COUNT,
         kind=_KIND,
     ),
-    "ModelList": _closed(object={"const": "list"}, data=_list_of("Model")),
-    "AnthropicModel": _closed(
+    "ModelList": closed(object={"const": "list"}, data=_list_of("Model")),
+    "AnthropicModel": closed(
         type={"const": "model"},
-        id=_TEXT,
-        display_name=_TEXT,
+        id=TEXT,
+        display_name=TEXT,
         created_at={"type": "string", "format": "date-time"},
         lifecycle={"const": "active"},
-        max_input_tokens=_COUNT,
-        max_tokens=_COUNT,
+        max_input_tokens=COUNT,
+        max_tokens=COUNT,
         kind=_KIND,
     ),
-    "AnthropicModelList": _closed(
+    "AnthropicModelList": closed(
         data=_list_of("AnthropicModel"),
         has_more={"type": "boolean"},
         first_id={"type": ["string", "null"]},
@@ -116,7 +111,7 @@ _VERSION: Schema = {
     "name": "anthropic-version",
     "in": "header",
     "required": False,
-    "schema": _TEXT,
+    "schema": TEXT,
     "description": "With this header, of any value, the answer has Anthropic's shape.",
 }
 
@@ -145,13 +140,13 @@ def models_paths(headers: Schema, error: Any) -> dict[str, Any]:
             "List the models that this tenant may call.",
             ("ModelList", "AnthropicModelList"),
             query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE}, "the size of a page"),
-            query("after_id", _TEXT, "the page after this model"),
-            query("before_id", _TEXT, "the page before this model"),
+            query("after_id", TEXT, "the page after this model"),
+            query("before_id", TEXT, "the page before this model"),
         ),
         "/v1/models/{model}": path(
             "get_model",
             "Show a model.",
             ("Model", "AnthropicModel"),
-            {"name": "model", "in": "path", "required": True, "schema": _TEXT},
+            {"name": "model", "in": "path", "required": True, "schema": TEXT},
         ),
     }

@@ -4,43 +4,35 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from lmaas.protocols.openapi_parts import COUNT, FLAG, IDS, MAYBE_OBJECT, MAYBE_TEXT, OBJECT, TEXT, Schema, closed, content
 from lmaas.protocols.parameters import checks
 from lmaas.protocols.parameters.table import CHAT, COMPLETION, Parameter, Table, Treatment
 
-Schema = dict[str, Any]
+_LIST_OF_TEXT: Schema = {"type": "array", "items": TEXT}
+_MAYBE_IDS: Schema = {"type": ["array", "null"], "items": COUNT}
 
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_FLAG: Schema = {"type": "boolean"}
-_OBJECT: Schema = {"type": "object"}
-_MAYBE_TEXT: Schema = {"type": ["string", "null"]}
-_MAYBE_OBJECT: Schema = {"type": ["object", "null"]}
-_LIST_OF_TEXT: Schema = {"type": "array", "items": _TEXT}
-_TOKEN_IDS: Schema = {"type": "array", "items": _COUNT}
-_MAYBE_IDS: Schema = {"type": ["array", "null"], "items": _COUNT}
-
-_WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
+WORDS = "OpenAI's parameters and those of vLLM that are safe to forward."
 #: The types of parameters that have their own reader, which contains the rest of the rule.
 OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/ChatMessage"}},
-    "prompt": {"anyOf": [_TEXT, _LIST_OF_TEXT, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}]},
-    "stop": {"anyOf": [_TEXT, {"type": "array", "items": _MAYBE_TEXT, "maxItems": checks.MAX_STOP_STRINGS}]},
-    "stop_token_ids": _TOKEN_IDS,
+    "prompt": {"anyOf": [TEXT, _LIST_OF_TEXT, IDS, {"type": "array", "items": IDS}]},
+    "stop": {"anyOf": [TEXT, {"type": "array", "items": MAYBE_TEXT, "maxItems": checks.MAX_STOP_STRINGS}]},
+    "stop_token_ids": IDS,
     "top_p": {"type": "number", "minimum": 0, "maximum": 1},
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
     "logprobs": {"type": ["boolean", "integer"]},
-    "tools": {"type": "array", "items": _OBJECT},
-    "functions": {"type": "array", "items": _OBJECT},
+    "tools": {"type": "array", "items": OBJECT},
+    "functions": {"type": "array", "items": OBJECT},
     "tool_choice": {"type": ["string", "object"]},
     "function_call": {"type": ["string", "object"]},
-    "response_format": _OBJECT,
-    "structured_outputs": _OBJECT,
-    "stream_options": _OBJECT,
-    "chat_template_kwargs": _OBJECT,
+    "response_format": OBJECT,
+    "structured_outputs": OBJECT,
+    "stream_options": OBJECT,
+    "chat_template_kwargs": OBJECT,
     "guided_json": {"type": ["string", "object", "boolean"]},
-    "guided_regex": _TEXT,
+    "guided_regex": TEXT,
     "guided_choice": _LIST_OF_TEXT,
-    "guided_grammar": _TEXT,
+    "guided_grammar": TEXT,
     "modalities": _LIST_OF_TEXT,
 }
 
@@ -48,7 +40,7 @@ OWN: dict[str, Schema] = {
 def _reader_schema(item: Parameter, own: Mapping[str, Schema]) -> Schema:
     read = item.read
     if read is checks.boolean:
-        return _FLAG
+        return FLAG
     if isinstance(read, functools.partial):
         if read.func is checks.read_one_of:
             return {"enum": list(read.args[0])}
@@ -80,7 +72,7 @@ def request_schema(table: Table, words: str, own: Mapping[str, Schema]) -> Schem
     return {
         "type": "object",
         "description": f"{words} Null means that a parameter was not given.",
-        "properties": {"model": _TEXT | {"description": "A base model, an adapter, or a version of one as name@version."}} | properties,
+        "properties": {"model": TEXT | {"description": "A base model, an adapter, or a version of one as name@version."}} | properties,
         "required": ["model", *table.required],
         "additionalProperties": False,
     }
@@ -92,27 +84,27 @@ def _object(required: tuple[str, ...], **properties: Schema) -> Schema:
 
 
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls", "function_call", None]}
-_ENDING = {"finish_reason": _FINISH, "stop_reason": {"type": ["string", "integer", "null"]}, "logprobs": _MAYBE_OBJECT}
-_TOOL_CALLS: Schema = {"type": ["array", "null"], "items": _OBJECT}
+_ENDING = {"finish_reason": _FINISH, "stop_reason": {"type": ["string", "integer", "null"]}, "logprobs": MAYBE_OBJECT}
+_TOOL_CALLS: Schema = {"type": ["array", "null"], "items": OBJECT}
 _SAID = {
     "role": {"const": "assistant"},
-    "content": _MAYBE_TEXT,
-    "reasoning": _MAYBE_TEXT,
-    "refusal": _MAYBE_TEXT,
+    "content": MAYBE_TEXT,
+    "reasoning": MAYBE_TEXT,
+    "refusal": MAYBE_TEXT,
     "tool_calls": _TOOL_CALLS,
-    "function_call": _MAYBE_OBJECT,
+    "function_call": MAYBE_OBJECT,
 }
-_SERVICE = {"service_tier": _MAYBE_TEXT, "system_fingerprint": _MAYBE_TEXT}
+_SERVICE = {"service_tier": MAYBE_TEXT, "system_fingerprint": MAYBE_TEXT}
 
 
 def _answer(kind: str, choice: Schema, *, usage: Schema, complete: bool) -> Schema:
     required = ("id", "object", "created", "model", "choices", *(("usage",) if complete else ()))
     return _object(
         required,
-        id=_TEXT,
+        id=TEXT,
         object={"const": kind},
-        created=_COUNT,
-        model=_TEXT,
+        created=COUNT,
+        model=TEXT,
         choices={"type": "array", "items": choice},
         usage=usage,
         **_SERVICE,
@@ -124,40 +116,35 @@ def _usage(*, nullable: bool) -> Schema:
     return {"anyOf": [found, {"type": "null"}]} if nullable else found
 
 
-_INDEX = {"index": _COUNT}
+_INDEX = {"index": COUNT}
 _CHOICE = _object(("index", "message", "finish_reason"), **_INDEX, message=_object(("role", "content"), **_SAID), **_ENDING)
 _DELTA = _object(("index", "delta", "finish_reason"), **_INDEX, delta=_object((), **_SAID), **_ENDING)
-_TEXT_CHOICE = _object(("index", "text", "finish_reason"), **_INDEX, text=_TEXT, **_ENDING)
+_TEXT_CHOICE = _object(("index", "text", "finish_reason"), **_INDEX, text=TEXT, **_ENDING)
 
 SCHEMAS: dict[str, Schema] = {
     "ChatMessage": _object(
         ("role",),
         role={"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        content={"type": ["string", "array", "null"], "items": _OBJECT},
-        name=_MAYBE_TEXT,
+        content={"type": ["string", "array", "null"], "items": OBJECT},
+        name=MAYBE_TEXT,
         tool_calls=_TOOL_CALLS,
-        tool_call_id=_MAYBE_TEXT,
+        tool_call_id=MAYBE_TEXT,
     ),
-    "ChatRequest": request_schema(CHAT, _WORDS, OWN),
-    "CompletionRequest": request_schema(COMPLETION, _WORDS, OWN),
+    "ChatRequest": request_schema(CHAT, WORDS, OWN),
+    "CompletionRequest": request_schema(COMPLETION, WORDS, OWN),
     "TokenUsage": _object(
         ("prompt_tokens", "completion_tokens", "total_tokens"),
-        prompt_tokens=_COUNT,
-        completion_tokens=_COUNT,
-        total_tokens=_COUNT,
-        prompt_tokens_details=_MAYBE_OBJECT,
-        completion_tokens_details=_MAYBE_OBJECT,
+        prompt_tokens=COUNT,
+        completion_tokens=COUNT,
+        total_tokens=COUNT,
+        prompt_tokens_details=MAYBE_OBJECT,
+        completion_tokens_details=MAYBE_OBJECT,
     ),
     "ChatCompletion": _answer("chat.completion", _CHOICE, usage=_usage(nullable=False), complete=True),
     "ChatCompletionChunk": _answer("chat.completion.chunk", _DELTA, usage=_usage(nullable=True), complete=False),
     "Completion": _answer("text_completion", _TEXT_CHOICE, usage=_usage(nullable=False), complete=True),
     "CompletionChunk": _answer("text_completion", _TEXT_CHOICE, usage=_usage(nullable=True), complete=False),
-    "Health": {
-        "type": "object",
-        "properties": {"status": {"enum": ["ok", "ready"]}},
-        "required": ["status"],
-        "additionalProperties": False,
-    },
+    "Health": closed(status={"enum": ["ok", "ready"]}),
 }
 
 IDEMPOTENCY_KEY: Schema = {
@@ -169,18 +156,18 @@ IDEMPOTENCY_KEY: Schema = {
     "at no cost. A failed request, or one whose answer was not read to its end, is not kept and runs anew.",
 }
 _RATE_LIMITS = {
-    f"x-ratelimit-{what}-{unit}": {"description": f"{words} of the limit of {unit} per minute, if there is one.", "schema": _TEXT}
+    f"x-ratelimit-{what}-{unit}": {"description": f"{words} of the limit of {unit} per minute, if there is one.", "schema": TEXT}
     for unit in ("requests", "tokens")
     for what, words in (("limit", "The value"), ("remaining", "What is left"), ("reset", "When all is available again:"))
 }
 MODEL_HEADER: Schema = {
-    "x-lmaas-model": {"description": "The model that served: a base model, or an adapter as name@version.", "schema": _TEXT}
+    "x-lmaas-model": {"description": "The model that served: a base model, or an adapter as name@version.", "schema": TEXT}
 }
 #: The headers of an answer to an inference.
 ANSWER_HEADERS: Schema = (
     _RATE_LIMITS
     | MODEL_HEADER
-    | {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": _TEXT}}
+    | {"idempotency-replayed": {"description": "`true` if the answer is that of an earlier request.", "schema": TEXT}}
 )
 _STREAM = (
     "With `stream`: server-sent events, each `data: ` and the JSON of a chunk, ending with `data: [DONE]`. An error after the first event "
@@ -210,11 +197,11 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
     errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
 
     def done(name: str, more: Schema | None = None, stream: str | None = None) -> Schema:
-        content: Schema = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        found = content(name)
         if stream is not None:
             events = {"type": "string", "description": _STREAM, "contentSchema": {"$ref": f"#/components/schemas/{stream}"}}
-            content["text/event-stream"] = {"schema": events}
-        return {"description": "Done.", "headers": headers | (more or {}), "content": content}
+            found["text/event-stream"] = {"schema": events}
+        return {"description": "Done.", "headers": headers | (more or {}), "content": found}
 
     def completion(operation_id: str, summary: str, request: str, answer: str, chunk: str) -> Schema:
         return {
@@ -223,10 +210,7 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
                 "summary": summary,
                 "tags": ["openai"],
                 "parameters": [IDEMPOTENCY_KEY],
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{request}"}}},
-                },
+                "requestBody": {"required": True, "content": content(request)},
                 "responses": {"200": done(answer, ANSWER_HEADERS, chunk)} | errors,
             }
         }
@@ -236,8 +220,8 @@ def openai_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     open_to_all: Schema = {"security": [], "tags": ["health"]}
     health = {"200": done("Health")}
-    text = {"200": {"description": "Done.", "headers": headers, "content": {"text/plain": {"schema": _TEXT}}}}
-    spec = {"200": {"description": "Done.", "headers": headers, "content": {"application/json": {"schema": _OBJECT}}}}
+    text = {"200": {"description": "Done.", "headers": headers, "content": {"text/plain": {"schema": TEXT}}}}
+    spec = {"200": {"description": "Done.", "headers": headers, "content": {"application/json": {"schema": OBJECT}}}}
     return {
         "/v1/chat/completions": completion("chat", "Create a chat completion.", "ChatRequest", "ChatCompletion", "ChatCompletionChunk"),
         "/v1/completions": completion("completion", "Create a completion.", "CompletionRequest", "Completion", "CompletionChunk"),

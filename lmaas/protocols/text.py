@@ -31,10 +31,6 @@ class StreamedText(sse.Rewriter, Answer):
         events = super().feed(chunk)
         return answers.events_in_clients_form(events, self._request) if self._is_changed and events else events
 
-    def take(self, text: bytes) -> None:
-        """Raise ValueError: the engine sent one body instead of a stream."""
-        raise ValueError("a whole answer instead of a stream")
-
     def end(self) -> bytes:
         """Return the mark of the end."""
         return sse.DONE + b"\n\n"
@@ -57,14 +53,6 @@ class WholeText(Answer):
         """The engine's usage."""
         return self._usage
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Raise ValueError: the engine sent a stream instead of one body."""
-        raise ValueError("a stream instead of a whole answer")
-
-    def close(self) -> bytes:
-        """Return nothing."""
-        return b""
-
     def take(self, text: bytes) -> None:
         """Change the engine's body into the client's."""
         inference = self._inference
@@ -76,10 +64,6 @@ class WholeText(Answer):
     def end(self) -> bytes:
         """Return the body."""
         return self._body
-
-    def failed(self, error: LmaasError) -> bytes:
-        """Return the error as an event: the client of an answer in one piece has received nothing before."""
-        return sse.data(openai_body(error))
 
 
 class TextProtocol(Protocol[TextRequest]):

@@ -62,8 +62,8 @@ class BaseModel:
 
     @property
     def takes_adapters(self) -> bool:
-        """Whether its engines compute LoRA adapters."""
-        return self.kind is PoolKind.GENERATE
+        """Whether its engines apply LoRA adapters. Of models that embed text, those do of which modules are known that take them."""
+        return self.kind is PoolKind.GENERATE or bool(self.linears)
 
     @property
     def shapes(self) -> BaseModelShapes:

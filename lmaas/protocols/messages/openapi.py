@@ -3,20 +3,18 @@
 from typing import Any
 
 from lmaas.protocols.messages.table import EFFORTS, MESSAGES, THINKING_KINDS
-from lmaas.protocols.openapi import ANSWER_HEADERS, IDEMPOTENCY_KEY, Schema, request_schema
+from lmaas.protocols.openapi import ANSWER_HEADERS, IDEMPOTENCY_KEY, request_schema
+from lmaas.protocols.openapi_parts import COUNT, OBJECT, TEXT, Schema, closed, content
 from lmaas.protocols.parameters.checks import MAX_STOP_STRINGS
 
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_OBJECT: Schema = {"type": "object"}
-_BLOCKS: Schema = {"type": ["string", "array"], "items": _OBJECT}
-_FORMAT: Schema = {"type": "object", "properties": {"type": {"const": "json_schema"}, "schema": _OBJECT}}
+_BLOCKS: Schema = {"type": ["string", "array"], "items": OBJECT}
+_FORMAT: Schema = {"type": "object", "properties": {"type": {"const": "json_schema"}, "schema": OBJECT}}
 _MAYBE_FORMAT: Schema = {"anyOf": [_FORMAT, {"type": "null"}]}
 #: The types of parameters that have their own reader.
 OWN: dict[str, Schema] = {
     "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/InputMessage"}},
     "system": _BLOCKS,
-    "tools": {"type": "array", "items": _OBJECT},
+    "tools": {"type": "array", "items": OBJECT},
     "tool_choice": {"type": "object", "properties": {"type": {"enum": ["auto", "any", "tool", "none"]}}},
     "thinking": {"type": "object", "properties": {"type": {"enum": list(THINKING_KINDS)}}},
     "output_config": {
@@ -24,17 +22,13 @@ OWN: dict[str, Schema] = {
         "properties": {"effort": {"enum": [*EFFORTS, None]}, "format": {"anyOf": [_FORMAT, {"type": "null"}]}},
     },
     "output_format": _FORMAT,
-    "stop_sequences": {"type": "array", "items": _TEXT, "maxItems": MAX_STOP_STRINGS},
+    "stop_sequences": {"type": "array", "items": TEXT, "maxItems": MAX_STOP_STRINGS},
     "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "metadata": _OBJECT,
+    "metadata": OBJECT,
 }
 WORDS = "Anthropic's parameters."
 _USAGE_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
 _STOP_REASONS = ["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal", "model_context_window_exceeded"]
-
-
-def _closed(required: tuple[str, ...], **properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
 SCHEMAS: dict[str, Schema] = {
@@ -44,30 +38,28 @@ SCHEMAS: dict[str, Schema] = {
         "required": ["role", "content"],
     },
     "MessagesRequest": request_schema(MESSAGES, WORDS, OWN),
-    "Message": _closed(
-        ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"),
-        id=_TEXT,
+    "Message": closed(
+        id=TEXT,
         type={"const": "message"},
         role={"const": "assistant"},
-        model=_TEXT,
-        content={"type": "array", "items": _OBJECT, "description": "Blocks of the types text, thinking and tool_use."},
+        model=TEXT,
+        content={"type": "array", "items": OBJECT, "description": "Blocks of the types text, thinking and tool_use."},
         stop_reason={"enum": _STOP_REASONS},
         stop_sequence={"type": ["string", "null"]},
         usage={"$ref": "#/components/schemas/MessageUsage"},
     ),
-    "MessageUsage": _closed(
-        (*_USAGE_COUNTS, "service_tier"),
-        **dict.fromkeys(_USAGE_COUNTS, _COUNT),
+    "MessageUsage": closed(
+        ("output_tokens_details",),
+        **dict.fromkeys(_USAGE_COUNTS, COUNT),
         service_tier={"const": "standard"},
-        output_tokens_details={"type": "object", "properties": {"thinking_tokens": _COUNT}},
+        output_tokens_details={"type": "object", "properties": {"thinking_tokens": COUNT}},
     ),
-    "MessageError": _closed(
-        ("type", "error", "request_id"),
+    "MessageError": closed(
         type={"const": "error"},
-        request_id=_TEXT,
+        request_id=TEXT,
         error={
             "type": "object",
-            "properties": {"type": _TEXT, "message": _TEXT, "code": _TEXT, "param": {"type": ["string", "null"]}, "details": _OBJECT},
+            "properties": {"type": TEXT, "message": TEXT, "code": TEXT, "param": {"type": ["string", "null"]}, "details": OBJECT},
             "required": ["type", "message", "code", "param", "details"],
         },
     ),
@@ -92,8 +84,7 @@ _STREAM = (
 
 def errors(error: Any) -> dict[str, Any]:
     """Return the descriptions of the protocol's error responses."""
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/MessageError"}}}
-    return {status: error(words) | {"content": content} for status, words in _ERRORS.items()}
+    return {status: error(words) | {"content": content("MessageError")} for status, words in _ERRORS.items()}
 
 
 def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
@@ -101,10 +92,7 @@ def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
 
     `headers` are those of every response; `error` makes the description of a response that is an error from its words.
     """
-    content: Schema = {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Message"}},
-        "text/event-stream": {"schema": {"type": "string", "description": _STREAM}},
-    }
+    answer = content("Message") | {"text/event-stream": {"schema": {"type": "string", "description": _STREAM}}}
     return {
         "/v1/messages": {
             "post": {
@@ -112,11 +100,8 @@ def messages_paths(headers: Schema, error: Any) -> dict[str, Any]:
                 "summary": "Create a message.",
                 "tags": ["anthropic"],
                 "parameters": [IDEMPOTENCY_KEY],
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/MessagesRequest"}}},
-                },
-                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content}} | errors(error),
+                "requestBody": {"required": True, "content": content("MessagesRequest")},
+                "responses": {"200": {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": answer}} | errors(error),
             }
         }
     }

@@ -4,10 +4,8 @@ from typing import Any
 
 import msgspec
 
-from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference
 from lmaas.protocols.chunks import ABORTED, Said, read_whole
-from lmaas.protocols.messages.events import error_event
 from lmaas.protocols.messages.message import SERVICE_TIER, arguments_of, message_id, signature, stop_of, tool_id, usage_of
 from lmaas.protocols.messages.request import MessagesRequest
 
@@ -57,18 +55,6 @@ class WholeMessage(Answer):
     def end(self) -> bytes:
         """Return the message."""
         return self._body
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Raise ValueError: the engine sent a stream instead of one body."""
-        raise ValueError("a stream instead of a whole answer")
-
-    def close(self) -> bytes:
-        """Return nothing."""
-        return b""
-
-    def failed(self, error: LmaasError) -> bytes:
-        """Return the error as an event: the client of an answer in one piece has received nothing before."""
-        return error_event(error, self._request_id)
 
     def _content(self, said: Said) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = []

@@ -73,7 +73,7 @@ _MESSAGES_NOTES = """\
 [Messages](messages.md) describes blocks, thinking, streams, usage and errors.
 """
 _RESPONSES_NOTES = """\
-[responses.md](responses.md) describes the items, the events and what is stored.
+[Responses](responses.md) describes the items, the events and what is stored.
 """
 _TOKENS_NOTES = """\
 [Tokens](tokens.md) describes the answers, and how tokens are counted.

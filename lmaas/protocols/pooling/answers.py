@@ -6,7 +6,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from lmaas.errors import LmaasError
 from lmaas.inference.protocol import Answer, Inference
 from lmaas.protocols.pooling.requests import PoolingRequest
 
@@ -44,10 +43,7 @@ Parsed = TypeVar("Parsed", bound=Results)
 
 
 class PooledAnswer(Answer, Generic[Asked, Parsed]):
-    """The answer to a request of several parts, each of which has one result for each of its inputs.
-
-    These answers are never streamed, so `feed` and `close` are not called.
-    """
+    """The answer to a request of several parts, each of which has one result for each of its inputs. It is never streamed."""
 
     def __init__(self, inference: Inference[Asked]) -> None:
         self.request, self.request_id = inference.request, inference.request_id
@@ -62,18 +58,6 @@ class PooledAnswer(Answer, Generic[Asked, Parsed]):
     def usage_if_left(self) -> dict[str, Any]:
         """The usage of the parts that have come. A part whose answer has not come does not count."""
         return self.usage or {}
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Raise ValueError: these answers come in one piece."""
-        raise ValueError("a stream of a pooling engine")
-
-    def close(self) -> bytes:
-        """Raise ValueError: these answers come in one piece."""
-        raise ValueError("a stream of a pooling engine")
-
-    def failed(self, error: LmaasError) -> bytes:
-        """Return nothing: no stream has begun."""
-        return b""
 
     def take(self, text: bytes) -> None:
         """Read the results of the next part. Raises ValueError if the engine's bytes cannot be read or a result is missing."""

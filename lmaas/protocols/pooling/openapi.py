@@ -2,15 +2,11 @@
 
 from typing import Any
 
-from lmaas.protocols.openapi import ANSWER_HEADERS, ERRORS, IDEMPOTENCY_KEY, Schema, request_schema
+from lmaas.protocols.openapi import ANSWER_HEADERS, ERRORS, IDEMPOTENCY_KEY, WORDS, request_schema
+from lmaas.protocols.openapi_parts import COUNT, IDS, NUMBER, TEXT, Schema, closed, content
 from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
 from lmaas.protocols.pooling.ranking import PAIRS, RERANK, SCORE
 from lmaas.protocols.pooling.requests import MAX_INPUTS
-
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_NUMBER: Schema = {"type": "number"}
-_IDS: Schema = {"type": "array", "items": _COUNT}
 
 
 def _inputs(items: Schema) -> Schema:
@@ -18,33 +14,29 @@ def _inputs(items: Schema) -> Schema:
 
 
 #: The types of parameters that have their own reader.
-_INPUT = {"input": {"anyOf": [_TEXT | {"minLength": 1}, _IDS, _inputs(_TEXT | {"minLength": 1}), _inputs(_IDS | {"minItems": 1})]}}
-_DOCUMENTS = {"query": _TEXT | {"minLength": 1}, "documents": {"anyOf": [_TEXT, _inputs({"type": ["string", "object"]})]}}
-_SIDES = {name: {"anyOf": [_TEXT, _inputs(_TEXT)]} for pair in PAIRS for name in pair}
+_INPUT = {"input": {"anyOf": [TEXT | {"minLength": 1}, IDS, _inputs(TEXT | {"minLength": 1}), _inputs(IDS | {"minItems": 1})]}}
+_DOCUMENTS = {"query": TEXT | {"minLength": 1}, "documents": {"anyOf": [TEXT, _inputs({"type": ["string", "object"]})]}}
+_SIDES = {name: {"anyOf": [TEXT, _inputs(TEXT)]} for pair in PAIRS for name in pair}
 
 
-def _closed(required: tuple[str, ...], **properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-_USAGE = _closed(("prompt_tokens", "total_tokens"), prompt_tokens=_COUNT, total_tokens=_COUNT)
-_VECTOR: Schema = {"anyOf": [{"type": "array", "items": _NUMBER}, _TEXT], "description": "Numbers, or with base64 a string."}
-_EMBEDDING = _closed(("object", "index", "embedding"), object={"const": "embedding"}, index=_COUNT, embedding=_VECTOR)
-_SCORE = _closed(("index", "object", "score"), index=_COUNT, object={"const": "score"}, score=_NUMBER)
-_RANKED = _closed(("index", "relevance_score"), index=_COUNT, relevance_score=_NUMBER, document=_closed(("text",), text=_TEXT))
+_USAGE = closed(prompt_tokens=COUNT, total_tokens=COUNT)
+_VECTOR: Schema = {"anyOf": [{"type": "array", "items": NUMBER}, TEXT], "description": "Numbers, or with base64 a string."}
+_EMBEDDING = closed(object={"const": "embedding"}, index=COUNT, embedding=_VECTOR)
+_SCORE = closed(index=COUNT, object={"const": "score"}, score=NUMBER)
+_RANKED = closed(("document",), index=COUNT, relevance_score=NUMBER, document=closed(text=TEXT))
 
 
 def _answer(**properties: Schema) -> Schema:
-    return _closed((*properties, "model", "usage"), **properties, model=_TEXT, usage=_USAGE)
+    return closed(**properties, model=TEXT, usage=_USAGE)
 
 
 SCHEMAS: dict[str, Schema] = {
-    "EmbeddingsRequest": request_schema(EMBEDDINGS, "OpenAI's parameters and those of vLLM that are safe to forward.", _INPUT),
+    "EmbeddingsRequest": request_schema(EMBEDDINGS, WORDS, _INPUT),
     "RerankRequest": request_schema(RERANK, "The parameters of Cohere, Jina and vLLM.", _DOCUMENTS),
     "ScoreRequest": request_schema(SCORE, "The parameters of vLLM.", _SIDES),
     "Embeddings": _answer(object={"const": "list"}, data={"type": "array", "items": _EMBEDDING}),
-    "Ranking": _answer(id=_TEXT, results={"type": "array", "items": _RANKED}),
-    "Scores": _answer(id=_TEXT, object={"const": "list"}, data={"type": "array", "items": _SCORE}),
+    "Ranking": _answer(id=TEXT, results={"type": "array", "items": _RANKED}),
+    "Scores": _answer(id=TEXT, object={"const": "list"}, data={"type": "array", "items": _SCORE}),
 }
 
 
@@ -56,9 +48,6 @@ def pooling_paths(headers: Schema, error: Any) -> dict[str, Any]:
     errors = {status: error(words) for status, words in ERRORS.items()} | {"default": error("Another error.")}
 
     def path(operation_id: str, summary: str, request: str, answer: str) -> Schema:
-        def content(name: str) -> Schema:
-            return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-
         done = {"description": "Done.", "headers": headers | ANSWER_HEADERS, "content": content(answer)}
         operation = {"operationId": operation_id, "summary": summary, "tags": ["embeddings"], "parameters": [IDEMPOTENCY_KEY]}
         return {"post": operation | {"requestBody": {"required": True, "content": content(request)}, "responses": {"200": done} | errors}}

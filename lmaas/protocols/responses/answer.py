@@ -146,10 +146,6 @@ class StreamedResponse(ResponseAnswer):
         self._output.send(b"response.created", response)
         self._output.send(b"response.in_progress", response)
 
-    def take(self, text: bytes) -> None:
-        """Raise ValueError: the engine sent one body instead of a stream."""
-        raise ValueError("a whole answer instead of a stream")
-
     def end(self) -> bytes:
         """Return the event of the end, which has the response."""
         kind = b"response.incomplete" if self._finish in _CUT else b"response.completed"
@@ -166,14 +162,6 @@ class StreamedResponse(ResponseAnswer):
 
 class WholeResponse(ResponseAnswer):
     """A response in one piece."""
-
-    def feed(self, chunk: bytes) -> bytes:
-        """Raise ValueError: the engine sent a stream instead of one body."""
-        raise ValueError("a stream instead of a whole answer")
-
-    def close(self) -> bytes:
-        """Return nothing."""
-        return b""
 
     def take(self, text: bytes) -> None:
         """Read the engine's answer."""
@@ -195,7 +183,3 @@ class WholeResponse(ResponseAnswer):
     def end(self) -> bytes:
         """Return the response."""
         return self.response()
-
-    def failed(self, error: LmaasError) -> bytes:
-        """Return the response with the error. It is not sent: the client of a whole answer gets an error response."""
-        return self._object(b"failed", error=_error(error))

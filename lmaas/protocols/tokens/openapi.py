@@ -5,30 +5,21 @@ from typing import Any
 from lmaas.protocols.messages.openapi import OWN as MESSAGES_OWN
 from lmaas.protocols.messages.openapi import errors as messages_errors
 from lmaas.protocols.messages.table import COUNT_TOKENS
-from lmaas.protocols.openapi import ERRORS, MODEL_HEADER, OWN, Schema, request_schema
+from lmaas.protocols.openapi import ERRORS, MODEL_HEADER, OWN, WORDS, request_schema
+from lmaas.protocols.openapi_parts import COUNT, IDS, TEXT, Schema, closed, content
 from lmaas.protocols.responses.openapi import OWN as RESPONSES_OWN
-from lmaas.protocols.responses.openapi import WORDS as RESPONSES_WORDS
 from lmaas.protocols.tokens.counts import INPUT_TOKENS
 from lmaas.protocols.tokens.tokenize import DETOKENIZE, TOKENIZE
 
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_IDS: Schema = {"type": "array", "items": _COUNT}
-
-
-def _closed(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
 SCHEMAS: dict[str, Schema] = {
-    "TokenizeRequest": request_schema(TOKENIZE, "The parameters of vLLM: `prompt`, or a chat's.", OWN | {"prompt": _TEXT}),
-    "DetokenizeRequest": request_schema(DETOKENIZE, "The parameters of vLLM.", {"tokens": _IDS}),
+    "TokenizeRequest": request_schema(TOKENIZE, "The parameters of vLLM: `prompt`, or a chat's.", OWN | {"prompt": TEXT}),
+    "DetokenizeRequest": request_schema(DETOKENIZE, "The parameters of vLLM.", {"tokens": IDS}),
     "CountTokensRequest": request_schema(COUNT_TOKENS, "Anthropic's parameters.", MESSAGES_OWN),
-    "InputTokensRequest": request_schema(INPUT_TOKENS, RESPONSES_WORDS, OWN | RESPONSES_OWN),
-    "TokenizedPrompt": _closed(count=_COUNT, max_model_len=_COUNT, tokens=_IDS, token_strs={"type": ["array", "null"], "items": _TEXT}),
-    "DetokenizedPrompt": _closed(prompt=_TEXT),
-    "CountedTokens": _closed(input_tokens=_COUNT),
-    "InputTokens": _closed(object={"const": "response.input_tokens"}, input_tokens=_COUNT),
+    "InputTokensRequest": request_schema(INPUT_TOKENS, WORDS, OWN | RESPONSES_OWN),
+    "TokenizedPrompt": closed(count=COUNT, max_model_len=COUNT, tokens=IDS, token_strs={"type": ["array", "null"], "items": TEXT}),
+    "DetokenizedPrompt": closed(prompt=TEXT),
+    "CountedTokens": closed(input_tokens=COUNT),
+    "InputTokens": closed(object={"const": "response.input_tokens"}, input_tokens=COUNT),
 }
 
 
@@ -39,9 +30,6 @@ def tokens_paths(headers: Schema, error: Any) -> dict[str, Any]:
     """
     own = {status: error(words) for status, words in ERRORS.items() if status not in ("409", "502")} | {"default": error("Another error.")}
     theirs = {status: response for status, response in messages_errors(error).items() if status != "500"}
-
-    def content(name: str) -> Schema:
-        return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
     def path(operation_id: str, summary: str, tag: str, request: str, answer: str, errors: Schema) -> Schema:
         done = {"description": "Done.", "headers": headers | MODEL_HEADER, "content": content(answer)}

@@ -144,8 +144,8 @@ async def test_a_base_model_that_changes_while_an_adapter_is_validated(world: Wo
 
 async def test_a_base_model_that_would_ignore_an_adapter_takes_none(db: Database, tmp_path: Path) -> None:
     world = World(db, tmp_path, (await tenant(db, "acme")).id)
-    await base_model(db, "base", linears={name: list(shape) for name, shape in shapes().linears.items()}, kind=PoolKind.EMBED)
-    with pytest.raises(InvalidRequest, match="'base' embeds text") as raised:
+    await base_model(db, "base", linears={}, kind=PoolKind.EMBED)
+    with pytest.raises(InvalidRequest, match="'base' takes no adapters") as raised:
         await world.upload()
     assert (raised.value.error_code, raised.value.param) == ("base_model_takes_no_adapters", "base_model")
     assert await world.sources() == []

@@ -259,7 +259,7 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
     ),
     "no adapters": (
         lambda folder: folder.write("models/tiny.yaml", "name: tiny\nsource: ../../tiny\nkind: embed\n"),
-        ["acme.yaml: 'adapters[0]':", "'tiny' embeds text"],
+        ["acme.yaml: 'adapters[0]':", "'tiny' takes no adapters"],
     ),
     "arguments": (
         lambda folder: folder.write("models/y.yaml", "name: y\nsource: ../../tiny\nengine: {args: --port 1}\n"),

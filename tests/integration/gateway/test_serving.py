@@ -20,8 +20,9 @@ from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
 from lmaas.keys import hash_key
 from lmaas.observability import GatewayMetrics
+from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.text import ChatCompletions
-from lmaas.states import UsageStatus
+from lmaas.states import PoolKind, UsageStatus
 from lmaas.store.changes import change_number
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.tenants import find_principal, update_tenant
@@ -133,3 +134,21 @@ async def test_an_error_after_acceptance_goes_to_the_sink(stack: Stack) -> None:
     assert streamed.body.startswith(b": queued position=")
     assert b'"code":"no_capacity"' in streamed.body.rsplit(b"data: ", 1)[1]
     assert [event["status"] for event in await stack.told_once(model, 2)] == ["expired", "expired"]
+
+
+async def test_a_whole_answer_that_the_gateways_stop_cuts_off_costs_nothing(stack: Stack) -> None:
+    model, tenant = await stack.model("e", kind=PoolKind.EMBED), await stack.tenant()
+    await stack.replica(model, "--fake-token-ms 300")
+    principal = await principal_of(stack, tenant)
+    sink = Collected()
+    async with inferences(stack) as path:
+        embeddings = Embeddings()
+        inference = Inference(new_request_id(), embeddings, embeddings.read({"model": "e", "input": ["word"] * 200}))
+        serving = asyncio.create_task(path.serve(principal, inference, sink))
+        await until(lambda: hasattr(inference, "answer") and inference.answer.usage is not None)
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+    assert (sink.status, json.loads(sink.body)["error"]["code"]) == (503, "gateway_stopped")
+    (event,) = await stack.told_once(model, 1)
+    assert (event["status"], event["prompt_tokens"]) == ("failed", 0)

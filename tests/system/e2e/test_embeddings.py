@@ -2,14 +2,15 @@
 
 import math
 import re
+from pathlib import Path
 
 import httpx
 import pytest
-from openai import BadRequestError
+from openai import BadRequestError, NotFoundError
 
-from tests.system.e2e.conftest import EMBEDDING_MODEL, MODEL, ROOT, Stack, wait_for
+from lmaas.engine.embedding_model import packaged_folder
+from tests.system.e2e.conftest import EMBEDDING_MODEL, MODEL, Stack, wait_for
 
-FILES = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
 SENTENCES = ["The cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose by half a percent."]
 
 
@@ -40,13 +41,43 @@ def test_it_embeds_from_zero_beside_the_model_that_generates(stack: Stack) -> No
     assert counted == {"prompt": answer.usage.prompt_tokens + 1, "generation": 0}, "with the token of the probe"
 
 
-def test_an_adapter_for_it_is_refused(stack: Stack) -> None:
-    """Its engines would load none."""
-    folder = ROOT / "tenants" / "adapters" / "acme-json"
-    files = {name: (folder / path).read_bytes() for name, path in FILES.items()}
-    with stack.http(stack.key("acme", "admin_key")) as client:
-        refused = client.post("/v1/adapters", data={"name": "embed-bot", "base_model": EMBEDDING_MODEL}, files=files)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "base_model_takes_no_adapters"), refused.text
+def make_adapter(folder: Path) -> list[list[float]]:
+    """An adapter with a visible effect, as PEFT saves it; answers PEFT's own vectors of SENTENCES."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel, AutoTokenizer
+
+    base = packaged_folder()
+    torch.manual_seed(11)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"], exclude_modules=["pooler.dense"], init_lora_weights=False
+    )
+    adapted = get_peft_model(AutoModel.from_pretrained(base, dtype=torch.float32), config).eval()
+    tokenizer, vectors = AutoTokenizer.from_pretrained(base), []
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.03)
+        for sentence in SENTENCES:
+            vectors.append(adapted(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0].mean(0).tolist())
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    return vectors
+
+
+def test_a_tenants_adapter_for_it_embeds_as_peft_does(stack: Stack, tmp_path: Path) -> None:
+    expected = make_adapter(tmp_path / "adapter")
+    stack.cli("--tenant", "acme", "adapter", "upload", "embed-bot", str(tmp_path / "adapter"), "--base-model", EMBEDDING_MODEL)
+    with stack.openai("acme") as client:
+        for _ in range(2):
+            answers = {name: client.embeddings.create(model=name, input=SENTENCES) for name in ("embed-bot", EMBEDDING_MODEL)}
+            assert answers["embed-bot"].model == "embed-bot"
+            adapted, plain = ([each.embedding for each in answers[name].data] for name in answers)
+            assert min(map(cosine, adapted, expected)) > 0.9999
+            assert max(map(cosine, plain, expected)) < 0.999
+    with stack.openai("globex") as other, pytest.raises(NotFoundError):
+        other.embeddings.create(model="embed-bot", input="Hi")
+    stack.cli("--tenant", "acme", "adapter", "delete", "embed-bot", "--yes")
 
 
 def test_it_stops_like_the_others(stack: Stack) -> None:

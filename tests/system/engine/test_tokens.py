@@ -73,8 +73,8 @@ def vllm_args(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-async def checkers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Checkers]:
-    """The checkers of this machine."""
+async def checkers(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Checkers]:
+    """The checkers of this machine, which end before the engine: its zygote's end waits for every process of vLLM."""
     async with Checkers(tmp_path_factory.mktemp("grammars"), None).kept() as found:
         yield found
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lmaas.adapters.safetensors import EMBEDDING_ARCHITECTURES, MAX_HEADER_BYTES, TensorRecord, base_model_shapes, loads_strict, read_header
 from lmaas.errors import InvalidAdapter, InvalidRequest
+from lmaas.states import PoolKind
 from tests.support.adapters import frame, pack, tensors
 from tests.support.effort import tries
 
@@ -215,6 +216,31 @@ LINEARS = {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.0.mlp.down
 def test_base_model_shapes(tmp_path: Path) -> None:
     write_model(tmp_path, MODEL)
     assert base_model_shapes(tmp_path) == LINEARS
+
+
+BERT = {
+    "embeddings.word_embeddings.weight": (32, 16),
+    "encoder.layer.0.attention.self.query.weight": (16, 16),
+    "encoder.layer.0.attention.self.query.bias": (16,),
+    "encoder.layer.0.output.dense.weight": (16, 24),
+    "encoder.layer.0.output.LayerNorm.weight": (16,),
+    "pooler.dense.weight": (16, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [
+        ("BertModel", {"encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense"}),
+        # vLLM would take adapters for these, but they were not compared with PEFT.
+        ("RobertaModel", set()),
+        ("", set()),
+    ],
+)
+def test_of_a_model_that_embeds_only_what_was_compared_takes_adapters(tmp_path: Path, architecture: str, modules: set[str]) -> None:
+    write_model(tmp_path, BERT)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert base_model_shapes(tmp_path, PoolKind.EMBED).keys() == modules
 
 
 def test_base_model_shapes_of_shards(tmp_path: Path) -> None:

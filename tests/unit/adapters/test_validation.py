@@ -264,6 +264,7 @@ def without(*names: str) -> Tensors:
         (renamed(lambda n: PREFIX + n), "no_target_modules", PREFIX),
         (renamed(lambda n: n.replace("lora_A", "lora_a").replace("lora_B", "lora_b")), "no_target_modules", "lora_a"),
         (tensors(base(layers=3)), "base_model_mismatch", "layers.2"),
+        ({**tensors(), f"{PREFIX}pooler.dense.lora_A.weight": tensors()[f"{Q0}.lora_A.weight"]}, "unsupported_adapter", "exclude_modules"),
         ({**tensors(), f"{Q0}x.lora_A.weight": tensors()[f"{Q0}.lora_A.weight"]}, "no_target_modules", "q_projx"),
         (renamed(lambda n: n.replace(".weight", ".default.weight")), "unsupported_adapter", "save_pretrained"),
         (with_one(f"{Q0}.lora_magnitude_vector", np.ones(HIDDEN)), "unsupported_adapter", "DoRA"),

@@ -12,7 +12,8 @@ PAGE = next(parent for parent in Path(__file__).parents if (parent / "docs").is_
 
 def test_each_metric_of_a_controller_is_documented() -> None:
     pool = SimpleNamespace(model="base", queued=1, load=2, desired=1, observed=("ready",), start={"by": "plain", "total_ms": 1000})
-    controller: Any = SimpleNamespace(active=True, moved=1, statuses={"mod_1": pool})
+    sweeper = SimpleNamespace(stored_bytes=5)
+    controller: Any = SimpleNamespace(active=True, moved=1, statuses={"mod_1": pool}, sweeper=sweeper)
     time: Any = SimpleNamespace(base_model="base", phase="busy", ms=1000, cost_microusd=1)
     found = {sample.name: set(sample.labels) for metric in metrics(controller, [time]) for sample in metric.samples}
     section = PAGE.read_text().split("## Controllers\n", 1)[1].split("\n## ", 1)[0]

@@ -8,14 +8,14 @@ from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 
 
-def spec(kind: PoolKind, extra_args: str = "") -> EngineSpec:
-    model = BaseModel("mod_1", "x", "/models/x", "float32", {}, 12, 3, 2, 4, 256, 2**20, extra_args, kind)
+def spec(kind: PoolKind, extra_args: str = "", linears: dict[str, list[int]] | None = None) -> EngineSpec:
+    model = BaseModel("mod_1", "x", "/models/x", "float32", linears or {}, 12, 3, 2, 4, 256, 2**20, extra_args, kind)
     return spec_of(model, "m", "127.0.0.1")
 
 
-def options(kind: PoolKind, extra_args: str = "") -> dict[str, str]:
+def options(spec: EngineSpec) -> dict[str, str]:
     """The options and their values; an empty one for a switch."""
-    words = command_line(spec(kind, extra_args), 1)[3:]
+    words = command_line(spec, 1)[3:]
     after = [*words[1:], "--"]
     return {word: "" if following.startswith("--") else following for word, following in zip(words, after, strict=True) if word[:2] == "--"}
 
@@ -27,14 +27,17 @@ BOTH = {
 }  # fmt: skip
 
 
+LORA = {"--enable-lora": "", "--max-loras": "3", "--max-cpu-loras": "3", "--max-lora-rank": "16"}
+
+
 @pytest.mark.parametrize("cpu", [True, False])
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
         (
             PoolKind.GENERATE,
-            {
-                "--enable-lora": "", "--max-loras": "3", "--max-cpu-loras": "3", "--max-lora-rank": "16",
+            LORA
+            | {
                 "--enable-prompt-tokens-details": "", "--enable-scale-out": "",
                 "--enable-auto-tool-choice": "", "--tool-call-parser": "hermes", "--structured-outputs-config": '{"backend":"xgrammar"}',
             },
@@ -44,7 +47,13 @@ BOTH = {
 )  # fmt: skip
 def test_each_kind_has_its_options(monkeypatch: pytest.MonkeyPatch, cpu: bool, kind: PoolKind, more: dict[str, str]) -> None:
     monkeypatch.setattr(launch, "has_cpu_build", lambda: cpu)
-    assert options(kind) == BOTH | more | ({"--enforce-eager": ""} if cpu else {})
+    assert options(spec(kind)) == BOTH | more | ({"--enforce-eager": ""} if cpu else {})
+
+
+def test_an_engine_that_embeds_takes_adapters_if_its_modules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "has_cpu_build", lambda: False)
+    adapted = spec(PoolKind.EMBED, linears={"encoder.layer.0.output.dense": [2, 3]})
+    assert options(adapted) == BOTH | LORA | {"--runner": "pooling"}
 
 
 @pytest.mark.parametrize(("kind", "fixed"), [(PoolKind.GENERATE, "--structured-outputs-config"), (PoolKind.EMBED, "--runner")])

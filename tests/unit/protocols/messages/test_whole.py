@@ -109,14 +109,6 @@ def test_bytes_that_are_no_answer(text: bytes) -> None:
         answer(stream=False).take(text)
 
 
-def test_an_answer_is_of_one_form() -> None:
-    whole, stream = answer(stream=False), answer(stream=True)
-    with pytest.raises(ValueError, match="instead"):
-        whole.feed(b"")
-    with pytest.raises(ValueError, match="instead"):
-        stream.take(b"{}")
-
-
 def test_a_call_without_a_name_is_no_answer() -> None:
     text = engine_whole(None, calls=[("f", "{}")]).replace(b'"name": "f"', b'"name": null')
     with pytest.raises(ValueError, match="name"):

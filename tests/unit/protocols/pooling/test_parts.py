@@ -159,12 +159,6 @@ def test_bytes_that_are_no_answer_are_an_error(text: bytes) -> None:
     assert not answer.complete
 
 
-def test_there_are_no_streams() -> None:
-    answer = Embeddings().answer(inference_of(Embeddings(), BODY))
-    with pytest.raises(ValueError, match="stream"):
-        answer.feed(b"data: {}\n\n")
-
-
 TEXTS = ["x" * (1 + number * 7 % 50) for number in range(50)]
 
 

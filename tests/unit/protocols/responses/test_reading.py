@@ -208,6 +208,8 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("metadata", [], "invalid_type", "metadata"),
     ("input", None, "missing_parameter", "input"),
     ("input", [], "empty_prompt", "input"),
+    ("input", [{"type": "reasoning", "summary": []}], "empty_prompt", "input"),
+    ("input", [{"type": "reasoning", "summary": [{"text": "a"}], "content": []}] * 2, "empty_prompt", "input"),
     ("model", "", "missing_parameter", "model"),
 ]
 
