@@ -125,12 +125,16 @@ class ResponsesRequest(TextRequest):
         self.parameters["messages"] = always + others[first:]
 
 
-def read_response(body: dict[str, Any]) -> ResponsesRequest:
-    """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame."""
+def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesRequest:
+    """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame.
+
+    Without `may_store` nothing will be stored, whatever the request says.
+    """
     model = read_model(body)
     given = read_parameters(TABLE, body)
     items = _items(given)
-    if given.get("store", True):
+    is_stored = may_store and given.get("store", True)
+    if is_stored:
         check_storable(items)
     # References are resolved later, and so may be everything before the input.
     own = [item for item in items if item["type"] != "item_reference"]
@@ -158,7 +162,7 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
         items=items,
         previous_response_id=given.get("previous_response_id"),
         conversation_id=given.get("conversation"),
-        store=given.get("store", True),
+        store=is_stored,
         wants_logprobs=LOGPROBS in given.get("include", ()),
         truncates=given.get("truncation") == "auto",
         custom=tools.custom,

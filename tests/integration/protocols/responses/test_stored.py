@@ -373,7 +373,7 @@ async def test_a_response_that_cannot_be_stored_is_lost_alone(
     service: Service, acme: str, db: Database, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = (await tenant(db, "other")).id
-    save_together = writing.save_together
+    save_together = responses.save_together
     bad = new(3).id
 
     async def failing(db: Database, batches: Sequence[tuple[str, Sequence[responses.Response]]], kept_for: timedelta) -> None:

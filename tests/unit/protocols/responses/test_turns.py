@@ -90,6 +90,7 @@ def test_an_input_that_is_too_large_to_be_stored_is_refused(given: object, monke
         read_response({"model": "m", "input": given})
     assert (caught.value.error_code, caught.value.param) == ("input_too_large", "input")
     assert read_response({"model": "m", "input": given, "store": False}).items
+    assert read_response({"model": "m", "input": given}, may_store=False).items
 
 
 def test_items_that_are_referred_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
