@@ -45,6 +45,8 @@ class MessageStream(Answer):
         self._pieces: list[str] = []
         #: Text that waits: white space before a block that may turn out to be no text, or text that came within a tool call.
         self._held: list[str] = []
+        #: Thoughts that came within a tool call.
+        self._thoughts: list[str] = []
         #: The engine's index of the latest tool call, the number of calls, and the arguments of the latest one.
         self._call = -1
         self._calls = 0
@@ -100,7 +102,7 @@ class MessageStream(Answer):
                 self._begin()
             said = choice.delta
             if said.reasoning and self._request.shows_thinking:
-                self._piece(_THINKING, said.reasoning)
+                self._think(said.reasoning)
             if said.content:
                 self._text(said.content)
             for call in said.tool_calls or ():
@@ -128,6 +130,12 @@ class MessageStream(Answer):
             "usage": usage_of(self._chat.usage or Usage()) | {"output_tokens": 0, "service_tier": SERVICE_TIER},
         }
         self._out.append(_START % _json(message))
+
+    def _think(self, text: str) -> None:
+        if self._open == _TOOL:
+            self._thoughts.append(text)
+        else:
+            self._piece(_THINKING, text)
 
     def _text(self, text: str) -> None:
         if self._open == _TEXT:
@@ -178,7 +186,7 @@ class MessageStream(Answer):
         self._open = kind
 
     def _close_block(self) -> None:
-        """End the open block. Text that came within a tool call becomes a block after it."""
+        """End the open block. Thoughts and text that came within a tool call become blocks after it."""
         kind = self._open
         if kind is None:
             return
@@ -190,8 +198,12 @@ class MessageStream(Answer):
         self._out.append(_CLOSE % self._blocks)
         self._open = None
         self._blocks += 1
-        text = "".join(self._held)
+        thoughts, text = "".join(self._thoughts), "".join(self._held)
+        self._thoughts.clear()
         self._held.clear()
+        if thoughts:
+            self._piece(_THINKING, thoughts)
+            self._close_block()
         if text.strip():
             self._piece(_TEXT, text)
             self._close_block()

@@ -151,6 +151,19 @@ class FunctionCall(OutputItem):
         self._call_id, self._name = call_id.encode(), encode(name)
         self._namespace = b"" if namespace is None else b',"namespace":%b' % encode(namespace)
 
+    def finish(self, status: bytes) -> bytes:
+        """Return the events of the item's end."""
+        rest = self._last(status)
+        self._pieces.append(rest)
+        return self._event(rest) + super().finish(status)
+
+    def _last(self, status: bytes) -> str:
+        """Return what the end adds to the text. A whole call without arguments has an empty object, which clients can parse."""
+        return "{}" if status == COMPLETED and not any(map(str.strip, self._pieces)) else ""
+
+    def _event(self, text: str) -> bytes:
+        return self._write(self._piece_event, b'%b,"delta":%b' % (self._place, encode(text))) if text else b""
+
     def _item(self, status: bytes, text: bytes | None) -> bytes:
         return self._form % (self._id, status, b'""' if text is None else text, self._call_id, self._name, self._namespace)
 
@@ -176,20 +189,12 @@ class CustomCall(FunctionCall):
         self.add(text)
         return self._event(self._pieces[-1])
 
-    def finish(self, status: bytes) -> bytes:
-        """Return the events of the item's end."""
-        return self._event(self._last()) + super().finish(status)
-
     def json(self, status: bytes) -> bytes:
         """Return the item as it is now, which ends it."""
-        self._last()
+        self._pieces.append(self._last(status))
         return super().json(status)
 
-    def _last(self) -> str:
-        """Add the rest of the input, once."""
+    def _last(self, status: bytes) -> str:
+        """Return the rest of the input, once."""
         rest, self._unwrapper = "" if self._unwrapper is None else self._unwrapper.end(), None
-        self._pieces.append(rest)
         return rest
-
-    def _event(self, text: str) -> bytes:
-        return self._write(self._piece_event, b'%b,"delta":%b' % (self._place, encode(text))) if text else b""

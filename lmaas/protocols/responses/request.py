@@ -129,7 +129,10 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
     items = _items(given)
     # References are resolved later, and so may be everything before the input.
     own = [item for item in items if item["type"] != "item_reference"]
-    parameters = {"messages": messages_of(given.get("instructions"), own)} | _sampling(given)
+    messages = messages_of(given.get("instructions"), own)
+    if not messages and len(own) == len(items) and given.keys().isdisjoint(("previous_response_id", "conversation")):
+        raise _nothing_to_answer()
+    parameters = {"messages": messages} | _sampling(given)
     tools: Tools = given.get("tools", _NO_TOOLS)
     tools_as_sent: list[Any] = []
     if tools.for_engine or "tool_choice" in given:
@@ -175,7 +178,7 @@ def _items(given: dict[str, Any]) -> list[Item]:
 
 
 def _nothing_to_answer() -> InvalidRequest:
-    return InvalidRequest("'input' must have at least one item.", code="empty_prompt", param="input")
+    return InvalidRequest("'input' must have at least one item for the model, such as a message.", code="empty_prompt", param="input")
 
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:

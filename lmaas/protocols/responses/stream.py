@@ -12,7 +12,8 @@ class OutputStream:
     """Makes items of what the engine writes: reasoning, messages and calls. An item ends when another one begins.
 
     Pieces of one item that arrive before `taken` become one event. White space alone is a message only if there is nothing else, because
-    the templates of some models put it around calls.
+    the templates of some models put it around calls. Text and reasoning that come within a call wait until it is done, because more of its
+    arguments may follow.
     """
 
     def __init__(self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]]) -> None:
@@ -27,7 +28,9 @@ class OutputStream:
         self._call = _NO_CALL
         self._pieces: list[str] = []
         self._logprobs: list[bytes] = []
-        #: White space that becomes the beginning of a message if text follows, with its log probabilities.
+        #: Reasoning that came within a call.
+        self._thoughts: list[str] = []
+        #: White space that becomes the beginning of a message if text follows, or text that came within a call, with its log probabilities.
         self._blank: list[str] = []
         self._blank_logprobs: list[bytes] = []
 
@@ -56,6 +59,9 @@ class OutputStream:
 
     def think(self, text: str) -> None:
         """Add to the reasoning."""
+        if self._call != _NO_CALL:
+            self._thoughts.append(text)
+            return
         if not isinstance(self._open, Reasoning):
             self._begin(Reasoning(self.event, *self._next("reasoning")))
         self._pieces.append(text)
@@ -66,7 +72,7 @@ class OutputStream:
             self._blank.append(text)
             if logprobs:
                 self._blank_logprobs.append(logprobs)
-            if text.isspace() or not text:
+            if self._call != _NO_CALL or text.isspace() or not text:
                 return
             self._say_blank()
             return
@@ -79,6 +85,7 @@ class OutputStream:
         if self._call != number:
             if not name or number < self._call:
                 raise ValueError("a part of a call that has not begun, or that has ended")
+            self._end_call()
             custom = name in self._custom
             item, index = self._next("custom_tool_call" if custom else "function_call")
             call_id = f"call_{item.partition('_')[2]}"
@@ -92,8 +99,24 @@ class OutputStream:
         """End the last item, which is incomplete if the answer was cut off. An answer without any item gets an empty message."""
         if self._open is None and not self._items:
             self._say_blank()
+        if self._thoughts or any(map(str.strip, self._blank)):
+            self._end_call()
         if self._open is not None:
             self._end(INCOMPLETE if cut else COMPLETED)
+
+    def _end_call(self) -> None:
+        """End the call that grows, if one does. What came within it becomes items after it."""
+        if self._call == _NO_CALL:
+            return
+        self._end(COMPLETED)
+        self._call = _NO_CALL
+        thoughts, text, logprobs = "".join(self._thoughts), "".join(self._blank), b",".join(self._blank_logprobs)
+        for held in (self._thoughts, self._blank, self._blank_logprobs):
+            held.clear()
+        if thoughts:
+            self.think(thoughts)
+        if text.strip():
+            self.say(text, logprobs)
 
     def _say_blank(self) -> None:
         text, logprobs = "".join(self._blank), b",".join(self._blank_logprobs)

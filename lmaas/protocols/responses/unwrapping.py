@@ -8,9 +8,10 @@ from lmaas.protocols.responses.tools import INPUT
 _START = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 #: What may still become the start. Longer text without it is something else.
 _MAX_START = 200
-#: Whole characters of a JSON string.
-_CHARACTERS = re.compile(r'(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*', re.DOTALL)
-_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
+#: Whole characters of a JSON string. The group has the last escape, or the plain characters after it. A \u without a number is no escape.
+_CHARACTERS = re.compile(r'([^"\\]+|\\u[0-9a-fA-F]{4}|\\u(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])|\\[^u])*', re.DOTALL)
+_ESCAPE = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\.", re.DOTALL)
+_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -46,11 +47,11 @@ class Unwrapper:
 
     def _inside(self) -> str:
         matched = _CHARACTERS.match(self._rest)
-        end = matched.end() if matched else 0
+        end, last = (matched.end(), matched[1] or "") if matched else (0, "")
         self._is_over = self._rest[end : end + 1] == '"'
-        if not self._is_over and _FIRST_HALF.search(self._rest, max(0, end - 6), end):
+        if not self._is_over and _FIRST_HALF.fullmatch(last):
             # The other half of the character has not come yet.
-            end -= 6
+            end -= len(last)
         text, self._rest = _decoded(self._rest[:end]), self._rest[end:]
         return text
 
@@ -60,7 +61,8 @@ class Unwrapper:
             return ""
         if self._is_inside:
             # The answer was cut off. An unfinished escape is dropped, and half of a character is replaced.
-            return _decoded(self._rest) if _FIRST_HALF.match(self._rest) else ""
+            matched = _CHARACTERS.match(self._rest)
+            return _decoded(matched[0]) if matched else ""
         text = "".join([*(self._odd or ()), self._rest])
         try:
             value = json.loads(text)
@@ -76,6 +78,14 @@ def _decoded(characters: str) -> str:
     try:
         text: str = json.loads(f'"{characters}"', strict=False)
     except ValueError:
-        # An escape that JSON does not have: the model meant the characters themselves.
-        return characters
+        text = _ESCAPE.sub(_plain, characters)
     return _HALF_PAIR.sub("\ufffd", text)
+
+
+def _plain(escape: re.Match[str]) -> str:
+    """Return the character of an escape. By one that JSON does not have, the model meant the characters themselves."""
+    try:
+        text: str = json.loads(f'"{escape[0]}"', strict=False)
+    except ValueError:
+        return escape[0]
+    return text

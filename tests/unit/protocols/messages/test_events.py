@@ -58,6 +58,12 @@ CASES = [
     pytest.param([call(0, "f", '{"a": 1}')], TOOLS, [used("f", a=1)], id="call"),
     pytest.param([call(0, "f"), call(0, arguments='{"a"'), call(0, arguments=": 12}")], TOOLS, [used("f", a=12)], id="call in pieces"),
     pytest.param([call(0, "f")], TOOLS, [used("f")], id="call without arguments"),
+    pytest.param(
+        [call(0, "f", '{"a"'), {"reasoning": "Hm."}, *said("So."), call(0, arguments=": 1}"), call(1, "f")],
+        TOOLS | THINKING,
+        [used("f", a=1), thought("Hm."), text("So."), used("f")],
+        id="thoughts and text within a call",
+    ),
     pytest.param([call(0, "f", " "), call(0, arguments='\n{"a":1}')], TOOLS, [used("f", a=1)], id="call with white space"),
     pytest.param(
         [call(0, "f", '"Par'), call(0, arguments='is"'), call(1, "g", "[1]"), call(2, "h", "{}")],

@@ -162,6 +162,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("tool_choice", "sometimes", "out_of_range", "tool_choice"),
     ("tools", {}, "invalid_type", "tools"),
     ("tools", [{"type": "web_search", "external_web_access": False, "filters": nested(500)}], "invalid_schema", "tools"),
+    ("tools", [{"type": "web_search", "external_web_access": False, "filters": [[]] * 60_000}] * 2, "invalid_schema", "tools"),
     ("tools", [FUNCTION] * 129, "invalid_type", "tools"),
     ("tools", ["f"], "invalid_type", "tools[0]"),
     ("tools", [{"name": "f"}], "invalid_type", "tools[0]"),
@@ -208,6 +209,8 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("metadata", [], "invalid_type", "metadata"),
     ("input", None, "missing_parameter", "input"),
     ("input", [], "empty_prompt", "input"),
+    ("input", [{"type": "reasoning", "summary": []}], "empty_prompt", "input"),
+    ("input", [{"type": "reasoning", "summary": [{"text": "a"}], "content": []}] * 2, "empty_prompt", "input"),
     ("model", "", "missing_parameter", "model"),
 ]
 

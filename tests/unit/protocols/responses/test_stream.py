@@ -90,7 +90,18 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[tuple[str, str, str]]]] = {
         [("function_call", "completed", '{"a":1}')],
     ),
     "a call in one piece": (stream(calling(0, "weather", "{}"), finish="tool_calls"), {}, [("function_call", "completed", "{}")]),
-    "a call without arguments": (stream(calling(0, "weather")), {}, [("function_call", "completed", "")]),
+    "a call without arguments": (stream(calling(0, "weather")), {}, [("function_call", "completed", "{}")]),
+    "a call with blank arguments": (stream(calling(0, "weather", " \n")), {}, [("function_call", "completed", " \n{}")]),
+    "two calls without arguments": (
+        stream(calling(0, "weather"), calling(1, "other")),
+        {},
+        [("function_call", "completed", "{}"), ("function_call", "completed", "{}")],
+    ),
+    "a call that is cut before its arguments": (
+        stream(calling(0, "weather"), finish="length"),
+        {},
+        [("function_call", "incomplete", "")],
+    ),
     "a call that is cut": (stream(calling(0, "weather", '{"a'), finish="length"), {}, [("function_call", "incomplete", '{"a')]),
     "text, then calls": (
         stream(*words("\n", "Well. ", "\n"), calling(0, "weather", "{}"), *words("\n"), calling(1, "weather", "[]"), *words("\n")),
@@ -106,6 +117,31 @@ CASES: dict[str, tuple[bytes, dict[str, Any], list[tuple[str, str, str]]]] = {
         stream(calling(0, "weather", "{}"), *words("\n", "Done.")),
         {},
         [("function_call", "completed", "{}"), ("message", "completed", "\nDone.")],
+    ),
+    "text and reasoning within a call": (
+        stream(calling(0, "weather"), *words("\n", "Hm."), {"reasoning": "I"}, calling(0, None, "{}"), calling(1, "other", "[]")),
+        {},
+        [
+            ("function_call", "completed", "{}"),
+            ("reasoning", "completed", "I"),
+            ("message", "completed", "\nHm."),
+            ("function_call", "completed", "[]"),
+        ],
+    ),
+    "white space within a call that is cut": (
+        stream(calling(0, "weather"), *words("\n"), calling(0, None, "{"), finish="length"),
+        {},
+        [("function_call", "incomplete", "{")],
+    ),
+    "text after a call that is cut": (
+        stream(calling(0, "weather", "{}"), *words("Do"), finish="length"),
+        {},
+        [("function_call", "completed", "{}"), ("message", "incomplete", "Do")],
+    ),
+    "reasoning within a custom call": (
+        stream(calling(0, "apply_patch", '{"input": "a'), {"reasoning": "I"}, calling(0, None, 'b"}')),
+        {},
+        [("custom_tool_call", "completed", "ab"), ("reasoning", "completed", "I")],
     ),
     "reasoning": (
         stream({"reasoning": "I "}, {"reasoning": "think"}, *words("\n\n", "So.")),

@@ -29,6 +29,28 @@ def test_any_text_in_any_pieces(text: str, ascii_only: bool, cuts: list[int]) ->
     assert unwrapped(list(arguments)) == (text, "")
 
 
+#: What is easily taken for an escape, or for a part of one.
+PARTS = ("\\", "\\\\", "\\u", "\\ud83d", "\\ude00", "ud83d", "\\n", "😀", '"', "a", "0", " ")
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.booleans(), st.data())
+def test_backslashes_in_any_pieces(text: str, ascii_only: bool, data: st.DataObject) -> None:
+    arguments = json.dumps({"input": text}, ensure_ascii=ascii_only)
+    for place in range(1, len(arguments)):
+        assert unwrapped([arguments[:place], arguments[place:]]) == (text, "")
+    cuts = data.draw(st.lists(st.integers(0, len(arguments)), max_size=8))
+    assert unwrapped(cut(arguments, cuts)) == (text, "")
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.sampled_from(["", '"}']), st.lists(st.integers(0, 60), max_size=8))
+def test_what_is_no_json_is_the_same_in_any_pieces(characters: str, end: str, cuts: list[int]) -> None:
+    """A model may write escapes that JSON does not have, and its answer may be cut off anywhere."""
+    arguments = '{"input": "' + characters + end
+    expected = "".join(unwrapped([arguments]))
+    assert "".join(unwrapped(cut(arguments, cuts))) == expected
+    assert "".join(unwrapped(list(arguments))) == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -37,6 +59,9 @@ def test_any_text_in_any_pieces(text: str, ascii_only: bool, cuts: list[int]) ->
         (r'{"input": "\d+\."}', r"\d+\."),
         ('{"input": "\\ud83c"}', "\ufffd"),
         ('{"input": "\\ud83c x"}', "\ufffd x"),
+        (r'{"input": "\\ud83d tail"}', r"\ud83d tail"),
+        (r'{"input": "C:\users\n\d"}', "C:\\users\n\\d"),
+        (r'{"input": "cut\ud83c\ude0', "cut\ufffd"),
         ('{"input": "cut', "cut"),
         ('{"input": "cut\\', "cut"),
         ('{"input": "cut\\u00', "cut"),
