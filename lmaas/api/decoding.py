@@ -52,6 +52,8 @@ def _fault(kind: inspect.Type, value: Any, path: str, *, text: bool) -> InvalidR
         return None
     main = next(option for option in options if not isinstance(option, inspect.NoneType))
     plain, extra = _unwrapped(main)
+    if isinstance(plain, inspect.AnyType):
+        return None
     if isinstance(plain, inspect.StructType) and isinstance(value, dict):
         return _struct_fault(plain, value, f"{path}." if path else "", text=text)
     if isinstance(plain, inspect.ListType) and isinstance(value, list):

@@ -5,12 +5,10 @@ nothing is metered. Each gateway limits what a tenant may have read in a minute.
 """
 
 import asyncio
-import math
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Prompt, Tokens, decode_tokens, encode
@@ -18,18 +16,15 @@ from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.checker_hosts import CheckerHosts, CheckerUnavailable, NoCheckerError
 from lmaas.inference.grammars import Grammars
+from lmaas.inference.recent_work import RecentWork, WorkOfTenants
 from lmaas.inference.request import EngineRequest
 from lmaas.inference.sink import Sink
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 from lmaas.types import Principal
 
-#: The limits of a tenant's prompts in one minute at one gateway: their number, and the seconds of CPU time for them.
-WINDOW_S = 60.0
+#: The maximum number of a tenant's prompts that one gateway has read in a minute.
 MAX_PROMPTS = 600
-MAX_CPU_S = 20.0
-#: The maximum number of tenants whose prompts are counted.
-KNOWN_TENANTS = 10_000
 #: How long a request waits for its tokens at most. Proxies close connections that are silent for a minute.
 WAIT_S = 50.0
 
@@ -74,31 +69,15 @@ class Counting(ABC):
         """Return the client's body."""
 
 
-@dataclass(slots=True)
-class Readings:
-    """A tenant's prompts of the last minute: the start of each, and its end with the CPU time. They are read one at a time."""
+class Readings(RecentWork):
+    """A tenant's prompts of the last minute."""
 
-    began: deque[float] = field(default_factory=deque)
-    ended: deque[tuple[float, float]] = field(default_factory=deque)
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: The number of requests that wait for their tokens.
-    waiting: int = 0
+    __slots__ = ()
 
-    def begin(self, now: float) -> None:
-        """Count a prompt that is read from `now` on. Raises OverLimit if the tenant has reached a limit."""
-        while self.began and self.began[0] <= now - WINDOW_S:
-            self.began.popleft()
-        while self.ended and self.ended[0][0] <= now - WINDOW_S:
-            self.ended.popleft()
-        if len(self.began) >= MAX_PROMPTS:
-            raise _over(
-                f"You have had the tokens of {MAX_PROMPTS} prompts counted in a minute, the maximum", self.began[0] + WINDOW_S - now
-            )
-        spent = sum(cpu_s for _, cpu_s in self.ended)
-        if spent >= MAX_CPU_S:
-            reason = f"Counting your tokens has needed {spent:.0f} s of computing time within a minute, and {MAX_CPU_S:g} s are allowed"
-            raise _over(reason, self.ended[0][0] + WINDOW_S - now)
-        self.began.append(now)
+    most = MAX_PROMPTS
+    code = "too_many_token_counts"
+    too_many = f"You have had the tokens of {MAX_PROMPTS} prompts counted"
+    too_long = "Counting your tokens has needed"
 
 
 class PromptReaders:
@@ -106,7 +85,7 @@ class PromptReaders:
 
     def __init__(self, hosts: CheckerHosts, clock: Callable[[], float] = time.monotonic) -> None:
         self._hosts, self._clock = hosts, clock
-        self._tenants: OrderedDict[str, Readings] = OrderedDict()
+        self._tenants = WorkOfTenants(Readings)
         self._reading: set[asyncio.Task[Tokens]] = set()
 
     async def read(self, tenant_id: str, model: BaseModel, prompt: Prompt, max_waiting: int) -> Tokens:
@@ -115,7 +94,7 @@ class PromptReaders:
         Raises OverLimit beyond `max_waiting` requests of the tenant that wait, or beyond what it may have read in a minute; Unavailable if
         no host has read the prompt.
         """
-        readings = self._readings(tenant_id)
+        readings = self._tenants.of(tenant_id)
         if readings.waiting >= max_waiting:
             raise OverLimit(
                 f"You have {max_waiting} requests that wait for their tokens, the maximum for this tenant. Retry after 5 s.",
@@ -159,13 +138,6 @@ class PromptReaders:
             raise _no_host(model) from None
         except CheckerUnavailable as error:
             raise _unavailable() from error
-
-    def _readings(self, tenant_id: str) -> Readings:
-        readings = self._tenants.setdefault(tenant_id, Readings())
-        self._tenants.move_to_end(tenant_id)
-        if len(self._tenants) > KNOWN_TENANTS:
-            self._tenants.popitem(last=False)
-        return readings
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +184,6 @@ def _field(asked: PromptRequest, param: str) -> str | None:
     """Return the client's field for a parameter of the engine."""
     name = param.removeprefix("body.").partition(".")[0]
     return (asked.request.clients_name(name) if asked.request is not None else name) or None
-
-
-def _over(what: str, retry_after_s: float) -> OverLimit:
-    message = f"{what}. Retry after {max(1, math.ceil(retry_after_s))} s."
-    return OverLimit(message, code="too_many_token_counts", retry_after_s=retry_after_s)
 
 
 def _unavailable() -> Unavailable:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ import msgspec
 from lmaas.engine.grammars.verdict import TOO_COMPLEX, UNKNOWN, Question, Verdict, decode_verdict, encode
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.inference.checker_hosts import CheckerHosts, CheckerUnavailable
+from lmaas.inference.recent_work import RecentWork, WorkOfTenants
 from lmaas.inference.schemas import MAX_DEPTH, depth
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
@@ -28,18 +29,15 @@ from lmaas.store.models import BaseModel
 #: schema.
 MAX_BYTES = 256 * 1024
 MAX_LEVELS = MAX_DEPTH + 8
-#: The limits of a tenant's checks in one minute: the number of new grammars, and the seconds of CPU time for them.
-WINDOW_S = 60.0
+#: The maximum number of new grammars that a tenant uses in a minute at one gateway.
 MAX_NEW = 300
-MAX_CPU_S = 20.0
 #: Expensive grammars also count when they are used, unless the tenant has used them recently, because an engine may have to compile them
 #: again.
 EXPENSIVE_S, MAX_LATELY = 0.25, 16
 #: The lifetime of the verdict "too complex". It depends on measured time, which is longer on a busy machine.
 TOO_COMPLEX_S = 600.0
-#: The maximum numbers of cached verdicts, and of tenants whose checks are counted.
+#: The maximum number of cached verdicts.
 KNOWN_VERDICTS = 20_000
-KNOWN_TENANTS = 10_000
 
 Key = tuple[str, str, bytes]
 
@@ -55,37 +53,18 @@ class Lookup(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Checks:
-    """A tenant's checks of the last minute: the start of each, and its end with the CPU time. They run one at a time."""
+class Checks(RecentWork):
+    """A tenant's checks of the last minute."""
 
-    began: deque[float] = field(default_factory=deque)
-    ended: deque[tuple[float, float]] = field(default_factory=deque)
+    most = MAX_NEW
+    code = "too_many_new_schemas"
+    too_many = f"You have used {MAX_NEW} new schemas or sets of tools"
+    too_long = "Your new schemas have needed"
+    exempt = " Schemas that you have used before do not count."
+
     #: The expensive grammars that were used most recently.
     lately: OrderedDict[Key, None] = field(default_factory=OrderedDict)
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     asking: "dict[Key, asyncio.Task[Verdict]]" = field(default_factory=dict)
-    #: The number of requests that wait for a check.
-    waiting: int = 0
-
-    def begin(self, now: float) -> None:
-        """Count a check that begins at `now`. Raises OverLimit if the tenant has reached the limit."""
-        while self.began and self.began[0] <= now - WINDOW_S:
-            self.began.popleft()
-        if len(self.began) >= MAX_NEW:
-            raise _over(f"You have used {MAX_NEW} new schemas or sets of tools in a minute, the maximum", self.began[0] + WINDOW_S - now)
-        self.spend(now)
-        self.began.append(now)
-
-    def spend(self, now: float) -> None:
-        """Raise OverLimit if the tenant's checks have used up their CPU time in the minute before `now`."""
-        while self.ended and self.ended[0][0] <= now - WINDOW_S:
-            self.ended.popleft()
-        spent = sum(cpu_s for _, cpu_s in self.ended)
-        if spent >= MAX_CPU_S:
-            raise _over(
-                f"Your new schemas have needed {spent:.0f} s of computing time within a minute, and {MAX_CPU_S:g} s are allowed",
-                self.ended[0][0] + WINDOW_S - now,
-            )
 
     def use(self, key: Key, cpu_s: float, now: float) -> None:
         """Count the use of an expensive grammar. Raises OverLimit."""
@@ -110,7 +89,7 @@ class Grammars:
         self.hosts, self._metrics, self._clock = hosts, metrics, clock
         #: Each verdict with the time at which it expires.
         self._verdicts: OrderedDict[Key, tuple[Verdict, float]] = OrderedDict()
-        self._tenants: OrderedDict[str, Checks] = OrderedDict()
+        self._tenants = WorkOfTenants(Checks)
 
     def look_up(self, tenant_id: str, model: BaseModel, path: str, parameters: dict[str, Any], field: str) -> Lookup:
         """Look up the grammar of a request to `path`. `parameters` are those that it is made from, by name; `field` is the client's field.
@@ -125,7 +104,7 @@ class Grammars:
             return Lookup(model.id, key, text, None)
         verdict = known[0]
         if verdict.cpu_s > EXPENSIVE_S and not verdict.code:
-            self._checks(tenant_id).use(key, verdict.cpu_s, self._clock())
+            self._tenants.of(tenant_id).use(key, verdict.cpu_s, self._clock())
         return Lookup(model.id, key, text, verdict)
 
     async def check(self, tenant_id: str, lookup: Lookup, max_waiting: int) -> Verdict:
@@ -134,7 +113,7 @@ class Grammars:
         Raises OverLimit beyond `max_waiting` requests of the tenant that wait, or beyond what it may have checked in a minute; Unavailable
         if the checker fails; NoCheckerError if none is known.
         """
-        checks = self._checks(tenant_id)
+        checks = self._tenants.of(tenant_id)
         if checks.waiting >= max_waiting:
             raise OverLimit(
                 f"You have {max_waiting} queued requests, the maximum for this tenant. Retry after 5 s, or raise max_queued.",
@@ -155,13 +134,6 @@ class Grammars:
             return await asyncio.shield(asking)
         finally:
             checks.waiting -= 1
-
-    def _checks(self, tenant_id: str) -> Checks:
-        checks = self._tenants.setdefault(tenant_id, Checks())
-        self._tenants.move_to_end(tenant_id)
-        if len(self._tenants) > KNOWN_TENANTS:
-            self._tenants.popitem(last=False)
-        return checks
 
     async def _ask(self, checks: Checks, lookup: Lookup) -> Verdict:
         async with checks.turn:
@@ -192,11 +164,6 @@ def _answered(checks: Checks, key: Key, asking: "asyncio.Task[Verdict]") -> None
     del checks.asking[key]
     if not asking.cancelled():
         asking.exception()  # requests that still wait receive it; without any, it must not be logged as unretrieved
-
-
-def _over(what: str, retry_after_s: float) -> OverLimit:
-    message = f"{what}. Schemas that you have used before do not count. Retry after {max(1, math.ceil(retry_after_s))} s."
-    return OverLimit(message, code="too_many_new_schemas", retry_after_s=retry_after_s)
 
 
 def unavailable() -> Unavailable:

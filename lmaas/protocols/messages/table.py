@@ -99,6 +99,7 @@ _PROMPT = (
     # With this code, the tool loops of Anthropic's libraries send the whole conversation instead.
     refused("thread", "conversations are not stored", code="thread_unsupported_request"),
     refused("compaction", "conversations are not summarised"),
+    refused("billing_policy", "the tenant of the key is charged"),
 )
 
 MESSAGES = Table(
@@ -123,7 +124,6 @@ MESSAGES = Table(
         accepted("fallbacks", "nothing is passed on to another model"),
         accepted("fallback_credit_token", "nothing is passed on to another model"),
         refused("inference_geo", "the place of inference cannot be chosen", "global", "not_available"),
-        refused("billing_policy", "the tenant of the key is charged"),
     ),
 )
 

@@ -6,6 +6,7 @@ as images for a model that reads text.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from lmaas.errors import InvalidRequest
@@ -14,6 +15,8 @@ from lmaas.protocols.parameters.checks import wrong_type
 
 MAX_MESSAGES = 2048
 MAX_TOOL_CALLS = 128
+#: The parts of all messages of a request together: a part may have a few bytes, and takes hundreds of them in memory while it waits.
+MAX_PARTS = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 #: The key under which an engine receives arguments of an earlier tool call that are not a JSON object.
 INVALID_ARGUMENTS = "invalid_arguments"
@@ -34,6 +37,7 @@ def read_messages(name: str, value: Any) -> Any:
         raise InvalidRequest(f"'{name}' must have at least one message.", code="empty_prompt", param=name)
     if len(value) > MAX_MESSAGES:
         raise InvalidRequest(f"'{name}' has {len(value)} messages; at most {MAX_MESSAGES} are allowed.", code="out_of_range", param=name)
+    check_parts(name, value, ("content", "tool_calls"))
     read: list[dict[str, Any]] = []
     call_id = "call_0"
     for index, message in enumerate(value):
@@ -45,6 +49,23 @@ def read_messages(name: str, value: Any) -> Any:
             call_id = found["tool_calls"][0]["id"]
         read.append(found)
     return read
+
+
+def check_parts(name: str, messages: Iterable[Any], fields: tuple[str, ...]) -> None:
+    """Raise InvalidRequest if the lists in these fields of all messages have too many parts together."""
+    count = 0
+    for message in messages:
+        if isinstance(message, dict):
+            for field in fields:
+                parts = message.get(field)
+                if isinstance(parts, list):
+                    count += len(parts)
+    if count > MAX_PARTS:
+        raise InvalidRequest(
+            f"'{name}' has {count:,} parts and tool calls; at most {MAX_PARTS:,} are allowed in a request. Join texts to fewer parts.",
+            code="out_of_range",
+            param=name,
+        )
 
 
 def _message(where: str, message: Any, index: int) -> dict[str, Any]:

@@ -118,10 +118,13 @@ _CHAT_ONLY = (
     # The form of the answer.
     forwarded("logprobs", "true or false", checks.chat_logprobs),
     forwarded("top_logprobs", f"0 to {MAX_LOGPROBS}; needs logprobs", integer(0, MAX_LOGPROBS)),
+    # No effect.
+    accepted("prompt_cache_options", "prompts are cached by their content"),
     # Refused.
     refused("echo", "it is offered for completions", False),
     refused("chat_template", "the model has its own"),
     refused("documents", "put them into the messages", []),
+    refused("moderation", "there is no moderation"),
 )
 
 _COMPLETION_ONLY = (

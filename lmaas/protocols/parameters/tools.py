@@ -10,6 +10,8 @@ from lmaas.protocols.parameters.checks import boolean, unsupported, without_null
 from lmaas.protocols.parameters.enforceable import enforceable
 
 MAX_TOOLS = 128
+#: The values in a field that is forwarded whole, names of fields included: an empty list has two bytes, and takes many in memory.
+MAX_VALUES = 100_000
 #: A name stands inside the JSON that a model writes for a call, so it must need no escapes.
 FUNCTION_NAME = re.compile(r'[^\x00-\x1f"\\]{1,256}')
 _CHOICES = ("none", "auto", "required")
@@ -19,10 +21,16 @@ _TYPED_BY = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "if", "not")
 
 
 def check_plain(name: str, value: Any) -> None:
-    """Raise InvalidRequest if a value that is forwarded whole is nested too deeply, or holds a NUL or a number that JSON cannot write."""
-    level, depth = [value], 0
+    """Raise InvalidRequest for a value that is forwarded whole if it is nested too deeply or has too many parts, or holds a NUL or a number
+    that JSON cannot write."""
+    level, depth, count = [value], 0, 0
     while level:
         depth += 1
+        count += len(level)
+        if count > MAX_VALUES:
+            raise InvalidRequest(
+                f"'{name}' consists of more than {MAX_VALUES:,} values. Make it smaller.", code="invalid_schema", param=name
+            )
         if depth > MAX_DEPTH + 8:
             raise InvalidRequest(f"'{name}' is nested too deeply.", code="invalid_schema", param=name)
         below: list[Any] = []

@@ -13,7 +13,7 @@ import msgspec
 
 from lmaas.errors import InvalidRequest
 from lmaas.protocols.parameters.checks import out_of_range, wrong_type
-from lmaas.protocols.parameters.messages import arguments_text, part_text
+from lmaas.protocols.parameters.messages import arguments_text, check_parts, part_text
 from lmaas.protocols.responses.state import Item
 from lmaas.protocols.responses.tools import engine_name
 
@@ -48,6 +48,7 @@ def read_items(name: str, value: Any) -> list[Item]:
         raise wrong_type(name, "a string or a list of items")
     if len(value) > MAX_ITEMS:
         raise out_of_range(name, f"a list of at most {MAX_ITEMS} items")
+    check_parts(name, value, ("content", "output", "summary"))
     return [_read_item(f"{name}[{index}]", item) for index, item in enumerate(value)]
 
 

@@ -60,6 +60,7 @@ def read_tools(name: str, value: Any) -> Tools:
     if not isinstance(value, list) or len(value) > chat.MAX_TOOLS:
         raise wrong_type(name, f"a list of at most {chat.MAX_TOOLS} tools")
     entries: list[_Entry] = []
+    idle: list[dict[str, Any]] = []
     # Each is one tool, or a namespace with the number of its tools.
     shown: list[tuple[dict[str, Any], int] | None] = []
     for index, tool in enumerate(value):
@@ -69,12 +70,13 @@ def read_tools(name: str, value: Any) -> Tools:
             shown.append((head, len(inner)))
             entries += inner
         elif _is_idle(given):
-            # The response repeats it.
-            chat.check_plain(name, given)
+            idle.append(given)
             shown.append((given, 0))
         else:
             shown.append(None)
             entries.append(_entry(where, given))
+    # The response repeats them.
+    chat.check_plain(name, idle)
     customs = {place: _custom(entry.where, entry.given) for place, entry in enumerate(entries) if entry.is_custom}
     # The form of chat completions has the function in a field of its own.
     functions = [

@@ -7,7 +7,7 @@ from lmaas.inference.counting import Counting, PromptRequest
 from lmaas.protocols.messages.request import read_count_tokens
 from lmaas.protocols.messages.table import COUNT_TOKENS
 from lmaas.protocols.parameters.reading import read_parameters
-from lmaas.protocols.parameters.table import Table
+from lmaas.protocols.parameters.table import Table, accepted
 from lmaas.protocols.responses.parameters import TABLE as RESPONSES
 from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.request import ResponsesRequest, read_response
@@ -27,7 +27,15 @@ _OF_THE_PROMPT = (
     "text",
     "chat_template_kwargs",
 )
-INPUT_TOKENS = Table("input_tokens", "/v1/responses/input_tokens", (), tuple(RESPONSES.by_name[name] for name in _OF_THE_PROMPT))
+INPUT_TOKENS = Table(
+    "input_tokens",
+    "/v1/responses/input_tokens",
+    (),
+    (
+        *(RESPONSES.by_name[name] for name in _OF_THE_PROMPT),
+        accepted("personality", "the models have no styles of their own; put one into the instructions"),
+    ),
+)
 
 
 class CountTokens(Counting):

@@ -14,7 +14,8 @@ from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Verdict
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.inference import checker_hosts
 from lmaas.inference.checker_hosts import CheckerHosts, NoCheckerError
-from lmaas.inference.grammars import EXPENSIVE_S, MAX_BYTES, MAX_CPU_S, MAX_NEW, TOO_COMPLEX_S, WINDOW_S, Grammars
+from lmaas.inference.grammars import EXPENSIVE_S, MAX_BYTES, MAX_NEW, TOO_COMPLEX_S, Grammars
+from lmaas.inference.recent_work import MAX_CPU_S, WINDOW_S
 from lmaas.observability import GatewayMetrics
 from lmaas.store.models import BaseModel
 from tests.integration.gateway.checker import Checker, serving

@@ -11,7 +11,8 @@ from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from lmaas.engine.grammars.verdict import INVALID, TOO_COMPLEX, UNKNOWN, Prompt, Tokens, Verdict, key_of
-from lmaas.inference import checker_hosts, counting
+from lmaas.inference import checker_hosts
+from lmaas.inference.recent_work import MAX_CPU_S
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, put_base_model
 from tests.integration.gateway.checker import Checker, serving
@@ -235,7 +236,7 @@ async def test_a_tenants_prompts_are_read_one_by_one_and_few_may_wait(service: S
 
 
 async def test_a_prompt_whose_client_has_left_counts_for_its_tenant(service: Service, tenant: Tenant, checker: Checker) -> None:
-    checker.read = lambda _: Tokens(count=1, cpu_s=counting.MAX_CPU_S)
+    checker.read = lambda _: Tokens(count=1, cpu_s=MAX_CPU_S)
     checker.open.clear()
     leaving = asyncio.create_task(service.post(tenant, TOKENIZE, prompt="x"))
     await until(lambda: checker.prompts)

@@ -31,6 +31,8 @@ class Body(Shape, frozen=True, kw_only=True):
     flag: bool = False
     items: list[Item] = field(default_factory=list)
     first: Item | None = None
+    any: list[Any] | None = None
+    fields: dict[str, Any] | None = None
 
 
 class Asked(Query, frozen=True, kw_only=True):
@@ -63,6 +65,8 @@ FAULTS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"name": "x", "items": [3]}, "invalid_type", "items[0]", "'items[0]' must be an object, not 3."),
     ({"name": "x", "first": {"wieght": 1}}, "unsupported_parameter", "first.wieght", "The field 'first.wieght' is not known."),
     ({"name": "x", "first": []}, "invalid_type", "first", "'first' must be an object, or null, not []."),
+    ({"name": "x", "any": [{"a": 1}, None, 5], "fields": True}, "invalid_type", "fields", "'fields' must be an object, or null, not true."),
+    ({"name": "x", "any": {}}, "invalid_type", "any", "'any' must be a list, or null, not {}."),
     ({"name": "x", "y" * 500: 1}, "unsupported_parameter", "y" * 100, ""),
     ({"name": "x" * 500}, "invalid_name", "name", "xxx..."),
 ]

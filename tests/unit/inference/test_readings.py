@@ -3,7 +3,8 @@
 import pytest
 
 from lmaas.errors import OverLimit
-from lmaas.inference.counting import MAX_CPU_S, MAX_PROMPTS, WINDOW_S, Readings
+from lmaas.inference.counting import MAX_PROMPTS, Readings
+from lmaas.inference.recent_work import MAX_CPU_S, WINDOW_S
 
 
 def test_the_number_of_prompts_is_limited() -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from lmaas.protocols.parameters.messages import MAX_MESSAGES
+from lmaas.protocols.parameters.messages import MAX_MESSAGES, MAX_PARTS
 from lmaas.protocols.parameters.request import read_chat
 from tests.unit.protocols.parameters.build import CHAT, FUNCTION, USER, nested, refusal, sent, values
 
+#: As many parts as a request may have, among them calls.
+MOST_PARTS = [{"role": "assistant", "content": ["a"] * 99, "tool_calls": [{"id": "c", "function": {"name": "f"}}]}] * (MAX_PARTS // 100)
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -23,6 +25,9 @@ def engines(*messages: Any) -> list[dict[str, Any]]:
     [
         ([], "empty_prompt", "messages"),
         ([USER] * (MAX_MESSAGES + 1), "out_of_range", "messages"),
+        ([{"role": "user", "content": ["a"] * (MAX_PARTS + 1)}], "out_of_range", "messages"),
+        ([{"role": "user", "content": ["a"] * 101}] * 100, "out_of_range", "messages"),
+        ([{"role": "assistant", "tool_calls": [CALL] * 100}] * 101, "out_of_range", "messages"),
         ("Hello", "invalid_type", "messages"),
         (["Hello"], "invalid_type", "messages[0]"),
         ([USER, None], "invalid_type", "messages[1]"),
@@ -202,3 +207,8 @@ def test_arguments_that_a_model_broke_are_shown_to_it_as_they_are(text: str) -> 
 )
 def test_arguments_that_are_no_string(value: Any, expected: Any) -> None:
     assert json.loads(arguments(value)) == expected
+
+
+def test_as_many_parts_as_a_request_may_have() -> None:
+    received = engines(*MOST_PARTS)
+    assert sum(len(message["content"]) + len(message["tool_calls"]) for message in received) == MAX_PARTS

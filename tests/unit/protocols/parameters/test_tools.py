@@ -28,6 +28,8 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     ("changes", "code", "param"),
     [
         ({"tools": {}}, "invalid_type", "tools"),
+        ({"tools": [tool(parameters={"enum": [[]] * 100_000})], "tool_choice": "none"}, "invalid_schema", "tools"),
+        ({"functions": [{"name": "f", "parameters": {"x": [{"a": 1}] * 50_000}}]}, "invalid_schema", "functions"),
         ({"tools": [FUNCTION] * 129}, "invalid_type", "tools"),
         ({"tools": [{"type": "code_interpreter"}]}, "unsupported_parameter", "tools[0].type"),
         ({"tools": [FUNCTION, {"type": "custom", "custom": {"name": "x"}}]}, "unsupported_parameter", "tools[1].type"),

@@ -119,6 +119,13 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "an object": (USER, "invalid_type", "input"),
     "a list of strings": (["Hi"], "invalid_type", "input[0]"),
     "too many": ([USER] * (MAX_ITEMS + 1), "out_of_range", "input"),
+    "too many parts": ([{"role": "user", "content": ["a"] * 101}] * 100, "out_of_range", "input"),
+    "too many parts of results": ([RESULT | {"output": ["a"] * 10_001}], "out_of_range", "input"),
+    "too many thoughts": (
+        [{"type": "reasoning", "summary": [""] * 5_001, "content": ["a"] * 5_000}],
+        "out_of_range",
+        "input",
+    ),
     "no role": ([USER, {"type": "message", "content": "x"}], "invalid_type", "input[1].role"),
     "a tool's role": ([{"role": "tool", "content": "x"}], "invalid_type", "input[0].role"),
     "a strange role": ([{"role": ["user"], "content": "x"}], "invalid_type", "input[0].role"),

@@ -162,6 +162,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("tool_choice", "sometimes", "out_of_range", "tool_choice"),
     ("tools", {}, "invalid_type", "tools"),
     ("tools", [{"type": "web_search", "external_web_access": False, "filters": nested(500)}], "invalid_schema", "tools"),
+    ("tools", [{"type": "web_search", "external_web_access": False, "filters": [[]] * 60_000}] * 2, "invalid_schema", "tools"),
     ("tools", [FUNCTION] * 129, "invalid_type", "tools"),
     ("tools", ["f"], "invalid_type", "tools[0]"),
     ("tools", [{"name": "f"}], "invalid_type", "tools[0]"),
