@@ -1,4 +1,4 @@
-"""The parts of HTTP that the gateway and the tenant and operator APIs share: request ids, keys, limits, and errors in OpenAI's shape."""
+"""The parts of HTTP that the gateway and the tenant and operator APIs share: request ids, keys, limits, and error responses."""
 
 import asyncio
 import json

@@ -57,8 +57,8 @@ async def list_input_items(api: Api, call: ApiCall[None, ItemPaging]) -> Page[Re
     if asked.order == "desc":
         items.reverse()
     if asked.after is not None:
-        places = [place for place, item in enumerate(items) if item["id"] == asked.after]
+        places = [place for place, (item_id, _) in enumerate(items) if item_id == asked.after]
         if not places:
             raise InvalidRequest("'after' must be the id of an item of this list.", code="invalid_cursor", param="after")
         items = items[places[0] + 1 :]
-    return page_of(items[: asked.limit + 1], [item["id"] for item in items], asked.limit)
+    return page_of([body for _, body in items[: asked.limit + 1]], [item_id for item_id, _ in items], asked.limit)

@@ -7,13 +7,16 @@ import time
 from lmaas.errors import Unavailable
 from lmaas.store.database import Database
 from lmaas.store.idempotency import delete_old, delete_surplus
-from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes
+from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes, table_bytes
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 60.0
 #: The interval at which the bytes of tenants are counted, which reads every row, though not its text.
 COUNT_S = 600.0
+#: The part of a tenant's bound by which the tables may grow before they are counted earlier. What takes the place of deleted rows does not
+#: make them grow, and needs no more disk.
+GROWTH = 0.1
 
 
 class Sweeper:
@@ -26,14 +29,15 @@ class Sweeper:
 
     async def run(self) -> None:
         """Sweep once a minute until cancelled."""
-        counted_at = float("-inf")
+        counted_at, counted_size = float("-inf"), 0
         while True:
             try:
                 while await delete_old(self._db) or await delete_surplus(self._db) or await delete_expired(self._db):
                     pass
-                if time.monotonic() - counted_at >= COUNT_S:
+                size = await table_bytes(self._db)
+                if time.monotonic() - counted_at >= COUNT_S or size - counted_size >= self._max_stored_bytes * GROWTH:
                     # Also if it fails: what took too long now would take too long in a minute.
-                    counted_at = time.monotonic()
+                    counted_at, counted_size = time.monotonic(), size
                     await self.bound()
             except Unavailable as error:
                 log.warning("stored data cannot be deleted now", extra={"action": "sweep", "detail": str(error)})

@@ -76,7 +76,7 @@ class Collected:
         return undo
 
     def cancel(self) -> None:
-        """End the inference: nobody needs its answer any longer."""
+        """End the inference, whose answer is not needed any longer."""
         self.gone.set()
         callbacks, self._on_gone = self._on_gone, []
         for callback in callbacks:

@@ -67,7 +67,7 @@ def _parameter(item: Parameter, own: Mapping[str, Schema]) -> Schema:
 
 
 def request_schema(table: Table, words: str, own: Mapping[str, Schema]) -> Schema:
-    """Return the schema of an endpoint's requests. `own` has the types of parameters whose readers do not tell them."""
+    """Return the schema of an endpoint's requests. `own` has the types of parameters whose readers do not have them."""
     properties = {item.name: _parameter(item, own) for item in table.parameters}
     return {
         "type": "object",

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
-from lmaas.store.responses import ROW_BYTES, Response, owned
+from lmaas.store.responses import ROW_BYTES, Response, owned, references_too_large
 from lmaas.store.tables import conversation_items, conversations, responses, tenants
 
 #: The limits of one conversation. More would not fit into a model's context.
@@ -66,8 +66,10 @@ def _items(tenant_id: str, conversation_id: str) -> tuple[ColumnElement[bool], .
 async def create_conversation(
     db: Database, tenant_id: str, conversation_id: str, metadata: bytes, items: Sequence[Item], kept_for: timedelta
 ) -> Conversation:
-    """Store a new conversation with its first items. Raises NotFound for a tenant that has been deleted."""
+    """Store a new conversation with its first items. Raises NotFound for a deleted tenant, and InvalidRequest for too many items."""
     size = len(metadata) + ROW_BYTES + sum(item.size_bytes for item in items)
+    if len(items) > MAX_ITEMS or size > MAX_BYTES:
+        raise _full()
     values: dict[str, Any] = {"tenant_id": tenants.c.id, "id": literal(conversation_id), "metadata": literal(metadata)}
     values |= {"next_position": literal(len(items)), "item_count": literal(len(items)), "size_bytes": literal(size)}
     values["expires_at"] = func.now() + kept_for
@@ -112,6 +114,8 @@ async def delete_conversation(db: Database, tenant_id: str, conversation_id: str
 
 async def add_items(db: Database, tenant_id: str, conversation_id: str, items: Sequence[Item], kept_for: timedelta) -> None:
     """Append items to a conversation. Raises NotFound, and InvalidRequest if the conversation is full."""
+    if len(items) > MAX_ITEMS or sum(item.size_bytes for item in items) > MAX_BYTES:
+        raise _full()
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(_appending(tenant_id, conversation_id, items, kept_for))).first()
         if row is None:
@@ -123,7 +127,8 @@ async def add_items(db: Database, tenant_id: str, conversation_id: str, items: S
 
 def _full() -> InvalidRequest:
     return InvalidRequest(
-        f"A conversation has at most {MAX_ITEMS:,} items with {MAX_BYTES:,} bytes. Delete some of its items, or begin a new conversation.",
+        f"A conversation has at most {MAX_ITEMS:,} items with {MAX_BYTES:,} bytes as stored. Delete some of its items, add less, or "
+        "begin a new conversation.",
         code="conversation_full",
         param="conversation",
     )
@@ -167,6 +172,7 @@ async def save_turn(
     living = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
     values: dict[str, Any] = {"tenant_id": tenant_id, "id": response.id, "input": response.input, "body": response.body}
     values |= {"conversation_id": conversation_id, "size_bytes": response.size_bytes, "expires_at": func.now() + kept_for}
+    values |= {"output_start": response.output_start, "output_bytes": response.output_bytes}
     async with db.begin(tenant_id) as connection:
         if (await connection.execute(living)).first() is None:
             return
@@ -239,19 +245,12 @@ async def _must_exist(connection: AsyncConnection, tenant_id: str, conversation_
 
 
 async def find_items(db: Database, tenant_id: str, item_ids: Collection[str]) -> list[Item]:
-    """Return the items of the tenant's conversations that have one of these ids, the smallest first, at most MAX_BYTES together."""
-    items, own = conversation_items.c, owned(conversations, tenant_id)
-    size = func.octet_length(items.body)
-    together = func.sum(size).over(order_by=(size, items.id)).label("together")
-    sizes = (
-        select(items.conversation_id, items.position, together)
-        .join(conversations, (conversations.c.tenant_id == items.tenant_id) & (conversations.c.id == items.conversation_id))
-        .where(items.tenant_id == tenant_id, *own, items.id.in_(item_ids))
-        .subquery()
-    )
-    query = select(items.id, items.body).join(
-        sizes, (sizes.c.conversation_id == items.conversation_id) & (sizes.c.position == items.position)
-    )
+    """Return the items of the tenant's conversations that have one of these ids. Raises InvalidRequest if they are too large."""
+    items = conversation_items.c
+    living = select(conversations.c.id).where(*owned(conversations, tenant_id))
+    own = (items.tenant_id == tenant_id, items.id.in_(item_ids), items.conversation_id.in_(living))
+    size = select(func.coalesce(func.sum(func.octet_length(items.body)), 0)).where(*own)
     async with db.begin(tenant_id) as connection:
-        found = await connection.execute(query.where(items.tenant_id == tenant_id, sizes.c.together <= MAX_BYTES))
-        return [Item(*row) for row in found]
+        if (await connection.execute(size)).scalar_one() > MAX_BYTES:
+            raise references_too_large()
+        return [Item(*row) for row in await connection.execute(select(items.id, items.body).where(*own))]

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
 from lmaas.store.scopes import OPERATOR, SYSTEM
-from lmaas.store.tables import conversations, responses
+from lmaas.store.tables import conversation_items, conversations, responses
 
 TABLES = (responses, conversations)
 #: Rows that one statement deletes, and items of conversations that go with them. The last conversation may exceed the latter.
@@ -34,6 +34,13 @@ async def stored_bytes(db: Database) -> dict[str, int]:
     query = select(every.c.tenant_id, func.sum(every.c.size_bytes)).group_by(every.c.tenant_id)
     async with db.begin(SYSTEM) as connection:
         return {tenant_id: int(size) for tenant_id, size in await connection.execute(query)}
+
+
+async def table_bytes(db: Database) -> int:
+    """Return the bytes of the tables on the disk, for a controller. It reads no row."""
+    sizes = [func.pg_total_relation_size(table.name) for table in (*TABLES, conversation_items)]
+    async with db.begin(SYSTEM) as connection:
+        return int((await connection.execute(select(sizes[0] + sizes[1] + sizes[2]))).scalar_one())
 
 
 async def delete_oldest(db: Database, tenant_id: str, surplus_bytes: int) -> int:

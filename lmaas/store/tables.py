@@ -257,8 +257,10 @@ responses = Table(
     Column("conversation_start", BigInteger),
     # A JSON list: the items of its own request, without those that it continued.
     Column("input", LargeBinary, nullable=False),
-    # The response object, as the client received it.
+    # The response object, as the client received it, and where in it the list of its output is.
     Column("body", LargeBinary, nullable=False),
+    Column("output_start", Integer, nullable=False),
+    Column("output_bytes", Integer, nullable=False),
     # Of the whole row, about. A column of its own, so that controllers can count bytes that they may not read.
     Column("size_bytes", BigInteger, nullable=False),
     _created(),

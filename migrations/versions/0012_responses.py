@@ -19,6 +19,8 @@ def upgrade() -> None:
         sa.Column("conversation_start", sa.BigInteger(), nullable=True),
         sa.Column("input", sa.LargeBinary(), nullable=False),
         sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("output_start", sa.Integer(), nullable=False),
+        sa.Column("output_bytes", sa.Integer(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),

@@ -6,8 +6,10 @@ different one without it.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import msgspec
 
 from lmaas.errors import InvalidRequest
 from lmaas.protocols.parameters.checks import out_of_range, wrong_type
@@ -16,6 +18,9 @@ from lmaas.protocols.responses.state import Item
 from lmaas.protocols.responses.tools import engine_name
 
 MAX_ITEMS = 2048
+#: The most bytes of a response's input that is stored, and those that its id adds to an item.
+MAX_INPUT_BYTES = 8 * 1024 * 1024
+ITEM_BYTES = 64
 ROLES = ("user", "assistant", "system", "developer")
 #: The first part of the ids of each kind of item.
 PREFIXES = {
@@ -259,6 +264,23 @@ def _content(parts: str | list[dict[str, Any]]) -> Any:
     if len(texts) == 1:
         return texts[0]
     return [{"type": "text", "text": text} for text in texts] or ""
+
+
+def parts_of(items: Iterable[Item]) -> int:
+    """Return the number of items and of their parts, which is what translating them costs."""
+    return sum(1 + sum(len(value) for value in item.values() if isinstance(value, list)) for item in items)
+
+
+def check_storable(items: Sequence[Item]) -> None:
+    """Raise InvalidRequest if these are too many bytes to be stored as the input of a response. Stored items have more than was sent."""
+    size = len(msgspec.json.encode(items)) + ITEM_BYTES * len(items)
+    if size > MAX_INPUT_BYTES:
+        raise InvalidRequest(
+            f"The input has {size:,} bytes in the form in which it is stored, with each text as an object, and at most {MAX_INPUT_BYTES:,} "
+            "can be stored. Send 'store: false', or less.",
+            code="input_too_large",
+            param="input",
+        )
 
 
 def item_id(kind: str, response_id: str, number: int) -> str:

@@ -4,9 +4,10 @@ from typing import Any
 
 from lmaas.inference.protocol import Answer, Inference, Protocol
 from lmaas.protocols.responses.answer import ResponseAnswer, StreamedResponse, WholeResponse
-from lmaas.protocols.responses.items import named
+from lmaas.protocols.responses.items import named, parts_of
 from lmaas.protocols.responses.request import ResponsesRequest, read_response
 from lmaas.protocols.responses.state import NewResponse, State
+from lmaas.protocols.responses.turns import PARTS_IN_PLACE, Turns
 from lmaas.protocols.text import chat_ids
 
 
@@ -17,7 +18,7 @@ class Responses(Protocol[ResponsesRequest]):
     texts = ("input", "instructions")
 
     def __init__(self, state: State) -> None:
-        self._state = state
+        self._state, self._turns = state, Turns()
 
     def read(self, body: dict[str, Any]) -> ResponsesRequest:
         """Check a client's body and return the request for the engine."""
@@ -40,7 +41,9 @@ class Responses(Protocol[ResponsesRequest]):
         context = []
         if previous is not None or conversation is not None:
             context = await self._state.context_of(tenant_id, previous_response_id=previous, conversation_id=conversation)
-        request.expand(context, await self._state.items_of(tenant_id, references) if references else {})
+        referred = await self._state.items_of(tenant_id, references) if references else {}
+        is_large = parts_of([*context, *referred.values()]) > PARTS_IN_PLACE
+        await self._turns.apart(lambda: request.expand(context, referred), is_large=is_large)
 
     async def keep(self, inference: Inference[ResponsesRequest]) -> None:
         """Store the response, unless the client has asked not to."""

@@ -10,7 +10,7 @@ from lmaas.protocols.parameters.checks import out_of_range
 from lmaas.protocols.parameters.reading import read_model, read_parameters
 from lmaas.protocols.parameters.request import TextRequest
 from lmaas.protocols.parameters.tools import settle_tools
-from lmaas.protocols.responses.items import messages_of
+from lmaas.protocols.responses.items import check_storable, messages_of
 from lmaas.protocols.responses.parameters import AS_IN_CHAT, LOGPROBS, TABLE
 from lmaas.protocols.responses.state import Item
 from lmaas.protocols.responses.tools import Tools, repeated_choice
@@ -89,7 +89,10 @@ class ResponsesRequest(TextRequest):
         for item_id, place in self.references.items():
             if item_id not in referred:
                 raise NotFound(f"The item '{item_id[:100]}' does not exist. Send the item itself instead of a reference.", param=place)
-        self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
+        if self.references:
+            self.items = [referred[item["id"]] if item["type"] == "item_reference" else item for item in self.items]
+            if self.store:
+                check_storable(self.items)
         messages = self.parameters["messages"] = messages_of(self.instructions, [*context, *self.items])
         if not messages:
             raise _nothing_to_answer()
@@ -122,11 +125,17 @@ class ResponsesRequest(TextRequest):
         self.parameters["messages"] = always + others[first:]
 
 
-def read_response(body: dict[str, Any]) -> ResponsesRequest:
-    """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame."""
+def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesRequest:
+    """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame.
+
+    Without `may_store` nothing will be stored, whatever the request says.
+    """
     model = read_model(body)
     given = read_parameters(TABLE, body)
     items = _items(given)
+    is_stored = may_store and given.get("store", True)
+    if is_stored:
+        check_storable(items)
     # References are resolved later, and so may be everything before the input.
     own = [item for item in items if item["type"] != "item_reference"]
     messages = messages_of(given.get("instructions"), own)
@@ -153,7 +162,7 @@ def read_response(body: dict[str, Any]) -> ResponsesRequest:
         items=items,
         previous_response_id=given.get("previous_response_id"),
         conversation_id=given.get("conversation"),
-        store=given.get("store", True),
+        store=is_stored,
         wants_logprobs=LOGPROBS in given.get("include", ()),
         truncates=given.get("truncation") == "auto",
         custom=tools.custom,

@@ -1,6 +1,5 @@
 """Responses and conversations of tenants, stored in Postgres."""
 
-import asyncio
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
@@ -8,27 +7,34 @@ import msgspec
 from lmaas.errors import InvalidRequest, NotFound
 from lmaas.protocols.responses.items import response_of
 from lmaas.protocols.responses.state import Item, NewResponse
+from lmaas.protocols.responses.turns import BYTES_IN_PLACE, Turns
 from lmaas.protocols.responses.writer import Turn, Writer
 from lmaas.store import conversations
 from lmaas.store.database import Database
-from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Chain, Response, find_chain, find_responses
+from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Chain, Exchange, Response, find_chain, find_exchanges
 
 #: The longest id that a client may send. Those of the service are shorter.
 MAX_ID = 100
 #: The most ids of items that one request may refer to.
 MAX_REFERENCES = 1000
-#: The bytes that are decoded before other requests run again.
-BYTES_AT_ONCE = 256 * 1024
 
 
 class _Output(msgspec.Struct):
-    """What is read of a stored response object."""
+    """What is read of a response object."""
 
-    output: list[Item]
+    output: msgspec.Raw
 
 
-_ITEMS = msgspec.json.Decoder(list[Item])
+class _Id(msgspec.Struct):
+    """What is read of an item to find it."""
+
+    id: str
+
+
+# Items are decoded one by one, because other threads wait while one call decodes.
+_ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _ITEM = msgspec.json.Decoder(Item)
+_ID = msgspec.json.Decoder(_Id)
 _OUTPUT = msgspec.json.Decoder(_Output)
 
 
@@ -41,14 +47,17 @@ class StoredState:
     """The stored responses and conversations. The items of another tenant do not exist for a tenant."""
 
     def __init__(self, db: Database, writer: Writer) -> None:
-        self._db, self._writer = db, writer
+        self._db, self._writer, self._turns = db, writer, Turns()
 
     async def context_of(self, tenant_id: str, *, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
         """Return the items before a request's own, oldest first: those of a chain of responses with their outputs, or of a conversation.
 
         Exactly one of the two ids is given. Raises NotFound with the request's field in `param` if this tenant does not have it, or has no
-        longer all of it, and InvalidRequest if there is too much.
+        longer all of it, InvalidRequest if there is too much, OverLimit and Unavailable.
         """
+        return await self._turns.take(tenant_id, lambda: self._context(tenant_id, previous_response_id, conversation_id))
+
+    async def _context(self, tenant_id: str, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
         if previous_response_id is not None:
             return await self._chain(tenant_id, previous_response_id)
         if conversation_id is None:
@@ -59,7 +68,7 @@ class StoredState:
             items = await conversations.find_context(self._db, tenant_id, conversation_id)
         except NotFound:
             raise _no_conversation(conversation_id) from None
-        return await _decoded(Chain(items, ()))
+        return await self._decoded(Chain(items, ()))
 
     async def _chain(self, tenant_id: str, response_id: str) -> list[Item]:
         chain = await find_chain(self._db, tenant_id, response_id) if is_id(response_id) else None
@@ -70,12 +79,12 @@ class StoredState:
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        found = await _decoded(chain) if chain.whole else []
+        found = await self._decoded(chain) if chain.whole else []
         if not chain.whole or len(found) > conversations.MAX_ITEMS:
             raise InvalidRequest(
                 f"The response continues more than {MAX_CHAIN:,} responses, {conversations.MAX_ITEMS:,} items, or {MAX_CHAIN_BYTES:,} "
-                "bytes. Begin a new chain.",
-                code="context_length_exceeded",
+                "bytes of inputs and outputs. Begin a new chain.",
+                code="chain_too_large",
                 param="previous_response_id",
             )
         return found
@@ -83,26 +92,53 @@ class StoredState:
     async def items_of(self, tenant_id: str, ids: Collection[str]) -> dict[str, Item]:
         """Return those of the stored items that this tenant has, by their ids: items of conversations, and inputs and outputs of responses.
 
-        Raises InvalidRequest for too many ids.
+        Raises InvalidRequest for too many ids or too large items, OverLimit and Unavailable.
         """
         wanted = {item_id for item_id in ids if is_id(item_id)}
         if len(wanted) > MAX_REFERENCES:
             raise InvalidRequest(f"A request refers to at most {MAX_REFERENCES:,} items.", code="out_of_range", param="input")
         if not wanted:
             return {}
-        found = {item.id: _ITEM.decode(item.body) for item in await conversations.find_items(self._db, tenant_id, wanted)}
-        responses = {response_of(item_id) for item_id in wanted - found.keys()}
-        if responses:
-            for response in await find_responses(self._db, tenant_id, responses):
-                found |= {item["id"]: item for item in _items_of(response) if item["id"] in wanted}
-        return found
+        return await self._turns.take(tenant_id, lambda: self._referred(tenant_id, wanted))
+
+    async def _referred(self, tenant_id: str, wanted: Collection[str]) -> dict[str, Item]:
+        bodies = {item.id: item.body for item in await conversations.find_items(self._db, tenant_id, wanted)}
+        responses = {response_of(item_id) for item_id in wanted if item_id not in bodies}
+        exchanges = await find_exchanges(self._db, tenant_id, responses) if responses else []
+
+        def found() -> dict[str, Item]:
+            items = [body for exchange in exchanges for body in response_items(exchange)]
+            known = [(_ID.decode(body).id, body) for body in items]
+            every = (*bodies.items(), *known)
+            return {item_id: _ITEM.decode(body) for item_id, body in every if item_id in wanted}
+
+        return await self._turns.apart(found, is_large=_size(bodies.values(), exchanges) > BYTES_IN_PLACE)
+
+    async def _decoded(self, chain: Chain) -> list[Item]:
+        """Return the items of a chain, oldest first. Other requests run meanwhile."""
+
+        def decoded() -> list[Item]:
+            bodies = [*chain.items, *(body for exchange in chain.responses for body in response_items(exchange))]
+            return [_ITEM.decode(body) for body in bodies]
+
+        return await self._turns.apart(decoded, is_large=_size(chain.items, chain.responses) > BYTES_IN_PLACE)
 
     async def store(self, tenant_id: str, response: NewResponse) -> None:
         """Store a response, and add its items to its conversation if it has one. Waits for Postgres, but not for long."""
         items: Sequence[conversations.Item] = ()
+        output = bytes(_OUTPUT.decode(response.body).output)
         if response.conversation_id is not None:
-            items = stored_items([*response.input_items, *_OUTPUT.decode(response.body).output])
-        row = Response(response.id, msgspec.json.encode(response.input_items), response.body, response.previous_response_id)
+            own = [conversations.Item(_ID.decode(body).id, bytes(body)) for body in _ITEMS.decode(output)]
+            items = [*stored_items(response.input_items), *own]
+        row = Response(
+            response.id,
+            msgspec.json.encode(response.input_items),
+            response.body,
+            response.previous_response_id,
+            # Any place with these bytes will do.
+            response.body.find(output),
+            len(output),
+        )
         await self._writer.store(tenant_id, Turn(row, response.conversation_id, items))
 
 
@@ -111,34 +147,18 @@ def stored_items(items: Iterable[Item]) -> Sequence[conversations.Item]:
     return [conversations.Item(item["id"], msgspec.json.encode(item)) for item in items]
 
 
-def input_of(response: Response) -> list[Item]:
-    """Return a stored response's own input items."""
-    return _ITEMS.decode(response.input)
+def input_of(response: Response) -> list[tuple[str, msgspec.Raw]]:
+    """Return a stored response's own input items with their ids, as JSON."""
+    return [(_ID.decode(body).id, body) for body in _ITEMS.decode(response.input)]
 
 
-def _items_of(response: Response) -> list[Item]:
-    return input_of(response) + _OUTPUT.decode(response.body).output
+def response_items(exchange: Exchange) -> list[msgspec.Raw]:
+    """Return the items of a response's input and output, as JSON."""
+    return _ITEMS.decode(exchange.input) + _ITEMS.decode(exchange.output)
 
 
-async def _decoded(chain: Chain) -> list[Item]:
-    """Return the items of a chain, oldest first. Other requests run meanwhile."""
-    found: list[Item] = []
-    size = 0
-    for item in chain.items:
-        found.append(_ITEM.decode(item))
-        size = await _paused(size + len(item))
-    for response in chain.responses:
-        found += _items_of(response)
-        size = await _paused(size + response.size_bytes)
-    return found
-
-
-async def _paused(size: int) -> int:
-    """Let other requests run if this many bytes were decoded since they last did. Returns the bytes since then."""
-    if size < BYTES_AT_ONCE:
-        return size
-    await asyncio.sleep(0)
-    return 0
+def _size(items: Iterable[bytes], exchanges: Iterable[Exchange]) -> int:
+    return sum(map(len, items)) + sum(len(each.input) + len(each.output) for each in exchanges)
 
 
 def _no_conversation(conversation_id: str) -> NotFound:

@@ -16,7 +16,8 @@ from lmaas.store.responses import Response, save_together
 
 log = logging.getLogger(__name__)
 
-#: The time for which the end of an answer waits until Postgres has stored the response. Afterwards the client gets it anyway.
+#: The time for which the end of an answer waits until Postgres has stored the response, and for room before. Afterwards the client gets it
+#: anyway.
 STORE_S = 2.0
 #: The delay before a failed write is tried again.
 AGAIN_S = 1.0
@@ -68,7 +69,7 @@ class Writer:
     Each tenant that has something to store has a task, which takes whatever has come while it waited. So the responses of a tenant are
     stored in the order in which they ended. What the tasks of several tenants have taken is one transaction: one for each tenant cost
     four times the CPU time of storing a response. A flood of one tenant delays another one by one transaction, and so does a deletion of a
-    tenant that runs. `failed` is called with a task that failed unexpectedly.
+    tenant that runs. What cannot be stored for an unexpected reason is lost alone. `failed` is called with a task that failed nevertheless.
     """
 
     def __init__(
@@ -79,16 +80,37 @@ class Writer:
         self._waiting_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns, self._closing = asyncio.Semaphore(AT_ONCE), asyncio.Event()
+        #: Responses that wait for room, in the order in which they ended.
+        self._without_room: deque[tuple[str, Turn]] = deque()
         #: What waits for the next transaction.
         self._parts: dict[_Part, None] = {}
 
     async def store(self, tenant_id: str, turn: Turn) -> None:
-        """Store a response, and wait for that for at most STORE_S. If Postgres takes longer, it is stored later."""
+        """Store a response, and wait for that for at most STORE_S. If Postgres takes longer, it is stored later.
+
+        If there is no room, it waits for that as long, and then is lost.
+        """
+        if any(other == tenant_id for other, _ in self._without_room) or self._full(tenant_id, turn):
+            self._without_room.append((tenant_id, turn))
+        else:
+            self._add(tenant_id, turn)
+        await asyncio.wait((turn.stored,), timeout=STORE_S)
+        if (tenant_id, turn) in self._without_room:
+            limit = self._full(tenant_id, turn) or "others of the tenant that wait for room"
+            self._without_room.remove((tenant_id, turn))
+            self._lose(tenant_id, turn, f"it could not wait for Postgres beside {limit}")
+
+    def _full(self, tenant_id: str, turn: Turn) -> str:
+        """Return the limit that the turn would exceed, an empty text if it is none. Whatever waits alone is within the limits."""
         queue = self._queues.get(tenant_id)
-        size = turn.size_bytes
-        if self._waiting_bytes + size > MAX_WAITING_BYTES or (queue is not None and queue.size_bytes + size > MAX_TENANT_BYTES):
-            self._lose(tenant_id, turn)
-            return
+        if queue is not None and queue.size_bytes and queue.size_bytes + turn.size_bytes > MAX_TENANT_BYTES:
+            return f"{MAX_TENANT_BYTES:,} bytes of its tenant"
+        if self._waiting_bytes and self._waiting_bytes + turn.size_bytes > MAX_WAITING_BYTES:
+            return f"{MAX_WAITING_BYTES:,} bytes of all tenants"
+        return ""
+
+    def _add(self, tenant_id: str, turn: Turn) -> None:
+        size, queue = turn.size_bytes, self._queues.get(tenant_id)
         if queue is None:
             queue = self._queues[tenant_id] = _Queue()
             task = asyncio.create_task(self._write(tenant_id, queue), name=f"responses-{tenant_id}")
@@ -97,14 +119,24 @@ class Writer:
         queue.turns.append(turn)
         queue.size_bytes += size
         self._waiting_bytes += size
-        await asyncio.wait((turn.stored,), timeout=STORE_S)
 
-    def _lose(self, tenant_id: str, turn: Turn) -> None:
+    def _make_use_of_room(self) -> None:
+        """Add what waits for room and has it now. A tenant's responses stay in order."""
+        still: deque[tuple[str, Turn]] = deque()
+        full: set[str] = set()
+        for tenant_id, turn in self._without_room:
+            if tenant_id in full or self._full(tenant_id, turn):
+                full.add(tenant_id)
+                still.append((tenant_id, turn))
+            else:
+                self._add(tenant_id, turn)
+        self._without_room = still
+
+    def _lose(self, tenant_id: str, turn: Turn, why: str) -> None:
         self._metrics.lost_responses.inc()
-        log.error(
-            "a response is lost: Postgres was away for too long",
-            extra={"tenant_id": tenant_id, "action": "store", "detail": turn.response.id},
-        )
+        log.error(f"a response is lost: {why}", extra={"tenant_id": tenant_id, "action": "store", "detail": turn.response.id})
+        if not turn.stored.done():
+            turn.stored.set_result(None)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -113,9 +145,10 @@ class Writer:
 
     async def _write(self, tenant_id: str, queue: _Queue) -> None:
         """Store what waits of a tenant, until nothing is left."""
+        most = RESPONSES_AT_ONCE
         while queue.turns:
+            batch = _next_batch(queue.turns, most)
             try:
-                batch = _next_batch(queue.turns)
                 await self._save(tenant_id, batch)
             except Unavailable as error:
                 log.warning("responses cannot be stored now", extra={"tenant_id": tenant_id, "action": "store", "detail": str(error)})
@@ -124,12 +157,21 @@ class Writer:
                         await self._closing.wait()
                         return
                 continue
+            except Exception as error:  # noqa: BLE001 (one response must not end the gateway, nor be tried again without end)
+                # The error itself may have a tenant's text.
+                extra = {"tenant_id": tenant_id, "action": "store", "detail": type(error).__name__}
+                log.error("responses cannot be stored for an unexpected reason", extra=extra)  # noqa: TRY400
+                if len(batch) > 1:
+                    most = 1
+                    continue
+                self._lose(tenant_id, batch[0], f"{type(error).__name__} when it was stored")
             for _ in batch:
                 turn = queue.turns.popleft()
                 queue.size_bytes -= turn.size_bytes
                 self._waiting_bytes -= turn.size_bytes
                 if not turn.stored.done():
                     turn.stored.set_result(None)
+            self._make_use_of_room()
         del self._queues[tenant_id]
 
     async def _save(self, tenant_id: str, batch: Sequence[Turn]) -> None:
@@ -154,6 +196,11 @@ class Writer:
         try:
             await save_together(self._db, [(part.tenant_id, part.responses) for part in parts], self._kept_for)
         except Exception as error:  # noqa: BLE001 (it is raised by each of the tasks whose part this is)
+            if len(parts) > 1 and not isinstance(error, Unavailable):
+                # It may be because of one tenant.
+                for part in parts:
+                    await self._save_parts([part])
+                return
             for part in parts:
                 part.stored.set_exception(error)
         else:
@@ -180,7 +227,9 @@ class Writer:
         await self.drained()
         for tenant_id, queue in self._queues.items():
             for turn in queue.turns:
-                self._lose(tenant_id, turn)
+                self._lose(tenant_id, turn, "Postgres was away until the gateway stopped")
+        while self._without_room:
+            self._lose(*self._without_room.popleft(), "Postgres was away until the gateway stopped")
 
     async def drained(self) -> None:
         """Wait until everything is stored."""
@@ -188,13 +237,13 @@ class Writer:
             await asyncio.wait(self._tasks)
 
 
-def _next_batch(turns: deque[Turn]) -> list[Turn]:
-    """Return the turns at the beginning that one transaction stores: one that belongs to a conversation, or some that do not."""
+def _next_batch(turns: deque[Turn], most: int) -> list[Turn]:
+    """Return the turns at the beginning that one transaction stores: one that belongs to a conversation, or at most `most` that do not."""
     batch = [turns[0]]
     if turns[0].conversation_id is not None:
         return batch
     size = turns[0].size_bytes
-    for index in range(1, min(len(turns), RESPONSES_AT_ONCE)):
+    for index in range(1, min(len(turns), most)):
         turn = turns[index]
         size += turn.size_bytes
         if turn.conversation_id is not None or size > BYTES_AT_ONCE:

@@ -65,7 +65,7 @@ class InputTokens(Counting):
     def read(self, body: dict[str, Any]) -> PromptRequest:
         """Check a client's body. Raises InvalidRequest with the field that is wrong."""
         read_parameters(INPUT_TOKENS, body)
-        return PromptRequest.of(read_response(body), CHAT)
+        return PromptRequest.of(read_response(body, may_store=False), CHAT)
 
     async def expand(self, tenant_id: str, asked: PromptRequest) -> None:
         """Add the items before the request's own, and those that it refers to. Raises NotFound for what this tenant does not have."""

@@ -1,6 +1,7 @@
 """The controller deletes what is past its day."""
 
 import asyncio
+import secrets
 from datetime import timedelta
 
 import pytest
@@ -13,7 +14,7 @@ from lmaas.scheduling.client import Scheduler
 from lmaas.store.conversations import Item, create_conversation
 from lmaas.store.database import Database
 from lmaas.store.idempotency import ROWS_AT_ONCE, Answer, Claim, keep, take
-from lmaas.store.responses import save
+from lmaas.store.responses import Response, save
 from lmaas.store.scopes import SYSTEM
 from tests.integration.control.test_controller import Names
 from tests.integration.store.build import stored_response, tenant
@@ -88,6 +89,28 @@ async def test_a_tenant_has_a_bound(db: Database, controller_db: Database) -> No
         query = text("SELECT id FROM responses WHERE tenant_id = :tenant ORDER BY 1")
         left = [list((await connection.execute(query, {"tenant": each.id})).scalars()) for each in (acme, globex)]
     assert left == [[f"resp_{number:02}" for number in range(40, 50)], [f"resp_{number:02}" for number in range(5)]]
+
+
+async def test_a_tenant_that_writes_much_is_bounded_early(db: Database, controller_db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.control.sweeper.SWEEP_S", 0.05)
+    acme = await tenant(db, "acme")
+    sweeper = Sweeper(controller_db, 100_000)
+    running = asyncio.create_task(sweeper.run())
+    try:
+        await until(lambda: sweeper.stored_bytes == 0)
+        # Random, because Postgres compresses.
+        for number in range(20):
+            await save(db, acme.id, [Response(f"resp_{number:02}", b"[]", secrets.token_bytes(20_000))], timedelta(days=1))
+        await until(lambda: (sweeper.stored_bytes or 0) > 0)
+
+        async def left() -> bool:
+            async with db.begin(SYSTEM) as connection:
+                return int((await connection.execute(text("SELECT sum(size_bytes) FROM responses"))).scalar_one()) <= 100_000
+
+        await until(left)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def _is(left: object, expected: object) -> bool:

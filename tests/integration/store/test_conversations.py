@@ -182,5 +182,21 @@ async def test_a_full_conversation_takes_no_more(db: Database, gateway_db: Datab
 
 
 async def test_items_that_are_too_large_together_are_not_read(gateway_db: Database, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversations, "MAX_BYTES", 20)
-    assert names(await find_items(gateway_db, acme, ["msg_2", "msg_1"])) == ["msg_1"]
+    size = len(items("msg_1")[0].body)
+    monkeypatch.setattr(conversations, "MAX_BYTES", size)
+    assert names(await find_items(gateway_db, acme, ["msg_1"])) == ["msg_1"]
+    with pytest.raises(InvalidRequest, match="have more than") as caught:
+        await find_items(gateway_db, acme, ["msg_2", "msg_1"])
+    assert caught.value.error_code == "references_too_large"
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_ITEMS", 1), ("MAX_BYTES", 900)])
+async def test_a_conversation_does_not_begin_too_large(
+    db: Database, gateway_db: Database, acme: str, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await sizes(db)
+    monkeypatch.setattr(conversations, limit, value)
+    with pytest.raises(InvalidRequest, match="at most") as caught:
+        await create_conversation(gateway_db, acme, "conv_9", b"{}", items(*(f"msg_{number}" for number in range(10, 14))), MONTH)
+    assert caught.value.error_code == "conversation_full"
+    assert await sizes(db) == before

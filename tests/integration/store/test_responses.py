@@ -2,21 +2,24 @@
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
 
+from lmaas.errors import InvalidRequest
 from lmaas.store import responses
 from lmaas.store.conversations import Item, create_conversation, delete_conversation, delete_item, save_turn
 from lmaas.store.database import Database
 from lmaas.store.responses import (
     Chain,
+    Exchange,
     Response,
     delete_response,
     find_chain,
+    find_exchanges,
     find_response,
-    find_responses,
     save,
 )
 from lmaas.store.scopes import SYSTEM
@@ -27,7 +30,13 @@ MONTH = timedelta(days=30)
 
 
 def response(name: str, previous: str | None = None, *, size: int = 0) -> Response:
-    return Response(name, b'["%s in"]' % name.encode(), b'{"%s":1}' % name.encode() + b" " * size, previous)
+    output = b'["%s out"]' % name.encode()
+    body = b'{"tools":1,"output":' + output + b"}" + b" " * size
+    return Response(name, b'["%s in"]' % name.encode(), body, previous, body.index(output), len(output))
+
+
+def exchanges(stored: Sequence[Response]) -> list[Exchange]:
+    return [Exchange(each.input, b'["%s out"]' % each.id.encode()) for each in stored]
 
 
 async def age(db: Database, interval: str, table: str = "responses") -> None:
@@ -71,9 +80,9 @@ async def test_a_chain_is_read_oldest_first(db: Database, gateway_db: Database) 
     acme, globex = await tenant(db, "acme"), await tenant(db, "globex")
     chain = [response("resp_1"), response("resp_2", "resp_1"), response("resp_3", "resp_2"), response("resp_4", "resp_2")]
     await save(gateway_db, acme.id, chain, MONTH)
-    assert await find_chain(gateway_db, acme.id, "resp_1") == Chain((), chain[:1])
-    assert await find_chain(gateway_db, acme.id, "resp_3") == Chain((), chain[:3])
-    assert await find_chain(gateway_db, acme.id, "resp_4") == Chain((), [chain[0], chain[1], chain[3]])
+    assert await find_chain(gateway_db, acme.id, "resp_1") == Chain((), exchanges(chain[:1]))
+    assert await find_chain(gateway_db, acme.id, "resp_3") == Chain((), exchanges(chain[:3]))
+    assert await find_chain(gateway_db, acme.id, "resp_4") == Chain((), exchanges([chain[0], chain[1], chain[3]]))
     assert await find_chain(gateway_db, globex.id, "resp_3") is None
     assert await find_chain(gateway_db, acme.id, "resp_9") is None
 
@@ -84,7 +93,7 @@ async def test_a_chain_without_one_of_its_responses_is_none(db: Database, gatewa
     await save(gateway_db, acme.id, chain, MONTH)
     await delete_response(gateway_db, acme.id, "resp_2")
     assert await find_chain(gateway_db, acme.id, "resp_3") is None
-    assert await find_chain(gateway_db, acme.id, "resp_1") == Chain((), chain[:1])
+    assert await find_chain(gateway_db, acme.id, "resp_1") == Chain((), exchanges(chain[:1]))
     assert await find_response(gateway_db, acme.id, "resp_3") == chain[2]
 
 
@@ -100,16 +109,19 @@ async def test_a_chain_has_limits(db: Database, gateway_db: Database, monkeypatc
     chain = [response("resp_0"), *(response(f"resp_{number}", f"resp_{number - 1}", size=100) for number in range(1, 10))]
     await save(gateway_db, acme.id, chain, MONTH)
     monkeypatch.setattr(responses, "MAX_CHAIN", 10)
-    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), chain)
+    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), exchanges(chain))
     monkeypatch.setattr(responses, "MAX_CHAIN", 9)
-    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), chain[1:], whole=False)
-    assert await find_chain(gateway_db, acme.id, "resp_8") == Chain((), chain[:9])
+    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), (), whole=False)
+    assert await find_chain(gateway_db, acme.id, "resp_8") == Chain((), exchanges(chain[:9]))
     monkeypatch.setattr(responses, "MAX_CHAIN", 1000)
-    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 300 + 3 * 256)
-    found = await find_chain(gateway_db, acme.id, "resp_9")
-    assert found is not None
-    assert not found.whole
-    assert len(found.responses) == 3
+    # Only inputs and outputs count, not what else a response has, such as its tools.
+    size = len(b'["resp_0 in"]') + len(b'["resp_0 out"]') + responses.ROW_BYTES
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 10 * size)
+    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), exchanges(chain))
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 10 * size - 1)
+    assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), (), whole=False)
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", size - 1)
+    assert await find_chain(gateway_db, acme.id, "resp_0") == Chain((), (), whole=False)
 
 
 async def test_a_chain_that_began_in_a_conversation_has_what_was_there_before(db: Database, gateway_db: Database) -> None:
@@ -119,10 +131,14 @@ async def test_a_chain_that_began_in_a_conversation_has_what_was_there_before(db
     await save_turn(gateway_db, acme.id, response("resp_1"), "conv_1", items[2:3], MONTH)
     await save_turn(gateway_db, acme.id, response("resp_2"), "conv_1", items[3:], MONTH)
     await save(gateway_db, acme.id, [response("resp_3", "resp_1")], MONTH)
-    both = [response("resp_1"), response("resp_3", "resp_1")]
+    both = exchanges([response("resp_1"), response("resp_3", "resp_1")])
     assert await find_chain(gateway_db, acme.id, "resp_3") == Chain([items[0].body, items[1].body], both)
     await delete_item(gateway_db, acme.id, "conv_1", "msg_0", MONTH)
     assert await find_chain(gateway_db, acme.id, "resp_3") == Chain([items[1].body], both)
+    size = sum(len(each.input) + len(each.output) + responses.ROW_BYTES for each in both)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses, "MAX_CHAIN_BYTES", size + len(items[1].body) + responses.ROW_BYTES - 1)
+        assert await find_chain(gateway_db, acme.id, "resp_3") == Chain((), (), whole=False)
     await delete_conversation(gateway_db, acme.id, "conv_1")
     assert await find_chain(gateway_db, acme.id, "resp_3") is None
     assert await find_response(gateway_db, acme.id, "resp_1") == response("resp_1")
@@ -138,7 +154,7 @@ async def test_an_expired_response_is_found_no_more(db: Database, gateway_db: Da
     assert await find_response(gateway_db, acme.id, "resp_1") is None
     assert await find_chain(gateway_db, acme.id, "resp_1") is None
     assert await find_chain(gateway_db, acme.id, "resp_2") is None
-    assert await find_responses(gateway_db, acme.id, ["resp_1", "resp_2"]) == [response("resp_2", "resp_1")]
+    assert await find_exchanges(gateway_db, acme.id, ["resp_1", "resp_2"]) == exchanges([response("resp_2", "resp_1")])
     assert not await delete_response(gateway_db, acme.id, "resp_1")
 
 
@@ -146,10 +162,16 @@ async def test_responses_that_are_too_large_together_are_not_read(
     db: Database, gateway_db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acme = await tenant(db, "acme")
-    sized = [response(f"resp_{number}", size=100 * number) for number in range(4)]
-    await save(gateway_db, acme.id, sized, MONTH)
-    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 200 + 2 * 256)
-    assert await find_responses(gateway_db, acme.id, [each.id for each in reversed(sized)]) == sized[:2]
+    stored = [response(f"resp_{number}", size=1000) for number in range(4)]
+    await save(gateway_db, acme.id, stored, MONTH)
+    ids = [each.id for each in stored]
+    size = sum(len(each.input) + len(each.output) + responses.ROW_BYTES for each in exchanges(stored))
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", size)
+    assert sorted(each.input for each in await find_exchanges(gateway_db, acme.id, ids)) == [each.input for each in stored]
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", size - 1)
+    with pytest.raises(InvalidRequest, match="have more than") as caught:
+        await find_exchanges(gateway_db, acme.id, ids)
+    assert (caught.value.error_code, caught.value.param) == ("references_too_large", "input")
 
 
 async def test_nothing_is_stored_for_a_deleted_tenant(db: Database, gateway_db: Database) -> None:

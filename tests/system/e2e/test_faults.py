@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 
 from tests.system.e2e.conftest import MODEL, Stack, wait_for
@@ -98,6 +99,37 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
                 if pieces == leave_after:
                     return
 
+    async def responded(client: AsyncOpenAI, model: str, leave_after: int | None) -> None:
+        limit = WHOLE if leave_after else 40
+        stream = await client.responses.create(
+            model=model,
+            input=f"Tell me about the number {next(words)}.",
+            max_output_tokens=limit,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async with stream:
+            pieces = 0
+            async for event in stream:
+                pieces += event.type == "response.output_text.delta"
+                if pieces == leave_after:
+                    return
+
+    async def messaged(client: AsyncOpenAI, model: str, leave_after: int | None) -> None:
+        content = f"Tell me about the number {next(words)}, and about all the numbers after it, one by one."
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": WHOLE if leave_after else 40}
+        headers = {"x-api-key": client.api_key}
+        async with (
+            httpx.AsyncClient(base_url=stack.root, headers=headers, timeout=120) as http,
+            http.stream("POST", "/v1/messages", json=body | {"stream": True}) as response,
+        ):
+            assert response.status_code == 200
+            pieces = 0
+            async for line in response.aiter_lines():
+                pieces += line == "event: content_block_delta"
+                if pieces == leave_after:
+                    return
+
     async def impatient(client: AsyncOpenAI, model: str, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -112,6 +144,9 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
             for client, model in ((acme, "json-bot"), (globex, "pirate-bot"), (acme, MODEL)):
                 jobs += [plain(client, model), streamed(client, model, None), streamed(client, model, 1 + 5 * number)]
                 jobs += [impatient(client, model, 0.02 + 0.4 * number)]
+            for client, model in ((acme, "json-bot"), (globex, MODEL)):
+                for speak in (responded, messaged):
+                    jobs += [speak(client, model, None), speak(client, model, 1 + 5 * number)]
         await asyncio.gather(*jobs)
 
     await asyncio.to_thread(wait_for, lambda: ledger(stack, replica) == counters(stack, url), 60, "the ledger equals the engine's counters")

@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import msgspec
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from lmaas.errors import InvalidRequest, NotFound
+from lmaas.errors import InvalidRequest, NotFound, SettingsError, Unavailable
 from lmaas.observability import GatewayMetrics
+from lmaas.protocols.responses import stored, turns
 from lmaas.protocols.responses import writer as writing
 from lmaas.protocols.responses.items import named
 from lmaas.protocols.responses.state import Item, NewResponse
@@ -179,7 +182,7 @@ async def test_a_chain_that_is_too_long_is_refused(service: Service, acme: str, 
     assert len(await service.chain(acme, new(2))) == 4
     with pytest.raises(InvalidRequest) as caught:
         await service.chain(acme, new(3))
-    assert (caught.value.error_code, caught.value.param) == ("context_length_exceeded", "previous_response_id")
+    assert (caught.value.error_code, caught.value.param) == ("chain_too_large", "previous_response_id")
 
 
 async def test_a_chain_of_too_many_items_is_refused(service: Service, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,30 +194,65 @@ async def test_a_chain_of_too_many_items_is_refused(service: Service, acme: str,
     assert await service.chain(acme, new(1)) == ["q1", "a1"]
 
 
+def large(number: int, previous: NewResponse | None = None, *, items: int) -> NewResponse:
+    """A response with many items in its input."""
+    response = new(number, previous)
+    return replace(response, input_items=named([message("q" * 100)] * items, response.id))
+
+
 async def test_other_requests_run_while_a_large_context_is_decoded(service: Service, acme: str) -> None:
-    for number in range(1, 5):
-        await service.state.store(acme, new(number, new(number - 1) if number > 1 else None, size=300_000))
-    turns = 0
+    # One response, so its row is one value of the database.
+    await service.state.store(acme, large(1, items=9000))
+    threads: list[str] = []
+    decode = stored.response_items
 
-    async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    # Reading is over before the other request begins, so that it counts only what happens during the decoding.
-    chain = await responses.find_chain(service.db, acme, new(4).id)
-    assert chain is not None
-
-    async def read(*_: object) -> responses.Chain:
-        return chain
+    def watched(exchange: responses.Exchange) -> list[msgspec.Raw]:
+        threads.append(threading.current_thread().name)
+        return decode(exchange)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmaas.protocols.responses.stored.find_chain", read)
-        other = asyncio.create_task(others())
-        assert len(await service.chain(acme, new(4))) == 8
-        other.cancel()
-    assert 3 <= turns <= 5
+        patch.setattr(stored, "response_items", watched)
+        assert len(await service.chain(acme, new(1))) == 9001
+        await service.state.store(acme, new(2))
+        assert len(await service.chain(acme, new(2))) == 2
+    large_one, small_one = threads
+    assert small_one == threading.current_thread().name != large_one
+
+
+async def test_tools_and_other_fields_are_no_part_of_a_chain(service: Service, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 10_000)
+    for number in range(1, 6):
+        await service.state.store(acme, new(number, new(number - 1) if number > 1 else None, size=50_000))
+    assert len(await service.chain(acme, new(5))) == 10
+    assert await service.state.items_of(acme, [_output(new(5))["id"]]) == {_output(new(5))["id"]: _output(new(5))}
+
+
+async def test_references_to_too_much_are_refused_by_their_size(service: Service, acme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await service.state.store(acme, new(1))
+    monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 100)
+    with pytest.raises(InvalidRequest, match="more than 100 bytes") as caught:
+        await service.state.items_of(acme, [_output(new(1))["id"]])
+    assert caught.value.error_code == "references_too_large"
+
+
+async def test_a_postgres_that_hangs_is_an_error(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    await service.state.store(acme, new(1))
+    await conversations.create_conversation(service.db, acme, "conv_1", b"{}", [], MONTH)
+    monkeypatch.setattr(turns, "READ_S", 0.2)
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("LOCK TABLE responses, conversations"))
+        async with asyncio.timeout(10):
+            for reading in (
+                lambda: service.chain(acme, new(1)),
+                lambda: service.conversation(acme, "conv_1"),
+                lambda: service.state.items_of(acme, ["msg_1"]),
+            ):
+                with pytest.raises(Unavailable) as caught:
+                    await reading()
+                assert caught.value.error_code == "database_unavailable"
+    # The readings that were given up end, and the tenant has its turns again.
+    monkeypatch.setattr(turns, "READ_S", 10.0)
+    assert await service.chain(acme, new(1)) == ["q1", "a1"]
 
 
 async def test_responses_that_end_together_are_stored_together(service: Service, acme: str, db: Database) -> None:
@@ -310,6 +348,50 @@ async def test_what_waits_is_bounded_and_what_is_lost_is_reported(
     # All room is free again.
     await service.state.store(acme, new(7, size=8000))
     assert service.lost == 2
+
+
+async def test_a_response_waits_for_room(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many large responses end at the same time, and Postgres is well."""
+    other = (await tenant(db, "other")).id
+    await conversations.create_conversation(service.db, acme, "conv_1", b"{}", [], MONTH)
+    monkeypatch.setattr(writing, "STORE_S", 20.0)
+    monkeypatch.setattr(writing, "MAX_TENANT_BYTES", 10_000)
+    monkeypatch.setattr(writing, "MAX_WAITING_BYTES", 14_000)
+    ended = [new(number, conversation_id="conv_1", size=4000) for number in range(1, 11)]
+    # One is larger than the limits: it waits alone.
+    others = [new(number, size=20_000 if number == 25 else 4000) for number in range(21, 31)]
+    stores = [(acme, each) for each in ended] + [(other, each) for each in others]
+    await asyncio.gather(*(service.state.store(*each) for each in stores))
+    assert service.lost == 0
+    for tenant_id, each in stores:
+        assert await find_response(service.db, tenant_id, each.id) is not None
+    assert await service.conversation(acme, "conv_1") == [f"{kind}{number}" for number in range(1, 11) for kind in "qa"]
+
+
+@pytest.mark.parametrize("error", [ValueError("odd text of a tenant"), SettingsError("The login may not.")])
+async def test_a_response_that_cannot_be_stored_is_lost_alone(
+    service: Service, acme: str, db: Database, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = (await tenant(db, "other")).id
+    save_together = responses.save_together
+    bad = new(3).id
+
+    async def failing(db: Database, batches: Sequence[tuple[str, Sequence[responses.Response]]], kept_for: timedelta) -> None:
+        if any(each.id == bad for _, batch in batches for each in batch):
+            raise error
+        await save_together(db, batches, kept_for)
+
+    monkeypatch.setattr(writing, "save_together", failing)
+    stores = [(acme, new(number)) for number in range(1, 6)] + [(other, new(number)) for number in range(6, 9)]
+    with caplog.at_level(logging.ERROR):
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(service.state.store(*each) for each in stores))
+    found = [await find_response(service.db, tenant_id, each.id) is not None for tenant_id, each in stores]
+    assert found == [each.id != bad for _, each in stores]
+    assert service.lost == 1
+    assert "odd text" not in caplog.text
+    await service.state.store(acme, new(9))
+    assert await find_response(service.db, acme, new(9).id) is not None
 
 
 async def test_a_shutdown_without_postgres_reports_what_is_lost(
