@@ -1,5 +1,6 @@
 """`/v1/responses` as a protocol."""
 
+from collections.abc import Collection
 from typing import Any
 
 from lmaas.inference.protocol import Answer, Inference, Protocol
@@ -35,9 +36,13 @@ class Responses(Protocol[ResponsesRequest]):
     async def expand(self, tenant_id: str, request: ResponsesRequest) -> None:
         """Add the items before the request's own, and those that it refers to. Raises NotFound for what this tenant does not have."""
         references = request.references
-        previous, conversation = request.previous_response_id, request.conversation_id
-        if previous is None and conversation is None and not references:
+        if request.previous_response_id is None and request.conversation_id is None and not references:
             return
+        # A turn of its own, until the items are translated: many contexts at a time would take much memory.
+        await self._turns.take(tenant_id, lambda: self._expand(tenant_id, request, references))
+
+    async def _expand(self, tenant_id: str, request: ResponsesRequest, references: Collection[str]) -> None:
+        previous, conversation = request.previous_response_id, request.conversation_id
         context = []
         if previous is not None or conversation is not None:
             context = await self._state.context_of(tenant_id, previous_response_id=previous, conversation_id=conversation)
