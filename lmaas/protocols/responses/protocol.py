@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+from lmaas.errors import InvalidRequest
 from lmaas.inference.protocol import Answer, Inference, Protocol
 from lmaas.protocols.responses.answer import ResponseAnswer, StreamedResponse, WholeResponse
 from lmaas.protocols.responses.items import named, parts_of
@@ -10,6 +11,9 @@ from lmaas.protocols.responses.request import ResponsesRequest, read_response
 from lmaas.protocols.responses.state import NewResponse, State
 from lmaas.protocols.responses.turns import PARTS_IN_PLACE, Turns
 from lmaas.protocols.text import chat_ids
+
+#: The most items and parts of them that are put before a request's own.
+MAX_CONTEXT_PARTS = 50_000
 
 
 class Responses(Protocol[ResponsesRequest]):
@@ -47,8 +51,16 @@ class Responses(Protocol[ResponsesRequest]):
         if previous is not None or conversation is not None:
             context = await self._state.context_of(tenant_id, previous_response_id=previous, conversation_id=conversation)
         referred = await self._state.items_of(tenant_id, references) if references else {}
-        is_large = parts_of([*context, *referred.values()]) > PARTS_IN_PLACE
-        await self._turns.apart(lambda: request.expand(context, referred), is_large=is_large)
+        parts = parts_of([*context, *referred.values()])
+        if parts > MAX_CONTEXT_PARTS:
+            # Each takes half a kilobyte of memory while the request waits and runs.
+            raise InvalidRequest(
+                f"The stored items before the input have {parts:,} items and parts of text, and at most {MAX_CONTEXT_PARTS:,} can be continued. "
+                "Begin a new conversation or chain, with fewer parts.",
+                code="context_too_large",
+                param="conversation" if conversation is not None else "previous_response_id" if previous is not None else "input",
+            )
+        await self._turns.apart(lambda: request.expand(context, referred), is_large=parts > PARTS_IN_PLACE)
 
     async def keep(self, inference: Inference[ResponsesRequest]) -> None:
         """Store the response, unless the client has asked not to."""

@@ -95,6 +95,22 @@ async def test_two_requests_of_a_tenant_are_expanded_at_a_time() -> None:
     assert readings.most == 2
 
 
+@pytest.mark.parametrize("field", ["conversation", "previous_response_id"])
+async def test_a_context_of_too_many_parts_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.protocols.responses.protocol.MAX_CONTEXT_PARTS", 10)
+    state = NoState()
+    for parts in (9, 10):
+        state.context = items.read_items("input", [{"role": "user", "content": ["a"] * parts}])
+        request = read_response({"model": "m", "input": "x", field: "x_1"})
+        if parts == 9:
+            await Responses(state).expand("ten_1", request)
+            assert len(request.parameters["messages"]) == 2
+            continue
+        with pytest.raises(InvalidRequest, match="at most 10") as caught:
+            await Responses(state).expand("ten_1", request)
+        assert (caught.value.error_code, caught.value.param) == ("context_too_large", field)
+
+
 @pytest.mark.parametrize(
     "given",
     [
