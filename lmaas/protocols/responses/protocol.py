@@ -55,7 +55,7 @@ class Responses(Protocol[ResponsesRequest]):
         if parts > MAX_CONTEXT_PARTS:
             # Each takes half a kilobyte of memory while the request waits and runs.
             raise InvalidRequest(
-                f"The stored items before the input have {parts:,} items and parts of text, and at most {MAX_CONTEXT_PARTS:,} can be continued. "
+                f"Before the input are {parts:,} items and parts of text, at most {MAX_CONTEXT_PARTS:,} are possible. "
                 "Begin a new conversation or chain, with fewer parts.",
                 code="context_too_large",
                 param="conversation" if conversation is not None else "previous_response_id" if previous is not None else "input",
