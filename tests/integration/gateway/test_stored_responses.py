@@ -393,8 +393,8 @@ async def test_a_postgres_that_hangs_is_an_error(
 ) -> None:
     first, made = await ask(client, "x"), await client.conversations.create(items=[{"role": "user", "content": "x"}])
     monkeypatch.setattr("lmaas.protocols.responses.turns.READ_S", 0.3)
-    paths = (f"{RESPONSES}/{first.id}", f"{RESPONSES}/{first.id}/input_items")
-    paths += (f"/v1/conversations/{made.id}", f"/v1/conversations/{made.id}/items", f"/v1/conversations/{made.id}/items/msg_1")
+    paths = [f"{RESPONSES}/{first.id}", f"{RESPONSES}/{first.id}/input_items"]
+    paths += [f"/v1/conversations/{made.id}", f"/v1/conversations/{made.id}/items", f"/v1/conversations/{made.id}/items/msg_1"]
     async with service.stack.db.begin(SYSTEM) as connection, service.stack.client(tenant) as http:
         await connection.execute(text("LOCK TABLE responses, conversations"))
         for path in paths:
