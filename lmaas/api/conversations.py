@@ -70,7 +70,8 @@ async def create_conversation(api: Api, call: ApiCall[NewConversation, None]) ->
 
 async def get_conversation(api: Api, call: ApiCall[None, None]) -> Conversation:
     """Return a conversation."""
-    return _shown(await rows.get_conversation(api.db, call.tenant_id, _id(call)))
+    conversation_id = _id(call)
+    return _shown(await api.state.read(call.tenant_id, lambda: rows.get_conversation(api.db, call.tenant_id, conversation_id)))
 
 
 async def change_conversation(api: Api, call: ApiCall[ConversationChange, None]) -> Conversation:
@@ -100,7 +101,10 @@ async def list_items(api: Api, call: ApiCall[None, ItemPaging]) -> Page[Response
     part = Part(asked.limit, asked.after)
     if asked.after is not None and not is_id(asked.after):
         raise InvalidRequest("'after' must be the id of an item of this list.", code="invalid_cursor", param="after")
-    items = await rows.list_items(api.db, call.tenant_id, _id(call), part, newest_first=asked.order == "desc")
+    conversation_id, newest_first = _id(call), asked.order == "desc"
+    items = await api.state.read(
+        call.tenant_id, lambda: rows.list_items(api.db, call.tenant_id, conversation_id, part, newest_first=newest_first)
+    )
     return _page(items, asked.limit)
 
 
@@ -110,7 +114,9 @@ def _page(items: Sequence[rows.Item], limit: int) -> Page[ResponseItem]:
 
 async def get_item(api: Api, call: ApiCall[None, None]) -> msgspec.Raw:
     """Return an item of a conversation as it was stored."""
-    return msgspec.Raw((await rows.get_item(api.db, call.tenant_id, _id(call), _item_id(call))).body)
+    conversation_id, item_id = _id(call), _item_id(call)
+    item = await api.state.read(call.tenant_id, lambda: rows.get_item(api.db, call.tenant_id, conversation_id, item_id))
+    return msgspec.Raw(item.body)
 
 
 async def delete_item(api: Api, call: ApiCall[None, None]) -> Conversation:

@@ -15,7 +15,9 @@ from lmaas.store import responses as rows
 
 async def _response(api: Api, call: ApiCall[Any, Any]) -> rows.Response:
     response_id = call.path["response"]
-    found = await rows.find_response(api.db, call.tenant_id, response_id) if is_id(response_id) else None
+    if not is_id(response_id):
+        raise _not_found()
+    found = await api.state.read(call.tenant_id, lambda: rows.find_response(api.db, call.tenant_id, response_id))
     if found is None:
         raise _not_found()
     return found

@@ -1,7 +1,9 @@
 """`/v1/responses` as a protocol."""
 
+from collections.abc import Collection
 from typing import Any
 
+from lmaas.errors import InvalidRequest
 from lmaas.inference.protocol import Answer, Inference, Protocol
 from lmaas.protocols.responses.answer import ResponseAnswer, StreamedResponse, WholeResponse
 from lmaas.protocols.responses.items import named, parts_of
@@ -9,6 +11,9 @@ from lmaas.protocols.responses.request import ResponsesRequest, read_response
 from lmaas.protocols.responses.state import NewResponse, State
 from lmaas.protocols.responses.turns import PARTS_IN_PLACE, Turns
 from lmaas.protocols.text import chat_ids
+
+#: The most items and parts of them that are put before a request's own.
+MAX_CONTEXT_PARTS = 50_000
 
 
 class Responses(Protocol[ResponsesRequest]):
@@ -35,15 +40,27 @@ class Responses(Protocol[ResponsesRequest]):
     async def expand(self, tenant_id: str, request: ResponsesRequest) -> None:
         """Add the items before the request's own, and those that it refers to. Raises NotFound for what this tenant does not have."""
         references = request.references
-        previous, conversation = request.previous_response_id, request.conversation_id
-        if previous is None and conversation is None and not references:
+        if request.previous_response_id is None and request.conversation_id is None and not references:
             return
+        # A turn of its own, until the items are translated: many contexts at a time would take much memory.
+        await self._turns.take(tenant_id, lambda: self._expand(tenant_id, request, references))
+
+    async def _expand(self, tenant_id: str, request: ResponsesRequest, references: Collection[str]) -> None:
+        previous, conversation = request.previous_response_id, request.conversation_id
         context = []
         if previous is not None or conversation is not None:
             context = await self._state.context_of(tenant_id, previous_response_id=previous, conversation_id=conversation)
         referred = await self._state.items_of(tenant_id, references) if references else {}
-        is_large = parts_of([*context, *referred.values()]) > PARTS_IN_PLACE
-        await self._turns.apart(lambda: request.expand(context, referred), is_large=is_large)
+        parts = parts_of([*context, *referred.values()])
+        if parts > MAX_CONTEXT_PARTS:
+            # Each takes half a kilobyte of memory while the request waits and runs.
+            raise InvalidRequest(
+                f"Before the input are {parts:,} items and parts of text, at most {MAX_CONTEXT_PARTS:,} are possible. "
+                "Begin a new conversation or chain, with fewer parts.",
+                code="context_too_large",
+                param="conversation" if conversation is not None else "previous_response_id" if previous is not None else "input",
+            )
+        await self._turns.apart(lambda: request.expand(context, referred), is_large=parts > PARTS_IN_PLACE)
 
     async def keep(self, inference: Inference[ResponsesRequest]) -> None:
         """Store the response, unless the client has asked not to."""

@@ -1,6 +1,7 @@
 """Responses and conversations of tenants, stored in Postgres."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -13,6 +14,7 @@ from lmaas.store import conversations
 from lmaas.store.database import Database
 from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Chain, Exchange, Response, find_chain, find_exchanges
 
+T = TypeVar("T")
 #: The longest id that a client may send. Those of the service are shorter.
 MAX_ID = 100
 #: The most ids of items that one request may refer to.
@@ -49,13 +51,17 @@ class StoredState:
     def __init__(self, db: Database, writer: Writer) -> None:
         self._db, self._writer, self._turns = db, writer, Turns()
 
+    async def read(self, tenant_id: str, reading: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Read something of a tenant when it is its turn, as all readings of its state are. Raises OverLimit and Unavailable."""
+        return await self._turns.take(tenant_id, reading)
+
     async def context_of(self, tenant_id: str, *, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
         """Return the items before a request's own, oldest first: those of a chain of responses with their outputs, or of a conversation.
 
         Exactly one of the two ids is given. Raises NotFound with the request's field in `param` if this tenant does not have it, or has no
         longer all of it, InvalidRequest if there is too much, OverLimit and Unavailable.
         """
-        return await self._turns.take(tenant_id, lambda: self._context(tenant_id, previous_response_id, conversation_id))
+        return await self.read(tenant_id, lambda: self._context(tenant_id, previous_response_id, conversation_id))
 
     async def _context(self, tenant_id: str, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
         if previous_response_id is not None:
@@ -99,7 +105,7 @@ class StoredState:
             raise InvalidRequest(f"A request refers to at most {MAX_REFERENCES:,} items.", code="out_of_range", param="input")
         if not wanted:
             return {}
-        return await self._turns.take(tenant_id, lambda: self._referred(tenant_id, wanted))
+        return await self.read(tenant_id, lambda: self._referred(tenant_id, wanted))
 
     async def _referred(self, tenant_id: str, wanted: Collection[str]) -> dict[str, Item]:
         bodies = {item.id: item.body for item in await conversations.find_items(self._db, tenant_id, wanted)}

@@ -388,6 +388,24 @@ async def test_what_a_client_saw_the_end_of_survives_the_gateways_death(service:
             assert await client.responses.retrieve(response.id) == response
 
 
+async def test_a_postgres_that_hangs_is_an_error(
+    service: Service, tenant: Tenant, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, made = await ask(client, "x"), await client.conversations.create(items=[{"role": "user", "content": "x"}])
+    monkeypatch.setattr("lmaas.protocols.responses.turns.READ_S", 0.3)
+    paths = [f"{RESPONSES}/{first.id}", f"{RESPONSES}/{first.id}/input_items"]
+    paths += [f"/v1/conversations/{made.id}", f"/v1/conversations/{made.id}/items", f"/v1/conversations/{made.id}/items/msg_1"]
+    async with service.stack.db.begin(SYSTEM) as connection, service.stack.client(tenant) as http:
+        await connection.execute(text("LOCK TABLE responses, conversations"))
+        for path in paths:
+            answer = await http.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable"), path
+        for body in ({"previous_response_id": first.id}, {"conversation": made.id}):
+            for path in (RESPONSES, f"{RESPONSES}/input_tokens"):
+                answer = await http.post(path, json={"model": "base", "input": "x"} | body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable"), path
+
+
 async def test_a_full_conversation(service: Service, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     made = await client.conversations.create(items=[{"role": "user", "content": "x"}] * 3)
     monkeypatch.setattr(conversations, "MAX_ITEMS", 3)

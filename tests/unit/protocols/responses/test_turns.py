@@ -6,9 +6,12 @@ import pytest
 
 from lmaas.errors import InvalidRequest, OverLimit, Unavailable
 from lmaas.protocols.responses import items, turns
+from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.request import read_response
+from lmaas.protocols.responses.state import Item
 from lmaas.protocols.responses.turns import Turns
 from tests.support.conditions import until
+from tests.unit.protocols.responses.build import NoState
 
 
 class Readings:
@@ -73,6 +76,39 @@ async def test_an_error_of_a_reading_is_raised_and_its_turn_is_free() -> None:
     for _ in range(5):
         with pytest.raises(InvalidRequest, match="no"):
             await taken.take("ten_1", fails)
+
+
+async def test_two_requests_of_a_tenant_are_expanded_at_a_time() -> None:
+    readings = Readings()
+
+    class Slow(NoState):
+        async def context_of(self, tenant_id: str, *, previous_response_id: str | None, conversation_id: str | None) -> list[Item]:
+            await readings.read()
+            return []
+
+    protocol = Responses(Slow())
+    asked = [read_response({"model": "m", "input": "x", "previous_response_id": "resp_1"}) for _ in range(6)]
+    tasks = [asyncio.create_task(protocol.expand("ten_1", request)) for request in asked]
+    await until(lambda: readings.running == 2)
+    readings.may_end.set()
+    await asyncio.gather(*tasks)
+    assert readings.most == 2
+
+
+@pytest.mark.parametrize("field", ["conversation", "previous_response_id"])
+async def test_a_context_of_too_many_parts_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.protocols.responses.protocol.MAX_CONTEXT_PARTS", 10)
+    state = NoState()
+    for parts in (9, 10):
+        state.context = items.read_items("input", [{"role": "user", "content": ["a"] * parts}])
+        request = read_response({"model": "m", "input": "x", field: "x_1"})
+        if parts == 9:
+            await Responses(state).expand("ten_1", request)
+            assert len(request.parameters["messages"]) == 2
+            continue
+        with pytest.raises(InvalidRequest, match="at most 10") as caught:
+            await Responses(state).expand("ten_1", request)
+        assert (caught.value.error_code, caught.value.param) == ("context_too_large", field)
 
 
 @pytest.mark.parametrize(
