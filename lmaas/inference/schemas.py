@@ -10,7 +10,13 @@ MAX_DEPTH = 64
 _OBJECTS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _ONE = ("additionalProperties", "contains", "not", "if", "then", "else", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
-_FORMS = dict.fromkeys(_OBJECTS, dict) | dict.fromkeys(_LISTS, list) | dict.fromkeys((*_ONE, "items"), object) | {"type": str}
+#: The Python types of the keywords' values.
+_FORMS: dict[str, type[Any]] = {
+    **dict.fromkeys(_OBJECTS, dict),
+    **dict.fromkeys(_LISTS, list),
+    **dict.fromkeys((*_ONE, "items"), object),
+    "type": str,
+}
 
 
 def depth(value: Any) -> int:
@@ -50,10 +56,8 @@ def check_schema(name: str, schema: Any) -> None:
                     raise _malformed(name, keyword, "must be the name of a type or a list of such names")
             elif not isinstance(value, form):
                 raise _malformed(name, keyword, f"must be {'an object' if form is dict else 'a list'} of schemas")
-            elif form is dict:
-                found += [(keyword, inner) for inner in value.values()]
-            elif form is list or (keyword == "items" and isinstance(value, list)):
-                found += [(keyword, inner) for inner in value]
+            elif form is not object or (keyword == "items" and isinstance(value, list)):
+                found += [(keyword, inner) for inner in _children(value)]
             else:
                 found.append((keyword, value))
 
