@@ -333,6 +333,13 @@ def reference(folder: Path, texts: list[str]) -> list[list[float]]:
     return found
 
 
+async def test_a_checker_counts_the_same_tokens(engine: Engine, tmp_path: Path) -> None:
+    async with Checkers(tmp_path, None).kept() as checkers:
+        for text in SENTENCES:
+            tokens = await checkers.tokens(engine.spec, Prompt("/v1/completions", {"prompt": text}))
+            assert tokens.count == (await embed(engine, text))["usage"]["prompt_tokens"]
+
+
 async def test_a_dying_engine_never_seems_to_succeed(engine: Engine) -> None:
     """Last in this file: afterwards the engine is gone."""
     before = await engine.idle()
@@ -341,10 +348,3 @@ async def test_a_dying_engine_never_seems_to_succeed(engine: Engine) -> None:
     await engine.process.stop(grace_s=5)
     (end,) = await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 30)
     assert isinstance(end, httpx.TransportError) or (isinstance(end, httpx.Response) and end.status_code == 500)
-
-
-async def test_a_checker_counts_the_same_tokens(engine: Engine, tmp_path: Path) -> None:
-    async with Checkers(tmp_path, None).kept() as checkers:
-        for text in SENTENCES:
-            tokens = await checkers.tokens(engine.spec, Prompt("/v1/completions", {"prompt": text}))
-            assert tokens.count == (await embed(engine, text))["usage"]["prompt_tokens"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -134,9 +135,9 @@ async def test_an_engine_outlives_its_zygote_and_the_next_starts_plainly(place: 
 
 async def test_an_engine_ends_with_whoever_ordered_it(place: Place, spec: EngineSpec, tmp_path: Path) -> None:
     script = (
-        "import asyncio, sys; from pathlib import Path; from lmaas.engine.launch import *\n"
+        "import asyncio, pickle, sys; from pathlib import Path; from lmaas.engine.launch import *\n"
         "async def main():\n"
-        f"    async with launched(EngineSpec(*{spec_arguments(spec)!r}), {free_port()}, Path({str(tmp_path / 'e.log')!r}), "
+        f"    async with launched(pickle.loads({pickle.dumps(spec)!r}), {free_port()}, Path({str(tmp_path / 'e.log')!r}), "
         f"Path({str(place.home)!r})) as engine:\n"
         "        print(engine.by, engine.pid, flush=True); await asyncio.sleep(600)\n"
         "asyncio.run(main())\n"
@@ -155,10 +156,6 @@ async def test_an_engine_ends_with_whoever_ordered_it(place: Place, spec: Engine
             await supervisor.wait()
         await until(gone(processes))
         log.unlink()
-
-
-def spec_arguments(spec: EngineSpec) -> list[object]:
-    return [getattr(spec, name) for name in EngineSpec.__slots__]
 
 
 async def test_the_last_words_of_a_forked_engine_are_told(place: Place, spec: EngineSpec, tmp_path: Path) -> None:
