@@ -120,7 +120,7 @@ async def test_a_repeat_gets_the_same_bytes_and_costs_nothing(service: Service, 
         again = await service.send(tenant, body, path=path)
         assert (again.status_code, again.content) == (200, first.content)
         assert again.headers["idempotency-replayed"] == "true"
-        own = {"date", "x-request-id", "openai-processing-ms", "idempotency-replayed"}
+        own = {"date", "x-request-id", "openai-processing-ms", "idempotency-replayed", "x-lmaas-model"}
         assert {name: value for name, value in again.headers.items() if name not in own} == {
             name: value for name, value in first.headers.items() if name not in own
         }
