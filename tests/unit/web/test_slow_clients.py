@@ -125,7 +125,8 @@ async def test_a_body_that_does_not_go_on(piece: bytes) -> None:
             await asyncio.sleep(0.005)  # the slowness itself
         refused = await got
         assert (refused.status, refused.code) == (408, "request_timeout")
-        assert await reader.read() == b""
+        with contextlib.suppress(ConnectionResetError):  # a piece came after the refusal
+            assert await reader.read() == b""
 
 
 async def test_a_connection_too_many() -> None:
