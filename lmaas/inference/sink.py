@@ -46,24 +46,15 @@ class Sink(Protocol):
         """Send the rest of the body. `complete` is false for a stream that ends with an error."""
 
 
-class Collected:
-    """A sink in memory. `cancel` makes its receiver go."""
+class Receiver:
+    """The receiver of an answer, which may go before the answer is finished. The kinds of sinks share this."""
 
     def __init__(self) -> None:
         self.gone = asyncio.Event()
-        self.started = False
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.body = b""
-        #: Whether the answer has ended, and whether it ended without an error.
-        self.finished = self.complete = False
         self._on_gone: list[Callable[[], None]] = []
 
-    def watch(self) -> None:
-        """Do nothing: `cancel` is noticed in any case."""
-
     def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` once, when the receiver goes. Returns a function that undoes this."""
+        """Call `callback` once, when the receiver goes before the answer is finished. Returns a function that undoes this."""
         if self.gone.is_set():
             callback()
         else:
@@ -75,12 +66,32 @@ class Collected:
 
         return undo
 
-    def cancel(self) -> None:
-        """End the inference, whose answer is not needed any longer."""
+    def leave(self) -> None:
+        """Record that the receiver has gone, and call the callbacks."""
         self.gone.set()
         callbacks, self._on_gone = self._on_gone, []
         for callback in callbacks:
             callback()
+
+    def served(self) -> None:
+        """Forget the callbacks: from now on it no longer matters when the receiver goes."""
+        self._on_gone.clear()
+
+
+class Collected(Receiver):
+    """A sink in memory. `leave` ends the inference, whose answer is not needed any longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = False
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+        #: Whether the answer has ended, and whether it ended without an error.
+        self.finished = self.complete = False
+
+    def watch(self) -> None:
+        """Do nothing: `leave` is noticed in any case."""
 
     def add_to_head(self, lines: bytes) -> None:
         """Keep these lines as headers."""
@@ -101,6 +112,6 @@ class Collected:
 
     async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
         """Keep the rest of the body."""
-        self._on_gone.clear()
+        self.served()
         self.body += chunk
         self.finished, self.complete = True, complete

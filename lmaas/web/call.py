@@ -1,22 +1,21 @@
 """One HTTP exchange with a client: its body, its response, and whether the client is still connected."""
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Scope, Send
 
 from lmaas.http import api_key, limited
+from lmaas.inference.sink import Receiver
 
 
-class Call:
+class Call(Receiver):
     """A client's request, and the sink of its answer. Writing to a client that has disconnected has no effect and raises no error."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__()
         self._scope, self._receive, self._send = scope, receive, send
         self.request_id: str = scope["request_id"]
         self.started = False
-        self.gone = asyncio.Event()
-        self._on_gone: list[Callable[[], None]] = []
 
     @property
     def api_key(self) -> str | None:
@@ -48,20 +47,7 @@ class Call:
 
     def watch(self) -> None:
         """Begin to notice that the client disconnects. The body must have been read."""
-        self._scope["lmaas.watch"](self._leave)
-
-    def on_gone(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` once, when the client disconnects before its response is finished. Returns a function that undoes this."""
-        if self.gone.is_set():
-            callback()
-        else:
-            self._on_gone.append(callback)
-
-        def undo() -> None:
-            if callback in self._on_gone:
-                self._on_gone.remove(callback)
-
-        return undo
+        self._scope["lmaas.watch"](self.leave)
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send status and headers, once."""
@@ -76,15 +62,9 @@ class Call:
 
     async def finish(self, chunk: bytes = b"", *, complete: bool = True) -> None:
         """Send the rest of the body. After that it no longer matters when the client disconnects. `complete` is for other sinks."""
-        self._on_gone.clear()
+        self.served()
         await self._put({"type": "http.response.body", "body": chunk, "more_body": False})
 
     async def _put(self, message: Message) -> None:
         if not self.gone.is_set():
             await self._send(message)
-
-    def _leave(self) -> None:
-        self.gone.set()
-        callbacks, self._on_gone = self._on_gone, []
-        for callback in callbacks:
-            callback()

@@ -64,11 +64,11 @@ async def test_anthropics_client_lists_models_page_by_page(service: Service) -> 
 
 async def test_errors_and_heads_in_anthropics_shape(service: Service) -> None:
     headers = {"anthropic-version": "2023-06-01"}
-    async with service.stack.client(service.tenant) as http, service.stack.client() as nobody:
+    async with service.stack.client(service.tenant) as http, service.stack.client() as keyless:
         refused = await http.get("/v1/models?limit=0", headers=headers)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "limit")
         assert refused.json()["type"] == "error"
-        unknown = await nobody.get("/v1/models", headers=headers)
+        unknown = await keyless.get("/v1/models", headers=headers)
         assert (unknown.status_code, unknown.json()["error"]["type"]) == (401, "authentication_error")
         for path in ("/v1/models", "/v1/models/robot"):
             head, got = await http.head(path, headers=headers), await http.get(path, headers=headers)

@@ -92,7 +92,7 @@ async def test_a_sink_that_goes_ends_its_request(stack: Stack) -> None:
     async with inferences(stack) as path:
         serving = asyncio.create_task(path.serve(principal, chat(stream=True, max_tokens=1900), sink))
         await until(lambda: b"content" in sink.body)
-        sink.cancel()
+        sink.leave()
         await serving
 
         async def quiet() -> bool:

@@ -101,7 +101,7 @@ async def test_a_client_that_goes_is_noticed_through_the_recorder() -> None:
     undo = client.recorder.on_gone(lambda: left.append("undone"))
     client.recorder.on_gone(lambda: left.append("left"))
     undo()
-    client.cancel()
+    client.leave()
     assert left == ["left"]
     assert client.recorder.gone.is_set()
 
