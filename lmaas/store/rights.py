@@ -77,6 +77,7 @@ def lock(column: str, rows: str = ALL) -> Grant:
 _LIMITS = tuple(field.name for field in fields(Limits))
 _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
 _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
+_FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -85,6 +86,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
         AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
         OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        JOBS: (Grant("SELECT"), lock("id")),
     },
     "api_keys": {
         GATEWAY: (
@@ -95,6 +97,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         ),
         AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
         OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
+        JOBS: (Grant("SELECT", ALL, _KEY),),
     },
     "adapters": {
         GATEWAY: (
@@ -104,20 +107,19 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             Grant("DELETE", OWN),
         ),
         OPERATOR: (Grant("SELECT"), Grant("DELETE")),
+        JOBS: (Grant("SELECT", OWN),),
     },
     "adapter_versions": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
         OPERATOR: (Grant("SELECT"),),
+        JOBS: (Grant("SELECT", OWN),),
     },
     "usage_events": {
         GATEWAY: (Grant("SELECT", OWN),),
         OPERATOR: (Grant("SELECT"),),
-        # An event changes only if it replaces the stand-in for a lost one.
-        CONTROLLER: (
-            Grant("SELECT"),
-            Grant("INSERT"),
-            Grant("UPDATE", "status = 'lost'", check=ALL),
-        ),
+        # An event changes only if it replaces a stand-in.
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", "status IN ('lost', 'wasted')", check=ALL)),
+        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", "status IN ('lost', 'wasted')", check=ALL)),
     },
     "idempotency": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
@@ -128,6 +130,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     # Operators delete a tenant's responses and conversations with the tenant, and controllers expired ones. Neither can read them.
     "responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
         OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
     },
@@ -138,11 +141,49 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             Grant("UPDATE", OWN, ("metadata", "next_position", "item_count", "size_bytes", "expires_at")),
             Grant("DELETE", OWN),
         ),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN, ("next_position", "item_count", "size_bytes", "expires_at"))),
         OPERATOR: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
     },
     # They go with their conversation.
-    "conversation_items": {GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN))},
+    "conversation_items": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
+    },
+    # Operators delete a tenant's files with the tenant, and controllers expired ones. Neither can read their names.
+    "files": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        OPERATOR: (Grant("SELECT", ALL, _FILE_SIZES), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _FILE_SIZES), Grant("DELETE")),
+    },
+    # Runners work for all tenants.
+    "batches": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT"), Grant("UPDATE")),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at")),),
+    },
+    "batch_lines": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE"), Grant("DELETE")),
+    },
+    "batch_pools": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE"), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"),),
+    },
+    "background_responses": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT"), Grant("UPDATE")),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "ended_at", "expires_at")), Grant("DELETE")),
+    },
+    "response_events": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "response_id")), Grant("DELETE")),
+    },
     "audit_log": {
         # Records can be added, and never changed.
         GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
@@ -176,6 +217,7 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         CONTROLLER: (Grant("SELECT"),),
         REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
     },
+    "job_runners": {JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE"))},
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},
     "alembic_version": {},
