@@ -175,14 +175,15 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     },
     "background_responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
-        JOBS: (Grant("SELECT"), Grant("UPDATE")),
-        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "ended_at", "expires_at")), Grant("DELETE")),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
+        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, _LEASE)),
+        OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
     },
+    # They go with their response.
     "response_events": {
-        GATEWAY: (Grant("SELECT", OWN),),
-        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "response_id")), Grant("DELETE")),
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
     },
     "audit_log": {
         # Records can be added, and never changed.
