@@ -55,6 +55,7 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
 from lmaas.protocols.responses.openapi import responses_paths
 from lmaas.protocols.responses.protocol import Responses
@@ -75,6 +76,7 @@ from lmaas.store.models import get_base_model
 from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
+from lmaas.web.background import Background
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
 from lmaas.web.routes import Gateway, endpoints
@@ -163,8 +165,11 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     protocols: list[AnyProtocol] = [*batch_protocols(responses), Rerank(), Score()]
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
-    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.files), state)
+    logs = EventLogs(db)
+    deadline = timedelta(seconds=settings.background_deadline_s)
+    background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
+    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
+    api = Api(settings, db, authenticate, Adapters(db, services.files), state, logs)
 
     async def ready() -> None:
         await db.check()
@@ -180,7 +185,12 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
         async with inferences.client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
-                for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
+                for name, coroutine in {
+                    "leases": leases.run(),
+                    "idempotency": idempotency.run(),
+                    "changes": changes.run(),
+                    "event-logs": logs.run(),
+                }.items()
             ]
             for keeper in keepers:
                 # A task that ends unexpectedly must end the process. Otherwise nothing would be granted, and running claims would look

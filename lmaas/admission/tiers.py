@@ -7,10 +7,14 @@ from lmaas.types import Limits
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares."""
+    """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares.
+
+    `max_background_responses` is that of responses in the background that have not ended.
+    """
 
     share: float
     limits: Limits
+    max_background_responses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +29,12 @@ class ServiceTier:
 
 TIERS = {
     "free": Tier(
-        1.0, Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None)
+        1.0,
+        Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None),
+        max_background_responses=20,
     ),
-    "standard": Tier(4.0, Limits()),
-    "premium": Tier(16.0, Limits()),
+    "standard": Tier(4.0, Limits(), max_background_responses=200),
+    "premium": Tier(16.0, Limits(), max_background_responses=1_000),
 }
 DEFAULT_TIER = "standard"
 

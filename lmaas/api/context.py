@@ -1,6 +1,6 @@
 """What a handler gets: the services, and one call with its decoded body and query, its tenant and its actor."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from lmaas.audit import Audit
 from lmaas.config import Settings
 from lmaas.errors import Forbidden
 from lmaas.http import Authenticate, api_key
+from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.store.database import Database
 from lmaas.store.tenants import get_tenant
@@ -33,6 +34,8 @@ class Api:
     adapters: Adapters
     #: The stored responses and conversations.
     state: StoredState
+    #: The events of responses in the background.
+    logs: EventLogs
 
     @property
     def kept_for(self) -> timedelta:
@@ -87,4 +90,11 @@ class WithStatus:
     status: int
 
 
-Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus]]
+@dataclass(frozen=True, slots=True)
+class Events:
+    """An answer that is a stream of server-sent events."""
+
+    events: AsyncIterator[bytes]
+
+
+Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus | Events]]

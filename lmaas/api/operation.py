@@ -42,7 +42,7 @@ class Operation:
     `for_operators` a second one under `/admin/v1/tenants/{tenant}`, for keys of operators. `audit` is the action that the audit log
     records if the operation changes something. `files` are the fields of a form that are files: then the body is a multipart form.
     `texts` are the fields of the body whose strings are for a model: then the body may be as large as that of an inference request.
-    `also` describes further statuses of success.
+    `also` describes further statuses of success. `events` describes the server-sent events that it may answer with instead.
     """
 
     id: str
@@ -59,6 +59,7 @@ class Operation:
     files: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     for_operators: bool = True
+    events: str = ""
 
     @property
     def is_paged(self) -> bool:

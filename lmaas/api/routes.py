@@ -6,15 +6,16 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from lmaas.api import adapters, base_models, conversations, replicas, responses, table, tenants, usage
-from lmaas.api.context import Api, ApiCall, Handler, WithStatus
+from lmaas.api.context import Api, ApiCall, Events, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
 from lmaas.audit import Audit
 from lmaas.http import limited, parse_json
+from lmaas.inference.sink import STREAM_HEADERS
 from lmaas.types import Principal
 
 MAX_JSON_BYTES = 64 * 1024
@@ -105,6 +106,9 @@ async def serve(api: Api, place: Place, request: Request) -> Response:
         owner, request.path_params, await _body(api, operation, request), query, _audit(operation, principal, request), request
     )
     answered = await HANDLERS[operation.id](api, call)
+    if isinstance(answered, Events):
+        # A response to HEAD has no body.
+        return Response(headers=STREAM_HEADERS) if request.method == "HEAD" else StreamingResponse(answered.events, headers=STREAM_HEADERS)
     answer, status = (answered.answer, answered.status) if isinstance(answered, WithStatus) else (answered, operation.status)
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
