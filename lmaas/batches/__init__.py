@@ -1,1 +1,1 @@
-"""Batches: files of requests that run when engines have room. Reading and checking their lines, and writing their results."""
+"""Batches: what is in their input files, how their lines end, and their output files."""
