@@ -207,7 +207,7 @@ def _read(endpoint: str, text: bytes) -> tuple[_Line, Outline]:
     try:
         return line, outline(line.body)
     except (ValueError, RecursionError):
-        raise InvalidRequest("The line is not valid JSON: it is nested too deeply, or a number is too large.", code="invalid_json") from None
+        raise InvalidRequest("The line is nested too deeply, or has a number that is too large.", code="invalid_json") from None
 
 
 def _shown(value: Any) -> str:

@@ -148,7 +148,8 @@ def test_the_number_of_models_is_bounded() -> None:
 def test_names_of_models_are_cut() -> None:
     [found] = checked(line(body=BODY | {"model": "m" * 100_000}), size=9999).lines
     assert found.model == "m" * 200
-    for model in (None, 5, [], ""):
+    nothing: tuple[Any, ...] = (None, 5, [], "")
+    for model in nothing:
         [found] = checked(line(body=BODY | {"model": model})).lines
         assert found.model == ""
 
