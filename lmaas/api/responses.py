@@ -73,8 +73,8 @@ async def _events(api: Api, call: ApiCall[Any, Any], after: int | None) -> Event
         pass
     await _response(api, call)
     raise InvalidRequest(
-        "The events of this response are not kept: it was not created with 'background' and 'stream', or it ended more than 10 minutes ago. "
-        "Retrieve it without 'stream'.",
+        "The events of this response are not kept: it was not created with 'background' and 'stream', or it ended more than 10 minutes "
+        "ago. Retrieve it without 'stream'.",
         code="events_not_kept",
         param="stream",
     )

@@ -225,7 +225,9 @@ def _piece(tenant_id: str, response_id: str, piece: Piece) -> dict[str, Any]:
 
 async def find_open(db: Database, tenant_id: str, response_id: str) -> Open | None:
     """Return a response that has not ended. None if the tenant has none, or if it has ended."""
-    query = select(rows.c.status, rows.c.previous_id, rows.c.input, rows.c.body).where(*_one(tenant_id, response_id), rows.c.ended_at.is_(None))
+    query = select(rows.c.status, rows.c.previous_id, rows.c.input, rows.c.body).where(
+        *_one(tenant_id, response_id), rows.c.ended_at.is_(None)
+    )
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(query)).first()
     return None if row is None else Open(BackgroundStatus(row.status), row.previous_id, row.input, row.body)

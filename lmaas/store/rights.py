@@ -230,7 +230,8 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     },
     "job_runners": {
         JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
-        LEASES: (Grant("SELECT"),),
+        # A row is locked while what its runner leases changes.
+        LEASES: (Grant("SELECT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
     },
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},

@@ -30,7 +30,9 @@ class ResponseQuery(Query, frozen=True, kw_only=True):
     """How a response is asked for."""
 
     stream: Annotated[bool, Meta(description="Whether to stream the events of a response in the background that was created so.")] = False
-    starting_after: Annotated[int, Meta(ge=0, le=MAX_NUMBER, description="With `stream`: the number of the last event received.")] | None = None
+    starting_after: (
+        Annotated[int, Meta(ge=0, le=MAX_NUMBER, description="With `stream`: the number of the last event received.")] | None
+    ) = None
 
 
 class ItemPaging(Query, frozen=True, kw_only=True):

@@ -15,8 +15,9 @@ from lmaas.protocols.responses.stream import OutputStream
 
 #: Why an answer was cut off, by the engine's reason for its end. With every other reason it is complete.
 _CUT = {"length": b'{"reason":"max_output_tokens"}', "content_filter": b'{"reason":"content_filter"}'}
-#: Codes of errors that clients know from OpenAI's responses. Every other error has the code of its kind.
-_KNOWN_CODES = ("rate_limit_exceeded", "insufficient_quota", "context_length_exceeded")
+#: Codes of errors that a response has as they are: those of OpenAI's responses, and two that only a response in the background can have.
+#: Every other error has the code of its kind.
+_KNOWN_CODES = ("rate_limit_exceeded", "insufficient_quota", "context_length_exceeded", "invalid_api_key", "response_expired")
 QUEUED = b"queued"
 _USAGE = (
     b'{"input_tokens":%d,"input_tokens_details":{"cached_tokens":%d,"cache_write_tokens":%d},'

@@ -9,18 +9,20 @@ from lmaas.protocols.responses.output import encode
 from lmaas.protocols.responses.protocol import Responses
 from lmaas.protocols.responses.request import BackgroundRun, ResponsesRequest
 from lmaas.protocols.responses.stream import event
+from lmaas.states import BackgroundStatus
 
 #: What the object of a queued response has. No text of a client precedes it.
 _QUEUED = b'"status":"queued","completed_at":null,"error":null,'
 
 
-class _Creation(msgspec.Struct):
-    """What is read of a response object to run it."""
+class _Head(msgspec.Struct):
+    """What is read of a response object."""
 
     created_at: int
+    status: BackgroundStatus
 
 
-_CREATION = msgspec.json.Decoder(_Creation)
+_HEAD = msgspec.json.Decoder(_Head)
 
 
 def with_status(queued: bytes, status: str, error: LmaasError | None = None) -> bytes:
@@ -47,7 +49,12 @@ def error_event(number: int, code: str, message: str) -> bytes:
 
 def run_of(response_id: str, body: bytes, first_event: int) -> BackgroundRun:
     """Return what a run of a response has from its creation. `body` is the object of the queued response."""
-    return BackgroundRun(response_id, _CREATION.decode(body).created_at, first_event)
+    return BackgroundRun(response_id, _HEAD.decode(body).created_at, first_event)
+
+
+def status_of(body: bytes) -> BackgroundStatus:
+    """Return the status of a response object."""
+    return _HEAD.decode(body).status
 
 
 class BackgroundAnswer(StreamedResponse):

@@ -79,7 +79,9 @@ class EventLogs:
         cursor = -1 if after is None else after
         first = await self._read(tenant_id, response_id, cursor)
         if first is None:
-            raise NotFound("The events of this response are not kept any more. Retrieve it without 'stream'.", code="events_not_found", param="stream")
+            raise NotFound(
+                "The events of this response are not kept any more. Retrieve it without 'stream'.", code="events_not_found", param="stream"
+            )
         last = first.next_event if first.has_ended else first.next_event - 1
         if cursor > last:
             raise InvalidRequest(

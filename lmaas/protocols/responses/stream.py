@@ -21,9 +21,7 @@ class OutputStream:
     arguments may follow.
     """
 
-    def __init__(
-        self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]], first_event: int = 0
-    ) -> None:
+    def __init__(self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]], first_event: int = 0) -> None:
         self._response_id, self._custom, self._namespaces = response_id, custom, namespaces
         #: The number of the next event.
         self._number = first_event
