@@ -1,6 +1,7 @@
 """Batches that are cancelled, expire or lose what they need, at every stage: each line still has exactly one result and no wrong charge."""
 
 import asyncio
+import contextlib
 from collections import Counter
 
 import httpx
@@ -19,8 +20,8 @@ from tests.integration.gateway.stack import CHAT, Stack, Tenant
 from tests.integration.hostile.conftest import ENDED, TOKENS, Batches, jsonl, line, many
 from tests.support.conditions import until
 
-#: The lines of a batch that is disturbed while it runs: several seconds at 100 ms for a line and 8 slots.
-LINES = 300
+#: The lines of a batch that is disturbed while it runs: 1.5 s at 100 ms for a line and 8 slots.
+LINES = 120
 #: The stages at which a batch can be disturbed.
 STAGES = ("at once", "in progress", "nearly done")
 
@@ -60,9 +61,8 @@ async def test_cancelled_twice_at(batches: Batches, stage: str) -> None:
     batch = await batches.create(many(LINES))
     await _reached(batches, batch, stage)
     cancelled = await asyncio.gather(*(batches.client.batches.cancel(batch.id) for _ in range(2)), return_exceptions=True)
-    assert all(
-        isinstance(one, ConflictError) or (isinstance(one, Batch) and one.status in ("cancelling", "cancelled")) for one in cancelled
-    )
+    assert all(isinstance(one, ConflictError | Batch) for one in cancelled)
+    assert {one.status for one in cancelled if isinstance(one, Batch)} <= {"cancelling", "cancelled"}
     batch = await batches.end(batch)
     output, errors = await batches.results(batch)
     assert batch.status == "cancelled"
@@ -100,10 +100,8 @@ async def test_expired_at(batches: Batches, stage: str) -> None:
 async def test_its_file_is_deleted(batches: Batches, stage: str) -> None:
     batch = await batches.create(many(LINES))
     await _reached(batches, batch, stage)
-    try:
+    with contextlib.suppress(ConflictError):  # a file that is in use may be kept
         await batches.client.files.delete(batch.input_file_id)
-    except ConflictError:
-        pass  # a file that is in use may be kept
     batch = await batches.end(batch)
     output, errors = await batches.results(batch)
     assert batch.status in ("completed", "failed")
