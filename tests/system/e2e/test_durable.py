@@ -38,15 +38,13 @@ def test_a_batch_answers_as_requests_do(stack: Stack) -> None:
     chat: Any = {"messages": QUESTION, "temperature": 0, "max_tokens": 20}
     with stack.openai("acme") as acme, stack.openai("globex") as globex:
         acme.embeddings.create(model=EMBEDDING_MODEL, input="Hi")
-        text = _create(acme, "/v1/chat/completions", {model: {"model": model} | chat for model in (MODEL, "json-bot")})
+        chats = _create(acme, "/v1/chat/completions", {model: {"model": model} | chat for model in (MODEL, "json-bot")})
         others = _create(globex, "/v1/chat/completions", {"pirate-bot": {"model": "pirate-bot"} | chat})
-        vectors = _create(
-            acme, "/v1/embeddings", {f"{number}": {"model": EMBEDDING_MODEL, "input": f"Text {number}"} for number in range(5)}
-        )
+        vectors = _create(acme, "/v1/embeddings", {text: {"model": EMBEDDING_MODEL, "input": text} for text in ("One", "Two", "Three")})
         background = acme.responses.create(model="json-bot", input="What is the capital of France?", max_output_tokens=60, background=True)
         assert background.status in ("queued", "in_progress")
 
-        answers = _answers(acme, text) | _answers(globex, others)
+        answers = _answers(acme, chats) | _answers(globex, others)
         for model, client in ((MODEL, acme), ("json-bot", acme), ("pirate-bot", globex)):
             asked = client.chat.completions.create(model=model, **chat)
             assert answers[model]["choices"][0]["message"]["content"] == asked.choices[0].message.content
