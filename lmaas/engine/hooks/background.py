@@ -141,4 +141,4 @@ def _slots_suffice(scheduler: Any, requests: list[Any]) -> bool:
     if not scheduler.lora_config:
         return True
     used = {request.lora_request.lora_int_id for request in requests if request.lora_request}
-    return len(used) <= scheduler.lora_config.max_loras
+    return bool(len(used) <= scheduler.lora_config.max_loras)
