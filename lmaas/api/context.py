@@ -1,12 +1,13 @@
 """What a handler gets: the services, and one call with its decoded body and query, its tenant and its actor."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 from msgspec import Raw, Struct
 from starlette.requests import Request
+from starlette.responses import Response
 
 from lmaas.adapters.service import Adapters
 from lmaas.api.operation import Permission, Place
@@ -68,6 +69,7 @@ class ApiCall(Generic[Body, Asked]):
     function that makes the change, None for an operation that makes none."""
 
     owner: str | None
+    principal: Principal
     path: Mapping[str, str]
     body: Body
     query: Asked
@@ -90,11 +92,4 @@ class WithStatus:
     status: int
 
 
-@dataclass(frozen=True, slots=True)
-class Events:
-    """An answer that is a stream of server-sent events."""
-
-    events: AsyncIterator[bytes]
-
-
-Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus | Events]]
+Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus | Response]]

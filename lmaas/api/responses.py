@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from starlette.responses import Response, StreamingResponse
 
-from lmaas.api.context import Api, ApiCall, Events
+from lmaas.api.context import Api, ApiCall
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import Page
 from lmaas.api.shapes.responses import DeletedResponse, ItemPaging, ResponseItem, ResponseQuery
 from lmaas.errors import InvalidRequest, NotFound
+from lmaas.inference.sink import STREAM_HEADERS
 from lmaas.protocols.responses.background import with_status
 from lmaas.protocols.responses.stored import input_of, is_id, response_row
 from lmaas.states import BackgroundStatus
@@ -54,7 +56,7 @@ def _not_found() -> NotFound:
     return NotFound("The response does not exist: it was not stored, has expired, or was deleted.", code="response_not_found")
 
 
-async def get_response(api: Api, call: ApiCall[None, ResponseQuery]) -> msgspec.Raw | Events:
+async def get_response(api: Api, call: ApiCall[None, ResponseQuery]) -> msgspec.Raw | Response:
     """Return a response object as it is now, or the events of a response in the background."""
     asked = call.query
     if asked.stream:
@@ -64,11 +66,14 @@ async def get_response(api: Api, call: ApiCall[None, ResponseQuery]) -> msgspec.
     return msgspec.Raw((await _response(api, call)).body)
 
 
-async def _events(api: Api, call: ApiCall[Any, Any], after: int | None) -> Events:
+async def _events(api: Api, call: ApiCall[Any, Any], after: int | None) -> Response:
     response_id = call.path["response"]
     try:
         if is_id(response_id):
-            return Events(await api.logs.follow(call.tenant_id, response_id, after))
+            events = await api.logs.follow(call.tenant_id, response_id, after)
+            # A response to HEAD has no body.
+            is_head = call.request.method == "HEAD"
+            return Response(headers=STREAM_HEADERS) if is_head else StreamingResponse(events, headers=STREAM_HEADERS)
     except NotFound:
         pass
     await _response(api, call)
