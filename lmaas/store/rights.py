@@ -168,7 +168,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "batches": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _BATCH), Grant("UPDATE", ALL, ("status", *_LEASE))),
+        LEASES: (Grant("SELECT", ALL, (*_BATCH, "finalizing_at")), Grant("UPDATE", ALL, _LEASE)),
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at")),),
     },
