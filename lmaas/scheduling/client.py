@@ -26,7 +26,7 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 #: The parts of the function library, in the order in which they are joined.
-PARTS = ("state", "limits", "fairness", "placement", "scheduler")
+PARTS = ("state", "limits", "fairness", "fleet", "placement", "endings", "outlook", "scheduler")
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
 #: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in state.lua).
@@ -270,7 +270,13 @@ class Scheduler:
         """Return demand and replicas of a pool, and remove what has expired. Only the controller calls this, so replicas conclude from it
         that there is one. `delay_ms` is the current delay of starts, and `first_ms` the duration of a start if none of this pool is
         known."""
-        return await self._call_as_seen("stats", pool, delay_ms, first_ms)
+        told = self._memories.get(pool, "")
+        head, *flat = await self.call("stats", pool, told, delay_ms, first_ms)
+        reply = _DECODE(head)
+        self.saw(pool, reply.pop("memory"), told)
+        now = reply.pop("now")
+        reply["replicas"] = {name: _seen(_DECODE(facts), now) for name, facts in zip(flat[::2], flat[1::2], strict=True)}
+        return reply
 
     async def record_event(self, pool: str, event: str) -> None:
         """Pass a usage event to the metering writer."""
@@ -298,6 +304,18 @@ class Scheduler:
             except RedisError as error:
                 log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
                 await asyncio.sleep(0.5)
+
+
+def _seen(replica: dict[str, Any], now: int) -> dict[str, Any]:
+    """Return what the controller reads of a replica, from its stored JSON (fleet.lua)."""
+    return {
+        "state": replica["state"],
+        "load": replica["load"],
+        "slots": replica["slots"],
+        "beat_ms": now - replica["beat"],
+        "resident": replica["has"],
+        "running": replica["runs"],
+    }
 
 
 def _counts(tokens: TokenCounts | None) -> bytes:

@@ -18,7 +18,7 @@ NOW = 1_800_000_000_000
 @pytest.fixture
 def both(valkey_url: str) -> Iterator[Both]:
     with Redis.from_url(valkey_url, decode_responses=True) as client:
-        yield Both(client, Rules(), NOW, Direct(client, library_with(Rules())), ["a"])
+        yield Both(client, Rules(), NOW, Direct(client, library_with(Rules())))
 
 
 def test_every_transition_happens(both: Both) -> None:
