@@ -248,7 +248,8 @@ class Scheduler:
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Report that a replica lives. Returns its state and the adapters that it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), at=2)
+        resident = _ENCODE(fields.pop("resident"))
+        return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), resident, at=2)
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """Report that an adapter is resident. Grants the tickets that waited for it and returns their number."""

@@ -18,7 +18,7 @@ end
 local function floor_of(pool)
   local smallest = redis.call('ZRANGE', pool.key .. ':waiting', 0, 0, 'WITHSCORES')
   if smallest[2] then return tonumber(smallest[2]) end
-  local last = pool.vars.last
+  local last = text_of(pool, 'last')
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
 end
 

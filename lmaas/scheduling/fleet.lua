@@ -29,13 +29,6 @@ local function pairs_of(stored)
   return found
 end
 
--- Returns a replica's hash of numbers.
-local function counts_of(pool, name, id)
-  local found = pairs_of(redis.call('HGETALL', pool.key .. name .. id))
-  for adapter, value in pairs(found) do found[adapter] = tonumber(value) end
-  return found
-end
-
 local NOTHING = { slots = 0, load = 0, able = 0 }
 local SETS = { 'free', 'spare', 'crowded', 'starting' }
 local SUMS = { 'slots', 'load', 'able' }
@@ -250,11 +243,16 @@ end
 
 -- Returns the same among the replicas that are in the set `members` too. If these are more than `window`, it considers the first of either.
 local function least_loaded_of(pool, name, members, fits, window)
+  local top = redis.call('ZRANGE', pool.key .. ':' .. name, 0, 0)
+  if #top == 0 then return nil end
+  if redis.call('ZSCORE', members, top[1]) then
+    local first = first_that_fits(pool, top, fits)
+    if first then return first end
+  end
   local ids = redis.call('ZRANGE', members, 0, window - 1)
   if #ids == 0 then return nil end
   if #ids == window then
     local least, found = redis.call('ZRANGE', pool.key .. ':' .. name, 0, window - 1), {}
-    if #least == 0 then return nil end
     for i, score in ipairs(redis.call('ZMSCORE', members, unpack(least))) do
       if score then found[#found + 1] = least[i] end
     end

@@ -34,6 +34,11 @@ local function month_of(now_ms)
   return (year + era * 400 + (month <= 2 and 1 or 0)) * 100 + month
 end
 
+local function month_now(pool)
+  pool.month = pool.month or month_of(pool.wall)
+  return pool.month
+end
+
 local ENTRY = '<ddd'
 local ENTRY_BYTES = 24 -- three doubles; `struct` is not available while the library is loaded
 
@@ -70,17 +75,18 @@ local function forget_seconds(scope, second)
   scope.window = string.sub(scope.window, (first - 1) * ENTRY_BYTES + 1, last * ENTRY_BYTES)
 end
 
+-- Reads a scope as it is now.
 local function load_scope(pool, id)
   local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
   local current, scope = LAYOUT .. '/' .. (found[1] or ''), found[2] and cmsgpack.unpack(found[2])
   if not scope or scope.memory ~= current then
     scope = {
-      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.wall), tokens = 0, cost = 0, seeded = SEEDED.NO,
+      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_now(pool), tokens = 0, cost = 0, seeded = SEEDED.NO,
       generation = 0, memory = current,
     }
   end
   forget_seconds(scope, math.floor(pool.wall / 1000))
-  local month = month_of(pool.wall)
+  local month = month_now(pool)
   if scope.month ~= month then
     -- A new month begins with zero and needs no ledger.
     scope.month, scope.tokens, scope.cost = month, 0, 0

@@ -17,7 +17,8 @@ local MAX_DEPTH = 64      -- tickets of one tenant visited in one round
 local MAX_VISITS = 512    -- tickets visited in one round
 local MAX_KEPT = 16       -- adapter slots and replicas kept free in one round
 local MAX_CROWDED = 4     -- replicas whose adapter slots are considered for that
-local PORTION = 16        -- tenants or tickets that are read at once: mostly the first one fits
+local PORTION = 16        -- tenants or tickets that are read at once, but first only FEW: mostly the first one fits
+local FEW = 2
 
 -- What is kept free for tickets that have waited for too long: `at` is replica id → {whole, victims: {adapter}, holders: {adapter}}, and
 -- the adapter slots of the victims are emptied for the holders. `count` is how many replicas there are in it, `keeps` how often something
@@ -138,11 +139,12 @@ end
 
 -- Calls `visit` with the members of a sorted set, at most `most`, in portions, until it returns something.
 local function in_portions(key, most, visit)
-  for first = 0, most - 1, PORTION do
-    local members = redis.call('ZRANGE', key, first, math.min(most, first + PORTION) - 1)
-    local found = nil
+  local first, count = 0, FEW
+  while first < most do
+    local members, found = redis.call('ZRANGE', key, first, math.min(most, first + count) - 1), nil
     if #members > 0 then found = visit(members) end
-    if found ~= nil or #members < PORTION then return found end
+    if found ~= nil or #members < count then return found end
+    first, count = first + count, PORTION
   end
   return nil
 end

@@ -18,7 +18,7 @@ end
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
   if reap(pool) then dispatch(pool) end
-  local ticket = cjson.decode(args[1])
+  local ticket = decoded(args[1])
   local known, left = get(pool, ticket.id), nil
   if not known then
     -- A ticket that has waited already was accepted before this server lost its memory.
@@ -107,7 +107,7 @@ register_always('lmaas_renew', function(keys, args)
       if args[i + 1] ~= '' and may_run then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
-        charge(pool, ticket, charged(pool, ticket) - before)
+        charge(pool, ticket, (ticket.placed and units(tokens_of(args[i + 1])) or 0) - before)
       end
     end
   end
@@ -125,7 +125,7 @@ end)
 -- restore(ticket JSON) → 1, or 0 while its replica is not back. After the server has lost its memory, a gateway puts back what runs.
 redis.register_function('lmaas_restore', function(keys, args)
   local pool = open(keys[1])
-  local ticket = cjson.decode(args[1])
+  local ticket = decoded(args[1])
   local replica = replica_of(pool, ticket.replica)
   local done = 0
   if get(pool, ticket.id) then
@@ -147,22 +147,24 @@ redis.register_function('lmaas_restore', function(keys, args)
   return done
 end)
 
--- heartbeat(replica id, JSON {url, slots, adapter_slots, state, resident[], cleared, suspect, start_ms, left_ms, late_ms}, memory) →
--- {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter → count},
--- used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
+-- heartbeat(replica id, JSON {url, slots, adapter_slots, state, cleared, suspect, start_ms, left_ms, late_ms}, memory, JSON of the resident
+-- adapters) → {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter of `loads` →
+-- tickets that wait for it}, used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
+-- `used` is reported if there is something to load, since another adapter may have to make room. The resident adapters are read only when
+-- the scheduler does not know them.
 redis.register_function('lmaas_heartbeat', function(keys, args)
   local pool = open_as_seen(keys[1], args[3])
   local beat = cjson.decode(args[2])
   local replica = replica_of(pool, args[1])
   if not replica then
     replica = add_replica(pool, args[1])
-    for _, adapter in ipairs(beat.resident) do set_resident(pool, replica, adapter) end
+    for _, adapter in ipairs(cjson.decode(args[4])) do set_resident(pool, replica, adapter) end
   end
   -- The usual time of the pool's starts, from the records that supervisors keep.
   if beat.start_ms and beat.start_ms ~= var(pool, 'start_ms', nil) then set_var(pool, 'start_ms', beat.start_ms) end
   if beat.state == REPLICA.READY and replica.state == REPLICA.STARTING then
     set_var(pool, 'turn', pool.now)
-    for _, adapter in ipairs(beat.resident) do set_resident(pool, replica, adapter) end
+    for _, adapter in ipairs(cjson.decode(args[4])) do set_resident(pool, replica, adapter) end
   end
   -- A drain is decided here, and a heartbeat that was already on its way does not undo it.
   if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
@@ -174,9 +176,11 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   changed(pool, replica)
   reap(pool)
   dispatch(pool)
-  local running, used = counts_of(pool, ':running:', replica.id), {}
-  for adapter, time in pairs(counts_of(pool, ':used:', replica.id)) do used[adapter] = pool.now - time end
-  local loads = pairs_of(redis.call('HGETALL', pool.key .. ':loading:' .. replica.id))
+  local running, used, loads = {}, {}, pairs_of(redis.call('HGETALL', pool.key .. ':loading:' .. replica.id))
+  if next(loads) then
+    for adapter in pairs(loads) do running[adapter] = redis.call('ZCARD', waits_on(pool, replica.id, adapter)) end
+    for adapter, time in pairs(pairs_of(redis.call('HGETALL', pool.key .. ':used:' .. replica.id))) do used[adapter] = pool.now - time end
+  end
   local warm = replica.state == REPLICA.STARTING and awaited(pool, replica.adapter_slots) or nil
   close(pool)
   return cjson.encode({
@@ -279,7 +283,7 @@ register_always('lmaas_stats', function(keys, args)
   reap(pool)
   dispatch(pool)
   -- A server that has lost its memory does not know how long the pool has been idle: idleness starts now.
-  if not pool.vars.active then set_var(pool, 'active', pool.now) end
+  if not text_of(pool, 'active') then set_var(pool, 'active', pool.now) end
   set_var(pool, 'controller', pool.now)
   set_var(pool, 'delay_ms', args[2])
   set_var(pool, 'first_ms', args[3])

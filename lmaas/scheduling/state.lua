@@ -108,18 +108,31 @@ local function record_lost(pool, ticket)
   return used
 end
 
--- The fields of `:vars` that a call reads when it begins. It writes those that it has changed when it ends.
-local VARS = {
-  'layout', 'epoch', 'run', 'base', 'began',
-  'reaped', 'offset', 'spare', -- the server's time at the last call; by how much this pool's is later; until when no one is given up
-  'seq', 'placed', 'lives', 'lost', -- numbers given to tickets, placements and replicas so far; lists in `:lost`
-  'last', 'floor', 'turn', 'active', -- of the order of service; when a slot was last taken; when there was last any demand
-  'run_ms', 'start_ms', 'first_ms', 'controller', 'delay_ms',
-  'slots', 'load', 'able', -- of the replicas that are ready: their slots; of all: slots in use; how many may get work sooner or later
-}
+-- The last state of each pool that this process has seen: {mark, epoch, began, base}. While the mark continues from there, no other
+-- library was used.
+local seen_last = {}
+
+-- The fields of `:vars` that nearly every call needs and reads when it begins. The others are read when they are needed:
+--   reaped, offset, spare  the server's time at the last call; by how much this pool's is later; until when no one is given up
+--   seq, placed, lives     numbers given to tickets, placements and replicas so far
+--   lost                   the lists in `:lost`
+--   last, floor            see fairness.lua
+--   turn, active           when a slot was last taken, or a replica became ready; when there was last any demand
+--   load, slots, able      slots in use; the slots of ready replicas; the replicas that may get work sooner or later
+local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'seq', 'placed', 'last', 'floor' }
+
+-- Returns a field of `:vars` as text, or false.
+local function text_of(pool, name)
+  local value = pool.vars[name]
+  if value == nil then
+    value = redis.call('HGET', pool.key .. ':vars', name)
+    pool.vars[name] = value
+  end
+  return value
+end
 
 local function var(pool, name, default)
-  return tonumber(pool.vars[name] or default)
+  return tonumber(text_of(pool, name) or default)
 end
 
 local function set_var(pool, name, value)
@@ -145,6 +158,7 @@ local function begin_epoch(pool, mark)
   pool.now = pool.wall
   pool.mark = math.max(pool.now * 1000, mark + 1)
   pool.epoch, pool.base, pool.began = string.format('%.0f', pool.mark), pool.mark, pool.run
+  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
   pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
   pool.vars, pool.written = {}, {}
   set_var(pool, 'reaped', pool.wall)
@@ -190,27 +204,31 @@ local function open(prefix, or_nil)
   pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
   pool.vars, pool.written = {}, {}
   pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
-  local found = redis.call('HMGET', prefix .. ':vars', unpack(VARS))
-  if tonumber(found[1] or 0) ~= LAYOUT then
-    if is_of_newer(prefix, wall) then
-      if or_nil then return nil end
-      error('this pool is used by a newer release')
+  local seen = seen_last[prefix]
+  if not seen or seen.mark + 1 ~= pool.mark then
+    local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base', 'began')
+    if tonumber(found[1] or 0) ~= LAYOUT then
+      if is_of_newer(prefix, wall) then
+        if or_nil then return nil end
+        error('this pool is used by a newer release')
+      end
+      if redis.call('HLEN', prefix .. ':vars') == 1 and redis.call('EXISTS', prefix .. ':tickets', prefix .. ':replicas') == 0 then
+        begin_epoch(pool, 0)
+      else
+        rebuild(pool, pool.mark)
+      end
+      return pool
     end
-    if redis.call('HLEN', prefix .. ':vars') == 1 and redis.call('EXISTS', prefix .. ':tickets', prefix .. ':replicas') == 0 then
-      begin_epoch(pool, 0)
-    else
-      rebuild(pool, pool.mark)
+    seen = { epoch = found[2], base = tonumber(found[4]), began = found[5] }
+    if found[3] ~= process then
+      -- A new process has begun with this memory. A client that has seen more in the process before knows that the memory is older.
+      seen.base = pool.mark - 1
+      redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', seen.base))
     end
-    return pool
+    seen_last[prefix] = seen
   end
-  for i, name in ipairs(VARS) do pool.vars[name] = found[i] or nil end
-  pool.epoch, pool.base, pool.began = pool.vars.epoch, var(pool, 'base'), pool.vars.began
-  if pool.vars.run ~= process then
-    -- A new process has begun with this memory. A client that has seen more in the process before knows that the memory is older.
-    pool.base = pool.mark - 1
-    set_var(pool, 'run', process)
-    set_var(pool, 'base', string.format('%.0f', pool.base))
-  end
+  seen.mark, pool.epoch, pool.base, pool.began = pool.mark, seen.epoch, seen.base, seen.began
+  for i, value in ipairs(redis.call('HMGET', prefix .. ':vars', unpack(VARS))) do pool.vars[VARS[i]] = value end
   local last = var(pool, 'reaped', wall)
   if wall < last then set_var(pool, 'offset', var(pool, 'offset', 0) + last - wall) end
   pool.now = wall + var(pool, 'offset', 0)
@@ -241,9 +259,29 @@ local function open_as_seen(prefix, seen)
   return pool
 end
 
+-- What changes of a ticket. The rest is as its gateway sent it.
+local CHANGES = {
+  'state', 'submitted', 'sequence', 'reserved', 'placed', 'granted', 'replica', 'life', 'held', 'revoked',
+}
+
+-- Decodes a ticket as it was sent or stored.
+local function decoded(text)
+  local ticket = cjson.decode(text)
+  -- The text up to here does not change: to write it again costs less than to encode it. (In a JSON string, its quotes would be escaped.)
+  ticket.sent = string.sub(text, 1, (string.find(text, ',"waited_ms":', 1, true) or string.find(text, ',"attempts":', 1, true)) - 1)
+  return ticket
+end
+
+-- Encodes a ticket: as it was sent, with what has changed behind it.
+local function encoded(ticket)
+  local changes = {}
+  for _, name in ipairs(CHANGES) do changes[name] = ticket[name] end
+  return ticket.sent .. ',"attempts":' .. ticket.attempts .. ',' .. string.sub(cjson.encode(changes), 2)
+end
+
 -- Writes what a call has changed of tickets and `:vars`; `close` (fleet.lua) does it, after the replicas.
 local function write_rest(pool)
-  for id, ticket in pairs(pool.changed) do redis.call('HSET', pool.key .. ':tickets', id, cjson.encode(ticket)) end
+  for id, ticket in pairs(pool.changed) do redis.call('HSET', pool.key .. ':tickets', id, encoded(ticket)) end
   pool.changed = {}
   local fields = {}
   for name, value in pairs(pool.written) do
@@ -266,7 +304,7 @@ local function get(pool, id)
   local known = pool.tickets[id]
   if known == nil then
     local stored = redis.call('HGET', pool.key .. ':tickets', id)
-    known = stored and cjson.decode(stored) or false
+    known = stored and decoded(stored) or false
     pool.tickets[id] = known
     if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   end

@@ -725,8 +725,8 @@ class Model:
             "load": self.load(replica),
             "suspect": replica.suspect,
             "loads": replica.loading,
-            "running": self.running(replica),
-            "used": {adapter: now - at for adapter, at in replica.used.items()},
+            "running": {adapter: len(self.loading_on(replica, adapter)) for adapter in replica.loading},
+            "used": {adapter: now - at for adapter, at in replica.used.items()} if replica.loading else {},
             "controller": now - self.controller < self.rules.PRESENT_MS,
         } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == Observed.STARTING else {})
 
