@@ -81,8 +81,22 @@ class UsageStatus(StrEnum):
     EXPIRED = "expired"
     #: The gateway died. The request is charged at its last checkpoint. A later event of that gateway replaces this one.
     LOST = "lost"
+    #: An attempt of durable work without a result, because its slot was taken back or its process died. It is not charged, and the work
+    #: runs again. If the attempt did have a result, the event of that replaces this one.
+    WASTED = "wasted"
     #: A token that a supervisor made its engine generate or embed as a check. It belongs to no tenant.
     PROBE = "probe"
+
+
+#: Statuses of events that stand for the end of a request until its own event comes.
+STAND_INS = frozenset({UsageStatus.LOST, UsageStatus.WASTED})
+
+
+class WorkClass(StrEnum):
+    """The class of a request. Background work runs only on slots that interactive work leaves free."""
+
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
 
 
 class ClaimState(StrEnum):

@@ -1,0 +1,1 @@
+"""Files of tenants: their bytes in the object store, and their rows."""
