@@ -11,7 +11,7 @@ Background work is not part of the demand or of the idle times, so it never caus
 import math
 from dataclasses import dataclass, field, replace
 
-from lmaas.control.background import Backlog, BackgroundState, Surroundings, background_need
+from lmaas.control.background import BackgroundState, Backlog, Surroundings, background_need
 from lmaas.control.idleness import Idleness, IdlePlan
 
 #: The delay before the next start after a failed one. It doubles with each consecutive failure.

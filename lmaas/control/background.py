@@ -46,8 +46,9 @@ class Due:
 class Backlog:
     """The background work of a pool that has not ended, in the order of its deadlines.
 
-    `queued` and `running` (in slots) are what the scheduler has of it. `ready` is the number of replicas that take work, and
-    `tokens_per_s` what one of them processes if it does nothing else; None as long as the pool has not shown it.
+    `dues` are the lines that wait in Postgres, `queued` and `running` (in slots) those that the scheduler has. `ready` is the number of
+    replicas that take work, and `tokens_per_s` what one of them processes if it does nothing else; None as long as the pool has not shown
+    it. Nothing runs the lines without a job runner.
     """
 
     dues: Sequence[Due] = ()
@@ -55,10 +56,11 @@ class Backlog:
     running: int = 0
     ready: int = 0
     tokens_per_s: float | None = None
+    has_runner: bool = True
 
     @property
     def lines(self) -> int:
-        """The lines that have not ended."""
+        """The lines that wait in Postgres."""
         return sum(due.lines for due in self.dues)
 
     @property
@@ -80,6 +82,23 @@ class Backlog:
     def engine_s(self) -> float:
         """The estimated time for which the lines would keep one engine busy."""
         return self.tokens / self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class BackgroundFigures:
+    """The background work of a pool, for display: the `lines` that wait with their estimated `tokens`, the seconds until the earliest
+    deadline, what the scheduler has (`queued`, `running` and `reserve` in slots, and how often it took a slot back), what a replica
+    processes, and the replicas that only background work needs."""
+
+    lines: int = 0
+    tokens: int = 0
+    due_s: int | None = None
+    queued: int = 0
+    running: int = 0
+    reserve: int = 0
+    put_back: int = 0
+    tokens_per_s: float | None = None
+    replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +143,9 @@ def background_need(backlog: Backlog, pool: Surroundings, state: BackgroundState
         lingers = state.replicas > 0 and state.present_at is not None and now - state.present_at < QUIET_S
         replicas = min(pool.current, 1) if lingers else 0
         return BackgroundNeed(replicas, "background work has just ended", False, "", replace(state, replicas=replicas, stalled_since=None))
+    if not backlog.has_runner and backlog.running == 0:
+        waits = f"{_lines(backlog)} wait for a job runner (`lmaas jobs`), and none is there"
+        return BackgroundNeed(0, "", False, waits, replace(state, replicas=0, present_at=now, stalled_since=None))
     state = _watched(backlog, pool.busy, state, now)
     if now < state.paused_until and backlog.running == 0:
         waits = f"no line has run for {STALLED_S:.0f} s on a ready engine; none is kept for them for {_words(state.paused_until - now)}"
@@ -199,13 +221,15 @@ def _watched(backlog: Backlog, busy: bool, state: BackgroundState, now: float) -
 class Throughput:
     """What one replica of a pool processes of background work: fading sums of tokens, and of the engine time for them.
 
-    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. `done` is the last reading.
+    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. The last reading is `waiting`
+    tokens of the lines that wait, for a set of `batches`.
     """
 
     tokens: float = 0.0
     engine_s: float = 0.0
-    done: int | None = None
-    at: float = 0.0
+    batches: int = 0
+    waiting: int = 0
+    at: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -219,20 +243,24 @@ class Throughput:
             return cls(tokens_per_s * ENOUGH_ENGINE_S, ENOUGH_ENGINE_S)
         return cls()
 
-    def observed(self, now: float, done: int, *, running: int, ready: int, slots: int) -> "Throughput":
-        """Return the state after a reading of the tokens of all lines that are `done`. Time in which background work has few of the slots
-        does not count, because an engine does more with all of them. If `done` has decreased, because a batch has ended, it is only
-        noted."""
-        gained = None if self.done is None else done - self.done
-        if gained is None or gained < 0 or running < max(1.0, FILLED * ready * slots):
-            return replace(self, done=done, at=now)
+    def observed(self, now: float, waiting: int, batches: int, *, running: int, ready: int, slots: int) -> "Throughput":
+        """Return the state after a reading of the tokens that wait.
+
+        If the set of `batches` has changed, the difference is not what engines have done. Time in which background work has few of the
+        slots does not count either, because an engine does more with all of them.
+        """
+        reading = replace(self, batches=batches, waiting=waiting, at=now)
+        if self.at is None or batches != self.batches or running < max(1.0, FILLED * ready * slots):
+            return reading
         passed_s = (now - self.at) * ready
         kept = math.exp(-passed_s / FADE_ENGINE_S)
-        return Throughput(self.tokens * kept + gained, self.engine_s * kept + passed_s, done, now)
+        # Lines that were put back wait again, so a difference may be negative.
+        tokens = max(0.0, self.tokens * kept + self.waiting - waiting)
+        return replace(reading, tokens=tokens, engine_s=self.engine_s * kept + passed_s)
 
 
 def _lines(backlog: Backlog) -> str:
-    return _count(backlog.lines or backlog.running + backlog.queued, "line") + " of background work"
+    return _count(backlog.lines + backlog.running + backlog.queued, "line") + " of background work"
 
 
 def _count(number: int, word: str) -> str:

@@ -6,11 +6,13 @@ pool that has the fewest; then, starts ahead of a request; last, replicas that o
 before the others. Room for a replica that does not fit yet is reserved for the first pool in that order, so that no later pool takes it.
 
 For the first three, replicas that only background work needs give way at once, and then replicas of idle pools, the longest idle first.
-The latter stay for their first `residency_s`; otherwise two pools with a few requests each would drain each other again and again. Busy replicas give way only to a pool that has none at all. A pool's
-second and further replicas do so immediately. Its first one does so when another pool has waited for `starvation_s` and it has been served
-for `quantum_s` (the longest-served first). `min_replicas` never give way. For a pool whose engines fail to start, no busy replica gives
-way, and no room is reserved while busy replicas use the rest. For background work with a deadline, idle replicas give way, and so do
-replicas that only background work without an urgent deadline needs; for other background work, none does.
+A replica of an idle pool stays for its first `residency_s`; otherwise two pools with a few requests each would drain each other again and
+again. Busy replicas give way only to a pool that has none at all. A pool's second and further replicas do so immediately. Its first one
+does so when another pool has waited for `starvation_s` and it has been served for `quantum_s` (the longest-served first). `min_replicas`
+never give way. For a pool whose engines fail to start, no busy replica gives way, and no room is reserved while busy replicas use the rest.
+
+For background work with a deadline that requires a replica, replicas of idle pools give way, and so do those that only background work
+without such a deadline needs. For other background work, none does.
 """
 
 from collections.abc import Mapping, Sequence

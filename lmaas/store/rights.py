@@ -231,6 +231,7 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "job_runners": {
         JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
         LEASES: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT", ALL, ("id", "seen_at")),),
     },
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},

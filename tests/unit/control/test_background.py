@@ -1,6 +1,7 @@
 """The engines that background work gets: by its deadlines, by what has gathered, and as long as it lasts."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from lmaas.control.background import (
     PAUSE_S,
     QUIET_S,
     STALLED_S,
-    Backlog,
     BackgroundState,
+    Backlog,
     Due,
     Throughput,
 )
@@ -66,9 +67,9 @@ def test_from_zero(backlog: Backlog, expected: int, reason: str) -> None:
 @pytest.mark.parametrize(
     ("demand", "current", "backlog", "expected", "background", "reason"),
     [
-        pytest.param(IDLE, 1, work((DAY_S, 1, 5), running=1, ready=1), 1, 1, "kept for 1 line of background work", id="an engine is there"),
+        pytest.param(IDLE, 1, work((DAY_S, 1, 5), running=1, ready=1), 1, 1, "kept for 2 lines of background work", id="it runs"),
         pytest.param(IDLE, 1, work((DAY_S, 1, 5)), 1, 1, "kept for 1 line", id="it starts"),
-        pytest.param(IDLE, 1, work(running=3, ready=1), 1, 1, "kept for 3 lines", id="lines that have just ended in the database"),
+        pytest.param(IDLE, 1, work(running=3, ready=1), 1, 1, "kept for 3 lines", id="only lines that run"),
         pytest.param(IDLE, 3, work((DAY_S, 999, 9999)), 1, 1, "kept for 999 lines", id="one is enough"),
         pytest.param(Demand(0, 1, 0), 1, work((DAY_S, 1, 5)), 1, 0, "1.0 requests at once", id="it rides on an engine that is needed"),
         pytest.param(Demand(0, 0, 9), 1, work((DAY_S, 1, 5)), 1, 0, "kept warm until 300 s", id="or is warm anyway"),
@@ -79,9 +80,7 @@ def test_from_zero(backlog: Backlog, expected: int, reason: str) -> None:
         pytest.param(Demand(1, 0, 0), 0, work((DAY_S, 9, 9)), 1, 0, "1 requests wait", id="requests start engines as ever"),
     ],
 )
-def test_beside_interactive_requests(
-    demand: Demand, current: int, backlog: Backlog, expected: int, background: int, reason: str
-) -> None:
+def test_beside_interactive_requests(demand: Demand, current: int, backlog: Backlog, expected: int, background: int, reason: str) -> None:
     scale = decide(demand, POLICY, current, NEW, NOW, backlog)
     assert (scale.replicas, scale.background) == (expected, background), scale.reason
     assert reason in scale.reason
@@ -151,7 +150,7 @@ def test_a_further_replica_is_not_started_again_and_again() -> None:
         counts.append(scale.replicas)
         tokens, due_s = tokens - 60 * 100 * pool.current, due_s - 60
     assert due_s > 0  # all done in time
-    changes = [(before, after) for before, after in zip(counts, counts[1:], strict=False) if before != after]
+    changes = [(before, after) for before, after in pairwise(counts) if before != after]
     assert all(after < before for before, after in changes), changes
     assert counts[0] == 3
 
@@ -178,42 +177,56 @@ def test_work_that_waits_for_requests_to_end_has_not_stalled() -> None:
     assert decide(IDLE, POLICY, 1, state, NOW + 600, backlog).replicas == 1
 
 
+def test_without_a_job_runner_no_engine_starts_or_stays() -> None:
+    late = work((900, 9, 99), has_runner=False)
+    for current in (0, 1):
+        scale = decide(IDLE, POLICY, current, NEW, NOW, late)
+        assert scale.replicas == 0
+        assert scale.reason.endswith("9 lines of background work wait for a job runner (`lmaas jobs`), and none is there")
+    assert decide(IDLE, POLICY, 1, NEW, NOW, replace(late, running=1)).replicas == 1
+
+
 class TestThroughput:
+    def seen(self, per_s: float, *, running: int, ready: int = 1, seconds: int = 200, first: Throughput | None = None) -> Throughput:
+        """Return what was seen of engines that take so many tokens a second."""
+        seen, waiting = first or Throughput(), 10**9
+        for second in range(seconds):
+            seen = seen.observed(NOW + second, waiting - int(per_s * second), 1, running=running, ready=ready, slots=4)
+        return seen
+
     def test_it_is_unknown_at_first(self) -> None:
         assert Throughput().tokens_per_s is None
         assert Backlog().rate == DEFAULT_TOKENS_PER_S
 
     def test_it_is_what_a_replica_does_with_most_of_its_slots(self) -> None:
-        seen = Throughput()
-        for second in range(200):
-            seen = seen.observed(NOW + second, 500 * second, running=6, ready=2, slots=4)
-        assert seen.tokens_per_s == pytest.approx(250, rel=0.02)
+        assert self.seen(500, running=6, ready=2).tokens_per_s == pytest.approx(250, rel=0.02)
 
     @pytest.mark.parametrize("running", [0, 1, 3])
     def test_engines_that_do_little_of_it_show_nothing(self, running: int) -> None:
-        seen = Throughput()
-        for second in range(200):
-            seen = seen.observed(NOW + second, 10 * second, running=running, ready=2, slots=4)
-        assert seen.tokens_per_s is None
+        assert self.seen(500, running=running, ready=2).tokens_per_s is None
 
-    def test_a_batch_that_ends_takes_nothing_away(self) -> None:
+    def test_batches_that_come_and_go_are_no_work(self) -> None:
         seen = Throughput()
         for second in range(200):
-            seen = seen.observed(NOW + second, 100 * (second % 50), running=4, ready=1, slots=4)
+            waiting = 10**6 * (second // 50 % 2) + 10**6 - 100 * second
+            seen = seen.observed(NOW + second, waiting, second // 50, running=4, ready=1, slots=4)
         assert seen.tokens_per_s == pytest.approx(100, rel=0.02)
 
+    def test_lines_that_are_put_back_are_no_work(self) -> None:
+        seen, waiting = Throughput(), 10**6
+        for second in range(400):
+            waiting += 900 if second % 10 == 9 else -200
+            seen = seen.observed(NOW + second, waiting, 1, running=4, ready=1, slots=4)
+        assert seen.tokens_per_s == pytest.approx(90, rel=0.1)
+
     def test_it_follows_changes(self) -> None:
-        seen = Throughput.of(1000.0)
-        assert seen.tokens_per_s == 1000.0
-        for second in range(3000):
-            seen = seen.observed(NOW + second, 10 * second, running=4, ready=1, slots=4)
-        assert seen.tokens_per_s == pytest.approx(10, rel=0.1)
+        first = Throughput.of(1000.0)
+        assert first.tokens_per_s == 1000.0
+        assert self.seen(10, running=4, seconds=3000, first=first).tokens_per_s == pytest.approx(10, rel=0.1)
 
     def test_it_needs_some_time(self) -> None:
-        seen, first = Throughput().observed(NOW, 0, running=4, ready=1, slots=4), ENOUGH_ENGINE_S / 2
-        seen = seen.observed(NOW + first, 1000, running=4, ready=1, slots=4)
-        assert seen.tokens_per_s is None
-        assert seen.observed(NOW + 2 * first + 1, 2000, running=4, ready=1, slots=4).tokens_per_s is not None
+        assert self.seen(500, running=4, seconds=int(ENOUGH_ENGINE_S)).tokens_per_s is None
+        assert self.seen(500, running=4, seconds=int(ENOUGH_ENGINE_S) + 3).tokens_per_s is not None
 
     @pytest.mark.parametrize("stored", [None, "fast", True, -1, 0, float("inf"), float("nan"), [1]])
     def test_what_cannot_be_read_is_unknown(self, stored: object) -> None:

@@ -112,9 +112,7 @@ LONG = {"a": NOW - 1000}
         pytest.param(2, [pool("a", 2, busy()), filled("b", 1, lines(1))], {}, "a1 b0", id="also for more of a busy pool"),
         pytest.param(1, [pool("a", 1, ahead=True), filled("b", 1, lines())], {}, "a0 b1", id="but not ahead of a request"),
         pytest.param(2, [pool("a", 1), filled("b", 1, lines()), pool("c", 1, idle())], {}, "a0 b0 c1", id="and before an idle replica"),
-        pytest.param(
-            2, [pool("a", 1), filled("b", 2, busy(5), lines(5), background=1)], {}, "a0 b1", id="what is besides a busy replica"
-        ),
+        pytest.param(2, [pool("a", 1), filled("b", 2, busy(5), lines(5), background=1)], {}, "a0 b1", id="what is besides a busy replica"),
         pytest.param(1, [pool("a", 1, busy()), filled("b", 1)], {}, "a1 b0", id="background work takes no busy replica"),
         pytest.param(1, [pool("a", 1, busy()), filled("b", 1, due=True)], LONG, "a1 b0", id="not even for a deadline"),
         pytest.param(1, [pool("a", 1, idle()), filled("b", 1)], {}, "a1 b0", id="nor an idle one"),
