@@ -366,6 +366,9 @@ batches = Table(
     Column("prompt_tokens", BigInteger, nullable=False, server_default=text("0")),
     Column("cached_tokens", BigInteger, nullable=False, server_default=text("0")),
     Column("completion_tokens", BigInteger, nullable=False, server_default=text("0")),
+    # Why lines that are still pending will not run. Null: they will, unless the batch is cancelled.
+    Column("stop_code", Text),
+    Column("stop_message", Text),
     Column("output_file_id", Text),
     Column("error_file_id", Text),
     _created(),
@@ -382,6 +385,7 @@ batches = Table(
     *_lease(),
     PrimaryKeyConstraint("tenant_id", "id"),
     Index(None, "status"),
+    Index(None, "tenant_id", "created_at"),
 )
 
 # One row for each line of a batch that has not ended. They are deleted when the output files are written.
@@ -401,7 +405,7 @@ batch_lines = Table(
     Column("pool_id", Text),
     # An estimate, for the backlog.
     Column("tokens", BigInteger, nullable=False),
-    # `pending`, `running`, `done`, `failed`, `cancelled` or `expired`.
+    # A LineState.
     Column("state", Text, nullable=False),
     *_lease(),
     # How often its slot was taken back.

@@ -38,6 +38,8 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("cached_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("completion_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("stop_code", sa.Text(), nullable=True),
+        sa.Column("stop_message", sa.Text(), nullable=True),
         sa.Column("output_file_id", sa.Text(), nullable=True),
         sa.Column("error_file_id", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
@@ -54,6 +56,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant_id", "id", name="batches_pkey"),
     )
     op.create_index("batches_status_idx", "batches", ["status"])
+    op.create_index("batches_tenant_id_created_at_idx", "batches", ["tenant_id", "created_at"])
     op.create_table(
         "batch_lines",
         sa.Column("tenant_id", sa.Text(), nullable=False),
