@@ -15,7 +15,7 @@ T = TypeVar("T")
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 _ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
+_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators", "background_worth_starts"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 

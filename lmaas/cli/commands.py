@@ -348,7 +348,7 @@ def cogs(context: Context, since: str | None, until: str | None, by: str) -> Non
     lines = [*answer["data"], dict.fromkeys(who, "") | {who[0]: "total"} | answer["total"]]
     context.show([_cogs_line(line) for line in lines], (*who, *COGS))
     spare = answer["idle_capacity"]
-    if spare["used_ratio"] is not None:
+    if spare["used_ms"] > 0:
         click.echo(
             f"Background work used {spare['used_ms'] / 1000:,.0f} s of the {spare['ms'] / 1000:,.0f} s in which engines had no other work"
             f" ({spare['used_ratio']:.1%})."

@@ -154,7 +154,7 @@ async def list_waste(db: Database, scope: AnyScope, *, since: date | None = None
 
 
 async def recent_waste(db: Database) -> list[PoolWaste]:
-    """Return what was wasted by attempts that began in the last RECENT. Attempts without a reason are left out, because their results may be
+    """Return what was wasted by attempts that began within RECENT. Attempts without a reason are left out, because their results may be
     about to be stored."""
     columns = usage_events.c
     tokens = func.sum(columns.prompt_tokens + columns.completion_tokens)
