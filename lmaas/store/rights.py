@@ -77,6 +77,7 @@ def lock(column: str, rows: str = ALL) -> Grant:
 _LIMITS = tuple(field.name for field in fields(Limits))
 _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
 _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
+_FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -85,6 +86,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
         AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
         OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        JOBS: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
     },
     "api_keys": {
         GATEWAY: (
@@ -143,6 +145,19 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     },
     # They go with their conversation.
     "conversation_items": {GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN))},
+    # Operators delete a tenant's files with the tenant, and controllers expired ones. Neither can read their names.
+    "files": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        OPERATOR: (Grant("SELECT", ALL, _FILE_SIZES), Grant("UPDATE", ALL, ("expires_at",)), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _FILE_SIZES), Grant("DELETE")),
+    },
+    "content_checks": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("due_at",)), Grant("DELETE")),
+    },
     "audit_log": {
         # Records can be added, and never changed.
         GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),

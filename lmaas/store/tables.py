@@ -302,6 +302,39 @@ conversation_items = Table(
     Index(None, "tenant_id", "id"),
 )
 
+# Uploaded files, and those that the service writes. The bytes are in the object store, by the hash of their content.
+files = Table(
+    "files",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    # SHA-256 of the content, in hex. Files with the same content share its bytes.
+    Column("sha256", Text, nullable=False),
+    _created(),
+    # Null: it is kept until it is deleted.
+    Column("expires_at", DateTime(timezone=True)),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "tenant_id", "sha256"),
+    Index(None, "tenant_id", "created_at", "id"),
+    Index(None, "expires_at"),
+)
+
+# Contents that may be in the object store without a file that has them (lmaas/store/files.py).
+content_checks = Table(
+    "content_checks",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("sha256", Text, nullable=False),
+    # When a controller deletes the content, unless a file has it.
+    Column("due_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "due_at"),
+)
+
 # Triggers increase the sum of these numbers with every change of a tenant, a key, a base model or an adapter (migration 0005).
 changes = Table(
     "changes",

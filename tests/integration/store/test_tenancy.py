@@ -16,7 +16,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnEleme
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import InvalidRequest
-from lmaas.store import adapters, audit, conversations, idempotency, responses, retention, tenants, usage
+from lmaas.store import adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
@@ -44,6 +44,7 @@ class Side:
     adapter: str
     content: str
     claim: Claim
+    file: str
 
 
 async def side(db: Database, name: str, base: BaseModel) -> Side:
@@ -57,8 +58,13 @@ async def side(db: Database, name: str, base: BaseModel) -> Side:
     item = conversations.Item("msg_1", f"item-{name}".encode())
     await conversations.create_conversation(db, row.id, "conv_1", f"metadata-{name}".encode(), [item], MONTH)
     await responses.save(db, row.id, [responses.Response("resp_1", f"input-{name}".encode(), f"body-{name}".encode())], MONTH)
+    [check] = await files.expect_contents(db, row.id, [f"content-{name}"])
+    async with files.adding(db, [check]) as connection:
+        new = files.NewFile("batch", f"file-of-{name}", 1, f"content-{name}", None)
+        [file] = await files.add_files(connection, [check], [new])
+    await files.expect_contents(db, row.id, [f"content-{name}"])
     [adapter] = await adapters.list_adapters(db, row.id)
-    return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim)
+    return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim, file.id)
 
 
 @dataclass
@@ -86,7 +92,7 @@ class Both:
         """Which of the other tenant's things a result holds."""
         theirs = self.theirs
         things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
-        things |= {"item-other", "metadata-other", "input-other", "body-other"}
+        things |= {"item-other", "metadata-other", "input-other", "body-other", "file-of-other", "content-other", theirs.file}
         return {thing for thing in things if thing in repr(result)}
 
 
@@ -117,9 +123,9 @@ async def test_the_catalogue_is_as_the_table_of_rights_says(db: Database) -> Non
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ("CREATE TABLE files (id text, tenant_id text)", "the table files has a tenant and is not among TENANTS"),
-        ("CREATE TABLE files (id text)", "the table files is not in lmaas.store.rights"),
-        ("CREATE VIEW files AS SELECT * FROM usage_events", "the table files is not in lmaas.store.rights"),
+        ("CREATE TABLE papers (id text, tenant_id text)", "the table papers has a tenant and is not among TENANTS"),
+        ("CREATE TABLE papers (id text)", "the table papers is not in lmaas.store.rights"),
+        ("CREATE VIEW papers AS SELECT * FROM usage_events", "the table papers is not in lmaas.store.rights"),
         ("ALTER TABLE adapters NO FORCE ROW LEVEL SECURITY", "the table adapters has no forced row-level security"),
         ("ALTER TABLE usage_events DISABLE ROW LEVEL SECURITY", "the table usage_events has no forced row-level security"),
         ("ALTER TABLE replicas ENABLE ROW LEVEL SECURITY", "the table replicas has row-level security and no policies"),
@@ -161,6 +167,8 @@ FORBIDDEN = {
     "usage_events": {"update", "delete"},
     "responses": {"update"},
     "conversation_items": {"update"},
+    "files": {"update"},
+    "content_checks": {"update"},
     "audit_log": {"update", "delete"},
 }
 
@@ -209,7 +217,19 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adapters", "adapter_versions", "api_keys", "idempotency", "audit_log", "responses", "conversations", "conversation_items"]
+    "name",
+    [
+        "adapters",
+        "adapter_versions",
+        "api_keys",
+        "idempotency",
+        "audit_log",
+        "responses",
+        "conversations",
+        "conversation_items",
+        "files",
+        "content_checks",
+    ],
 )
 async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str) -> None:
     table = metadata.tables[name]
@@ -308,7 +328,7 @@ async def test_other_processes_cannot_become_operators(database_url: str, role: 
         "SET ROLE lmaas_operator",
         "SET ROLE lmaas_owner",
         "SET ROLE lmaas_gateway",
-        "SELECT FROM tenants",
+        "SELECT FROM audit_log",
         "CREATE TABLE t ()",
     ):
         with pytest.raises(ProgrammingError, match="permission denied"):
@@ -375,6 +395,12 @@ CASES: dict[str, Case] = {
     "conversations.find_items": lambda both: conversations.find_items(both.gateway, both.mine.id, ["msg_1"]),
     "conversations.get_item": lambda both: conversations.get_item(both.gateway, both.mine.id, "conv_1", "msg_1"),
     "conversations.delete_item": lambda both: conversations.delete_item(both.gateway, both.mine.id, "conv_1", "msg_1", MONTH),
+    "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
+    "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
+    # With the other tenant's file, it would be one too many.
+    "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, files.Quota(2, 9, "its tier"), 1),
+    "files.tier_of": lambda both: files.tier_of(both.gateway, both.mine.id),
+    "files.delete_file": lambda both: files.delete_file(both.gateway, both.mine.id, both.mine.file, audit=AUDIT),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
@@ -393,13 +419,20 @@ NO_TENANTS = {
     "conversations.create_conversation",
     # For operators and controllers, as other tests of them show.
     "retention.delete_state",
+    "files.delete_expired",
+    "files.due_checks",
+    "files.expire_files",
+    # An insert, and a question about contents that are named with their tenants.
+    "files.expect_contents",
+    "files.unused",
+    "files.key_of",
     "retention.delete_oldest",
 }
 
 
 def test_every_store_function_of_a_tenant_is_tried() -> None:
     found = set()
-    for module in (adapters, audit, conversations, idempotency, responses, retention, tenants, usage):
+    for module in (adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
                 found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
@@ -457,6 +490,7 @@ async def test_a_list_does_not_go_on_after_an_item_of_others(both: Both) -> None
         tenants.list_keys(both.gateway, both.mine.id, Part(10, both.theirs.key_id)),
         usage.list_events(both.gateway, both.mine.id, Part(10, "req-other")),
         adapters.list_adapters(both.gateway, both.mine.id, Part(10, both.theirs.adapter)),
+        files.list_files(both.gateway, both.mine.id, Part(10, both.theirs.file)),
     ]
     with forgetting(both):
         for listed in lists:

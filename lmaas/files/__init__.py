@@ -1,0 +1,1 @@
+"""Files of tenants: their rows, and their bytes in the object store."""
