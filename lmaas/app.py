@@ -151,6 +151,11 @@ def build_inferences(settings: Settings, services: Services, changes: Changes, m
     return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
 
 
+def batch_protocols(responses: Responses) -> list[AnyProtocol]:
+    """Return the protocols whose requests batches may contain. `responses` keeps the state of responses."""
+    return [ChatCompletions(), Completions(), Embeddings(), Messages(), responses]
+
+
 def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
@@ -164,7 +169,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     writer = Writer(db, metrics, kept_for, _end_process_on_failure)
     state = StoredState(db, writer)
     responses = Responses(state)
-    protocols: list[AnyProtocol] = [ChatCompletions(), Completions(), Embeddings(), Rerank(), Score(), Messages(), responses]
+    protocols: list[AnyProtocol] = [*batch_protocols(responses), Rerank(), Score()]
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)

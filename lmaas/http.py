@@ -239,20 +239,30 @@ def parse_json(text: bytes, *, texts: Collection[str] = ()) -> dict[str, Any]:
     `texts` are for a model: they may have NUL, and half a surrogate pair (a cut emoji) in them becomes U+FFFD. Raises InvalidRequest
     `invalid_json`, or `invalid_string` with the place of the string.
     """
+    return checked_strings(parse_object(text), text, texts)
+
+
+def parse_object(text: bytes, what: str = "request body") -> dict[str, Any]:
+    """Parse a JSON object as `parse_json` does, without a look at its strings. `what` it is begins an error's message."""
     try:
         value = _STRICT.decode(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         reason = "a number has too many digits" if "integer string conversion" in reason else reason
-        raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
+        raise InvalidRequest(f"The {what} is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
-    if _ODD_ESCAPE.search(text):
-        try:
-            return {_checked(name, name): _mended(item) if name in texts else _checked(name, item) for name, item in value.items()}
-        except RecursionError:
-            raise InvalidRequest("The request body is not valid JSON: it is nested too deeply.", code="invalid_json") from None
+        raise InvalidRequest(f"The {what} must be a JSON object.", code="invalid_json")
     return value
+
+
+def checked_strings(value: dict[str, Any], text: bytes, texts: Collection[str], what: str = "request body") -> dict[str, Any]:
+    """Return an object with its strings as `parse_json` allows them. `text` is the JSON that has the object."""
+    if not _ODD_ESCAPE.search(text):
+        return value
+    try:
+        return {_checked(name, name): _mended(item) if name in texts else _checked(name, item) for name, item in value.items()}
+    except RecursionError:
+        raise InvalidRequest(f"The {what} is not valid JSON: it is nested too deeply.", code="invalid_json") from None
 
 
 def _refuse(constant: str) -> None:

@@ -77,8 +77,22 @@ class UsageStatus(StrEnum):
     EXPIRED = "expired"
     #: The gateway died. The request is charged at its last checkpoint. A later event of that gateway replaces this one.
     LOST = "lost"
+    #: An attempt of durable work without a result, because its slot was taken back or its process died. It is not charged, and the work
+    #: runs again. If the attempt did have a result, the event of that replaces this one.
+    WASTED = "wasted"
     #: A token that a supervisor made its engine generate or embed as a check. It belongs to no tenant.
     PROBE = "probe"
+
+
+#: Statuses of events that stand for the end of a request until its own event comes.
+STAND_INS = frozenset({UsageStatus.LOST, UsageStatus.WASTED})
+
+
+class WorkClass(StrEnum):
+    """The class of a request. Background work runs only on slots that interactive work leaves free."""
+
+    INTERACTIVE = "interactive"
+    BACKGROUND = "background"
 
 
 class ClaimState(StrEnum):
@@ -94,3 +108,53 @@ class PoolKind(StrEnum):
 
     GENERATE = "generate"
     EMBED = "embed"
+
+
+class BatchStatus(StrEnum):
+    """The state of a batch, as OpenAI names it."""
+
+    #: Its input file is to be checked.
+    VALIDATING = "validating"
+    #: Its input file is not valid.
+    FAILED = "failed"
+    #: Its lines wait or run.
+    IN_PROGRESS = "in_progress"
+    #: Every line has ended. Its files are to be written.
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    #: Some lines had not ended at its deadline.
+    EXPIRED = "expired"
+    #: It was cancelled. Lines that run are still to end, and its files are to be written.
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+BATCH_TRANSITIONS: dict[BatchStatus, frozenset[BatchStatus]] = {
+    # Finalizing at once if every line names an unknown model.
+    BatchStatus.VALIDATING: frozenset({BatchStatus.FAILED, BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING}),
+    BatchStatus.IN_PROGRESS: frozenset({BatchStatus.FINALIZING, BatchStatus.CANCELLING}),
+    BatchStatus.FINALIZING: frozenset({BatchStatus.COMPLETED, BatchStatus.EXPIRED}),
+    BatchStatus.CANCELLING: frozenset({BatchStatus.CANCELLED}),
+    BatchStatus.FAILED: frozenset(),
+    BatchStatus.COMPLETED: frozenset(),
+    BatchStatus.EXPIRED: frozenset(),
+    BatchStatus.CANCELLED: frozenset(),
+}
+#: The states of a batch that has not ended.
+OPEN_BATCHES = tuple(status for status, targets in BATCH_TRANSITIONS.items() if targets)
+
+
+def batch_sources(target: BatchStatus) -> list[BatchStatus]:
+    """Return the states from which `target` can be reached, for the WHERE of its UPDATE."""
+    return [status for status, targets in BATCH_TRANSITIONS.items() if target in targets]
+
+
+class LineState(StrEnum):
+    """The state of a line of a batch. A line that had not begun when its batch stopped stays pending."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    #: It has a response.
+    DONE = "done"
+    #: It has a response that is an error, or an error instead of a response.
+    FAILED = "failed"

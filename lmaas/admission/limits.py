@@ -19,10 +19,15 @@ _OWNER = {"tenant": "Your account", "key": "This API key"}
 
 
 @functools.lru_cache(10_000)
-def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
-    """Return the scopes whose use is counted for this principal: its tenant and its key, if they have limits."""
-    of_tenant = effective(principal.limits, principal.tier)
-    scopes = [(principal.tenant_id or "", "tenant", of_tenant), (principal.key_id, "key", principal.key_limits)]
+def limited_scopes(principal: Principal, *, rate_limited: bool = True) -> tuple[LimitedScope, ...]:
+    """Return the scopes whose use is counted for this principal: its tenant and its key, if they have limits.
+
+    Without `rate_limited`, only the limits per month hold.
+    """
+    of_tenant, of_key = effective(principal.limits, principal.tier), principal.key_limits
+    if not rate_limited:
+        of_tenant, of_key = _per_month(of_tenant), _per_month(of_key)
+    scopes = [(principal.tenant_id or "", "tenant", of_tenant), (principal.key_id, "key", of_key)]
     return tuple(
         LimitedScope(
             id,
@@ -36,6 +41,10 @@ def limited_scopes(principal: Principal) -> tuple[LimitedScope, ...]:
         for id, scope, limits in scopes
         if limits != NONE
     )
+
+
+def _per_month(limits: Limits) -> Limits:
+    return Limits(tokens_per_month=limits.tokens_per_month, budget_per_month=limits.budget_per_month)
 
 
 @dataclass(frozen=True, slots=True)

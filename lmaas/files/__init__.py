@@ -1,1 +1,1 @@
-"""Files of tenants: their rows, and their bytes in the object store."""
+"""Files of tenants: their bytes in the object store, and their rows."""

@@ -74,6 +74,7 @@ class Delivery:
                 background.add(asyncio.create_task(self._abort(lease, interrupt)))
 
             forget_abort = self._sink.on_gone(abort)
+            opened.on_yielded(abort)
             try:
                 for part in range(inference.request.parts):
                     if part and self._sink.gone.is_set():

@@ -10,6 +10,7 @@ from lmaas.error_bodies import openai_body
 from lmaas.errors import LmaasError
 from lmaas.inference.catalog import ServedModel
 from lmaas.inference.request import EngineRequest
+from lmaas.inference.work import INTERACTIVE, Work
 from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
 
@@ -74,12 +75,14 @@ class Answer(ABC):
 class Inference(Generic[Request]):
     """One request, from its acceptance to its usage event.
 
-    `request_id` is the service's own id of the request. The fields below `request` are set by `Inferences.serve` on the way.
+    `request_id` is the service's own id of the request, or of the attempt if it is durable work. The fields below `work` are set by
+    `Inferences.serve` on the way.
     """
 
     request_id: str
     protocol: "Protocol[Request]"
     request: Request
+    work: Work = INTERACTIVE
     tenant_id: str = field(init=False)
     model: ServedModel = field(init=False)
     record: UsageRecord = field(init=False)

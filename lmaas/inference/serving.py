@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lmaas.admission.limits import PrincipalLimits, limited_scopes
 from lmaas.admission.months import Months
-from lmaas.admission.tiers import SERVICE_TIERS, tier
+from lmaas.admission.tiers import SERVICE_TIERS, ServiceTier, tier
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
 from lmaas.errors import EngineFailed, InternalError, LmaasError, Unavailable
@@ -22,17 +22,20 @@ from lmaas.inference.grammars import Grammars, unavailable
 from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import STREAM_HEADERS, ReceiverGone, Sink
 from lmaas.inference.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
+from lmaas.inference.work import PutBack
 from lmaas.metering.usage import UsageRecord
 from lmaas.observability import GatewayMetrics
 from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.scheduling.leases import Lease, Leases, OpenTicket
-from lmaas.states import UsageStatus
+from lmaas.states import UsageStatus, WorkClass
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
 #: A request that has run for less time did not cause its engine to stall, because detecting a stall takes longer.
 SUSPECT_S = 8.0
+#: The code of a wasted attempt whose slot was taken back.
+PUT_BACK = "put_back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class Inferences:
     async def serve(self, principal: Principal, inference: AnyInference, sink: Sink) -> None:
         """Serve one inference for a tenant's key. Its answer, or an error after it was accepted, goes to the sink.
 
-        Raises an LmaasError for a request that is not accepted: then nothing was sent, stored or charged.
+        Raises an LmaasError for a request that is not accepted: then nothing was sent, stored or charged. Raises PutBack if the slot of
+        background work was taken back before its end.
         """
         protocol, request = inference.protocol, inference.request
         inference.tenant_id = principal.tenant_id or ""
@@ -74,7 +78,8 @@ class Inferences:
         inference.answer = protocol.answer(inference)
         limits = PrincipalLimits(self.months, principal, Bounds(principal.max_queued, self.settings.pool_max_queued))
         ticket = self._ticket(principal, inference)
-        async with self.leases.open(ticket, inference.record, limits, deadline_s=self.settings.queue_deadline_s) as opened:
+        deadline_s = inference.work.deadline_s or self.settings.queue_deadline_s
+        async with self.leases.open(ticket, inference.record, limits, deadline_s=deadline_s) as opened:
             if opened.left:
                 sink.add_to_head(protocol.limit_lines(opened.left))
             self.metrics.requests.begun()
@@ -94,6 +99,9 @@ class Inferences:
             await _finish(inference, sink, rest)
         except ReceiverGone:
             record.count(inference.answer.usage_if_left)
+        except PutBack:
+            record.end(UsageStatus.WASTED, PUT_BACK)
+            raise
         except LmaasError as error:
             # Past its deadline a request has expired; everything else that ends here has failed.
             expired = isinstance(error, Unavailable) and error.error_code == Unavailable.code
@@ -143,6 +151,8 @@ class Inferences:
             except EngineLost as lost:
                 if sink.gone.is_set():
                     raise ReceiverGone from lost
+                if opened.yielded:
+                    raise PutBack from lost
                 extra = {"request_id": inference.request_id, "replica_id": lease.replica, "detail": str(lost)}
                 log.warning("a delivery failed", extra=extra)
                 if delivery.begun:
@@ -172,6 +182,8 @@ class Inferences:
                 raise await self.wait_reasons.explained(late, opened.ticket.pool) from None
             if sink.gone.is_set():
                 break
+            if opened.yielded:
+                raise PutBack
             if lease is not None:
                 return lease
             pause_s = COMMENT_EVERY_S
@@ -199,8 +211,8 @@ class Inferences:
         await sink.finish(text)
 
     def _ticket(self, principal: Principal, inference: AnyInference) -> Ticket:
-        model, record, request = inference.model, inference.record, inference.request
-        service = SERVICE_TIERS[request.service_tier]
+        model, record, request, work = inference.model, inference.record, inference.request, inference.work
+        service = _service_tier(inference)
         prompt_tokens, completion_tokens = request.estimate(model.base.max_model_len)
         return Ticket(
             id=record.request_id,
@@ -216,7 +228,9 @@ class Inferences:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             prices=(record.prompt_price, record.cached_price, record.completion_price),
-            limits=limited_scopes(principal),
+            limits=limited_scopes(principal, rate_limited=work.rate_limited),
+            background=work.work_class is WorkClass.BACKGROUND,
+            durable=work.durable,
         )
 
 
@@ -235,9 +249,16 @@ async def _finish(inference: AnyInference, sink: Sink, rest: bytes) -> None:
     await sink.finish(rest + last)
 
 
+def _service_tier(inference: AnyInference) -> ServiceTier:
+    """Return the service tier of a request. Work with a price of its own has the usual one, whatever it asked for."""
+    if inference.work.price_percent is not None:
+        return ServiceTier(1.0, 0, inference.work.price_percent)
+    return SERVICE_TIERS[inference.request.service_tier]
+
+
 def _record(principal: Principal, inference: AnyInference) -> UsageRecord:
-    model, request = inference.model, inference.request
-    percent = SERVICE_TIERS[request.service_tier].price_percent
+    model, request, work = inference.model, inference.request, inference.work
+    percent = _service_tier(inference).price_percent
     return UsageRecord(
         request_id=inference.request_id,
         tenant_id=principal.tenant_id,
@@ -251,4 +272,6 @@ def _record(principal: Principal, inference: AnyInference) -> UsageRecord:
         prompt_price=(model.base.prompt_price * percent + 50) // 100,
         cached_price=(model.base.cached_price * percent + 50) // 100,
         completion_price=(model.base.completion_price * percent + 50) // 100,
+        work=work.work_class,
+        durable=work.durable,
     )

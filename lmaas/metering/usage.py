@@ -10,7 +10,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from lmaas.metering.pricing import Prices, charge_picousd
-from lmaas.states import UsageStatus
+from lmaas.states import UsageStatus, WorkClass
 from lmaas.store.usage import UsageEvent
 from lmaas.types import TokenCounts
 
@@ -42,6 +42,9 @@ class UsageRecord:
     prompt_price: int = 0
     cached_price: int = 0
     completion_price: int = 0
+    work: WorkClass = WorkClass.INTERACTIVE
+    #: Whether the result of this attempt and its event are stored together, by whoever runs it. Until then the attempt counts as wasted.
+    durable: bool = False
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     #: Returns the engine's latest `usage` object while a response is streamed.
     _source: Callable[[], dict[str, Any] | None] | None = None
@@ -92,7 +95,16 @@ class UsageRecord:
         return TokenCounts(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
     def event(self) -> str:
-        """Return the usage event as JSON, with the counts so far."""
+        """Return the usage event as JSON, with the counts so far. For durable work it is a stand-in for the attempt's own event."""
+        if self.durable:
+            return self._event(UsageStatus.WASTED, self.code)
+        return self._event(self.status, self.code)
+
+    def own_event(self) -> UsageEvent:
+        """Return the attempt's own event, which durable work stores with its result."""
+        return parse_event(self._event(self.status, self.code))
+
+    def _event(self, status: UsageStatus, code: str | None) -> str:
         self._read()
         if not self._head:
             # The event is written twice, with the ticket and at the end. This half is the same both times.
@@ -102,11 +114,11 @@ class UsageRecord:
                 f'"adapter_version": {"null" if self.adapter_version is None else self.adapter_version}, '
                 f'"stream": {"true" if self.stream else "false"}, "prompt_price": {self.prompt_price}, '
                 f'"cached_price": {self.cached_price}, "completion_price": {self.completion_price}, '
-                f'"created_at": "{self.created_at.isoformat()}"'
+                f'"created_at": "{self.created_at.isoformat()}", "work": "{self.work}"'
             )
         queue_ms = self.queue_ms if self._started is not None else round((time.monotonic() - self._accepted) * 1000)
         return (
-            f'{self._head}, "status": "{self.status}", "code": {_text(self.code)}, "prompt_tokens": {self.prompt_tokens}, '
+            f'{self._head}, "status": "{status}", "code": {_text(code)}, "prompt_tokens": {self.prompt_tokens}, '
             f'"cached_tokens": {self.cached_tokens}, "completion_tokens": {self.completion_tokens}, "queue_ms": {queue_ms}, '
             f'"load_ms": {self.load_ms}, "run_ms": {self.run_ms or 0}, "replica_id": {_text(self.replica_id)}}}'
         )
@@ -129,6 +141,8 @@ def parse_event(text: str) -> UsageEvent:
         raise TypeError("a usage event is an object")
     fields["created_at"] = datetime.fromisoformat(fields["created_at"])
     fields["status"] = UsageStatus(fields["status"])
+    # An older release does not write the class.
+    fields["work"] = WorkClass(fields.get("work", WorkClass.INTERACTIVE))
     prices = Prices(*(int(fields.pop(name, 0)) for name in ("prompt_price", "cached_price", "completion_price")))
     event = UsageEvent(**{name: fields[name] for name in _EVENT_FIELDS if name in fields})
     charge = charge_picousd(prices, event.status, event.prompt_tokens, event.cached_tokens, event.completion_tokens)

@@ -72,6 +72,10 @@ class Ticket(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
     prices: tuple[int, int, int] = (0, 0, 0)
     limits: tuple[LimitedScope, ...] = ()
+    #: It runs only on slots that interactive work leaves free, and may be put back.
+    background: bool = False
+    #: If its process dies, its usage event has the status UsageStatus.WASTED instead of LOST.
+    durable: bool = False
 
     def sent(self, waited_ms: int, attempts: int, more: bytes = b"") -> bytes:
         """Return its JSON with how long it has waited and how often it was delivered. `more` has further fields."""

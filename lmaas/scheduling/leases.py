@@ -110,7 +110,10 @@ class OpenTicket:
         self.standing = Standing(WaitPhase.ASKED, self.opened)
         self.lease: Lease | None = None
         self.attempts = 0
+        #: Whether the slot of this background ticket was taken back. Then it holds nothing any more, and only its end is left.
+        self.yielded = False
         self._on_revoked: Callable[[], None] | None = None
+        self._on_yielded: Callable[[], None] | None = None
         #: A lost lease that has not been reported to Redis yet: replica, reason, attempt.
         self._owed: tuple[str, RetryReason, int] | None = None
         self._failure: LmaasError | None = None
@@ -149,12 +152,18 @@ class OpenTicket:
         """Call `callback` when the replica has been removed although the connection to it may still be open."""
         self._on_revoked = callback
 
+    def on_yielded(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the slot is taken back while the request runs, at once if that has happened."""
+        self._on_yielded = callback
+        if self.yielded:
+            callback()
+
     async def retry(self, lost: Lease, reason: RetryReason) -> None:
         """Give back a lease whose replica failed before the first byte. After the second time, `wait` raises."""
         self._owed = (lost.replica, reason, self.attempts)
         self.attempts += 1
         self.lease = None
-        self._on_revoked = None
+        self._on_revoked = self._on_yielded = None
         self._changed.clear()
         # If Redis is unavailable now, the next renewal reports it.
         with contextlib.suppress(Unavailable):
@@ -198,6 +207,8 @@ class OpenTicket:
                 self.attempts += 1
             elif self._on_revoked is not None:
                 self._on_revoked()
+        elif state == TicketState.YIELDED:
+            self._yield()
         elif state in REFUSALS:
             self._fail(self.limits.refusal(report))
         elif state == TicketState.FAILED:
@@ -207,6 +218,13 @@ class OpenTicket:
                 AdapterUnavailable(f"The adapter could not be loaded: {report.get('reason', 'see the replica log')}", retry_after_s=30)
             )
         return True
+
+    def _yield(self) -> None:
+        if not self.yielded:
+            self.yielded = True
+            self._changed.set()
+            if self._on_yielded is not None:
+                self._on_yielded()
 
     def give_up(self) -> None:
         """Fail the request because two engines failed while they worked on it."""

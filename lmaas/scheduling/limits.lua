@@ -13,6 +13,7 @@
 --   memory   the memory that it belongs to: the layout, and the value of `lmaas:limits` when it was created. After a pool's memory was
 --            replaced, all scopes begin anew. A scope of another layout, whose release may run beside this one, is never read.
 --   generation  grows when the month's figures begin anew: earlier reservations are not in them
+-- Background tickets count only in the month's figures.
 -- No more than a minute's limit is accepted in any 60 seconds: a second counts until all of it is more than 60 seconds ago.
 
 -- Whether a scope has the month's figures: they were not asked for; a gateway was told to fetch them from the ledger; they are here.
@@ -223,8 +224,11 @@ local function reserve(pool, ticket, forced)
   end
   local second, generations, memories = math.floor(pool.now / 1000), {}, {}
   for i, scope in ipairs(scopes) do
-    count(pool, scope, 1, tokens)
-    scope.running, scope.tokens, scope.cost = scope.running + 1, scope.tokens + tokens, scope.cost + cost
+    if not ticket.background then
+      count(pool, scope, 1, tokens)
+      scope.running = scope.running + 1
+    end
+    scope.tokens, scope.cost = scope.tokens + tokens, scope.cost + cost
     generations[i], memories[i] = scope.generation, scope.memory
     save_scope(scope)
   end
@@ -244,8 +248,8 @@ local function settle(pool, ticket, used)
   for i, limit in ipairs(ticket.limits) do
     local scope = load_scope(pool, limit.id)
     -- `here`: it was reserved in this memory, and not in one that is gone.
-    local here, found = scope.memory == reserved.memories[i], false
-    for number = here and entries(scope) or 0, 1, -1 do
+    local here, found = scope.memory == reserved.memories[i], ticket.background
+    for number = here and not ticket.background and entries(scope) or 0, 1, -1 do
       local second, requests, counted = entry(scope, number)
       if second == reserved.second then
         found = true
@@ -255,8 +259,8 @@ local function settle(pool, ticket, used)
     end
     -- It ran for more than a minute: what it used beyond its reservation counts now.
     if not found and tokens > reserved.tokens then count(pool, scope, 0, tokens - reserved.tokens) end
-    if here then scope.running = math.max(0, scope.running - 1) end
-    if used then
+    if here and not ticket.background then scope.running = math.max(0, scope.running - 1) end
+    if used and not ticket.background then
       local turn_ms = scope.turn_ms or TURN_MS
       scope.turn_ms = math.floor(turn_ms + (math.max(0, pool.now - ticket.submitted) - turn_ms) / 8)
     end

@@ -213,7 +213,8 @@ register_always('lmaas_renew', function(keys, args)
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
       -- A checkpoint of an earlier delivery may come late: a ticket that waits or loads has not run.
-      if args[i + 1] ~= '' and (ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED) then
+      local may_run = ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED or ticket.state == TICKET.YIELDED
+      if args[i + 1] ~= '' and may_run then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
         charge(pool, ticket, charged(pool, ticket) - before)

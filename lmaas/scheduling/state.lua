@@ -38,6 +38,7 @@ local START_MS = 20000    -- the assumed time of an engine's start, until one is
 -- and finds a name that is misspelt here.
 local TICKET = {
   QUEUED = 'queued', LOADING = 'loading', GRANTED = 'granted', REVOKED = 'revoked', FAILED = 'failed', LOAD_FAILED = 'load_failed',
+  YIELDED = 'yielded',
 }
 local NO_TICKET = {
   REFUSED = 'refused', REFUSED_BY_POOL = 'refused_by_pool', LIMITED = 'limited', UNSEEDED = 'unseeded', UNKNOWN = 'unknown',
@@ -49,9 +50,10 @@ local LIMIT = {
   CONCURRENCY = 'concurrency', REQUESTS = 'requests', TOKENS = 'tokens', REQUEST_TOKENS = 'request_tokens', MONTH_TOKENS = 'month_tokens',
   BUDGET = 'budget',
 }
--- Of lmaas/states.py: a replica's observed states that matter here, and the end of a request whose gateway is gone.
+-- Of lmaas/states.py: a replica's observed states that matter here, and the ends of a request and of durable work whose process is gone.
 local REPLICA = { STARTING = 'starting', READY = 'ready', DRAINING = 'draining' }
 local LOST = { STATUS = 'lost', CODE = 'gateway_lost' }
+local WASTED = { STATUS = 'wasted', CODE = 'runner_lost' }
 
 -- The id of the server process. A new process may have lost the memory of the one before it. It is read once per process.
 local process = nil
@@ -78,6 +80,7 @@ local function record_lost(pool, ticket)
   local event = cjson.decode(ticket.event)
   local used = progress(pool, ticket) or { prompt = 0, cached = 0, completion = 0 }
   event.status, event.code = LOST.STATUS, LOST.CODE
+  if ticket.durable then event.status, event.code = WASTED.STATUS, WASTED.CODE end
   event.prompt_tokens, event.cached_tokens, event.completion_tokens = used.prompt, used.cached, used.completion
   event.queue_ms = (ticket.placed or pool.now) - ticket.submitted
   event.load_ms = ticket.placed and (ticket.granted or pool.now) - ticket.placed or 0

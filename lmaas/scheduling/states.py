@@ -7,6 +7,8 @@ from enum import StrEnum
 
 #: The code of a usage event that the scheduler writes for a ticket whose gateway has gone. Its status is UsageStatus.LOST.
 GATEWAY_LOST = "gateway_lost"
+#: The same for a ticket of durable work, whose event has the status UsageStatus.WASTED.
+RUNNER_LOST = "runner_lost"
 
 
 class TicketState(StrEnum):
@@ -20,6 +22,8 @@ class TicketState(StrEnum):
     GRANTED = "granted"
     #: The ticket's replica was removed. Its gateway has yet to notice, and to request another one.
     REVOKED = "revoked"
+    #: The slot of this background ticket was taken back for interactive work. Its owner has yet to end it.
+    YIELDED = "yielded"
     #: The ticket was delivered as often as allowed, and each time its replica failed. Its gateway has yet to end it.
     FAILED = "failed"
     #: The ticket's adapter could not be loaded. Its gateway has yet to end it.
@@ -27,16 +31,17 @@ class TicketState(StrEnum):
 
 
 #: The states that a ticket leaves only by its end.
-TERMINAL = frozenset({TicketState.FAILED, TicketState.LOAD_FAILED})
+TERMINAL = frozenset({TicketState.FAILED, TicketState.LOAD_FAILED, TicketState.YIELDED})
 
 TRANSITIONS: dict[TicketState, frozenset[TicketState]] = {
     TicketState.QUEUED: frozenset({TicketState.LOADING, TicketState.GRANTED}),
     # Queued again if its replica drains or is removed.
-    TicketState.LOADING: frozenset({TicketState.GRANTED, TicketState.QUEUED, TicketState.LOAD_FAILED}),
+    TicketState.LOADING: frozenset({TicketState.GRANTED, TicketState.QUEUED, TicketState.LOAD_FAILED, TicketState.YIELDED}),
     # Queued again by its gateway, if its replica failed before the first byte.
-    TicketState.GRANTED: frozenset({TicketState.QUEUED, TicketState.REVOKED, TicketState.FAILED}),
+    TicketState.GRANTED: frozenset({TicketState.QUEUED, TicketState.REVOKED, TicketState.FAILED, TicketState.YIELDED}),
     TicketState.REVOKED: frozenset({TicketState.QUEUED, TicketState.FAILED}),
     TicketState.FAILED: frozenset(),
+    TicketState.YIELDED: frozenset(),
     TicketState.LOAD_FAILED: frozenset(),
 }
 

@@ -78,7 +78,7 @@ class Database:
 
     @asynccontextmanager
     async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
-        """Provide a transaction that sees the rows of `scope`: a tenant by its id, SYSTEM, OPERATOR, CLAIMS, or a KeyScope.
+        """Provide a transaction that sees the rows of `scope`: a tenant by its id, SYSTEM, OPERATOR, CLAIMS, LEASES, or a KeyScope.
 
         It is committed at the end of the block, and rolled back on an error.
         """

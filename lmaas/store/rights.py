@@ -26,14 +26,17 @@ class DatabaseRole(StrEnum):
     AUTHENTICATOR = "authenticator"
     #: Renews the running idempotency claims of all tenants. Gateways assume it for one transaction.
     CLAIMS = "claims"
+    #: Leases durable work of all tenants, without reading it. Job runners assume it for one transaction.
+    LEASES = "leases"
     CONTROLLER = "controller"
     #: Supervisors of replicas.
     REPLICA = "replica"
+    #: Job runners. Sees the tenant that its transaction names.
     JOBS = "jobs"
     CONSOLE = "console"
 
 
-(OWNER, MIGRATOR, GATEWAY, OPERATOR, AUTHENTICATOR, CLAIMS, CONTROLLER, REPLICA, JOBS, CONSOLE) = DatabaseRole
+(OWNER, MIGRATOR, GATEWAY, OPERATOR, AUTHENTICATOR, CLAIMS, LEASES, CONTROLLER, REPLICA, JOBS, CONSOLE) = DatabaseRole
 
 #: The roles that processes log in as. The others never log in.
 LOGINS = (
@@ -45,7 +48,7 @@ LOGINS = (
     CONSOLE,
 )
 #: Roles that a role may assume for a transaction. It does not inherit their rights: without `SET LOCAL ROLE` it has none of them.
-ASSUMES: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {GATEWAY: (OPERATOR, AUTHENTICATOR, CLAIMS)}
+ASSUMES: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {GATEWAY: (OPERATOR, AUTHENTICATOR, CLAIMS), JOBS: (LEASES,)}
 #: Roles whose rights a role inherits.
 INHERITS: Mapping[DatabaseRole, tuple[DatabaseRole, ...]] = {MIGRATOR: (OWNER,)}
 
@@ -78,6 +81,10 @@ _LIMITS = tuple(field.name for field in fields(Limits))
 _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
 _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
+_LEASE = ("runner_id", "attempt")
+_BATCH = ("tenant_id", "id", "key_id", "status", "total", "created_at", "expires_at", *_LEASE)
+_LINE = ("tenant_id", "batch_id", "position", "pool_id", "tokens", "state", "put_back", "not_before", *_LEASE)
+_DETACHED = ("tenant_id", "id", "key_id", "status", "cancel_requested", "created_at", "expires_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -97,6 +104,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         ),
         AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
         OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
+        JOBS: (Grant("SELECT", OWN, _KEY),),
     },
     "adapters": {
         GATEWAY: (
@@ -106,20 +114,19 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             Grant("DELETE", OWN),
         ),
         OPERATOR: (Grant("SELECT"), Grant("DELETE")),
+        JOBS: (Grant("SELECT", OWN),),
     },
     "adapter_versions": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
         OPERATOR: (Grant("SELECT"),),
+        JOBS: (Grant("SELECT", OWN),),
     },
     "usage_events": {
         GATEWAY: (Grant("SELECT", OWN),),
         OPERATOR: (Grant("SELECT"),),
-        # An event changes only if it replaces the stand-in for a lost one.
-        CONTROLLER: (
-            Grant("SELECT"),
-            Grant("INSERT"),
-            Grant("UPDATE", "status = 'lost'", check=ALL),
-        ),
+        # An event changes only if it replaces a stand-in.
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", "status IN ('lost', 'wasted')", check=ALL)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", f"{OWN} AND status IN ('lost', 'wasted')", check=OWN)),
     },
     "idempotency": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
@@ -130,6 +137,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     # Operators delete a tenant's responses and conversations with the tenant, and controllers expired ones. Neither can read them.
     "responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
         OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
     },
@@ -140,11 +148,15 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             Grant("UPDATE", OWN, ("metadata", "next_position", "item_count", "size_bytes", "expires_at")),
             Grant("DELETE", OWN),
         ),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN, ("next_position", "item_count", "size_bytes", "expires_at"))),
         OPERATOR: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, (*_SIZES, "item_count")), Grant("DELETE")),
     },
     # They go with their conversation.
-    "conversation_items": {GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN))},
+    "conversation_items": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN)),
+    },
     # Operators delete a tenant's files with the tenant, and controllers expired ones. Neither can read their names.
     "files": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
@@ -157,6 +169,37 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
         OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("due_at",)), Grant("DELETE")),
+    },
+    # Runners lease the work of all tenants. What it is, and its results, they see only in the scope of its tenant.
+    "batches": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
+        LEASES: (Grant("SELECT", ALL, _BATCH), Grant("UPDATE", ALL, ("status", *_LEASE))),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at")),),
+    },
+    "batch_lines": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        LEASES: (Grant("SELECT", ALL, _LINE), Grant("UPDATE", ALL, ("state", "put_back", "not_before", *_LEASE))),
+    },
+    "batch_pools": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        LEASES: (Grant("SELECT"), Grant("UPDATE", ALL, ("pending", "pending_tokens"))),
+        CONTROLLER: (Grant("SELECT"),),
+    },
+    "background_responses": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
+        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, ("status", *_LEASE))),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _DETACHED), Grant("DELETE")),
+    },
+    "response_events": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "response_id")), Grant("DELETE")),
     },
     "audit_log": {
         # Records can be added, and never changed.
@@ -190,6 +233,10 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         OPERATOR: (Grant("SELECT"),),
         CONTROLLER: (Grant("SELECT"),),
         REPLICA: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("ms",))),
+    },
+    "job_runners": {
+        JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
+        LEASES: (Grant("SELECT"),),
     },
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},

@@ -22,6 +22,8 @@ SYSTEM = Scope("system")
 OPERATOR = Scope("operator", DatabaseRole.OPERATOR)
 #: The scope for renewing the running idempotency claims of all tenants.
 CLAIMS = Scope("claims", DatabaseRole.CLAIMS)
+#: The scope for leasing the durable work of all tenants.
+LEASES = Scope("leases", DatabaseRole.LEASES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,6 +218,8 @@ usage_events = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     # Picodollars, at the prices of that time.
     Column("charge_picousd", BigInteger, nullable=False, server_default=text("0")),
+    # `interactive` or `background`.
+    Column("work", Text, nullable=False, server_default=text("'interactive'")),
     Index(None, "tenant_id", "created_at"),
     Index(None, "created_at"),
 )
@@ -333,6 +335,157 @@ content_checks = Table(
     Column("due_at", DateTime(timezone=True), nullable=False),
     PrimaryKeyConstraint("tenant_id", "id"),
     Index(None, "due_at"),
+)
+
+# The processes of `lmaas jobs`. What a runner has leased is free again when it has not been seen for a while.
+job_runners = Table(
+    "job_runners",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+
+def _lease() -> list[Column[object]]:
+    """The columns of a leased row. Each lease has a number of its own, and a write must name the lease that it belongs to."""
+    return [Column("runner_id", Text), Column("attempt", Integer, nullable=False, server_default=text("0"))]
+
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    # The API that created it: `openai` or `anthropic`.
+    Column("dialect", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    # The key that created it, with whose rights and limits its lines run.
+    Column("key_id", Text, nullable=False),
+    Column("input_file_id", Text),
+    Column("completion_window", Text, nullable=False),
+    # A JSON object.
+    Column("metadata", LargeBinary, nullable=False),
+    Column("output_expires_after_s", Integer),
+    Column("status", Text, nullable=False),
+    # A JSON list: what is wrong with the input file.
+    Column("errors", LargeBinary),
+    # Lines in all, and by how they ended.
+    Column("total", Integer, nullable=False, server_default=text("0")),
+    Column("completed", Integer, nullable=False, server_default=text("0")),
+    Column("failed", Integer, nullable=False, server_default=text("0")),
+    Column("cancelled", Integer, nullable=False, server_default=text("0")),
+    Column("expired", Integer, nullable=False, server_default=text("0")),
+    # The usage of lines that ended.
+    Column("prompt_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("cached_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("completion_tokens", BigInteger, nullable=False, server_default=text("0")),
+    # Why lines that are still pending will not run. Null: they will, unless the batch is cancelled.
+    Column("stop_code", Text),
+    Column("stop_message", Text),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    _created(),
+    # The deadline of its lines.
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("in_progress_at", DateTime(timezone=True)),
+    Column("finalizing_at", DateTime(timezone=True)),
+    Column("completed_at", DateTime(timezone=True)),
+    Column("failed_at", DateTime(timezone=True)),
+    Column("expired_at", DateTime(timezone=True)),
+    Column("cancelling_at", DateTime(timezone=True)),
+    Column("cancelled_at", DateTime(timezone=True)),
+    # The lease of the runner that validates or finalizes it.
+    *_lease(),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "status"),
+    Index(None, "tenant_id", "created_at"),
+)
+
+# One row for each line of a batch that has not ended. They are deleted when the output files are written.
+batch_lines = Table(
+    "batch_lines",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("batch_id", Text, nullable=False),
+    # Its place in the order in which the lines run, from 0.
+    Column("position", Integer, nullable=False),
+    # Its number in the input file, from 1, and where its bytes are.
+    Column("line", Integer, nullable=False),
+    Column("byte_offset", BigInteger, nullable=False),
+    Column("byte_length", Integer, nullable=False),
+    Column("custom_id", Text, nullable=False),
+    # The base model that serves it. Null if its model is unknown.
+    Column("pool_id", Text),
+    # An estimate, for the backlog.
+    Column("tokens", BigInteger, nullable=False),
+    # A LineState.
+    Column("state", Text, nullable=False),
+    *_lease(),
+    # How often its slot was taken back.
+    Column("put_back", Integer, nullable=False, server_default=text("0")),
+    # It is not tried again before this time.
+    Column("not_before", DateTime(timezone=True)),
+    # What the output file says of it: the ledger's id of the attempt, the HTTP status, and the JSON of the answer or of the error.
+    Column("request_id", Text),
+    Column("status_code", Integer),
+    Column("answer", LargeBinary),
+    PrimaryKeyConstraint("tenant_id", "batch_id", "position"),
+    ForeignKeyConstraint(["tenant_id", "batch_id"], ["batches.tenant_id", "batches.id"], ondelete="CASCADE"),
+    Index("batch_lines_pending_idx", "tenant_id", "batch_id", "pool_id", "position", postgresql_where=text("state = 'pending'")),
+    Index("batch_lines_running_idx", "runner_id", postgresql_where=text("state = 'running'")),
+)
+
+# The backlog: what is left of each batch in each pool, so that nothing has to count lines.
+batch_pools = Table(
+    "batch_pools",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("batch_id", Text, nullable=False),
+    Column("pool_id", Text, nullable=False),
+    # Lines that do not run and have not ended, and the sum of their estimated tokens.
+    Column("pending", Integer, nullable=False),
+    Column("pending_tokens", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "batch_id", "pool_id"),
+    ForeignKeyConstraint(["tenant_id", "batch_id"], ["batches.tenant_id", "batches.id"], ondelete="CASCADE"),
+)
+
+# Responses that run without their client. When one is complete, it becomes a row of `responses` as well.
+background_responses = Table(
+    "background_responses",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    # The client's request, as JSON.
+    Column("request", LargeBinary, nullable=False),
+    # The response object as it stands, without its output while it runs.
+    Column("body", LargeBinary, nullable=False),
+    # `queued`, `in_progress`, `completed`, `incomplete`, `failed` or `cancelled`.
+    Column("status", Text, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    *_lease(),
+    _created(),
+    # The deadline while it runs, then the end of its retention.
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index("background_responses_open_idx", "status", postgresql_where=text("ended_at IS NULL")),
+    Index(None, "expires_at"),
+)
+
+# The events of a background response, as its streaming clients receive them, in pieces of about a second.
+response_events = Table(
+    "response_events",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("response_id", Text, nullable=False),
+    # The `sequence_number` of the first and the last event of this piece.
+    Column("first", Integer, nullable=False),
+    Column("last", Integer, nullable=False),
+    Column("events", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "response_id", "first"),
+    ForeignKeyConstraint(["tenant_id", "response_id"], ["background_responses.tenant_id", "background_responses.id"], ondelete="CASCADE"),
 )
 
 # Triggers increase the sum of these numbers with every change of a tenant, a key, a base model or an adapter (migration 0005).

@@ -6,8 +6,9 @@ from datetime import UTC, date, datetime
 from sqlalchemy import Date, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from lmaas.states import UsageStatus
+from lmaas.states import STAND_INS, UsageStatus, WorkClass
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
@@ -41,6 +42,7 @@ class UsageEvent:
     created_at: datetime
     #: What the tenant is charged, in picodollars (10⁻¹² $).
     charge_picousd: int = 0
+    work: WorkClass = WorkClass.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +66,30 @@ class UnrecordableEventError(Exception):
 
 
 async def record_events(db: Database, events: list[UsageEvent]) -> None:
-    """Write events, once each: a second event of a request is ignored, unless the first was a stand-in for a lost gateway's.
-
-    All or none: raises UnrecordableEventError if one of them cannot be written.
-    """
+    """Write events, once each. All or none: raises UnrecordableEventError if one of them cannot be written."""
     if not events:
         return
-    # Only the last event of each request, because Postgres refuses to change a row twice in one statement.
+    try:
+        async with db.begin(SYSTEM) as connection:
+            await insert_events(connection, events)
+    except (IntegrityError, DataError) as error:
+        raise UnrecordableEventError(str(error.orig)) from error
+
+
+async def insert_events(connection: AsyncConnection, events: list[UsageEvent]) -> None:
+    """Write events in a transaction, once each: a second event of a request is ignored, unless the first was a stand-in.
+
+    A later stand-in never replaces a request's own event. Of two stand-ins, the later one remains.
+    """
+    # Only one event of each request, because Postgres refuses to change a row twice in one statement.
     latest: dict[str, UsageEvent] = {}
     for event in events:
-        if event.request_id not in latest or latest[event.request_id].status is UsageStatus.LOST:
+        if event.request_id not in latest or latest[event.request_id].status in STAND_INS:
             latest[event.request_id] = event
     query = insert(usage_events)
     changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
-    query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status == UsageStatus.LOST)
-    try:
-        async with db.begin(SYSTEM) as connection:
-            await connection.execute(query.values([asdict(event) for event in latest.values()]))
-    except (IntegrityError, DataError) as error:
-        raise UnrecordableEventError(str(error.orig)) from error
+    query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status.in_(STAND_INS))
+    await connection.execute(query.values([asdict(event) for event in latest.values()]))
 
 
 async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:

@@ -13,6 +13,7 @@ OF_ALL_TENANTS = {
     "operator": "an operator's requests",
     "controller": "writes the ledger, deletes old answers",
     "claims": "signs of life of running claims",
+    "leases": "leases of durable work, without its content",
 }
 
 _TABLES = """

@@ -18,14 +18,19 @@ from lmaas.inference.cache import Changes
 from lmaas.inference.protocol import Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
+from lmaas.inference.work import BATCH, DETACHED, INTERACTIVE, PutBack, Work
 from lmaas.keys import hash_key
+from lmaas.metering.usage import parse_event
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.text import ChatCompletions
+from lmaas.scheduling.client import gateway_channel
 from lmaas.states import PoolKind, UsageStatus
 from lmaas.store.changes import change_number
+from lmaas.store.models import change_base_model
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.tenants import find_principal, update_tenant
+from lmaas.store.usage import insert_events, record_events
 from lmaas.types import Principal
 from tests.integration.gateway.stack import Stack, Tenant, running
 from tests.support.conditions import until
@@ -60,9 +65,9 @@ async def principal_of(stack: Stack, tenant: Tenant) -> Principal:
     return found
 
 
-def chat(**changes: Any) -> Inference[Any]:
+def chat(work: Work = INTERACTIVE, **changes: Any) -> Inference[Any]:
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    return Inference(new_request_id(), CHAT, CHAT.read(body | changes))
+    return Inference(new_request_id(), CHAT, CHAT.read(body | changes), work)
 
 
 async def test_answers_go_to_a_sink_and_usage_to_the_ledger(stack: Stack) -> None:
@@ -102,6 +107,51 @@ async def test_a_sink_that_goes_ends_its_request(stack: Stack) -> None:
     assert not sink.finished
     (event,) = await stack.told_once(model, 1)
     assert (event["status"], 0 < event["completion_tokens"] < 1900) == ("aborted", True)
+
+
+async def test_durable_work_counts_as_wasted_until_its_caller_stores_its_event(stack: Stack) -> None:
+    model, tenant = await stack.model("m"), await stack.tenant()
+    await change_base_model(stack.db, "m", {"prompt_price": 100, "cached_price": 100, "completion_price": 301})
+    await stack.replica(model)
+    principal = await principal_of(stack, tenant)
+    batched, detached, sink = chat(BATCH, service_tier="priority"), chat(DETACHED), Collected()
+    async with inferences(stack) as path:
+        await path.serve(principal, batched, sink)
+        await path.serve(principal, detached, Collected())
+    assert json.loads(sink.body)["usage"]["completion_tokens"] == 4
+
+    async def ledger() -> dict[str, tuple[str, int, str]]:
+        events = await stack.ledger(model, tenant)
+        return {event.request_id: (event.status, event.charge_picousd, event.work) for event in events}
+
+    assert await ledger() == {batched.request_id: ("wasted", 0, "background"), detached.request_id: ("wasted", 0, "interactive")}
+    own, stand_in = batched.record.own_event(), batched.record.event()
+    assert (own.status, own.charge_picousd) == ("completed", own.prompt_tokens * 50 + 4 * 151), "half, rounded up, whatever its tier"
+    async with stack.db.begin(tenant.id) as connection:
+        await insert_events(connection, [own])
+    await record_events(stack.db, [parse_event(stand_in)])
+    assert (await ledger())[batched.request_id] == ("completed", own.charge_picousd, "background")
+
+
+async def test_work_whose_slot_is_taken_back_is_aborted_and_counted(stack: Stack) -> None:
+    model, tenant = await stack.model("m"), await stack.tenant()
+    replica = await stack.replica(model)
+    principal = await principal_of(stack, tenant)
+    inference = chat(BATCH, max_tokens=1900)
+    async with inferences(stack) as path:
+        serving = asyncio.create_task(path.serve(principal, inference, Collected()))
+
+        async def running() -> bool:
+            return await replica.running() == 1
+
+        await until(running)
+        news = {"id": inference.request_id, "event": "yielded", "attempts": 0}
+        await stack.services.redis.publish(gateway_channel(path.leases.gateway), json.dumps(news))
+        with pytest.raises(PutBack):
+            await serving
+        assert await replica.running() == 0
+    (event,) = await stack.told_once(model, 1)
+    assert (event["status"], event["code"], 0 < event["completion_tokens"] < 1900) == ("wasted", "put_back", True)
 
 
 async def test_a_request_that_is_not_accepted_raises_and_leaves_nothing(stack: Stack) -> None:

@@ -581,7 +581,7 @@ class Model:
         for name, tokens in progress:
             if (held := self.tickets.get(name)) is not None:
                 held.expires = now + self.rules.LEASE_MS
-                if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED):
+                if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED, TicketState.YIELDED):
                     before, held.progress = held.charged(), tokens
                     self.charge(held, held.charged() - before)
         self.reap(now)

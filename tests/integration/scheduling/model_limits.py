@@ -39,6 +39,8 @@ class Reservation:
     running: bool = True
     #: Whether the month's figures have it. If not, the ledger has it, or will be asked when it ends.
     in_figures: bool = True
+    #: Whether only the month's figures have it.
+    background: bool = False
 
 
 class Seeded(IntEnum):
@@ -68,7 +70,7 @@ class Scope:
         found: dict[int, tuple[int, int]] = {}
         for each in sorted(self.reservations, key=lambda each: each.second):
             # What lies in the future is from a clock that was set back.
-            if each.second + WINDOW_S >= now // 1000 >= each.second:
+            if each.second + WINDOW_S >= now // 1000 >= each.second and not each.background:
                 requests, tokens = found.get(each.second, (0, 0))
                 found[each.second] = requests + each.requests, tokens + each.tokens
         return found
@@ -140,7 +142,8 @@ class Limits:
         tokens, cost = ticket.prompt_tokens + ticket.completion_tokens, cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
         made = []
         for limit in ticket.limits:
-            made.append(Reservation(now // 1000, month_of(now), 1, tokens, cost))
+            background = ticket.background
+            made.append(Reservation(now // 1000, month_of(now), 1, tokens, cost, running=not background, background=background))
             scopes[limit.id].reservations.append(made[-1])
         return None, self._left(now, ticket), made
 
@@ -188,12 +191,12 @@ class Limits:
         for limit, each in zip(ticket.limits, made, strict=False):
             prompt, cached, completion = used or (0, 0, 0)
             excess = prompt + completion - each.tokens
-            if excess > 0 and not each.second + WINDOW_S >= now // 1000 >= each.second:
+            if excess > 0 and not each.background and not each.second + WINDOW_S >= now // 1000 >= each.second:
                 late = Reservation(now // 1000, each.month, 0, excess, 0, running=False, in_figures=False)
                 self.scopes[limit.id].reservations.append(late)
             each.tokens, each.cost = prompt + completion, cost_of(ticket, (prompt, cached, completion))
             each.requests = 1 if each.tokens > 0 else 0
             each.running, each.in_figures = False, True
-            if used is not None:
+            if used is not None and not each.background:
                 scope = self.scopes[limit.id]
                 scope.turn_ms += (max(0, now - submitted) - scope.turn_ms) // 8

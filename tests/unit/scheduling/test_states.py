@@ -10,6 +10,7 @@ from lmaas.scheduling.client import PARTS, library
 from lmaas.scheduling.states import (
     GATEWAY_LOST,
     REFUSALS,
+    RUNNER_LOST,
     TERMINAL,
     TRANSITIONS,
     LimitName,
@@ -44,6 +45,7 @@ def names(words: AbstractSet[StrEnum] | type[StrEnum]) -> dict[str, str]:
         ("LIMIT", names(LimitName)),
         ("REPLICA", names({Observed.STARTING, Observed.READY, Observed.DRAINING})),
         ("LOST", {"STATUS": UsageStatus.LOST.value, "CODE": GATEWAY_LOST}),
+        ("WASTED", {"STATUS": UsageStatus.WASTED.value, "CODE": RUNNER_LOST}),
     ],
 )
 def test_lua_has_the_same_words(name: str, words: dict[str, str]) -> None:

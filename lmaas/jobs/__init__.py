@@ -1,0 +1,1 @@
+"""Durable work: the processes of `lmaas jobs`, their leases, and what they run."""
