@@ -3,20 +3,18 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Audit
 from lmaas.errors import Unavailable
 from lmaas.files.drafts import Draft, draft
 from lmaas.store import files as rows
 from lmaas.store.database import Database
-from lmaas.store.files import Check, File, NewFile, Quota, not_found
+from lmaas.store.files import Check, File, NewFile, Quota, Within, not_found
 from lmaas.store.objects import Objects
 from lmaas.store.scopes import OPERATOR, SYSTEM, AnyScope
 
@@ -43,8 +41,6 @@ class Purpose(StrEnum):
 
 #: The purposes of uploads.
 UPLOADED = (Purpose.BATCH, Purpose.FINE_TUNE, Purpose.EVALS, Purpose.USER_DATA)
-#: Run in the transaction that adds files.
-Within = Callable[[AsyncConnection, Sequence[File]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ before it was added.
 """
 
 import secrets
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -88,6 +88,9 @@ class Check:
         """The tenant and the hash of the content."""
         return self.tenant_id, self.sha256
 
+
+#: What runs in the transaction that adds files.
+Within = Callable[[AsyncConnection, Sequence[File]], Awaitable[None]]
 
 _FILE = tuple(files.c[name] for name in File.__slots__)
 _CHECK = tuple(content_checks.c[name] for name in Check.__slots__)
