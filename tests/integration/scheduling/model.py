@@ -774,8 +774,9 @@ class Model:
         now = self.begin(now)
         if (replica := self.replicas.get(replica_id)) is None:
             return -1
+        loading = [held for adapter in replica.loading for held in self.loading_on(replica, adapter)]
         replica.state = Observed.DRAINING
-        self.list_as_lost([held for held in self.on(replica) if held.state == TicketState.LOADING and held.ticket.adapter in replica.loading])
+        self.list_as_lost(loading)
         replica.loading = {}
         self.take_back_lost()
         self.dispatch(now)
