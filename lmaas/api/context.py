@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import Raw, Struct
 from starlette.requests import Request
+from starlette.responses import Response
 
 from lmaas.adapters.service import Adapters
 from lmaas.api.operation import Permission, Place
@@ -65,6 +66,7 @@ class ApiCall(Generic[Body, Asked]):
     function that makes the change, None for an operation that makes none."""
 
     owner: str | None
+    principal: Principal
     path: Mapping[str, str]
     body: Body
     query: Asked
@@ -87,4 +89,4 @@ class WithStatus:
     status: int
 
 
-Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus]]
+Handler = Callable[[Api, ApiCall[Any, Any]], Awaitable[Struct | Raw | WithStatus | Response]]

@@ -42,6 +42,8 @@ class Operation:
     `for_operators` a second one under `/admin/v1/tenants/{tenant}`, for keys of operators. `audit` is the action that the audit log
     records if the operation changes something. `files` are the fields of a form that are files: then the body is a multipart form.
     `texts` are the fields of the body whose strings are for a model: then the body may be as large as that of an inference request.
+    With `reads_body` the handler reads the body itself, as a form's always does. `media` is the type of the answer; with another than JSON
+    the handler returns a response, and `answer` describes what is in it, if it is JSON too.
     `also` describes further statuses of success.
     """
 
@@ -58,6 +60,8 @@ class Operation:
     audit: Action | None = None
     files: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    reads_body: bool = False
+    media: str = "application/json"
     for_operators: bool = True
 
     @property

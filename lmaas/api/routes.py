@@ -94,7 +94,8 @@ async def _dispatch(api: Api, places: Mapping[str, Place], request: Request) -> 
 
 
 async def serve(api: Api, place: Place, request: Request) -> Response:
-    """Serve one request: check its permission, decode its query and body, call the handler, and encode its answer.
+    """Serve one request: check its permission, decode its query and body, call the handler, and encode its answer, unless that is a
+    response already.
 
     Raises LmaasError.
     """
@@ -102,16 +103,18 @@ async def serve(api: Api, place: Place, request: Request) -> Response:
     owner, principal = await api.allowed(place, request)
     query = None if operation.query is None else decode(operation.query, dict(request.query_params), text=True)
     call: ApiCall[Any, Any] = ApiCall(
-        owner, request.path_params, await _body(api, operation, request), query, _audit(operation, principal, request), request
+        owner, principal, request.path_params, await _body(api, operation, request), query, _audit(operation, principal, request), request
     )
     answered = await HANDLERS[operation.id](api, call)
+    if isinstance(answered, Response):
+        return answered
     answer, status = (answered.answer, answered.status) if isinstance(answered, WithStatus) else (answered, operation.status)
     return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
 
 async def _body(api: Api, operation: Operation, request: Request) -> Any:
-    # The handler itself reads a form, whose files stream to disk.
-    if operation.body is None or operation.files:
+    # The handler itself reads a form, whose files stream to disk, and what else may be long.
+    if operation.body is None or operation.files or operation.reads_body:
         return None
     limit_bytes = api.settings.max_body_bytes if operation.texts else MAX_JSON_BYTES
     text = await Request(request.scope, limited(request.receive, request.scope, limit_bytes)).body()
