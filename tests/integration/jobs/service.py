@@ -69,9 +69,7 @@ def chat(custom_id: str, model: str, **more: Any) -> bytes:
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
 
 
-async def batch_of(
-    stack: Stack, texts: Texts, tenant: Tenant, model: BaseModel, lines: Sequence[bytes], **more: Any
-) -> str:
+async def batch_of(stack: Stack, texts: Texts, tenant: Tenant, model: BaseModel, lines: Sequence[bytes], **more: Any) -> str:
     """Store a batch of these lines, which are validated already."""
     rows, offset = [], 0
     for number, line in enumerate(lines):
