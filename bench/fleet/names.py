@@ -15,7 +15,7 @@ import msgspec
 import psutil
 from redis.asyncio import Redis
 
-from bench.capacity import SCOPES, cpu_s, record
+from bench.load import SCOPES, cpu_s, record
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, gateway_channel
 from lmaas.scheduling.leases import RENEW_AT_ONCE
 from lmaas.scheduling.states import NoTicket, TicketState
