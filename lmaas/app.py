@@ -1,4 +1,4 @@
-"""The composition root: builds the gateway, the controller and the supervisor from settings, and hands state down."""
+"""The composition root: builds the gateway, the controller, the job runner and the supervisor from settings, and hands state down."""
 
 import asyncio
 import contextlib
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
 from lmaas.admission.months import Months
+from lmaas.admission.tiers import file_quota
 from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
@@ -34,6 +35,7 @@ from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
 from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
+from lmaas.files.service import Files
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
@@ -43,6 +45,12 @@ from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
+from lmaas.jobs.background import BackgroundRuns
+from lmaas.jobs.keys import Keys
+from lmaas.jobs.lines import LineWorker
+from lmaas.jobs.metrics import JobMetrics
+from lmaas.jobs.process import Jobs
+from lmaas.jobs.runner import Runner, Worker
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
 from lmaas.protocols.messages.openapi import messages_paths
@@ -55,6 +63,7 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.background import BackgroundResponses
 from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
 from lmaas.protocols.responses.openapi import responses_paths
@@ -73,6 +82,7 @@ from lmaas.states import TERMINAL, Observed
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
+from lmaas.store.objects import Objects
 from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
@@ -91,18 +101,23 @@ COLLECT_EVERY = (10_000, 20, 20)
 
 
 def object_store_url(settings: Settings) -> str:
-    """Return the URL of the adapter store: that of the settings, or a folder of this stack."""
+    """Return the URL of the object store: that of the settings, or a folder of this stack."""
     return settings.object_store_url or (settings.home / "objects").as_uri()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The services that every process uses: Postgres, Redis and the adapter store."""
+    """The services that every process uses: Postgres, Redis and the object store."""
 
     db: Database
     redis: Redis
     scheduler: Scheduler
-    files: AdapterFiles
+    objects: Objects
+    adapter_files: AdapterFiles
+
+    def files(self, settings: Settings) -> Files:
+        """Return the service of tenants' files."""
+        return Files(self.db, self.objects, settings.home / "uploads", settings.max_file_bytes, file_quota)
 
 
 @asynccontextmanager
@@ -116,7 +131,8 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
     db = Database(settings.database_url, role, prefix=settings.database_role_prefix, connections=connections)
     redis = connect(settings.redis_url)
     try:
-        yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
+        objects = Objects(object_store_url(settings))
+        yield Services(db, redis, Scheduler(redis), objects, AdapterFiles(objects))
     finally:
         await redis.aclose()
         await db.close()
@@ -169,7 +185,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     deadline = timedelta(seconds=settings.background_deadline_s)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
     gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.files), state, logs)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state, logs)
 
     async def ready() -> None:
         await db.check()
@@ -295,6 +311,33 @@ async def run_controller(settings: Settings) -> None:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
+def build_jobs(settings: Settings, services: Services) -> Jobs:
+    """Build a job runner."""
+    db = services.db
+    changes = Changes(functools.partial(change_number, db))
+    requests, metrics = GatewayMetrics(), JobMetrics()
+    requests.registry.register(metrics)
+    inferences = build_inferences(settings, services, changes, requests)
+    writer = Writer(db, requests, timedelta(seconds=settings.response_retention_s), _end_process_on_failure)
+    state, kept_for = StoredState(db, writer), timedelta(seconds=settings.response_retention_s)
+    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(state))}
+    files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
+    workers: list[Worker] = [
+        LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
+        BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for),
+    ]
+    return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, writer, requests)
+
+
+async def run_jobs(settings: Settings) -> None:
+    """Run a job runner until it is told to stop."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    async with connected(settings, DatabaseRole.JOBS) as services:
+        _raise_file_limit()
+        await build_jobs(settings, services).run(stopping)
+
+
 async def run_replica(settings: Settings, replica_id: str) -> bool:
     """Supervise one replica for its whole life. Returns False if it failed."""
     async with connected(settings, DatabaseRole.REPLICA, connections=1) as services, EngineClient() as client:
@@ -302,7 +345,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")
         model = await get_base_model(services.db, row.base_model_id)
-        supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
+        supervisor = Supervisor(settings, services.db, services.scheduler, services.adapter_files, client, model, replica_id)
         # With a local provisioner, the controller checks.
         checking = serve_checks(settings, services.db, services.redis, model.id) if settings.provisioner != "local" else None
         checks = asyncio.create_task(checking, name="grammar-checker") if checking is not None else None

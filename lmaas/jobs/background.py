@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from http import HTTPStatus
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from lmaas.errors import InternalError, LmaasError, OverLimit, Quarantined, Unauthenticated, Unavailable
 from lmaas.http import parse_json
@@ -16,6 +16,8 @@ from lmaas.inference.protocol import Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.work import DETACHED
 from lmaas.jobs.event_writer import EventSink, EventWriter
+from lmaas.jobs.keys import Keys
+from lmaas.jobs.metrics import JobMetrics
 from lmaas.metering.usage import UsageRecord
 from lmaas.protocols.responses.background import BackgroundAnswer, BackgroundResponses, failure_event, run_of, status_of, with_status
 from lmaas.protocols.responses.request import ResponsesRequest
@@ -25,7 +27,6 @@ from lmaas.store import background
 from lmaas.store.background import Ending, Lease, Run
 from lmaas.store.database import Database
 from lmaas.store.runners import LeaseLost
-from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ AGAIN_S = 1.0
 
 T = TypeVar("T")
 
+#: Ends of runs that are no ends of responses, in the metrics: it runs again, or it was cancelled or deleted, or its lease was lost.
+RETRIED, ABORTED = "retried", "aborted"
+
 
 class Overdue(LmaasError):
     """A response did not run within its deadline."""
@@ -50,13 +54,6 @@ class Overdue(LmaasError):
 
     def __init__(self) -> None:
         super().__init__("The response could not run within its deadline. Create it again.")
-
-
-class Principals(Protocol):
-    """Finds the principal of a tenant's key."""
-
-    async def __call__(self, tenant_id: str, key_id: str) -> Principal | None:
-        """Return the principal, or None if the key was revoked or its tenant deleted. Raises Unavailable."""
 
 
 def attempt_id(response_id: str, attempt: int) -> str:
@@ -102,10 +99,16 @@ class BackgroundRuns:
     """The responses in the background that one job runner runs."""
 
     def __init__(
-        self, db: Database, inferences: Inferences, protocol: BackgroundResponses, principals: Principals, kept_for: timedelta
+        self,
+        db: Database,
+        inferences: Inferences,
+        protocol: BackgroundResponses,
+        principals: Keys,
+        metrics: JobMetrics,
+        kept_for: timedelta,
     ) -> None:
         self._db, self._inferences, self._protocol = db, inferences, protocol
-        self._principals, self._kept_for = principals, kept_for
+        self._principals, self._metrics, self._kept_for = principals, metrics, kept_for
         self._running: dict[Lease, asyncio.Task[None]] = {}
         self._sinks: dict[Lease, EventSink] = {}
 
@@ -136,9 +139,10 @@ class BackgroundRuns:
                 await asyncio.gather(*self._running.values(), writing, return_exceptions=True)
         except* LeaseLost as lost:
             raise lost.exceptions[0] from None
-        # What has not ended is free again at once.
-        for lease in await background.leased(self._db, runner_id):
-            await background.give_back(self._db, lease)
+        # What has not ended is free again at once. If Postgres is away, it is free when the runner is declared lost.
+        with suppress(Unavailable):
+            for lease in await background.leased(self._db, runner_id):
+                await background.give_back(self._db, lease)
 
     async def _look(self, runner_id: str, writer: EventWriter, group: asyncio.TaskGroup) -> None:
         """Lease what waits, and end the runs whose responses were cancelled or deleted, or whose leases are lost."""
@@ -223,6 +227,7 @@ class BackgroundRuns:
         if verdict.pause_s is not None:
             pause_s = verdict.pause_s
             await _persisted(lambda: background.give_back(self._db, lease, delay_s=pause_s, failed=verdict.counts))
+            self._metrics.response(RETRIED)
             return
         if served is None:
             body = with_status(run.body, BackgroundStatus.FAILED, error)
@@ -243,7 +248,9 @@ class BackgroundRuns:
         pieces = sink.rest()
         event = None if served is None else served.record.own_event()
         ending = Ending(status, row, turn_items(row) if belongs else (), pieces, sink.next_event, sink.is_whole, event)
-        if not await _persisted(lambda: background.finish(self._db, lease, ending, self._kept_for)):
+        if await _persisted(lambda: background.finish(self._db, lease, ending, self._kept_for)):
+            self._metrics.response(status)
+        else:
             await self._settle(lease, served)
 
     async def _settle(self, lease: Lease, served: _Served | None) -> None:
@@ -253,6 +260,7 @@ class BackgroundRuns:
             served.record.end(UsageStatus.ABORTED)
             event = served.record.own_event()
         await _persisted(lambda: background.settle(self._db, lease, event))
+        self._metrics.response(ABORTED)
 
 
 async def _persisted(write: Callable[[], Awaitable[T]]) -> T:

@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from sqlalchemy import select
-
 from lmaas.app import build_inferences
 from lmaas.inference.cache import Changes
 from lmaas.jobs.background import BackgroundRuns
+from lmaas.jobs.keys import Keys
+from lmaas.jobs.metrics import JobMetrics
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.responses.background import BackgroundResponses
 from lmaas.protocols.responses.stored import StoredState
@@ -21,9 +21,6 @@ from lmaas.store.database import Database
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.runners import end, free_lost, register, seen
 from lmaas.store.scopes import SYSTEM
-from lmaas.store.tables import api_keys
-from lmaas.store.tenants import find_principal
-from lmaas.types import Principal
 from tests.integration.gateway.stack import Stack
 
 MONTH = timedelta(days=30)
@@ -69,14 +66,8 @@ async def runner(stack: Stack) -> AsyncIterator[Runner]:
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
-    async def principal_of(tenant_id: str, key_id: str) -> Principal | None:
-        async with stack.db.begin(tenant_id) as connection:
-            found = await connection.execute(select(api_keys.c.hash).where(api_keys.c.id == key_id))
-            key_hash = found.scalar_one()
-        return await find_principal(stack.db, key_hash)
-
     protocol = BackgroundResponses(StoredState(db, Writer(db, metrics, MONTH)))
-    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, principal_of, MONTH), db)
+    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH), db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]
         made.tasks = [
