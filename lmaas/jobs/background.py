@@ -36,6 +36,8 @@ LOOK_EVERY_S = 0.5
 MOST = 256
 #: Failures of engines, or of this service, after which a response is not tried again.
 MAX_FAILURES = 3
+#: The runners that may die while they run a response. After that it is not tried again, because it may be the reason.
+MAX_LOSSES = 5
 #: The bounds of the pause before a response is tried again.
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 #: The pause before an end is stored again that Postgres did not take.
@@ -54,6 +56,15 @@ class Overdue(LmaasError):
 
     def __init__(self) -> None:
         super().__init__("The response could not run within its deadline. Create it again.")
+
+
+class RunnersLost(LmaasError):
+    """Too many job runners died while they ran a response."""
+
+    kind, code = "runners_lost", "runners_lost"
+
+    def __init__(self) -> None:
+        super().__init__(f"{MAX_LOSSES} processes died while they ran this response, so it is not tried again.")
 
 
 def attempt_id(response_id: str, attempt: int) -> str:
@@ -200,6 +211,8 @@ class BackgroundRuns:
         try:
             if run.is_overdue:
                 raise Overdue
+            if run.losses >= MAX_LOSSES:
+                raise RunnersLost
             if run.failures >= MAX_FAILURES:
                 raise InternalError
             principal = await self._principals(lease.tenant_id, run.key_id)

@@ -473,8 +473,10 @@ background_responses = Table(
     Column("next_event", Integer, nullable=False, server_default=text("2")),
     # False once there were too many events to log.
     Column("is_log_whole", Boolean, nullable=False, server_default=text("true")),
-    # Runs that failed for a reason that may pass, and the time before which it is not tried again.
+    # Runs that failed for a reason that may pass, and runs whose runner died.
     Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("losses", Integer, nullable=False, server_default=text("0")),
+    # The time before which it is not tried again. Null before its first run, and while it runs.
     Column("not_before", DateTime(timezone=True)),
     # Of the whole row and its events, about.
     Column("size_bytes", BigInteger, nullable=False),

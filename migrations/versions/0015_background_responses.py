@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("next_event", sa.Integer(), server_default=sa.text("2"), nullable=False),
         sa.Column("is_log_whole", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("failures", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("losses", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("runner_id", sa.Text(), nullable=True),
