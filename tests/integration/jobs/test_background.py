@@ -1,11 +1,14 @@
 """Responses in the background over HTTP, as OpenAI's client uses them."""
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -13,11 +16,13 @@ from openai import AsyncOpenAI
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
+from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_key, revoke_key
 from lmaas.types import Role
 from tests.integration.gateway.stack import Replica, Stack, Tenant, running
 from tests.integration.jobs.background import Runner, runner
 from tests.support.conditions import until
+from tests.support.processes import free_port
 from tests.support.response_streams import check, parse
 
 RESPONSES = "/v1/responses"
@@ -65,7 +70,7 @@ async def create(client: AsyncOpenAI, words: str = "Say hi.", **more: Any) -> An
     return await client.responses.create(model="base", input=words, background=True, **more)
 
 
-async def ended(client: AsyncOpenAI, response_id: str) -> Any:
+async def ended(client: AsyncOpenAI, response_id: str, timeout_s: float = 20) -> Any:
     """Poll as OpenAI's guide does, until the response has ended."""
     found: list[Any] = []
 
@@ -73,7 +78,7 @@ async def ended(client: AsyncOpenAI, response_id: str) -> Any:
         found.append(await client.responses.retrieve(response_id))
         return found[-1].status in ENDS
 
-    await until(is_over, timeout_s=20)
+    await until(is_over, timeout_s=timeout_s)
     return found[-1]
 
 
@@ -228,6 +233,64 @@ async def test_a_response_outlives_its_runner(service: Service, tenant: Tenant, 
     assert set(by_status) == {UsageStatus.WASTED, UsageStatus.COMPLETED}
     assert by_status[UsageStatus.WASTED].charge_picousd == 0
     assert by_status[UsageStatus.COMPLETED].completion_tokens == 400
+
+
+@asynccontextmanager
+async def process(service: Service, command: str, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a process of the service, which is killed at the end of the block."""
+    environment = os.environ | service.stack.settings.environment() | settings
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "lmaas", command, env=environment)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_killed_processes_lose_nothing(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    async with process(service, "gateway", LMAAS_PORT=port) as gateway, process(service, "jobs") as first:
+
+        async def is_ready() -> bool:
+            async with httpx.AsyncClient() as http:
+                with suppress(httpx.TransportError):
+                    return (await http.get(f"{url}/readyz")).status_code == 200
+            return False
+
+        await until(is_ready, timeout_s=30)
+        async with service.client(tenant, url) as elsewhere:
+            made = await create(elsewhere, stream=True, max_output_tokens=600, extra_body={"ignore_eos": True})
+            seen = []
+            with suppress(httpx.TransportError, openai.APIConnectionError):
+                async for event in made:
+                    seen.append(event)
+                    if len(seen) == 1:
+                        gateway.kill()
+        response_id = seen[0].response.id
+
+        async def is_running() -> bool:
+            return bool((await client.responses.retrieve(response_id)).status == "in_progress")
+
+        await until(is_running, timeout_s=30)
+        first.kill()
+        await first.wait()
+    async with service.stack.db.begin(SYSTEM) as connection:
+        await connection.exec_driver_sql("UPDATE job_runners SET seen_at = now() - interval '1 hour'")
+    async with process(service, "jobs"):
+        done = await ended(client, response_id, timeout_s=60)
+    assert done.usage.output_tokens == 600
+    restarted = parse(await log_of(service, tenant, response_id, 2))[0][0]
+    assert restarted["code"] == "response_restarted"
+    whole = check(await log_of(service, tenant, response_id), background=True, restarted_at=restarted["sequence_number"] + 1)
+    assert whole.response == done.to_dict()
+
+    async def all_told() -> bool:
+        events = await service.stack.ledger(service.model, tenant)
+        return [event.request_id[-2:] for event in events if event.status == UsageStatus.COMPLETED] == ["_2"] and len(events) == 2
+
+    await until(all_told, timeout_s=30)
 
 
 async def test_a_stopped_runner_gives_back_what_runs(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:

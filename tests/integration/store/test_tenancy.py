@@ -416,7 +416,6 @@ CASES: dict[str, Case] = {
     "responses.find_response": lambda both: responses.find_response(both.gateway, both.mine.id, "resp_1"),
     "responses.find_chain": lambda both: responses.find_chain(both.gateway, both.mine.id, "resp_1"),
     "responses.find_exchanges": lambda both: responses.find_exchanges(both.gateway, both.mine.id, ["resp_1"]),
-    "responses.delete_response": lambda both: responses.delete_response(both.gateway, both.mine.id, "resp_1"),
     "conversations.get_conversation": lambda both: conversations.get_conversation(both.gateway, both.mine.id, "conv_1"),
     "conversations.change_metadata": lambda both: conversations.change_metadata(both.gateway, both.mine.id, "conv_1", b"mine", MONTH),
     "conversations.delete_conversation": lambda both: conversations.delete_conversation(both.gateway, both.mine.id, "conv_1"),
