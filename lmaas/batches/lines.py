@@ -1,5 +1,6 @@
 """The lines of a batch's input file: where each begins, and the request in it."""
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ ENVELOPE_BYTES = 64 * 1024
 #: The endpoint of Anthropic's batches.
 MESSAGES = "/v1/messages"
 _BOM = b"\xef\xbb\xbf"
+_BLANK = re.compile(rb"[ \t\r\n]+")
 #: The field of a line that has the request, by the protocol's path; `body` otherwise.
 _REQUEST_FIELDS = {MESSAGES: "params"}
 
@@ -57,7 +59,16 @@ class LineSplitter:
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """Yield the lines that these bytes complete."""
         start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
+        while True:
+            if not self._size and (blank := _BLANK.match(chunk, start)) is not None:
+                # Blank lines at once, because a file may consist of them.
+                text = chunk.rfind(b"\n", start, blank.end()) + 1 or start
+                self._number += chunk.count(b"\n", start, text)
+                self._offset += text - start
+                start = text
+            end = chunk.find(b"\n", start)
+            if end < 0:
+                break
             self._hold(chunk[start:end])
             start = end + 1
             yield from self._ended()

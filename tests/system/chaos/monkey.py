@@ -15,8 +15,10 @@ from tests.support.verdict import Fault
 from tests.system.chaos.clients import Worker
 from tests.system.chaos.service import CONTROLLERS, Service, now
 
-#: The minimum time between a gateway's death and a fault of Valkey: a lease (6 s) and its settlement. If both die within it, accepted
-#: requests that only they had are lost. That is a double fault, against which nothing is promised.
+#: The processes that hold requests: what only they and Valkey know is lost with both.
+HOLDERS = ("gateway", "runner")
+#: The minimum time between the death of one of them and a fault of Valkey: a lease (6 s) and its settlement. If both die within it,
+#: accepted requests that only they had are lost. That is a double fault, against which nothing is promised.
 APART_S = 9.0
 #: A stream with this many tokens has run for longer than the maximum age of a checkpoint.
 OLD_TOKENS = 230
@@ -28,7 +30,7 @@ class Monkey:
     def __init__(self, service: Service, workers: list[Worker], seed: str) -> None:
         self._service, self._workers = service, workers
         self._random = random.Random(seed)
-        self._last = {"gateway": 0.0, "valkey": 0.0}
+        self._last_holder = self._last_valkey = 0.0
         self._faults: dict[str, Callable[[], Awaitable[str]]] = {
             "gateway": self._gateway,
             "controller": self._controller,
@@ -57,9 +59,10 @@ class Monkey:
                 target = await self._faults[kind]()
                 if target:
                     self._service.faults.append(Fault(kind, target, began, now()))
-                for one in self._last:
-                    if kind.startswith(one) or (one == "valkey" and kind == "flushall"):
-                        self._last[one] = now()
+                if kind.startswith(HOLDERS):
+                    self._last_holder = now()
+                if _of_valkey(kind):
+                    self._last_valkey = now()
             rounds += 1
 
     async def _next(self, left: list[str]) -> str:
@@ -74,17 +77,17 @@ class Monkey:
         return found[0]
 
     async def _allowed(self, kind: str) -> bool:
-        if kind == "gateway":
-            return now() - self._last["valkey"] > APART_S
-        if kind.startswith("valkey") or kind == "flushall":
-            return now() - self._last["gateway"] > APART_S and not await self._waits_for_the_ledger()
+        if kind.startswith(HOLDERS):
+            return now() - self._last_valkey > APART_S
+        if _of_valkey(kind):
+            return now() - self._last_holder > APART_S and not await self._waits_for_the_ledger()
         return True
 
     async def _waits_for_the_ledger(self) -> bool:
-        """Return whether only Valkey has a request of a dead gateway."""
+        """Return whether only Valkey has a request of a dead gateway or job runner."""
         for model in self._service.models:
             entries: Any = await self._service.scheduler.redis.xrange(f"lmaas:{{{model.id}}}:usage")
-            if any('"lost"' in fields["event"] for _, fields in entries):
+            if any('"lost"' in fields["event"] or '"wasted"' in fields["event"] for _, fields in entries):
                 return True
         return False
 
@@ -176,3 +179,7 @@ class Monkey:
         await asyncio.sleep(self._random.uniform(2, 5))
         await self._service.start_postgres()
         return "stopped"
+
+
+def _of_valkey(kind: str) -> bool:
+    return kind.startswith("valkey") or kind == "flushall"

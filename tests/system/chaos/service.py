@@ -67,10 +67,12 @@ class Client:
 class Service:
     """Postgres, Valkey, gateways, controllers, and the replicas that the controllers start. Created by `running`."""
 
-    def __init__(self, home: Path, fake: str, changes: dict[str, Any], *, embeds: bool = False) -> None:
+    def __init__(self, home: Path, fake: str, changes: dict[str, Any], *, embeds: bool = False, runners: int = 0) -> None:
         self.settings = Settings(home=home)
         #: Whether there is a second base model, EMBEDDER.
         self.embeds = embeds
+        #: The names of the job runners.
+        self.runners = [f"jobs-{number}" for number in range(runners)]
         self._fake, self._changes = fake, changes
         self.truth = home / "truth"
         self.faults: list[Fault] = []
@@ -126,7 +128,7 @@ class Service:
     # Processes of ours
 
     def start(self, name: str) -> None:
-        """Start a gateway or a controller."""
+        """Start a gateway, a controller or a job runner."""
         log = self.settings.home / f"{name}.log"
         settings = replace(self.settings, port=self._ports[name]) if name in self._ports else self.settings
         inherited = {variable: value for variable, value in os.environ.items() if not variable.startswith("LMAAS_")}
@@ -141,9 +143,19 @@ class Service:
             )
 
     def kill(self, name: str) -> None:
-        """Kill a gateway or a controller with `kill -9`."""
+        """Kill a gateway, a controller or a job runner with `kill -9`."""
         self._processes[name].kill()
         self._processes[name].wait()
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[None]:
+        """Suspend a process for the block, unless it is killed meanwhile."""
+        process = self._processes[name]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
     def terminate(self, name: str) -> "subprocess.Popen[bytes]":
         """Send SIGTERM and return the process, which may take some time to end."""
@@ -151,11 +163,11 @@ class Service:
         return self._processes[name]
 
     def process(self, name: str) -> "subprocess.Popen[bytes]":
-        """Return a gateway or a controller by name."""
+        """Return a gateway, a controller or a job runner by name."""
         return self._processes[name]
 
     def ended(self) -> dict[str, int]:
-        """Return the gateways and controllers that ended without being killed by the test, with their exit codes."""
+        """Return the processes that `start` started and that ended without being killed by the test, with their exit codes."""
         return {name: code for name, process in self._processes.items() if (code := process.poll()) is not None}
 
     def url(self, gateway: str) -> str:
@@ -193,7 +205,7 @@ class Service:
         return found
 
     def logs(self) -> str:
-        """Return the warnings and errors of gateways, controllers and supervisors, to help find the cause of a failure."""
+        """Return the warnings and errors of gateways, controllers, job runners and supervisors, to help find the cause of a failure."""
         files = [*self.settings.home.glob("*.log"), *self.settings.home.glob("replicas/*/supervisor.log")]
         lines = [f"{file.name}: {line}" for file in files for line in file.read_text(errors="replace").splitlines()]
         return "\n".join(line for line in lines if "ERROR" in line or "CRITICAL" in line or "Traceback" in line)[-6000:]
@@ -220,7 +232,7 @@ class Service:
         if self.embeds:
             embedder = BaseModel("", EMBEDDER, "no-model", "float32", {}, 16, 1, 1, SLOTS, 512, 2**28, fake, kind=PoolKind.EMBED)
             self.models.append(await put_base_model(self.db, embedder))
-        for name in (*self.gateways, *(f"controller-{number}" for number in range(CONTROLLERS))):
+        for name in (*self.gateways, *(f"controller-{number}" for number in range(CONTROLLERS)), *self.runners):
             self.start(name)
 
     async def clients(self, tenant: str, workers: int, *, adapters: int, max_queued: int) -> list[Client]:
@@ -257,11 +269,11 @@ class Service:
 
 
 @asynccontextmanager
-async def running(*, fake: str = "", embeds: bool = False, **changes: Any) -> AsyncIterator[Service]:
+async def running(*, fake: str = "", embeds: bool = False, runners: int = 0, **changes: Any) -> AsyncIterator[Service]:
     """Run a service with an empty database until the end of the block. Its engines get the `fake` arguments; `changes` are settings. With
-    `embeds` it also has a base model that embeds."""
+    `embeds` it also has a base model that embeds, with `runners` so many job runners."""
     # A short path, because a Unix socket's path may have at most 107 bytes.
-    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes, embeds=embeds)
+    service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes, embeds=embeds, runners=runners)
     async with AsyncExitStack() as exits:
         exits.callback(service.close)
         await service.bootstrap()

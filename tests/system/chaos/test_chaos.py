@@ -20,7 +20,6 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import aiohttp
 import pytest
@@ -35,6 +34,7 @@ from tests.support.effort import tries
 from tests.support.verdict import Fault, judge
 from tests.system.chaos.clients import RESPONSES, Worker
 from tests.system.chaos.monkey import Monkey
+from tests.system.chaos.rest import comes_to_rest
 from tests.system.chaos.service import GATEWAYS, Service, running
 
 SECONDS = tries(20)
@@ -71,7 +71,7 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
         await asyncio.gather(*jobs)
     print(f"{time.monotonic() - started:.0f} s: {[(round(one.began, 1), one.kind, one.target) for one in service.faults]}")  # noqa: T201
     await _answers_again(service, workers)
-    await _comes_to_rest(service)
+    await comes_to_rest(service)
     await _are_stored(service, workers)
 
     ledger = await list_events(service.db, OPERATOR)
@@ -115,25 +115,6 @@ async def _answers_again(service: Service, workers: list[Worker]) -> None:
         await asyncio.gather(*jobs)
 
 
-async def _comes_to_rest(service: Service) -> None:
-    """No slot is taken, nobody waits, and Valkey knows of no request any more: everything is in the ledger."""
-    redis = service.scheduler.redis
-
-    async def rest() -> bool:
-        for model in service.models:
-            stats = await service.scheduler.stats(model.id)
-            busy = [replica for replica in stats["replicas"].values() if replica["load"] or replica["running"]]
-            if stats["queued"] or stats["load"] or busy:
-                return False
-        return not await _requests_in(redis)
-
-    try:
-        await until(rest)
-    except BaseException:
-        print(await service.scheduler.stats(service.model.id), await _requests_in(redis))  # noqa: T201
-        raise
-
-
 async def _are_stored(service: Service, workers: list[Worker]) -> None:
     """Every response whose end its client has seen can be read, by its own tenant only.
 
@@ -157,26 +138,3 @@ async def _are_stored(service: Service, workers: list[Worker]) -> None:
                     async with session.get(f"{url}/{response_id}", headers=other.headers) as response:
                         assert response.status == 404
     assert seen >= 20
-
-
-async def _requests_in(redis: Any) -> list[str]:
-    """Everything in Valkey that names a request: tickets, leases, queues, checkpoints, usage events."""
-    found = []
-    async for key in redis.scan_iter("*"):
-        kind = await redis.type(key)
-        match kind:
-            case "hash":
-                text = str(await redis.hgetall(key))
-            case "zset":
-                text = str(await redis.zrange(key, 0, -1))
-            case "stream":
-                text = str(await redis.xrange(key))
-            case "set":
-                text = str(await redis.smembers(key))
-            case "list":
-                text = str(await redis.lrange(key, 0, -1))
-            case _:
-                text = str(await redis.get(key))
-        if "req_" in text or "req_" in key:
-            found.append(f"{key}: {text[:500]}")
-    return found

@@ -10,6 +10,7 @@ import pytest
 from lmaas.batches.lines import MESSAGES, request_body
 from lmaas.batches.validation import MAX_FAULTS, MAX_MODELS, Fault, Validator
 from lmaas.errors import InvalidRequest
+from tests.support.conditions import within
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
@@ -48,6 +49,12 @@ VALID = [
     pytest.param(line().replace(b"Hello", b"a\\u0000b"), [1], id="NUL in a message"),
     pytest.param(line(body=BODY | {"seed": 10**30}), [1], id="a large number"),
 ]
+
+
+async def test_a_file_of_blank_lines_takes_little_time() -> None:
+    async with within(3):
+        validator = checked(b"\n \r\n" * 10_000_000 + line(), size=128 * 1024)
+    assert [found.number for found in validator.lines] == [20_000_001]
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
