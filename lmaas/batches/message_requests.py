@@ -91,7 +91,7 @@ class RequestReader:
                 return None, place + 1
             case _State.END:
                 if last and _END.fullmatch(text, place) is None:
-                    raise InvalidRequest('Nothing but "}" may follow the list \'requests\'.', code="invalid_json", param="requests")
+                    raise InvalidRequest("Nothing but \"}\" may follow the list 'requests'.", code="invalid_json", param="requests")
                 if len(text) - place > _MAX_START:
                     raise _invalid("text follows its end")
                 return None

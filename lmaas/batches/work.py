@@ -98,7 +98,9 @@ class BatchWork:
         try:
             file = await self.files.get(batch.tenant_id, batch.input_file_id)
             if file.size_bytes > form.file_bytes:
-                message = f"The input file has {file.size_bytes:,} bytes, the maximum is {form.file_bytes:,}. Divide it into several batches."
+                message = (
+                    f"The input file has {file.size_bytes:,} bytes, the maximum is {form.file_bytes:,}. Divide it into several batches."
+                )
                 return Fault("file_too_large", message, param="input_file_id")
             async for piece in _pieces(self.files.stream(file)):
                 validator.feed(piece)

@@ -25,7 +25,9 @@ def line(custom_id: Any = "a", **changes: Any) -> bytes:
 
 def checked(text: bytes, *, size: int = 1000, **settings: Any) -> Validator:
     """The validator after the file with this content, given to it in chunks of this size."""
-    validator = Validator(settings.pop("endpoint", CHAT), settings.pop("max_request_bytes", LIMIT), settings.pop("max_lines", 50_000), **settings)
+    validator = Validator(
+        settings.pop("endpoint", CHAT), settings.pop("max_request_bytes", LIMIT), settings.pop("max_lines", 50_000), **settings
+    )
     for start in range(0, len(text), size):
         validator.feed(text[start : start + size])
     validator.close()
