@@ -1,5 +1,6 @@
 """Handlers for message batches, in Anthropic's shapes."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -155,10 +156,9 @@ async def delete_message_batch(api: Api, call: ApiCall[None, None]) -> DeletedMe
     batch = await rows.delete_batch(api.db, call.tenant_id, _id(call.path), Dialect.ANTHROPIC, audit=call.audit)
     for file_id in (batch.input_file_id, batch.output_file_id):
         if file_id is not None:
-            try:
+            # It may have expired, or have been deleted as a file.
+            with contextlib.suppress(NotFound):
                 await api.files.delete(call.tenant_id, file_id)
-            except NotFound:
-                pass  # it has expired, or was deleted as a file
     return DeletedMessageBatch(id=batch.id)
 
 

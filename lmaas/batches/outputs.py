@@ -37,9 +37,11 @@ def openai_line(batch_id: str, line: LineRow, stop: Stop) -> bytes:
     response = None
     error = _error_of(line, stop)
     if error is None:
-        response = {"status_code": line.status_code, "request_id": line.request_id, "body": _raw(line.answer)}
+        # A request that was refused before it ran has no id in the ledger.
+        request_id = line.request_id or f"req_{_digest(batch_id, line)}"
+        response = {"status_code": line.status_code, "request_id": request_id, "body": _raw(line.answer)}
     shown = {
-        "id": _line_id(batch_id, line.line),
+        "id": f"batch_req_{_digest(batch_id, line)}",
         "custom_id": line.custom_id,
         "response": response,
         "error": None if error is None else {"code": error.code, "message": error.message},
@@ -81,6 +83,6 @@ def _raw(body: bytes | None) -> msgspec.Raw:
     return msgspec.Raw((body or b"null").replace(b"\n", b" ").replace(b"\r", b" "))
 
 
-def _line_id(batch_id: str, number: int) -> str:
-    """Return the id of a line. It is the same whenever the file is written."""
-    return f"batch_req_{hashlib.blake2b(f'{batch_id}/{number}'.encode(), digest_size=12).hexdigest()}"
+def _digest(batch_id: str, line: LineRow) -> str:
+    """Return what the id of a line is made of. It is the same whenever the file is written."""
+    return hashlib.blake2b(f"{batch_id}/{line.line}".encode(), digest_size=12).hexdigest()

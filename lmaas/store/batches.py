@@ -127,8 +127,8 @@ async def create_batch(
     is_open = select(func.count()).where(batches.c.tenant_id == tenant_id, batches.c.status.in_(OPEN_BATCHES))
     if (count := (await connection.execute(is_open)).scalar_one()) >= limits.batches:
         raise OverLimit(
-            f"This tenant has {count:,} batches that have not ended, and {limits.of} allows {limits.batches:,}. Wait until one has ended, or "
-            "cancel one.",
+            f"This tenant has {count:,} batches that have not ended, and {limits.of} allows {limits.batches:,}. Wait until one has ended, "
+            "or cancel one.",
             code="batch_limit_exceeded",
             retry_after_s=60,
         )
@@ -237,9 +237,7 @@ async def move_leased(connection: AsyncConnection, lease: BatchLease, target: Ba
     return _found((await connection.execute(changing)).one_or_none(), lease)
 
 
-async def refusal_of_lines(
-    connection: AsyncConnection, tenant_id: str, more: int, limits_of: Callable[[str], BatchLimits]
-) -> str | None:
+async def refusal_of_lines(connection: AsyncConnection, tenant_id: str, more: int, limits_of: Callable[[str], BatchLimits]) -> str | None:
     """Return why so many lines may not be added for this tenant, None if they may. No others are added until the end of the transaction.
 
     `limits_of` returns the limits of a tier.

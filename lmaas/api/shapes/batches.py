@@ -16,9 +16,7 @@ Endpoint = Annotated[
     Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"],
     Meta(description="The endpoint of every line.", extra={"code": "invalid_endpoint"}),
 ]
-Window = Annotated[
-    Literal["24h"], Meta(description="The time in which the batch has to end.", extra={"code": "invalid_completion_window"})
-]
+Window = Annotated[Literal["24h"], Meta(description="The time in which the batch has to end.", extra={"code": "invalid_completion_window"})]
 
 
 class BatchPaging(Query, frozen=True, kw_only=True):
