@@ -19,6 +19,8 @@ class Action(StrEnum):
     ADAPTER_UPLOAD = "adapter.upload"
     ADAPTER_ACTIVATE = "adapter.activate"
     ADAPTER_DELETE = "adapter.delete"
+    FILE_CREATE = "file.create"
+    FILE_DELETE = "file.delete"
     BATCH_CREATE = "batch.create"
     BATCH_CANCEL = "batch.cancel"
     BATCH_DELETE = "batch.delete"

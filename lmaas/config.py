@@ -54,7 +54,7 @@ class Settings:
     redis_url: str | None = setting(None, "URL of a Redis or Valkey server.", unset="embedded Valkey")
     object_store_url: str | None = setting(
         None,
-        "Where adapter files are stored: `file://…` or `s3://bucket/prefix`, with credentials as AWS's tools find them.",
+        "Where files and adapters are stored: `file://…` or `s3://bucket/prefix`, with credentials as AWS's tools find them.",
         unset="a folder in the home",
     )
     tenants: Path = setting(Path("tenants"), "Folder of the manifests that `lmaas up` applies.")
@@ -85,6 +85,7 @@ class Settings:
     body_timeout_s: float = setting(30.0, "Time that a client has to send each 4 KiB of a request's body; then 408.")
     max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
     max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
+    max_file_bytes: int = setting(512 * 1024 * 1024, "Largest file of `/v1/files`; above it 413.")
     max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
     response_retention_s: int = setting(
         30 * 86400, "Time for which a response is stored, and a conversation after its last change. Holds for what is stored from now on."

@@ -14,7 +14,8 @@ from lmaas.batches import outputs
 from lmaas.batches.dialects import FORMS
 from lmaas.batches.validation import Fault, FoundLine, Validator
 from lmaas.errors import LmaasError, NotFound
-from lmaas.files.service import Draft, Files, Purpose, Written
+from lmaas.files.drafts import Draft
+from lmaas.files.service import Files, Purpose, Written
 from lmaas.http import new_request_id
 from lmaas.inference.catalog import Catalog
 from lmaas.inference.protocol import AnyProtocol
