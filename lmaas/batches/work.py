@@ -80,12 +80,22 @@ class BatchWork:
         async with AsyncExitStack() as stack:
             names = _NAMES if batch.dialect == Dialect.OPENAI else ("output_file_id",)
             drafts = {name: await stack.enter_async_context(self.files.draft(_MAX_RESULTS_BYTES)) for name in names}
-            async for rows in results(self.db, lease):
+            async for rows in self._rows(lease, batch):
                 for row in rows:
                     name, line = _result(batch, row)
                     await drafts[name].write(line)
                 await asyncio.sleep(0)
             await self._end(lease, batch, {name: draft for name, draft in drafts.items() if draft.size_bytes})
+
+    async def _rows(self, lease: BatchLease, batch: Batch) -> AsyncIterator[Sequence[LineRow]]:
+        """Provide the lines of a batch. Of one that was cancelled before they were stored, they are those of its input file."""
+        if batch.in_progress_at is None and batch.total and batch.status == BatchStatus.CANCELLING:
+            checked = await self._checked(batch)
+            lines = [] if isinstance(checked, Fault) else checked.lines
+            yield [LineRow(0, line.number, line.custom_id, LineState.PENDING, None, None, None) for line in lines]
+            return
+        async for rows in results(self.db, lease):
+            yield rows
 
     async def _checked(self, batch: Batch) -> Validator | Fault:
         """Return the validator after the whole input file, or what is wrong with the file as a whole."""
@@ -151,7 +161,10 @@ class BatchWork:
         # Without a line to run, there is nothing to wait for.
         target = BatchStatus.IN_PROGRESS if failed < len(lines) else BatchStatus.FINALIZING
         async with self.db.begin(lease.tenant_id) as connection:
-            refusal = await refusal_of_lines(connection, lease.tenant_id, len(lines) - failed, batch_limits)
+            refusal = None
+            if not batch.total:
+                # Otherwise the number of lines was known, and allowed, when the batch was created.
+                refusal = await refusal_of_lines(connection, lease.tenant_id, len(lines) - failed, batch_limits)
             if refusal is None:
                 await move_leased(connection, lease, target, total=len(lines), failed=failed)
                 await add_lines(connection, lease.tenant_id, batch.id, lines)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Audit
@@ -110,9 +110,13 @@ def _one(tenant_id: str, batch_id: str, dialect: Dialect) -> tuple[ColumnElement
     return batches.c.tenant_id == tenant_id, batches.c.id == batch_id, batches.c.dialect == dialect
 
 
-def _waiting(tenant_id: str) -> Select[Any]:
-    """Return the query for the number of a tenant's lines that wait."""
-    return select(func.coalesce(func.sum(batch_pools.c.pending), 0)).where(batch_pools.c.tenant_id == tenant_id)
+async def _waiting(connection: AsyncConnection, tenant_id: str) -> int:
+    """Return the number of a tenant's lines that wait, with those that are known of batches that are to be validated."""
+    pending = select(func.coalesce(func.sum(batch_pools.c.pending), 0)).where(batch_pools.c.tenant_id == tenant_id)
+    known = select(func.coalesce(func.sum(batches.c.total), 0)).where(
+        batches.c.tenant_id == tenant_id, batches.c.status == BatchStatus.VALIDATING
+    )
+    return int((await connection.execute(select(pending.scalar_subquery() + known.scalar_subquery()))).scalar_one())
 
 
 async def create_batch(
@@ -132,8 +136,8 @@ async def create_batch(
             code="batch_limit_exceeded",
             retry_after_s=60,
         )
-    if (lines := (await connection.execute(_waiting(tenant_id))).scalar_one()) >= limits.lines:
-        raise OverLimit(_too_many_lines(lines, limits), code="batch_limit_exceeded", retry_after_s=60)
+    if (refusal := _refusal(await _waiting(connection, tenant_id), max(new.total, 1), limits)) is not None:
+        raise OverLimit(refusal, code="batch_limit_exceeded", retry_after_s=60)
     values = {
         "tenant_id": tenant_id,
         "id": new.id,
@@ -153,9 +157,12 @@ async def create_batch(
     return Batch(*row)
 
 
-def _too_many_lines(lines: int, limits: BatchLimits) -> str:
+def _refusal(waiting: int, more: int, limits: BatchLimits) -> str | None:
+    """Return why so many lines may not be added, None if they may. One batch alone is never too large."""
+    if not waiting or waiting + more <= limits.lines:
+        return None
     return (
-        f"This tenant has {lines:,} requests that wait in batches, and {limits.of} allows {limits.lines:,}. Wait until some have run, or "
+        f"This tenant has {waiting:,} requests that wait in batches, and {limits.of} allows {limits.lines:,}. Wait until some have run, or "
         "cancel a batch."
     )
 
@@ -244,10 +251,7 @@ async def refusal_of_lines(connection: AsyncConnection, tenant_id: str, more: in
     """
     await connection.execute(_LOCK, {"tenant": tenant_id})
     tier = (await connection.execute(select(tenants.c.tier).where(tenants.c.id == tenant_id))).scalar_one()
-    limits = limits_of(tier)
-    waiting = (await connection.execute(_waiting(tenant_id))).scalar_one()
-    # A batch alone is never too large, however low the limit is.
-    return _too_many_lines(waiting, limits) if waiting and waiting + more > limits.lines else None
+    return _refusal(await _waiting(connection, tenant_id), more, limits_of(tier))
 
 
 def _leased(lease: BatchLease) -> tuple[ColumnElement[bool], ...]:
@@ -255,7 +259,7 @@ def _leased(lease: BatchLease) -> tuple[ColumnElement[bool], ...]:
     return *own, batches.c.runner_id == lease.runner_id, batches.c.attempt == lease.attempt
 
 
-def _found(row: Row[Any] | None, lease: BatchLease) -> Batch:
+def _found(row: Any, lease: BatchLease) -> Batch:
     if row is None:
         raise LeaseLost(lease.runner_id)
     return Batch(*row)
