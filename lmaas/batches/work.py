@@ -33,6 +33,7 @@ _PIECE_BYTES = 128 * 1024
 _MAX_RESULTS_BYTES = 1 << 50
 #: The result files by the batch's column for their ids, and the ends of their names.
 _NAMES = {"output_file_id": "output", "error_file_id": "error"}
+_MESSAGES_NAMES = {"output_file_id": "results"}
 
 
 class _Place(NamedTuple):
@@ -78,7 +79,7 @@ class BatchWork:
         """Write the result files of a batch whose lines have ended, delete its lines, and end it."""
         batch = await leased_batch(self.db, lease, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
         async with AsyncExitStack() as stack:
-            names = _NAMES if batch.dialect == Dialect.OPENAI else ("output_file_id",)
+            names = _NAMES if batch.dialect == Dialect.OPENAI else _MESSAGES_NAMES
             drafts = {name: await stack.enter_async_context(self.files.draft(_MAX_RESULTS_BYTES)) for name in names}
             async for rows in self._rows(lease, batch):
                 for row in rows:
@@ -183,8 +184,9 @@ class BatchWork:
             await move_leased(connection, lease, _end_of(batch), **ids)
             await delete_lines(connection, lease.tenant_id, batch.id)
 
+        names = _NAMES if batch.dialect == Dialect.OPENAI else _MESSAGES_NAMES
         written = [
-            Written(Purpose.BATCH_OUTPUT, f"{batch.id}_{_NAMES[name]}.jsonl", draft, batch.output_expires_after_s)
+            Written(Purpose.BATCH_OUTPUT, f"{batch.id}_{names[name]}.jsonl", draft, batch.output_expires_after_s)
             for name, draft in drafts.items()
         ]
         if written:

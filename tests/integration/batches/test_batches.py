@@ -13,7 +13,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.files.service import Purpose
 from lmaas.states import LineState
 from lmaas.store.database import Database
-from lmaas.store.line_leases import backlog, stop_batch
+from lmaas.store.line_leases import backlog, claim_lines, stop_batch
 from lmaas.store.models import BaseModel
 from lmaas.store.runners import LeaseLost
 from lmaas.store.scopes import SYSTEM
@@ -89,7 +89,6 @@ async def test_result_files_expire(account: Account, steps: Steps, base: BaseMod
         assert file.expires_at is not None
         ends.append((file.expires_at - file.created_at).total_seconds())
     assert ends == [30 * 86_400, 3600]
-    assert base.name == "base"
 
 
 async def test_a_file_that_is_not_valid_fails_its_batch(account: Account, steps: Steps, stack: Stack) -> None:
@@ -141,7 +140,7 @@ async def test_lines_for_models_that_cannot_serve_them_fail_alone(account: Accou
     errors = {each["custom_id"]: each for each in await account.lines((await account.show(batch)).error_file_id)}
     assert errors["theirs"]["response"]["body"]["error"]["code"] == "model_not_found"
     assert errors["theirs"]["response"]["request_id"].startswith("req_")
-    assert json.dumps(errors["theirs"]).replace("secret", "nothing").replace("theirs", "unknown") != ""
+    assert "secret" not in json.dumps(errors["theirs"]).replace("'secret'", "")
     assert errors["none"]["response"]["body"]["error"]["param"] == "model"
 
 
@@ -155,7 +154,6 @@ async def test_a_batch_whose_lines_all_fail_is_completed_without_an_output_file(
     assert batch.request_counts is not None
     assert batch.request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 3}
     assert len(await account.lines(batch.error_file_id)) == 3
-    assert base.name == "base"
 
 
 async def test_a_cancelled_batch_keeps_what_was_done(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
@@ -181,7 +179,6 @@ async def test_a_cancelled_batch_keeps_what_was_done(account: Account, steps: St
     with pytest.raises(openai.ConflictError, match="cancelled"):
         await account.client.batches.cancel(batch.id)
     assert await no_rows(stack.db)
-    assert base.name == "base"
 
 
 async def test_a_batch_that_is_cancelled_before_or_during_its_validation(account: Account, steps: Steps, base: BaseModel) -> None:
@@ -195,7 +192,6 @@ async def test_a_batch_that_is_cancelled_before_or_during_its_validation(account
     await steps.finalize()
     batch = await account.show(batch)
     assert (batch.status, batch.output_file_id, batch.error_file_id) == ("cancelled", None, None)
-    assert base.name == "base"
 
 
 async def expire(stack: Stack, batch: Batch) -> None:
@@ -213,7 +209,6 @@ async def test_an_expired_batch_keeps_what_was_done(account: Account, steps: Ste
     assert (batch.status, times(batch)) == ("expired", {"in_progress_at", "finalizing_at", "expired_at"})
     assert len(await account.lines(batch.output_file_id)) == 1
     assert [each["error"]["code"] for each in await account.lines(batch.error_file_id)] == ["batch_expired"] * 2
-    assert base.name == "base"
 
 
 async def test_a_stopped_batch_fails_the_rest_by_code(account: Account, steps: Steps, base: BaseModel) -> None:
@@ -229,7 +224,6 @@ async def test_a_stopped_batch_fails_the_rest_by_code(account: Account, steps: S
     assert [each["error"] for each in await account.lines(batch.error_file_id)] == [
         {"code": "insufficient_quota", "message": "The budget is spent."}
     ] * 2
-    assert base.name == "base"
 
 
 async def test_an_input_file_that_is_deleted_or_too_large(account: Account, steps: Steps, stack: Stack, base: BaseModel) -> None:
@@ -249,7 +243,6 @@ async def test_an_input_file_that_is_deleted_or_too_large(account: Account, step
         assert errors is not None
         codes += [(error.code, error.line, error.param) for error in errors.data or ()]
     assert codes == [("input_file_not_found", None, "input_file_id"), ("file_too_large", None, "input_file_id")]
-    assert base.name == "base"
 
 
 async def test_a_repeated_step_leaves_one_result(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
@@ -274,7 +267,6 @@ async def test_a_repeated_step_leaves_one_result(account: Account, steps: Steps,
     with pytest.raises(LeaseLost):
         await steps.work.finalize(now)
     assert await account.kept() == [f"{batch.id}_output.jsonl", "lines.jsonl"]
-    assert base.name == "base"
 
 
 async def test_the_order_follows_the_beginnings_of_prompts(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
@@ -287,16 +279,15 @@ async def test_the_order_follows_the_beginnings_of_prompts(account: Account, ste
     await steps.validate()
     order = [int(row.custom_id) % 2 for row in await line_rows(stack.db, batch.id)]
     assert order in ([0] * 5 + [1] * 5, [1] * 5 + [0] * 5)
-    assert base.name == "base"
 
 
 async def test_refused_creations(account: Account, stack: Stack) -> None:
     file, notes = await account.upload(b"{}\n"), await account.upload(b"{}\n", Purpose.USER_DATA)
-    async with account.client.with_options(api_key=(await stack.tenant()).key) as others:
-        with pytest.raises(openai.NotFoundError) as unknown:
-            await account.client.batches.create(input_file_id="file-" + "0" * 24, endpoint=CHAT, completion_window="24h")
-        with pytest.raises(openai.NotFoundError) as theirs:
-            await others.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    others = account.client.with_options(api_key=(await stack.tenant()).key)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await account.client.batches.create(input_file_id="file-" + "0" * 24, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(openai.NotFoundError) as theirs:
+        await others.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     assert (theirs.value.body, theirs.value.param) == (unknown.value.body, "input_file_id")
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"input_file_id": notes.id}, "input_file_id"),
@@ -330,13 +321,13 @@ async def test_lists_in_pages(account: Account) -> None:
 
 async def test_batches_of_others_do_not_exist(account: Account, stack: Stack) -> None:
     batch = await account.create(b"{}\n")
-    async with account.client.with_options(api_key=(await stack.tenant()).key) as others:
-        assert (await others.batches.list()).data == []
-        for batch_id in (batch.id, "batch_" + "0" * 20, "nonsense"):
-            for call in (others.batches.retrieve, others.batches.cancel):
-                with pytest.raises(openai.NotFoundError) as caught:
-                    await call(batch_id)
-                assert caught.value.code == "batch_not_found"
+    others = account.client.with_options(api_key=(await stack.tenant()).key)
+    assert (await others.batches.list()).data == []
+    for batch_id in (batch.id, "batch_" + "0" * 20, "nonsense"):
+        for call in (others.batches.retrieve, others.batches.cancel):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await call(batch_id)
+            assert caught.value.code == "batch_not_found"
     assert (await account.show(batch)).status == "validating"
 
 
@@ -350,26 +341,22 @@ async def test_limits_of_a_tenant(account: Account, steps: Steps, base: BaseMode
         await account.create(jsonl([line("a")]))
     await steps.end(await steps.lease(6))
     await account.create(jsonl([line("a"), line("b")]))
-    await steps.validate()
     third = await account.create(jsonl([line("a")]))
+    await steps.validate()
     await steps.validate()
     third = await account.show(third)
     assert third.errors is not None
     assert [(error.code, error.line) for error in third.errors.data or ()] == [("batch_limit_exceeded", None)]
     await steps.end(await claimed(steps))
     await account.create(jsonl([line("a")]))
-    await account.create(jsonl([line("a")]))
     with pytest.raises(openai.RateLimitError, match="3 batches that have not ended") as caught:
         await account.create(jsonl([line("a")]))
     assert caught.value.code == "batch_limit_exceeded"
-    assert base.name == "base"
     assert stack.url
 
 
 async def claimed(steps: Steps) -> Any:
     """Lease everything that waits."""
-    from lmaas.store.line_leases import claim_lines
-
     leases = []
     for offer in await backlog(steps.db):
         leases += await claim_lines(steps.db, steps.runner_id, offer.pool_id, {(offer.tenant_id, offer.batch_id): 100})
@@ -389,4 +376,3 @@ async def test_answers_are_stored_as_they_came(account: Account, steps: Steps, b
     assert [each["response"]["body"] for each in await account.lines(batch.output_file_id)] == [{"text": "é\u2028🦜\n"}, {"a": 1}]
     assert [each["error"] for each in await account.lines(batch.error_file_id)] == [{"code": "c", "message": "m"}]
     assert (await batch_row(account.stack.db, batch.id)).completed == 2
-    assert base.name == "base"
