@@ -238,6 +238,7 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
         # A row is locked while what its runner leases changes.
         LEASES: (Grant("SELECT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, ("id", "seen_at")),),
     },
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},

@@ -428,6 +428,7 @@ CASES: dict[str, Case] = {
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
     "usage.report": lambda both: usage.report(both.gateway, both.mine.id),
+    "usage.list_waste": lambda both: usage.list_waste(both.gateway, both.mine.id),
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
     "usage.month_total": lambda both: usage.month_total(both.gateway, both.mine.id, 2026, 1),
 }
