@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lmaas.batches.lines import request_body
 from lmaas.errors import InternalError, LmaasError, Unavailable
 from lmaas.http import new_request_id
-from lmaas.inference.protocol import AnyProtocol, Inference
+from lmaas.inference.protocol import AnyInference, AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
 from lmaas.inference.work import BATCH, PutBack
@@ -17,8 +17,8 @@ from lmaas.jobs.commits import Commits
 from lmaas.jobs.endings import Next
 from lmaas.jobs.held import HeldLine, HeldLines
 from lmaas.jobs.keys import Keys
-from lmaas.jobs.runner import until_set
 from lmaas.jobs.metrics import JobMetrics
+from lmaas.jobs.runner import until_set
 from lmaas.states import LineState
 from lmaas.store.batch_lines import EndedLine
 from lmaas.store.database import Database
@@ -128,7 +128,7 @@ class Attempts:
         status: int | None,
         answer: bytes,
         request_id: str | None = None,
-        inference: "Inference[object] | None" = None,
+        inference: AnyInference | None = None,
     ) -> None:
         """Have the end of a line stored, with the usage event of its last attempt if an engine was asked."""
         lease, line.ended = line.lease, True

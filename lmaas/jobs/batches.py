@@ -129,5 +129,3 @@ class BatchWorker:
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-

@@ -99,7 +99,7 @@ class Commits:
             await end_lines(self._db, self._runner_id, lines)
         except Unavailable:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (one line must not end the runner, nor be tried again without end)
             if len(lines) > 1:
                 for line in lines:
                     await self._end([line])

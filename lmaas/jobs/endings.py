@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverQuota
 
-#: How often a line is tried whose engine failed, or whose adapter could not be loaded. The path of a request has tried two engines each time.
+#: How often a line is tried whose engine failed, or whose adapter could not be loaded. Each try may have asked two engines.
 MAX_FAILURES = 3
 #: How often a line is refused for a spent budget before that is believed: what other requests have reserved may not be used.
 MAX_REFUSALS = 3

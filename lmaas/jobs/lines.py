@@ -17,10 +17,10 @@ from lmaas.jobs.attempts import Attempts, ended
 from lmaas.jobs.commits import Commits
 from lmaas.jobs.held import HeldLine, HeldLines
 from lmaas.jobs.keys import Keys
+from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import until_set
 from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
-from lmaas.jobs.metrics import JobMetrics
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
 from lmaas.store.line_leases import Offer, backlog, claim_lines, stop_batch, stopped
@@ -235,4 +235,3 @@ class Feeder:
             line.leave()
         while self._tasks:
             await ended(set(self._tasks), LEAVE_S)
-

@@ -21,7 +21,8 @@ class JobMetrics(Collector):
         self._held: HeldLines | None = None
         self._windows: Mapping[str, Window] = {}
         #: The transactions of earlier leases, and what counts those of this one.
-        self._commits, self._commits_before = None, 0
+        self._commits: Commits | None = None
+        self._commits_before = 0
 
     def line(self, event: str) -> None:
         """Count a line that was `attempted`, `put_back` by the scheduler, `retried` after an error that passes, `done` or `failed`."""
@@ -52,7 +53,9 @@ class JobMetrics(Collector):
         lost = CounterMetricFamily("lmaas_job_leases_lost", "How often this runner was declared lost and began anew.", value=self._lost)
         groups = self._commits_before + (self._commits.count if self._commits is not None else 0)
         commits = CounterMetricFamily("lmaas_batch_commits", "Transactions that stored ends of lines.", value=groups)
-        held = GaugeMetricFamily("lmaas_batch_lines_held", "Leased lines by pool, and whether an engine works on them.", labels=["pool", "state"])
+        held = GaugeMetricFamily(
+            "lmaas_batch_lines_held", "Leased lines by pool, and whether an engine works on them.", labels=["pool", "state"]
+        )
         for (pool, state), count in Counter(
             (line.pool_id, "ended" if line.ended else "running" if line.runs else "waiting") for line in self._held or ()
         ).items():

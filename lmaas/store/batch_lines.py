@@ -69,9 +69,12 @@ _GIVEN = {
 } | {name: _EVENT_TYPES.get(name, "text") for name in _EVENT}
 #: Ends the lines of one tenant: their answers, their usage events and the batch's counts, all or nothing. A line whose lease is not this
 #: runner's any more is left out, with its event.
-_END = f"""
+_END = (
+    f"""
 WITH given AS MATERIALIZED (
-    SELECT * FROM unnest({", ".join(f"%{'b' if kind == 'bytea' else 's'}::{kind}[]" for kind in _GIVEN.values())}) AS given ({", ".join(_GIVEN)})
+    SELECT * FROM unnest({", ".join(f"%{'b' if kind == 'bytea' else 's'}::{kind}[]" for kind in _GIVEN.values())}) AS given ({
+        ", ".join(_GIVEN)
+    })
 ), locked AS MATERIALIZED (
     SELECT id FROM batches WHERE tenant_id = %s AND id IN (SELECT batch_id FROM given) ORDER BY id FOR NO KEY UPDATE
 ), ended AS (
@@ -90,14 +93,16 @@ WITH given AS MATERIALIZED (
     WHERE known.status IN ('lost', 'wasted')
 ), counted AS (
     SELECT batch_id, count(*) FILTER (WHERE line_state = 'done') AS done, count(*) FILTER (WHERE line_state = 'failed') AS failed,
-        coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(cached_tokens), 0) AS cached, coalesce(sum(completion_tokens), 0) AS completion
+        coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(cached_tokens), 0) AS cached,
+        coalesce(sum(completion_tokens), 0) AS completion
     FROM ended GROUP BY batch_id
 )
 UPDATE batches AS batch SET completed = completed + counted.done, failed = batch.failed + counted.failed,
     prompt_tokens = prompt_tokens + prompt, cached_tokens = cached_tokens + cached, completion_tokens = completion_tokens + completion,
     status = CASE WHEN {{ending}} THEN 'finalizing' ELSE status END, finalizing_at = CASE WHEN {{ending}} THEN now() ELSE finalizing_at END
 FROM counted WHERE batch.tenant_id = %s AND batch.id = counted.batch_id
-""".format(ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total")
+"""  # noqa: S608 (names of columns)
+).format(ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total")
 
 
 class NewLine(NamedTuple):

@@ -96,9 +96,7 @@ _LOCK_UNSETTLED = text(
     FOR NO KEY UPDATE
     """
 )
-_ANY_RUNNING = text(
-    "SELECT EXISTS (SELECT FROM batch_lines WHERE tenant_id = :tenant AND batch_id = :batch AND state = 'running' AND runner_id IS NOT NULL)"
-)
+_ANY_RUNNING = text("SELECT EXISTS (SELECT FROM batch_lines WHERE tenant_id = :tenant AND batch_id = :batch AND state = 'running')")
 _SETTLE = text(
     """
     UPDATE batches SET finalizing_at = now(),
@@ -253,5 +251,3 @@ async def give_back_batch(db: Database, lease: BatchLease) -> None:
     which = {"tenant": lease.tenant_id, "batch": lease.batch_id, "runner": lease.runner_id, "attempt": lease.attempt}
     async with db.begin(LEASES) as connection:
         await connection.execute(_GIVE_BACK, which)
-
-
