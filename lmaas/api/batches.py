@@ -14,11 +14,11 @@ from lmaas.api.shapes.batches import (
     BatchCounts,
     BatchError,
     BatchErrors,
+    BatchInputTokens,
+    BatchOutputTokens,
     BatchPaging,
     BatchUsage,
-    InputTokens,
     NewBatch,
-    OutputTokens,
 )
 from lmaas.api.shapes.common import Page
 from lmaas.batches.dialects import FORMS, WINDOW_S
@@ -58,9 +58,9 @@ def _shown(row: rows.Batch) -> Batch:
         request_counts=BatchCounts(total=row.total, completed=row.completed, failed=row.without_response),
         usage=BatchUsage(
             input_tokens=row.prompt_tokens,
-            input_tokens_details=InputTokens(cached_tokens=row.cached_tokens),
+            input_tokens_details=BatchInputTokens(cached_tokens=row.cached_tokens),
             output_tokens=row.completion_tokens,
-            output_tokens_details=OutputTokens(reasoning_tokens=0),
+            output_tokens_details=BatchOutputTokens(reasoning_tokens=0),
             total_tokens=tokens,
         ),
         metadata=msgspec.json.decode(row.metadata),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, text, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Audit
@@ -15,7 +15,13 @@ from lmaas.store.audit import record
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.runners import BatchLease, LeaseLost, hold
+from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import batch_pools, batches, tenants
+
+#: How long a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
+KEPT = timedelta(days=90)
+#: Batches that one statement deletes. They have no lines.
+ROWS_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +225,24 @@ async def delete_batch(db: Database, tenant_id: str, batch_id: str, dialect: Dia
             return Batch(*row)
         await _get(connection, tenant_id, batch_id, dialect)
     raise Conflict("The batch has not ended. Cancel it first, or wait for its end.", code="batch_not_ended")
+
+
+async def delete_batches(db: Database, tenant_id: str) -> int:
+    """Delete one batch of a deleted tenant with its lines, for an operator. Returns the number of those deleted: 0 if none is left."""
+    one = select(batches.c.id).where(batches.c.tenant_id == tenant_id).limit(1).scalar_subquery()
+    async with db.begin(OPERATOR) as connection:
+        # Lines go with their batch, and may be many: a statement for each batch.
+        gone = await connection.execute(delete(batches).where(batches.c.tenant_id == tenant_id, batches.c.id == one))
+    return gone.rowcount
+
+
+async def delete_old_batches(db: Database) -> int:
+    """Delete some batches of all tenants that were created KEPT ago and have ended, for a controller. Returns their number."""
+    old = (batches.c.created_at < func.now() - KEPT, batches.c.status.not_in(OPEN_BATCHES))
+    some = select(batches.c.tenant_id, batches.c.id).where(*old).limit(ROWS_AT_ONCE)
+    async with db.begin(SYSTEM) as connection:
+        gone = await connection.execute(delete(batches).where(tuple_(batches.c.tenant_id, batches.c.id).in_(some)))
+    return gone.rowcount
 
 
 async def leased_batch(db: Database, lease: BatchLease, *statuses: BatchStatus) -> Batch:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
-from lmaas.api.shapes.common import Query, Shape
+from lmaas.api.shapes.common import MAX_PAGE, Paging, Query, Shape
 from lmaas.api.shapes.responses import Metadata
 
 #: How long result files may be kept, in seconds.
@@ -19,11 +19,10 @@ Endpoint = Annotated[
 Window = Annotated[Literal["24h"], Meta(description="The time in which the batch has to end.", extra={"code": "invalid_completion_window"})]
 
 
-class BatchPaging(Query, frozen=True, kw_only=True):
+class BatchPaging(Paging, frozen=True, kw_only=True):
     """Which part of a list of batches is asked for."""
 
-    limit: Annotated[int, Meta(ge=1, le=100, description="Batches of this page, at most.")] = 20
-    after: Annotated[str, Meta(max_length=MAX_ID, description="The id of a batch: the page begins after it.")] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Batches of this page, at most.")] = 20
 
 
 class OutputExpiry(Shape, frozen=True, kw_only=True):
@@ -66,13 +65,13 @@ class BatchCounts(Shape, frozen=True, kw_only=True):
     failed: int
 
 
-class InputTokens(Shape, frozen=True, kw_only=True):
+class BatchInputTokens(Shape, frozen=True, kw_only=True):
     """What kind of input tokens there were."""
 
     cached_tokens: int
 
 
-class OutputTokens(Shape, frozen=True, kw_only=True):
+class BatchOutputTokens(Shape, frozen=True, kw_only=True):
     """What kind of output tokens there were. Reasoning is not counted apart."""
 
     reasoning_tokens: int
@@ -82,9 +81,9 @@ class BatchUsage(Shape, frozen=True, kw_only=True):
     """The tokens of the requests that have ended."""
 
     input_tokens: int
-    input_tokens_details: InputTokens
+    input_tokens_details: BatchInputTokens
     output_tokens: int
-    output_tokens_details: OutputTokens
+    output_tokens_details: BatchOutputTokens
     total_tokens: int
 
 
@@ -113,25 +112,22 @@ class Batch(Shape, tag_field="object", tag="batch", frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
-MessageBatchId = Annotated[str, Meta(max_length=MAX_ID)]
-
-
 class MessageBatchPaging(Query, frozen=True, kw_only=True):
     """Which part of a list of message batches is asked for. The list begins with the newest."""
 
-    limit: Annotated[int, Meta(ge=1, le=1000, description="Batches of this page, at most.")] = 20
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Batches of this page, at most.")] = 20
     after_id: Annotated[str, Meta(max_length=MAX_ID, description="The page begins after this batch.")] | None = None
     before_id: Annotated[str, Meta(max_length=MAX_ID, description="The page ends before this batch.")] | None = None
 
 
-class MessageRequest(Struct, frozen=True, kw_only=True):
+class MessageRequest(Shape, frozen=True, kw_only=True):
     """A request of a message batch."""
 
     custom_id: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     params: Annotated[dict[str, Any], Meta(description="The body of a request to /v1/messages, without a stream.")]
 
 
-class NewMessageBatch(Struct, frozen=True, kw_only=True):
+class NewMessageBatch(Shape, frozen=True, kw_only=True):
     """A message batch to create."""
 
     requests: Annotated[list[MessageRequest], Meta(min_length=1, max_length=100_000)]
@@ -176,7 +172,7 @@ class DeletedMessageBatch(Shape, tag_field="type", tag="message_batch_deleted", 
     id: str
 
 
-class MessageResult(Struct, frozen=True, kw_only=True):
+class MessageResult(Shape, frozen=True, kw_only=True):
     """A line of the results. `result` has a `type`: `succeeded` with a `message`, `errored` with an `error`, `canceled` or `expired`."""
 
     custom_id: str

@@ -33,7 +33,7 @@ async def no_rows(db: Database) -> bool:
     """Whether no line is left."""
     async with db.begin(SYSTEM) as connection:
         query = text("SELECT (SELECT count(*) FROM batch_lines) + (SELECT count(*) FROM batch_pools)")
-        return (await connection.execute(query)).scalar_one() == 0
+        return bool((await connection.execute(query)).scalar_one() == 0)
 
 
 async def test_a_batch_from_its_creation_to_its_results(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:

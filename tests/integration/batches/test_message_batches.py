@@ -43,7 +43,7 @@ def requests(count: int, **params: Any) -> list[Request]:
     return [
         {
             "custom_id": f"id-{number}",
-            "params": {"model": "base", "max_tokens": 5, "messages": [{"role": "user", "content": f"Grüße {number}"}], **params},  # type: ignore[typeddict-item]
+            "params": {"model": "base", "max_tokens": 5, "messages": [{"role": "user", "content": f"Grüße {number}"}], **params},
         }
         for number in range(count)
     ]
