@@ -26,6 +26,7 @@ from lmaas.admission.tiers import file_quota
 from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
+from lmaas.batches.work import BatchWork
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.control.ending import END_GRACE_S, end_replicas
@@ -46,6 +47,7 @@ from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
 from lmaas.jobs.background import BackgroundRuns
+from lmaas.jobs.batches import BatchWorker
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
 from lmaas.jobs.metrics import JobMetrics
@@ -185,7 +187,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     deadline = timedelta(seconds=settings.background_deadline_s)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
     gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state, logs)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
 
     async def ready() -> None:
         await db.check()
@@ -322,7 +324,9 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
     state, kept_for = StoredState(db, writer), timedelta(seconds=settings.response_retention_s)
     protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(state))}
     files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
+    work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
     workers: list[Worker] = [
+        BatchWorker(db, work, metrics),
         LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
         BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for),
     ]
