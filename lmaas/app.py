@@ -173,7 +173,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state)
 
     async def ready() -> None:
         await db.check()
@@ -277,7 +277,7 @@ async def run_controller(settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings, DatabaseRole.CONTROLLER) as services:
         where = provisioner(settings)
-        controller = Controller(settings, services.db, services.scheduler, where)
+        controller = Controller(settings, services.db, services.scheduler, where, files=services.files(settings))
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
             if settings.provisioner == "local":
