@@ -15,7 +15,7 @@ T = TypeVar("T")
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 _ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
+_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators", "background_worth_starts"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -108,12 +108,20 @@ class Settings:
     pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")
     drain_timeout_s: float = setting(30.0, "Time that running requests have to finish when a gateway or a replica stops.")
 
+    # Job runners
+    jobs_port: int | None = setting(None, "Port of a job runner's `/healthz` and `/metrics`.", unset="not served")
+
     # Scaling
     idle_timeout_s: float = setting(
         300.0, "Time after which an idle pool stops its last replica. A base model can have its own (`lmaas model change`)."
     )
     share_quantum_s: float = setting(
         60.0, "When machines are full: time for which a pool is served before it makes room for another one that waits."
+    )
+    background_worth_starts: float = setting(
+        10.0,
+        "An engine starts for background work that has gathered, such as lines of batches, if the work would keep it busy for this many"
+        " times as long as a start takes. 0: for any work at once. A deadline starts one in any case.",
     )
     start_timeout_s: float = setting(600.0, "Time and processor time that an engine may take from its start to its first token.")
     orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")

@@ -419,8 +419,8 @@ REPORT_ALL_USAGE = Operation(
     "GET",
     "/admin/v1/usage",
     _OPERATOR,
-    "Report requests, tokens and charges by day, tenant and model.",
-    List[usage.Usage],
+    "Report requests, tokens and charges by day, tenant, model and class of work, and the tokens that were wasted.",
+    List[usage.OperatorUsage],
     query=usage.OperatorPeriod,
 )
 LIST_ALL_EVENTS = Operation(

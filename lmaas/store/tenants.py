@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from lmaas.audit import Audit
@@ -15,7 +15,7 @@ from lmaas.store.database import Database, new_id
 from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.retention import delete_state
-from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
+from lmaas.store.scopes import OPERATOR, AnyScope, KeyScope, scope_of
 from lmaas.store.tables import adapters, api_keys, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
@@ -283,6 +283,15 @@ async def change_key(
 
 async def find_principal(db: Database, key_hash: str) -> Principal | None:
     """Return the principal of the key with this hash, or None if there is none."""
+    return await _principal(db, KeyScope(key_hash), api_keys.c.hash == key_hash)
+
+
+async def principal_of_key(db: Database, tenant_id: str, key_id: str) -> Principal | None:
+    """Return the principal of a tenant's key, or None if the key is not valid any more."""
+    return await _principal(db, tenant_id, and_(api_keys.c.tenant_id == tenant_id, api_keys.c.id == key_id))
+
+
+async def _principal(db: Database, scope: AnyScope, is_key: ColumnElement[bool]) -> Principal | None:
     query = (
         select(
             api_keys.c.id,
@@ -295,9 +304,9 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
             *_KEY_LIMITS,
         )
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
-        .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
+        .where(is_key, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
     )
-    async with db.begin(KeyScope(key_hash)) as connection:
+    async with db.begin(scope) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         return None

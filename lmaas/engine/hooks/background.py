@@ -15,7 +15,7 @@ from typing import Any
 log = logging.getLogger("vllm.lmaas.hooks")
 
 #: While there are interactive requests, one step computes at most this part of the usual number of tokens for background prompts.
-PROMPT_PART = 32
+PROMPT_PART = 24
 #: The time after the last interactive request for which this is so.
 RECENT_S = 5.0
 #: The attributes of vLLM's scheduler that this hook uses.
@@ -34,6 +34,8 @@ class GivingWay:
         self.interactive_at = float("-inf")
         #: The last step computed nothing, so pausing background requests does not help those that wait.
         self.in_vain = False
+        #: The last step computed prompts.
+        self.prompted = False
 
 
 def install() -> None:
@@ -55,6 +57,7 @@ def install() -> None:
         with giving_way(scheduler, state, time.monotonic()):
             output = schedule(scheduler, *args, **options)
         state.in_vain = not output.total_num_scheduled_tokens
+        state.prompted = output.total_num_scheduled_tokens > len(output.num_scheduled_tokens)
         return output
 
     setattr(schedule_giving_way, _STATE, True)  # so that it is wrapped once
@@ -75,7 +78,8 @@ def giving_way(scheduler: Any, state: GivingWay, now: float) -> Iterator[None]:
 
     If interactive requests have prompts to compute, background requests are paused for this step: those that run keep their memory. If
     sequence slots or memory are missing, the youngest background requests are preempted, and computed again later. In other steps, the
-    tokens for background prompts are bounded while there are interactive requests.
+    tokens for background prompts are bounded while there are interactive requests, and while these generate, every second step at least
+    computes no prompts.
     """
     running = scheduler.running
     background = [request for request in running if request.priority > 0]
@@ -87,10 +91,9 @@ def giving_way(scheduler: Any, state: GivingWay, now: float) -> Iterator[None]:
         yield
         return
     prompts = bool(ready) or any(request.is_prefill_chunk for request in interactive)
-    if prompts:
-        _make_room(scheduler, background, interactive, ready, now)
     places, tokens = scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens
     if prompts and not state.in_vain and _slots_suffice(scheduler, [*running, *ready]):
+        _make_room(scheduler, background, interactive, ready, now)
         scheduler.running = interactive
         scheduler.max_num_active_reqs = min(places - len(background), len(interactive) + len(ready))
         try:
@@ -105,7 +108,9 @@ def giving_way(scheduler: Any, state: GivingWay, now: float) -> Iterator[None]:
     recent = now - state.interactive_at < RECENT_S
     # A prompt that cannot be computed in pieces would never fit, and speculation needs several tokens for each request.
     if recent and not prompts and scheduler.scheduler_config.enable_chunked_prefill and not scheduler.num_spec_tokens:
-        scheduler.max_num_scheduled_tokens = min(tokens, len(running) + max(1, tokens // PROMPT_PART))
+        generating = sum(not request.is_prefill_chunk for request in running)
+        piece = 0 if interactive and state.prompted and generating else max(1, tokens // PROMPT_PART)
+        scheduler.max_num_scheduled_tokens = min(tokens, generating + piece)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from tests.integration.gateway.stack import CHAT, Replica, Stack, running
 from tests.support.clocks import Clock
 from tests.support.conditions import until
 
-STARTING, LOADING, BUSY, IDLE = EnginePhase
+STARTING, LOADING, BUSY, BACKGROUND, IDLE = EnginePhase
 ASK = {"model": "base", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 1500, "ignore_eos": True}
 
 

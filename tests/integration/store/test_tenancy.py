@@ -424,10 +424,12 @@ CASES: dict[str, Case] = {
     "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, files.Quota(2, 9, "its tier"), 1),
     "files.tier_of": lambda both: files.tier_of(both.gateway, both.mine.id),
     "files.delete_file": lambda both: files.delete_file(both.gateway, both.mine.id, both.mine.file, audit=AUDIT),
+    "tenants.principal_of_key": lambda both: tenants.principal_of_key(both.gateway, both.mine.id, both.mine.key_id),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
     "usage.report": lambda both: usage.report(both.gateway, both.mine.id),
+    "usage.list_waste": lambda both: usage.list_waste(both.gateway, both.mine.id),
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
     "usage.month_total": lambda both: usage.month_total(both.gateway, both.mine.id, 2026, 1),
 }

@@ -9,7 +9,7 @@ import pytest
 
 from lmaas.engine.hooks.background import NEEDED, PROMPT_PART, RECENT_S, GivingWay, giving_way
 
-SLOTS, TOKENS, BLOCK = 4, 1600, 16
+SLOTS, TOKENS, BLOCK = 4, 2400, 16
 
 
 @dataclass
@@ -129,6 +129,12 @@ def test_paused_adapters_keep_their_slots() -> None:
     assert step(Scheduler(list(running), [Request("i1")], max_loras=2))[0] == []
 
 
+def test_nothing_is_preempted_for_a_request_that_has_no_adapter_slot() -> None:
+    scheduler = Scheduler([old(number, lora=number % 2 + 1) for number in range(SLOTS)], [Request("i1", lora=3)], max_loras=2)
+    assert step(scheduler)[0] == [f"b{number}" for number in range(SLOTS)]
+    assert scheduler.preempted == []
+
+
 def test_a_pause_that_helps_nothing_ends() -> None:
     state = GivingWay()
     state.in_vain = True
@@ -140,7 +146,10 @@ def test_background_prompts_are_computed_in_pieces_while_there_are_interactive_r
     piece = TOKENS // PROMPT_PART
     # Requests that have their first token come before those whose prompts would fill the step.
     running = [old(1, is_prefill_chunk=True), old(2), Request("i1")]
-    assert step(Scheduler(running, []), state, 100.0) == (["i1", "b2", "b1"], SLOTS, 3 + piece)
+    assert step(Scheduler(list(running), []), state, 100.0) == (["i1", "b2", "b1"], SLOTS, 2 + piece)
+    # After a step with prompts, one generates only. Where no interactive request generates, that would help none.
+    state.prompted = True
+    assert step(Scheduler(list(running), []), state, 100.0) == (["i1", "b2", "b1"], SLOTS, 2)
     assert step(Scheduler([old(1)], [old(2)]), state, 100.0 + RECENT_S / 2)[2] == 1 + piece
     assert step(Scheduler([old(1)], [old(2)]), state, 100.0 + RECENT_S)[2] == TOKENS
 
