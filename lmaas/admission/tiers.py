@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from lmaas.store.files import Quota
-from lmaas.types import Limits
+from lmaas.types import Limits, Quota
 
 GIB = 1024**3
 

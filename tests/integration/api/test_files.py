@@ -148,7 +148,8 @@ async def test_lists(stack: Stack) -> None:
     ],
 )
 async def test_fields_that_are_refused(stack: Stack, fields: dict[str, str], code: str, param: str, words: str) -> None:
-    answer = await send(stack, await stack.tenant(), **fields)
+    async with stack.client(await stack.tenant()) as http:
+        answer = await http.post(FILES, data={"purpose": "batch"} | fields, files={"file": ("a", b"x")})
     assert error(answer) == (400, code, param)
     assert words in answer.json()["error"]["message"]
     assert await left(stack) == (0, 0, 0, 0)
