@@ -14,9 +14,10 @@ from lmaas.errors import Unavailable
 from lmaas.files.drafts import Draft, draft
 from lmaas.store import files as rows
 from lmaas.store.database import Database
-from lmaas.store.files import Check, File, NewFile, Quota, Within, not_found
+from lmaas.store.files import Check, File, NewFile, Within, not_found
 from lmaas.store.objects import Objects
 from lmaas.store.scopes import OPERATOR, SYSTEM, AnyScope
+from lmaas.types import Quota
 
 log = logging.getLogger(__name__)
 
