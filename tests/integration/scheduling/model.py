@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
-from lmaas.scheduling.states import GATEWAY_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
+from lmaas.scheduling.states import GATEWAY_LOST, RUNNER_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
 from lmaas.states import Observed, UsageStatus
 from tests.integration.scheduling.model_limits import Limits, Reservation, Tokens
 
@@ -529,8 +529,8 @@ class Model:
         self.events.append(
             {
                 "request_id": held.ticket.id,
-                "status": UsageStatus.LOST,
-                "code": GATEWAY_LOST,
+                "status": UsageStatus.WASTED if held.ticket.durable else UsageStatus.LOST,
+                "code": RUNNER_LOST if held.ticket.durable else GATEWAY_LOST,
                 "prompt_tokens": used[0],
                 "cached_tokens": used[1],
                 "completion_tokens": used[2],
@@ -540,7 +540,7 @@ class Model:
                 "replica_id": held.replica or held.revoked,
             }
         )
-        self.forget(now, held, used)
+        self.forget(now, held, None if held.ticket.durable else used)
 
     # What is answered.
 
