@@ -80,7 +80,8 @@ local function reap(pool)
     local ticket = get(pool, id)
     if ticket then
       local used = record_lost(pool, ticket)
-      forget(pool, ticket, used)
+      -- The attempt of durable work is wasted, and its tokens do not count for limits.
+      forget(pool, ticket, not ticket.durable and used or nil)
     else
       redis.call('ZREM', pool.key .. ':expiry', id)
     end

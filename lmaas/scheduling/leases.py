@@ -40,6 +40,9 @@ class Usage(Protocol):
     def progress(self) -> TokenCounts | None:
         """Return the tokens so far, or None before the engine has reported any."""
 
+    def used(self) -> TokenCounts | None:
+        """Return the tokens that count when it has ended, or None if none do."""
+
     def event(self) -> str:
         """Return the usage event as JSON."""
 
@@ -297,7 +300,7 @@ class Leases:
         that."""
         ticket, usage = opened.ticket, opened.usage
         del self._open[ticket.id]
-        return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
+        return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.used()))
 
     def _send_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
         # Not in a task, which would cost more than the work itself.

@@ -683,7 +683,7 @@ class Model:
                 "replica_id": held.replica or held.revoked,
             }
         )
-        self.forget(now, held, used)
+        self.forget(now, held, None if held.ticket.durable else used)
 
     # What is answered.
 
