@@ -517,7 +517,7 @@ class Histories(RuleBasedStateMachine):
         now = self.model.time(self.both.now)
         for number, held in enumerate(self.model.in_order()):
             assert self.model.choose(now, held, Kept()) is None, held.ticket.id
-            if number == 0 and self.constants.MAX_TRIES > self.model.tries:
+            if number == 0 and self.model.tries < self.constants.MAX_TRIES:
                 # Nor is a background ticket in the way of the first one.
                 yielding = [each for each in self.model.open_replicas(now) if self.model.back(each)]
                 assert all(self.model.in_the_way(held, each, Kept()) is None for each in yielding), held.ticket.id
