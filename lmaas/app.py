@@ -26,6 +26,7 @@ from lmaas.admission.tiers import file_quota
 from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
+from lmaas.batches.work import BatchWork
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.control.ending import END_GRACE_S, end_replicas
@@ -45,6 +46,7 @@ from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
+from lmaas.jobs.batches import BatchWorker
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
 from lmaas.jobs.metrics import JobMetrics
@@ -178,7 +180,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state)
 
     async def ready() -> None:
         await db.check()
@@ -309,7 +311,9 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
     writer = Writer(db, requests, timedelta(seconds=settings.response_retention_s), _end_process_on_failure)
     protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(StoredState(db, writer)))}
     files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
+    work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
     workers: list[Worker] = [
+        BatchWorker(db, work, metrics),
         LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
     ]
     return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, writer, requests)

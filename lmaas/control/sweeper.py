@@ -5,6 +5,7 @@ import logging
 import time
 
 from lmaas.errors import Unavailable
+from lmaas.store.batches import delete_old_batches
 from lmaas.store.database import Database
 from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes, table_bytes
@@ -33,6 +34,8 @@ class Sweeper:
         while True:
             try:
                 while await delete_old(self._db) or await delete_surplus(self._db) or await delete_expired(self._db):
+                    pass
+                while await delete_old_batches(self._db):
                     pass
                 size = await table_bytes(self._db)
                 if time.monotonic() - counted_at >= COUNT_S or size - counted_size >= self._max_stored_bytes * GROWTH:

@@ -81,10 +81,10 @@ class Files:
             [file] = await self.add_written(tenant_id, [Written(purpose, filename, content, expires_after_s)])
         return file
 
-    async def upload(self, tenant_id: str, written: Written, *, audit: Audit | None = None) -> File:
-        """Add a file that a tenant uploads. Raises as `add`, and TooLarge `file_quota_exceeded`."""
+    async def upload(self, tenant_id: str, written: Written, *, audit: Audit | None = None, within: Within | None = None) -> File:
+        """Add a file that a tenant uploads. Raises as `add`, TooLarge `file_quota_exceeded`, and what `within` raises, as `add_written`."""
         quota = self._quota_of(await rows.tier_of(self._db, tenant_id))
-        [file] = await self._add(tenant_id, [written], quota, audit, None)
+        [file] = await self._add(tenant_id, [written], quota, audit, within)
         return file
 
     async def add_written(self, tenant_id: str, written: Sequence[Written], within: Within | None = None) -> list[File]:

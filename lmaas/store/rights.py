@@ -58,6 +58,7 @@ OWN = f"tenant_id = {TENANT}"
 ITSELF = f"id = {TENANT}"
 THE_KEY = "hash = current_setting('lmaas.key_hash', true)"
 ITS_TENANT = "id = (SELECT api_keys.tenant_id FROM api_keys WHERE api_keys.hash = current_setting('lmaas.key_hash', true))"
+ENDED_BATCH = "status IN ('failed', 'completed', 'expired', 'cancelled')"
 ALL = "true"
 NONE = "false"
 
@@ -176,7 +177,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
         LEASES: (Grant("SELECT", ALL, (*_BATCH, "finalizing_at")), Grant("UPDATE", ALL, _LEASE)),
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at")),),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at", "created_at")), Grant("DELETE", ENDED_BATCH)),
     },
     "batch_lines": {
         GATEWAY: (Grant("SELECT", OWN),),

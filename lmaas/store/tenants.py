@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.audit import record
+from lmaas.store.batches import delete_batches
 from lmaas.store.database import Database, new_id
 from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
@@ -164,8 +165,8 @@ async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
-    """Delete a tenant, its keys, its adapters' rows and all stored responses and conversations, and let its files expire. Its usage stays
-    in the ledger.
+    """Delete a tenant, its keys, its adapters' rows and all stored responses, conversations and batches, and let its files expire. Its
+    usage stays in the ledger.
 
     Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, the rest cannot be
     read by anyone, and goes when it expires.
@@ -189,6 +190,8 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         await record(connection, audit, tenant_id, row.name)
     # In transactions of their own, because there may be millions. None is added any more.
     while await delete_state(db, tenant_id):
+        pass
+    while await delete_batches(db, tenant_id):
         pass
 
 
