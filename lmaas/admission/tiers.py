@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from lmaas.store.batches import BatchLimits
-from lmaas.store.files import Quota
-from lmaas.types import Limits
+from lmaas.types import BatchLimits, Limits, Quota
 
 GIB = 1024**3
 

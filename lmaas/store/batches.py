@@ -17,6 +17,7 @@ from lmaas.store.paging import Part, rows_of
 from lmaas.store.runners import BatchLease, LeaseLost, hold
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import batch_pools, batches, tenants
+from lmaas.types import BatchLimits
 
 #: How long a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
 KEPT = timedelta(days=90)
@@ -91,15 +92,6 @@ class NewBatch:
     expires_after: timedelta
     #: The number of its requests, if it is known already.
     total: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """What a tenant may have at once: batches that have not ended, and lines that wait or run in them. `of` says whose limits they are."""
-
-    batches: int
-    lines: int
-    of: str
 
 
 _COLUMNS = tuple(batches.c[name] for name in Batch.__slots__)
