@@ -284,7 +284,7 @@ async def run_controller(settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings, DatabaseRole.CONTROLLER) as services:
         where = provisioner(settings)
-        controller = Controller(settings, services.db, services.scheduler, where)
+        controller = Controller(settings, services.db, services.scheduler, where, files=services.files(settings))
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
             if settings.provisioner == "local":

@@ -397,6 +397,8 @@ class Leases:
                 del self._recent[pool]
 
     async def _put_back(self, opened: OpenTicket) -> None:
+        if opened.yielded:
+            return  # its owner is about to end it
         if opened.lease is not None:
             await self.scheduler.restore(opened.ticket, opened.lease.replica, waited_ms=opened.waited_ms, attempts=opened.attempts)
         elif opened.attempts > 1:
