@@ -20,7 +20,7 @@ from lmaas.process import bound_command
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel
 from lmaas.store.scopes import SYSTEM
-from tests.integration.gateway.stack import CHAT, Stack, Tenant, running
+from tests.integration.gateway.stack import CHAT, Replica, Stack, Tenant, running
 from tests.support.conditions import until
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -36,11 +36,31 @@ class Runner:
     log: Path
 
 
+@dataclass
+class Service:
+    """The service, and the engine of the base model."""
+
+    stack: Stack
+    base: BaseModel
+    engine: Replica
+
+
 class Batches:
     """The batches of a tenant, through OpenAI's client, and what a test may look at beside it."""
 
-    def __init__(self, stack: Stack, base: BaseModel, tenant: Tenant, client: AsyncOpenAI) -> None:
-        self.stack, self.base, self.tenant, self.client = stack, base, tenant, client
+    def __init__(self, service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
+        self.service, self.tenant, self.client = service, tenant, client
+        self.stack, self.base = service.stack, service.base
+        #: The tokens that the engine had made before.
+        self.before = 0
+
+    def of(self, key: str) -> "Batches":
+        """Return the batches that another key sees."""
+        return Batches(self.service, self.tenant, self.client.with_options(api_key=key))
+
+    async def made(self) -> int:
+        """Return the number of tokens that the engine of the base model has made in this test."""
+        return (await self.service.engine.counters())[1] - self.before
 
     async def upload(self, content: bytes, purpose: Any = "batch") -> str:
         """Upload a file. Returns its id."""
@@ -131,12 +151,12 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="package")
-async def base(stack: Stack) -> BaseModel:
+async def engines(stack: Stack) -> Service:
     """A base model whose engine takes its time, 20 ms for a token. There is another one that embeds."""
     base = await stack.model("base", slots=8)
-    await stack.replica(base, "--fake-token-ms 20")
+    engine = await stack.replica(base, "--fake-token-ms 20")
     await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED), "--fake-token-ms 1")
-    return base
+    return Service(stack, base, engine)
 
 
 @pytest.fixture(scope="package")
@@ -158,11 +178,12 @@ async def runner(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 
 @pytest.fixture
-async def batches(stack: Stack, base: BaseModel, runner: Runner) -> AsyncIterator[Batches]:
+async def batches(stack: Stack, engines: Service, runner: Runner) -> AsyncIterator[Batches]:
     """The batches of a new tenant. At the end nothing of them may be left, and the runner must still run."""
     tenant = await stack.tenant()
     async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
-        batches = Batches(stack, base, tenant, client)
+        batches = Batches(engines, tenant, client)
+        batches.before = await batches.made()
         yield batches
         await batches.nothing_is_left()
     assert runner.process.returncode is None, runner.log.read_text()[-3000:]

@@ -35,7 +35,8 @@ async def _reached(batches: Batches, batch: Batch, stage: str) -> None:
 
 
 async def _charged(batches: Batches, answered: int) -> None:
-    """Assert that as many lines are charged as were answered, and everything else is waste without a charge."""
+    """Assert that as many lines are charged as were answered, and everything else is waste without a charge; all of it together is what the
+    engine has made in this test."""
 
     async def settled() -> bool:
         stats = await batches.stack.scheduler.stats(batches.base.id)
@@ -43,6 +44,8 @@ async def _charged(batches: Batches, answered: int) -> None:
 
     await until(settled)
     ledger = await batches.stack.ledger(batches.base, batches.tenant)
+    made = await batches.made()
+    assert sum(event.completion_tokens for event in ledger) == made
     found = Counter(event.status for event in ledger)
     assert found[UsageStatus.COMPLETED] == answered, found
     assert set(found) <= {UsageStatus.COMPLETED, UsageStatus.WASTED}
@@ -117,11 +120,9 @@ async def test_its_key_is_revoked(batches: Batches, stack: Stack) -> None:
     await batches.progressed(batch)
     async with admin:
         assert (await admin.delete(f"/v1/keys/{batches.tenant.key_id}")).status_code in (200, 204)
-        key = str(admin.headers["authorization"]).removeprefix("Bearer ")
-        async with batches.client.with_options(api_key=key) as other:
-            theirs = Batches(stack, batches.base, batches.tenant, other)
-            batch = await theirs.end(batch)
-            output, errors = await theirs.results(batch)
+        theirs = batches.of(str(admin.headers["authorization"]).removeprefix("Bearer "))
+        batch = await theirs.end(batch)
+        output, errors = await theirs.results(batch)
     assert batch.status == "completed"
     assert len(output) + len(errors) == LINES
     assert len(errors) > LINES // 2
@@ -182,9 +183,8 @@ async def test_its_tenant_is_deleted(batches: Batches, stack: Stack) -> None:
         assert (await operator.delete(f"/admin/v1/tenants/{batches.tenant.id}")).status_code in (200, 204)
     await _gone(stack, batches.tenant)
     other = await stack.tenant()
-    async with batches.client.with_options(api_key=other.key) as client:
-        others = Batches(stack, batches.base, other, client)
-        assert (await others.end(await others.create(many(10)))).status == "completed", "the runner goes on"
+    others = batches.of(other.key)
+    assert (await others.end(await others.create(many(10)))).status == "completed", "the runner goes on"
 
 
 async def _gone(stack: Stack, tenant: Tenant) -> None:
