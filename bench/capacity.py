@@ -17,13 +17,15 @@ import psutil
 from redis.asyncio import Redis
 from sqlalchemy import text
 
+from bench.fleet import fleets
+from bench.fleet.names import Sizes
+from bench.load import SCOPES, cpu_s, record
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
-from lmaas.metering.usage import UsageRecord
 from lmaas.metering.writer import write_events
-from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Scheduler, Seed, Ticket, connect
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, connect
 from lmaas.scheduling.states import TicketState
-from lmaas.states import Observed, UsageStatus
+from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.migrate import upgrade
 from lmaas.store.models import BaseModel, put_base_model
@@ -41,10 +43,13 @@ WAITING = 20_000
 EVENTS = 10_000
 POOLS, REPLICAS_EACH = 100, 10
 BOUNDS = Bounds(10**9, 10**9)
-#: The limits of a tenant and of a key, as most requests have them, high enough to refuse nothing.
-SCOPES = (
-    LimitedScope("ten_1", "tenant", 10**9, 10**12, 10**6, 10**14, 10**14),
-    LimitedScope("key_1", "key", 10**9, None, None, None, None),
+#: Replicas that are only names, half of whose slots are taken in the smaller fleets.
+FLEETS = (
+    Sizes(1, 64, running=8),
+    Sizes(100, 64, running=800),
+    Sizes(1000, 64, running=8000),
+    Sizes(10_000, 8, at_once=32),
+    Sizes(10_000, 8, pools=1000, at_once=32),
 )
 
 
@@ -83,15 +88,6 @@ class Names:
         return None
 
 
-def record(number: int, tenant: str, round_: int = 0) -> str:
-    """Return a usage event in the form that a gateway writes."""
-    found = UsageRecord(f"req_{round_:04}{number:028}", tenant, "key_0123456789abcdef", "base", "support-bot", None, None, stream=True)
-    found.start("rep_0123456789abcdef", 1, 2)
-    found.count({"prompt_tokens": 700, "completion_tokens": 200, "prompt_tokens_details": {"cached_tokens": 300}})
-    found.end(UsageStatus.COMPLETED)
-    return found.event()
-
-
 def ticket(number: int) -> Ticket:
     """Return a request of a tenant with an adapter and limits."""
     event = record(number, "ten_1")
@@ -104,12 +100,6 @@ async def many(calls: int, call: Callable[[int], Awaitable[Any]]) -> None:
     """Run calls concurrently, as many at once as in a busy gateway."""
     for first in range(0, calls, AT_ONCE):
         await asyncio.gather(*(call(number) for number in range(first, min(first + AT_ONCE, calls))))
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """Return the CPU time that the process has used so far."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 async def scheduler_calls(redis: Redis) -> dict[str, float]:
@@ -168,6 +158,20 @@ async def scheduler_calls(redis: Redis) -> dict[str, float]:
     waiting = [ticket(number) for number in range(CALLS, CALLS + WAITING)]
     await measure("submit, queued", WAITING, lambda number: scheduler.submit(waiting[number], BOUNDS))
     figures["bytes of memory for each waiting request"] = (await memory() - empty) / WAITING
+    return figures
+
+
+async def fleet_calls(folder: Path) -> dict[str, float]:
+    """Measure the server's CPU time in µs for each call in fleets of several sizes."""
+    figures = {}
+    for sizes in FLEETS:
+        async with fleets(folder / f"{sizes.replicas}-{sizes.pools}", fleet=sizes) as made:
+            fleet = made["fleet"]
+            await fleet.live()
+            name = f"{sizes.replicas} replicas in {sizes.pools} pools, {sizes.resident} resident adapters each"
+            figures[f"heartbeat, {name}"] = await fleet.heartbeats()
+            await fleet.live()
+            figures[f"submit, granted at once, and release, {name}"] = await fleet.with_room()
     return figures
 
 
@@ -244,7 +248,7 @@ async def measured() -> dict[str, float]:
 
         owner = await create_tenant(db, "acme", "standard", 10, 10)
         for round_ in range(ROUNDS):
-            figures = await scheduler_calls(redis)
+            figures = await scheduler_calls(redis) | await fleet_calls(Path(folder) / f"fleets-{round_}")
             figures |= await ledger(redis, db, owner, postgres_s, round_)
             figures |= await ticks(settings, redis, db, postgres_s)
             rounds.append(figures)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import aiohttp
 
@@ -33,11 +34,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """The times of the first visible token and of the last one, in seconds since the request was sent."""
+    """The times of the first visible token and of the last one, in seconds since the request was sent, and the times between tokens."""
 
     ttft_s: float
     total_s: float
     completion_tokens: int
+    gaps_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,22 @@ class Client:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         headers = {"authorization": f"Bearer {place.key}"} if place.key else {}
         path = "/chat/completions" if chat else "/completions"
-        sent, first, last, before = time.perf_counter(), None, b"", b""
+        sent, arrived, last, before = time.perf_counter(), list[float](), b"", b""
         async with self._http.post(place.url + path, json=body, headers=headers) as response:
             if response.status != 200:
                 raise RuntimeError(f"{place.url} answered {response.status}: {(await response.read())[:500]!r}")
             async for line in response.content:
                 if not line.startswith(b"data: "):
                     continue
-                if first is None and _says_something(line):
-                    first = time.perf_counter()
+                if _says_something(line):
+                    arrived.append(time.perf_counter())
                 before, last = last, line
         ended = time.perf_counter()
         usage = json.loads(before[6:]).get("usage") if before and last.startswith(b"data: [DONE]") else None
-        if first is None or usage is None or usage["completion_tokens"] != ask.completion_tokens:
+        if not arrived or usage is None or usage["completion_tokens"] != ask.completion_tokens:
             raise RuntimeError(f"{place.url} did not answer in full: {before[:500]!r} {last[:500]!r}")
-        return Answer(first - sent, ended - sent, ask.completion_tokens)
+        gaps = tuple(later - earlier for earlier, later in pairwise(arrived))
+        return Answer(arrived[0] - sent, ended - sent, ask.completion_tokens, gaps)
 
     async def run(self, asks: Sequence[Ask], at_once: int) -> Run:
         """Send all requests in order, with `at_once` of them open at any time. Each answer is followed by the next request."""

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
 from lmaas.admission.months import Months
+from lmaas.admission.tiers import file_quota
 from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
@@ -34,6 +35,7 @@ from lmaas.control.status import serve_status
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
 from lmaas.errors import LmaasError, SettingsError, SettingUp, Unavailable
+from lmaas.files.service import Files
 from lmaas.http import Frame, on_error, on_http_exception
 from lmaas.inference.cache import Changes
 from lmaas.inference.catalog import Catalog
@@ -72,6 +74,7 @@ from lmaas.states import TERMINAL, Observed
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database, new_id
 from lmaas.store.models import get_base_model
+from lmaas.store.objects import Objects
 from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
@@ -89,18 +92,23 @@ COLLECT_EVERY = (10_000, 20, 20)
 
 
 def object_store_url(settings: Settings) -> str:
-    """Return the URL of the adapter store: that of the settings, or a folder of this stack."""
+    """Return the URL of the object store: that of the settings, or a folder of this stack."""
     return settings.object_store_url or (settings.home / "objects").as_uri()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The services that every process uses: Postgres, Redis and the adapter store."""
+    """The services that every process uses: Postgres, Redis and the object store."""
 
     db: Database
     redis: Redis
     scheduler: Scheduler
-    files: AdapterFiles
+    objects: Objects
+    adapter_files: AdapterFiles
+
+    def files(self, settings: Settings) -> Files:
+        """Return the service of tenants' files."""
+        return Files(self.db, self.objects, settings.home / "uploads", settings.max_file_bytes, file_quota)
 
 
 @asynccontextmanager
@@ -114,7 +122,8 @@ async def connected(settings: Settings, role: DatabaseRole | None, *, connection
     db = Database(settings.database_url, role, prefix=settings.database_role_prefix, connections=connections)
     redis = connect(settings.redis_url)
     try:
-        yield Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings)))
+        objects = Objects(object_store_url(settings))
+        yield Services(db, redis, Scheduler(redis), objects, AdapterFiles(objects))
     finally:
         await redis.aclose()
         await db.close()
@@ -164,7 +173,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.files), state)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state)
 
     async def ready() -> None:
         await db.check()
@@ -292,7 +301,7 @@ async def run_replica(settings: Settings, replica_id: str) -> bool:
         if row is None or row.observed in TERMINAL:
             raise SettingsError(f"The replica {replica_id} does not exist, or has ended.")
         model = await get_base_model(services.db, row.base_model_id)
-        supervisor = Supervisor(settings, services.db, services.scheduler, services.files, client, model, replica_id)
+        supervisor = Supervisor(settings, services.db, services.scheduler, services.adapter_files, client, model, replica_id)
         # With a local provisioner, the controller checks.
         checking = serve_checks(settings, services.db, services.redis, model.id) if settings.provisioner != "local" else None
         checks = asyncio.create_task(checking, name="grammar-checker") if checking is not None else None

@@ -19,6 +19,8 @@ class Action(StrEnum):
     ADAPTER_UPLOAD = "adapter.upload"
     ADAPTER_ACTIVATE = "adapter.activate"
     ADAPTER_DELETE = "adapter.delete"
+    FILE_CREATE = "file.create"
+    FILE_DELETE = "file.delete"
     BASE_MODEL_CREATE = "base_model.create"
     BASE_MODEL_CHANGE = "base_model.change"
     BASE_MODEL_DELETE = "base_model.delete"

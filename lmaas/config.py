@@ -15,7 +15,7 @@ T = TypeVar("T")
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 _ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators"})
+_MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators", "background_worth_starts"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -54,7 +54,7 @@ class Settings:
     redis_url: str | None = setting(None, "URL of a Redis or Valkey server.", unset="embedded Valkey")
     object_store_url: str | None = setting(
         None,
-        "Where adapter files are stored: `file://…` or `s3://bucket/prefix`, with credentials as AWS's tools find them.",
+        "Where files and adapters are stored: `file://…` or `s3://bucket/prefix`, with credentials as AWS's tools find them.",
         unset="a folder in the home",
     )
     tenants: Path = setting(Path("tenants"), "Folder of the manifests that `lmaas up` applies.")
@@ -85,6 +85,7 @@ class Settings:
     body_timeout_s: float = setting(30.0, "Time that a client has to send each 4 KiB of a request's body; then 408.")
     max_body_bytes: int = setting(4 * 1024 * 1024, "Largest body of an inference request; above it 413.")
     max_adapter_bytes: int = setting(512 * 1024 * 1024, "Largest adapter upload; above it 413.")
+    max_file_bytes: int = setting(512 * 1024 * 1024, "Largest file of `/v1/files`; above it 413.")
     max_kept_answer_bytes: int = setting(4 * 1024 * 1024, "Largest response that is kept for a request with an `Idempotency-Key`.")
     response_retention_s: int = setting(
         30 * 86400, "Time for which a response is stored, and a conversation after its last change. Holds for what is stored from now on."
@@ -113,6 +114,11 @@ class Settings:
     )
     share_quantum_s: float = setting(
         60.0, "When machines are full: time for which a pool is served before it makes room for another one that waits."
+    )
+    background_worth_starts: float = setting(
+        10.0,
+        "An engine starts for background work that has gathered, such as lines of batches, if the work would keep it busy for this many"
+        " times as long as a start takes. 0: for any work at once. A deadline starts one in any case.",
     )
     start_timeout_s: float = setting(600.0, "Time and processor time that an engine may take from its start to its first token.")
     orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")

@@ -52,17 +52,21 @@ class EnginePhase(StrEnum):
     STARTING = "starting"
     #: Nothing runs, but requests wait for an adapter that is being loaded.
     LOADING = "loading"
-    #: At least one request runs.
+    #: At least one request runs, and not only background work.
     BUSY = "busy"
+    #: Only background work runs: time in which the engine would otherwise be idle, or would not exist.
+    BACKGROUND = "background"
     IDLE = "idle"
 
 
 class Dimension(StrEnum):
-    """The fields by which the lines of a cost report may be grouped. An adapter is named within its tenant."""
+    """The fields by which the lines of a cost report may be grouped. An adapter is named within its tenant. `work` is interactive or
+    background."""
 
     DAY = "day"
     TENANT = "tenant"
     ADAPTER = "adapter"
+    WORK = "work"
 
 
 class UsageStatus(StrEnum):

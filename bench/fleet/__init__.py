@@ -18,7 +18,7 @@ MANY, ONE = Sizes(1000, 64, running=8000), Sizes(1, 64, running=8)
 #: A fleet that runs many tickets and has free slots.
 RUNNING = Sizes(1000, 64, running=16_000, slots=32)
 #: Many pools.
-POOLS = Sizes(10_000, 8, pools=1000)
+POOLS = Sizes(10_000, 8, pools=1000, at_once=32)
 
 
 async def measure(model: Path, folder: Path, wanted: Sequence[str], say: Say) -> AsyncIterator[Bar]:

@@ -24,8 +24,9 @@ ROUNDS = 3
 @click.option("--running", default=None, type=int, help="Tickets that run all the time. The default is half of the slots.")
 @click.option("--slots", default=16, show_default=True, help="Sequence slots of each replica.")
 @click.option("--waiting", default=1000, show_default=True, help="Tickets that wait in the full pool. 0 skips that measurement.")
-def main(replicas: int, resident: int, pools: int, running: int | None, slots: int, waiting: int) -> None:
-    sizes = Sizes(replicas, resident, pools, replicas * slots // 2 if running is None else running, slots, waiting)
+@click.option("--at-once", default=4, show_default=True, help="Requests that are sent together.")
+def main(replicas: int, resident: int, pools: int, running: int | None, slots: int, waiting: int, at_once: int) -> None:
+    sizes = Sizes(replicas, resident, pools, replicas * slots // 2 if running is None else running, slots, waiting, at_once)
     for what, figure in asyncio.run(_measure(sizes)).items():
         click.echo(f"{figure:12,.1f}  {what}")
 

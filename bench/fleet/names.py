@@ -15,7 +15,7 @@ import msgspec
 import psutil
 from redis.asyncio import Redis
 
-from bench.capacity import SCOPES, cpu_s, record
+from bench.load import SCOPES, cpu_s, record
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, gateway_channel
 from lmaas.scheduling.leases import RENEW_AT_ONCE
 from lmaas.scheduling.states import NoTicket, TicketState
@@ -28,8 +28,8 @@ ADAPTER_SLOTS = 8
 COMMON, COPIES = 4, 4
 TENANTS = 50
 BOUNDS = Bounds(10**9, 10**9)
-#: The number of requests under way at once, beside those that run all the time, and of calls that are sent together to load a fleet.
-AT_ONCE, LOADED_AT_ONCE = 4, 128
+#: The number of calls that are sent together to load a fleet.
+LOADED_AT_ONCE = 128
 #: The number of tickets that are submitted between two rounds of heartbeats.
 LOADED_BETWEEN_BEATS = 2000
 #: The length of a window. Heartbeats and leases stay valid for longer.
@@ -44,7 +44,7 @@ USED = TokenCounts(700, 300, 200)
 @dataclass(frozen=True)
 class Sizes:
     """A fleet: replicas in all pools together, resident adapters of each, tickets that run all the time, sequence slots of each replica,
-    and how many tickets wait when all slots are taken."""
+    how many tickets wait when all slots are taken, and how many requests are under way at once beside those that run all the time."""
 
     replicas: int
     resident: int
@@ -52,6 +52,7 @@ class Sizes:
     running: int = 0
     slots: int = 16
     waiting: int = 1000
+    at_once: int = 4
 
 
 class Fleet:
@@ -164,14 +165,14 @@ class Fleet:
         await self._turns(TENANTS)  # the first request of each tenant needs its usage of the month
 
         async def turns() -> int:
-            await self._turns(AT_ONCE)
-            return AT_ONCE
+            await self._turns(self.sizes.at_once)
+            return self.sizes.at_once
 
         return await self._cpu_us(turns, window_s)
 
     async def _turns(self, count: int) -> None:
-        for _ in range(0, count, AT_ONCE):
-            tickets = [self._with_any() for _ in range(AT_ONCE)]
+        for _ in range(0, count, self.sizes.at_once):
+            tickets = [self._with_any() for _ in range(self.sizes.at_once)]
             await asyncio.gather(*map(self._granted, tickets))
             await asyncio.gather(*map(self._release, tickets))
 
@@ -215,7 +216,7 @@ class Fleet:
             await wait()
 
         async def turns() -> int:
-            count = min(AT_ONCE, len(granted))
+            count = min(self.sizes.at_once, len(granted))
             await asyncio.gather(*(turn() for _ in range(count)))
             await asyncio.sleep(0)  # grants may be on their way
             return count

@@ -2,15 +2,23 @@
 
 from dataclasses import dataclass, fields, replace
 
+from lmaas.store.files import Quota
 from lmaas.types import Limits
+
+GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares."""
+    """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares.
+
+    `max_files` and `max_file_bytes` are of all files that the tenant uploads, together.
+    """
 
     share: float
     limits: Limits
+    max_files: int
+    max_file_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +33,13 @@ class ServiceTier:
 
 TIERS = {
     "free": Tier(
-        1.0, Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None)
+        1.0,
+        Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None),
+        max_files=1_000,
+        max_file_bytes=5 * GIB,
     ),
-    "standard": Tier(4.0, Limits()),
-    "premium": Tier(16.0, Limits()),
+    "standard": Tier(4.0, Limits(), max_files=10_000, max_file_bytes=100 * GIB),
+    "premium": Tier(16.0, Limits(), max_files=100_000, max_file_bytes=1024 * GIB),
 }
 DEFAULT_TIER = "standard"
 
@@ -46,6 +57,12 @@ SERVICE_TIERS = {
 def tier(name: str) -> Tier:
     """Return the tier of this name, or the default tier if the name is unknown."""
     return TIERS.get(name, TIERS[DEFAULT_TIER])
+
+
+def file_quota(tier_name: str) -> Quota:
+    """Return the quota of files of a tenant of this tier."""
+    found = tier(tier_name)
+    return Quota(found.max_files, found.max_file_bytes, f"its tier '{tier_name}'")
 
 
 def effective(own: Limits, tier_name: str) -> Limits:

@@ -12,6 +12,7 @@ from lmaas.api.context import Api, ApiCall, WithStatus
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import DryRun, Page, Paging
 from lmaas.api.shapes.models import (
+    BackgroundWork,
     BaseModel,
     BaseModelChange,
     DeletedBaseModel,
@@ -78,6 +79,7 @@ def _shown_pool(
         decided_at=state.decided_at if state is not None else None,
         start_s=decision.start_s,
         keep_warm=_shown_idleness(decision.idle, model.engine_price),
+        background=BackgroundWork(**msgspec.structs.asdict(decision.background)),
         failed_starts=None
         if failed is None
         else FailedStarts(
@@ -100,6 +102,20 @@ class _Idle(Struct, frozen=True):
     cold_share: float | None = None
 
 
+class _Background(Struct, frozen=True):
+    """What is read of the background work in a decision."""
+
+    lines: int = 0
+    tokens: int = 0
+    due_s: int | None = None
+    queued: int = 0
+    running: int = 0
+    reserve: int = 0
+    put_back: int = 0
+    tokens_per_s: float | None = None
+    replicas: int = 0
+
+
 class _Decision(Struct, frozen=True):
     """What is read of a decision of the controller."""
 
@@ -109,6 +125,7 @@ class _Decision(Struct, frozen=True):
     start_s: float | None = None
     backoff_s: float = 0
     idle: _Idle = _Idle()
+    background: _Background = _Background()
 
 
 def _decision(state: pools.PoolState | None) -> _Decision:

@@ -12,8 +12,10 @@ from lmaas.api.shapes.usage import (
     CogsQuery,
     CogsTotal,
     EngineMs,
+    IdleCapacity,
     OperatorEvents,
     OperatorPeriod,
+    OperatorUsage,
     OperatorUsageEvent,
     Period,
     Reconciliation,
@@ -23,11 +25,14 @@ from lmaas.api.shapes.usage import (
 from lmaas.errors import InvalidRequest
 from lmaas.metering import cogs
 from lmaas.metering.pricing import microusd
-from lmaas.states import Dimension
+from lmaas.states import Dimension, EnginePhase
 from lmaas.store import engine_time, usage
 from lmaas.store.paging import Part
 from lmaas.store.scopes import OPERATOR, AnyScope
 from lmaas.store.tenants import get_tenant
+
+#: The reason of a wasted attempt that has not ended, or whose result is about to be stored.
+UNFINISHED = "unfinished"
 
 
 async def _scope_of(api: Api, tenant: str | None) -> AnyScope:
@@ -37,32 +42,42 @@ async def _scope_of(api: Api, tenant: str | None) -> AnyScope:
 
 async def report_usage(api: Api, call: ApiCall[None, Period]) -> List[Usage]:
     """Report the use of one's own tenant."""
-    return await _report(api, call.tenant_id, call.query)
+    rows = await usage.report(api.db, call.tenant_id, since=call.query.since, until=call.query.until)
+    return List(data=[Usage(**_shown(row)) for row in rows])
 
 
-async def report_all_usage(api: Api, call: ApiCall[None, OperatorPeriod]) -> List[Usage]:
-    """Report the use of one tenant or of all."""
-    return await _report(api, await _scope_of(api, call.query.tenant), call.query)
-
-
-async def _report(api: Api, scope: AnyScope, period: Period) -> List[Usage]:
+async def report_all_usage(api: Api, call: ApiCall[None, OperatorPeriod]) -> List[OperatorUsage]:
+    """Report the use of one tenant or of all, with the attempts that were wasted."""
+    scope, period = await _scope_of(api, call.query.tenant), call.query
     rows = await usage.report(api.db, scope, since=period.since, until=period.until)
-    names = [name for name in usage.UsageRow.__slots__ if name != "charge_picousd"]
-    return List(data=[Usage(**{name: getattr(row, name) for name in names}, charge_microusd=microusd(row.charge_picousd)) for row in rows])
+    waste: dict[tuple[Any, ...], dict[str, int]] = {}
+    for each in await usage.list_waste(api.db, scope, since=period.since, until=period.until):
+        by_code = waste.setdefault((each.day, each.tenant, each.model, each.work), {})
+        by_code[each.code or UNFINISHED] = by_code.get(each.code or UNFINISHED, 0) + each.tokens
+    lines = [(_shown(row), waste.pop((row.day, row.tenant, row.model, row.work), {})) for row in rows]
+    # A model of which a tenant has only wasted attempts on a day has a line as well.
+    for (day, tenant, model, work), by_code in waste.items():
+        lines.append((_shown(usage.UsageRow(day, tenant, model, work, *[0] * 7)), by_code))
+    return List(data=[OperatorUsage(**shown, wasted_tokens=sum(codes.values()), waste=codes) for shown, codes in lines])
+
+
+def _shown(row: usage.UsageRow) -> dict[str, Any]:
+    shown = {name: getattr(row, name) for name in usage.UsageRow.__slots__ if name != "charge_picousd"}
+    return shown | {"charge_microusd": microusd(row.charge_picousd)}
 
 
 async def list_events(api: Api, call: ApiCall[None, Paging]) -> Page[UsageEvent]:
     """Return a page of the events of one's own tenant, newest first, without what only operators see."""
-    return await _events(api, call.tenant_id, call.query, UsageEvent)
+    return await _events(api, call.tenant_id, call.query, UsageEvent, with_waste=False)
 
 
 async def list_all_events(api: Api, call: ApiCall[None, OperatorEvents]) -> Page[OperatorUsageEvent]:
     """Return a page of the events of one tenant or of all, newest first."""
-    return await _events(api, await _scope_of(api, call.query.tenant), call.query, OperatorUsageEvent)
+    return await _events(api, await _scope_of(api, call.query.tenant), call.query, OperatorUsageEvent, with_waste=True)
 
 
-async def _events(api: Api, scope: AnyScope, asked: Paging, kind: type[UsageEvent]) -> Page[Any]:
-    rows = await usage.list_events(api.db, scope, Part(asked.limit, asked.after))
+async def _events(api: Api, scope: AnyScope, asked: Paging, kind: type[UsageEvent], *, with_waste: bool) -> Page[Any]:
+    rows = await usage.list_events(api.db, scope, Part(asked.limit, asked.after), with_waste=with_waste)
     shown = [kind(**{name: getattr(row, name) for name in kind.__struct_fields__}) for row in rows]
     return page_of(shown, [row.request_id for row in rows], asked.limit)
 
@@ -87,8 +102,15 @@ async def report_cogs(api: Api, call: ApiCall[None, CogsQuery]) -> Cogs:
         by=by,
         data=[CogsLine(**_who(line, by), **_money(line)) for line in found.lines],
         total=CogsTotal(**_money(found.total)),
+        idle_capacity=_idle_capacity(found.total.ms),
         reconciliation=Reconciliation(engine_ms=found.engine_ms, allocated_ms=found.allocated_ms, unallocated_ms=found.unallocated_ms),
     )
+
+
+def _idle_capacity(ms: dict[EnginePhase, int]) -> IdleCapacity:
+    used = ms[EnginePhase.BACKGROUND]
+    whole = used + ms[EnginePhase.IDLE]
+    return IdleCapacity(ms=whole, used_ms=used, used_ratio=round(used / whole, 4) if whole else None)
 
 
 def _who(line: cogs.Shown, by: list[Dimension]) -> dict[str, Any]:
@@ -99,6 +121,8 @@ def _who(line: cogs.Shown, by: list[Dimension]) -> dict[str, Any]:
         shown |= {"tenant_id": line.consumer.tenant_id, "tenant": line.consumer.tenant}
     if Dimension.ADAPTER in by and line.consumer is not None:
         shown |= {"base_model": line.consumer.base_model, "adapter": line.consumer.adapter}
+    if Dimension.WORK in by and line.consumer is not None:
+        shown["work"] = line.consumer.work
     return shown
 
 

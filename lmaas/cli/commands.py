@@ -32,8 +32,22 @@ KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "activated_by", "created_at")
 VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
 TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
-USAGE = ("day", "tenant", "model", "requests", "charge_microusd", *TOKENS, "failed_requests", "run_ms")
-EVENT = ("created_at", "model", "status", "prompt_tokens", "completion_tokens", "code", "request_id", "queue_ms", "load_ms", "run_ms")
+USAGE = ("day", "tenant", "model", "work", "requests", "charge_microusd", *TOKENS, "failed_requests", "run_ms")
+#: What only operators see of a use.
+WASTE = ("wasted_tokens", "wasted")
+EVENT = (
+    "created_at",
+    "model",
+    "status",
+    "prompt_tokens",
+    "completion_tokens",
+    "code",
+    "request_id",
+    "work",
+    "queue_ms",
+    "load_ms",
+    "run_ms",
+)
 LIMIT_OPTIONS = (
     ("--requests-per-minute", "Requests accepted in any 60 seconds."),
     ("--tokens-per-minute", "Prompt and completion tokens in any 60 seconds."),
@@ -41,7 +55,17 @@ LIMIT_OPTIONS = (
     ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
     ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
 )
-COGS = ("cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio", "busy_s", "idle_s", "starting_s", "loading_s")
+COGS = (
+    "cost_microusd",
+    "charge_microusd",
+    "margin_microusd",
+    "margin_ratio",
+    "busy_s",
+    "background_s",
+    "idle_s",
+    "starting_s",
+    "loading_s",
+)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -297,7 +321,7 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 @click.option("--events", is_flag=True, help="Show the latest requests instead, one line each.")
 @pass_context
 def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
-    """Show requests, tokens and charges by day, tenant and model."""
+    """Show requests, tokens and charges by day, tenant, model and class of work. Operators also see what was wasted."""
     of_all = context.is_operator()
     query = {"tenant": context.tenant} if of_all else {}
     if events:
@@ -305,13 +329,14 @@ def usage(context: Context, since: str | None, until: str | None, events: bool) 
         context.show(context.client().items(operation, most=MOST_EVENTS, query=query), EVENT)
     else:
         operation = table.REPORT_ALL_USAGE if of_all else table.REPORT_USAGE
-        context.show(context.client().items(operation, query={**query, "since": since, "until": until}), USAGE)
+        rows = context.client().items(operation, query={**query, "since": since, "until": until})
+        context.show(rows if context.as_json else [_wasted(row) for row in rows], (*USAGE, *WASTE) if of_all else USAGE)
 
 
 @cli.command()
 @click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
 @click.option("--until", help="The last day.")
-@click.option("--by", default="day,tenant,adapter", show_default=True, help="The dimensions to group by, separated by commas.")
+@click.option("--by", default="day,tenant,adapter", show_default=True, help="Some of day, tenant, adapter and work, separated by commas.")
 @pass_context
 def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
     """Compare what engines cost with what tenants are charged, for operators."""
@@ -322,6 +347,12 @@ def cogs(context: Context, since: str | None, until: str | None, by: str) -> Non
     who = [name for part in answer["by"] for name in {"adapter": ("base_model", "adapter")}.get(part, (part,))]
     lines = [*answer["data"], dict.fromkeys(who, "") | {who[0]: "total"} | answer["total"]]
     context.show([_cogs_line(line) for line in lines], (*who, *COGS))
+    spare = answer["idle_capacity"]
+    if spare["used_ms"] > 0:
+        click.echo(
+            f"Background work used {spare['used_ms'] / 1000:,.0f} s of the {spare['ms'] / 1000:,.0f} s in which engines had no other work"
+            f" ({spare['used_ratio']:.1%})."
+        )
 
 
 cli.add_command(simulate)
@@ -331,6 +362,11 @@ def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
     """Return a line for people: seconds, and a name for the time that no tenant used."""
     seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
     return line | seconds | ({"tenant": "(no tenant)"} if line.get("tenant", "") is None else {})
+
+
+def _wasted(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of usage with the reasons of its waste as one text."""
+    return row | {"wasted": ", ".join(f"{code} {tokens}" for code, tokens in row.get("waste", {}).items())}
 
 
 def _limited(row: dict[str, Any]) -> dict[str, Any]:

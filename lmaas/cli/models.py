@@ -78,6 +78,7 @@ def model_show(context: Context, name: str) -> None:
     running = ", ".join(f"{pool[state]} {state}" for state in ("ready", "starting", "draining") if pool[state]) or "no replica"
     click.echo(f"pool:      {running}; wanted {pool['wanted']}: {pool['reason'] or 'the controller has not said yet'}")
     click.echo(f"when idle: {_idle_words(pool['keep_warm'])}")
+    click.echo(f"in the background: {_background_words(pool['background'])}")
     for line in troubles([row]):
         click.echo(line)
 
@@ -150,6 +151,16 @@ def _idle_words(plan: dict[str, Any]) -> str:
         f"{words}; by its last {plan['idle_times_seen']:.0f} idle times that is {plan['engine_s_per_idle_time']:.0f} engine-seconds "
         f"({plan['cost_per_idle_time_microusd'] / 1e6:.6f} $) each, and {100 * plan['cold_share']:.0f} % of them end in a cold start"
     )
+
+
+def _background_words(work: dict[str, Any]) -> str:
+    """What background work waits and runs, and what was taken back from it."""
+    words = f"{work['running']} slots are in use, {work['reserve']} are kept free for requests; {work['lines']:,} lines wait"
+    if work["due_s"] is not None:
+        words += f" ({work['tokens']:,} tokens), the first until {work['due_s'] / 3600:.1f} h from now"
+    if work["tokens_per_s"] is not None:
+        words += f"; a replica processes {work['tokens_per_s']:,.0f} tokens a second"
+    return f"{words}; a slot was taken back {work['put_back']:,} times"
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

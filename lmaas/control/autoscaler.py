@@ -4,11 +4,14 @@ A pool scales up from zero immediately. Otherwise the target follows the concurr
 take compared with a start. In a panic (twice the demand that the replicas can run at once), it follows the concurrency of the last seconds.
 A pool scales down when no demand of the last minute needed that many replicas. Its idle times (see idleness) decide when it scales to zero,
 and whether it starts again ahead of the next request. The windows are those of Knative's autoscaler.
+
+Background work is not part of the demand or of the idle times, so it never causes a panic. It may raise the result (see background).
 """
 
 import math
 from dataclasses import dataclass, field, replace
 
+from lmaas.control.background import BackgroundState, Backlog, Surroundings, background_need
 from lmaas.control.idleness import Idleness, IdlePlan
 
 #: The delay before the next start after a failed one. It doubles with each consecutive failure.
@@ -30,7 +33,7 @@ SAMPLE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The demand on a pool: `queued` requests, `running` ones (in slots), and the seconds since the last of either.
+    """The interactive demand on a pool: `queued` requests, `running` ones (in slots), and the seconds since the last of either.
 
     `service_s` is the usual time for which a request holds its slot, `start_s` the usual time from an engine's start to its first token.
     """
@@ -44,12 +47,14 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The pool's bounds. `slots` is the number of sequences that a replica runs at once."""
+    """The pool's bounds. `slots` is the number of sequences that a replica runs at once. An engine starts for background work that has
+    gathered if it is busy with it for `worth_starts` times as long as a start takes."""
 
     min_replicas: int
     max_replicas: int
     idle_timeout_s: float
     slots: int
+    worth_starts: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +73,20 @@ class ScalingState:
     samples: tuple[Sample, ...] = ()
     panic_at: float | None = None
     idleness: Idleness = field(default_factory=Idleness)
+    background: BackgroundState = field(default_factory=BackgroundState)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
     """The decision: the number of `replicas`, the reason in words, and the state for the next decision. With `ahead`, no request needs them
-    yet."""
+    yet. Only background work needs the last `background` of them; with `due`, its deadline requires them."""
 
     replicas: int
     reason: str
     state: ScalingState
     ahead: bool = False
+    background: int = 0
+    due: bool = False
 
     @property
     def idle_plan(self) -> IdlePlan:
@@ -88,14 +96,29 @@ class Scale:
         return plan
 
 
-def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> Scale:
-    """Return the number of replicas that there should be. `current` replicas are desired now, and `state` is that of the last decision."""
+def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float, backlog: Backlog | None = None) -> Scale:
+    """Return the number of replicas that there should be. `current` replicas are desired now, and `state` is that of the last decision.
+    `backlog` is the background work, if there is any."""
+    scale = _interactive(demand, policy, current, state, now)
+    load = demand.queued + demand.running
+    usual = _average(scale.state.samples, load, now, STABLE_S) / policy.slots
+    pool = Surroundings(current, load > 0, usual, policy.slots, demand.start_s, policy.worth_starts)
+    need = background_need(backlog or Backlog(), pool, state.background, now)
+    scale = replace(scale, state=replace(scale.state, background=need.state))
+    replicas = min(need.replicas, max(policy.min_replicas, policy.max_replicas))
+    if replicas > scale.replicas:
+        return replace(scale, replicas=replicas, reason=need.reason, background=replicas - scale.replicas, due=need.due, ahead=False)
+    return replace(scale, reason=f"{scale.reason}; {need.waits}") if need.waits and scale.replicas == 0 else scale
+
+
+def _interactive(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> Scale:
+    """Return the decision for interactive requests alone."""
     load = demand.queued + demand.running
     idleness = state.idleness.observed(now, demand.idle_s, load > 0, policy.idle_timeout_s, demand.start_s)
     needed, why, panic = _needed(demand, policy, current, state, now)
     panic_at = now if panic else state.panic_at
     samples = _remembered(state.samples, Sample(now, load, needed), now)
-    state = ScalingState(samples, panic_at, idleness)
+    state = ScalingState(samples, panic_at, idleness, state.background)
     high = max(policy.min_replicas, policy.max_replicas)
     target = min(needed, high)
     if load == 0:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from lmaas.cancellation import unswallowed
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Scale, ScalingState, decide
+from lmaas.control.background import BackgroundFigures, Throughput
 from lmaas.control.idleness import Idleness, IdleTimes
 from lmaas.control.observation import Replicas
 from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
@@ -24,6 +25,7 @@ from lmaas.errors import Unavailable
 from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
+from lmaas.store.backlog import waiting_lines
 from lmaas.store.database import Database, Writes, new_id
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models, list_pool_ids
@@ -44,7 +46,7 @@ SAVE_S = 5.0
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
     """A pool after the last tick, for metrics: queued requests, running sequences, desired replicas, the state of each observed replica,
-    and the duration of the newest start's stages (milliseconds by stage, and `by`) if they are known."""
+    the duration of the newest start's stages (milliseconds by stage, and `by`) if they are known, and its background work."""
 
     model: str
     queued: int
@@ -52,6 +54,7 @@ class PoolStatus:
     desired: int
     observed: tuple[str, ...]
     start: Mapping[str, Any] = field(default_factory=dict)
+    background: BackgroundFigures = field(default_factory=BackgroundFigures)
 
 
 class Controller:
@@ -82,6 +85,7 @@ class Controller:
         #: The time at which all pools were last read.
         self._read_at = float("-inf")
         self._scaling: dict[str, ScalingState] = {}
+        self._throughput: dict[str, Throughput] = {}
         self._waiting = WaitingSince()
         self._saved: dict[str, tuple[float, Decision, IdleTimes]] = {}
         #: The replicas of each pool as the last tick observed them.
@@ -148,7 +152,11 @@ class Controller:
         processes, capacity = await self._provisioner.list(), await self._provisioner.capacity()
         models = await list_base_models(self._db)
         await self._remember(models)
-        read = [await self._read(model, processes, capacity) for model in models]
+        waiting, has_runner = await waiting_lines(self._db)
+        read = [
+            replace(await self._read(model, processes, capacity), waiting=waiting.get(model.id, ()), has_runner=has_runner)
+            for model in models
+        ]
         now = self._read_at = self._clock()
         pools = {pool.model.id: pool.advanced(self._replicas.get(pool.model.id, {}), now) for pool in read}
         self._replicas = {pool_id: pool.replicas for pool_id, pool in pools.items()}
@@ -156,7 +164,7 @@ class Controller:
         claims = [pool.claim(scales[pool_id], now) for pool_id, pool in pools.items()]
         shares, self._waiting = share(capacity, claims, self._waiting, SharingRules(self._settings.share_quantum_s), now)
         for pool_id, pool in pools.items():
-            self.decisions[pool_id] = Decision.of(pool, scales[pool_id], shares[pool_id])
+            self.decisions[pool_id] = Decision.of(pool, scales[pool_id], shares[pool_id], self._throughput[pool_id])
             await self._reconcile(pool, shares[pool_id].replicas, now)
             await self._save(pool_id, now)
         for replica_id in [replica for replica, pool_id in processes.items() if pool_id not in pools]:
@@ -165,13 +173,17 @@ class Controller:
             del self.decisions[pool_id]
 
     async def _remember(self, models: list[BaseModel]) -> None:
-        """Load the idle times that earlier controllers recorded."""
+        """Load the idle times and the throughput of background work that earlier controllers recorded."""
         if any(model.id not in self._scaling for model in models):
             states = await pool_states_by_id(self._db)
             for model in models:
                 if model.id not in self._scaling:
                     stored = states[model.id].idle_times if model.id in states else ()
                     self._scaling[model.id] = ScalingState(idleness=Idleness(IdleTimes.of(stored)))
+                    decided = states[model.id].decision if model.id in states else {}
+                    background = decided.get("background")
+                    rate = background.get("tokens_per_s") if isinstance(background, dict) else None
+                    self._throughput[model.id] = Throughput.of(rate)
 
     async def _read(self, model: BaseModel, processes: dict[str, str], capacity: Resources | None) -> PoolObservation:
         delay_s, first_s = self._provisioner.start_delay_s(), self._provisioner.first_start_s()
@@ -183,14 +195,18 @@ class Controller:
         return PoolObservation(model, policy_of(model, self._settings), needs, rows, mine, stats, failures, failed_ago_s)
 
     def _scale(self, pool: PoolObservation, now: float) -> Scale:
-        scale = decide(pool.demand, pool.policy, pool.current, self._scaling[pool.model.id], now)
+        throughput = self._throughput[pool.model.id] = pool.throughput(self._throughput[pool.model.id], now)
+        backlog = pool.backlog(throughput.tokens_per_s)
+        scale = decide(pool.demand, pool.policy, pool.current, self._scaling[pool.model.id], now, backlog)
         self._scaling[pool.model.id] = scale.state
         return scale
 
     async def _reconcile(self, pool: PoolObservation, desired: int, now: float) -> None:
         model, rows, stats, settings = pool.model, pool.rows, pool.stats, self._settings
         observed = tuple(row.observed for row in rows)
-        self.statuses[model.id] = PoolStatus(model.name, stats["queued"], stats["load"], desired, observed, _newest_start(rows))
+        background = self.decisions[model.id].background
+        queued, load = stats["queued"], stats["load"]
+        self.statuses[model.id] = PoolStatus(model.name, queued, load, desired, observed, _newest_start(rows), background)
         stop_after_s = settings.drain_timeout_s + STOP_GRACE_S
         limits = PlanLimits(pool.policy.max_replicas, pool.may_start, stop_after_s, settings.start_timeout_s)
         for action in plan(desired, pool.replicas, limits, now):

@@ -30,14 +30,16 @@ class Condition(StrEnum):
 class ReplicaObservation:
     """A replica as reported by three sources: its row in the database, its process at the provisioner, its entry in the queue.
 
-    `row` is None if there is no row of a replica that has not ended, `load` (slots in use) is None if the queue has no entry. `since` has
-    the time at which each current condition began to hold.
+    `row` is None if there is no row of a replica that has not ended. `load` (slots that interactive requests use) is None if the queue has
+    no entry; `background` is the number of slots that background work uses. `since` has the time at which each current condition began to
+    hold.
     """
 
     id: str
     row: Replica | None = None
     has_process: bool = False
     load: int | None = None
+    background: int = 0
     since: Mapping[Condition, float] = field(default_factory=dict)
 
     def held_s(self, condition: Condition, now: float) -> float:
@@ -53,13 +55,18 @@ Replicas = Mapping[str, ReplicaObservation]
 
 
 def observe_replicas(
-    previous: Replicas, rows: Sequence[Replica], processes: Collection[str], loads: Mapping[str, int], now: float
+    previous: Replicas,
+    rows: Sequence[Replica],
+    processes: Collection[str],
+    loads: Mapping[str, int],
+    now: float,
+    background: Mapping[str, int] | None = None,
 ) -> dict[str, ReplicaObservation]:
     """Return every replica of a pool that any source reports, with the times at which its conditions began.
 
-    `rows` are the replicas that have not ended, `processes` the ids that the provisioner runs, `loads` the slots in use by id, from the
-    queue. A condition that already held in `previous` keeps its time, and one that no longer holds is removed. The order is that of `rows`,
-    followed by the other ids in alphabetical order.
+    `rows` are the replicas that have not ended, `processes` the ids that the provisioner runs, `loads` by id the slots that interactive
+    requests use, from the queue, and `background` those that background work uses. A condition that already held in `previous` keeps its
+    time, and one that no longer holds is removed. The order is that of `rows`, followed by the other ids in alphabetical order.
     """
     by_id = {row.id: row for row in rows}
     found = {}
@@ -67,7 +74,7 @@ def observe_replicas(
         row, has_process, load = by_id.get(replica_id), replica_id in processes, loads.get(replica_id)
         before = previous[replica_id].since if replica_id in previous else {}
         since = {condition: before.get(condition, now) for condition in _conditions(row, has_process, load, before)}
-        found[replica_id] = ReplicaObservation(replica_id, row, has_process, load, since)
+        found[replica_id] = ReplicaObservation(replica_id, row, has_process, load, (background or {}).get(replica_id, 0), since)
     return found
 
 

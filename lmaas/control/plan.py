@@ -62,8 +62,16 @@ def plan(desired: int, replicas: Replicas, limits: PlanLimits, now: float) -> li
         elif replica.held_s(Condition.UNHEARD, now) > limits.start_after_s:
             actions.append(Action(Verb.GIVE_UP, replica.id))
     wanted = [(replica, row) for replica, row in alive if row.desired == Desired.RUNNING]
-    # Fewest running requests first; among equals, replicas that are not ready, then the youngest.
-    spare = sorted(wanted, key=lambda each: (each[0].load or 0, each[1].observed == Observed.READY, -each[1].created_at.timestamp()))
+    # Fewest running requests first, then least background work; among equals, replicas that are not ready, then the youngest.
+    spare = sorted(
+        wanted,
+        key=lambda each: (
+            each[0].load or 0,
+            each[0].background,
+            each[1].observed == Observed.READY,
+            -each[1].created_at.timestamp(),
+        ),
+    )
     actions += [Action(Verb.STOP, replica.id) for replica, _ in spare[: max(0, len(wanted) - desired)]]
     if limits.may_start:
         # A draining replica still uses its memory.

@@ -1,13 +1,16 @@
 """A controller's observation of one pool and its decision for it: values without effects."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Demand, Policy, Scale, backoff_s
+from lmaas.control.background import BackgroundFigures, Backlog, Due, Throughput
 from lmaas.control.observation import Condition, Replicas, observe_replicas
 from lmaas.control.sharing import HeldReplica, PoolClaim, Share
-from lmaas.states import Desired
+from lmaas.states import Desired, Observed
+from lmaas.store.backlog import WaitingLines
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import Replica
 from lmaas.types import Resources
@@ -30,12 +33,17 @@ class PoolObservation:
     stats: dict[str, Any]
     failures: int
     failed_ago_s: float
+    #: The lines of batches that wait, and whether there is a job runner for them.
+    waiting: Sequence[WaitingLines] = ()
+    has_runner: bool = True
     replicas: Replicas = field(default_factory=dict)
 
     def advanced(self, previous: Replicas, now: float) -> "PoolObservation":
         """Return this observation with its `replicas`, whose conditions continue those of the `previous` tick."""
-        loads = {replica: int(facts["load"]) for replica, facts in self.stats["replicas"].items()}
-        return replace(self, replicas=observe_replicas(previous, self.rows, self.processes, loads, now))
+        seen = self.stats["replicas"].items()
+        loads = {replica: int(facts["load"]) for replica, facts in seen}
+        background = {replica: int(facts.get("background", 0)) for replica, facts in seen}
+        return replace(self, replicas=observe_replicas(previous, self.rows, self.processes, loads, now, background))
 
     @property
     def current(self) -> int:
@@ -47,6 +55,39 @@ class PoolObservation:
         """The demand, for the autoscaler."""
         stats = self.stats
         return Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
+
+    @property
+    def ready(self) -> int:
+        """The number of replicas that take work."""
+        return sum(1 for row in self.rows if row.desired == Desired.RUNNING and row.observed == Observed.READY)
+
+    @property
+    def background(self) -> Mapping[str, Any]:
+        """The scheduler's background tickets: `queued` and `load` (in slots)."""
+        found: Mapping[str, Any] = self.stats.get("background") or {"queued": 0, "load": 0}
+        return found
+
+    def backlog(self, tokens_per_s: float | None) -> Backlog:
+        """Return the background work, for the autoscaler."""
+        return Backlog(
+            tuple(Due(each.due_s, each.lines, each.tokens) for each in self.waiting),
+            queued=int(self.background["queued"]),
+            running=int(self.background["load"]),
+            ready=self.ready,
+            tokens_per_s=tokens_per_s,
+            has_runner=self.has_runner,
+        )
+
+    def throughput(self, before: Throughput, now: float) -> Throughput:
+        """Return what the pool's replicas have shown of background work, with this observation."""
+        return before.observed(
+            now,
+            sum(each.tokens for each in self.waiting),
+            sum(each.batches for each in self.waiting),
+            running=int(self.background["load"]),
+            ready=self.ready,
+            slots=self.policy.slots,
+        )
 
     @property
     def may_start(self) -> bool:
@@ -61,7 +102,7 @@ class PoolObservation:
             name=self.model.name,
             needs=self.needs,
             wanted=scale.replicas,
-            held=[HeldReplica(each.id, each.load or 0, each.age_s(now), Condition.READY in each.since) for each in alive],
+            held=[HeldReplica(each.id, each.load or 0, each.age_s(now), Condition.READY in each.since, each.background) for each in alive],
             leaving=len(self.processes) - len(alive),
             min_replicas=self.policy.min_replicas,
             queued=self.stats["queued"],
@@ -69,6 +110,8 @@ class PoolObservation:
             ahead=scale.ahead,
             may_start=self.may_start,
             failing=self.failures > 0,
+            background=scale.background,
+            due=scale.due,
         )
 
 
@@ -87,9 +130,10 @@ class Decision:
     start_s: float
     #: The delay after a failed start before the next one may begin.
     backoff_s: float
+    background: BackgroundFigures
 
     @classmethod
-    def of(cls, pool: PoolObservation, scale: Scale, share: Share) -> "Decision":
+    def of(cls, pool: PoolObservation, scale: Scale, share: Share, throughput: Throughput) -> "Decision":
         """Return the decision with its reason in words."""
         reason = scale.reason
         if share.reason:
@@ -97,7 +141,29 @@ class Decision:
         blocked = share.replicas < scale.replicas and share.replicas == 0 and not scale.ahead and pool.may_start
         demand = pool.demand
         idle = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(scale.idle_plan).items()}
-        return cls(scale.replicas, share.replicas, reason, blocked, idle, demand.service_s, demand.start_s, backoff_s(pool.failures))
+        backlog = pool.backlog(throughput.tokens_per_s)
+        background = BackgroundFigures(
+            lines=backlog.lines,
+            tokens=backlog.tokens,
+            due_s=round(backlog.dues[0].due_s) if backlog.dues else None,
+            queued=backlog.queued,
+            running=backlog.running,
+            reserve=int(pool.background.get("reserve", 0)),
+            put_back=int(pool.background.get("yields", 0)),
+            tokens_per_s=None if backlog.tokens_per_s is None else round(backlog.tokens_per_s, 1),
+            replicas=scale.background,
+        )
+        return cls(
+            scale.replicas,
+            share.replicas,
+            reason,
+            blocked,
+            idle,
+            demand.service_s,
+            demand.start_s,
+            backoff_s(pool.failures),
+            background,
+        )
 
     def shown(self) -> dict[str, Any]:
         """Return the decision as JSON for the table that the API reads."""
@@ -108,7 +174,8 @@ def policy_of(model: BaseModel, settings: Settings) -> Policy:
     """Return the bounds that the operator set for this base model, or those of the settings."""
     low = model.min_replicas or 0
     high = max(low, settings.engine_max_replicas if model.max_replicas is None else model.max_replicas)
-    return Policy(low, high, settings.idle_timeout_s if model.idle_timeout_s is None else model.idle_timeout_s, model.max_num_seqs)
+    idle_timeout_s = settings.idle_timeout_s if model.idle_timeout_s is None else model.idle_timeout_s
+    return Policy(low, high, idle_timeout_s, model.max_num_seqs, settings.background_worth_starts)
 
 
 def needs_of(model: BaseModel, settings: Settings, capacity: Resources | None) -> Resources:

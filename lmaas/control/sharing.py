@@ -2,14 +2,17 @@
 
 Each pool keeps the replicas that it has and still wants. Pools that want more are served in this order: first, each pool that waits without
 a replica gets one, the longest wait first; second, replicas that operators always want (`min_replicas`); third, one more at a time for the
-pool that has the fewest; last, starts ahead of a request. Room for a replica that does not fit yet is reserved for the first pool in that
-order, so that no later pool takes it.
+pool that has the fewest; then, starts ahead of a request; last, replicas that only background work needs, those that a deadline requires
+before the others. Room for a replica that does not fit yet is reserved for the first pool in that order, so that no later pool takes it.
 
-For the first three, replicas of idle pools give way, the longest idle first. A replica stays for its first `residency_s`; otherwise two
-pools with a few requests each would drain each other again and again. Busy replicas give way only to a pool that has none at all. A pool's
-second and further replicas do so immediately. Its first one does so when another pool has waited for `starvation_s` and it has been served
-for `quantum_s` (the longest-served first). `min_replicas` never give way. For a pool whose engines fail to start, no busy replica gives
-way, and no room is reserved while busy replicas use the rest.
+For the first three, replicas that only background work needs give way at once, and then replicas of idle pools, the longest idle first.
+A replica of an idle pool stays for its first `residency_s`; otherwise two pools with a few requests each would drain each other again and
+again. Busy replicas give way only to a pool that has none at all. A pool's second and further replicas do so immediately. Its first one
+does so when another pool has waited for `starvation_s` and it has been served for `quantum_s` (the longest-served first). `min_replicas`
+never give way. For a pool whose engines fail to start, no busy replica gives way, and no room is reserved while busy replicas use the rest.
+
+For background work with a deadline that requires a replica, replicas of idle pools give way, and so do those that only background work
+without such a deadline needs. For other background work, none does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,17 +44,20 @@ class SharingRules:
 
 @dataclass(frozen=True, slots=True)
 class HeldReplica:
-    """A replica that is desired and alive: its slots in use, and the seconds since it became ready or, if it is not ready, was recorded."""
+    """A replica that is desired and alive: its slots that interactive requests use, those that background work uses, and the seconds since
+    it became ready or, if it is not ready, was recorded."""
 
     replica: str
     load: int
     age_s: float
     ready: bool = True
+    background: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PoolClaim:
-    """The replicas that one pool has and wants, and what each needs. `leaving` counts those that drain and still have their memory."""
+    """The replicas that one pool has and wants, and what each needs. `leaving` counts those that drain and still have their memory.
+    Only background work needs `background` of the wanted ones; with `due`, its deadline requires them."""
 
     id: str
     name: str
@@ -68,11 +74,18 @@ class PoolClaim:
     #: Whether the pool may start a replica now (not for a while after a failed start), and whether its last start failed.
     may_start: bool = True
     failing: bool = False
+    background: int = 0
+    due: bool = False
 
     @property
     def busy(self) -> bool:
-        """True if requests wait or run."""
+        """True if interactive requests wait or run."""
         return self.queued > 0 or any(held.load > 0 for held in self.held)
+
+    @property
+    def interactive(self) -> int:
+        """The number of wanted replicas without those that only background work needs."""
+        return self.wanted - self.background
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,7 @@ class _Turn(IntEnum):
     PROMISED = 1
     MORE = 2
     AHEAD = 3
+    BACKGROUND = 4
 
 
 @dataclass(slots=True)
@@ -120,7 +134,7 @@ def share(
     If a share is smaller than what the pool has, the rest is drained. A larger share fits now: the replicas that run or may be started
     never exceed `capacity` in total, unless more run already.
     """
-    since = {pool.id: waiting.pools.get(pool.id, now) for pool in pools if pool.wanted > 0 and not pool.held and not pool.ahead}
+    since = {pool.id: waiting.pools.get(pool.id, now) for pool in pools if pool.interactive > 0 and not pool.held and not pool.ahead}
     if capacity is None:
         return {pool.id: Share(pool.wanted) for pool in pools}, WaitingSince(since)
     return _Round(capacity, pools, since, rules, now).result(), WaitingSince(since)
@@ -143,24 +157,28 @@ class _Round:
             self._coming.add(pool.needs, len(pool.held) - kept + pool.leaving)
 
     def result(self) -> dict[str, Share]:
-        short = [pool for pool in self._pools if pool.wanted > len(pool.held)]
+        short = [pool for pool in self._pools if pool.interactive > len(pool.held)]
         turns = {pool.id: self._turn(pool) for pool in short}
         for pool in sorted(short, key=lambda pool: (turns[pool.id], self._since.get(pool.id, 0.0), pool.id)):
             if turns[pool.id] is _Turn.WAITING:
                 self._serve(_Turn.WAITING, pool, 1)
             elif turns[pool.id] is _Turn.PROMISED:
-                self._serve(_Turn.PROMISED, pool, min(pool.min_replicas, pool.wanted))
+                self._serve(_Turn.PROMISED, pool, min(pool.min_replicas, pool.interactive))
         # A pool that has no replica yet waits for its first. The others get one more at a time, the pool with the least first.
         more = [pool for pool in short if turns[pool.id] is _Turn.MORE or self._shares[pool.id] > len(pool.held)]
         while more:
             pool = min(more, key=lambda pool: (self._shares[pool.id] * (pool.needs.cpus + pool.needs.accelerators), pool.id))
             before = self._shares[pool.id]
-            self._serve(_Turn.MORE, pool, min(before + 1, pool.wanted))
+            self._serve(_Turn.MORE, pool, min(before + 1, pool.interactive))
             if self._shares[pool.id] == before:
                 more.remove(pool)
         for pool in short:
             if turns[pool.id] is _Turn.AHEAD:
-                self._serve(_Turn.AHEAD, pool, pool.wanted)
+                self._serve(_Turn.AHEAD, pool, pool.interactive)
+        for pool in sorted(self._pools, key=lambda pool: (not pool.due, pool.id)):
+            # A pool that gives way to another one does not take room at the same time.
+            if pool.background > 0 and self._shares[pool.id] >= min(pool.wanted, len(pool.held)):
+                self._serve(_Turn.BACKGROUND, pool, pool.wanted)
         return {pool.id: Share(self._shares[pool.id], self._why.get(pool.id, "")) for pool in self._pools}
 
     def _turn(self, pool: PoolClaim) -> _Turn:
@@ -183,7 +201,7 @@ class _Round:
                 self._shares[pool.id] += 1
                 continue
             self._why[pool.id] = "the machines are full"
-            if turn is not _Turn.AHEAD:
+            if turn is not _Turn.AHEAD and (turn is not _Turn.BACKGROUND or pool.due):
                 self._make_room(turn, pool)
             return
 
@@ -223,20 +241,29 @@ class _Round:
             if pool is claimant:
                 continue
             # In the order in which plan() stops them: the least busy first.
-            held = sorted(pool.held, key=lambda one: (one.load, one.ready, one.age_s))
+            held = sorted(pool.held, key=lambda one: (one.load, one.background, one.ready, one.age_s))
             spare = held[len(pool.held) - self._shares[pool.id] : len(held) - pool.min_replicas]
             for place, one in enumerate(spare, start=len(pool.held) - self._shares[pool.id]):
-                last = place == len(held) - 1
-                if one.age_s < rules.residency_s:
-                    continue
-                if not pool.busy:
-                    found.append((0, -pool.idle_s, pool.id, pool))
-                elif turn is _Turn.WAITING and not claimant.failing and not last:
-                    found.append((1, -one.age_s, pool.id, pool))
-                elif starving and one.ready and one.age_s >= rules.quantum_s:
-                    found.append((2, -one.age_s, pool.id, pool))
+                rank = self._rank(turn, claimant, pool, one, left=len(held) - place, starving=starving)
+                if rank is not None:
+                    found.append((rank, -pool.idle_s if rank == 1 else -one.age_s, pool.id, pool))
         found.sort(key=lambda entry: entry[:3])
         return [pool for _, _, _, pool in found]
+
+    def _rank(self, turn: _Turn, claimant: PoolClaim, pool: PoolClaim, one: HeldReplica, *, left: int, starving: bool) -> int | None:
+        """Return the rank in which a replica gives way, None if it does not. `left` is how many its pool has, with this one."""
+        rules, settled = self._rules, one.age_s >= self._rules.residency_s
+        if left > pool.interactive:
+            # Only background work needs it.
+            gives_way = turn is not _Turn.BACKGROUND or (settled and not pool.due)
+            return 0 if gives_way else None
+        if not settled:
+            return None
+        if not pool.busy:
+            return 1
+        if turn is _Turn.WAITING and not claimant.failing and left > 1:
+            return 2
+        return 3 if starving and one.ready and one.age_s >= rules.quantum_s else None
 
     def _ever(self, claimant: PoolClaim) -> bool:
         """Return whether there would be room if every replica that may give way did so."""

@@ -6,6 +6,7 @@ The metrics name pools and no tenants. Even so, the endpoints belong in a privat
 import functools
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,14 +24,23 @@ from lmaas.private_server import serve_privately
 from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.engine_time import PoolTime, pool_times
+from lmaas.store.usage import PoolWaste, recent_waste
 
 MICROUSD_PER_USD = 1_000_000
 
 
-def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Metric]:
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What the database says: engine time of all days, and what was wasted lately."""
+
+    times: Iterable[PoolTime]
+    waste: Iterable[PoolWaste]
+
+
+def metrics(controller: Controller, ledger: Ledger | None) -> list[Metric]:
     """Return the metrics. Only the active controller reports pools, so that a sum over all controllers counts each pool once.
 
-    `times` is None while the database is away; the metrics from it are then absent, not zero.
+    `ledger` is None while the database is away; the metrics from it are then absent, not zero.
     """
     leader = GaugeMetricFamily("lmaas_controller_leader", "1 for the active controller, 0 for one that stands by.")
     leader.add_metric([], float(controller.active))
@@ -55,23 +65,62 @@ def metrics(controller: Controller, times: Iterable[PoolTime] | None) -> list[Me
         desired.add_metric([pool.model], pool.desired)
         for state in (Observed.STARTING, Observed.READY, Observed.DRAINING):
             replicas.add_metric([pool.model, state], pool.observed.count(state))
+    found += _background(controller)
     stored = GaugeMetricFamily("lmaas_stored_bytes", "Stored responses and conversations of all tenants, as last counted.")
     if controller.sweeper.stored_bytes is not None:
         stored.add_metric([], controller.sweeper.stored_bytes)
     found += [queued, running, desired, replicas, start, stored]
-    return found + (_bill(times) if times is not None else [])
+    return found + (_bill(ledger) if ledger is not None else [])
 
 
-def _bill(times: Iterable[PoolTime]) -> list[Metric]:
+def _background(controller: Controller) -> list[Metric]:
+    """Return the metrics of background work."""
+
+    def gauge(name: str, text: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"lmaas_background_{name}", text, labels=["pool"])
+
+    lines = gauge("lines", "Lines of batches that wait.")
+    tokens = gauge("tokens", "Estimated tokens of these lines.")
+    due = gauge("due_seconds", "Time until the earliest deadline of these lines.")
+    queued = gauge("queued", "Background requests that wait for a slot in the queue.")
+    running = gauge("running", "Background sequences that run.")
+    reserve = gauge("reserve", "Slots that background work leaves free for interactive requests.")
+    speed = gauge("tokens_per_second", "Estimated tokens of background work that one replica processes in a second.")
+    replicas = gauge("replicas", "Replicas that the autoscaler wants for background work only.")
+    put_back = CounterMetricFamily("lmaas_background_put_back", "Background requests whose slot was taken back.", labels=["pool"])
+    for pool in list(controller.statuses.values()):
+        figures = pool.background
+        for family, value in (
+            (lines, figures.lines),
+            (tokens, figures.tokens),
+            (due, figures.due_s),
+            (queued, figures.queued),
+            (running, figures.running),
+            (reserve, figures.reserve),
+            (speed, figures.tokens_per_s),
+            (replicas, figures.replicas),
+            (put_back, figures.put_back),
+        ):
+            if value is not None:
+                family.add_metric([pool.model], value)
+    return [lines, tokens, due, queued, running, reserve, speed, replicas, put_back]
+
+
+def _bill(ledger: Ledger) -> list[Metric]:
     seconds = CounterMetricFamily("lmaas_engine_seconds", "Engine time by phase, from the ledger.", labels=["pool", "phase"])
     cost = CounterMetricFamily("lmaas_engine_cost_usd", "What that time cost (COGS), from the ledger.", labels=["pool"])
+    wasted = GaugeMetricFamily(
+        "lmaas_wasted_tokens", "Tokens of attempts without a result that began in the last ten minutes, by reason.", labels=["pool", "code"]
+    )
+    for waste in ledger.waste:
+        wasted.add_metric([waste.base_model, waste.code], waste.tokens)
     costs: dict[str, float] = {}
-    for time in times:
+    for time in ledger.times:
         seconds.add_metric([time.base_model, time.phase], time.ms / 1000)
         costs[time.base_model] = costs.get(time.base_model, 0.0) + time.cost_microusd / MICROUSD_PER_USD
     for pool, dollars in costs.items():
         cost.add_metric([pool], dollars)
-    return [seconds, cost]
+    return [seconds, cost, wasted]
 
 
 class _Once(Collector):
@@ -100,12 +149,12 @@ async def _health(controller: Controller, _: Request) -> Response:
 
 
 async def _metrics(controller: Controller, db: Database, _: Request) -> Response:
-    times = None
+    ledger = None
     if controller.active:
         with suppress(Unavailable):
-            times = await pool_times(db)
+            ledger = Ledger(await pool_times(db), await recent_waste(db))
     registry = CollectorRegistry()
-    registry.register(_Once(metrics(controller, times)))
+    registry.register(_Once(metrics(controller, ledger)))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 

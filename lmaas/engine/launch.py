@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 VLLM = SERVER
 #: The grammar library of every engine. Guidance cannot read the tool parsers' tags, and hangs on some schemas.
 GRAMMAR_LIBRARY = '{"backend":"xgrammar"}'
+#: The order of requests inside every engine: background requests give way (see hooks/background.py).
+SCHEDULING = ("--scheduling-policy", "priority")
 SECRETS = frozenset(
     {
         "LMAAS_DATABASE_URL",
@@ -111,12 +113,12 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     if spec.kind is PoolKind.EMBED:
         # What a model supports (prefix caching, prefill in chunks) and how it pools is read from its files by vLLM. A model without a KV
         # cache ignores its size.
-        return [*command, *shlex.split(spec.extra_args), "--runner", "pooling"]
+        return [*command, *shlex.split(spec.extra_args), *SCHEDULING, "--runner", "pooling"]
     # Options for cached tokens in the usage, for /inference/v1/abort_requests, and for tools.
     command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    # The last option wins, so `engine_args` cannot change it. With `auto`, an engine's first grammar decides the library for all later
+    # The last option wins, so `engine_args` cannot change these. With `auto`, an engine's first grammar decides the library for all later
     # ones.
-    return command + shlex.split(spec.extra_args) + ["--structured-outputs-config", GRAMMAR_LIBRARY]
+    return [*command, *shlex.split(spec.extra_args), *SCHEDULING, "--structured-outputs-config", GRAMMAR_LIBRARY]
 
 
 def _allowed_rank(rank: int) -> int:

@@ -79,7 +79,8 @@ class Delivery:
                 for part in range(inference.request.parts):
                     if part and self._sink.gone.is_set():
                         break
-                    rest = await self._send(lease, inference.request.body(inference.engine_name, opened.ticket.tenant, part))
+                    body = inference.request.body(inference.engine_name, opened.ticket.tenant, part, inference.work.engine_priority)
+                    rest = await self._send(lease, body)
             except CONNECTION_ERRORS as error:
                 raise EngineLost(RetryReason.ENGINE, repr(error)) from error
             except (InvalidRequest, RequestFailed):

@@ -50,9 +50,12 @@ class EngineRequest(ABC):
     def estimate(self, max_model_len: int) -> tuple[int, int]:
         """Return an estimate of the prompt tokens, and the most completion tokens that the answer may have."""
 
-    def body(self, engine_name: str, cache_salt: str, part: int = 0) -> bytes:
-        """Return the engine's request body of one part. The salt keeps tenants from timing each other's cached prompts."""
+    def body(self, engine_name: str, cache_salt: str, part: int = 0, priority: int = 0) -> bytes:
+        """Return the engine's request body of one part. The salt keeps tenants from timing each other's cached prompts. A request with a
+        `priority` above 0 gives way to others inside the engine."""
         extra: dict[str, Any] = {"model": engine_name, "cache_salt": cache_salt, "stream": self.stream}
+        if priority:
+            extra["priority"] = priority
         if self.stream:
             extra["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         try:

@@ -26,6 +26,11 @@ class Work:
     rate_limited: bool = True
     deadline_s: float | None = None
 
+    @property
+    def engine_priority(self) -> int:
+        """The priority of its requests inside an engine, where those with a higher number give way."""
+        return 1 if self.work_class is WorkClass.BACKGROUND else 0
+
 
 #: A request whose client waits.
 INTERACTIVE = Work(WorkClass.INTERACTIVE, durable=False)

@@ -6,18 +6,18 @@ the unit `cost` is kept in, 1/3,600,000 micro-dollar, so the sums of money are e
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, TypeVar
 
 from lmaas.metering.pricing import PICOUSD_PER_MICROUSD
-from lmaas.states import Dimension, EnginePhase
+from lmaas.states import Dimension, EnginePhase, WorkClass
 from lmaas.store.engine_time import Charge, Consumer, EngineTime, Work
 
 K = TypeVar("K", bound=Hashable)
 
-#: The fields that lines may be grouped by.
-DIMENSIONS = tuple(Dimension)
+#: The fields that lines are grouped by unless others are given.
+DIMENSIONS = (Dimension.DAY, Dimension.TENANT, Dimension.ADAPTER)
 MS_PER_HOUR = 3_600_000
 
 
@@ -87,41 +87,75 @@ def apportion(total: int, weights: Mapping[K, int]) -> dict[K, int]:
     return parts
 
 
-def allocate(times: Iterable[EngineTime], work: Iterable[Work]) -> dict[tuple[date, Consumer], Line]:
+class _Shares:
+    """The shares of the consumers of one engine in its time, by day."""
+
+    def __init__(self) -> None:
+        self._run: dict[date, dict[Consumer, int]] = {}
+        self._load: dict[date, dict[Consumer, int]] = {}
+        #: The engine's own time by day and phase.
+        self._engine: dict[date, dict[EnginePhase, int]] = {}
+
+    def add_work(self, work: Work) -> None:
+        for weights, ms in ((self._run, work.run_ms), (self._load, work.load_ms)):
+            if ms > 0:
+                of_day = weights.setdefault(work.day, {})
+                of_day[work.consumer] = of_day.get(work.consumer, 0) + ms
+
+    def add_time(self, time: EngineTime) -> None:
+        phases = self._engine.setdefault(time.day, {})
+        phases[time.phase] = phases.get(time.phase, 0) + time.ms
+
+    def of(self, day: date, phase: EnginePhase) -> dict[Consumer, int] | None:
+        """Return the weights of the consumers, None if the engine has done no work."""
+        if phase is EnginePhase.LOADING and day in self._load:
+            return self._load[day]
+        if not self._run:
+            return None
+        nearest = max((other for other in self._run if other <= day), default=min(self._run))
+        background = {who: ms for who, ms in self._run[nearest].items() if who.work is WorkClass.BACKGROUND}
+        interactive = {who: ms for who, ms in self._run[nearest].items() if who.work is not WorkClass.BACKGROUND}
+        if phase is EnginePhase.BACKGROUND:
+            return background or interactive
+        if phase is not EnginePhase.BUSY or not background or not interactive:
+            return interactive or background
+        # Background work runs while the engine is busy and while it has nothing else to do, in proportion to these times.
+        spent = self._engine[day]
+        busy, alone = max(1, spent[EnginePhase.BUSY]), spent.get(EnginePhase.BACKGROUND, 0)
+        return {who: ms * (busy + alone) for who, ms in interactive.items()} | {who: ms * busy for who, ms in background.items()}
+
+
+def allocate(times: Sequence[EngineTime], work: Iterable[Work]) -> dict[tuple[date, Consumer], Line]:
     """Allocate engine time by day and consumer.
 
-    Loading is allocated in proportion to the time that requests waited for a load, everything else in proportion to the time that they
-    ran, each on the same engine and day. On a day without either, the shares are those of the last earlier day that had some (an engine
-    idles after its work), else of the next day (it started for that work). So the costs of a past day do not change later. An engine that
-    never had a request is allocated to no tenant.
+    - Loading is allocated in proportion to the time that requests waited for a load.
+    - Time in which only background work ran is allocated in proportion to the time that background work ran.
+    - Busy time is allocated in proportion to the time that all work ran then. Background work is taken to run evenly over the time in which
+      the engine is busy and the time in which only background work runs.
+    - Starting and idle time is allocated in proportion to the time that interactive requests ran, because they are what keeps engines warm;
+      on an engine without any, in proportion to the time that background work ran.
+
+    Each is of the same engine and day. On a day without work, the shares are those of the last earlier day that had some (an engine idles
+    after its work), else of the next day (it started for that work). So the costs of a past day do not change later. An engine that never
+    had a request is allocated to no tenant. Attempts that were wasted count as work of those whose work it was.
     """
-    ran: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
-    loaded: dict[str, dict[date, dict[Consumer, int]]] = defaultdict(dict)
+    shares: dict[str, _Shares] = defaultdict(_Shares)
     # Sorted, so that remainders do not depend on the order of the database.
     for one in sorted(work, key=lambda one: (one.replica_id, one.day, *_order(one.consumer))):
-        for weights, ms in ((ran, one.run_ms), (loaded, one.load_ms)):
-            if ms > 0:
-                of_day = weights[one.replica_id].setdefault(one.day, {})
-                of_day[one.consumer] = of_day.get(one.consumer, 0) + ms
+        shares[one.replica_id].add_work(one)
+    for time in times:
+        shares[time.replica_id].add_time(time)
     lines: dict[tuple[date, Consumer], Line] = defaultdict(Line)
     for time in times:
-        shares = _nearest(ran[time.replica_id], time.day)
-        if time.phase is EnginePhase.LOADING:
-            shares = loaded[time.replica_id].get(time.day) or shares
-        for consumer, ms in apportion(time.ms, shares or {Consumer(None, None, time.base_model, None): 1}).items():
+        weights = shares[time.replica_id].of(time.day, time.phase) or {Consumer(None, None, time.base_model, None, None): 1}
+        for consumer, ms in apportion(time.ms, weights).items():
             line = lines[time.day, consumer]
             line.ms[time.phase] += ms
             line.cost += ms * time.price
     return dict(lines)
 
 
-def _nearest(days: Mapping[date, dict[Consumer, int]], day: date) -> dict[Consumer, int] | None:
-    if not days:
-        return None
-    return days[max((other for other in days if other <= day), default=min(days))]
-
-
-def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[Charge], by: Iterable[str] = DIMENSIONS) -> Report:
+def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[Charge], by: Iterable[Dimension] = DIMENSIONS) -> Report:
     """Return cost and charge, grouped by some of DIMENSIONS, newest day first.
 
     The money of the lines is rounded so that it adds up to the total, which is rounded once.
@@ -133,7 +167,7 @@ def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[
     by = frozenset(by)
     groups: dict[tuple[date | None, Consumer | None], Line] = defaultdict(Line)
     for (day, consumer), line in lines.items():
-        groups[day if "day" in by else None, _grouped(consumer, by)].add(line)
+        groups[day if Dimension.DAY in by else None, _grouped(consumer, by)].add(line)
     keys = sorted(groups, key=lambda key: (-key[0].toordinal() if key[0] else 0, *_order(key[1])))
     costs = rounded([groups[key].cost for key in keys], MS_PER_HOUR)
     paid = rounded([groups[key].charge for key in keys], PICOUSD_PER_MICROUSD)
@@ -158,14 +192,19 @@ def rounded(values: Sequence[int], divisor: int) -> list[int]:
     return parts
 
 
-def _grouped(consumer: Consumer, by: frozenset[str]) -> Consumer | None:
-    if "adapter" in by:
-        return consumer
-    return Consumer(consumer.tenant_id, consumer.tenant, "", None) if "tenant" in by else None
+def _grouped(consumer: Consumer, by: frozenset[Dimension]) -> Consumer | None:
+    """Return the consumer without what lines are not grouped by, None if they are grouped by nothing of it."""
+    work = consumer.work if Dimension.WORK in by else None
+    if Dimension.ADAPTER in by:
+        return replace(consumer, work=work)
+    if Dimension.TENANT in by:
+        return Consumer(consumer.tenant_id, consumer.tenant, "", None, work)
+    return Consumer(None, None, "", None, work) if Dimension.WORK in by else None
 
 
 def _order(consumer: Consumer | None) -> tuple[Any, ...]:
-    """Return the sort key: by tenant, with no tenant last, then base model and adapter, the base model itself first."""
+    """Return the sort key: by tenant, with no tenant last, then base model, adapter and work, the base model itself first."""
     if consumer is None:
         return ()
-    return consumer.tenant is None, consumer.tenant or "", consumer.tenant_id or "", consumer.base_model, consumer.adapter or ""
+    names = (consumer.tenant or "", consumer.tenant_id or "", consumer.base_model, consumer.adapter or "")
+    return (consumer.tenant is None, *names, consumer.work is None, consumer.work or "")

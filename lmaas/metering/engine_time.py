@@ -10,10 +10,11 @@ DAY_MS = 86_400_000
 Span = tuple[date, EnginePhase, int]
 
 
-def phase_when_ready(load: int, waiting: int) -> EnginePhase:
-    """Return the phase of a ready engine with `load` occupied slots, `waiting` of them by requests that wait for an adapter."""
+def phase_when_ready(load: int, waiting: int, background: int) -> EnginePhase:
+    """Return the phase of a ready engine with `load` occupied slots: `waiting` of them by requests that wait for an adapter, `background`
+    of them by background work."""
     if load > waiting:
-        return EnginePhase.BUSY
+        return EnginePhase.BUSY if load > background else EnginePhase.BACKGROUND
     return EnginePhase.LOADING if load > 0 else EnginePhase.IDLE
 
 

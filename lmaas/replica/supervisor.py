@@ -92,6 +92,7 @@ class Supervisor:
         #: The usual duration of such a start. None once it has been reported, after this engine's start.
         self._start_ms: int | None = None
         self._load = 0
+        self._only_background = False
         self._counted: float | None = None
         self._probing: asyncio.Task[bool] | None = None
         self._doubted = False
@@ -291,7 +292,8 @@ class Supervisor:
                 self._start_ms = None
             self._load = int(reply["load"])
             # Counts tickets, not slots: if one of a request's sequences waits for an adapter, all of them do.
-            self._saw_load(self._load, sum(reply["running"].get(adapter, 0) for adapter in reply["loads"]))
+            waiting = sum(reply["running"].get(adapter, 0) for adapter in reply["loads"])
+            self._saw_load(self._load, waiting, int(reply.get("background", 0)))
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             if self._state is Observed.STARTING:
                 self._residency.prepare(reply.get("warm") or {})
@@ -311,10 +313,13 @@ class Supervisor:
                 async with asyncio.timeout(BEAT_S):
                     await self._wake.wait()
 
-    def _saw_load(self, load: int, waiting: int) -> None:
-        """Record in the time sheet that `load` slots are taken, `waiting` of them by requests that wait for an adapter."""
+    def _saw_load(self, load: int, waiting: int, background: int | None = None) -> None:
+        """Record in the time sheet that `load` slots are taken: `waiting` of them by requests that wait for an adapter, `background` of
+        them by background work. If that is not known, all of them are if it was so before."""
+        if background is not None:
+            self._only_background = 0 < load <= background
         if self._ready:
-            self._sheet.observe(phase_when_ready(load, waiting))
+            self._sheet.observe(phase_when_ready(load, waiting, load if self._only_background else 0))
 
     async def _works(self, engine: EngineProcess) -> bool:
         """Return whether the engine works: its counters of tokens increase, or it completes a probe. A busy engine is given time, but an

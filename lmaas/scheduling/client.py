@@ -26,7 +26,7 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 #: The parts of the function library, in the order in which they are joined.
-PARTS = ("state", "limits", "fairness", "placement", "scheduler")
+PARTS = ("state", "limits", "fairness", "fleet", "placement", "endings", "outlook", "scheduler")
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
 #: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in state.lua).
@@ -248,7 +248,8 @@ class Scheduler:
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Report that a replica lives. Returns its state and the adapters that it should load."""
         fields = {name: value for name, value in asdict(beat).items() if value is not None}
-        return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), at=2)
+        resident = _ENCODE(fields.pop("resident"))
+        return await self._call_as_seen("heartbeat", pool, replica, _ENCODE(fields), resident, at=2)
 
     async def loaded(self, pool: str, replica: str, adapter: str) -> int:
         """Report that an adapter is resident. Grants the tickets that waited for it and returns their number."""
@@ -274,7 +275,13 @@ class Scheduler:
         """Return demand and replicas of a pool, and remove what has expired. Only the controller calls this, so replicas conclude from it
         that there is one. `delay_ms` is the current delay of starts, and `first_ms` the duration of a start if none of this pool is
         known."""
-        return await self._call_as_seen("stats", pool, delay_ms, first_ms)
+        told = self._memories.get(pool, "")
+        head, *flat = await self.call("stats", pool, told, delay_ms, first_ms)
+        reply = _DECODE(head)
+        self.saw(pool, reply.pop("memory"), told)
+        now = reply.pop("now")
+        reply["replicas"] = {name: _seen(_DECODE(facts), now) for name, facts in zip(flat[::2], flat[1::2], strict=True)}
+        return reply
 
     async def record_event(self, pool: str, event: str) -> None:
         """Pass a usage event to the metering writer."""
@@ -302,6 +309,18 @@ class Scheduler:
             except RedisError as error:
                 log.warning("subscription to %s was lost", channel, extra={"action": "subscribe", "detail": str(error)})
                 await asyncio.sleep(0.5)
+
+
+def _seen(replica: dict[str, Any], now: int) -> dict[str, Any]:
+    """Return what the controller reads of a replica, from its stored JSON (fleet.lua)."""
+    return {
+        "state": replica["state"],
+        "load": replica["load"],
+        "slots": replica["slots"],
+        "beat_ms": now - replica["beat"],
+        "resident": replica["has"],
+        "running": replica["runs"],
+    }
 
 
 def _counts(tokens: TokenCounts | None) -> bytes:

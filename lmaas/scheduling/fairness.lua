@@ -18,7 +18,7 @@ end
 local function floor_of(pool)
   local smallest = redis.call('ZRANGE', pool.key .. ':waiting', 0, 0, 'WITHSCORES')
   if smallest[2] then return tonumber(smallest[2]) end
-  local last = redis.call('HGET', pool.key .. ':vars', 'last')
+  local last = text_of(pool, 'last')
   return math.max(var(pool, 'floor', 0), last and counter_of(pool, last) or 0)
 end
 
@@ -50,7 +50,7 @@ local function lift(pool, tenant, behind)
   if redis.call('ZCARD', pool.key .. ':counters') > MAX_COUNTERS then
     -- Counters below the floor can be dropped: their tenants would be lifted to it anyway.
     local floor = floor_of(pool)
-    redis.call('HSET', pool.key .. ':vars', 'floor', floor)
+    set_var(pool, 'floor', floor)
     redis.call('ZREMRANGEBYSCORE', pool.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
   end
 end
@@ -64,14 +64,14 @@ end
 
 -- Leaves the same state as if the ticket had been queued and dequeued: no ticket waits, so its turn comes at once.
 local function pass_through(pool, ticket)
-  ticket.sequence = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1)
+  ticket.sequence = next_of(pool, 'seq')
   lift(pool, ticket.tenant, 0)
-  redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant)
+  set_var(pool, 'last', ticket.tenant)
 end
 
 -- Queues a ticket. With `front`, it came back and goes before all that did not, in the order in which they came back.
 local function enqueue(pool, ticket, front)
-  local sequence, queue = redis.call('HINCRBY', pool.key .. ':vars', 'seq', 1), pool.key .. ':queue:' .. ticket.tenant
+  local sequence, queue = next_of(pool, 'seq'), pool.key .. ':queue:' .. ticket.tenant
   ticket.sequence = front and -1 / sequence or sequence
   if front then
     redis.call('ZADD', pool.key .. ':front', ticket.sequence, ticket.id)
@@ -95,6 +95,6 @@ local function dequeue(pool, ticket)
   if redis.call('EXISTS', queue) == 0 then
     redis.call('ZREM', pool.key .. ':waiting', ticket.tenant)
     redis.call('HDEL', pool.key .. ':sequences', ticket.tenant)
-    redis.call('HSET', pool.key .. ':vars', 'last', ticket.tenant)
+    set_var(pool, 'last', ticket.tenant)
   end
 end

@@ -34,6 +34,11 @@ local function month_of(now_ms)
   return (year + era * 400 + (month <= 2 and 1 or 0)) * 100 + month
 end
 
+local function month_now(pool)
+  pool.month = pool.month or month_of(pool.wall)
+  return pool.month
+end
+
 local ENTRY = '<ddd'
 local ENTRY_BYTES = 24 -- three doubles; `struct` is not available while the library is loaded
 
@@ -70,17 +75,18 @@ local function forget_seconds(scope, second)
   scope.window = string.sub(scope.window, (first - 1) * ENTRY_BYTES + 1, last * ENTRY_BYTES)
 end
 
+-- Reads a scope as it is now.
 local function load_scope(pool, id)
   local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
   local current, scope = LAYOUT .. '/' .. (found[1] or ''), found[2] and cmsgpack.unpack(found[2])
   if not scope or scope.memory ~= current then
     scope = {
-      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_of(pool.now), tokens = 0, cost = 0, seeded = SEEDED.NO,
+      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_now(pool), tokens = 0, cost = 0, seeded = SEEDED.NO,
       generation = 0, memory = current,
     }
   end
-  forget_seconds(scope, math.floor(pool.now / 1000))
-  local month = month_of(pool.now)
+  forget_seconds(scope, math.floor(pool.wall / 1000))
+  local month = month_now(pool)
   if scope.month ~= month then
     -- A new month begins with zero and needs no ledger.
     scope.month, scope.tokens, scope.cost = month, 0, 0
@@ -103,7 +109,7 @@ local function until_freed(pool, scope, what, excess)
   for number = 1, entries(scope) do
     local second, requests, tokens = entry(scope, number)
     freed = freed + (what == LIMIT.REQUESTS and requests or tokens)
-    if freed >= excess then return (second + WINDOW_S + 1) * 1000 - pool.now end
+    if freed >= excess then return (second + WINDOW_S + 1) * 1000 - pool.wall end
   end
   return WINDOW_S * 1000
 end
@@ -112,13 +118,13 @@ end
 local function until_reset(pool, scope, what)
   for number = entries(scope), 1, -1 do
     local second, requests, tokens = entry(scope, number)
-    if (what == LIMIT.REQUESTS and requests or tokens) > 0 then return (second + WINDOW_S + 1) * 1000 - pool.now end
+    if (what == LIMIT.REQUESTS and requests or tokens) > 0 then return (second + WINDOW_S + 1) * 1000 - pool.wall end
   end
   return 0
 end
 
 local function count(pool, scope, requests, tokens)
-  local second, last = math.floor(pool.now / 1000), entries(scope)
+  local second, last = math.floor(pool.wall / 1000), entries(scope)
   if last == 0 or entry(scope, last) ~= second then
     scope.window, last = scope.window .. struct.pack(ENTRY, second, 0, 0), last + 1
   end
@@ -206,9 +212,9 @@ local function reserve(pool, ticket, forced)
     local scope = load_scope(pool, limit.id)
     if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded ~= SEEDED.YES then
       unseeded[#unseeded + 1] = limit.id
-      if not forced and (scope.seeded == SEEDED.NO or math.abs(pool.now - scope.asked) > ASK_AGAIN_MS) then
+      if not forced and (scope.seeded == SEEDED.NO or math.abs(pool.wall - scope.asked) > ASK_AGAIN_MS) then
         -- Requests that end from now on are counted here; the ledger has those that have ended.
-        scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = SEEDED.ASKED, pool.now, scope.generation + 1, 0, 0
+        scope.seeded, scope.asked, scope.generation, scope.tokens, scope.cost = SEEDED.ASKED, pool.wall, scope.generation + 1, 0, 0
         save_scope(scope)
       end
     end
@@ -222,7 +228,7 @@ local function reserve(pool, ticket, forced)
       return refused
     end
   end
-  local second, generations, memories = math.floor(pool.now / 1000), {}, {}
+  local second, generations, memories = math.floor(pool.wall / 1000), {}, {}
   for i, scope in ipairs(scopes) do
     if not ticket.background then
       count(pool, scope, 1, tokens)

@@ -1,18 +1,37 @@
 #!lua name=lmaas
 -- The scheduler. Every function changes one pool atomically. There is no dispatcher process: each call that changes the state
 -- (a gateway submits, releases or renews; a supervisor sends a heartbeat or has loaded an adapter; the reaper runs) also dispatches.
--- The library has five parts, joined in this order: state, limits, fairness, placement, scheduler (the functions).
+-- The parts of the library are joined in the order of PARTS in client.py. The last one has the functions.
+--
+-- A call costs O(log n) in the replicas, adapters, tenants and tickets of a pool. It reads facts by key and candidates from sorted sets;
+-- none of what a call does grows with the fleet, and what may concern many tickets (their replica is lost, their gateways are gone) is
+-- done in portions by the calls that follow.
 --
 -- KEYS[1] is `lmaas:{pool}`. The pool's other keys are that prefix with a suffix, so that a pool stays on one cluster slot:
+--   :vars      hash  counters, sums, averages, epoch, began, layout, run, mark, base (see VARS)
+--   :usage     stream of usage events
+-- Tickets:
 --   :tickets   hash  ticket id → JSON           :expiry    zset  ticket id → when its lease expires (ms)
+--   :progress  hash  ticket id → tokens (see tokens_of)
 --   :queue     zset  ticket id → sequence       :queue:T   zset  the tickets of tenant T that did not come back, in its order of service
 --   :front     zset  ticket id → sequence, of tickets that came back: they have had their turn already
 --   :sequences hash  tenant → its own sequence  :waiting   zset  tenant → counter, of tenants with a :queue:T
 --   :counters  zset  tenant → counter, of all tenants
 --   :needs     hash  queued ticket id → its needs (see needs_of)
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was first passed over
---   :replicas  hash  replica id → JSON          :progress  hash  ticket id → tokens (see tokens_of)
---   :usage     stream of usage events           :vars      hash  counters, averages, epoch, began, layout, run, mark, base
+-- Facts about replica R (see fleet.lua):
+--   :replicas  hash  replica id → JSON          :held:R    zset  ticket id → sequence, of the tickets that hold slots there
+--   :running:R hash  adapter → tickets that hold a slot with it    :used:R  hash  adapter → when a ticket was last placed with it
+--   :resident:R set  adapters on its engine     :loading:R hash  adapter that it is to load → source
+--   :waits:R|A zset  ticket id → sequence, of the tickets that hold a slot there until adapter A is loaded
+-- Indices of replicas, which fleet.lua derives from these facts:
+--   :free      zset  replica → share of its slots in use, of those that get work and have a free slot
+--   :spare     zset  the same, of those that have a free adapter slot too
+--   :crowded   zset  the same, of those that get work and have no free adapter slot
+--   :runs:A    zset  replicas on which tickets hold a slot with adapter A    :has:A  zset  replicas on which adapter A is resident
+--   :starting  zset  replica → since when       :due       zset  replica → when its silence matters next (ms)
+-- Tickets whose replica is lost or drains and that no call has reached yet:
+--   :lost      list  numbers n                  :lost:n    zset  ticket id → sequence
 -- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together. It is valid only for
 -- the value that `lmaas:limits` had when it was written.
 --
@@ -21,10 +40,12 @@
 -- what waits, what runs and what ended lately.
 --
 -- A ticket is queued → (loading →) granted → gone; see TICKET. Time is the server's own (TIME), so other machines' clocks do not matter.
+-- A pool's time never goes back: when the server's clock is set back, the pool adds the difference from then on. Only limits and months
+-- follow the server's clock itself.
 
 -- Grows with every change of the stored state that a library of another layout would misread. In all layouts, `:vars` is a hash with
 -- `layout` and `reaped`, `:tickets` is a hash of JSON with `event`, and `:usage` is a stream of events.
-local LAYOUT = 2
+local LAYOUT = 3
 local LEASE_MS = 6000     -- a gateway renews its leases every second
 local STALE_MS = 5000     -- a replica without a heartbeat for this long gets no new work
 local GONE_MS = 30000     -- after this long it is removed
@@ -33,6 +54,7 @@ local PRESENT_MS = 10000  -- the controller reads every pool every second
 local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local TURN_MS = 2000      -- the assumed run time of a request, until one is known
 local START_MS = 20000    -- the assumed time of an engine's start, until one is known
+local MAX_REAPED = 64     -- tickets of lost gateways and of lost replicas that one call ends or takes back; the next call continues
 
 -- Words that clients read, or that are stored. lmaas/scheduling/states.py has the same words and their meanings; a test compares the two,
 -- and finds a name that is misspelt here.
@@ -57,10 +79,6 @@ local WASTED = { STATUS = 'wasted', CODE = 'runner_lost' }
 
 -- The id of the server process. A new process may have lost the memory of the one before it. It is read once per process.
 local process = nil
--- The last state of each pool that this process has seen: {mark, epoch, base}. While the mark continues from there, no other library was
--- used.
-local seen_last = {}
-
 -- Decodes token counts, which clients send and `:progress` stores as JSON `[prompt, cached, completion]`; returns nil for ''. The release
 -- before this one, which may still run beside it, stores them without the brackets; it finds its three numbers in this form too, since
 -- they come first.
@@ -90,17 +108,63 @@ local function record_lost(pool, ticket)
   return used
 end
 
+-- The last state of each pool that this process has seen: {mark, epoch, began, base}. While the mark continues from there, no other
+-- library was used.
+local seen_last = {}
+
+-- The fields of `:vars` that nearly every call needs and reads when it begins. The others are read when they are needed:
+--   reaped, offset, spare  the server's time at the last call; by how much this pool's is later; until when no one is given up
+--   seq, placed, lives     numbers given to tickets, placements and replicas so far
+--   lost                   the lists in `:lost`
+--   last, floor            see fairness.lua
+--   turn, active           when a slot was last taken, or a replica became ready; when there was last any demand
+--   load, slots, able      slots in use; the slots of ready replicas; the replicas that may get work sooner or later
+local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'seq', 'placed', 'last', 'floor' }
+
+-- Returns a field of `:vars` as text, or false.
+local function text_of(pool, name)
+  local value = pool.vars[name]
+  if value == nil then
+    value = redis.call('HGET', pool.key .. ':vars', name)
+    pool.vars[name] = value
+  end
+  return value
+end
+
+local function var(pool, name, default)
+  return tonumber(text_of(pool, name) or default)
+end
+
+local function set_var(pool, name, value)
+  pool.vars[name], pool.written[name] = value, value
+end
+
+-- Returns the next number of a counter in `:vars`.
+local function next_of(pool, name)
+  local value = var(pool, name, 0) + 1
+  set_var(pool, name, value)
+  return value
+end
+
+-- Moves a moving average by an eighth of the difference, so that it follows about the last dozen values.
+local function average(pool, name, value, default)
+  local old = var(pool, name, default)
+  set_var(pool, name, math.floor(old + (value - old) / 8))
+end
+
 -- Begins a new epoch of an empty pool. `mark` grows with every call and across epochs: it begins with the time in µs. An epoch is named
 -- after its first mark.
 local function begin_epoch(pool, mark)
+  pool.now = pool.wall
   pool.mark = math.max(pool.now * 1000, mark + 1)
-  pool.epoch, pool.base, pool.replicas, pool.dirty = string.format('%.0f', pool.mark), pool.mark, {}, {}
-  pool.began = pool.run
-  pool.tickets, pool.changed = nil, nil
+  pool.epoch, pool.base, pool.began = string.format('%.0f', pool.mark), pool.mark, pool.run
+  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
+  pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
+  pool.vars, pool.written = {}, {}
+  set_var(pool, 'reaped', pool.wall)
   redis.call(
     'HSET', pool.key .. ':vars', 'layout', LAYOUT, 'epoch', pool.epoch, 'began', pool.run, 'run', pool.run, 'mark', pool.epoch, 'base', pool.epoch
   )
-  seen_last[pool.key] = { mark = pool.mark, epoch = pool.epoch, began = pool.run, base = pool.base }
 end
 
 -- Makes all counts of tenants and keys invalid. Every pool that was rebuilt asks for this; only the first of this process has an effect.
@@ -108,7 +172,7 @@ end
 local function doubt_limits(pool)
   local mine = LAYOUT .. '-' .. pool.run .. '-'
   local said = redis.call('GET', 'lmaas:limits')
-  if not said or string.sub(said, 1, #mine) ~= mine then redis.call('SET', 'lmaas:limits', mine .. string.format('%.0f', pool.now)) end
+  if not said or string.sub(said, 1, #mine) ~= mine then redis.call('SET', 'lmaas:limits', mine .. string.format('%.0f', pool.wall)) end
 end
 
 -- Empties a pool whose memory cannot be trusted. The ledger takes each event once, so what is reported again is not charged twice.
@@ -126,23 +190,25 @@ local function rebuild(pool, mark)
 end
 
 -- Returns whether processes of a newer release use this pool now. Those of this release are about to be replaced and must not change it.
-local function is_of_newer(prefix, now)
+local function is_of_newer(prefix, wall)
   local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'reaped')
-  return tonumber(found[1] or 0) > LAYOUT and math.abs(now - tonumber(found[2] or 0)) < LEASE_MS
+  return tonumber(found[1] or 0) > LAYOUT and math.abs(wall - tonumber(found[2] or 0)) < LEASE_MS
 end
 
 -- Reads a pool at the beginning of a call. For a pool that a newer release uses, it returns nil if `or_nil`, else it raises an error.
 local function open(prefix, or_nil)
   process = process or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local time = redis.call('TIME')
-  local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-  local pool = { key = prefix, now = now, run = process, replicas = {}, dirty = {} }
+  local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  local pool = { key = prefix, wall = wall, now = wall, run = process, budget = MAX_REAPED }
+  pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
+  pool.vars, pool.written = {}, {}
   pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
-  local last = seen_last[prefix]
-  if not last or last.mark + 1 ~= pool.mark then
+  local seen = seen_last[prefix]
+  if not seen or seen.mark + 1 ~= pool.mark then
     local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base', 'began')
     if tonumber(found[1] or 0) ~= LAYOUT then
-      if is_of_newer(prefix, now) then
+      if is_of_newer(prefix, wall) then
         if or_nil then return nil end
         error('this pool is used by a newer release')
       end
@@ -153,17 +219,22 @@ local function open(prefix, or_nil)
       end
       return pool
     end
-    last = { epoch = found[2], base = tonumber(found[4]), began = found[5] }
+    seen = { epoch = found[2], base = tonumber(found[4]), began = found[5] }
     if found[3] ~= process then
       -- A new process has begun with this memory. A client that has seen more in the process before knows that the memory is older.
-      last.base = pool.mark - 1
-      redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', last.base))
+      seen.base = pool.mark - 1
+      redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', seen.base))
     end
-    seen_last[prefix] = last
+    seen_last[prefix] = seen
   end
-  last.mark, pool.epoch, pool.base, pool.began = pool.mark, last.epoch, last.base, last.began
-  local stored = redis.call('HGETALL', prefix .. ':replicas')
-  for i = 1, #stored, 2 do pool.replicas[stored[i]] = cjson.decode(stored[i + 1]) end
+  seen.mark, pool.epoch, pool.base, pool.began = pool.mark, seen.epoch, seen.base, seen.began
+  for i, value in ipairs(redis.call('HMGET', prefix .. ':vars', unpack(VARS))) do pool.vars[VARS[i]] = value end
+  local last = var(pool, 'reaped', wall)
+  if wall < last then set_var(pool, 'offset', var(pool, 'offset', 0) + last - wall) end
+  pool.now = wall + var(pool, 'offset', 0)
+  -- There is a call every second. If there was none for a while, this server was away, not all its clients: they get time to come back.
+  if wall - last > AWAY_MS then set_var(pool, 'spare', pool.now + LEASE_MS) end
+  set_var(pool, 'reaped', wall)
   return pool
 end
 
@@ -188,50 +259,64 @@ local function open_as_seen(prefix, seen)
   return pool
 end
 
--- Writes what a call has changed.
-local function close(pool)
-  for id, ticket in pairs(pool.changed or {}) do redis.call('HSET', pool.key .. ':tickets', id, cjson.encode(ticket)) end
-  pool.changed = nil
-  for id in pairs(pool.dirty) do
-    local replica = pool.replicas[id]
-    if replica then
-      redis.call('HSET', pool.key .. ':replicas', id, cjson.encode(replica))
-    else
-      redis.call('HDEL', pool.key .. ':replicas', id)
-    end
+-- What changes of a ticket. The rest is as its gateway sent it.
+local CHANGES = {
+  'state', 'submitted', 'sequence', 'reserved', 'placed', 'granted', 'replica', 'life', 'held', 'revoked',
+}
+
+-- Decodes a ticket as it was sent or stored.
+local function decoded(text)
+  local ticket = cjson.decode(text)
+  -- The text up to here does not change: to write it again costs less than to encode it. (In a JSON string, its quotes would be escaped.)
+  ticket.sent = string.sub(text, 1, (string.find(text, ',"waited_ms":', 1, true) or string.find(text, ',"attempts":', 1, true)) - 1)
+  return ticket
+end
+
+-- Encodes a ticket: as it was sent, with what has changed behind it.
+local function encoded(ticket)
+  local changes = {}
+  for _, name in ipairs(CHANGES) do changes[name] = ticket[name] end
+  return ticket.sent .. ',"attempts":' .. ticket.attempts .. ',' .. string.sub(cjson.encode(changes), 2)
+end
+
+-- Writes what a call has changed of tickets and `:vars`; `close` (fleet.lua) does it, after the replicas.
+local function write_rest(pool)
+  for id, ticket in pairs(pool.changed) do redis.call('HSET', pool.key .. ':tickets', id, encoded(ticket)) end
+  pool.changed = {}
+  local fields = {}
+  for name, value in pairs(pool.written) do
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
   end
+  pool.written = {}
+  if #fields > 0 then redis.call('HSET', pool.key .. ':vars', unpack(fields)) end
 end
 
-local function var(pool, name, default)
-  return tonumber(redis.call('HGET', pool.key .. ':vars', name) or default)
-end
-
--- Moves a moving average by an eighth of the difference, so that it follows about the last dozen values.
-local function average(pool, name, value, default)
-  local old = var(pool, name, default)
-  redis.call('HSET', pool.key .. ':vars', name, math.floor(old + (value - old) / 8))
-end
+-- Returns whether a ticket still holds what it was given: its replica was not removed since, and if it waits there for its adapter, the
+-- replica does not drain. Defined in fleet.lua.
+local stands
+-- Takes a ticket that does not stand from its replica. Defined in endings.lua.
+local displace
 
 -- Returns a ticket, or nil. A ticket is read once in a call and written by `close`: it may change several times, and its JSON is what
--- costs most.
+-- costs most. A ticket whose replica was lost looks the same whether a call has reached it in `:lost` or not.
 local function get(pool, id)
-  pool.tickets = pool.tickets or {}
   local known = pool.tickets[id]
   if known == nil then
     local stored = redis.call('HGET', pool.key .. ':tickets', id)
-    known = stored and cjson.decode(stored) or false
+    known = stored and decoded(stored) or false
     pool.tickets[id] = known
+    if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   end
   return known or nil
 end
 
 local function put(pool, ticket)
-  pool.tickets, pool.changed = pool.tickets or {}, pool.changed or {}
   pool.tickets[ticket.id], pool.changed[ticket.id] = ticket, ticket
 end
 
 local function drop(pool, ticket)
-  if pool.changed then pool.changed[ticket.id] = nil end
+  pool.changed[ticket.id] = nil
   pool.tickets[ticket.id] = false
   redis.call('HDEL', pool.key .. ':tickets', ticket.id)
 end
@@ -253,10 +338,4 @@ end
 local function weight_and_adapter(needs)
   local weight, adapter = string.match(needs, '^(%d+)|(.*)$')
   return tonumber(weight), adapter
-end
-
-local function size(map)
-  local count = 0
-  for _ in pairs(map) do count = count + 1 end
-  return count
 end

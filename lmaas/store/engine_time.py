@@ -1,6 +1,6 @@
 """Engine time: the time of each engine by phase, and the work that ran on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Date, Select, case, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 
-from lmaas.states import EnginePhase
+from lmaas.states import EnginePhase, WorkClass
 from lmaas.store.database import Database
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import base_models, engine_time, replicas, tenants, usage_events
@@ -32,20 +32,23 @@ class EngineTime:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """The owner of a use: a tenant, with one of its adapters (by name, for all versions) or with a base model (`adapter` is None).
+    """The owner of a use: a tenant, with one of its adapters (by name, for all versions) or with a base model (`adapter` is None), and the
+    class of its work.
 
-    With `tenant_id` None, the use belongs to no tenant.
+    With `tenant_id` None, the use belongs to no tenant, and `work` is None.
     """
 
     tenant_id: str | None
     tenant: str | None
     base_model: str
     adapter: str | None
+    work: WorkClass | None = WorkClass.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a consumer's requests on one replica, by the day (UTC) on which they started to run there."""
+    """The work of a consumer's requests on one replica, by the day (UTC) on which they started to run there. Attempts that were wasted are
+    part of it."""
 
     replica_id: str
     day: date
@@ -133,7 +136,7 @@ async def list_work(db: Database, *, since: date | None = None, until: date | No
     )
     async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
-    return [Work(row[0], row[1], Consumer(*row[2:6]), int(row[6]), int(row[7])) for row in rows]
+    return [Work(row[0], row[1], _read_consumer(row[2:7]), int(row[7]), int(row[8])) for row in rows]
 
 
 async def list_charges(db: Database, *, since: date | None = None, until: date | None = None) -> list[Charge]:
@@ -145,7 +148,7 @@ async def list_charges(db: Database, *, since: date | None = None, until: date |
     query = _within(query, day, since, until).where(columns.charge_picousd != 0).group_by(day, *consumer)
     async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
-    return [Charge(row[0], Consumer(*row[1:5]), int(row[5])) for row in rows]
+    return [Charge(row[0], _read_consumer(row[1:6]), int(row[6])) for row in rows]
 
 
 def _consumer() -> list[ColumnElement[Any]]:
@@ -153,7 +156,11 @@ def _consumer() -> list[ColumnElement[Any]]:
     upload."""
     columns = usage_events.c
     adapter = case((columns.adapter.is_not(None), func.split_part(columns.model, "@", 1)))
-    return [tenants.c.id, tenants.c.name, columns.base_model, adapter]
+    return [tenants.c.id, tenants.c.name, columns.base_model, adapter, columns.work]
+
+
+def _read_consumer(values: Sequence[Any]) -> Consumer:
+    return Consumer(values[0], values[1], values[2], values[3], WorkClass(values[4]))
 
 
 def _within(query: Select[Any], day: ColumnElement[Any], since: date | None, until: date | None) -> Select[Any]:

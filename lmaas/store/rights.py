@@ -161,8 +161,14 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "files": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
-        OPERATOR: (Grant("SELECT", ALL, _FILE_SIZES), Grant("DELETE")),
+        OPERATOR: (Grant("SELECT", ALL, _FILE_SIZES), Grant("UPDATE", ALL, ("expires_at",)), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, _FILE_SIZES), Grant("DELETE")),
+    },
+    "content_checks": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
+        OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("due_at",)), Grant("DELETE")),
     },
     # Runners lease the work of all tenants. What it is, and its results, they see only in the scope of its tenant.
     "batches": {
@@ -231,6 +237,7 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "job_runners": {
         JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
         LEASES: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT", ALL, ("id", "seen_at")),),
     },
     # Written only by triggers, as the owner.
     "changes": {GATEWAY: (Grant("SELECT"),), JOBS: (Grant("SELECT"),)},

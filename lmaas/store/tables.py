@@ -320,7 +320,21 @@ files = Table(
     Column("expires_at", DateTime(timezone=True)),
     PrimaryKeyConstraint("tenant_id", "id"),
     Index(None, "tenant_id", "sha256"),
+    Index(None, "tenant_id", "created_at", "id"),
     Index(None, "expires_at"),
+)
+
+# Contents that may be in the object store without a file that has them (lmaas/store/files.py).
+content_checks = Table(
+    "content_checks",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("sha256", Text, nullable=False),
+    # When a controller deletes the content, unless a file has it.
+    Column("due_at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    Index(None, "due_at"),
 )
 
 # The processes of `lmaas jobs`. What a runner has leased is free again when it has not been seen for a while.

@@ -12,6 +12,7 @@ from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.audit import record
 from lmaas.store.database import Database, new_id
+from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.retention import delete_state
 from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
@@ -163,7 +164,8 @@ async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
-    """Delete a tenant, its keys, its adapters' rows and all stored responses and conversations. Its usage stays in the ledger.
+    """Delete a tenant, its keys, its adapters' rows and all stored responses and conversations, and let its files expire. Its usage stays
+    in the ledger.
 
     Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, the rest cannot be
     read by anyone, and goes when it expires.
@@ -183,6 +185,7 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         )
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         await connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant_id))
+        await expire_files(connection, tenant_id)
         await record(connection, audit, tenant_id, row.name)
     # In transactions of their own, because there may be millions. None is added any more.
     while await delete_state(db, tenant_id):

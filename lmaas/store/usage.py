@@ -1,9 +1,11 @@
 """The usage ledger: exactly one event per request."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Date, cast, func, select
+from sqlalchemy import ColumnElement, Date, Select, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -13,6 +15,9 @@ from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
 from lmaas.store.tables import tenants, usage_events
+
+#: The time within which `recent_waste` looks, so that it reads few events.
+RECENT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,12 @@ class UsageEvent:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """One line of a usage report: a tenant's usage of one model on one day (UTC). `tenant` is None for probes."""
+    """One line of a usage report: a tenant's usage of one model on one day (UTC), by the class of the work. `tenant` is None for probes."""
 
     day: date
     tenant: str | None
     model: str
+    work: WorkClass
     requests: int
     failed_requests: int
     prompt_tokens: int
@@ -59,6 +65,30 @@ class UsageRow:
     completion_tokens: int
     run_ms: int
     charge_picousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waste:
+    """Attempts without a result, of one tenant with one model on one day (UTC), by the class of the work and the reason (None while an
+    attempt has not ended). Nobody is charged for their tokens, and they are no part of a usage report."""
+
+    day: date
+    tenant: str | None
+    model: str
+    work: WorkClass
+    code: str | None
+    attempts: int
+    tokens: int
+    run_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolWaste:
+    """Tokens of attempts without a result on the engines of one base model, by reason."""
+
+    base_model: str
+    code: str
+    tokens: int
 
 
 class UnrecordableEventError(Exception):
@@ -93,29 +123,60 @@ async def insert_events(connection: AsyncConnection, events: list[UsageEvent]) -
 
 
 async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:
-    """Return usage by day, tenant and model, newest day first: for one tenant by its id, or with OPERATOR for all, including probes.
+    """Return usage by day, tenant, model and class of work, newest day first: for one tenant by its id, or with OPERATOR for all, including
+    probes. Wasted attempts are left out.
 
     Days are UTC, both inclusive.
     """
-    day = cast(func.timezone("UTC", usage_events.c.created_at), Date)
-    failed = usage_events.c.status.in_((UsageStatus.FAILED, UsageStatus.EXPIRED))
     columns = usage_events.c
+    figures = [
+        func.count(),
+        func.count().filter(columns.status.in_((UsageStatus.FAILED, UsageStatus.EXPIRED))),
+        *map(func.sum, (columns.prompt_tokens, columns.cached_tokens, columns.completion_tokens, columns.run_ms, columns.charge_picousd)),
+    ]
+    query, group = _report(scope, since, until, figures)
+    query = query.where(columns.status != UsageStatus.WASTED).group_by(*group)
+    async with db.begin(scope) as connection:
+        rows = [tuple(row) for row in await connection.execute(query)]
+    return [UsageRow(row[0], row[1], row[2], WorkClass(row[3]), *(int(value) for value in row[4:])) for row in rows]
+
+
+async def list_waste(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[Waste]:
+    """Return the wasted attempts of these days (UTC, both inclusive), newest day first, of one tenant by its id, or with OPERATOR of
+    all."""
+    columns = usage_events.c
+    tokens = func.sum(columns.prompt_tokens + columns.completion_tokens)
+    query, group = _report(scope, since, until, [columns.code, func.count(), tokens, func.sum(columns.run_ms)])
+    query = query.where(columns.status == UsageStatus.WASTED).group_by(*group, columns.code).order_by(columns.code)
+    async with db.begin(scope) as connection:
+        rows = [tuple(row) for row in await connection.execute(query)]
+    return [Waste(row[0], row[1], row[2], WorkClass(row[3]), row[4], *(int(value) for value in row[5:])) for row in rows]
+
+
+async def recent_waste(db: Database) -> list[PoolWaste]:
+    """Return what was wasted by attempts that began within RECENT. Attempts without a reason are left out, because their results may be
+    about to be stored."""
+    columns = usage_events.c
+    tokens = func.sum(columns.prompt_tokens + columns.completion_tokens)
     query = (
-        select(
-            day.label("day"),
-            tenants.c.name,
-            columns.model,
-            func.count(),
-            func.count().filter(failed),
-            func.sum(columns.prompt_tokens),
-            func.sum(columns.cached_tokens),
-            func.sum(columns.completion_tokens),
-            func.sum(columns.run_ms),
-            func.sum(columns.charge_picousd),
-        )
+        select(columns.base_model, columns.code, tokens)
+        .where(columns.status == UsageStatus.WASTED, columns.code.is_not(None), columns.created_at > func.now() - RECENT)
+        .group_by(columns.base_model, columns.code)
+    )
+    async with db.begin(SYSTEM) as connection:
+        return [PoolWaste(row[0], row[1], int(row[2])) for row in await connection.execute(query)]
+
+
+def _report(
+    scope: AnyScope, since: date | None, until: date | None, figures: Sequence[ColumnElement[Any]]
+) -> tuple[Select[Any], list[ColumnElement[Any]]]:
+    """Return a query for figures by day, tenant, model and class of work, and what to group it by."""
+    columns = usage_events.c
+    day = cast(func.timezone("UTC", columns.created_at), Date)
+    query = (
+        select(day, tenants.c.name, columns.model, columns.work, *figures)
         .join_from(usage_events, tenants, columns.tenant_id == tenants.c.id, isouter=True)
-        .group_by(day, tenants.c.id, tenants.c.name, columns.model)
-        .order_by(day.desc(), tenants.c.name.asc().nulls_last(), columns.model)
+        .order_by(day.desc(), tenants.c.name.asc().nulls_last(), columns.model, columns.work.desc())
     )
     if isinstance(scope, str):
         query = query.where(columns.tenant_id == scope)
@@ -123,18 +184,21 @@ async def report(db: Database, scope: AnyScope, *, since: date | None = None, un
         query = query.where(day >= since)
     if until is not None:
         query = query.where(day <= until)
-    async with db.begin(scope) as connection:
-        rows = [tuple(row) for row in await connection.execute(query)]
-    return [UsageRow(row[0], row[1], row[2], *(int(value) for value in row[3:])) for row in rows]
+    return query, [day, tenants.c.id, tenants.c.name, columns.model, columns.work]
 
 
 async def month_total(db: Database, tenant_id: str, year: int, month: int, *, key_id: str | None = None) -> tuple[int, int]:
-    """Return the tokens and picodollars that a tenant, or one of its keys, has used in a calendar month (UTC)."""
+    """Return the tokens and picodollars that a tenant, or one of its keys, has used in a calendar month (UTC), without wasted attempts."""
     columns = usage_events.c
     begin, end = datetime(year, month, 1, tzinfo=UTC), datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
     query = select(
         func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0), func.coalesce(func.sum(columns.charge_picousd), 0)
-    ).where(columns.tenant_id == tenant_id, columns.created_at >= begin, columns.created_at < end)
+    ).where(
+        columns.tenant_id == tenant_id,
+        columns.created_at >= begin,
+        columns.created_at < end,
+        columns.status != UsageStatus.WASTED,
+    )
     if key_id is not None:
         query = query.where(columns.key_id == key_id)
     async with db.begin(tenant_id) as connection:
@@ -142,13 +206,16 @@ async def month_total(db: Database, tenant_id: str, year: int, month: int, *, ke
     return int(tokens), int(cost)
 
 
-async def list_events(db: Database, scope: AnyScope, part: Part | None = None) -> list[UsageEvent]:
-    """Return the events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all.
+async def list_events(db: Database, scope: AnyScope, part: Part | None = None, *, with_waste: bool = True) -> list[UsageEvent]:
+    """Return the events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all. Wasted attempts are left out
+    unless they are asked for.
 
     Raises InvalidRequest for a part after an unknown one.
     """
     columns = usage_events.c
     owned = [columns.tenant_id == scope] if isinstance(scope, str) else []
+    if not with_waste:
+        owned.append(columns.status != UsageStatus.WASTED)
     query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned)
     async with db.begin(scope) as connection:
         rows = await rows_of(connection, query, part, columns.created_at, columns.request_id, *owned, newest_first=True)

@@ -164,7 +164,8 @@ class Completions:
                 seed = zlib.crc32(f"{model}\0{prompt}\0{choice}".encode(errors="replace"))
                 pieces, end, stop = write(seed, fits, body, prompt if body.get("echo") and isinstance(prompt, str) else "", self._chat)
                 call = called(body) if self._chat else None
-                choices.append(Sequence(choice + len(prompts) * count, model, size, blocks, pieces, end, stop, wake, call=call))
+                index, priority = choice + len(prompts) * count, body.get("priority") or 0
+                choices.append(Sequence(index, model, size, blocks, pieces, end, stop, wake, call=call, priority=priority))
             prompts.append(choices)
         return prompts
 

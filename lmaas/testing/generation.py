@@ -44,6 +44,8 @@ class Sequence:
     request: str = ""
     #: The name and the arguments of the function that is called instead of generating `pieces`.
     call: tuple[str, str] | None = None
+    #: Those above 0 give way to others, as in an engine of lmaas.
+    priority: int = 0
 
 
 @dataclass(slots=True)
@@ -101,7 +103,21 @@ class Engine:
             for sequence in list(self._running):
                 self._step(sequence)
 
+    def _give_way(self) -> None:
+        """Move interactive sequences to the front of the queue. The youngest background ones give them their places, and continue
+        later."""
+        urgent = sum(sequence.priority <= 0 and sequence.finish is None for sequence in self._waiting)
+        if not urgent:
+            return
+        background = [sequence for sequence in self._running if sequence.priority > 0]
+        while background and len(self._running) + urgent > self.max_num_seqs:
+            youngest = background.pop()
+            del self._running[youngest]
+            self._waiting.appendleft(youngest)
+        self._waiting = deque(sorted(self._waiting, key=lambda sequence: sequence.priority > 0))
+
     def _admit(self) -> None:
+        self._give_way()
         if not self._waiting or len(self._running) >= self.max_num_seqs:
             return
         adapters = {sequence.model for sequence in self._running} - {self.name}

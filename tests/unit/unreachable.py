@@ -15,6 +15,7 @@ from lmaas.config import Settings
 from lmaas.keys import hash_key, new_key
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.database import Database
+from lmaas.store.objects import Objects
 from lmaas.types import Principal, Role
 from lmaas.web import auth
 
@@ -50,7 +51,8 @@ async def unreachable_gateway(home: Path) -> AsyncIterator[UnreachableGateway]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auth, "find_principal", find)
-        app, _ = build_gateway(settings, Services(db, redis, Scheduler(redis), AdapterFiles(object_store_url(settings))))
+        objects = Objects(object_store_url(settings))
+        app, _ = build_gateway(settings, Services(db, redis, Scheduler(redis), objects, AdapterFiles(objects)))
         yield UnreachableGateway(app, keys)
     await redis.aclose()
     await db.close()

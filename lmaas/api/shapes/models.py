@@ -79,6 +79,20 @@ class FailedStarts(Shape, frozen=True, kw_only=True):
     next_try_s: float
 
 
+class BackgroundWork(Shape, frozen=True, kw_only=True):
+    """The background work of a pool, such as lines of batches."""
+
+    lines: Annotated[int, Meta(description="Lines that wait.")]
+    tokens: Annotated[int, Meta(description="Their estimated tokens.")]
+    due_s: Annotated[int | None, Meta(description="Seconds until their earliest deadline.")]
+    queued: Annotated[int, Meta(description="Background requests that wait in the queue.")]
+    running: Annotated[int, Meta(description="Slots that background requests use.")]
+    reserve: Annotated[int, Meta(description="Slots that background work leaves free for interactive requests.")]
+    put_back: Annotated[int, Meta(description="How often a slot was taken back for interactive requests.")]
+    tokens_per_s: Annotated[float | None, Meta(description="Estimated tokens that one replica has been seen to process in a second.")]
+    replicas: Annotated[int, Meta(description="Replicas that are wanted for background work only.")]
+
+
 class Pool(Shape, frozen=True, kw_only=True):
     """The replicas of a base model: how many there are in each state, what the controller has decided last, and why."""
 
@@ -92,6 +106,7 @@ class Pool(Shape, frozen=True, kw_only=True):
     decided_at: datetime | None
     start_s: float | None
     keep_warm: KeepWarm
+    background: BackgroundWork
     failed_starts: FailedStarts | None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from msgspec import UNSET, Meta, UnsetType
 
 from lmaas.api.shapes.common import Day, Paging, Query, Shape
-from lmaas.states import Dimension, UsageStatus
+from lmaas.states import Dimension, UsageStatus, WorkClass
 
 Owner = Annotated[str, Meta(description="The id or name of a tenant; without it, usage of all tenants and of the engines' probes.")]
 
@@ -33,15 +33,19 @@ class OperatorEvents(Paging, frozen=True, kw_only=True):
 class CogsQuery(Period, frozen=True, kw_only=True):
     """The days of a report, and how its lines are grouped."""
 
-    by: Annotated[str, Meta(description="Some of these, separated by commas.", examples=["day,tenant"])] = ",".join(Dimension)
+    by: Annotated[
+        str, Meta(description=f"Some of {', '.join(Dimension)}, separated by commas.", examples=["day,tenant", "tenant,work"])
+    ] = "day,tenant,adapter"
 
 
 class Usage(Shape, tag_field="object", tag="usage", frozen=True, kw_only=True):
-    """A tenant's use of one model on one day (UTC). `tenant` is null for the engines' probes."""
+    """A tenant's use of one model on one day (UTC), by the class of the work: batches are background work. `tenant` is null for the
+    engines' probes."""
 
     day: date
     tenant: str | None
     model: str
+    work: WorkClass
     requests: int
     failed_requests: int
     prompt_tokens: int
@@ -49,6 +53,14 @@ class Usage(Shape, tag_field="object", tag="usage", frozen=True, kw_only=True):
     completion_tokens: int
     run_ms: int
     charge_microusd: int
+
+
+class OperatorUsage(Usage, tag_field="object", tag="usage", frozen=True, kw_only=True):
+    """A tenant's use with what only operators see: the tokens of attempts without a result, which are not charged, in all and by the reason
+    why there is none."""
+
+    wasted_tokens: int
+    waste: dict[str, int]
 
 
 class UsageEvent(Shape, tag_field="object", tag="usage_event", frozen=True, kw_only=True):
@@ -71,6 +83,7 @@ class UsageEvent(Shape, tag_field="object", tag="usage_event", frozen=True, kw_o
     run_ms: int
     created_at: datetime
     charge_picousd: int
+    work: WorkClass
 
 
 class OperatorUsageEvent(UsageEvent, tag_field="object", tag="usage_event", frozen=True, kw_only=True):
@@ -81,12 +94,13 @@ class OperatorUsageEvent(UsageEvent, tag_field="object", tag="usage_event", froz
 
 
 class EngineMs(Shape, frozen=True, kw_only=True):
-    """Engine time, by what the engine did."""
+    """Engine time, by what the engine did. In `background`, it did background work only."""
 
     total: int
     starting: int
     loading: int
     busy: int
+    background: int
     idle: int
 
 
@@ -108,6 +122,16 @@ class CogsLine(CogsTotal, frozen=True, kw_only=True):
     tenant: str | UnsetType | None = UNSET
     base_model: str | UnsetType | None = UNSET
     adapter: str | UnsetType | None = UNSET
+    work: WorkClass | UnsetType | None = UNSET
+
+
+class IdleCapacity(Shape, frozen=True, kw_only=True):
+    """The time in which engines had nothing interactive to do, and how much of it background work used. `used_ratio` is null without
+    such time."""
+
+    ms: int
+    used_ms: int
+    used_ratio: float | None
 
 
 class Reconciliation(Shape, frozen=True, kw_only=True):
@@ -124,4 +148,5 @@ class Cogs(Shape, tag_field="object", tag="cogs", frozen=True, kw_only=True):
     by: list[Dimension]
     data: list[CogsLine]
     total: CogsTotal
+    idle_capacity: IdleCapacity
     reconciliation: Reconciliation

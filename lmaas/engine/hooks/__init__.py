@@ -6,7 +6,7 @@ are those of vLLM 0.32.0. Where one is missing, that hook is skipped with a warn
 
 import logging
 
-from lmaas.engine.hooks import compilation, records, validation
+from lmaas.engine.hooks import background, compilation, records, validation
 
 log = logging.getLogger("vllm.lmaas.hooks")
 
@@ -14,7 +14,7 @@ log = logging.getLogger("vllm.lmaas.hooks")
 def install() -> None:
     """Install all hooks in this process. It may be called more than once."""
     records.install()
-    for hook in (compilation, validation):
+    for hook in (background, compilation, validation):
         try:
             hook.install()
         except (ImportError, AttributeError) as error:

@@ -99,9 +99,11 @@ class PoolingRequest(EngineRequest):
         """Return estimates of the tokens for each input, of whose texts at most `most` are computed."""
         return [estimated(one, most) for one in self.inputs]
 
-    def body(self, engine_name: str, cache_salt: str, part: int = 0) -> bytes:
+    def body(self, engine_name: str, cache_salt: str, part: int = 0, priority: int = 0) -> bytes:
         """Return the engine's request body of one part."""
         fields = {**self.parameters, **self.of_part(self.divided[part]), "model": engine_name, "cache_salt": cache_salt}
+        if priority:
+            fields["priority"] = priority
         return msgspec.json.encode(fields)
 
     @property

@@ -4,45 +4,27 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.objects import AdapterFiles, source_of
 from lmaas.adapters.safetensors import MODEL_FILE
-from lmaas.errors import SettingsError
+from lmaas.store.objects import Objects
+from tests.support import buckets
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The URL of a bucket on a server of this module's own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
-        client.create_bucket(Bucket="adapters")
-        client.close()
-        yield "s3://adapters/some/prefix"
-    server.stop()
+    with buckets.bucket() as url:
+        yield url
 
 
 @pytest.fixture(params=["file", "s3"])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> AdapterFiles:
     """A store of each kind."""
-    return AdapterFiles((tmp_path / "a folder").as_uri() if request.param == "file" else request.getfixturevalue("bucket"))
+    return AdapterFiles(Objects((tmp_path / "a folder").as_uri() if request.param == "file" else request.getfixturevalue("bucket")))
 
 
 async def test_put_fetch_list_delete(files: AdapterFiles, tmp_path: Path) -> None:
@@ -69,17 +51,12 @@ async def test_what_is_not_there_is_not_half_there(files: AdapterFiles, tmp_path
     assert [name for name in os.listdir(tmp_path) if name.startswith("copy")] == []
 
 
-def test_a_store_that_cannot_be_is_a_wrong_setting() -> None:
-    with pytest.raises(SettingsError):
-        AdapterFiles("nonsense://x")
-
-
 @pytest.mark.parametrize("left", [CONFIG_FILE, MODEL_FILE])
 async def test_half_a_content_is_stored_again(tmp_path: Path, left: str) -> None:
     """As a deletion and an upload at the same time may leave it."""
     model = tmp_path / "model"
     model.write_bytes(b"weights")
-    files, source = AdapterFiles((tmp_path / "store").as_uri()), source_of("ten_1", "aa")
+    files, source = AdapterFiles(Objects((tmp_path / "store").as_uri())), source_of("ten_1", "aa")
     await files.put(source, b"{}", model)
     (tmp_path / "store" / source / ({CONFIG_FILE, MODEL_FILE} - {left}).pop()).unlink()
     assert not await files.exists(source)

@@ -13,6 +13,7 @@ from lmaas.store import adapters as rows
 from lmaas.store import models, tenants
 from lmaas.store.adapters import Uploaded
 from lmaas.store.database import Database
+from lmaas.store.objects import Objects
 from tests.integration.store.build import base_model, tenant
 from tests.support.adapters import base as shapes
 from tests.support.adapters import config, pack, tensors
@@ -24,7 +25,7 @@ class Files(AdapterFiles):
     """A store that does something before one of its calls of `put`, or refuses to delete."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
+        super().__init__(Objects(url))
         self.before: dict[int, Step] = {}
         self.puts = 0
         self.refuses = False

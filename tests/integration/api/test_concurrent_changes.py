@@ -67,13 +67,13 @@ async def test_a_repeated_deletion_does_not_delete_the_next_tenant_of_the_name(
     made = (await operator.post(TENANTS, json={"name": "acme"})).json()
     weights = stack.settings.home / "weights"
     weights.write_bytes(b"weights")
-    await stack.services.files.put(f"adapters/{made['id']}/{'0' * 64}", b"{}", weights)
+    await stack.services.adapter_files.put(f"adapters/{made['id']}/{'0' * 64}", b"{}", weights)
 
     async def away(_: Iterable[str]) -> None:
         raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable", retry_after_s=10)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stack.services.files, "delete", away)
+        patch.setattr(stack.services.adapter_files, "delete", away)
         for name in ("acme", "acme", made["id"]):
             answer = await operator.delete(f"{TENANTS}/{name}")
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")

@@ -300,19 +300,19 @@ async def test_a_tenant_whose_files_could_not_be_deleted_is_deleted_again(
     model = await stack.model("base")
     weights = stack.settings.home / "weights"
     weights.write_bytes(b"weights")
-    await stack.services.files.put(f"adapters/{made['id']}/{'0' * 64}", b"{}", weights)
+    await stack.services.adapter_files.put(f"adapters/{made['id']}/{'0' * 64}", b"{}", weights)
 
     async def away(_: object) -> None:
         raise Unavailable("The adapter store cannot delete now.", code="object_store_unavailable")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stack.services.files, "delete", away)
+        patch.setattr(stack.services.adapter_files, "delete", away)
         answer = await operator.delete("/admin/v1/tenants/acme")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "object_store_unavailable")
     assert (await operator.get("/admin/v1/tenants/acme")).status_code == 404
-    assert len(await stack.services.files.list_sources(made["id"])) == 1
+    assert len(await stack.services.adapter_files.list_sources(made["id"])) == 1
     assert (await operator.delete("/admin/v1/tenants/acme")).json() == {"object": "tenant.deleted", "id": made["id"], "deleted": True}
-    assert await stack.services.files.list_sources(made["id"]) == []
+    assert await stack.services.adapter_files.list_sources(made["id"]) == []
     assert (await operator.delete("/admin/v1/tenants/acme")).status_code == 404
     assert [record.action for record in await records(stack)] == ["tenant.create", "tenant.delete"]
     assert model.name == "base"

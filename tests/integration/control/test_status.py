@@ -1,20 +1,23 @@
 """What a controller tells about itself over HTTP."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmaas.config import Settings
+from lmaas.control.background import BackgroundFigures
 from lmaas.control.controller import Controller, PoolStatus
 from lmaas.control.status import status_app
 from lmaas.scheduling.client import Scheduler
-from lmaas.states import EnginePhase
+from lmaas.states import EnginePhase, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.engine_time import record_engine_time
 from lmaas.store.models import BaseModel, change_base_model, put_base_model
 from lmaas.store.replicas import add_replica
+from lmaas.store.usage import record_events
+from tests.integration.store.build import tenant, usage_event
 from tests.support.provisioners import Nowhere
 
 
@@ -58,7 +61,17 @@ async def test_leading(controller: Controller, db: Database, controller_db: Data
     )
     controller.active, controller.moved = True, 7
     start = {"by": "zygote", "spawn_ms": 20, "total_ms": 1500}
-    controller.statuses = {model.id: PoolStatus("tiny", 3, 2, 1, ("ready", "starting", "ready"), start)}
+    background = BackgroundFigures(900, 90_000, 3600, 5, 4, 2, 17, 350.5, 1)
+    controller.statuses = {model.id: PoolStatus("tiny", 3, 2, 1, ("ready", "starting", "ready"), start, background)}
+    acme, now = await tenant(db, "acme"), datetime.now(UTC)
+    await record_events(
+        db,
+        [
+            usage_event("w1", acme.id, base_model="tiny", status=UsageStatus.WASTED, code="put_back", created_at=now),
+            usage_event("w2", acme.id, base_model="tiny", status=UsageStatus.WASTED, created_at=now),
+            usage_event("w3", acme.id, base_model="tiny", status=UsageStatus.WASTED, code="put_back", created_at=now - timedelta(hours=2)),
+        ],
+    )
     assert await health(controller, controller_db) == (200, {"status": "ok", "role": "leader"})
     assert await samples(controller, controller_db) == {
         ("lmaas_controller_leader",): 1,
@@ -71,6 +84,16 @@ async def test_leading(controller: Controller, db: Database, controller_db: Data
         ("lmaas_pool_replicas", "tiny", "draining"): 0,
         ("lmaas_replica_start_seconds", "zygote", "tiny", "spawn"): 0.02,
         ("lmaas_replica_start_seconds", "zygote", "tiny", "total"): 1.5,
+        ("lmaas_background_lines", "tiny"): 900,
+        ("lmaas_background_tokens", "tiny"): 90_000,
+        ("lmaas_background_due_seconds", "tiny"): 3600,
+        ("lmaas_background_queued", "tiny"): 5,
+        ("lmaas_background_running", "tiny"): 4,
+        ("lmaas_background_reserve", "tiny"): 2,
+        ("lmaas_background_put_back_total", "tiny"): 17,
+        ("lmaas_background_tokens_per_second", "tiny"): 350.5,
+        ("lmaas_background_replicas", "tiny"): 1,
+        ("lmaas_wasted_tokens", "put_back", "tiny"): 15,
         ("lmaas_engine_seconds_total", "busy", "tiny"): 2.25,
         ("lmaas_engine_seconds_total", "idle", "tiny"): 0.5,
         ("lmaas_engine_cost_usd_total", "tiny"): 0.002,

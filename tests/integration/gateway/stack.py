@@ -183,7 +183,7 @@ class Stack:
         if files:
             weights = self.settings.home / f"{content}.safetensors"
             await asyncio.to_thread(weights.write_bytes, b"weights")
-            await self.services.files.put(source_of(tenant.id, content), b'{"peft_type": "LORA", "r": 8}', weights)
+            await self.services.adapter_files.put(source_of(tenant.id, content), b'{"peft_type": "LORA", "r": 8}', weights)
         await add_version(
             self.db, tenant.id, name, model.id, content_hash=content, rank=8, target_modules=["q_proj"], size_bytes=7, activate=True
         )
@@ -196,7 +196,14 @@ class Stack:
         client = await self._exits.enter_async_context(EngineClient())
         started = dataclasses.replace(model, engine_args=fake)
         supervisor = Supervisor(
-            self.settings, self.database(DatabaseRole.REPLICA), self.scheduler, self.services.files, client, started, replica_id, clock
+            self.settings,
+            self.database(DatabaseRole.REPLICA),
+            self.scheduler,
+            self.services.adapter_files,
+            client,
+            started,
+            replica_id,
+            clock,
         )
         task = asyncio.create_task(supervisor.run(), name=replica_id)
         self._exits.push_async_callback(_end, task)

@@ -9,7 +9,7 @@ import pytest
 
 from lmaas.metering.cogs import report
 from lmaas.replica import supervisor
-from lmaas.states import Observed, PoolKind, UsageStatus
+from lmaas.states import Dimension, Observed, PoolKind, UsageStatus
 from lmaas.store.engine_time import list_engine_time, list_work
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import desire_stop
@@ -93,7 +93,7 @@ async def test_its_cost_is_allocated_to_those_whose_texts_it_embedded(stack: Sta
     assert len(await stack.ledger(model)) == 3
     await desire_stop(stack.db, replica.id)
     await replica.task
-    told = report(await list_engine_time(stack.db), await list_work(stack.db), [], by=("tenant",))
+    told = report(await list_engine_time(stack.db), await list_work(stack.db), [], by=(Dimension.TENANT,))
     shares = {line.consumer.tenant_id: sum(line.ms.values()) for line in told.lines if line.consumer is not None}
     assert shares.keys() == {many.id, few.id}
     assert shares[many.id] > shares[few.id] > 0

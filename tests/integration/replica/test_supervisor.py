@@ -84,7 +84,7 @@ async def starting(stack: Stack, model: BaseModel) -> AsyncIterator[tuple[str, "
     await add_replica(stack.db, replica_id, model.id)
     async with EngineClient() as client:
         mine = Supervisor(
-            stack.settings, stack.database(DatabaseRole.REPLICA), stack.scheduler, stack.services.files, client, model, replica_id
+            stack.settings, stack.database(DatabaseRole.REPLICA), stack.scheduler, stack.services.adapter_files, client, model, replica_id
         )
         task = asyncio.create_task(mine.run())
         try:

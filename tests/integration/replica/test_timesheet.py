@@ -26,7 +26,7 @@ from tests.integration.gateway.stack import CHAT, Replica, Stack, running
 from tests.support.clocks import Clock
 from tests.support.conditions import until
 
-STARTING, LOADING, BUSY, IDLE = EnginePhase
+STARTING, LOADING, BUSY, BACKGROUND, IDLE = EnginePhase
 ASK = {"model": "base", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 1500, "ignore_eos": True}
 
 
@@ -188,7 +188,7 @@ async def supervise(stack: Stack, model: BaseModel, clock: Clock, **changes: Any
     await add_replica(stack.db, replica_id, model.id)
     async with EngineClient() as client:
         settings = dataclasses.replace(stack.settings, **changes)
-        supervisor = Supervisor(settings, stack.db, stack.scheduler, stack.services.files, client, model, replica_id, clock)
+        supervisor = Supervisor(settings, stack.db, stack.scheduler, stack.services.adapter_files, client, model, replica_id, clock)
         try:
             return await supervisor.run()
         finally:

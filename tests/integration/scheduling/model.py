@@ -38,7 +38,11 @@ class Rules:
     MAX_LINE: int = 64
     MAX_DEPTH: int = 64
     MAX_VISITS: int = 512
-    MAX_REAPED: int = 100
+    MAX_REAPED: int = 64
+    MAX_CANDIDATES: int = 16
+    MAX_GONE: int = 4
+    MAX_KEPT: int = 16
+    MAX_CROWDED: int = 4
     MAX_COUNTERS: int = 10_000
 
 
@@ -57,6 +61,8 @@ class Held:
     #: The total number of placed tickets when a later ticket was first placed before this one.
     passed_at: int | None = None
     replica: str | None = None
+    #: Which replica of this name.
+    life: int = 0
     #: The replica that it lost.
     revoked: str | None = None
     #: The slots that it takes on its replica.
@@ -72,6 +78,12 @@ class Held:
     def came_back(self) -> bool:
         return self.turn[0] == 0
 
+    @property
+    def sequence(self) -> float:
+        """The order in which it is taken from a replica that is lost."""
+        came_back, number = self.turn
+        return 0 if number == 0 else -1 / number if came_back == 0 else number
+
     def charged(self) -> int:
         """The tokens charged to its tenant's counter for it, before the division by the share."""
         if self.placed is None:
@@ -84,6 +96,8 @@ class Replica:
     """One engine."""
 
     id: str
+    #: Its number among all replicas, by which tickets know it.
+    life: int
     since: int
     url: str = ""
     slots: int = 0
@@ -93,8 +107,6 @@ class Replica:
     #: The remaining time of its start by its supervisor's last heartbeat, and the time by which it is late.
     left: int | None = None
     late: int = 0
-    #: The time at which one of its slots was last taken, or it became ready.
-    turn: int | None = None
     suspect: bool = False
     resident: set[str] = field(default_factory=set)
     #: Adapter → the place of its files.
@@ -104,13 +116,26 @@ class Replica:
 
 
 @dataclass
-class Kept:
+class Here:
     """The room that is kept on a replica for tickets that have waited too long: all of it, or adapter slots, emptied of `victims` for
     `holders`."""
 
     whole: bool = False
     victims: set[str] = field(default_factory=set)
     holders: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Kept:
+    """All room that is kept in a round, by replica, and how often some was."""
+
+    at: dict[str, Here] = field(default_factory=dict)
+    keeps: int = 0
+
+    def on(self, replica: str) -> Here:
+        """Keep something on a replica."""
+        self.keeps += 1
+        return self.at.setdefault(replica, Here())
 
 
 def units(tokens: Tokens) -> int:
@@ -144,8 +169,16 @@ class Model:
         self.run_ms = self.rules.TURN_MS
         #: None before any supervisor has reported it.
         self.start_ms: int | None = None
+        #: The server's time at the last call, and by how much the pool's time is later.
         self.reaped: int | None = None
+        self.offset = 0
         self.spare_until = 0
+        #: The number of replicas and of lists of lost tickets so far, and these lists: ticket ids that no call has reached yet.
+        self.lives = 0
+        self.lost: list[list[str]] = []
+        self.budget = self.rules.MAX_REAPED
+        #: The time at which a slot was last taken, or a replica became ready.
+        self.turn: int | None = None
         self.active: int | None = None
         self.controller = self.delay_ms = 0
         self.first_ms = self.rules.START_MS
@@ -160,6 +193,18 @@ class Model:
         self.moves[held.state, state] += 1
         held.state = state
 
+    def time(self, wall: int) -> int:
+        """Return the pool's time, which never goes back, at this time of the server's clock."""
+        return max(wall, self.reaped or 0) + self.offset
+
+    def begin(self, wall: int) -> int:
+        """Begin a call. After an outage of the server itself, all owners get the time of a lease. Return the pool's time."""
+        now, last = self.time(wall), wall if self.reaped is None else self.reaped
+        self.offset, self.reaped, self.budget = now - wall, wall, self.rules.MAX_REAPED
+        if wall - last > self.rules.AWAY_MS:
+            self.spare_until = now + self.rules.LEASE_MS
+        return now
+
     # What is there.
 
     def queue(self, tenant: str | None = None) -> list[Held]:
@@ -171,7 +216,7 @@ class Model:
         return sorted(own, key=lambda each: each.place)
 
     def on(self, replica: Replica) -> list[Held]:
-        return [each for each in self.tickets.values() if each.replica == replica.id]
+        return [each for each in self.tickets.values() if each.replica == replica.id and each.life == replica.life]
 
     def load(self, replica: Replica) -> int:
         return sum(each.slots for each in self.on(replica))
@@ -182,7 +227,21 @@ class Model:
         return {adapter: adapters.count(adapter) for adapter in adapters}
 
     def loading_on(self, replica: Replica, adapter: str) -> list[Held]:
+        if replica.state == Observed.DRAINING:
+            return []  # they are lost
         return [each for each in self.on(replica) if each.state == TicketState.LOADING and each.ticket.adapter == adapter]
+
+    def get(self, name: str) -> Held | None:
+        """Return a ticket. If it has lost its place and no call has reached it yet, take it back first."""
+        held = self.tickets.get(name)
+        if held is not None and held.replica is not None and not self.stands(held, held.replica):
+            self.displace(held)
+        return held
+
+    def stands(self, held: Held, replica_id: str) -> bool:
+        replica = self.replicas.get(replica_id)
+        drains = replica is not None and replica.state == Observed.DRAINING
+        return replica is not None and replica.life == held.life and not (held.state == TicketState.LOADING and drains)
 
     def fresh(self, now: int, replica: Replica) -> bool:
         """Return whether the replica gets new work."""
@@ -240,50 +299,70 @@ class Model:
 
     # Where it runs.
 
-    def choose(self, now: int, held: Held, kept: dict[str, Kept]) -> Replica | None:
-        """Return the replica: first where the adapter runs, then where it is resident, then where an adapter slot is free; then the least
-        loaded."""
-        adapter, found = held.ticket.adapter, []
-        for replica in self.replicas.values():
-            load, running, here = self.load(replica), self.running(replica), kept.get(replica.id, Kept())
-            if not self.fresh(now, replica) or load + min(held.ticket.weight, replica.slots) > replica.slots or here.whole:
-                continue
-            rank = 0
-            if adapter and adapter not in running:
-                if len(running) >= replica.adapter_slots or (here.holders and adapter not in here.holders):
-                    continue
-                rank = 1 if adapter in replica.resident else 2
-            if adapter in here.victims:
-                continue
-            found.append((rank, load / replica.slots, replica.id))
-        return self.replicas[min(found)[2]] if found else None
+    def free(self, now: int) -> list[Replica]:
+        """Return the replicas that get work and have a free slot, the least loaded first."""
+        open_ones = [each for each in self.replicas.values() if self.fresh(now, each) and self.load(each) < each.slots]
+        return sorted(open_ones, key=lambda each: (self.load(each) / each.slots, each.id))
 
-    def keep_adapter_slot(self, now: int, adapter: str, kept: dict[str, Kept]) -> None:
+    def choose(self, now: int, held: Held, kept: Kept) -> Replica | None:
+        """Return the replica: first where the adapter runs, then where it is resident, then where an adapter slot is free; then the least
+        loaded. Of each, the first few are considered."""
+        adapter, free, window = held.ticket.adapter, self.free(now), self.rules.MAX_CANDIDATES + len(kept.at)
+
+        def first(replicas: list[Replica]) -> Replica | None:
+            return next((each for each in replicas if self.fits(held, each, kept)), None)
+
+        def least_of(replicas: list[Replica], members: set[str]) -> Replica | None:
+            some = sorted(members)[:window]
+            least = [each for each in replicas[:window] if each.id in members] if len(some) == window else []
+            return first(least) or first([each for each in replicas if each.id in some])
+
+        if not adapter:
+            return first(free[:window])
+        spare = [each for each in free if len(self.running(each)) < each.adapter_slots]
+        return (
+            least_of(free, {name for name, each in self.replicas.items() if adapter in self.running(each)})
+            or least_of(spare, {name for name, each in self.replicas.items() if adapter in each.resident})
+            or first([each for each in spare[:window] if adapter not in self.running(each)])
+        )
+
+    def fits(self, held: Held, replica: Replica, kept: Kept) -> bool:
+        """Return whether a replica has the slots for a ticket, and none of them is kept for others."""
+        adapter, here = held.ticket.adapter, kept.at.get(replica.id, Here())
+        if here.whole or self.load(replica) + min(held.ticket.weight, replica.slots) > replica.slots:
+            return False
+        if adapter in self.running(replica):
+            return adapter not in here.victims
+        return not adapter or not here.holders or adapter in here.holders
+
+    def keep_adapter_slot(self, now: int, adapter: str, kept: Kept) -> None:
         """Empty the adapter slot with the fewest tickets, unless one is already being emptied for this adapter."""
-        if any(adapter in here.holders for here in kept.values()):
+        if any(adapter in here.holders for here in kept.at.values()) or kept.keeps >= self.rules.MAX_KEPT:
             return
-        found = [
-            (count, replica.id + victim, replica.id, victim)
+        crowded = [
+            (self.load(replica) / replica.slots, replica.id, running)
             for replica in self.replicas.values()
-            if self.fresh(now, replica) and len(running := self.running(replica)) >= replica.adapter_slots and adapter not in running
+            if self.fresh(now, replica) and len(running := self.running(replica)) >= replica.adapter_slots and running
+        ]
+        found = [
+            (count, replica_id + victim, replica_id, victim)
+            for _, replica_id, running in sorted(crowded)[: self.rules.MAX_CROWDED]
             for victim, count in running.items()
-            if not kept.get(replica.id, Kept()).whole and victim not in kept.get(replica.id, Kept()).victims
+            if adapter not in running
+            and not kept.at.get(replica_id, Here()).whole
+            and victim not in kept.at.get(replica_id, Here()).victims
         ]
         if found:
             _, _, replica_id, victim = min(found)
-            here = kept.setdefault(replica_id, Kept())
+            here = kept.on(replica_id)
             here.victims.add(victim)
             here.holders.add(adapter)
 
-    def keep_replica(self, now: int, kept: dict[str, Kept]) -> None:
-        """Empty the replica with the most room."""
-        found = [
-            (self.load(replica) - replica.slots, replica.id)
-            for replica in self.replicas.values()
-            if self.fresh(now, replica) and not kept.get(replica.id, Kept()).whole
-        ]
-        if found:
-            kept.setdefault(min(found)[1], Kept()).whole = True
+    def keep_replica(self, now: int, kept: Kept) -> None:
+        """Empty the least loaded replica."""
+        found = [replica.id for replica in self.free(now) if not kept.at.get(replica.id, Here()).whole]
+        if found and kept.keeps < self.rules.MAX_KEPT:
+            kept.on(found[0]).whole = True
 
     def dispatch(self, now: int, caller: str = "") -> None:
         """Grant every slot that can be granted."""
@@ -296,7 +375,7 @@ class Model:
     def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
         """Return the first ticket that fits, its replica, and the tickets that are passed over for the first time."""
         passed: list[Held] = []
-        kept: dict[str, Kept] = {}
+        kept = Kept()
         for held in self.in_order():
             replica = self.choose(now, held, kept)
             if replica is not None:
@@ -349,7 +428,7 @@ class Model:
             self.said.append((f"lmaas:replica:{replica.id}", Signal.LOAD))
 
     def hold(self, now: int, held: Held, replica: Replica) -> None:
-        held.replica, held.slots, replica.turn = replica.id, min(held.ticket.weight, replica.slots), now
+        held.replica, held.life, held.slots, self.turn = replica.id, replica.life, min(held.ticket.weight, replica.slots), now
         if held.ticket.adapter:
             replica.used[held.ticket.adapter] = now
 
@@ -378,7 +457,7 @@ class Model:
         del self.tickets[held.ticket.id]
         if held.state == TicketState.QUEUED:
             self.left_the_queue(held)
-        self.limits.settle(now, held.ticket, held.submitted, held.reservations, used)
+        self.limits.settle(now - self.offset, held.ticket, held.submitted - self.offset, held.reservations, used)
         self.active = now
 
     def take_back(self, held: Held) -> None:
@@ -395,67 +474,73 @@ class Model:
         else:
             self.enqueue(held, front=True)
 
-    def requeue_loading(self, replica: Replica) -> None:
-        for held in sorted(self.on(replica), key=lambda each: each.turn):
-            if held.state == TicketState.LOADING:
-                self.requeue(held, delivered=False)
+    def displace(self, held: Held) -> None:
+        """Take a ticket from a replica that is removed or drains. One whose adapter was loading waits again. The gateway of one that ran is
+        notified, and it holds nothing any more."""
+        if held.state == TicketState.LOADING:
+            self.requeue(held, delivered=False)
+        else:
+            self.move(held, TicketState.REVOKED)
+            held.replica, held.slots, held.revoked = None, 0, held.replica
+            self.tell(held, TicketState.REVOKED)
+
+    def list_as_lost(self, tickets: list[Held]) -> None:
+        self.lives += 1
+        if tickets:
+            self.lost.append([each.ticket.id for each in sorted(tickets, key=lambda each: (each.sequence, each.ticket.id))])
+
+    def take_back_lost(self) -> None:
+        """Take back as many lost tickets as one call may."""
+        while self.lost and self.budget:
+            taken, self.lost[0] = self.lost[0][: self.budget], self.lost[0][self.budget :]
+            for name in taken:
+                self.get(name)
+            self.budget -= len(taken)
+            if not self.lost[0]:
+                del self.lost[0]
 
     def remove(self, replica: Replica) -> None:
-        """Remove a replica. Tickets whose adapter was loading wait again. The gateways of running tickets are notified, and these tickets
-        hold nothing any more."""
-        self.requeue_loading(replica)
-        for held in self.on(replica):
-            self.move(held, TicketState.REVOKED)
-            held.replica, held.slots, held.revoked = None, 0, replica.id
-            self.tell(held, TicketState.REVOKED)
+        """Remove a replica. Its tickets are lost."""
+        tickets = self.on(replica)
         del self.replicas[replica.id]
+        self.list_as_lost(tickets)
+        self.take_back_lost()
 
     def reap(self, now: int) -> bool:
-        """Return whether anything was removed because its owner had gone. After an outage of the server itself, all owners get the time of
-        a lease."""
-        if self.reaped is not None and now < self.reaped:
-            self.clock_set_back(now)
-        if self.reaped is not None and now - self.reaped > self.rules.AWAY_MS:
-            self.spare_until = now + self.rules.LEASE_MS
-        self.reaped = now
+        """Return whether anything was removed because its owner had gone."""
+        found = bool(self.lost)
+        self.take_back_lost()
         if now < self.spare_until:
-            return False
-        lost = [each for each in self.tickets.values() if each.expires <= now]
-        for held in sorted(lost, key=lambda each: (each.expires, each.ticket.id))[: self.rules.MAX_REAPED]:
-            used = held.progress or (0, 0, 0)
-            self.events.append(
-                {
-                    "request_id": held.ticket.id,
-                    "status": UsageStatus.LOST,
-                    "code": GATEWAY_LOST,
-                    "prompt_tokens": used[0],
-                    "cached_tokens": used[1],
-                    "completion_tokens": used[2],
-                    "queue_ms": (now if held.placed is None else held.placed) - held.submitted,
-                    "load_ms": 0 if held.placed is None else (now if held.granted is None else held.granted) - held.placed,
-                    "run_ms": 0 if held.granted is None else now - held.granted,
-                    "replica_id": held.replica or held.revoked,
-                }
-            )
-            self.forget(now, held, used)
+            return found
+        lost = sorted((each.expires, name) for name, each in self.tickets.items() if each.expires <= now)[: self.budget]
+        self.budget -= len(lost)
+        for _, name in lost:
+            self.give_up(now, name)
         gone = [replica for _, replica in sorted(self.replicas.items()) if now - replica.beat > self.rules.GONE_MS]
-        for replica in gone:
+        for replica in gone[: self.rules.MAX_GONE]:
             self.remove(replica)
-        return bool(lost or gone)
+        return found or bool(lost or gone)
 
-    def clock_set_back(self, now: int) -> None:
-        """After the clock was set back, move times in the future to now, and give all owners the time of a lease."""
-        for held in self.tickets.values():
-            held.expires, held.submitted = min(held.expires, now + self.rules.LEASE_MS), min(held.submitted, now)
-            held.placed = None if held.placed is None else min(held.placed, now)
-            held.granted = None if held.granted is None else min(held.granted, now)
-        for replica in self.replicas.values():
-            replica.beat, replica.since = min(replica.beat, now), min(replica.since, now)
-            replica.turn = None if replica.turn is None else min(replica.turn, now)
-            replica.used = {adapter: min(at, now) for adapter, at in replica.used.items()}
-        self.controller = min(self.controller, now)
-        self.active = None if self.active is None else min(self.active, now)
-        self.spare_until = now + self.rules.LEASE_MS
+    def give_up(self, now: int, name: str) -> None:
+        """End a ticket whose gateway is gone."""
+        held = self.get(name)
+        assert held is not None
+        used = held.progress or (0, 0, 0)
+        self.events.append(
+            {
+                "request_id": held.ticket.id,
+                "status": UsageStatus.LOST,
+                "code": GATEWAY_LOST,
+                "prompt_tokens": used[0],
+                "cached_tokens": used[1],
+                "completion_tokens": used[2],
+                "queue_ms": (now if held.placed is None else held.placed) - held.submitted,
+                "load_ms": 0 if held.placed is None else (now if held.granted is None else held.granted) - held.placed,
+                "run_ms": 0 if held.granted is None else now - held.granted,
+                "replica_id": held.replica or held.revoked,
+            }
+        )
+        self.forget(now, held, used)
 
     # What is answered.
 
@@ -464,10 +549,11 @@ class Model:
         late."""
         ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
         starting = [replica for replica in self.replicas.values() if replica.state == Observed.STARTING]
+        starting = sorted(starting, key=lambda each: (each.since, each.id))[: self.rules.MAX_CANDIDATES]
         usual = self.first_ms if self.start_ms is None else self.start_ms
         if slots := sum(replica.slots for replica in ready):
             phase, usual = WaitPhase.BUSY, self.run_ms
-            elapsed = now - max(replica.since if replica.turn is None else replica.turn for replica in ready)
+            elapsed = 0 if self.turn is None else now - self.turn
             left, late = self.left(usual, elapsed), max(0, elapsed - usual)
         elif starting:
             phase, slots = WaitPhase.STARTING, 16
@@ -529,17 +615,19 @@ class Model:
     def submit(
         self, now: int, ticket: Ticket, bounds: Bounds, *, waited_ms: int = 0, attempts: int = 0, seeds: Mapping[str, Seed] | None = None
     ) -> Reply:
+        wall, now = now, self.begin(now)
         if self.reap(now):
             self.dispatch(now)
-        if ticket.id in self.tickets:
-            return self.report(now, self.tickets[ticket.id])
+        if (known := self.get(ticket.id)) is not None:
+            self.dispatch(now, ticket.id)
+            return self.report(now, known)
         accepted_before = waited_ms > 0
-        self.limits.take_seeds(now, seeds or {})
+        self.limits.take_seeds(wall, seeds or {})
         if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
             return {"state": NoTicket.REFUSED}
         if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
             return {"state": NoTicket.REFUSED_BY_POOL, "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
-        refused, left, made = self.limits.reserve(now, ticket, accepted_before)
+        refused, left, made = self.limits.reserve(wall, ticket, accepted_before)
         if refused is not None:
             return refused
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, reservations=made)
@@ -550,9 +638,10 @@ class Model:
         return self.report(now, held) | ({} if left is None else {"left": left})
 
     def release(self, now: int, ticket: Ticket, event: Reply | None, run_ms: int | None, used: Tokens | None) -> bool:
+        now = self.begin(now)
         if event is not None:
             self.events.append(event)
-        held = self.tickets.get(ticket.id)
+        held = self.get(ticket.id)
         if held is not None:
             if run_ms is not None:
                 self.run_ms += (run_ms - self.run_ms) // 8
@@ -562,7 +651,8 @@ class Model:
         return held is not None
 
     def retry(self, now: int, ticket: Ticket, replica_id: str, reason: RetryReason, attempt: int) -> Reply:
-        held = self.tickets.get(ticket.id)
+        now = self.begin(now)
+        held = self.get(ticket.id)
         if held is None:
             return {"state": NoTicket.UNKNOWN}
         if held.state in (TicketState.GRANTED, TicketState.REVOKED) and held.attempts == attempt:
@@ -578,8 +668,9 @@ class Model:
         return self.report(now, held)
 
     def renew(self, now: int, progress: Sequence[tuple[str, Tokens | None]]) -> Reply:
+        now = self.begin(now)
         for name, tokens in progress:
-            if (held := self.tickets.get(name)) is not None:
+            if (held := self.get(name)) is not None:
                 held.expires = now + self.rules.LEASE_MS
                 if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED, TicketState.YIELDED):
                     before, held.progress = held.charged(), tokens
@@ -595,12 +686,14 @@ class Model:
         }
 
     def restore(self, now: int, ticket: Ticket, replica_id: str, *, waited_ms: int, attempts: int) -> bool:
+        wall, now = now, self.begin(now)
         replica = self.replicas.get(replica_id)
-        if ticket.id in self.tickets:
+        if self.get(ticket.id) is not None:
+            self.dispatch(now)
             return True
         if replica is None:
             return False
-        made = self.limits.reserve(now, ticket, True)[2]
+        made = self.limits.reserve(wall, ticket, True)[2]
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, TicketState.GRANTED, reservations=made, restored=True)
         held.placed = held.granted = now
         self.tickets[ticket.id] = held
@@ -610,11 +703,13 @@ class Model:
         return True
 
     def heartbeat(self, now: int, replica_id: str, beat: Beat) -> Reply:
+        now = self.begin(now)
         if replica_id not in self.replicas:
-            self.replicas[replica_id] = Replica(replica_id, now, resident=set(beat.resident))
+            self.lives += 1
+            self.replicas[replica_id] = Replica(replica_id, self.lives, now, resident=set(beat.resident))
         replica = self.replicas[replica_id]
         if beat.state == Observed.READY and replica.state == Observed.STARTING:
-            replica.turn = now
+            self.turn = now
             replica.resident |= set(beat.resident)
         if beat.start_ms is not None:
             self.start_ms = beat.start_ms
@@ -630,8 +725,8 @@ class Model:
             "load": self.load(replica),
             "suspect": replica.suspect,
             "loads": replica.loading,
-            "running": self.running(replica),
-            "used": {adapter: now - at for adapter, at in replica.used.items()},
+            "running": {adapter: len(self.loading_on(replica, adapter)) for adapter in replica.loading},
+            "used": {adapter: now - at for adapter, at in replica.used.items()} if replica.loading else {},
             "controller": now - self.controller < self.rules.PRESENT_MS,
         } | ({"warm": self.awaited(replica.adapter_slots)} if replica.state == Observed.STARTING else {})
 
@@ -642,6 +737,7 @@ class Model:
         return {adapter: wanted[adapter] for adapter in first}
 
     def loaded(self, now: int, replica_id: str, adapter: str) -> int:
+        now = self.begin(now)
         if (replica := self.replicas.get(replica_id)) is None:
             return 0
         waiting = self.loading_on(replica, adapter)
@@ -653,6 +749,7 @@ class Model:
         return len(waiting)
 
     def load_failed(self, now: int, replica_id: str, adapter: str, reason: str) -> int:
+        now = self.begin(now)
         if (replica := self.replicas.get(replica_id)) is None:
             return 0
         failed = self.loading_on(replica, adapter)
@@ -665,6 +762,7 @@ class Model:
         return len(failed)
 
     def evict(self, now: int, replica_id: str, adapter: str) -> bool:
+        now = self.begin(now)
         replica = self.replicas.get(replica_id)
         if replica is None or adapter in self.running(replica):
             return False
@@ -673,21 +771,26 @@ class Model:
         return True
 
     def drain(self, now: int, replica_id: str) -> int:
+        now = self.begin(now)
         if (replica := self.replicas.get(replica_id)) is None:
             return -1
+        loading = [held for adapter in replica.loading for held in self.loading_on(replica, adapter)]
         replica.state = Observed.DRAINING
-        self.requeue_loading(replica)
+        self.list_as_lost(loading)
         replica.loading = {}
+        self.take_back_lost()
         self.dispatch(now)
         return self.load(replica)
 
     def deregister(self, now: int, replica_id: str) -> None:
+        now = self.begin(now)
         if (replica := self.replicas.get(replica_id)) is not None:
             self.remove(replica)
         self.dispatch(now)
         self.ask_for_replica()
 
     def stats(self, now: int, delay_ms: int = 0, first_ms: int = Rules.START_MS) -> Reply:
+        now = self.begin(now)
         self.reap(now)
         self.dispatch(now)
         self.controller, self.delay_ms, self.first_ms = now, delay_ms, first_ms

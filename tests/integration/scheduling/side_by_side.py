@@ -13,12 +13,13 @@ from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, libra
 from lmaas.scheduling.states import RetryReason
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
+from tests.integration.scheduling.contradictions import READ_POOL, Raw, contradictions, read
 from tests.integration.scheduling.model import Held, Model, Replica, Rules
 from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
 
 POOL = "p"
 #: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
-UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began")
+UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began", "slots", "load", "able")
 #: What a stored scope is, in words that Python reads.
 READ_SCOPE = """
 local found = redis.call('GET', KEYS[1])
@@ -88,11 +89,10 @@ def told(tokens: Tokens | None) -> TokenCounts | None:
 class Both:
     """A scheduler and its model. Each method is a call to both: it gives the answer, and raises AssertionError where they differ."""
 
-    def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct, tenants: list[str]) -> None:
+    def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct) -> None:
         self.client, self.scheduler, self.model = client, scheduler, Model(rules)
-        self.tenants = tenants
         self.scopes: list[str] = []
-        scheduler.reads = lambda ask: look(ask, tenants, self.scopes)
+        scheduler.reads = lambda ask: look(ask, self.scopes)
         self.now = now
         self.epoch: str | None = None
         #: False while a call is under way, and after one that found a difference.
@@ -118,7 +118,7 @@ class Both:
         self.model.said.clear()
         self.model.placements.clear()
         yield
-        difference = differences(stored(self.scheduler.found, self.tenants, self.scopes, self.now), modelled(self.model, self.now))
+        difference = differences(stored(self.scheduler.found, self.scopes, self.now), modelled(self.model, self.now))
         assert not difference, "\n".join(difference)
         self.agreed = True
 
@@ -208,64 +208,58 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
 # What is stored, by both, in the same words.
 
 
-def look(ask: Pipeline, tenants: list[str], scopes: list[str]) -> None:
+def look(ask: Pipeline, scopes: list[str]) -> None:
     """Read everything in Valkey; take away what was published."""
-    for name in ("tickets", "replicas", "needs", "passed", "progress", "vars"):
-        ask.hgetall(f"{KEY}:{name}")
-    ask.zrange(f"{KEY}:queue", 0, -1)
-    ask.zrange(f"{KEY}:waiting", 0, -1)
-    for name in ("counters", "expiry"):
-        ask.zrange(f"{KEY}:{name}", 0, -1, withscores=True)
+    ask.eval(READ_POOL, 1, KEY)
     ask.xrange(f"{KEY}:usage")
     ask.lrange("said", 0, -1)
     ask.delete("said")
-    for name in tenants:
-        ask.zrange(f"{KEY}:queue:{name}", 0, -1)
     for name in scopes:
         ask.eval(READ_SCOPE, 1, f"lmaas:limits:{name}")
 
 
-def stored(found: list[Any], tenants: list[str], scopes: list[str], now: int) -> dict[str, Any]:
-    """What was read."""
-    tickets, replicas, needs, passed, progress, numbers, queue, waiting, counters, expiry, usage, said, _, *others = found
-    queues, limits = others[: len(tenants)], others[len(tenants) :]
-    expires, published = dict(expiry), iter(said)
+def stored(found: list[Any], scopes: list[str], now: int) -> dict[str, Any]:
+    """What was read, which must not contradict itself."""
+    text, usage, said, _, *limits = found
+    raw, published = read(text), iter(said)
+    wrong = contradictions(raw)
+    assert not wrong, "\n".join(wrong)
     return {
-        "tickets": {name: _ticket(name, json.loads(text), expires, passed, progress, needs) for name, text in tickets.items()},
-        "expiry": sorted(expires),
-        "replicas": {name: _replica(json.loads(text)) for name, text in replicas.items()},
-        "queue": queue,
-        "queues": {tenant: ids for tenant, ids in zip(tenants, queues, strict=True) if ids},
-        "waiting": waiting,
-        "needs": sorted(needs),
-        "passed": sorted(passed),
-        "progress": sorted(progress),
-        "counters": dict(counters),
-        "numbers": _numbers({name: value for name, value in numbers.items() if name not in UNTOLD}),
+        "tickets": {name: _ticket(name, json.loads(facts), raw) for name, facts in raw.get("tickets", {}).items()},
+        "replicas": {name: _replica(json.loads(facts), raw) for name, facts in raw.get("replicas", {}).items()},
+        "queue": list(raw.get("queue", ())),
+        "queues": {name[6:]: list(content) for name, content in raw.items() if name.startswith("queue:")},
+        "waiting": list(raw.get("waiting", ())),
+        "passed": sorted(raw.get("passed", ())),
+        "progress": sorted(raw.get("progress", ())),
+        "lost": [list(raw[f"lost:{number}"]) for number in raw.get("lost", ())],
+        "counters": raw.get("counters", {}),
+        "numbers": _numbers({name: value for name, value in raw.get("vars", {}).items() if name not in UNTOLD}),
         "events": [json.loads(fields["event"]) for _, fields in usage],
         "said": sorted(_message(channel, message) for channel, message in zip(published, published, strict=True)),
-        "limits": {name: _scope(text and json.loads(text), now) for name, text in zip(scopes, limits, strict=True)},
+        "limits": {name: _scope(facts and json.loads(facts), now) for name, facts in zip(scopes, limits, strict=True)},
     }
 
 
-def _ticket(name: str, facts: Any, expires: Any, passed: Any, progress: Any, needs: Any) -> dict[str, Any]:
+def _ticket(name: str, facts: Any, raw: Raw) -> dict[str, Any]:
     names = ("state", "attempts", "submitted", "placed", "granted", "replica", "revoked", "held")
+    passed = raw.get("passed", {}).get(name)
     return {each: facts.get(each) for each in names} | {
-        "expires": expires.get(name),
-        "passed": int(passed[name]) if name in passed else None,
-        "progress": json.loads(progress.get(name, "null")),
-        "needs": needs.get(name),
+        "expires": raw["expiry"].get(name),
+        "passed": passed and int(passed),
+        "progress": json.loads(raw.get("progress", {}).get(name, "null")),
     }
 
 
-def _replica(facts: Any) -> dict[str, Any]:
-    names = ("url", "slots", "adapter_slots", "state", "beat", "since", "load", "running", "used")
-    loading = {adapter: (each["source"], sorted(each["tickets"])) for adapter, each in facts["loading"].items()}
-    return {each: facts[each] for each in names} | {
-        "turn": facts.get("turn"),
+def _replica(facts: Any, raw: Raw) -> dict[str, Any]:
+    name = facts["id"]
+    loading = raw.get(f"loading:{name}", {})
+    return {each: facts[each] for each in ("url", "slots", "adapter_slots", "state", "beat", "since", "load")} | {
+        "running": {adapter: int(count) for adapter, count in raw.get(f"running:{name}", {}).items()},
+        "used": {adapter: int(at) for adapter, at in raw.get(f"used:{name}", {}).items()},
         "suspect": facts.get("suspect", False),
-        "resident": sorted(facts["resident"]),
-        "loading": loading,
+        "resident": sorted(raw.get(f"resident:{name}", ())),
+        "loading": {adapter: (source, sorted(raw.get(f"waits:{name}|{adapter}", ()))) for adapter, source in loading.items()},
     }
 
 
@@ -294,6 +288,10 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
         "run_ms": model.run_ms,
         "start_ms": model.start_ms,
         "reaped": model.reaped,
+        "offset": model.offset,
+        "lives": model.lives,
+        "lost": len(model.lost),
+        "turn": model.turn,
         "spare": model.spare_until,
         "active": model.active,
         "controller": model.controller,
@@ -304,14 +302,13 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
     }
     return {
         "tickets": {name: _held(held) for name, held in model.tickets.items()},
-        "expiry": sorted(model.tickets),
         "replicas": {name: _modelled_replica(model, replica) for name, replica in model.replicas.items()},
         "queue": [each.ticket.id for each in queued],
         "queues": {tenant: [one.ticket.id for one in model.queue(tenant)] for tenant in model.tenants_waiting()},
         "waiting": model.tenants_waiting(),
-        "needs": sorted(each.ticket.id for each in queued),
         "passed": sorted(each.ticket.id for each in queued if each.passed_at is not None),
         "progress": sorted(name for name, each in model.tickets.items() if each.progress is not None),
+        "lost": model.lost,
         "counters": model.counters,
         "numbers": _numbers(numbers),
         "events": model.events,
@@ -348,7 +345,6 @@ def _held(held: Held) -> dict[str, Any]:
         "expires": held.expires,
         "passed": held.passed_at,
         "progress": held.progress and list(held.progress),
-        "needs": f"{held.ticket.weight}|{held.ticket.adapter}" if held.state == "queued" else None,
     }
 
 
@@ -364,7 +360,6 @@ def _modelled_replica(model: Model, replica: Replica) -> dict[str, Any]:
         "state": replica.state,
         "beat": replica.beat,
         "since": replica.since,
-        "turn": replica.turn,
         "load": model.load(replica),
         "running": model.running(replica),
         "used": replica.used,

@@ -61,7 +61,7 @@ class Waits:
 @pytest.fixture
 def waits(valkey_url: str) -> Iterator[Waits]:
     with Redis.from_url(valkey_url, decode_responses=True) as client:
-        yield Waits(Both(client, Rules(), NOW, Direct(client, library_with(Rules())), ["a", "b", "c"]))
+        yield Waits(Both(client, Rules(), NOW, Direct(client, library_with(Rules()))))
 
 
 def test_before_an_engine_starts_it_counts_down_and_then_grows(waits: Waits) -> None:

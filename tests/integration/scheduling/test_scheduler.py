@@ -256,9 +256,12 @@ async def test_an_adapter_is_evicted_only_when_nothing_runs_with_it(scheduler: S
     await pool.submit(ticket(1, adapter="A"))
     assert not await scheduler.evict("p", "x", "A")
     await pool.release(1)
+    assert (await pool.beat())["used"] == {}, "nothing has to make room"
+    assert await pool.submit(ticket(3, adapter="B")) == ["loading"]
     assert "A" in (await pool.beat())["used"]
+    await pool.release(3)
     assert await scheduler.evict("p", "x", "A")
-    assert (await pool.beat())["used"] == {}
+    assert "A" not in (await pool.beat())["used"]
     assert await pool.submit(ticket(2, adapter="A")) == ["loading"]
     assert not await scheduler.evict("p", "x", "A")
     assert not await scheduler.evict("p", "nobody", "A")

@@ -19,7 +19,7 @@ from redis import Redis
 from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Seed, Ticket
 from lmaas.scheduling.states import RetryReason, TicketState
 from lmaas.states import Observed
-from tests.integration.scheduling.model import Held, Rules
+from tests.integration.scheduling.model import Held, Kept, Rules
 from tests.integration.scheduling.model_limits import Tokens, month_of
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
 from tests.support.effort import tries
@@ -42,6 +42,10 @@ NARROW = replace(
     MAX_VISITS=3,
     MAX_COUNTERS=3,
     MAX_REAPED=3,
+    MAX_CANDIDATES=1,
+    MAX_GONE=1,
+    MAX_KEPT=2,
+    MAX_CROWDED=1,
 )
 RULES = {"short": SHORT, "narrow": NARROW}
 #: Half a minute before a month ends, and the middle of another.
@@ -90,7 +94,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(rules=st.sampled_from(["short", "short", "narrow"]), start=st.sampled_from(STARTS), places=st.integers(1, 3))
     def begin(self, rules: str, start: int, places: int) -> None:
-        self.both = Both(self.client, RULES[rules], start, self.schedulers[rules], list(SHARES))
+        self.both = Both(self.client, RULES[rules], start, self.schedulers[rules])
         self.model, self.constants = self.both.model, RULES[rules]
         self.model.moves = Histories.moves
         Histories.histories += 1
@@ -468,7 +472,7 @@ class Histories(RuleBasedStateMachine):
         if self.may_idle:
             return
         for held in self.model.in_order():
-            assert self.model.choose(self.both.now, held, {}) is None, held.ticket.id
+            assert self.model.choose(self.model.time(self.both.now), held, Kept()) is None, held.ticket.id
             if self.model.passes(held) >= self.constants.RESERVE_PASSES:
                 return
 

@@ -2,8 +2,11 @@
 
 import json
 import secrets
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from sqlalchemy import insert
 
 from lmaas.audit import Audit
 from lmaas.states import UsageStatus
@@ -11,6 +14,8 @@ from lmaas.store.adapters import add_version
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
 from lmaas.store.responses import Response
+from lmaas.store.scopes import SYSTEM
+from lmaas.store.tables import batch_pools, batches, job_runners
 from lmaas.store.tenants import Tenant, create_tenant
 from lmaas.store.usage import UsageEvent
 
@@ -113,3 +118,40 @@ def stored_response(response_id: str, inputs: int = 1) -> Response:
     body |= {"model": "base", "parallel_tool_calls": True, "reasoning": {}, "service_tier": "default", "store": True, "temperature": 1}
     body |= {"text": {}, "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1, "truncation": "disabled"}
     return Response(response_id, json.dumps(given).encode(), json.dumps(body).encode())
+
+
+async def waiting_batch(
+    db: Database,
+    owner: Tenant,
+    *,
+    due_s: float,
+    pools: Mapping[str, tuple[int, int]],
+    status: str = "in_progress",
+    runner_seen_s_ago: float | None = None,
+) -> str:
+    """Add a batch with so many waiting lines and estimated tokens by pool, and a job runner if it was seen. Returns the batch's id."""
+    batch_id = f"batch_{secrets.token_hex(8)}"
+    now = datetime.now(UTC)
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(
+            insert(batches).values(
+                tenant_id=owner.id,
+                id=batch_id,
+                dialect="openai",
+                endpoint="/v1/chat/completions",
+                key_id="key_1",
+                completion_window="24h",
+                metadata=b"{}",
+                status=status,
+                expires_at=now + timedelta(seconds=due_s),
+            )
+        )
+        rows = [
+            {"tenant_id": owner.id, "batch_id": batch_id, "pool_id": pool_id, "pending": lines, "pending_tokens": tokens}
+            for pool_id, (lines, tokens) in pools.items()
+        ]
+        await connection.execute(insert(batch_pools), rows)
+        if runner_seen_s_ago is not None:
+            seen_at = now - timedelta(seconds=runner_seen_s_ago)
+            await connection.execute(insert(job_runners).values(id=f"run_{batch_id}", seen_at=seen_at))
+    return batch_id

@@ -26,7 +26,7 @@ from lmaas.store.tenants import Tenant, delete_tenant
 from lmaas.store.usage import record_events
 from tests.integration.store.build import base_model, tenant, usage_event
 
-STARTING, LOADING, BUSY, IDLE = EnginePhase
+STARTING, LOADING, BUSY, BACKGROUND, IDLE = EnginePhase
 FRIDAY, SATURDAY = date(2026, 1, 2), date(2026, 1, 3)
 
 

@@ -8,16 +8,18 @@ import pytest
 from sqlalchemy import text
 
 from lmaas.error_bodies import openai_body
-from lmaas.errors import Conflict, LmaasError, NotFound, TooLarge, Unavailable
+from lmaas.errors import Conflict, InvalidRequest, LmaasError, NotFound, TooLarge, Unavailable
 from lmaas.keys import hash_key, new_key, shown_prefix
-from lmaas.states import TERMINAL, TRANSITIONS, Desired, Observed, UsageStatus
+from lmaas.states import TERMINAL, TRANSITIONS, Desired, Observed, UsageStatus, WorkClass
 from lmaas.store import adapters, replicas, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.models import change_base_model, get_base_model, list_base_models
+from lmaas.store.paging import Part
 from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.types import Principal, Role
 from tests.integration.store.build import base_model, tenant, upload, usage_event
 
+INTERACTIVE, BACKGROUND = WorkClass
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 
@@ -324,11 +326,11 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     )
     await usage.record_events(db, [])
     day = date(2026, 1, 2)
-    both = usage.UsageRow(day, "acme", "base", 2, 1, 20, 8, 10, 600, 2**63 + 1)
-    bot = usage.UsageRow(day, "acme", "bot", 1, 0, 10, 4, 5, 300, 0)
-    next_day = usage.UsageRow(date(2026, 1, 3), "acme", "base", 1, 1, 10, 4, 5, 300, 0)
-    others = usage.UsageRow(day, "other", "base", 1, 0, 10, 4, 5, 300, 0)
-    probes = usage.UsageRow(day, None, "base", 1, 0, 10, 4, 5, 300, 0)
+    both = usage.UsageRow(day, "acme", "base", INTERACTIVE, 2, 1, 20, 8, 10, 600, 2**63 + 1)
+    bot = usage.UsageRow(day, "acme", "bot", INTERACTIVE, 1, 0, 10, 4, 5, 300, 0)
+    next_day = usage.UsageRow(date(2026, 1, 3), "acme", "base", INTERACTIVE, 1, 1, 10, 4, 5, 300, 0)
+    others = usage.UsageRow(day, "other", "base", INTERACTIVE, 1, 0, 10, 4, 5, 300, 0)
+    probes = usage.UsageRow(day, None, "base", INTERACTIVE, 1, 0, 10, 4, 5, 300, 0)
     assert await usage.report(db, OPERATOR) == [next_day, both, bot, others, probes]
     assert await usage.report(db, acme.id) == [next_day, both, bot]
     assert await usage.report(db, acme.id, until=day) == [both, bot]
@@ -338,6 +340,41 @@ async def test_the_report_adds_up_by_day_tenant_and_model(db: Database) -> None:
     assert (await usage.list_events(db, OPERATOR))[0].request_id == "r4"
     await tenants.delete_tenant(db, acme.id)
     assert await usage.report(db, acme.id) == [next_day, both, bot]  # for the bill
+
+
+async def test_waste_is_kept_apart(db: Database) -> None:
+    acme, other = await tenant(db, "acme"), await tenant(db, "other")
+    wasted = {"status": UsageStatus.WASTED, "work": BACKGROUND, "charge_picousd": 0}
+    await usage.record_events(
+        db,
+        [
+            usage_event("r1", acme.id, work=BACKGROUND, charge_picousd=7),
+            usage_event("r2", acme.id, charge_picousd=20),
+            usage_event("w1", acme.id, code="put_back", **wasted),
+            usage_event("w2", acme.id, code="put_back", **wasted),
+            usage_event("w3", acme.id, code="runner_lost", **wasted),
+            usage_event("w4", other.id, model="bot", **wasted),
+        ],
+    )
+    day = date(2026, 1, 2)
+    requests = usage.UsageRow(day, "acme", "base", INTERACTIVE, 1, 0, 10, 4, 5, 300, 20)
+    lines = usage.UsageRow(day, "acme", "base", BACKGROUND, 1, 0, 10, 4, 5, 300, 7)
+    assert await usage.report(db, OPERATOR) == [requests, lines]
+    assert await usage.report(db, other.id) == []
+    put_back = usage.Waste(day, "acme", "base", BACKGROUND, "put_back", 2, 30, 600)
+    lost = usage.Waste(day, "acme", "base", BACKGROUND, "runner_lost", 1, 15, 300)
+    unfinished = usage.Waste(day, "other", "bot", BACKGROUND, None, 1, 15, 300)
+    assert await usage.list_waste(db, OPERATOR) == [put_back, lost, unfinished]
+    assert await usage.list_waste(db, acme.id, since=day, until=day) == [put_back, lost]
+    assert await usage.list_waste(db, OPERATOR, since=date(2026, 1, 3)) == []
+    assert await usage.month_total(db, acme.id, 2026, 1) == (30, 27)
+    assert await usage.month_total(db, other.id, 2026, 1) == (0, 0)
+    shown = await usage.list_events(db, acme.id, Part(10), with_waste=False)
+    assert {event.request_id for event in shown} == {"r1", "r2"}
+    assert len(await usage.list_events(db, acme.id, Part(10))) == 5
+    # Another page begins after an event that the tenant sees.
+    with pytest.raises(InvalidRequest):
+        await usage.list_events(db, acme.id, Part(10, "w1"), with_waste=False)
 
 
 async def test_events_written_at_once_count_once(db: Database) -> None:

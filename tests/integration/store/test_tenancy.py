@@ -16,7 +16,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnEleme
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import InvalidRequest
-from lmaas.store import adapters, audit, conversations, idempotency, responses, retention, tenants, usage
+from lmaas.store import adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
@@ -44,6 +44,7 @@ class Side:
     adapter: str
     content: str
     claim: Claim
+    file: str
 
 
 async def side(db: Database, name: str, base: BaseModel) -> Side:
@@ -57,17 +58,21 @@ async def side(db: Database, name: str, base: BaseModel) -> Side:
     item = conversations.Item("msg_1", f"item-{name}".encode())
     await conversations.create_conversation(db, row.id, "conv_1", f"metadata-{name}".encode(), [item], MONTH)
     await responses.save(db, row.id, [responses.Response("resp_1", f"input-{name}".encode(), f"body-{name}".encode())], MONTH)
+    [check] = await files.expect_contents(db, row.id, [f"content-{name}"])
+    async with files.adding(db, [check]) as connection:
+        new = files.NewFile("batch", f"file-of-{name}", 1, f"content-{name}", None)
+        [file] = await files.add_files(connection, [check], [new])
+    await files.expect_contents(db, row.id, [f"content-{name}"])
     [adapter] = await adapters.list_adapters(db, row.id)
     await durable_work(db, row.id, key.id)
-    return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim)
+    return Side(row.id, key.id, f"hash-{name}", adapter.id, content, claim, file.id)
 
 
 async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
-    """A row in each table of files, batches and background responses."""
+    """A row in each table of batches and background responses."""
     now, own = datetime.now(UTC), {"tenant_id": tenant_id}
     batch = {"batch_id": "batch_1", **own}
     rows = {
-        "files": {"id": "file-1", "purpose": "batch", "filename": "f", "size_bytes": 1, "sha256": "0"},
         "batches": {
             "id": "batch_1", "dialect": "openai", "endpoint": "/v1/chat/completions", "key_id": key_id, "completion_window": "24h",
             "metadata": b"{}", "status": "in_progress", "expires_at": now,
@@ -111,7 +116,7 @@ class Both:
         """Which of the other tenant's things a result holds."""
         theirs = self.theirs
         things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
-        things |= {"item-other", "metadata-other", "input-other", "body-other"}
+        things |= {"item-other", "metadata-other", "input-other", "body-other", "file-of-other", "content-other", theirs.file}
         return {thing for thing in things if thing in repr(result)}
 
 
@@ -187,6 +192,7 @@ FORBIDDEN = {
     "responses": {"update"},
     "conversation_items": {"update"},
     "files": {"update"},
+    "content_checks": {"update"},
     "batch_lines": {"update", "delete"},
     "batch_pools": {"update", "delete"},
     "response_events": {"update", "delete"},
@@ -234,7 +240,19 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adapters", "adapter_versions", "api_keys", "idempotency", "audit_log", "responses", "conversations", "conversation_items"]
+    "name",
+    [
+        "adapters",
+        "adapter_versions",
+        "api_keys",
+        "idempotency",
+        "audit_log",
+        "responses",
+        "conversations",
+        "conversation_items",
+        "files",
+        "content_checks",
+    ],
 )
 async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str) -> None:
     table = metadata.tables[name]
@@ -400,10 +418,17 @@ CASES: dict[str, Case] = {
     "conversations.find_items": lambda both: conversations.find_items(both.gateway, both.mine.id, ["msg_1"]),
     "conversations.get_item": lambda both: conversations.get_item(both.gateway, both.mine.id, "conv_1", "msg_1"),
     "conversations.delete_item": lambda both: conversations.delete_item(both.gateway, both.mine.id, "conv_1", "msg_1", MONTH),
+    "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
+    "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
+    # With the other tenant's file, it would be one too many.
+    "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, files.Quota(2, 9, "its tier"), 1),
+    "files.tier_of": lambda both: files.tier_of(both.gateway, both.mine.id),
+    "files.delete_file": lambda both: files.delete_file(both.gateway, both.mine.id, both.mine.file, audit=AUDIT),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
     "usage.report": lambda both: usage.report(both.gateway, both.mine.id),
+    "usage.list_waste": lambda both: usage.list_waste(both.gateway, both.mine.id),
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
     "usage.month_total": lambda both: usage.month_total(both.gateway, both.mine.id, 2026, 1),
 }
@@ -418,13 +443,20 @@ NO_TENANTS = {
     "conversations.create_conversation",
     # For operators and controllers, as other tests of them show.
     "retention.delete_state",
+    "files.delete_expired",
+    "files.due_checks",
+    "files.expire_files",
+    # An insert, and a question about contents that are named with their tenants.
+    "files.expect_contents",
+    "files.unused",
+    "files.key_of",
     "retention.delete_oldest",
 }
 
 
 def test_every_store_function_of_a_tenant_is_tried() -> None:
     found = set()
-    for module in (adapters, audit, conversations, idempotency, responses, retention, tenants, usage):
+    for module in (adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
                 found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
@@ -482,6 +514,7 @@ async def test_a_list_does_not_go_on_after_an_item_of_others(both: Both) -> None
         tenants.list_keys(both.gateway, both.mine.id, Part(10, both.theirs.key_id)),
         usage.list_events(both.gateway, both.mine.id, Part(10, "req-other")),
         adapters.list_adapters(both.gateway, both.mine.id, Part(10, both.theirs.adapter)),
+        files.list_files(both.gateway, both.mine.id, Part(10, both.theirs.file)),
     ]
     with forgetting(both):
         for listed in lists:

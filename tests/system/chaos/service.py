@@ -30,6 +30,7 @@ from lmaas.states import PoolKind
 from lmaas.store.adapters import add_version
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel, put_base_model
+from lmaas.store.objects import Objects
 from lmaas.store.tenants import create_key, create_tenant
 from lmaas.types import Role
 from lmaas.up import embedded
@@ -238,7 +239,7 @@ class Service:
     async def clients(self, tenant: str, workers: int, *, adapters: int, max_queued: int) -> list[Client]:
         """Create a tenant with adapters, and a key for each of its workers."""
         row = await create_tenant(self.db, tenant, "standard", max_queued, 10)
-        files = AdapterFiles(object_store_url(self.settings))
+        files = AdapterFiles(Objects(object_store_url(self.settings)))
         names = [f"bot-{number}" for number in range(adapters)]
         for name in names:
             content = secrets.token_hex(32)

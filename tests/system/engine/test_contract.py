@@ -465,3 +465,29 @@ async def test_a_dying_engine_never_seems_to_succeed_and_leaves_nothing_behind(e
         return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
 
     await until(gone)
+
+
+async def test_background_requests_give_way_and_lose_nothing(engine: Engine) -> None:
+    long = " ".join(f"Number {number} comes before number {number + 1}." for number in range(20))
+
+    def asked(number: int) -> dict[str, Any]:
+        return ask(COMPLETION, f"{long} Count from {number} to one hundred:", tokens=64, temperature=0) | STREAM
+
+    alone = await asyncio.gather(*(engine.stream(COMPLETION, asked(number), f"alone-{number}") for number in range(8)))
+    before, background = await engine.idle(), [Events() for _ in range(8)]
+    first = {"temperature": 0, "cache_salt": "other"}  # nothing is cached, so all prompts are computed again
+    async with asyncio.TaskGroup() as group:
+        # An interactive request runs, and the prompts of the others are computed in pieces beside it.
+        interactive = group.create_task(engine.stream(COMPLETION, ask(COMPLETION, tokens=120) | STREAM, "interactive"))
+        await engine.runs(1)
+        for number, events in enumerate(background):
+            group.create_task(engine.stream(COMPLETION, asked(number) | first | {"priority": 1}, f"background-{number}", events))
+        await until(lambda: sum(bool(events.of_choices) for events in background) >= 7)
+        # All slots are taken, and yet interactive requests are served at once.
+        urgent = await asyncio.gather(*(engine.stream(COMPLETION, ask(COMPLETION, tokens=3) | STREAM, f"urgent-{n}") for n in range(2)))
+        assert not any(events.raw[-1:] == [b"data: [DONE]"] for events in background)
+    assert [events.text() for events in background] == [events.text() for events in alone]
+    usages = [events.parsed[-1]["usage"] for events in (*background, *urgent, interactive.result())]
+    counted = sum(usage["prompt_tokens"] for usage in usages), sum(usage["completion_tokens"] for usage in usages)
+    assert counted == (await engine.idle()).since(before), "what is computed again is not counted again"
+    assert counted[1] == 8 * 64 + 120 + 2 * 3

@@ -16,12 +16,13 @@ import yaml
 
 from lmaas import config
 from lmaas.control.controller import Controller, PoolStatus
-from lmaas.control.status import metrics
+from lmaas.control.status import Ledger, metrics
 from lmaas.errors import SettingsError
 from lmaas.keys import check_given_key
 from lmaas.observability import GatewayMetrics
 from lmaas.states import EnginePhase
 from lmaas.store.engine_time import PoolTime
+from lmaas.store.usage import PoolWaste
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "compose.yaml").read_text()
@@ -201,7 +202,8 @@ def known_metrics() -> set[str]:
     controller = Controller.__new__(Controller)
     controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
-    families = [*gateway.registry.collect(), *metrics(controller, [PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)])]
+    ledger = Ledger([PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)])
+    families = [*gateway.registry.collect(), *metrics(controller, ledger)]
     return {sample.name for family in families for sample in family.samples}
 
 

@@ -40,7 +40,7 @@ def row(name: str, observed: Observed, desired: Desired = Desired.RUNNING) -> Re
 def test_conditions(replica: Replica | None, has_process: bool, load: int | None, conditions: set[Condition]) -> None:
     rows, processes = [replica] if replica else [], {"a"} if has_process else set()
     found = observe_replicas({}, rows, processes, {} if load is None else {"a": load}, 5.0)
-    assert found == {"a": ReplicaObservation("a", replica, has_process, load, dict.fromkeys(conditions, 5.0))}
+    assert found == {"a": ReplicaObservation("a", replica, has_process, load, since=dict.fromkeys(conditions, 5.0))}
 
 
 def test_a_condition_keeps_its_beginning_and_one_that_ends_is_forgotten() -> None:

@@ -32,6 +32,11 @@ def observed(
     return found
 
 
+def test_the_replica_with_the_least_background_work_stops_first() -> None:
+    found = observe_replicas({}, [A, B, C], "abc", {"a": 0, "b": 0, "c": 1}, NOW, {"a": 2, "b": 7})
+    assert plan(1, found, LIMITS, NOW) == [stop("a"), stop("b")]
+
+
 def stop(name: str) -> Action:
     return Action(Verb.STOP, name)
 

@@ -31,6 +31,16 @@ def busy(age_s: float = OLD, load: int = 1) -> HeldReplica:
     return HeldReplica(f"busy-{age_s}", load, age_s)
 
 
+def lines(age_s: float = OLD) -> HeldReplica:
+    """A replica that runs background work only."""
+    return HeldReplica(f"lines-{age_s}", 0, age_s, background=4)
+
+
+def filled(name: str, wanted: int, *held: HeldReplica, **facts: object) -> PoolClaim:
+    """A pool of which only background work needs replicas, all of them by default."""
+    return pool(name, wanted, *held, **{"queued": 0, "background": wanted, "idle_s": OLD} | facts)
+
+
 STARTING = HeldReplica("starting", 0, OLD, ready=False)
 LONG = {"a": NOW - 1000}
 
@@ -96,6 +106,24 @@ LONG = {"a": NOW - 1000}
         pytest.param(3, [pool("a", 9), pool("b", 9), pool("c", 9)], {}, "a1 b1 c1", id="one for each"),
         pytest.param(6, [pool("a", 9), pool("b", 2), pool("c", 9, busy())], {}, "a2 b2 c2", id="more for who has least"),
         pytest.param(1, [pool("a", 1), pool("b", 0, idle())], {}, "a0 b0", id="what is not wanted goes anyway"),
+        pytest.param(1, [pool("a", 1), filled("b", 1, lines(1))], {}, "a0 b0", id="background work gives way at once"),
+        pytest.param(1, [pool("a", 1, failing=True), filled("b", 1, lines(1))], {}, "a0 b0", id="to one that fails as well"),
+        pytest.param(1, [pool("a", 1), filled("b", 1, lines(1), due=True)], {}, "a0 b0", id="whatever its deadline"),
+        pytest.param(2, [pool("a", 2, busy()), filled("b", 1, lines(1))], {}, "a1 b0", id="also for more of a busy pool"),
+        pytest.param(1, [pool("a", 1, ahead=True), filled("b", 1, lines())], {}, "a0 b1", id="but not ahead of a request"),
+        pytest.param(2, [pool("a", 1), filled("b", 1, lines()), pool("c", 1, idle())], {}, "a0 b0 c1", id="and before an idle replica"),
+        pytest.param(2, [pool("a", 1), filled("b", 2, busy(5), lines(5), background=1)], {}, "a0 b1", id="what is besides a busy replica"),
+        pytest.param(1, [pool("a", 1, busy()), filled("b", 1)], {}, "a1 b0", id="background work takes no busy replica"),
+        pytest.param(1, [pool("a", 1, busy()), filled("b", 1, due=True)], LONG, "a1 b0", id="not even for a deadline"),
+        pytest.param(1, [pool("a", 1, idle()), filled("b", 1)], {}, "a1 b0", id="nor an idle one"),
+        pytest.param(1, [pool("a", 1, idle()), filled("b", 1, due=True)], {}, "a0 b0", id="but for a deadline"),
+        pytest.param(1, [pool("a", 1, idle(14)), filled("b", 1, due=True)], {}, "a1 b0", id="not at once"),
+        pytest.param(1, [filled("a", 1, lines()), filled("b", 1, due=True)], {}, "a0 b0", id="a deadline before other background work"),
+        pytest.param(1, [filled("a", 1, lines(), due=True), filled("b", 1, due=True)], {}, "a1 b0", id="but not before another deadline"),
+        pytest.param(1, [filled("a", 1), pool("b", 1)], {}, "a0 b1", id="interactive pools first"),
+        pytest.param(1, [filled("a", 1), pool("b", 1, ahead=True)], {}, "a0 b1", id="and starts ahead of a request"),
+        pytest.param(1, [filled("a", 1), filled("b", 1, due=True)], {}, "a0 b1", id="then deadlines"),
+        pytest.param(3, [pool("a", 1), filled("b", 1), filled("c", 1)], {}, "a1 b1 c1", id="then the rest"),
     ],
 )
 def test_rules(cpus: float, pools: list[PoolClaim], since: dict[str, float], expected: str) -> None:
@@ -114,6 +142,8 @@ def test_reasons() -> None:
         return [shares[one.id].reason for one in pools]
 
     assert why(2, pool("a", 1), pool("b", 1, idle())) == ["", ""]
+    assert why(1, pool("a", 1), filled("b", 1, lines())) == ["the machines are full", "gives way to a"]
+    assert why(1, pool("a", 1, busy()), filled("b", 1, due=True)) == ["", "the machines are full"]
     assert why(1, pool("a", 1), pool("b", 1, idle())) == ["the machines are full", "gives way to a"]
     too_much = "a replica needs 1 CPUs and 0 accelerators, and all machines together have 0.5 CPUs and 0 accelerators"
     assert why(0.5, pool("a", 1)) == [too_much]

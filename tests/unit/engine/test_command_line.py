@@ -23,7 +23,7 @@ def options(spec: EngineSpec) -> dict[str, str]:
 BOTH = {
     "--model": "/models/x", "--served-model-name": "x", "--host": "127.0.0.1", "--port": "1", "--dtype": "float32",
     "--max-model-len": "256", "--max-num-seqs": "4", "--kv-cache-memory-bytes": "1048576", "--disable-uvicorn-access-log": "",
-    "--no-enable-log-requests": "",
+    "--no-enable-log-requests": "", "--scheduling-policy": "priority",
 }  # fmt: skip
 
 
@@ -56,7 +56,15 @@ def test_an_engine_that_embeds_takes_adapters_if_its_modules_do(monkeypatch: pyt
     assert options(adapted) == BOTH | LORA | {"--runner": "pooling"}
 
 
-@pytest.mark.parametrize(("kind", "fixed"), [(PoolKind.GENERATE, "--structured-outputs-config"), (PoolKind.EMBED, "--runner")])
+@pytest.mark.parametrize(
+    ("kind", "fixed"),
+    [
+        (PoolKind.GENERATE, "--structured-outputs-config"),
+        (PoolKind.GENERATE, "--scheduling-policy"),
+        (PoolKind.EMBED, "--runner"),
+        (PoolKind.EMBED, "--scheduling-policy"),
+    ],
+)
 def test_an_operators_options_come_before_those_that_are_fixed(kind: PoolKind, fixed: str) -> None:
     words = command_line(spec(kind, "--seed 7"), 1)
     assert words.index("--max-num-seqs") < words.index("--seed") < words.index(fixed)

@@ -1,5 +1,6 @@
 """Engine time is apportioned to the last millisecond, and its cost to the last picodollar."""
 
+from dataclasses import replace
 from datetime import date, timedelta
 from fractions import Fraction
 from typing import Any
@@ -8,17 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmaas.metering.cogs import DIMENSIONS, MS_PER_HOUR, Line, allocate, apportion, report, rounded
-from lmaas.states import EnginePhase
+from lmaas.metering.cogs import MS_PER_HOUR, Line, allocate, apportion, report, rounded
+from lmaas.states import Dimension, EnginePhase, WorkClass
 from lmaas.store.engine_time import Charge, Consumer, EngineTime, Work
 
-STARTING, LOADING, BUSY, IDLE = EnginePhase
+STARTING, LOADING, BUSY, BACKGROUND, IDLE = EnginePhase
 MONDAY = date(2026, 11, 23)
 TUESDAY, WEDNESDAY, SUNDAY = MONDAY + timedelta(1), MONDAY + timedelta(2), MONDAY - timedelta(1)
 ACME_BOT = Consumer("ten_a", "acme", "base", "bot")
 ACME = Consumer("ten_a", "acme", "base", None)
 GLOBEX = Consumer("ten_g", "globex", "base", "bot")
-NOBODY = Consumer(None, None, "base", None)
+NOBODY = Consumer(None, None, "base", None, None)
+#: The background work of the same.
+ACME_LATER, GLOBEX_LATER = replace(ACME, work=WorkClass.BACKGROUND), replace(GLOBEX, work=WorkClass.BACKGROUND)
 
 
 def spent(phase: EnginePhase, ms: int, day: date = MONDAY, replica: str = "rep_1", price: int = 0) -> EngineTime:
@@ -82,6 +85,39 @@ def test_rounded_lines_add_up_to_the_rounded_sum(values: list[int], divisor: int
             id="loading by the wait for it",
         ),
         pytest.param([spent(LOADING, 100)], [work(ACME, 1)], {(MONDAY, ACME): {LOADING: 100}}, id="loading that nobody waited for"),
+        pytest.param(
+            [spent(BACKGROUND, 100), spent(IDLE, 40), spent(STARTING, 10)],
+            [work(ACME, 1), work(ACME_LATER, 300), work(GLOBEX_LATER, 100)],
+            {
+                (MONDAY, ACME): {IDLE: 40, STARTING: 10},
+                (MONDAY, ACME_LATER): {BACKGROUND: 75},
+                (MONDAY, GLOBEX_LATER): {BACKGROUND: 25},
+            },
+            id="background work fills an engine that requests keep warm",
+        ),
+        pytest.param(
+            [spent(BACKGROUND, 100), spent(IDLE, 40), spent(STARTING, 10)],
+            [work(ACME_LATER, 300), work(GLOBEX_LATER, 100)],
+            {
+                (MONDAY, ACME_LATER): {BACKGROUND: 75, IDLE: 30, STARTING: 8},
+                (MONDAY, GLOBEX_LATER): {BACKGROUND: 25, IDLE: 10, STARTING: 2},
+            },
+            id="an engine for background work alone",
+        ),
+        pytest.param(
+            # 15 slots of background work all the time, and one request in a tenth of it.
+            [spent(BUSY, 100), spent(BACKGROUND, 900)],
+            [work(ACME, 100), work(GLOBEX_LATER, 15_000)],
+            {(MONDAY, ACME): {BUSY: 6}, (MONDAY, GLOBEX_LATER): {BUSY: 94, BACKGROUND: 900}},
+            id="both at once",
+        ),
+        pytest.param(
+            [spent(LOADING, 100)],
+            [work(ACME, 10, load_ms=10), work(ACME_LATER, 10, load_ms=30)],
+            {(MONDAY, ACME): {LOADING: 25}, (MONDAY, ACME_LATER): {LOADING: 75}},
+            id="loading for background work",
+        ),
+        pytest.param([spent(BACKGROUND, 9)], [work(ACME, 1)], {(MONDAY, ACME): {BACKGROUND: 9}}, id="background work that is not recorded"),
         pytest.param([spent(STARTING, 5), spent(IDLE, 7)], [], {(MONDAY, NOBODY): {STARTING: 5, IDLE: 7}}, id="without a request"),
         pytest.param(
             [spent(IDLE, 5)], [work(ACME, 0), work(GLOBEX, 9, replica="rep_2")], {(MONDAY, NOBODY): {IDLE: 5}}, id="used elsewhere only"
@@ -117,9 +153,9 @@ def test_cost_charge_and_margin() -> None:
     charges = [Charge(MONDAY, ACME_BOT, 40_000_000), Charge(TUESDAY, GLOBEX, 500_000)]
     found = report(times, [work(ACME_BOT, 1), work(GLOBEX, 2)], charges)
     assert [(line.day, line.consumer, line.cost_microusd, line.charge_microusd) for line in found.lines] == [
-        (TUESDAY, GLOBEX, 0, 1),
-        (MONDAY, ACME_BOT, 10, 40),
-        (MONDAY, GLOBEX, 20, 0),
+        (TUESDAY, replace(GLOBEX, work=None), 0, 1),
+        (MONDAY, replace(ACME_BOT, work=None), 10, 40),
+        (MONDAY, replace(GLOBEX, work=None), 20, 0),
         (MONDAY, NOBODY, 20, 0),
     ]
     assert [(line.margin_microusd, line.margin_ratio) for line in found.lines] == [(1, 1.0), (30, 0.75), (-20, None), (-20, None)]
@@ -131,13 +167,14 @@ def test_cost_charge_and_margin() -> None:
 @pytest.mark.parametrize(
     ("by", "who"),
     [
-        (("day",), [(TUESDAY, None), (MONDAY, None)]),
-        (("tenant",), [(None, "acme"), (None, "globex"), (None, None)]),
-        (("tenant", "adapter"), [(None, "acme"), (None, "acme"), (None, "globex"), (None, None)]),
-        (("day", "tenant"), [(TUESDAY, "acme"), (TUESDAY, None), (MONDAY, "acme"), (MONDAY, "globex")]),
+        ((Dimension.DAY,), [(TUESDAY, None), (MONDAY, None)]),
+        ((Dimension.TENANT,), [(None, "acme"), (None, "globex"), (None, None)]),
+        ((Dimension.TENANT, Dimension.ADAPTER), [(None, "acme"), (None, "acme"), (None, "globex"), (None, None)]),
+        ((Dimension.DAY, Dimension.TENANT), [(TUESDAY, "acme"), (TUESDAY, None), (MONDAY, "acme"), (MONDAY, "globex")]),
+        ((Dimension.TENANT, Dimension.WORK), [(None, "acme"), (None, "globex"), (None, None)]),
     ],
 )
-def test_lines_are_grouped(by: tuple[str, ...], who: list[tuple[date | None, str | None]]) -> None:
+def test_lines_are_grouped(by: tuple[Dimension, ...], who: list[tuple[date | None, str | None]]) -> None:
     times = [spent(BUSY, 30), spent(BUSY, 20, TUESDAY), spent(IDLE, 5, TUESDAY, "rep_2")]
     found = report(times, [work(ACME, 1), work(ACME_BOT, 1), work(GLOBEX, 1), work(ACME, 5, day=TUESDAY)], [], by)
     assert [(line.day, line.consumer.tenant if line.consumer else None) for line in found.lines] == who
@@ -146,17 +183,32 @@ def test_lines_are_grouped(by: tuple[str, ...], who: list[tuple[date | None, str
 
 def test_two_tenants_of_one_name_stay_two() -> None:
     late = Consumer("ten_b", "acme", "base", None)
-    found = report([spent(BUSY, 30)], [work(ACME, 1), work(late, 2)], [], ("tenant",))
+    found = report([spent(BUSY, 30)], [work(ACME, 1), work(late, 2)], [], (Dimension.TENANT,))
     assert [sum(line.ms.values()) for line in found.lines] == [10, 20]
+
+
+def test_classes_of_work_are_shown_apart_if_asked_for() -> None:
+    times = [spent(BUSY, 20), spent(BACKGROUND, 30), spent(IDLE, 50), spent(IDLE, 7, replica="rep_2")]
+    done = [work(ACME, 10), work(ACME_LATER, 25), work(ACME_BOT, 10)]
+    charges = [Charge(MONDAY, ACME, 10**6), Charge(MONDAY, ACME_LATER, 10**6)]
+    found = report(times, done, charges, (Dimension.WORK,))
+    shown = [(line.consumer.work if line.consumer else "", sum(line.ms.values()), line.charge_microusd) for line in found.lines]
+    assert shown == [(WorkClass.BACKGROUND, 36, 1), (WorkClass.INTERACTIVE, 64, 1), (None, 7, 0)]
+    together = report(times, done, charges)
+    assert [(line.consumer, sum(line.ms.values())) for line in together.lines] == [
+        (replace(ACME, work=None), 68),
+        (replace(ACME_BOT, work=None), 32),
+        (NOBODY, 7),
+    ]
 
 
 DAYS = st.sampled_from([SUNDAY, MONDAY, TUESDAY, WEDNESDAY])
 REPLICAS = st.sampled_from(["rep_1", "rep_2", "rep_3"])
-CONSUMERS = st.sampled_from([ACME, ACME_BOT, GLOBEX, Consumer("ten_g", "globex", "other", None)])
+CONSUMERS = st.sampled_from([ACME, ACME_BOT, ACME_LATER, GLOBEX, GLOBEX_LATER, Consumer("ten_g", "globex", "other", None)])
 TIMES = st.builds(EngineTime, REPLICAS, st.just("base"), DAYS, st.sampled_from(EnginePhase), st.integers(0, 10**10), st.integers(0, 10**9))
 WORK = st.builds(Work, REPLICAS, DAYS, CONSUMERS, st.integers(0, 10**7), st.integers(0, 10**5))
 CHARGES = st.builds(Charge, DAYS, CONSUMERS, st.integers(0, 10**15))
-BY = st.lists(st.sampled_from(DIMENSIONS), min_size=1, unique=True)
+BY = st.lists(st.sampled_from(Dimension), min_size=1, unique=True)
 
 
 @settings(deadline=None)
@@ -188,7 +240,7 @@ def test_the_order_of_rows_means_nothing(times: list[EngineTime], work: list[Wor
 
 @settings(deadline=None)
 @given(st.lists(TIMES), st.lists(WORK), st.lists(CHARGES), BY)
-def test_a_report_adds_up_as_shown(times: list[EngineTime], work: list[Work], charges: list[Charge], by: list[str]) -> None:
+def test_a_report_adds_up_as_shown(times: list[EngineTime], work: list[Work], charges: list[Charge], by: list[Dimension]) -> None:
     found = report(times, work, charges, by)
     assert found.engine_ms == found.allocated_ms + found.unallocated_ms == sum(time.ms for time in times)
     assert sum(sum(line.ms.values()) for line in found.lines) == sum(found.total.ms.values()) == found.engine_ms

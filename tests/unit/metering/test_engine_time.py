@@ -9,16 +9,28 @@ from hypothesis import strategies as st
 from lmaas.metering.engine_time import DAY_MS, EngineMeter, Span, phase_when_ready
 from lmaas.states import EnginePhase
 
-STARTING, LOADING, BUSY, IDLE = EnginePhase
+STARTING, LOADING, BUSY, BACKGROUND, IDLE = EnginePhase
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 TODAY, TOMORROW = date(2026, 11, 22), date(2026, 11, 23)
 
 
 @pytest.mark.parametrize(
-    ("load", "waiting", "phase"), [(0, 0, IDLE), (1, 1, LOADING), (3, 3, LOADING), (1, 0, BUSY), (3, 2, BUSY), (0, 1, IDLE)]
+    ("load", "waiting", "background", "phase"),
+    [
+        (0, 0, 0, IDLE),
+        (1, 1, 0, LOADING),
+        (3, 3, 0, LOADING),
+        (1, 0, 0, BUSY),
+        (3, 2, 0, BUSY),
+        (0, 1, 0, IDLE),
+        (3, 0, 3, BACKGROUND),
+        (3, 2, 3, BACKGROUND),
+        (3, 3, 3, LOADING),
+        (3, 0, 2, BUSY),
+    ],
 )
-def test_the_phase_of_an_engine_that_is_ready(load: int, waiting: int, phase: EnginePhase) -> None:
-    assert phase_when_ready(load, waiting) is phase
+def test_the_phase_of_an_engine_that_is_ready(load: int, waiting: int, background: int, phase: EnginePhase) -> None:
+    assert phase_when_ready(load, waiting, background) is phase
 
 
 def test_what_is_observed_holds_until_something_else_is() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lmaas.errors import InvalidRequest
+from lmaas.inference.work import BATCH, DETACHED, INTERACTIVE, Work
 from lmaas.protocols.parameters.prompts import MAX_PROMPTS
 from lmaas.protocols.parameters.request import read_chat, read_completion
 from lmaas.protocols.parameters.table import CHAT as CHAT_TABLE
@@ -324,6 +325,11 @@ def test_the_engine_is_always_asked_for_usage(options: Any, include: bool, conti
     assert (request.stream, request.include_usage, request.continuous_usage) == (True, include, continuous)
     body = json.loads(request.body("engine", "salt"))
     assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.mark.parametrize(("work", "priority"), [(INTERACTIVE, None), (DETACHED, None), (BATCH, 1)])
+def test_only_background_work_has_a_priority_in_the_engine(work: Work, priority: int | None) -> None:
+    assert json.loads(read_chat(CHAT).body("engine", "salt", priority=work.engine_priority)).get("priority") == priority
 
 
 @pytest.mark.parametrize("number", [2**64 - 1, 2**64, -(2**70), 10**30, 1e300, 0.1])

@@ -1,0 +1,274 @@
+-- Replicas: facts about each, and the indices by which a call finds one among thousands.
+--
+-- The facts of a replica are its JSON (url, slots, adapter_slots, state, suspect, beat, since, left, late; `life`, a number that no other
+-- replica had; `load`, the slots in use; `runs` and `has`, the numbers of adapters that run and are resident; `stale`, that it was found
+-- silent) and four small keys of its own about adapters and tickets. A call reads the JSON of the few replicas that it considers.
+-- `index` derives the sorted sets and the sums of the pool from the JSON, before they are read and when the call ends.
+
+local MAX_CANDIDATES = 16 -- replicas that one search considers
+local MAX_DUE = 16        -- silent replicas that one call notices
+local MAX_GONE = 4        -- replicas that one call removes because they are silent
+
+-- Returns what the indices have of a replica.
+local function entries_of(replica)
+  local open = replica.state == REPLICA.READY and not replica.suspect and not replica.stale
+  local share, spare = replica.load / math.max(1, replica.slots), replica.runs < replica.adapter_slots
+  local free = open and replica.load < replica.slots
+  return {
+    free = free and share or nil, spare = free and spare and share or nil, crowded = open and not spare and replica.runs > 0 and share or nil,
+    starting = replica.state == REPLICA.STARTING and replica.since or nil,
+    slots = replica.state == REPLICA.READY and replica.slots or 0, load = replica.load,
+    able = replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0,
+  }
+end
+
+-- Returns the map of a hash that was read whole.
+local function pairs_of(stored)
+  local found = {}
+  for i = 1, #stored, 2 do found[stored[i]] = stored[i + 1] end
+  return found
+end
+
+local NOTHING = { slots = 0, load = 0, able = 0 }
+local SETS = { 'free', 'spare', 'crowded', 'starting' }
+local SUMS = { 'slots', 'load', 'able' }
+
+-- Returns a replica, or nil.
+local function replica_of(pool, id)
+  local known = pool.replicas[id]
+  if known == nil then
+    local stored = redis.call('HGET', pool.key .. ':replicas', id)
+    known = stored and cjson.decode(stored) or false
+    pool.replicas[id] = known
+    if known then pool.was[id] = entries_of(known) end
+  end
+  return known or nil
+end
+
+-- Notes that a replica's JSON has changed.
+local function changed(pool, replica)
+  pool.dirty[replica.id], pool.moved[replica.id] = true, true
+end
+
+-- Moves the replicas that have changed to where they belong in the indices.
+local function index(pool)
+  for id in pairs(pool.moved) do
+    local replica = pool.replicas[id]
+    local was, is = pool.was[id] or NOTHING, replica and entries_of(replica) or NOTHING
+    for _, name in ipairs(SETS) do
+      if is[name] ~= was[name] then
+        if is[name] then
+          redis.call('ZADD', pool.key .. ':' .. name, is[name], id)
+        else
+          redis.call('ZREM', pool.key .. ':' .. name, id)
+        end
+      end
+    end
+    for _, name in ipairs(SUMS) do
+      if is[name] ~= was[name] then set_var(pool, name, var(pool, name, 0) + is[name] - was[name]) end
+    end
+    pool.was[id] = is
+  end
+  pool.moved = {}
+end
+
+-- Writes what a call has changed.
+local function close(pool)
+  index(pool)
+  for id in pairs(pool.dirty) do
+    local replica = pool.replicas[id]
+    if replica then
+      redis.call('HSET', pool.key .. ':replicas', id, cjson.encode(replica))
+    else
+      redis.call('HDEL', pool.key .. ':replicas', id)
+    end
+  end
+  pool.dirty = {}
+  write_rest(pool)
+end
+
+stands = function(pool, ticket)
+  local replica = replica_of(pool, ticket.replica)
+  return replica and replica.life == ticket.life and not (ticket.state == TICKET.LOADING and replica.state == REPLICA.DRAINING)
+end
+
+-- Creates a replica that has just been heard of.
+local function add_replica(pool, id)
+  local replica = {
+    id = id, life = next_of(pool, 'lives'), since = pool.now, state = REPLICA.STARTING, load = 0, runs = 0, has = 0, slots = 0, adapter_slots = 0,
+  }
+  pool.replicas[id] = replica
+  return replica
+end
+
+-- Returns whether a replica gets new work.
+local function fresh(pool, replica)
+  return replica.state == REPLICA.READY and not replica.suspect and pool.now - replica.beat < STALE_MS
+end
+
+-- Notes that a replica has been silent for too long. Its next heartbeat brings it back.
+local function set_stale(pool, replica)
+  replica.stale = true
+  redis.call('ZADD', pool.key .. ':due', replica.beat + GONE_MS + 1, replica.id)
+  changed(pool, replica)
+end
+
+-- Notes which replicas have been silent for too long, once in a call. Returns those that are gone.
+local function sweep(pool)
+  if pool.gone then return pool.gone end
+  pool.gone = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':due', '-inf', pool.now, 'LIMIT', 0, MAX_DUE)) do
+    local replica = replica_of(pool, id)
+    if not replica.stale then set_stale(pool, replica) end
+    if pool.now - replica.beat > GONE_MS then pool.gone[#pool.gone + 1] = id end
+  end
+  return pool.gone
+end
+
+local function is_resident(pool, replica, adapter)
+  return redis.call('SISMEMBER', pool.key .. ':resident:' .. replica.id, adapter) == 1
+end
+
+local function set_resident(pool, replica, adapter)
+  if redis.call('SADD', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
+  replica.has = replica.has + 1
+  redis.call('ZADD', pool.key .. ':has:' .. adapter, 0, replica.id)
+  changed(pool, replica)
+end
+
+local function unset_resident(pool, replica, adapter)
+  if redis.call('SREM', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
+  replica.has = replica.has - 1
+  redis.call('ZREM', pool.key .. ':has:' .. adapter, replica.id)
+  changed(pool, replica)
+end
+
+local function waits_on(pool, replica_id, adapter)
+  return pool.key .. ':waits:' .. replica_id .. '|' .. adapter
+end
+
+-- Lets a ticket take slots, and its adapter an adapter slot.
+local function hold(pool, ticket, replica)
+  -- A ticket that needs more slots than the replica has takes all of them. The next replica may have more.
+  ticket.held, ticket.replica, ticket.life = math.min(ticket.weight, replica.slots), replica.id, replica.life
+  replica.load = replica.load + ticket.held
+  -- It shows waiting tickets whether turns take longer than usual.
+  set_var(pool, 'turn', pool.now)
+  redis.call('ZADD', pool.key .. ':held:' .. replica.id, ticket.sequence or 0, ticket.id)
+  if ticket.adapter ~= '' then
+    if redis.call('HINCRBY', pool.key .. ':running:' .. replica.id, ticket.adapter, 1) == 1 then
+      replica.runs = replica.runs + 1
+      redis.call('ZADD', pool.key .. ':runs:' .. ticket.adapter, 0, replica.id)
+    end
+    redis.call('HSET', pool.key .. ':used:' .. replica.id, ticket.adapter, pool.now)
+  end
+  changed(pool, replica)
+end
+
+-- Frees what a ticket holds. A ticket of a replica that is gone holds nothing.
+local function let_go(pool, ticket)
+  local id, held, life = ticket.replica, ticket.held, ticket.life
+  ticket.replica, ticket.held, ticket.life = nil, nil, nil
+  local replica = id and replica_of(pool, id)
+  if not replica or replica.life ~= life then return end
+  replica.load = math.max(0, replica.load - held)
+  redis.call('ZREM', pool.key .. ':held:' .. id, ticket.id)
+  if ticket.adapter ~= '' then
+    if redis.call('HINCRBY', pool.key .. ':running:' .. id, ticket.adapter, -1) == 0 then
+      replica.runs = replica.runs - 1
+      redis.call('HDEL', pool.key .. ':running:' .. id, ticket.adapter)
+      redis.call('ZREM', pool.key .. ':runs:' .. ticket.adapter, id)
+    end
+    if ticket.state == TICKET.LOADING then redis.call('ZREM', waits_on(pool, id, ticket.adapter), ticket.id) end
+  end
+  changed(pool, replica)
+end
+
+-- Lists the tickets of a sorted set as those that have lost their place. Calls take them back in portions; see `displace`.
+local function list_as_lost(pool, keys)
+  local target = pool.key .. ':lost:' .. next_of(pool, 'lives')
+  -- One key is only renamed, whatever the number of its tickets.
+  if #keys == 1 and redis.call('EXISTS', keys[1]) == 1 then
+    redis.call('RENAME', keys[1], target)
+  elseif #keys > 1 then
+    redis.call('ZUNIONSTORE', target, #keys, unpack(keys))
+    redis.call('UNLINK', unpack(keys))
+  end
+  if redis.call('EXISTS', target) == 1 then
+    redis.call('RPUSH', pool.key .. ':lost', string.sub(target, #pool.key + 7))
+    set_var(pool, 'lost', var(pool, 'lost', 0) + 1)
+  end
+end
+
+-- Ends the loading of all adapters on a replica.
+local function stop_loading(pool, replica)
+  local keys = {}
+  for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':loading:' .. replica.id)) do keys[#keys + 1] = waits_on(pool, replica.id, adapter) end
+  redis.call('DEL', pool.key .. ':loading:' .. replica.id)
+  return keys
+end
+
+-- Removes a replica and all facts about it. Its tickets have lost their place.
+local function remove_replica(pool, replica)
+  local id = replica.id
+  pool.replicas[id] = false
+  pool.dirty[id], pool.moved[id] = true, true
+  for _, key in ipairs(stop_loading(pool, replica)) do redis.call('UNLINK', key) end
+  for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':running:' .. id)) do redis.call('ZREM', pool.key .. ':runs:' .. adapter, id) end
+  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do redis.call('ZREM', pool.key .. ':has:' .. adapter, id) end
+  redis.call('DEL', pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id, pool.key .. ':used:' .. id)
+  redis.call('ZREM', pool.key .. ':due', id)
+  list_as_lost(pool, { pool.key .. ':held:' .. id })
+end
+
+-- Returns the first of the replicas `ids` for which `fits` is true.
+local function first_that_fits(pool, ids, fits, from)
+  for i = from or 1, #ids do
+    local replica = replica_of(pool, ids[i])
+    if not fresh(pool, replica) then
+      set_stale(pool, replica)
+    elseif fits(replica) then
+      return replica
+    end
+  end
+  return nil
+end
+
+-- Returns the least loaded replica in the index `name` for which `fits` is true, or nil. It considers the first `window` of the index.
+local function least_loaded(pool, name, fits, window)
+  local first = first_that_fits(pool, redis.call('ZRANGE', pool.key .. ':' .. name, 0, 0), fits)
+  if first then return first end
+  return first_that_fits(pool, redis.call('ZRANGE', pool.key .. ':' .. name, 0, window - 1), fits, 2)
+end
+
+-- Returns the same among the replicas that are in the set `members` too. If these are more than `window`, it considers the first of either.
+local function least_loaded_of(pool, name, members, fits, window)
+  local top = redis.call('ZRANGE', pool.key .. ':' .. name, 0, 0)
+  if #top == 0 then return nil end
+  if redis.call('ZSCORE', members, top[1]) then
+    local first = first_that_fits(pool, top, fits)
+    if first then return first end
+  end
+  local ids = redis.call('ZRANGE', members, 0, window - 1)
+  if #ids == 0 then return nil end
+  if #ids == window then
+    local least, found = redis.call('ZRANGE', pool.key .. ':' .. name, 0, window - 1), {}
+    for i, score in ipairs(redis.call('ZMSCORE', members, unpack(least))) do
+      if score then found[#found + 1] = least[i] end
+    end
+    local first = first_that_fits(pool, found, fits)
+    if first then return first end
+  end
+  local shares, found = {}, {}
+  for i, score in ipairs(redis.call('ZMSCORE', pool.key .. ':' .. name, unpack(ids))) do
+    if score then
+      found[#found + 1] = ids[i]
+      shares[ids[i]] = tonumber(score)
+    end
+  end
+  table.sort(found, function(one, other)
+    if shares[one] == shares[other] then return one < other end
+    return shares[one] < shares[other]
+  end)
+  return first_that_fits(pool, found, fits)
+end

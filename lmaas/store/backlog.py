@@ -1,0 +1,49 @@
+"""The backlog of batches: the lines of each pool that wait, read without counting them."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import BigInteger, cast, func, select
+
+from lmaas.store.database import Database
+from lmaas.store.scopes import SYSTEM
+from lmaas.store.tables import batch_pools, batches, job_runners
+
+#: Deadlines within the same period of this many seconds are reported together, by the earliest.
+PERIOD_S = 900
+#: A job runner that has not been seen for this many seconds is gone.
+SEEN_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingLines:
+    """Lines of a pool that wait and whose deadlines are close to each other: the seconds until the earliest deadline, the number of lines,
+    and the sum of their estimated tokens. `batches` is different for each set of batches that they belong to."""
+
+    pool_id: str
+    due_s: float
+    lines: int
+    tokens: int
+    batches: int
+
+
+async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bool]:
+    """Return the waiting lines of all pools by the pool's id, those with the earliest deadline first, and whether a job runner can run
+    them. Lines past their deadline are left out."""
+    columns, batch, runner = batch_pools.c, batches.c, job_runners.c
+    left_s = func.extract("epoch", batch.expires_at - func.now())
+    period = cast(func.floor(func.extract("epoch", batch.expires_at) / PERIOD_S), BigInteger)
+    seen = runner.seen_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, SEEN_S)
+    sums = [func.sum(each) for each in (columns.pending, columns.pending_tokens, func.hashtext(columns.batch_id))]
+    query = (
+        select(columns.pool_id, func.min(left_s), *sums, select(runner.id).where(seen).exists())
+        .join_from(batch_pools, batches)
+        .where(batch.status == "in_progress", batch.expires_at > func.now(), columns.pending > 0)
+        .group_by(columns.pool_id, period)
+        .order_by(func.min(batch.expires_at))
+    )
+    async with db.begin(SYSTEM) as connection:
+        rows = (await connection.execute(query)).all()
+    found: dict[str, list[WaitingLines]] = {}
+    for pool_id, due_s, *figures in rows:
+        found.setdefault(pool_id, []).append(WaitingLines(pool_id, float(due_s), *map(int, figures[:3])))
+    return found, all(row[-1] for row in rows)
