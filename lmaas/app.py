@@ -1,4 +1,4 @@
-"""The composition root: builds the gateway, the controller and the supervisor from settings, and hands state down."""
+"""The composition root: builds the gateway, the controller, the job runner and the supervisor from settings, and hands state down."""
 
 import asyncio
 import contextlib
@@ -26,6 +26,7 @@ from lmaas.admission.tiers import file_quota
 from lmaas.api import openapi
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
+from lmaas.batches.work import BatchWork
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.control.ending import END_GRACE_S, end_replicas
@@ -45,6 +46,12 @@ from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
+from lmaas.jobs.batches import BatchWorker
+from lmaas.jobs.keys import Keys
+from lmaas.jobs.lines import LineWorker
+from lmaas.jobs.metrics import JobMetrics
+from lmaas.jobs.process import Jobs
+from lmaas.jobs.runner import Runner, Worker
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
 from lmaas.protocols.messages.openapi import messages_paths
@@ -173,7 +180,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), state)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state)
 
     async def ready() -> None:
         await db.check()
@@ -277,7 +284,7 @@ async def run_controller(settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings, DatabaseRole.CONTROLLER) as services:
         where = provisioner(settings)
-        controller = Controller(settings, services.db, services.scheduler, where)
+        controller = Controller(settings, services.db, services.scheduler, where, files=services.files(settings))
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(controller.run(), name="controller")]
             if settings.provisioner == "local":
@@ -292,6 +299,33 @@ async def run_controller(settings: Settings) -> None:
         # case.
         if settings.controller_ends_replicas:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
+
+
+def build_jobs(settings: Settings, services: Services) -> Jobs:
+    """Build a job runner."""
+    db = services.db
+    changes = Changes(functools.partial(change_number, db))
+    requests, metrics = GatewayMetrics(), JobMetrics()
+    requests.registry.register(metrics)
+    inferences = build_inferences(settings, services, changes, requests)
+    writer = Writer(db, requests, timedelta(seconds=settings.response_retention_s), _end_process_on_failure)
+    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(StoredState(db, writer)))}
+    files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
+    work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
+    workers: list[Worker] = [
+        BatchWorker(db, work, metrics),
+        LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
+    ]
+    return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, writer, requests)
+
+
+async def run_jobs(settings: Settings) -> None:
+    """Run a job runner until it is told to stop."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    async with connected(settings, DatabaseRole.JOBS) as services:
+        _raise_file_limit()
+        await build_jobs(settings, services).run(stopping)
 
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:

@@ -108,6 +108,9 @@ class Settings:
     pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")
     drain_timeout_s: float = setting(30.0, "Time that running requests have to finish when a gateway or a replica stops.")
 
+    # Job runners
+    jobs_port: int | None = setting(None, "Port of a job runner's `/healthz` and `/metrics`.", unset="not served")
+
     # Scaling
     idle_timeout_s: float = setting(
         300.0, "Time after which an idle pool stops its last replica. A base model can have its own (`lmaas model change`)."

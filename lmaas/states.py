@@ -153,6 +153,13 @@ def batch_sources(target: BatchStatus) -> list[BatchStatus]:
     return [status for status, targets in BATCH_TRANSITIONS.items() if target in targets]
 
 
+class Dialect(StrEnum):
+    """The API with which a batch was created, and which alone shows it."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
 class LineState(StrEnum):
     """The state of a line of a batch. A line that had not begun when its batch stopped stays pending."""
 

@@ -49,6 +49,24 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """The files that a tenant may have, and their bytes. `of` says whose quota it is, for messages."""
+
+    files: int
+    size_bytes: int
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What a tenant may have at once: batches that have not ended, and lines that wait or run in them. `of` says whose limits they are."""
+
+    batches: int
+    lines: int
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """The authenticated tenant and key. An operator's key has no tenant. Where a tenant's limit is None, that of its tier holds."""
 

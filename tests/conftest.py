@@ -61,6 +61,14 @@ async def controller_db(database_url: str) -> AsyncIterator[Database]:
     await database.close()
 
 
+@pytest.fixture
+async def jobs_db(database_url: str) -> AsyncIterator[Database]:
+    """The same database with a job runner's rights."""
+    database = Database(login_url(database_url, DatabaseRole.JOBS), DatabaseRole.JOBS)
+    yield database
+    await database.close()
+
+
 @pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a running Valkey."""

@@ -130,7 +130,8 @@ class Fleet:
         """Submit a ticket and return its replica."""
         report = await self._submit(ticket)
         if report["state"] != TicketState.GRANTED:
-            raise RuntimeError(f"a ticket is {report['state']}, although a replica has a free slot")
+            free = self.sizes.slots * len(self._beats) - len(self._running)
+            raise RuntimeError(f"a ticket for {ticket.adapter or 'the base model'} is {report['state']}, but {free} slots are free")
         return str(report["replica"])
 
     async def _submit(self, ticket: Ticket) -> dict[str, Any]:
@@ -227,6 +228,7 @@ class Fleet:
         listener = asyncio.create_task(listen(), name="grants")
         try:
             await listening.wait()
+            await self.live()
             await self._run_more(self.sizes.slots * len(self._beats) - len(self._running))
             granted.extend(set(self._running) - before)
             await _many(range(self.sizes.waiting), wait)

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from lmaas.store.files import Quota
-from lmaas.types import Limits
+from lmaas.types import BatchLimits, Limits, Quota
 
 GIB = 1024**3
 
@@ -12,13 +11,16 @@ GIB = 1024**3
 class Tier:
     """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares.
 
-    `max_files` and `max_file_bytes` are of all files that the tenant uploads, together.
+    `max_files` and `max_file_bytes` are of all files that the tenant uploads, together. `max_batches` have not ended at once, and
+    `max_batch_lines` of their lines wait.
     """
 
     share: float
     limits: Limits
     max_files: int
     max_file_bytes: int
+    max_batches: int
+    max_batch_lines: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,11 @@ TIERS = {
         Limits(requests_per_minute=60, tokens_per_minute=40_000, max_concurrent=8, tokens_per_month=10_000_000, budget_per_month=None),
         max_files=1_000,
         max_file_bytes=5 * GIB,
+        max_batches=5,
+        max_batch_lines=50_000,
     ),
-    "standard": Tier(4.0, Limits(), max_files=10_000, max_file_bytes=100 * GIB),
-    "premium": Tier(16.0, Limits(), max_files=100_000, max_file_bytes=1024 * GIB),
+    "standard": Tier(4.0, Limits(), max_files=10_000, max_file_bytes=100 * GIB, max_batches=100, max_batch_lines=1_000_000),
+    "premium": Tier(16.0, Limits(), max_files=100_000, max_file_bytes=1024 * GIB, max_batches=500, max_batch_lines=5_000_000),
 }
 DEFAULT_TIER = "standard"
 
@@ -63,6 +67,12 @@ def file_quota(tier_name: str) -> Quota:
     """Return the quota of files of a tenant of this tier."""
     found = tier(tier_name)
     return Quota(found.max_files, found.max_file_bytes, f"its tier '{tier_name}'")
+
+
+def batch_limits(tier_name: str) -> BatchLimits:
+    """Return the limits of batches of a tenant of this tier."""
+    found = tier(tier_name)
+    return BatchLimits(found.max_batches, found.max_batch_lines, f"its tier '{tier_name}'")
 
 
 def effective(own: Limits, tier_name: str) -> Limits:

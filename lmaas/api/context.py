@@ -14,6 +14,7 @@ from lmaas.api.operation import Permission, Place
 from lmaas.audit import Audit
 from lmaas.config import Settings
 from lmaas.errors import Forbidden
+from lmaas.files.service import Files
 from lmaas.http import Authenticate, api_key
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.store.database import Database
@@ -32,6 +33,7 @@ class Api:
     db: Database
     authenticate: Authenticate
     adapters: Adapters
+    files: Files
     #: The stored responses and conversations.
     state: StoredState
 

@@ -12,6 +12,8 @@ from lmaas.api.table import OPERATIONS, PLACES
 
 Schema = dict[str, Any]
 
+#: The paths of Anthropic's clients, whose errors have another shape. The protocol describes it.
+_ANTHROPIC = "/v1/messages/"
 _REF = "#/components/schemas/{name}"
 _GENERIC = re.compile(r"(Page|List)_(\w+)_")
 _CALLERS = {
@@ -152,9 +154,12 @@ def _name(kind: Any) -> str:
 
 def _responses(place: Place) -> dict[str, Any]:
     operation = place.operation
-    content = {operation.media: {"schema": ref(_plain_name(_name(operation.answer)))}}
+    content = {operation.media: {} if operation.answer is None else {"schema": ref(_plain_name(_name(operation.answer)))}}
     done = {operation.status: "Created." if operation.status == 201 else "Done."} | dict(operation.also)
     responses: dict[str, Any] = {
         str(status): {"description": words, "headers": headers(), "content": content} for status, words in sorted(done.items())
     }
-    return responses | {"default": error_response("An error: docs/http.md has the statuses.")}
+    failed = error_response("An error: docs/http.md has the statuses.")
+    if place.path.startswith(_ANTHROPIC):
+        failed["content"] = {"application/json": {"schema": ref("MessageError")}}
+    return responses | {"default": failed}

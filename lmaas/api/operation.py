@@ -52,7 +52,7 @@ class Operation:
     path: str
     permission: Permission
     summary: str
-    answer: type[Struct]
+    answer: type[Struct] | None
     body: type[Struct] | None = None
     query: type[Query] | None = None
     status: int = 200

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, conversations, replicas, responses, table, tenants, usage
+from lmaas.api import adapters, base_models, batches, conversations, files, message_batches, replicas, responses, table, tenants, usage
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
@@ -45,6 +45,21 @@ HANDLERS: Mapping[str, Handler] = {
         (table.LIST_ITEMS, conversations.list_items),
         (table.GET_ITEM, conversations.get_item),
         (table.DELETE_ITEM, conversations.delete_item),
+        (table.CREATE_FILE, files.create_file),
+        (table.LIST_FILES, files.list_files),
+        (table.GET_FILE, files.get_file),
+        (table.GET_FILE_CONTENT, files.get_content),
+        (table.DELETE_FILE, files.delete_file),
+        (table.CREATE_BATCH, batches.create_batch),
+        (table.LIST_BATCHES, batches.list_batches),
+        (table.GET_BATCH, batches.get_batch),
+        (table.CANCEL_BATCH, batches.cancel_batch),
+        (table.CREATE_MESSAGE_BATCH, message_batches.create_message_batch),
+        (table.LIST_MESSAGE_BATCHES, message_batches.list_message_batches),
+        (table.GET_MESSAGE_BATCH, message_batches.get_message_batch),
+        (table.CANCEL_MESSAGE_BATCH, message_batches.cancel_message_batch),
+        (table.DELETE_MESSAGE_BATCH, message_batches.delete_message_batch),
+        (table.MESSAGE_BATCH_RESULTS, message_batches.message_batch_results),
         (table.LIST_OPERATOR_KEYS, tenants.list_keys),
         (table.CREATE_OPERATOR_KEY, tenants.create_key),
         (table.REVOKE_OPERATOR_KEY, tenants.revoke_key),

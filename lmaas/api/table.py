@@ -9,7 +9,7 @@ its row.
 """
 
 from lmaas.api.operation import Operation, Permission
-from lmaas.api.shapes import adapters, models, responses, tenants, usage
+from lmaas.api.shapes import adapters, batches, files, models, responses, tenants, usage
 from lmaas.api.shapes.common import DryRun, List, Page, Paging
 from lmaas.audit import Action
 
@@ -233,6 +233,136 @@ DELETE_ITEM = Operation(
     for_operators=False,
 )
 
+CREATE_FILE = Operation(
+    "create_file",
+    "POST",
+    "/v1/files",
+    _ANY,
+    "Upload a file.",
+    files.File,
+    body=files.FileUpload,
+    files=("file",),
+    audit=Action.FILE_CREATE,
+    for_operators=False,
+)
+LIST_FILES = Operation(
+    "list_files", "GET", "/v1/files", _ANY, "List the files.", Page[files.File], query=files.FileQuery, for_operators=False
+)
+GET_FILE = Operation("get_file", "GET", "/v1/files/{file}", _ANY, "Retrieve what is known of a file.", files.File, for_operators=False)
+GET_FILE_CONTENT = Operation(
+    "get_file_content",
+    "GET",
+    "/v1/files/{file}/content",
+    _ANY,
+    "Download a file.",
+    None,
+    media="application/octet-stream",
+    for_operators=False,
+)
+DELETE_FILE = Operation(
+    "delete_file",
+    "DELETE",
+    "/v1/files/{file}",
+    _ANY,
+    "Delete a file, at once.",
+    files.DeletedFile,
+    audit=Action.FILE_DELETE,
+    for_operators=False,
+)
+
+# Batches, in OpenAI's shapes and in Anthropic's. Operators see and cancel those of OpenAI's.
+CREATE_BATCH = Operation(
+    "create_batch",
+    "POST",
+    "/v1/batches",
+    _ANY,
+    "Create a batch: a file of requests that run at a lower price when engines have room.",
+    batches.Batch,
+    body=batches.NewBatch,
+    audit=Action.BATCH_CREATE,
+    for_operators=False,
+)
+LIST_BATCHES = Operation(
+    "list_batches",
+    "GET",
+    "/v1/batches",
+    _ANY,
+    "List the batches, newest first.",
+    Page[batches.Batch],
+    query=batches.BatchPaging,
+)
+GET_BATCH = Operation("get_batch", "GET", "/v1/batches/{batch}", _ANY, "Show a batch.", batches.Batch)
+CANCEL_BATCH = Operation(
+    "cancel_batch",
+    "POST",
+    "/v1/batches/{batch}/cancel",
+    _ANY,
+    "Cancel a batch. Requests that have ended are kept.",
+    batches.Batch,
+    audit=Action.BATCH_CANCEL,
+)
+CREATE_MESSAGE_BATCH = Operation(
+    "create_message_batch",
+    "POST",
+    "/v1/messages/batches",
+    _ANY,
+    "Create a message batch.",
+    batches.MessageBatch,
+    body=batches.NewMessageBatch,
+    reads_body=True,
+    audit=Action.BATCH_CREATE,
+    for_operators=False,
+)
+LIST_MESSAGE_BATCHES = Operation(
+    "list_message_batches",
+    "GET",
+    "/v1/messages/batches",
+    _ANY,
+    "List the message batches, newest first.",
+    batches.MessageBatches,
+    query=batches.MessageBatchPaging,
+    for_operators=False,
+)
+GET_MESSAGE_BATCH = Operation(
+    "get_message_batch",
+    "GET",
+    "/v1/messages/batches/{batch}",
+    _ANY,
+    "Show a message batch.",
+    batches.MessageBatch,
+    for_operators=False,
+)
+CANCEL_MESSAGE_BATCH = Operation(
+    "cancel_message_batch",
+    "POST",
+    "/v1/messages/batches/{batch}/cancel",
+    _ANY,
+    "Cancel a message batch. Requests that have ended are kept.",
+    batches.MessageBatch,
+    audit=Action.BATCH_CANCEL,
+    for_operators=False,
+)
+DELETE_MESSAGE_BATCH = Operation(
+    "delete_message_batch",
+    "DELETE",
+    "/v1/messages/batches/{batch}",
+    _ANY,
+    "Delete a message batch that has ended, with its requests and results.",
+    batches.DeletedMessageBatch,
+    audit=Action.BATCH_DELETE,
+    for_operators=False,
+)
+MESSAGE_BATCH_RESULTS = Operation(
+    "message_batch_results",
+    "GET",
+    "/v1/messages/batches/{batch}/results",
+    _ANY,
+    "Stream the results of a message batch that has ended: JSON Lines, one for each request.",
+    batches.MessageResult,
+    media="application/x-jsonl",
+    for_operators=False,
+)
+
 # For operators.
 LIST_TENANTS = Operation(
     "list_tenants", "GET", "/admin/v1/tenants", _OPERATOR, "List the tenants, by name.", Page[tenants.Tenant], query=Paging
@@ -382,8 +512,8 @@ REPORT_ALL_USAGE = Operation(
     "GET",
     "/admin/v1/usage",
     _OPERATOR,
-    "Report requests, tokens and charges by day, tenant and model.",
-    List[usage.Usage],
+    "Report requests, tokens and charges by day, tenant, model and class of work, and the tokens that were wasted.",
+    List[usage.OperatorUsage],
     query=usage.OperatorPeriod,
 )
 LIST_ALL_EVENTS = Operation(

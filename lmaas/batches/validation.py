@@ -13,9 +13,7 @@ from lmaas.batches.order import Outline, outline, prefix_key, tokens
 from lmaas.errors import InvalidRequest
 from lmaas.http import parse_object
 
-#: The limits of one batch.
-MAX_FILE_BYTES = 200_000_000
-MAX_LINES = 50_000
+#: The models that one batch may name.
 MAX_MODELS = 1_000
 #: The length of a `custom_id`, in bytes of UTF-8.
 MAX_CUSTOM_ID_BYTES = 512
@@ -78,8 +76,8 @@ class Validator:
 
     endpoint: str
     max_request_bytes: int
+    max_lines: int
     generates: bool = True
-    max_lines: int = MAX_LINES
     lines: list[FoundLine] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     is_full: bool = False

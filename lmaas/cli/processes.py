@@ -48,6 +48,20 @@ def controller(context: Context) -> None:
     asyncio.run(app.run_controller(context.settings))
 
 
+@click.command()
+@pass_context
+def jobs(context: Context) -> None:
+    """Run a job runner, which does the work of batches and of responses in the background. There may be any number."""
+    import uvloop
+
+    from lmaas import app
+    from lmaas.observability import configure_logging
+
+    private_files()
+    configure_logging(context.settings.log_level)
+    uvloop.run(app.run_jobs(context.settings))
+
+
 @click.command(hidden=True)
 @click.argument("replica_id")
 @pass_context
@@ -90,4 +104,4 @@ def init(context: Context) -> None:
     asyncio.run(initialise(context.settings, Console()))
 
 
-PROCESSES = (up, gateway, controller, supervise, migrate, init)
+PROCESSES = (up, gateway, controller, jobs, supervise, migrate, init)

@@ -41,8 +41,8 @@ class PoolObservation:
     def advanced(self, previous: Replicas, now: float) -> "PoolObservation":
         """Return this observation with its `replicas`, whose conditions continue those of the `previous` tick."""
         seen = self.stats["replicas"].items()
-        loads = {replica: int(facts["load"]) for replica, facts in seen}
         background = {replica: int(facts.get("background", 0)) for replica, facts in seen}
+        loads = {replica: int(facts["load"]) - background[replica] for replica, facts in seen}
         return replace(self, replicas=observe_replicas(previous, self.rows, self.processes, loads, now, background))
 
     @property

@@ -1,10 +1,12 @@
-"""Deletion of what the service keeps only for a time: responses of idempotency keys, and tenants' stored responses and conversations."""
+"""Deletion of what the service keeps only for a time: responses of idempotency keys, tenants' stored responses, conversations and files."""
 
 import asyncio
 import logging
 import time
 
 from lmaas.errors import Unavailable
+from lmaas.files.service import Files
+from lmaas.store.batches import delete_old_batches
 from lmaas.store.database import Database
 from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes, table_bytes
@@ -34,6 +36,8 @@ class Sweeper:
             try:
                 while await delete_old(self._db) or await delete_surplus(self._db) or await delete_expired(self._db):
                     pass
+                while await delete_old_batches(self._db):
+                    pass
                 size = await table_bytes(self._db)
                 if time.monotonic() - counted_at >= COUNT_S or size - counted_size >= self._max_stored_bytes * GROWTH:
                     # Also if it fails: what took too long now would take too long in a minute.
@@ -54,3 +58,26 @@ class Sweeper:
                 surplus -= deleted
             sizes[tenant_id] = min(size, self._max_stored_bytes + max(surplus, 0))
         self.stored_bytes = sum(sizes.values())
+
+
+class FileSweeper:
+    """Deletes expired files, and contents in the object store that no file has. An object store that is away delays nothing else."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        #: The number of all files and their bytes, None before they were counted.
+        self.stored: tuple[int, int] | None = None
+
+    async def run(self) -> None:
+        """Sweep once a minute until cancelled."""
+        counted_at = float("-inf")
+        while True:
+            try:
+                while await self._files.sweep():
+                    pass
+                if time.monotonic() - counted_at >= COUNT_S:
+                    counted_at = time.monotonic()
+                    self.stored = await self._files.stored()
+            except Unavailable as error:
+                log.warning("files cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
+            await asyncio.sleep(SWEEP_S)

@@ -23,7 +23,7 @@ from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import STREAM_HEADERS, ReceiverGone, Sink
 from lmaas.inference.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
 from lmaas.inference.work import PutBack
-from lmaas.metering.usage import UsageRecord
+from lmaas.metering.usage import PUT_BACK, STOPPED, UsageRecord
 from lmaas.observability import GatewayMetrics
 from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.scheduling.leases import Lease, Leases, OpenTicket
@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 #: A request that has run for less time did not cause its engine to stall, because detecting a stall takes longer.
 SUSPECT_S = 8.0
-#: The code of a wasted attempt whose slot was taken back.
-PUT_BACK = "put_back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,10 @@ class Inferences:
             _failed(inference, UsageStatus.EXPIRED if expired else UsageStatus.FAILED, error.error_code)
             await self._answer_error(inference, sink, error)
         except asyncio.CancelledError:
+            if inference.work.durable:
+                # It runs again elsewhere.
+                record.end(UsageStatus.WASTED, STOPPED)
+                raise
             # The gateway stops and its drain time is over. The client gets an error instead of a silent end.
             _failed(inference, UsageStatus.FAILED, "gateway_stopped")
             stopping = Unavailable("The gateway is stopping. Retry after 1 s.", code="gateway_stopped", retry_after_s=1)

@@ -1,1 +1,1 @@
-"""Durable work: the processes of `lmaas jobs`, their leases, and what they run."""
+"""The process `lmaas jobs`, which does durable work: the lines of batches, and responses in the background."""

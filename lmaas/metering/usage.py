@@ -14,6 +14,9 @@ from lmaas.states import UsageStatus, WorkClass
 from lmaas.store.usage import UsageEvent
 from lmaas.types import TokenCounts
 
+#: The codes of wasted attempts: the slot was taken back; the work was cancelled; the process that ran it stopped.
+PUT_BACK, CANCELLED, STOPPED = "put_back", "cancelled", "runner_stopped"
+
 
 @dataclass(slots=True)
 class UsageRecord:
@@ -94,10 +97,16 @@ class UsageRecord:
             return None
         return TokenCounts(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
+    def used(self) -> TokenCounts | None:
+        """Return the tokens that count for limits when the attempt has ended: None for a wasted one, which is not charged."""
+        is_left = self.durable and self.work is WorkClass.BACKGROUND and self.status is UsageStatus.ABORTED
+        return None if is_left or self.status is UsageStatus.WASTED else self.progress()
+
     def event(self) -> str:
         """Return the usage event as JSON, with the counts so far. For durable work it is a stand-in for the attempt's own event."""
         if self.durable:
-            return self._event(UsageStatus.WASTED, self.code)
+            # Without an end, its caller has left, because the work was cancelled.
+            return self._event(UsageStatus.WASTED, CANCELLED if self.status is UsageStatus.ABORTED else self.code)
         return self._event(self.status, self.code)
 
     def own_event(self) -> UsageEvent:

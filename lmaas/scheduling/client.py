@@ -26,7 +26,7 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 #: The parts of the function library, in the order in which they are joined.
-PARTS = ("state", "limits", "fairness", "fleet", "placement", "endings", "outlook", "scheduler")
+PARTS = ("state", "limits", "fairness", "reserve", "fleet", "placement", "yielding", "dispatch", "endings", "outlook", "scheduler")
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
 #: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in state.lua).
@@ -283,6 +283,14 @@ class Scheduler:
         reply["replicas"] = {name: _seen(_DECODE(facts), now) for name, facts in zip(flat[::2], flat[1::2], strict=True)}
         return reply
 
+    async def room(self, pool: str) -> dict[str, Any]:
+        """Return the room of a pool for background work: `ready` (replicas that get work), their `slots`, the `room` (slots that background
+        tickets could get now), the background tickets that are `queued`, the slots of those that run (`load`), and the adapters that are
+        `resident` on most replicas."""
+        reply = await self._call_as_seen("room", pool)
+        reply["resident"] = list(reply["resident"])  # the server encodes an empty list as an object
+        return reply
+
     async def record_event(self, pool: str, event: str) -> None:
         """Pass a usage event to the metering writer."""
         try:
@@ -317,6 +325,7 @@ def _seen(replica: dict[str, Any], now: int) -> dict[str, Any]:
         "state": replica["state"],
         "load": replica["load"],
         "slots": replica["slots"],
+        "background": replica["back"],
         "beat_ms": now - replica["beat"],
         "resident": replica["has"],
         "running": replica["runs"],

@@ -5,14 +5,14 @@ local function forget(pool, ticket, used)
   if ticket.state == TICKET.QUEUED then
     dequeue(pool, ticket)
   else
-    if ticket.placed then charge(pool, ticket, (used and units(used) or 0) - charged(pool, ticket)) end
+    if ticket.placed and ticket.state ~= TICKET.YIELDED then charge(pool, ticket, (used and units(used) or 0) - charged(pool, ticket)) end
     let_go(pool, ticket)
   end
   settle(pool, ticket, used)
   drop(pool, ticket)
   redis.call('HDEL', pool.key .. ':progress', ticket.id)
   redis.call('ZREM', pool.key .. ':expiry', ticket.id)
-  set_var(pool, 'active', pool.now)
+  if not ticket.background then set_var(pool, 'active', pool.now) end
 end
 
 -- Puts a ticket back at the front of the queue. Returns false if it has been delivered as often as it may be. What it was charged is
@@ -80,7 +80,8 @@ local function reap(pool)
     local ticket = get(pool, id)
     if ticket then
       local used = record_lost(pool, ticket)
-      forget(pool, ticket, used)
+      -- The attempt of durable work is wasted, and its tokens do not count for limits.
+      forget(pool, ticket, not ticket.durable and used or nil)
     else
       redis.call('ZREM', pool.key .. ':expiry', id)
     end

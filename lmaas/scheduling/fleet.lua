@@ -1,7 +1,7 @@
 -- Replicas: facts about each, and the indices by which a call finds one among thousands.
 --
 -- The facts of a replica are its JSON (url, slots, adapter_slots, state, suspect, beat, since, left, late; `life`, a number that no other
--- replica had; `load`, the slots in use; `runs` and `has`, the numbers of adapters that run and are resident; `stale`, that it was found
+-- replica had; `load`, the slots in use, and `back`, those of background tickets; `latest`, the age of its latest background ticket; `runs` and `has`, the numbers of adapters that run and are resident; `stale`, that it was found
 -- silent) and four small keys of its own about adapters and tickets. A call reads the JSON of the few replicas that it considers.
 -- `index` derives the sorted sets and the sums of the pool from the JSON, before they are read and when the call ends.
 
@@ -16,9 +16,11 @@ local function entries_of(replica)
   local free = open and replica.load < replica.slots
   return {
     free = free and share or nil, spare = free and spare and share or nil, crowded = open and not spare and replica.runs > 0 and share or nil,
-    starting = replica.state == REPLICA.STARTING and replica.since or nil,
-    slots = replica.state == REPLICA.READY and replica.slots or 0, load = replica.load,
+    starting = replica.state == REPLICA.STARTING and replica.since or nil, yielding = open and replica.back > 0 and replica.latest or nil,
+    slots = replica.state == REPLICA.READY and replica.slots or 0, load = replica.load, back = replica.back,
     able = replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0,
+    open = open and 1 or 0, open_slots = open and replica.slots or 0, room = free and replica.slots - replica.load or 0,
+    adapters = open and math.max(0, replica.adapter_slots - replica.runs) or 0,
   }
 end
 
@@ -29,9 +31,9 @@ local function pairs_of(stored)
   return found
 end
 
-local NOTHING = { slots = 0, load = 0, able = 0 }
-local SETS = { 'free', 'spare', 'crowded', 'starting' }
-local SUMS = { 'slots', 'load', 'able' }
+local SETS = { 'free', 'spare', 'crowded', 'starting', 'yielding' }
+local SUMS = { 'slots', 'load', 'back', 'able', 'open', 'open_slots', 'room', 'adapters' }
+local NOTHING = { slots = 0, load = 0, back = 0, able = 0, open = 0, open_slots = 0, room = 0, adapters = 0 }
 
 -- Returns a replica, or nil.
 local function replica_of(pool, id)
@@ -95,7 +97,8 @@ end
 -- Creates a replica that has just been heard of.
 local function add_replica(pool, id)
   local replica = {
-    id = id, life = next_of(pool, 'lives'), since = pool.now, state = REPLICA.STARTING, load = 0, runs = 0, has = 0, slots = 0, adapter_slots = 0,
+    id = id, life = next_of(pool, 'lives'), since = pool.now, state = REPLICA.STARTING, load = 0, back = 0, latest = 0, runs = 0, has = 0,
+    slots = 0, adapter_slots = 0,
   }
   pool.replicas[id] = replica
   return replica
@@ -133,13 +136,20 @@ local function set_resident(pool, replica, adapter)
   if redis.call('SADD', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
   replica.has = replica.has + 1
   redis.call('ZADD', pool.key .. ':has:' .. adapter, 0, replica.id)
+  redis.call('ZINCRBY', pool.key .. ':adapters', 1, adapter)
   changed(pool, replica)
+end
+
+-- Takes a replica out of the indices of an adapter.
+local function drop_resident(pool, id, adapter)
+  redis.call('ZREM', pool.key .. ':has:' .. adapter, id)
+  if tonumber(redis.call('ZINCRBY', pool.key .. ':adapters', -1, adapter)) <= 0 then redis.call('ZREM', pool.key .. ':adapters', adapter) end
 end
 
 local function unset_resident(pool, replica, adapter)
   if redis.call('SREM', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
   replica.has = replica.has - 1
-  redis.call('ZREM', pool.key .. ':has:' .. adapter, replica.id)
+  drop_resident(pool, replica.id, adapter)
   changed(pool, replica)
 end
 
@@ -149,11 +159,18 @@ end
 
 -- Lets a ticket take slots, and its adapter an adapter slot.
 local function hold(pool, ticket, replica)
+  index(pool) -- the pool's sums are read
   -- A ticket that needs more slots than the replica has takes all of them. The next replica may have more.
   ticket.held, ticket.replica, ticket.life = math.min(ticket.weight, replica.slots), replica.id, replica.life
   replica.load = replica.load + ticket.held
-  -- It shows waiting tickets whether turns take longer than usual.
-  set_var(pool, 'turn', pool.now)
+  if ticket.background then
+    replica.back, replica.latest = replica.back + ticket.held, next_of(pool, 'ages')
+    redis.call('ZADD', pool.key .. ':back:' .. replica.id, replica.latest, ticket.id)
+  else
+    see_growth(pool, var(pool, 'load', 0) - var(pool, 'back', 0), ticket.held)
+    -- It shows waiting tickets whether turns take longer than usual.
+    set_var(pool, 'turn', pool.now)
+  end
   redis.call('ZADD', pool.key .. ':held:' .. replica.id, ticket.sequence or 0, ticket.id)
   if ticket.adapter ~= '' then
     if redis.call('HINCRBY', pool.key .. ':running:' .. replica.id, ticket.adapter, 1) == 1 then
@@ -173,6 +190,10 @@ local function let_go(pool, ticket)
   if not replica or replica.life ~= life then return end
   replica.load = math.max(0, replica.load - held)
   redis.call('ZREM', pool.key .. ':held:' .. id, ticket.id)
+  if ticket.background then
+    replica.back = math.max(0, replica.back - held)
+    redis.call('ZREM', pool.key .. ':back:' .. id, ticket.id)
+  end
   if ticket.adapter ~= '' then
     if redis.call('HINCRBY', pool.key .. ':running:' .. id, ticket.adapter, -1) == 0 then
       replica.runs = replica.runs - 1
@@ -215,8 +236,8 @@ local function remove_replica(pool, replica)
   pool.dirty[id], pool.moved[id] = true, true
   for _, key in ipairs(stop_loading(pool, replica)) do redis.call('UNLINK', key) end
   for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':running:' .. id)) do redis.call('ZREM', pool.key .. ':runs:' .. adapter, id) end
-  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do redis.call('ZREM', pool.key .. ':has:' .. adapter, id) end
-  redis.call('DEL', pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id, pool.key .. ':used:' .. id)
+  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do drop_resident(pool, id, adapter) end
+  redis.call('UNLINK', pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id, pool.key .. ':used:' .. id, pool.key .. ':back:' .. id)
   redis.call('ZREM', pool.key .. ':due', id)
   list_as_lost(pool, { pool.key .. ':held:' .. id })
 end

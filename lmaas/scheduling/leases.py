@@ -40,6 +40,9 @@ class Usage(Protocol):
     def progress(self) -> TokenCounts | None:
         """Return the tokens so far, or None before the engine has reported any."""
 
+    def used(self) -> TokenCounts | None:
+        """Return the tokens that count when it has ended, or None if none do."""
+
     def event(self) -> str:
         """Return the usage event as JSON."""
 
@@ -297,7 +300,7 @@ class Leases:
         that."""
         ticket, usage = opened.ticket, opened.usage
         del self._open[ticket.id]
-        return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.progress()))
+        return self._send_end(Settlement(ticket, usage.event(), usage.run_ms, usage.used()))
 
     def _send_end(self, settlement: Settlement) -> "asyncio.Future[Any]":
         # Not in a task, which would cost more than the work itself.
@@ -394,6 +397,8 @@ class Leases:
                 del self._recent[pool]
 
     async def _put_back(self, opened: OpenTicket) -> None:
+        if opened.yielded:
+            return  # its owner is about to end it
         if opened.lease is not None:
             await self.scheduler.restore(opened.ticket, opened.lease.replica, waited_ms=opened.waited_ms, attempts=opened.attempts)
         elif opened.attempts > 1:

@@ -96,7 +96,8 @@ end
 -- Returns what a gateway is told of its ticket.
 local function report(pool, ticket)
   if ticket.state == TICKET.QUEUED then
-    local position = position_of(pool, ticket)
+    -- Of a background ticket, the place in the order of arrival is enough.
+    local position = ticket.background and redis.call('ZRANK', pool.background.key .. ':queue', ticket.id) + 1 or position_of(pool, ticket)
     local reply = estimate(pool, position)
     reply.state, reply.attempts, reply.position = TICKET.QUEUED, ticket.attempts, position
     return reply

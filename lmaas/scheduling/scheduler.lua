@@ -5,8 +5,15 @@ local function register_always(name, callback)
   redis.register_function({ function_name = name, callback = callback, flags = { 'allow-oom' } })
 end
 
+-- Adapters of which `room` reports that they are resident.
+local MAX_RESIDENT = 256
+
 -- Returns the refusal if the tenant's queue or the pool's is full, else nil.
 local function full(pool, ticket, max_queued, max_queued_pool)
+  if ticket.background then
+    if redis.call('ZCARD', pool.background.key .. ':queue') < MAX_BACKGROUND_QUEUED then return nil end
+    return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = var(pool, 'run_ms', TURN_MS) }
+  end
   if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = NO_TICKET.REFUSED } end
   local queued = redis.call('ZCARD', pool.key .. ':queue')
   if queued >= max_queued_pool then return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = estimate(pool, queued).wait_ms } end
@@ -33,7 +40,10 @@ redis.register_function('lmaas_submit', function(keys, args)
     -- A ticket that is submitted again after the server lost its memory has waited, and perhaps been delivered, before.
     ticket.submitted = pool.now - ticket.waited_ms
     redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
-    set_var(pool, 'active', pool.now)
+    if not ticket.background then
+      set_var(pool, 'active', pool.now)
+      set_var(pool, 'arrived', pool.now)
+    end
     if not place_at_once(pool, ticket) then
       enqueue(pool, ticket, false)
       dispatch(pool, ticket.id)
@@ -58,7 +68,7 @@ register_always('lmaas_release', function(keys, args)
   if not pool then return { 0, '' } end
   local ticket = get(pool, args[1])
   if ticket then
-    if args[3] ~= '' then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
+    if args[3] ~= '' and not ticket.background then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
     forget(pool, ticket, tokens_of(args[4]))
   end
   reap(pool)
@@ -97,9 +107,10 @@ end)
 -- renew(memory, ticket id, tokens or '', …) → {epoch, memory, tickets: [report, …]} in the order of the arguments.
 register_always('lmaas_renew', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
-  local reports = {}
+  local reports, active = {}, false
   for i = 2, #args, 2 do
     local ticket = get(pool, args[i])
+    active = active or not (ticket and ticket.background)
     if ticket then
       redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
       -- A checkpoint of an earlier delivery may come late: a ticket that waits or loads has not run.
@@ -107,7 +118,7 @@ register_always('lmaas_renew', function(keys, args)
       if args[i + 1] ~= '' and may_run then
         local before = charged(pool, ticket)
         redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
-        charge(pool, ticket, (ticket.placed and units(tokens_of(args[i + 1])) or 0) - before)
+        if ticket.placed and ticket.state ~= TICKET.YIELDED then charge(pool, ticket, units(tokens_of(args[i + 1])) - before) end
       end
     end
   end
@@ -117,7 +128,7 @@ register_always('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     reports[#reports + 1] = ticket and report(pool, ticket) or { state = NO_TICKET.UNKNOWN }
   end
-  if #args > 1 then set_var(pool, 'active', pool.now) end
+  if active then set_var(pool, 'active', pool.now) end
   close(pool)
   return cjson.encode({ epoch = pool.epoch, memory = memory(pool), tickets = reports })
 end)
@@ -148,7 +159,7 @@ redis.register_function('lmaas_restore', function(keys, args)
 end)
 
 -- heartbeat(replica id, JSON {url, slots, adapter_slots, state, cleared, suspect, start_ms, left_ms, late_ms}, memory, JSON of the resident
--- adapters) → {state, load, suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter of `loads` →
+-- adapters) → {state, load, background (the slots of background tickets, of the load), suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter of `loads` →
 -- tickets that wait for it}, used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
 -- `used` is reported if there is something to load, since another adapter may have to make room. The resident adapters are read only when
 -- the scheduler does not know them.
@@ -184,7 +195,7 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   local warm = replica.state == REPLICA.STARTING and awaited(pool, replica.adapter_slots) or nil
   close(pool)
   return cjson.encode({
-    state = replica.state, load = replica.load, suspect = replica.suspect or false, epoch = pool.epoch, memory = memory(pool),
+    state = replica.state, load = replica.load, background = replica.back, suspect = replica.suspect or false, epoch = pool.epoch, memory = memory(pool),
     loads = loads, warm = warm, running = running, used = used, controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
   })
 end)
@@ -276,7 +287,8 @@ end)
 
 -- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual
 -- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, queued, load, idle_ms,
--- run_ms, start_ms (the usual times of a request and a start)}, replica id, its JSON, …}. Its client decodes the replicas, since they may
+-- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields}},
+-- replica id, its JSON, …}. Its client decodes the replicas, since they may
 -- be thousands.
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
@@ -290,8 +302,26 @@ register_always('lmaas_stats', function(keys, args)
   close(pool)
   local reply = redis.call('HGETALL', pool.key .. ':replicas')
   table.insert(reply, 1, cjson.encode({
-    queued = redis.call('ZCARD', pool.key .. ':queue'), load = var(pool, 'load', 0), now = pool.now, memory = memory(pool),
+    queued = redis.call('ZCARD', pool.key .. ':queue'), load = var(pool, 'load', 0) - var(pool, 'back', 0), now = pool.now, memory = memory(pool),
     idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
+    background = {
+      queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0), yields = var(pool, 'yields', 0),
+    },
   }))
   return reply
+end)
+
+-- room(memory) → {memory, ready (replicas that get work), slots (of them), room (slots that background tickets could get now), queued and
+-- load (of background tickets), resident: [the adapters that are resident on most replicas]}.
+register_always('lmaas_room', function(keys, args)
+  local pool = open_as_seen(keys[1], args[1])
+  reap(pool)
+  dispatch(pool)
+  close(pool)
+  local bounds = redis.call('EXISTS', pool.key .. ':queue') == 0 and bounds_of_background(pool)
+  return cjson.encode({
+    ready = var(pool, 'open', 0), slots = var(pool, 'open_slots', 0), room = bounds and bounds.slots or 0,
+    queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0),
+    resident = redis.call('ZREVRANGE', pool.key .. ':adapters', 0, MAX_RESIDENT - 1), memory = memory(pool),
+  })
 end)

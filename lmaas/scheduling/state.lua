@@ -19,17 +19,21 @@
 --   :counters  zset  tenant → counter, of all tenants
 --   :needs     hash  queued ticket id → its needs (see needs_of)
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was first passed over
+-- Background tickets wait in keys of the same form, whose names begin with `:background` (`:background:queue`, …). See yielding.lua.
 -- Facts about replica R (see fleet.lua):
 --   :replicas  hash  replica id → JSON          :held:R    zset  ticket id → sequence, of the tickets that hold slots there
 --   :running:R hash  adapter → tickets that hold a slot with it    :used:R  hash  adapter → when a ticket was last placed with it
 --   :resident:R set  adapters on its engine     :loading:R hash  adapter that it is to load → source
 --   :waits:R|A zset  ticket id → sequence, of the tickets that hold a slot there until adapter A is loaded
+--   :back:R    zset  ticket id → age, of the background tickets that hold slots there
 -- Indices of replicas, which fleet.lua derives from these facts:
 --   :free      zset  replica → share of its slots in use, of those that get work and have a free slot
 --   :spare     zset  the same, of those that have a free adapter slot too
 --   :crowded   zset  the same, of those that get work and have no free adapter slot
 --   :runs:A    zset  replicas on which tickets hold a slot with adapter A    :has:A  zset  replicas on which adapter A is resident
 --   :starting  zset  replica → since when       :due       zset  replica → when its silence matters next (ms)
+--   :yielding  zset  replica → age of its latest background ticket, of those that get work and on which background tickets hold slots
+--   :adapters  zset  adapter → replicas on which it is resident
 -- Tickets whose replica is lost or drains and that no call has reached yet:
 --   :lost      list  numbers n                  :lost:n    zset  ticket id → sequence
 -- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together. It is valid only for
@@ -54,6 +58,7 @@ local PRESENT_MS = 10000  -- the controller reads every pool every second
 local MAX_ATTEMPTS = 2    -- the first delivery and one more
 local TURN_MS = 2000      -- the assumed run time of a request, until one is known
 local START_MS = 20000    -- the assumed time of an engine's start, until one is known
+local MAX_YIELDS = 16     -- background tickets that one call puts back
 local MAX_REAPED = 64     -- tickets of lost gateways and of lost replicas that one call ends or takes back; the next call continues
 
 -- Words that clients read, or that are stored. lmaas/scheduling/states.py has the same words and their meanings; a test compares the two,
@@ -118,8 +123,12 @@ local seen_last = {}
 --   lost                   the lists in `:lost`
 --   last, floor            see fairness.lua
 --   turn, active           when a slot was last taken, or a replica became ready; when there was last any demand
---   load, slots, able      slots in use; the slots of ready replicas; the replicas that may get work sooner or later
-local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'seq', 'placed', 'last', 'floor' }
+--   load, back, room       slots in use; those of background tickets; free slots of the replicas that get work
+--   slots, able            the slots of ready replicas; the replicas that may get work sooner or later
+--   open, open_slots, adapters  the replicas that get work, their slots, their free adapter slots
+--   peak, peak_at, boost, boost_at, arrived  see reserve.lua
+--   ages, yields           numbers given to background tickets that were placed; background tickets that were put back
+local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'back', 'room', 'seq', 'placed', 'last', 'floor', 'peak', 'peak_at' }
 
 -- Returns a field of `:vars` as text, or false.
 local function text_of(pool, name)
@@ -200,7 +209,12 @@ local function open(prefix, or_nil)
   process = process or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local time = redis.call('TIME')
   local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-  local pool = { key = prefix, wall = wall, now = wall, run = process, budget = MAX_REAPED }
+  local pool = { key = prefix, wall = wall, now = wall, run = process, budget = MAX_REAPED, yields = MAX_YIELDS }
+  -- The two queues: the prefix of their keys, and their fields of `:vars`.
+  pool.interactive = { key = prefix, last = 'last', floor = 'floor', placed = 'placed' }
+  pool.background = {
+    key = prefix .. ':background', last = 'background_last', floor = 'background_floor', placed = 'background_placed', is_background = true,
+  }
   pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
   pool.vars, pool.written = {}, {}
   pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)

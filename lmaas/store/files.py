@@ -26,6 +26,7 @@ from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import OPERATOR, SYSTEM, AnyScope
 from lmaas.store.tables import content_checks, files, tenants
+from lmaas.types import Quota
 
 #: When the content of a new file is checked, unless the file has been added by then. An upload to the object store takes less.
 STORING = timedelta(hours=1)
@@ -64,15 +65,6 @@ class NewFile:
     size_bytes: int
     sha256: str
     expires_after_s: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """The files that a tenant may have, and their bytes. `of` says whose quota it is, for messages."""
-
-    files: int
-    size_bytes: int
-    of: str
 
 
 @dataclass(frozen=True, slots=True)

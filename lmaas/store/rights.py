@@ -58,6 +58,7 @@ OWN = f"tenant_id = {TENANT}"
 ITSELF = f"id = {TENANT}"
 THE_KEY = "hash = current_setting('lmaas.key_hash', true)"
 ITS_TENANT = "id = (SELECT api_keys.tenant_id FROM api_keys WHERE api_keys.hash = current_setting('lmaas.key_hash', true))"
+ENDED_BATCH = "status IN ('failed', 'completed', 'expired', 'cancelled')"
 ALL = "true"
 NONE = "false"
 
@@ -82,8 +83,8 @@ _KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at",
 _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
-_BATCH = ("tenant_id", "id", "key_id", "status", "total", "created_at", "expires_at", *_LEASE)
-_LINE = ("tenant_id", "batch_id", "position", "pool_id", "tokens", "state", "put_back", "not_before", *_LEASE)
+_BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
+_LINE = ("tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "put_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "key_id", "status", "cancel_requested", "created_at", "expires_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
@@ -174,14 +175,14 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "batches": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _BATCH), Grant("UPDATE", ALL, ("status", *_LEASE))),
+        LEASES: (Grant("SELECT", ALL, (*_BATCH, "finalizing_at")), Grant("UPDATE", ALL, _LEASE)),
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at")),),
+        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at", "created_at")), Grant("DELETE", ENDED_BATCH)),
     },
     "batch_lines": {
         GATEWAY: (Grant("SELECT", OWN),),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _LINE), Grant("UPDATE", ALL, ("state", "put_back", "not_before", *_LEASE))),
+        LEASES: (Grant("SELECT", ALL, _LINE), Grant("UPDATE", ALL, ("state", "put_back", *_LEASE))),
     },
     "batch_pools": {
         GATEWAY: (Grant("SELECT", OWN),),
@@ -236,7 +237,8 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     },
     "job_runners": {
         JOBS: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
-        LEASES: (Grant("SELECT"),),
+        # A row is locked while what its runner leases changes.
+        LEASES: (Grant("SELECT"), Grant("UPDATE", ALL, ("seen_at",)), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, ("id", "seen_at")),),
     },
     # Written only by triggers, as the owner.

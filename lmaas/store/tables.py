@@ -424,8 +424,6 @@ batch_lines = Table(
     *_lease(),
     # How often its slot was taken back.
     Column("put_back", Integer, nullable=False, server_default=text("0")),
-    # It is not tried again before this time.
-    Column("not_before", DateTime(timezone=True)),
     # What the output file says of it: the ledger's id of the attempt, the HTTP status, and the JSON of the answer or of the error.
     Column("request_id", Text),
     Column("status_code", Integer),

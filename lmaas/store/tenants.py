@@ -5,17 +5,18 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound
 from lmaas.store.audit import record
+from lmaas.store.batches import delete_batches
 from lmaas.store.database import Database, new_id
 from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.retention import delete_state
-from lmaas.store.scopes import OPERATOR, KeyScope, scope_of
+from lmaas.store.scopes import OPERATOR, AnyScope, KeyScope, scope_of
 from lmaas.store.tables import adapters, api_keys, idempotency, tenants
 from lmaas.types import Limits, Principal, Role
 
@@ -164,8 +165,8 @@ async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
-    """Delete a tenant, its keys, its adapters' rows and all stored responses and conversations, and let its files expire. Its usage stays
-    in the ledger.
+    """Delete a tenant, its keys, its adapters' rows and all stored responses, conversations and batches, and let its files expire. Its
+    usage stays in the ledger.
 
     Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, the rest cannot be
     read by anyone, and goes when it expires.
@@ -189,6 +190,8 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         await record(connection, audit, tenant_id, row.name)
     # In transactions of their own, because there may be millions. None is added any more.
     while await delete_state(db, tenant_id):
+        pass
+    while await delete_batches(db, tenant_id):
         pass
 
 
@@ -283,6 +286,15 @@ async def change_key(
 
 async def find_principal(db: Database, key_hash: str) -> Principal | None:
     """Return the principal of the key with this hash, or None if there is none."""
+    return await _principal(db, KeyScope(key_hash), api_keys.c.hash == key_hash)
+
+
+async def principal_of_key(db: Database, tenant_id: str, key_id: str) -> Principal | None:
+    """Return the principal of a tenant's key, or None if the key is not valid any more."""
+    return await _principal(db, tenant_id, and_(api_keys.c.tenant_id == tenant_id, api_keys.c.id == key_id))
+
+
+async def _principal(db: Database, scope: AnyScope, is_key: ColumnElement[bool]) -> Principal | None:
     query = (
         select(
             api_keys.c.id,
@@ -295,9 +307,9 @@ async def find_principal(db: Database, key_hash: str) -> Principal | None:
             *_KEY_LIMITS,
         )
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
-        .where(api_keys.c.hash == key_hash, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
+        .where(is_key, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
     )
-    async with db.begin(KeyScope(key_hash)) as connection:
+    async with db.begin(scope) as connection:
         row = (await connection.execute(query)).first()
     if row is None:
         return None

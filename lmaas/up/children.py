@@ -1,4 +1,4 @@
-"""The gateway and the controller of a stack, as child processes."""
+"""The gateway, the controller and the job runner of a stack, as child processes."""
 
 import asyncio
 import os
@@ -13,15 +13,15 @@ from lmaas.config import Settings
 from lmaas.errors import SettingsError
 from lmaas.process import bound_command
 
-#: The time after which a controller counts as started. One that cannot start ends earlier.
+#: The time after which a controller or a job runner counts as started. One that cannot start ends earlier.
 SETTLED_S = 3.0
 
 
 class Child:
-    """A process of this stack: `lmaas gateway` or `lmaas controller`. It ends with this process, however this one ends."""
+    """A process of this stack: `lmaas gateway`, `lmaas controller` or `lmaas jobs`. It ends with this process, however this one ends."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        self.name, self.title = name, f"The {name}"
+    def __init__(self, name: str, settings: Settings, title: str = "") -> None:
+        self.name, self.title = name, title or f"The {name}"
         self.process: subprocess.Popen[bytes] | None = None
         self._environment = os.environ | settings.environment()
         self._launched = 0.0
@@ -46,7 +46,7 @@ class Child:
             raise SettingsError(f"{self.title} cannot be started: {error}.") from error
 
     def answers(self) -> bool:
-        """Return whether the gateway takes requests, or the controller has run for SETTLED_S seconds."""
+        """Return whether the gateway takes requests, or another process has run for SETTLED_S seconds."""
         if self.process is None or self.process.poll() is not None:
             return False
         if self._root is None:

@@ -42,6 +42,7 @@ class Logins:
 
     gateway: Settings
     controller: Settings
+    jobs: Settings
 
     def database(self, role: DatabaseRole) -> Database:
         """Return the database with a gateway's or a controller's rights."""
@@ -57,7 +58,7 @@ def prepare_database(settings: Settings, *, embedded: bool) -> Logins:
     url, prefix = str(settings.database_url), settings.database_role_prefix
     if not embedded:
         upgrade(url, prefix=prefix, passwords=parse_passwords(settings.database_passwords))
-        return Logins(settings, settings)
+        return Logins(settings, settings, settings)
     passwords = _passwords(settings.home / "database-passwords.json")
     upgrade(url, prefix=prefix, passwords=passwords)
 
@@ -68,6 +69,7 @@ def prepare_database(settings: Settings, *, embedded: bool) -> Logins:
     return Logins(
         replace(settings, database_url=of(DatabaseRole.GATEWAY)),
         replace(settings, database_url=of(DatabaseRole.CONTROLLER), replica_database_url=of(DatabaseRole.REPLICA)),
+        replace(settings, database_url=of(DatabaseRole.JOBS)),
     )
 
 

@@ -145,11 +145,13 @@ class Stack:
         ready.unlink(missing_ok=True)
         gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
         controller = Child("controller", replace(logins.controller, ready_file=ready))
+        jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
         keepers = []
         try:
             gateway.launch()
             controller.launch()
-            keepers.append(self._keep(controller))
+            jobs.launch()
+            keepers += [self._keep(controller), self._keep(jobs)]
             if await self._until_serving(settings, gateway):
                 keepers.append(self._keep(gateway))
                 await asyncio.to_thread(self._apply, settings, operator_key)
@@ -163,7 +165,8 @@ class Stack:
         finally:
             self._let_go(keepers)
             ready.unlink(missing_ok=True)
-            await gateway.stop(settings.drain_timeout_s + 5, self._hurry)
+            # What the job runner gives back waits for the next start.
+            await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in (gateway, jobs)))
             # Stop the controller first, so that nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # it starts nothing new

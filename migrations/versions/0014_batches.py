@@ -72,7 +72,6 @@ def upgrade() -> None:
         sa.Column("runner_id", sa.Text(), nullable=True),
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("put_back", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("status_code", sa.Integer(), nullable=True),
         sa.Column("answer", sa.LargeBinary(), nullable=True),

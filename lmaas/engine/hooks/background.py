@@ -91,10 +91,9 @@ def giving_way(scheduler: Any, state: GivingWay, now: float) -> Iterator[None]:
         yield
         return
     prompts = bool(ready) or any(request.is_prefill_chunk for request in interactive)
-    if prompts:
-        _make_room(scheduler, background, interactive, ready, now)
     places, tokens = scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens
     if prompts and not state.in_vain and _slots_suffice(scheduler, [*running, *ready]):
+        _make_room(scheduler, background, interactive, ready, now)
         scheduler.running = interactive
         scheduler.max_num_active_reqs = min(places - len(background), len(interactive) + len(ready))
         try:

@@ -5,6 +5,8 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import pytest
 from lmaas.metering.usage import UsageRecord
 from lmaas.replica import timesheet
 from lmaas.scheduling.client import Beat, Bounds, Ticket
-from lmaas.states import Observed, UsageStatus
-from lmaas.store.engine_time import list_engine_time
+from lmaas.states import EnginePhase, Observed, UsageStatus, WorkClass
+from lmaas.store.engine_time import list_engine_time, record_engine_time
 from lmaas.store.models import BaseModel, get_base_model
-from lmaas.store.replicas import desire_stop
+from lmaas.store.replicas import add_replica, desire_stop
+from lmaas.store.usage import record_events
 from lmaas.types import MAX_PRICE, TokenCounts
 from tests.integration.gateway.stack import CHAT, Stack, Stream, Tenant, running
+from tests.integration.store.build import usage_event
 from tests.support.conditions import until
 
 PRICES = {"prompt_price": 150_000, "cached_price": 15_000, "completion_price": 600_000, "engine_price": 3_600_000_000}
@@ -165,12 +169,12 @@ async def test_cost_charge_and_margin_reconcile(stack: Stack, operator: httpx.As
     assert min(books.values()) > 0
     # 1 $ a second is 1000 micro-dollars a millisecond.
     assert found["total"]["cost_microusd"] == engine_ms * 1000
-    for by in ("day,tenant,adapter", "tenant", "day", "adapter", "tenant,day"):
+    for by in ("day,tenant,adapter", "tenant", "day", "adapter", "tenant,day", "work", "day,tenant,work"):
         grouped = (await operator.get("/admin/v1/cogs", params={"by": by})).json()
         assert (grouped["total"], grouped["reconciliation"]) == (found["total"], books)
         for name in ("cost_microusd", "charge_microusd", "margin_microusd"):
             assert sum(line[name] for line in grouped["data"]) == found["total"][name]
-        for phase in ("total", "starting", "loading", "busy", "idle"):
+        for phase in ("total", "starting", "loading", "busy", "background", "idle"):
             assert sum(line["engine_ms"][phase] for line in grouped["data"]) == found["total"]["engine_ms"][phase]
     for line in found["data"]:
         assert line["margin_microusd"] == line["charge_microusd"] - line["cost_microusd"]
@@ -188,17 +192,66 @@ async def test_cost_charge_and_margin_reconcile(stack: Stack, operator: httpx.As
     assert all("day" not in line and "tenant" in line for line in by_adapter["data"])
 
 
+async def test_background_work_and_waste_are_kept_apart(stack: Stack, operator: httpx.AsyncClient, operator_key: str) -> None:
+    model = await priced(stack, operator)
+    acme = await stack.tenant()
+    now = datetime.now(UTC)
+    await add_replica(stack.db, "rep_1", model.id)
+    spans = {EnginePhase.STARTING: 1000, EnginePhase.BUSY: 1000, EnginePhase.BACKGROUND: 3000, EnginePhase.IDLE: 5000}
+    await record_engine_time(stack.db, "rep_1", model.id, {(now.date(), phase, 3_600_000_000): ms for phase, ms in spans.items()})
+    of_lines = {"created_at": now, "work": WorkClass.BACKGROUND, "run_ms": 2000}
+    await record_events(
+        stack.db,
+        [
+            usage_event("r1", acme.id, created_at=now, run_ms=1000, charge_picousd=4_000_000),
+            usage_event("l1", acme.id, **of_lines, charge_picousd=2_000_000),
+            usage_event("l2", acme.id, **of_lines, status=UsageStatus.WASTED, code="put_back"),
+            usage_event("l3", acme.id, **of_lines, status=UsageStatus.WASTED, model="other"),
+        ],
+    )
+    async with stack.client(acme) as http:
+        mine = (await http.get("/v1/usage")).json()["data"]
+        assert [(line["model"], line["work"], line["requests"], line["charge_microusd"]) for line in mine] == [
+            ("base", "interactive", 1, 4),
+            ("base", "background", 1, 2),
+        ]
+        assert not any(name.startswith("wast") for line in mine for name in line)
+        events = (await http.get("/v1/usage/events")).json()["data"]
+        assert {(event["request_id"], event["work"]) for event in events} == {("r1", "interactive"), ("l1", "background")}
+    everything = (await operator.get("/admin/v1/usage")).json()["data"]
+    assert [(line["model"], line["work"], line["requests"], line["waste"]) for line in everything] == [
+        ("base", "interactive", 1, {}),
+        ("base", "background", 1, {"put_back": 15}),
+        ("other", "background", 0, {"unfinished": 15}),
+    ]
+    assert [line["wasted_tokens"] for line in everything] == [0, 15, 15]
+    assert (await operator.get("/admin/v1/usage", params={"tenant": acme.id})).json()["data"] == everything
+    assert len((await operator.get("/admin/v1/usage/events")).json()["data"]) == 4
+    found = (await operator.get("/admin/v1/cogs?by=work")).json()
+    # Background work ran for 6 s of slots: a quarter of them while the engine was busy.
+    assert [(line["work"], line["engine_ms"], line["charge_microusd"]) for line in found["data"]] == [
+        ("background", {"total": 3600, "starting": 0, "loading": 0, "busy": 600, "background": 3000, "idle": 0}, 2),
+        ("interactive", {"total": 6400, "starting": 1000, "loading": 0, "busy": 400, "background": 0, "idle": 5000}, 4),
+    ]
+    assert found["idle_capacity"] == {"ms": 8000, "used_ms": 3000, "used_ratio": 0.375}
+    shown = await command(stack, operator_key, "cogs")
+    assert "Background work used 3 s of the 8 s in which engines had no other work (37.5%)." in shown
+    assert "put_back 15" in await command(stack, operator_key, "usage")
+
+
+async def command(stack: Stack, key: str, *args: str) -> str:
+    """The output of a command of an operator."""
+    variables = os.environ | {"LMAAS_URL": f"{stack.url}/v1", "LMAAS_API_KEY": key, "COLUMNS": "250"}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "lmaas", *args, env=variables, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
+
+
 async def test_the_command_prints_what_the_api_says(stack: Stack, operator: httpx.AsyncClient, operator_key: str) -> None:
     await worked(stack, operator)
     found = (await operator.get("/admin/v1/cogs")).json()
-
-    async def lmaas(*args: str) -> str:
-        variables = os.environ | {"LMAAS_URL": f"{stack.url}/v1", "LMAAS_API_KEY": operator_key, "COLUMNS": "200"}
-        command = [sys.executable, "-m", "lmaas", *args]
-        process = await asyncio.create_subprocess_exec(*command, env=variables, stdout=asyncio.subprocess.PIPE)
-        output, _ = await process.communicate()
-        assert process.returncode == 0
-        return output.decode()
+    lmaas = partial(command, stack, operator_key)
 
     assert json.loads(await lmaas("--json", "cogs")) == found
     lines = (await lmaas("cogs")).splitlines()

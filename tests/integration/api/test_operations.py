@@ -16,6 +16,7 @@ from lmaas.api import table
 from lmaas.api.operation import Permission, Place, filled
 from lmaas.api.table import PLACES
 from lmaas.errors import Unavailable
+from lmaas.files.service import Purpose
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.manifests import client
 from lmaas.states import Observed
@@ -32,6 +33,7 @@ from tests.integration.schemas import CHECKED, SPEC
 from tests.integration.store.build import stored_response, usage_event
 from tests.support.adapters import base, config, pack, tensors
 from tests.support.base_models import write_model
+from tests.support.batches import make_batch
 
 BY_ID = {place.id: place for place in PLACES}
 
@@ -74,12 +76,12 @@ async def records(stack: Stack) -> list[Any]:
 
 
 #: What operations change.
-TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas")
+TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas", "batches", "files", "content_checks")
 
 
 async def everything(stack: Stack) -> dict[str, list[str]]:
-    """Return every row that an operation may change, and the files of adapters."""
-    found = {"files": sorted(str(path) for path in (stack.settings.home / "objects").rglob("*.*"))}
+    """Return every row that an operation may change, and the contents of the object store."""
+    found = {"objects": sorted(str(path) for path in (stack.settings.home / "objects").rglob("*") if path.is_file())}
     async with stack.db.begin(SYSTEM) as connection:
         for table_name in TABLES:
             rows = await connection.execute(text(f"SELECT t::text FROM {table_name} t ORDER BY 1"))  # noqa: S608 (our own names)
@@ -140,10 +142,10 @@ class Walker:
             [record] = new
             assert (record.action, record.actor, record.key_id) == (operation.audit, principal.role, principal.key_id), place_id
             assert record.request_id == answer.headers["x-request-id"]
-            about_tenant = operation.operator_path is not None or place_id.endswith("_tenant")
+            about_tenant = operation.permission is not Permission.OPERATOR or place_id.endswith("_tenant")
             assert (record.tenant_id is not None) == about_tenant, place_id
         self.walked.add(place_id)
-        found: dict[str, Any] = answer.json()
+        found: dict[str, Any] = answer.json() if operation.answer is not None else {"content": answer.content}
         return found
 
 
@@ -218,6 +220,8 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     assert event["request_id"] == "r1"
     assert event.keys() & {"adapter", "replica_id"} == set()
     await _walk_stored(walk, acme["id"])
+    await _walk_files(walk)
+    await _walk_batches(walk, acme["id"], operator_key)
     walk.key = operator_key
     assert len((await walk("report_all_usage"))["data"]) == 2
     [event] = (await walk("list_all_events", tenant="acme"))["data"]
@@ -249,6 +253,45 @@ async def _walk_stored(walk: Walker, tenant_id: str) -> None:
     assert await walk("get_item") == added
     assert await walk("delete_item") == made | {"metadata": {}}
     assert (await walk("delete_conversation"))["deleted"] is True
+
+
+async def _walk_files(walk: Walker) -> None:
+    """Call the operations on files."""
+    made = await walk("create_file", form=({"purpose": "batch"}, {"file": ("lines.jsonl", b"{}")}))
+    walk.path["file"] = made["id"]
+    assert (await walk("list_files"))["data"] == [await walk("get_file")] == [made]
+    assert await walk("get_file_content") == {"content": b"{}"}
+    assert (await walk("delete_file"))["deleted"] is True
+
+
+async def _walk_batches(walk: Walker, tenant_id: str, operator_key: str) -> None:
+    """Call the operations on batches, as far as they need no job runner."""
+    files, admin = walk.stack.services.files(walk.stack.settings), walk.key
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b'{"custom_id": "a", "result": {"type": "expired"}}\n'
+
+    file = await files.add(tenant_id, Purpose.BATCH, "lines.jsonl", lines())
+    asked = {"input_file_id": file.id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    for suffix, key in (("_of_tenant", operator_key), ("", admin)):
+        walk.key = admin
+        made = await walk("create_batch", asked)
+        walk.key, walk.path["batch"] = key, made["id"]
+        assert await walk(f"get_batch{suffix}") == made
+        assert (await walk(f"list_batches{suffix}"))["data"][0] == made
+        assert (await walk(f"cancel_batch{suffix}"))["status"] == "cancelling"
+        await walk(f"cancel_batch{suffix}", changes=False)
+    request = {"custom_id": "a", "params": {"model": "tiny", "max_tokens": 1, "messages": []}}
+    made = await walk("create_message_batch", {"requests": [request]})
+    walk.path["batch"] = made["id"]
+    assert await walk("get_message_batch") == made
+    assert (await walk("list_message_batches"))["data"] == [made]
+    assert (await walk("cancel_message_batch"))["processing_status"] == "canceling"
+    async with walk.stack.db.begin(SYSTEM) as connection:
+        ended = "UPDATE batches SET status = 'cancelled', cancelled_at = now(), output_file_id = :file WHERE id = :id"
+        await connection.execute(text(ended), {"file": file.id, "id": made["id"]})
+    assert await walk("message_batch_results") == {"custom_id": "a", "result": {"type": "expired"}}
+    assert await walk("delete_message_batch") == {"id": made["id"], "type": "message_batch_deleted"}
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.id)
@@ -345,6 +388,7 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         await add_replica(stack.db, f"rep_{number}", model["id"])
         await add_version(stack.db, tenant, f"bot{number}", model["id"], content_hash=str(number) * 64, **facts)
         await add_version(stack.db, tenant, "bot0", model["id"], content_hash=str(number) * 64, **facts)
+        await make_batch(stack.db, tenant, [], status="completed")
     # All at the same moment: the id decides.
     await record_events(stack.db, [usage_event(f"r{number}", tenant) for number in range(5)])
     lists = {
@@ -354,6 +398,7 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         "/admin/v1/base-models": 5,
         "/admin/v1/replicas": 5,
         "/admin/v1/usage/events": 5,
+        "/admin/v1/tenants/t0/batches": 5,
         "/admin/v1/tenants/t0/adapters": 5,
         "/admin/v1/tenants/t0/adapters/bot0/versions": 5,
     }

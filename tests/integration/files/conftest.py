@@ -9,10 +9,11 @@ import pytest
 from lmaas.admission.tiers import file_quota
 from lmaas.files.service import Files, Purpose, Written
 from lmaas.store.database import Database
-from lmaas.store.files import File, Quota
+from lmaas.store.files import File
 from lmaas.store.objects import Objects
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import SYSTEM
+from lmaas.types import Quota
 from tests.integration.store.build import tenant
 from tests.support.databases import login_url
 

@@ -15,11 +15,12 @@ from lmaas.errors import NotFound, TooLarge, Unavailable
 from lmaas.files.service import Purpose, Written
 from lmaas.store import files as rows
 from lmaas.store import tenants
-from lmaas.store.files import File, Quota
+from lmaas.store.files import File
 from lmaas.store.objects import Objects
 from lmaas.store.paging import Part
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import SYSTEM
+from lmaas.types import Quota
 from tests.integration.files.conftest import World
 from tests.integration.store.build import tenant
 from tests.support.conditions import until

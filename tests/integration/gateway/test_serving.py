@@ -135,7 +135,7 @@ async def test_durable_work_counts_as_wasted_until_its_caller_stores_its_event(s
 
 async def test_work_whose_slot_is_taken_back_is_aborted_and_counted(stack: Stack) -> None:
     model, tenant = await stack.model("m"), await stack.tenant()
-    replica = await stack.replica(model)
+    replica = await stack.replica(model, "--fake-token-ms 10")
     principal = await principal_of(stack, tenant)
     inference = chat(BATCH, max_tokens=1900)
     async with inferences(stack) as path:

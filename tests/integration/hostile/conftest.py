@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from lmaas.process import bound_command
 from lmaas.states import PoolKind
-from lmaas.store.models import BaseModel
+from lmaas.store.models import BaseModel, change_base_model
 from lmaas.store.scopes import SYSTEM
 from tests.integration.gateway.stack import CHAT, Replica, Stack, Tenant, running
 from tests.support.conditions import until
@@ -154,6 +154,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.Tem
 async def engines(stack: Stack) -> Service:
     """A base model whose engine takes its time, 20 ms for a token. There is another one that embeds."""
     base = await stack.model("base", slots=8)
+    await change_base_model(stack.db, "base", {"prompt_price": 1_000_000, "completion_price": 2_000_000})
     engine = await stack.replica(base, "--fake-token-ms 20")
     await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED), "--fake-token-ms 1")
     return Service(stack, base, engine)

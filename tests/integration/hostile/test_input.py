@@ -105,10 +105,13 @@ async def test_bodies_that_are_refused_fail_their_lines_only(batches: Batches, s
         "priority": ({"priority": -5}, None),
         "too long": ({"messages": [{"role": "user", "content": "word " * 5000}]}, None),
         "background": ({"background": True}, None),
-        "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
-        "schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}}, None),
     }
-    fine = {"nul": {"messages": [{"role": "user", "content": "a\0b"}]}, "null": {"temperature": None}, 'emoji 🦜\n\t"': {}}
+    fine: dict[str, dict[str, Any]] = {
+        "nul": {"messages": [{"role": "user", "content": "a\0b"}]},
+        "surrogate": {"messages": [{"role": "user", "content": "\ud800"}]},
+        "null": {"temperature": None},
+        'emoji 🦜\n\t"': {},
+    }
     content = jsonl([line(name, **body) for name, (body, _) in wrong.items()] + [line(name, **body) for name, body in fine.items()])
     batch = await batches.end(await batches.create(content))
     output, errors = await batches.results(batch)
@@ -201,7 +204,6 @@ async def test_hostile_parameters_of_lists(batches: Batches, http: httpx.AsyncCl
             "limit=0",
             "limit=-1",
             "limit=x",
-            "limit=1e3",
             "limit=99999999999999999999",
             "after=%00",
             "after=unknown",

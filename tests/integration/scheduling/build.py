@@ -125,6 +125,9 @@ class Used:
     def progress(self) -> TokenCounts:
         return TokenCounts(5, 0, self.tokens)
 
+    def used(self) -> TokenCounts:
+        return self.progress()
+
     def event(self) -> str:
         return json.dumps({"request_id": self.name, "completion_tokens": self.tokens})
 

@@ -19,6 +19,8 @@ end
 return cjson.encode(all)
 """
 HOLDING = ("granted", "loading")
+#: How the names of a queue's keys begin: that of interactive tickets, and that of background tickets.
+LINES = ("", "background:")
 Raw = dict[str, Any]
 
 
@@ -38,7 +40,14 @@ def _content(kind: str, content: list[str]) -> Any:
 def contradictions(raw: Raw) -> list[str]:
     """Return where the indices differ from what is computed anew from tickets, replicas, resident adapters and waiting lines."""
     expected = _derived(raw)
-    given = {"tickets", "replicas", "vars", "counters", "sequences", "progress", "passed", "due"}
+    given = {
+        "tickets",
+        "replicas",
+        "vars",
+        "progress",
+        "due",
+        *(line + name for line in LINES for name in ("counters", "sequences", "passed")),
+    }
     names = {name for name in raw if name not in given and not name.startswith(("resident:", "used:", "loading:"))} | set(expected)
     pairs = {name: (_rounded(raw.get(name)), _rounded(expected.get(name))) for name in sorted(names)}
     return [f"{name}: {stored!r}, derived {derived!r}" for name, (stored, derived) in pairs.items() if stored != derived] + _figures(raw)
@@ -73,7 +82,9 @@ def _derived(raw: Raw) -> Raw:
             _add_held(found, raw, name, ticket, replicas[ticket["replica"]])
         elif ticket["state"] in HOLDING:
             _add_lost(found, raw, name)
-    found["waiting"] = {each[6:]: raw.get("counters", {}).get(each[6:]) for each in found if each.startswith("queue:")}
+    for line in LINES:
+        tenants = [each.removeprefix(f"{line}queue:") for each in found if each.startswith(f"{line}queue:")]
+        found[f"{line}waiting"] = {tenant: raw.get(f"{line}counters", {}).get(tenant) for tenant in tenants}
     for name in sorted(replicas):
         _add_replica(found, raw, replicas[name])
     found["lost"] = [each for each in raw.get("lost", []) if f"lost:{each}" in raw]
@@ -83,19 +94,22 @@ def _derived(raw: Raw) -> Raw:
 
 
 def _add_queued(found: Raw, raw: Raw, name: str, ticket: Any) -> None:
-    sequence = ticket["sequence"]
-    found.setdefault("queue", {})[name] = sequence
-    found.setdefault("needs", {})[name] = f"{ticket['weight']}|{ticket['adapter']}"
+    sequence, line = ticket["sequence"], LINES[ticket["background"]]
+    found.setdefault(f"{line}queue", {})[name] = sequence
+    found.setdefault(f"{line}needs", {})[name] = f"{ticket['weight']}|{ticket['adapter']}"
     if sequence < 0:
-        found.setdefault("front", {})[name] = sequence
+        found.setdefault(f"{line}front", {})[name] = sequence
     else:
-        line = f"queue:{ticket['tenant']}"
-        found.setdefault(line, {})[name] = raw.get(line, {}).get(name)
+        own = f"{line}queue:{ticket['tenant']}"
+        found.setdefault(own, {})[name] = raw.get(own, {}).get(name)
 
 
 def _add_held(found: Raw, raw: Raw, name: str, ticket: Any, replica: Any) -> None:
     at, adapter = replica["id"], ticket["adapter"]
     found.setdefault(f"held:{at}", {})[name] = ticket.get("sequence", 0)
+    if ticket["background"]:
+        age = raw.get(f"back:{at}", {}).get(name, 0)
+        found.setdefault(f"back:{at}", {})[name] = age if 0 < age <= replica["latest"] else "no age"
     if adapter:
         running = found.setdefault(f"running:{at}", {})
         running[adapter] = str(int(running.get(adapter, 0)) + 1)
@@ -118,10 +132,14 @@ def _add_replica(found: Raw, raw: Raw, replica: Any) -> None:
     share = replica["load"] / max(1, replica["slots"])
     for adapter in raw.get(f"resident:{name}", ()):
         found.setdefault(f"has:{adapter}", {})[name] = 0
+        copies = found.setdefault("adapters", {})
+        copies[adapter] = copies.get(adapter, 0) + 1
     if replica["state"] == "starting":
         found.setdefault("starting", {})[name] = replica["since"]
     if replica["state"] != "ready" or replica.get("suspect") or replica.get("stale"):
         return
+    if f"back:{name}" in found:
+        found.setdefault("yielding", {})[name] = replica["latest"]
     if replica["load"] < replica["slots"]:
         found.setdefault("free", {})[name] = share
     if replica["load"] < replica["slots"] and runs < replica["adapter_slots"]:
@@ -140,24 +158,35 @@ def _figures(raw: Raw) -> list[str]:
             lines.append(f"{what}: {stored!r}, derived {derived!r}")
 
     loads: Counter[str] = Counter()
+    back: Counter[str] = Counter()
     for ticket in tickets.values():
         if _stands(ticket, replicas):
             loads[ticket["replica"]] += ticket["held"]
+            back[ticket["replica"]] += ticket["held"] if ticket["background"] else 0
     for name, replica in replicas.items():
         same(f"load of {name}", replica["load"], loads[name])
+        same(f"background load of {name}", replica["back"], back[name])
         same(f"runs of {name}", replica["runs"], len(raw.get(f"running:{name}", ())))
         same(f"has of {name}", replica["has"], len(raw.get(f"resident:{name}", ())))
+    open_ones = [each for each in replicas.values() if each["state"] == "ready" and not each.get("suspect") and not each.get("stale")]
     same("load", numbers.get("load"), sum(loads.values()))
+    same("back", numbers.get("back"), sum(back.values()))
+    same("open", numbers.get("open"), len(open_ones))
+    same("open_slots", numbers.get("open_slots"), sum(each["slots"] for each in open_ones))
+    same("room", numbers.get("room"), sum(max(0, each["slots"] - each["load"]) for each in open_ones))
+    same("adapters", numbers.get("adapters"), sum(max(0, each["adapter_slots"] - each["runs"]) for each in open_ones))
     same("slots", numbers.get("slots"), sum(each["slots"] for each in replicas.values() if each["state"] == "ready"))
     same("able", numbers.get("able"), sum(each["state"] != "draining" and not each.get("suspect") for each in replicas.values()))
     same("lost", numbers.get("lost"), len(raw.get("lost", ())))
     if set(raw.get("due", {})) != set(replicas):
         lines.append(f"due: {sorted(raw.get('due', {}))}, derived {sorted(replicas)}")
-    for name in ("needs", "progress"):
-        if not set(raw.get(name, {})) <= set(tickets):
-            lines.append(f"{name} of tickets that are gone: {sorted(set(raw[name]) - set(tickets))}")
-    if not set(raw.get("passed", {})) <= set(raw.get("queue", {})):
-        lines.append(f"passed: {sorted(raw['passed'])}, queued {sorted(raw.get('queue', {}))}")
-    if set(raw.get("sequences", {})) != set(raw.get("waiting", {})):
-        lines.append(f"sequences: {sorted(raw.get('sequences', {}))}, waiting {sorted(raw.get('waiting', {}))}")
+    if not set(raw.get("progress", {})) <= set(tickets):
+        lines.append(f"progress of tickets that are gone: {sorted(set(raw['progress']) - set(tickets))}")
+    for line in LINES:
+        passed, queued = set(raw.get(f"{line}passed", {})), set(raw.get(f"{line}queue", {}))
+        sequences, waiting = set(raw.get(f"{line}sequences", {})), set(raw.get(f"{line}waiting", {}))
+        if not passed <= queued:
+            lines.append(f"{line}passed: {sorted(passed)}, queued {sorted(queued)}")
+        if sequences != waiting:
+            lines.append(f"{line}sequences: {sorted(sequences)}, waiting {sorted(waiting)}")
     return lines

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
-from lmaas.scheduling.states import GATEWAY_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
+from lmaas.scheduling.states import GATEWAY_LOST, RUNNER_LOST, TRANSITIONS, NoTicket, RetryReason, Signal, TicketState, WaitPhase
 from lmaas.states import Observed, UsageStatus
 from tests.integration.scheduling.model_limits import Limits, Reservation, Tokens
+from tests.integration.scheduling.model_reserve import Reserve
 
 Reply = dict[str, Any]
 
@@ -44,6 +45,10 @@ class Rules:
     MAX_KEPT: int = 16
     MAX_CROWDED: int = 4
     MAX_COUNTERS: int = 10_000
+    MAX_YIELDS: int = 16
+    MAX_TRIES: int = 4
+    MAX_BACKGROUND_QUEUED: int = 10_000
+    MAX_BACKGROUND_PLACED: int = 32
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Held:
     revoked: str | None = None
     #: The slots that it takes on its replica.
     slots: int = 0
+    #: Its number among the background tickets that were placed.
+    age: int = 0
     placed: int | None = None
     granted: int | None = None
     progress: Tokens | None = None
@@ -86,7 +93,7 @@ class Held:
 
     def charged(self) -> int:
         """The tokens charged to its tenant's counter for it, before the division by the share."""
-        if self.placed is None:
+        if self.placed is None or self.state == TicketState.YIELDED:
             return 0
         return units(self.progress) if self.progress else self.ticket.prompt_tokens
 
@@ -108,6 +115,8 @@ class Replica:
     left: int | None = None
     late: int = 0
     suspect: bool = False
+    #: The age of the latest background ticket that was placed there.
+    latest: int = 0
     resident: set[str] = field(default_factory=set)
     #: Adapter → the place of its files.
     loading: dict[str, str] = field(default_factory=dict)
@@ -138,6 +147,20 @@ class Kept:
         return self.at.setdefault(replica, Here())
 
 
+@dataclass
+class Line:
+    """The order of service of one class of tickets, interactive or background."""
+
+    #: The counters of its tenants.
+    counters: dict[str, float] = field(default_factory=dict)
+    last_to_leave: str | None = None
+    #: The least of the counters that were dropped.
+    least_counter: float = 0.0
+    #: For each waiting tenant, the number of tickets that it has queued since it began to wait.
+    sequences: dict[str, int] = field(default_factory=dict)
+    placed: int = 0
+
+
 def units(tokens: Tokens) -> int:
     """Return the cost of tokens. A completion token costs twice a prompt token."""
     return tokens[0] + 2 * tokens[2]
@@ -157,13 +180,13 @@ class Model:
         self.tickets: dict[str, Held] = {}
         self.replicas: dict[str, Replica] = {}
         self.limits = Limits(self.rules.TURN_MS)
-        self.counters: dict[str, float] = {}
-        self.last_to_leave: str | None = None
-        self.least_counter = 0.0  # of the counters that were dropped
+        #: Those of interactive tickets (False) and of background tickets (True).
+        self.lines = {False: Line(), True: Line()}
         self.enqueued = 0
-        #: For each waiting tenant, the number of tickets that it has queued since it began to wait.
-        self.sequences: dict[str, int] = {}
-        self.placed = 0
+        self.reserve = Reserve()
+        #: The numbers of background tickets that were placed and put back so far; how many one call may still put back, and its tries.
+        self.ages = self.yields = 0
+        self.may_yield, self.tries = self.rules.MAX_YIELDS, 0
         #: The largest number of turns so far that did not count as passing over.
         self.longest_turns = 0
         self.run_ms = self.rules.TURN_MS
@@ -186,6 +209,8 @@ class Model:
         self.events: list[dict[str, Any]] = []
         self.said: list[tuple[str, Any]] = []
         self.placements: list[tuple[str, list[str]]] = []
+        #: For each placed background ticket, the free slots and the reserve after it, and the interactive tickets that waited.
+        self.background_placements: list[tuple[int, int, int]] = []
 
     def move(self, held: Held, state: TicketState) -> None:
         """Change a ticket's state as the transition table allows it."""
@@ -201,15 +226,17 @@ class Model:
         """Begin a call. After an outage of the server itself, all owners get the time of a lease. Return the pool's time."""
         now, last = self.time(wall), wall if self.reaped is None else self.reaped
         self.offset, self.reaped, self.budget = now - wall, wall, self.rules.MAX_REAPED
+        self.may_yield, self.tries = self.rules.MAX_YIELDS, 0
         if wall - last > self.rules.AWAY_MS:
             self.spare_until = now + self.rules.LEASE_MS
         return now
 
     # What is there.
 
-    def queue(self, tenant: str | None = None) -> list[Held]:
-        """Return the queued tickets: all in order of arrival, or those of a tenant that did not come back, in their order of service."""
-        waiting = [each for each in self.tickets.values() if each.state == TicketState.QUEUED]
+    def queue(self, tenant: str | None = None, *, background: bool = False) -> list[Held]:
+        """Return the queued tickets of a class: all in order of arrival, or those of a tenant that did not come back, in their order of
+        service."""
+        waiting = [each for each in self.tickets.values() if each.state == TicketState.QUEUED and each.ticket.background == background]
         if tenant is None:
             return sorted(waiting, key=lambda each: each.turn)
         own = [each for each in waiting if each.ticket.tenant == tenant and not each.came_back]
@@ -220,6 +247,14 @@ class Model:
 
     def load(self, replica: Replica) -> int:
         return sum(each.slots for each in self.on(replica))
+
+    def back(self, replica: Replica) -> int:
+        """Return the slots of its background tickets."""
+        return sum(each.slots for each in self.on(replica) if each.ticket.background)
+
+    def taken(self) -> int:
+        """Return the slots of interactive tickets."""
+        return sum(self.load(replica) - self.back(replica) for replica in self.replicas.values())
 
     def running(self, replica: Replica) -> dict[str, int]:
         """Return adapter → number of tickets that hold a slot with it."""
@@ -249,44 +284,46 @@ class Model:
 
     # Whose turn it is.
 
-    def tenants_waiting(self) -> list[str]:
+    def tenants_waiting(self, *, background: bool = False) -> list[str]:
         """Return the waiting tenants by counter. A tenant does not wait if only tickets that came back are in its queue."""
-        tenants = {each.ticket.tenant for each in self.queue() if not each.came_back}
-        return sorted(tenants, key=lambda tenant: (self.counters.get(tenant, 0), tenant))
+        tenants = {each.ticket.tenant for each in self.queue(background=background) if not each.came_back}
+        return sorted(tenants, key=lambda tenant: (self.lines[background].counters.get(tenant, 0), tenant))
 
-    def in_order(self) -> Iterator[Held]:
+    def in_order(self, *, background: bool = False) -> Iterator[Held]:
         """Return the tickets of one round in the order of service, starting with those that came back."""
-        order = [each for each in self.queue() if each.came_back]
-        for tenant in self.tenants_waiting()[: self.rules.MAX_TENANTS]:
-            order += self.queue(tenant)[: self.rules.MAX_DEPTH]
+        order = [each for each in self.queue(background=background) if each.came_back]
+        for tenant in self.tenants_waiting(background=background)[: self.rules.MAX_TENANTS]:
+            order += self.queue(tenant, background=background)[: self.rules.MAX_DEPTH]
         yield from order[: self.rules.MAX_VISITS]
 
-    def floor(self) -> float:
+    def floor(self, *, background: bool) -> float:
         """Return the least counter of a tenant that begins to wait."""
-        waiting = self.tenants_waiting()
+        line, waiting = self.lines[background], self.tenants_waiting(background=background)
         if waiting:
-            return self.counters.get(waiting[0], 0)
-        return max(self.least_counter, self.counters.get(self.last_to_leave or "", 0))
+            return line.counters.get(waiting[0], 0)
+        return max(line.least_counter, line.counters.get(line.last_to_leave or "", 0))
 
     def charge(self, held: Held, amount: int) -> None:
         if amount:
-            tenant = held.ticket.tenant
-            self.counters[tenant] = max(0.0, self.counters.get(tenant, 0) + amount / held.ticket.share)
+            counters, tenant = self.lines[held.ticket.background].counters, held.ticket.tenant
+            counters[tenant] = max(0.0, counters.get(tenant, 0) + amount / held.ticket.share)
 
     def enqueue(self, held: Held, front: bool) -> None:
         self.enqueued += 1
-        tenant, floor = held.ticket.tenant, self.floor()
-        if not front and not self.queue(tenant):
-            self.sequences[tenant] = 0
+        tenant, background = held.ticket.tenant, held.ticket.background
+        line, floor = self.lines[background], self.floor(background=background)
+        if not front and not self.queue(tenant, background=background):
+            line.sequences[tenant] = 0
             # Behind the tenants that wait already.
-            self.counters[tenant] = max(self.counters.get(tenant, 0), floor + (0.001 if self.tenants_waiting() else 0))
-            if len(self.counters) > self.rules.MAX_COUNTERS:
-                self.least_counter = self.floor()
-                self.counters = {name: value for name, value in self.counters.items() if value >= self.least_counter}
+            behind = 0.001 if self.tenants_waiting(background=background) else 0
+            line.counters[tenant] = max(line.counters.get(tenant, 0), floor + behind)
+            if len(line.counters) > self.rules.MAX_COUNTERS:
+                line.least_counter = self.floor(background=background)
+                line.counters = {name: value for name, value in line.counters.items() if value >= line.least_counter}
         held.turn = (0 if front else 1, self.enqueued)
         if not front:
-            self.sequences[tenant] += 1
-            held.place = (self.sequences[tenant] - held.ticket.head_start, held.ticket.id)
+            line.sequences[tenant] += 1
+            held.place = (line.sequences[tenant] - held.ticket.head_start, held.ticket.id)
         if held.state != TicketState.QUEUED:
             self.move(held, TicketState.QUEUED)
         held.replica, held.revoked, held.slots, held.placed, held.granted = None, None, 0, None, None
@@ -294,8 +331,9 @@ class Model:
         self.tickets[held.ticket.id] = held
 
     def left_the_queue(self, held: Held) -> None:
-        if not held.came_back and not self.queue(held.ticket.tenant):
-            self.last_to_leave = held.ticket.tenant
+        background = held.ticket.background
+        if not held.came_back and not self.queue(held.ticket.tenant, background=background):
+            self.lines[background].last_to_leave = held.ticket.tenant
 
     # Where it runs.
 
@@ -310,7 +348,7 @@ class Model:
         adapter, free, window = held.ticket.adapter, self.free(now), self.rules.MAX_CANDIDATES + len(kept.at)
 
         def first(replicas: list[Replica]) -> Replica | None:
-            return next((each for each in replicas if self.fits(held, each, kept)), None)
+            return next((each for each in replicas if self.fits(now, held, each, kept)), None)
 
         def least_of(replicas: list[Replica], members: set[str]) -> Replica | None:
             some = sorted(members)[:window]
@@ -319,21 +357,101 @@ class Model:
 
         if not adapter:
             return first(free[:window])
+        found = least_of(free, {name for name, each in self.replicas.items() if adapter in self.running(each)})
+        if held.ticket.background and self.reserve.is_busy(now) and self.adapter_room(now) < 2:
+            return found
         spare = [each for each in free if len(self.running(each)) < each.adapter_slots]
         return (
-            least_of(free, {name for name, each in self.replicas.items() if adapter in self.running(each)})
+            found
             or least_of(spare, {name for name, each in self.replicas.items() if adapter in each.resident})
             or first([each for each in spare[:window] if adapter not in self.running(each)])
         )
 
-    def fits(self, held: Held, replica: Replica, kept: Kept) -> bool:
+    def fits(self, now: int, held: Held, replica: Replica, kept: Kept) -> bool:
         """Return whether a replica has the slots for a ticket, and none of them is kept for others."""
-        adapter, here = held.ticket.adapter, kept.at.get(replica.id, Here())
-        if here.whole or self.load(replica) + min(held.ticket.weight, replica.slots) > replica.slots:
+        slots = min(held.ticket.weight, replica.slots)
+        if self.load(replica) + slots > replica.slots or (held.ticket.background and slots > self.background_room(now)):
+            return False
+        return self.is_left(held.ticket.adapter, replica, kept)
+
+    def is_left(self, adapter: str, replica: Replica, kept: Kept) -> bool:
+        """Return whether nothing that a ticket needs is kept for others."""
+        here = kept.at.get(replica.id, Here())
+        if here.whole:
             return False
         if adapter in self.running(replica):
             return adapter not in here.victims
         return not adapter or not here.holders or adapter in here.holders
+
+    # Background work.
+
+    def open_replicas(self, now: int) -> list[Replica]:
+        return [each for each in self.replicas.values() if self.fresh(now, each)]
+
+    def room(self, now: int) -> int:
+        """Return the free slots."""
+        return sum(max(0, each.slots - self.load(each)) for each in self.open_replicas(now))
+
+    def adapter_room(self, now: int) -> int:
+        """Return the free adapter slots."""
+        return sum(max(0, each.adapter_slots - len(self.running(each))) for each in self.open_replicas(now))
+
+    def reserved(self, now: int) -> int:
+        """Return the free slots that background tickets must leave."""
+        return self.reserve.slots(now, self.taken(), sum(each.slots for each in self.open_replicas(now)))
+
+    def background_room(self, now: int) -> int:
+        return self.room(now) - self.reserved(now)
+
+    def make_room(self, now: int, held: Held, kept: Kept) -> Replica | None:
+        """Put back the background tickets that hold what an interactive ticket needs. Return the replica on which it fits then."""
+        if self.may_yield <= 0:
+            return None
+        self.tries += 1
+        if self.tries > self.rules.MAX_TRIES:
+            return None
+        yielding = sorted((each for each in self.open_replicas(now) if self.back(each)), key=lambda each: (-each.latest, each.id))
+        found = []
+        for at, replica in enumerate(yielding[: self.rules.MAX_CANDIDATES]):
+            tickets = self.in_the_way(held, replica, kept)
+            if tickets is not None:
+                adapter = held.ticket.adapter
+                rank = 0 if not adapter or adapter in self.running(replica) else 1 if adapter in replica.resident else 2
+                found.append((rank, at, replica, tickets))
+        if not found:
+            return None
+        _, _, replica, tickets = min(found, key=lambda each: each[:2])
+        for each in tickets:
+            self.put_back(now, each)
+        return replica
+
+    def in_the_way(self, held: Held, replica: Replica, kept: Kept) -> list[Held] | None:
+        """Return the background tickets whose end would make room on a replica, the latest first, or None."""
+        adapter = held.ticket.adapter
+        if not self.is_left(adapter, replica, kept):
+            return None
+        latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
+        missing, found = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots, []
+        if adapter and adapter not in self.running(replica) and len(self.running(replica)) >= replica.adapter_slots:
+            names = [each.ticket.adapter for each in latest]
+            alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
+            if not alone:
+                return None
+            found = [each for each in latest if each.ticket.adapter == alone[0]]
+        for each in latest:
+            if each not in found and sum(one.slots for one in found) < missing:
+                found.append(each)
+        return found if sum(one.slots for one in found) >= missing else None
+
+    def put_back(self, now: int, held: Held) -> None:
+        """Take its slot from a background ticket."""
+        self.charge(held, -held.charged())
+        self.reserve.see_yield(now, held.slots)
+        self.yields += 1
+        self.may_yield -= 1
+        self.move(held, TicketState.YIELDED)
+        held.replica, held.slots, held.revoked = None, 0, held.replica
+        self.tell(held, TicketState.YIELDED)
 
     def keep_adapter_slot(self, now: int, adapter: str, kept: Kept) -> None:
         """Empty the adapter slot with the fewest tickets, unless one is already being emptied for this adapter."""
@@ -365,21 +483,31 @@ class Model:
             kept.on(found[0]).whole = True
 
     def dispatch(self, now: int, caller: str = "") -> None:
-        """Grant every slot that can be granted."""
-        while (found := self.next_placement(now)) is not None:
-            held, replica, passed = found
-            for each in passed:
-                each.passed_at = self.placed
-            self.place(now, held, replica, caller)
+        """Grant every slot that can be granted: to background tickets if no interactive one waits."""
+        while (found := self.next_placement(now, background=False)) is not None:
+            self.place_next(now, *found, caller)
+        for _ in range(0 if self.queue() else self.rules.MAX_BACKGROUND_PLACED):
+            if self.background_room(now) <= 0 or (found := self.next_placement(now, background=True)) is None:
+                return
+            self.place_next(now, *found, caller)
+            self.background_placements.append((self.room(now), self.reserved(now), len(self.queue())))
 
-    def next_placement(self, now: int) -> tuple[Held, Replica, list[Held]] | None:
+    def place_next(self, now: int, held: Held, replica: Replica, passed: list[Held], caller: str) -> None:
+        for each in passed:
+            each.passed_at = self.lines[held.ticket.background].placed
+        self.place(now, held, replica, caller)
+
+    def next_placement(self, now: int, *, background: bool) -> tuple[Held, Replica, list[Held]] | None:
         """Return the first ticket that fits, its replica, and the tickets that are passed over for the first time."""
         passed: list[Held] = []
         kept = Kept()
-        for held in self.in_order():
-            replica = self.choose(now, held, kept)
+        for needs, held in self.with_needs(background=background):
+            replica = None if needs in self.failed else self.choose(now, held, kept)
+            if replica is None and needs not in self.failed and not background and any(self.back(each) for each in self.replicas.values()):
+                replica = self.make_room(now, held, kept)
             if replica is not None:
                 return held, replica, passed
+            self.failed.add(needs)
             if held.passed_at is None:
                 passed.append(held)
                 continue
@@ -390,17 +518,25 @@ class Model:
                 self.keep_replica(now, kept)
         return None
 
+    def with_needs(self, *, background: bool) -> Iterator[tuple[tuple[int, str], Held]]:
+        """Return the tickets of a round with what they need. If nothing was found for one, nothing will be for another one with the same
+        needs."""
+        self.failed: set[tuple[int, str]] = set()
+        for held in self.in_order(background=background):
+            yield (held.ticket.weight, held.ticket.adapter), held
+
     def passes(self, held: Held) -> int:
         """Return the number of times that a ticket was passed over, less the turns that all tenants would take in fair order until its own
         tenant has nothing waiting."""
         if held.passed_at is None:
             return 0
-        turns = 0
+        turns, background = 0, held.ticket.background
         if not held.came_back:
-            tenants = self.tenants_waiting()[: self.rules.MAX_TENANTS]
-            turns = min(self.rules.MAX_TURNS, len(self.queue(held.ticket.tenant)[: self.rules.MAX_DEPTH]) * len(tenants))
+            tenants = self.tenants_waiting(background=background)[: self.rules.MAX_TENANTS]
+            own = self.queue(held.ticket.tenant, background=background)[: self.rules.MAX_DEPTH]
+            turns = min(self.rules.MAX_TURNS, len(own) * len(tenants))
         self.longest_turns = max(self.longest_turns, self.rules.FAIR_TURNS * turns)
-        return self.placed - held.passed_at - self.rules.FAIR_TURNS * turns
+        return self.lines[background].placed - held.passed_at - self.rules.FAIR_TURNS * turns
 
     def is_kept_something(self, held: Held) -> bool:
         """Return whether the ticket was passed over so often that room is kept for it as soon as there is any."""
@@ -408,11 +544,11 @@ class Model:
         return passes >= self.rules.RESERVE_PASSES if held.ticket.adapter else passes >= self.rules.MAX_PASSES and held.ticket.weight > 1
 
     def place(self, now: int, held: Held, replica: Replica, caller: str) -> None:
-        ahead = list(self.in_order())
+        ahead = list(self.in_order(background=held.ticket.background))
         held_up = [each.ticket.id for each in ahead[: ahead.index(held)] if not self.is_kept_something(each)]
         self.placements.append((held.ticket.id, held_up))
         adapter = held.ticket.adapter
-        self.placed += 1
+        self.lines[held.ticket.background].placed += 1
         resident = not adapter or adapter in replica.resident
         self.move(held, TicketState.GRANTED if resident else TicketState.LOADING)
         held.passed_at, held.placed = None, now
@@ -428,7 +564,14 @@ class Model:
             self.said.append((f"lmaas:replica:{replica.id}", Signal.LOAD))
 
     def hold(self, now: int, held: Held, replica: Replica) -> None:
-        held.replica, held.life, held.slots, self.turn = replica.id, replica.life, min(held.ticket.weight, replica.slots), now
+        slots = min(held.ticket.weight, replica.slots)
+        if held.ticket.background:
+            self.ages += 1
+            held.age = replica.latest = self.ages
+        else:
+            self.reserve.see_growth(now, self.taken(), slots)
+            self.turn = now
+        held.replica, held.life, held.slots = replica.id, replica.life, slots
         if held.ticket.adapter:
             replica.used[held.ticket.adapter] = now
 
@@ -452,13 +595,13 @@ class Model:
 
     def forget(self, now: int, held: Held, used: Tokens | None) -> None:
         """End a ticket: settle it to its usage, and free everything that it held."""
-        if held.placed is not None:
+        if held.placed is not None and held.state != TicketState.YIELDED:
             self.charge(held, (units(used) if used else 0) - held.charged())
         del self.tickets[held.ticket.id]
         if held.state == TicketState.QUEUED:
             self.left_the_queue(held)
         self.limits.settle(now - self.offset, held.ticket, held.submitted - self.offset, held.reservations, used)
-        self.active = now
+        self.active = self.active if held.ticket.background else now
 
     def take_back(self, held: Held) -> None:
         """Return the ticket's charge, because its client has received nothing."""
@@ -529,8 +672,8 @@ class Model:
         self.events.append(
             {
                 "request_id": held.ticket.id,
-                "status": UsageStatus.LOST,
-                "code": GATEWAY_LOST,
+                "status": UsageStatus.WASTED if held.ticket.durable else UsageStatus.LOST,
+                "code": RUNNER_LOST if held.ticket.durable else GATEWAY_LOST,
                 "prompt_tokens": used[0],
                 "cached_tokens": used[1],
                 "completion_tokens": used[2],
@@ -540,7 +683,7 @@ class Model:
                 "replica_id": held.replica or held.revoked,
             }
         )
-        self.forget(now, held, used)
+        self.forget(now, held, None if held.ticket.durable else used)
 
     # What is answered.
 
@@ -600,7 +743,8 @@ class Model:
     def report(self, now: int, held: Held) -> Reply:
         reply: Reply = {"state": held.state, "attempts": held.attempts}
         if held.state == TicketState.QUEUED:
-            position = self.position(held)
+            waiting = self.queue(background=True)
+            position = waiting.index(held) + 1 if held.ticket.background else self.position(held)
             reply |= {"position": position} | self.estimate(now, position)
         if held.state == TicketState.GRANTED:
             reply |= self.lease(held)
@@ -623,16 +767,20 @@ class Model:
             return self.report(now, known)
         accepted_before = waited_ms > 0
         self.limits.take_seeds(wall, seeds or {})
-        if not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
+        if not accepted_before and ticket.background:
+            if len(self.queue(background=True)) >= self.rules.MAX_BACKGROUND_QUEUED:
+                return {"state": NoTicket.REFUSED_BY_POOL, "wait_ms": self.run_ms}
+        elif not accepted_before and len(self.queue(ticket.tenant)) >= bounds.max_queued:
             return {"state": NoTicket.REFUSED}
-        if not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
+        elif not accepted_before and len(self.queue()) >= bounds.max_queued_pool:
             return {"state": NoTicket.REFUSED_BY_POOL, "wait_ms": self.estimate(now, len(self.queue()))["wait_ms"]}
         refused, left, made = self.limits.reserve(wall, ticket, accepted_before)
         if refused is not None:
             return refused
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, reservations=made)
         self.enqueue(held, front=False)
-        self.active = now
+        if not ticket.background:
+            self.active = self.reserve.arrived = now
         self.dispatch(now, ticket.id)
         self.ask_for_replica()
         return self.report(now, held) | ({} if left is None else {"left": left})
@@ -643,7 +791,7 @@ class Model:
             self.events.append(event)
         held = self.get(ticket.id)
         if held is not None:
-            if run_ms is not None:
+            if run_ms is not None and not ticket.background:
                 self.run_ms += (run_ms - self.run_ms) // 8
             self.forget(now, held, used)
         self.reap(now)
@@ -669,15 +817,18 @@ class Model:
 
     def renew(self, now: int, progress: Sequence[tuple[str, Tokens | None]]) -> Reply:
         now = self.begin(now)
+        known = dict(self.tickets)
         for name, tokens in progress:
             if (held := self.get(name)) is not None:
                 held.expires = now + self.rules.LEASE_MS
-                if tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED, TicketState.YIELDED):
+                if tokens is not None and held.state == TicketState.YIELDED:
+                    held.progress = tokens
+                elif tokens is not None and held.state in (TicketState.GRANTED, TicketState.REVOKED):
                     before, held.progress = held.charged(), tokens
                     self.charge(held, held.charged() - before)
         self.reap(now)
         self.dispatch(now)
-        if progress:
+        if any(name not in known or not known[name].ticket.background for name, _ in progress):
             self.active = now
         return {
             "tickets": [
@@ -723,6 +874,7 @@ class Model:
         return {
             "state": replica.state,
             "load": self.load(replica),
+            "background": self.back(replica),
             "suspect": replica.suspect,
             "loads": replica.loading,
             "running": {adapter: len(self.loading_on(replica, adapter)) for adapter in replica.loading},
@@ -732,9 +884,9 @@ class Model:
 
     def awaited(self, count: int) -> dict[str, str]:
         """Return the adapters that are needed first, as many as can run at once."""
-        wanted = {held.ticket.adapter: held.ticket.source for held in reversed(list(self.in_order())) if held.ticket.adapter}
-        first = list(dict.fromkeys(held.ticket.adapter for held in self.in_order() if held.ticket.adapter))[:count]
-        return {adapter: wanted[adapter] for adapter in first}
+        order = [held for background in (False, True) for held in self.in_order(background=background) if held.ticket.adapter]
+        wanted = {held.ticket.adapter: held.ticket.source for held in reversed(order)}
+        return {adapter: wanted[adapter] for adapter in list(dict.fromkeys(held.ticket.adapter for held in order))[:count]}
 
     def loaded(self, now: int, replica_id: str, adapter: str) -> int:
         now = self.begin(now)
@@ -800,6 +952,7 @@ class Model:
                 "state": replica.state,
                 "load": self.load(replica),
                 "slots": replica.slots,
+                "background": self.back(replica),
                 "beat_ms": now - replica.beat,
                 "resident": len(replica.resident),
                 "running": len(self.running(replica)),
@@ -808,9 +961,29 @@ class Model:
         }
         return {
             "queued": len(self.queue()),
-            "load": sum(map(self.load, self.replicas.values())),
+            "load": self.taken(),
+            "background": {"queued": len(self.queue(background=True)), "load": self.background_load(), "yields": self.yields},
             "replicas": replicas,
             "idle_ms": now - self.active,
             "run_ms": self.run_ms,
             "start_ms": self.rules.START_MS if self.start_ms is None else self.start_ms,
+        }
+
+    def background_load(self) -> int:
+        return sum(map(self.back, self.replicas.values()))
+
+    def read_room(self, now: int) -> Reply:
+        """Return what `Scheduler.room` does."""
+        now = self.begin(now)
+        self.reap(now)
+        self.dispatch(now)
+        ready = self.open_replicas(now)
+        adapters = Counter(adapter for each in self.replicas.values() for adapter in each.resident)
+        return {
+            "ready": len(ready),
+            "slots": sum(each.slots for each in ready),
+            "room": 0 if self.queue() else max(0, self.background_room(now)),
+            "queued": len(self.queue(background=True)),
+            "load": self.background_load(),
+            "resident": sorted(adapters, key=lambda each: (adapters[each], each), reverse=True),
         }

@@ -13,13 +13,29 @@ from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, libra
 from lmaas.scheduling.states import RetryReason
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
-from tests.integration.scheduling.contradictions import READ_POOL, Raw, contradictions, read
-from tests.integration.scheduling.model import Held, Model, Replica, Rules
+from tests.integration.scheduling.contradictions import LINES, READ_POOL, Raw, contradictions, read
+from tests.integration.scheduling.model import Held, Line, Model, Replica, Rules
 from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
 
 POOL = "p"
 #: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
-UNTOLD = ("epoch", "seq", "layout", "run", "mark", "base", "began", "slots", "load", "able")
+UNTOLD = (
+    "epoch",
+    "seq",
+    "layout",
+    "run",
+    "mark",
+    "base",
+    "began",
+    "slots",
+    "load",
+    "back",
+    "able",
+    "open",
+    "open_slots",
+    "room",
+    "adapters",
+)
 #: What a stored scope is, in words that Python reads.
 READ_SCOPE = """
 local found = redis.call('GET', KEYS[1])
@@ -192,6 +208,10 @@ class Both:
             self.model.deregister(self.now, replica)
             self.reply(None, self.scheduler.deregister(POOL, replica))
 
+    def room(self) -> Any:
+        with self.compared():
+            return self.reply(self.model.read_room(self.now), self.scheduler.room(POOL))
+
     def stats(self, delay_ms: int = 0, first_ms: int = Rules.START_MS) -> Any:
         with self.compared():
             return self.reply(self.model.stats(self.now, delay_ms, first_ms), self.scheduler.stats(POOL, delay_ms, first_ms))
@@ -227,13 +247,9 @@ def stored(found: list[Any], scopes: list[str], now: int) -> dict[str, Any]:
     return {
         "tickets": {name: _ticket(name, json.loads(facts), raw) for name, facts in raw.get("tickets", {}).items()},
         "replicas": {name: _replica(json.loads(facts), raw) for name, facts in raw.get("replicas", {}).items()},
-        "queue": list(raw.get("queue", ())),
-        "queues": {name[6:]: list(content) for name, content in raw.items() if name.startswith("queue:")},
-        "waiting": list(raw.get("waiting", ())),
-        "passed": sorted(raw.get("passed", ())),
+        "lines": {line: _line(line, raw) for line in LINES},
         "progress": sorted(raw.get("progress", ())),
         "lost": [list(raw[f"lost:{number}"]) for number in raw.get("lost", ())],
-        "counters": raw.get("counters", {}),
         "numbers": _numbers({name: value for name, value in raw.get("vars", {}).items() if name not in UNTOLD}),
         "events": [json.loads(fields["event"]) for _, fields in usage],
         "said": sorted(_message(channel, message) for channel, message in zip(published, published, strict=True)),
@@ -241,9 +257,20 @@ def stored(found: list[Any], scopes: list[str], now: int) -> dict[str, Any]:
     }
 
 
+def _line(line: str, raw: Raw) -> dict[str, Any]:
+    own = f"{line}queue:"
+    return {
+        "queue": list(raw.get(f"{line}queue", ())),
+        "queues": {name.removeprefix(own): list(content) for name, content in raw.items() if name.startswith(own)},
+        "waiting": list(raw.get(f"{line}waiting", ())),
+        "passed": sorted(raw.get(f"{line}passed", ())),
+        "counters": raw.get(f"{line}counters", {}),
+    }
+
+
 def _ticket(name: str, facts: Any, raw: Raw) -> dict[str, Any]:
     names = ("state", "attempts", "submitted", "placed", "granted", "replica", "revoked", "held")
-    passed = raw.get("passed", {}).get(name)
+    passed = raw.get(f"{LINES[facts['background']]}passed", {}).get(name)
     return {each: facts.get(each) for each in names} | {
         "expires": raw["expiry"].get(name),
         "passed": passed and int(passed),
@@ -254,7 +281,7 @@ def _ticket(name: str, facts: Any, raw: Raw) -> dict[str, Any]:
 def _replica(facts: Any, raw: Raw) -> dict[str, Any]:
     name = facts["id"]
     loading = raw.get(f"loading:{name}", {})
-    return {each: facts[each] for each in ("url", "slots", "adapter_slots", "state", "beat", "since", "load")} | {
+    return {each: facts[each] for each in ("url", "slots", "adapter_slots", "state", "beat", "since", "load", "back", "latest")} | {
         "running": {adapter: int(count) for adapter, count in raw.get(f"running:{name}", {}).items()},
         "used": {adapter: int(at) for adapter, at in raw.get(f"used:{name}", {}).items()},
         "suspect": facts.get("suspect", False),
@@ -282,9 +309,16 @@ def _scope(facts: Any, now: int) -> dict[str, Any]:
 
 def modelled(model: Model, now: int) -> dict[str, Any]:
     """The same of the model."""
-    queued = model.queue()
     numbers = {
-        "placed": model.placed,
+        **_modelled_numbers(model.lines[False], ""),
+        **_modelled_numbers(model.lines[True], "background_"),
+        "peak": model.reserve.peak,
+        "peak_at": model.reserve.peak_at,
+        "boost": model.reserve.boost,
+        "boost_at": model.reserve.boost_at,
+        "arrived": model.reserve.arrived,
+        "ages": model.ages,
+        "yields": model.yields,
         "run_ms": model.run_ms,
         "start_ms": model.start_ms,
         "reaped": model.reaped,
@@ -297,19 +331,13 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
         "controller": model.controller,
         "delay_ms": model.delay_ms,
         "first_ms": model.first_ms,
-        "last": model.last_to_leave,
-        "floor": model.least_counter,
     }
     return {
         "tickets": {name: _held(held) for name, held in model.tickets.items()},
         "replicas": {name: _modelled_replica(model, replica) for name, replica in model.replicas.items()},
-        "queue": [each.ticket.id for each in queued],
-        "queues": {tenant: [one.ticket.id for one in model.queue(tenant)] for tenant in model.tenants_waiting()},
-        "waiting": model.tenants_waiting(),
-        "passed": sorted(each.ticket.id for each in queued if each.passed_at is not None),
+        "lines": {line: _modelled_line(model, background=bool(line)) for line in LINES},
         "progress": sorted(name for name, each in model.tickets.items() if each.progress is not None),
         "lost": model.lost,
-        "counters": model.counters,
         "numbers": _numbers(numbers),
         "events": model.events,
         "said": sorted(f"{channel} {json.dumps(news, sort_keys=True)}" for channel, news in model.said),
@@ -325,10 +353,25 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
     }
 
 
+def _modelled_numbers(line: Line, prefix: str) -> dict[str, Any]:
+    return {f"{prefix}placed": line.placed, f"{prefix}last": line.last_to_leave, f"{prefix}floor": line.least_counter}
+
+
+def _modelled_line(model: Model, *, background: bool) -> dict[str, Any]:
+    queued, tenants = model.queue(background=background), model.tenants_waiting(background=background)
+    return {
+        "queue": [each.ticket.id for each in queued],
+        "queues": {tenant: [one.ticket.id for one in model.queue(tenant, background=background)] for tenant in tenants},
+        "waiting": tenants,
+        "passed": sorted(each.ticket.id for each in queued if each.passed_at is not None),
+        "counters": model.lines[background].counters,
+    }
+
+
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Those that say something: not the defaults."""
     usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS, "first_ms": Rules.START_MS}
-    found = {name: value if value is None or name == "last" else float(value) for name, value in values.items()}
+    found = {name: value if value is None or name.endswith("last") else float(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value not in (None, usual.get(name, 0))}
 
 
@@ -361,6 +404,8 @@ def _modelled_replica(model: Model, replica: Replica) -> dict[str, Any]:
         "beat": replica.beat,
         "since": replica.since,
         "load": model.load(replica),
+        "back": model.back(replica),
+        "latest": replica.latest,
         "running": model.running(replica),
         "used": replica.used,
         "suspect": replica.suspect,

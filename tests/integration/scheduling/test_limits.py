@@ -169,6 +169,20 @@ async def test_a_gateway_that_dies_gives_its_reservations_back(clocked: Clocked)
     assert (await clocked.ask(2, limit))["left"]["tokens"][:2] == [1000, 885]
 
 
+async def test_the_lost_attempt_of_durable_work_counts_for_nothing(clocked: Clocked) -> None:
+    limit, seeds = tenant(tokens_per_month=1000, budget_per_month=10_000), {"ten_a": Seed(202611, 700, 0)}
+    one = replace(ticket(1), limits=(limit,), prompt_tokens=10, completion_tokens=90, prices=(1, 1, 1), background=True, durable=True)
+    states = [(await clocked.scheduler.submit(one, Bounds(100, 1000), seeds=seeds))["state"] for _ in range(2)]
+    assert states == ["unseeded", "granted"]
+    await clocked.scheduler.renew("p", [("r1", TokenCounts(10, 0, 5))])
+    for second in range(2, 30, 2):
+        await clocked.at(second)
+    [event] = await clocked.pool.events()
+    assert (event["status"], event["code"], event["completion_tokens"]) == ("wasted", "runner_lost", 5)
+    refused = await clocked.ask(2, limit, completion=990)
+    assert (refused["limit"], refused["used"]) == ("month_tokens", 700)
+
+
 async def test_what_runs_is_counted_again_after_the_memory_was_lost(clocked: Clocked) -> None:
     limit = tenant(max_concurrent=1)
     await clocked.ask(1, limit)

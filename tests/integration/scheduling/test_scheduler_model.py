@@ -46,6 +46,10 @@ NARROW = replace(
     MAX_GONE=1,
     MAX_KEPT=2,
     MAX_CROWDED=1,
+    MAX_YIELDS=2,
+    MAX_TRIES=1,
+    MAX_BACKGROUND_QUEUED=6,
+    MAX_BACKGROUND_PLACED=2,
 )
 RULES = {"short": SHORT, "narrow": NARROW}
 #: Half a minute before a month ends, and the middle of another.
@@ -130,10 +134,28 @@ class Histories(RuleBasedStateMachine):
         gateway=st.sampled_from(GATEWAYS),
         bounds=st.sampled_from([(100, 100), (100, 100), (2, 100), (100, 6)]),
         seed=st.sampled_from([(0, 0), (0, 10), (0, 230), (0, None), (-1, 5)]),
+        background=st.sampled_from([False, False, True]),
     )
     def submit(self, count: int, **wish: Any) -> None:
         for _ in range(count):
             self.ask(**wish)
+
+    @rule(
+        lines=st.lists(st.tuples(st.sampled_from(list(SHARES)), adapters, st.sampled_from([1, 1, 1, 2])), min_size=3, max_size=9),
+        quiet_s=st.sampled_from([0, 5, 61]),
+        comes=st.lists(st.tuples(adapters, st.sampled_from([1, 1, 2, 5])), max_size=3),
+    )
+    def batch(self, lines: list[tuple[str, str, int]], quiet_s: int, comes: list[tuple[str, int]]) -> None:
+        """A batch runs where no request came for a while, and then some come."""
+        for _ in range(quiet_s // 61):
+            self.nobody_calls(61_000, True)
+        self.all_is_well(load=True, replaced=True)
+        for tenant, adapter, weight in lines:
+            self.ask(tenant, adapter, weight=weight, background=True)
+        if quiet_s == 5:
+            self.time_passes(quiet_s, None)
+        for adapter, weight in comes:
+            self.ask("a", adapter, weight=weight)
 
     @rule(pick=picks, adapter=adapters, count=st.integers(2, 6))
     def busy(self, pick: int, adapter: str, count: int) -> None:
@@ -188,6 +210,7 @@ class Histories(RuleBasedStateMachine):
         gateway: str = "g",
         bounds: tuple[int, int] = (100, 100),
         seed: tuple[int, int | None] = (0, 0),
+        background: bool = False,
     ) -> None:
         """Submit a new ticket, as a gateway does. `seed` is the month (from this one) and the tokens that the ledger tells."""
         self.number += 1
@@ -195,7 +218,21 @@ class Histories(RuleBasedStateMachine):
         event, prices = json.dumps({"request_id": name}), (1_000_000, 100_000, 4_000_000) if priced else (0, 0, 0)
         scopes = LIMITS[limits]("ab"[ord(tenant) % 2])  # few, so that they are used up
         ticket = Ticket(
-            name, POOL, tenant, gateway, adapter, f"src/{adapter}", weight, event, SHARES[tenant], head_start, *tokens, prices, scopes
+            name,
+            POOL,
+            tenant,
+            gateway,
+            adapter,
+            f"src/{adapter}",
+            weight,
+            event,
+            SHARES[tenant],
+            head_start,
+            *tokens,
+            prices,
+            scopes,
+            background=background,
+            durable=background,
         )
         reply = self.both.submit(ticket, Bounds(*bounds))
         if reply["state"] == "unseeded" and seed[1] is not None:
@@ -212,7 +249,8 @@ class Histories(RuleBasedStateMachine):
     def accept(self, ticket: Ticket) -> None:
         self.accepted[ticket.id] = ticket
         tokens = ticket.prompt_tokens + ticket.completion_tokens
-        self.taken[ticket.id] = (self.both.now, [limit.id for limit in ticket.limits], 1, tokens)
+        # Background work counts only in the month's figures.
+        self.taken[ticket.id] = (self.both.now, [limit.id for limit in ticket.limits if not ticket.background], 1, tokens)
 
     def within_limits(self, ticket: Ticket) -> None:
         """In the last 60 s no more was accepted than the limits say, at once no more ran, in the month no more was reserved or used."""
@@ -371,6 +409,7 @@ class Histories(RuleBasedStateMachine):
         for place in self.places:
             if place not in self.absent and self.name(place) in self.model.replicas:
                 self.beat(place, self.model.replicas[self.name(place)].state)
+        self.both.room()
         self.both.stats()
         self.took()
 
@@ -435,6 +474,10 @@ class Histories(RuleBasedStateMachine):
         """Looks at what one call has done."""
         Histories.steps += 1
         self.may_idle = self.may_idle and not dispatched
+        for room, reserved, waiting in self.model.background_placements:
+            assert room >= reserved, "a background ticket took a reserved slot"
+            assert waiting == 0, "a background ticket was placed while an interactive one waited"
+        self.model.background_placements.clear()
         ended = [event for event in self.model.events if event.get("status") == "lost"]
         for event in ended:
             self.settled(event["request_id"], (event["prompt_tokens"], event["cached_tokens"], event["completion_tokens"]))
@@ -443,7 +486,7 @@ class Histories(RuleBasedStateMachine):
             for each in ahead:
                 self.passes[each] = self.passes.get(each, 0) + 1
                 assert self.passes[each] <= self.constants.MAX_PASSES + self.model.longest_turns, each
-        queued = {each.ticket.id for each in self.model.queue()}
+        queued = {each.ticket.id for background in (False, True) for each in self.model.queue(background=background)}
         self.passes = {name: count for name, count in self.passes.items() if name in queued}
         self.model.placements.clear()
 
@@ -471,8 +514,13 @@ class Histories(RuleBasedStateMachine):
         """Unless a slot is kept for one before it, which has been passed over often."""
         if self.may_idle:
             return
-        for held in self.model.in_order():
-            assert self.model.choose(self.model.time(self.both.now), held, Kept()) is None, held.ticket.id
+        now = self.model.time(self.both.now)
+        for number, held in enumerate(self.model.in_order()):
+            assert self.model.choose(now, held, Kept()) is None, held.ticket.id
+            if number == 0 and self.model.tries < self.constants.MAX_TRIES:
+                # Nor is a background ticket in the way of the first one.
+                yielding = [each for each in self.model.open_replicas(now) if self.model.back(each)]
+                assert all(self.model.in_the_way(held, each, Kept()) is None for each in yielding), held.ticket.id
             if self.model.passes(held) >= self.constants.RESERVE_PASSES:
                 return
 
@@ -481,6 +529,8 @@ class Histories(RuleBasedStateMachine):
         if not getattr(self, "both", None) or not self.both.agreed:
             return  # it is over already
         self.dead_gateways.clear()
+        # After a minute without requests, nothing is reserved for them.
+        self.nobody_calls(61_000, True)
         for _ in range(self.number * 4 + 20):
             for place in self.places:
                 self.beat(place, cleared=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds
@@ -64,5 +65,16 @@ def test_every_transition_happens(both: Both) -> None:
     submit(4, "B")
     both.loaded("w", "B")
     is_in(4, TicketState.GRANTED)
-    known = {(state, target) for state, targets in TRANSITIONS.items() for target in targets if target != TicketState.YIELDED}
-    assert set(both.model.moves) == known
+    both.release(ticket(4), None, None, None)
+    # A background ticket takes the last slots only where interactive work is not recent.
+    for number, adapter, state in ((5, "B", TicketState.GRANTED), (7, "C", TicketState.LOADING)):
+        both.at(both.now + 61_000)
+        both.heartbeat("w", Beat("http://engine", 1, 1, Observed.READY, []))
+        both.submit(replace(ticket(number, adapter=adapter), background=True), Bounds(9, 9))
+        is_in(number, state)
+        submit(number + 1)
+        is_in(number, TicketState.YIELDED)
+        is_in(number + 1, TicketState.GRANTED)
+        for each in (number, number + 1):
+            both.release(ticket(each), None, None, None)
+    assert set(both.model.moves) == {(state, target) for state, targets in TRANSITIONS.items() for target in targets}

@@ -24,7 +24,7 @@ from lmaas.store.paging import Part
 from lmaas.store.rights import TENANTS, DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
 from lmaas.store.tables import metadata
-from lmaas.types import Role
+from lmaas.types import Quota, Role
 from tests.integration.store.build import base_model, tenant, upload, usage_event
 from tests.support.catalogue import faults
 from tests.support.databases import login_url
@@ -421,9 +421,10 @@ CASES: dict[str, Case] = {
     "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
     "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
     # With the other tenant's file, it would be one too many.
-    "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, files.Quota(2, 9, "its tier"), 1),
+    "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, Quota(2, 9, "its tier"), 1),
     "files.tier_of": lambda both: files.tier_of(both.gateway, both.mine.id),
     "files.delete_file": lambda both: files.delete_file(both.gateway, both.mine.id, both.mine.file, audit=AUDIT),
+    "tenants.principal_of_key": lambda both: tenants.principal_of_key(both.gateway, both.mine.id, both.mine.key_id),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),

@@ -52,8 +52,9 @@ async def test_each_process_has_a_login_of_its_own(tmp_path: Path) -> None:
     with embedded.postgres(tmp_path / "postgres") as url:
         settings = Settings(home=tmp_path, database_url=url)
         logins = prepare_database(settings, embedded=True)
-        urls = (logins.gateway.database_url, logins.controller.database_url, logins.controller.replica_database_url)
-        assert [make_url(str(each)).username for each in urls] == ["lmaas_gateway", "lmaas_controller", "lmaas_replica"]
+        controller = logins.controller
+        urls = (logins.gateway.database_url, controller.database_url, controller.replica_database_url, logins.jobs.database_url)
+        assert [make_url(str(each)).username for each in urls] == ["lmaas_gateway", "lmaas_controller", "lmaas_replica", "lmaas_jobs"]
         assert logins.gateway.replica_database_url is None
         for role in (DatabaseRole.GATEWAY, DatabaseRole.CONTROLLER):
             db = logins.database(role)
@@ -97,7 +98,7 @@ async def test_elsewhere_one_address_serves_all(postgres_url: str, tmp_path: Pat
     url = new_database(postgres_url, "one_for_all")
     settings = Settings(home=tmp_path, database_url=url)
     logins = prepare_database(settings, embedded=False)
-    assert logins.gateway == logins.controller == settings
+    assert logins.gateway == logins.controller == logins.jobs == settings
     # One login for all, a superuser even: each process acts as its role all the same.
     gateway = logins.database(DatabaseRole.GATEWAY)
     for scope, role in ((SYSTEM, "lmaas_gateway"), ("ten_1", "lmaas_gateway"), (OPERATOR, "lmaas_operator")):

@@ -65,8 +65,8 @@ def test_our_objects_have_no_other_fields() -> None:
 
 
 def test_every_field_of_an_answer_is_required_unless_it_may_be_missing() -> None:
-    for operation in OPERATIONS:
-        name = operation.answer.__name__
+    for answer in (operation.answer for operation in OPERATIONS if operation.answer is not None):
+        name = answer.__name__
         if name in SPEC["components"]["schemas"]:
             schema = SPEC["components"]["schemas"][name]
             assert set(schema["required"]) == set(schema["properties"]), name

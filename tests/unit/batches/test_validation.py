@@ -25,7 +25,9 @@ def line(custom_id: Any = "a", **changes: Any) -> bytes:
 
 def checked(text: bytes, *, size: int = 1000, **settings: Any) -> Validator:
     """The validator after the file with this content, given to it in chunks of this size."""
-    validator = Validator(settings.pop("endpoint", CHAT), settings.pop("max_request_bytes", LIMIT), **settings)
+    validator = Validator(
+        settings.pop("endpoint", CHAT), settings.pop("max_request_bytes", LIMIT), settings.pop("max_lines", 50_000), **settings
+    )
     for start in range(0, len(text), size):
         validator.feed(text[start : start + size])
     validator.close()
@@ -162,7 +164,7 @@ def test_names_of_models_are_cut() -> None:
 
 
 def test_a_huge_line_is_not_held() -> None:
-    validator = Validator(CHAT, LIMIT)
+    validator = Validator(CHAT, LIMIT, 50_000)
     chunk = b'"' + b"x" * (1 << 20)
     tracemalloc.start()
     try:
@@ -184,7 +186,7 @@ def lines_of(count: int, custom_id_bytes: int, line_bytes: int) -> Iterator[byte
 
 
 def test_the_memory_does_not_grow_with_the_file() -> None:
-    validator = Validator(CHAT, LIMIT)
+    validator = Validator(CHAT, LIMIT, 50_000)
     tracemalloc.start()
     try:
         for each in lines_of(5000, 512, 4000):

@@ -30,7 +30,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
 PROXY = (ROOT / "docker/haproxy.cfg").read_text()
-LOGINS = ("DATABASE_GATEWAY_PASSWORD", "DATABASE_CONTROLLER_PASSWORD", "DATABASE_REPLICA_PASSWORD")
+LOGINS = ("DATABASE_GATEWAY_PASSWORD", "DATABASE_CONTROLLER_PASSWORD", "DATABASE_REPLICA_PASSWORD", "DATABASE_JOBS_PASSWORD")
 SECRETS = ("LMAAS_OPERATOR_KEY", "POSTGRES_PASSWORD", *LOGINS, "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
 ONE_SHOTS = {"migrate", "init", "init-gpu", "tenants", "cli"}
 PUBLISHED = {"proxy", "prometheus", "grafana"}
@@ -177,6 +177,7 @@ def test_each_process_has_its_own_database_login() -> None:
     used = {name: set(found) - {"", "proxy"} for name, found in logins.items() if found}
     assert used["migrate"] == {"lmaas"}
     assert used["gateway"] == used["init"] == used["init-gpu"] == {"lmaas_gateway"}
+    assert used["jobs"] == {"lmaas_jobs"}
     assert used["controller"] == used["controller-gpu"] == {"lmaas_controller", "lmaas_replica"}
     for name in set(SERVICES) - {"migrate", "postgres"}:
         assert "POSTGRES_PASSWORD" not in str(SERVICES[name].get("environment", ""))
@@ -226,7 +227,8 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
 def test_prometheus_asks_where_the_services_listen() -> None:
     jobs = {job["job_name"]: job for job in yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())["scrape_configs"]}
     ports = {name: job["dns_sd_configs"][0]["port"] for name, job in jobs.items()}
-    assert ports == {"gateway": 8080, "controller": int(SERVICES["controller"]["environment"]["LMAAS_CONTROLLER_PORT"])}
+    own = {name: int(SERVICES[name]["environment"][f"LMAAS_{name.upper()}_PORT"]) for name in ("controller", "jobs")}
+    assert ports == {"gateway": 8080} | own
 
 
 def test_the_proxy_keeps_gateways_that_lack_a_database() -> None:

@@ -129,6 +129,12 @@ def test_paused_adapters_keep_their_slots() -> None:
     assert step(Scheduler(list(running), [Request("i1")], max_loras=2))[0] == []
 
 
+def test_nothing_is_preempted_for_a_request_that_has_no_adapter_slot() -> None:
+    scheduler = Scheduler([old(number, lora=number % 2 + 1) for number in range(SLOTS)], [Request("i1", lora=3)], max_loras=2)
+    assert step(scheduler)[0] == [f"b{number}" for number in range(SLOTS)]
+    assert scheduler.preempted == []
+
+
 def test_a_pause_that_helps_nothing_ends() -> None:
     state = GivingWay()
     state.in_vain = True

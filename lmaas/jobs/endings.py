@@ -1,0 +1,63 @@
+"""What follows from the end of an attempt of a line. Pure."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverQuota
+
+#: How often a line is tried whose engine failed, or whose adapter could not be loaded. Each try may have asked two engines.
+MAX_FAILURES = 3
+#: How often a line is refused for a spent budget before that is believed: what other requests have reserved may not be used.
+MAX_REFUSALS = 3
+#: The pause before the next try. It doubles with each, up to the maximum.
+PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+#: The codes of errors that count as failures of the engine or the adapter. Others that pass are tried again until the batch's deadline.
+_FAILURES = frozenset({EngineFailed.code, AdapterUnavailable.code})
+
+
+class Next(StrEnum):
+    """What is done with a line after an attempt."""
+
+    #: Its answer is stored.
+    DONE = "done"
+    #: Its error is stored.
+    FAILED = "failed"
+    #: It is tried again after a pause.
+    AGAIN = "again"
+    #: It fails with all other lines of its batch that have not begun.
+    STOP = "stop"
+
+
+@dataclass(slots=True)
+class Tries:
+    """What a line has been through under one lease."""
+
+    tries: int = 0
+    failures: int = 0
+    refusals: int = 0
+
+    @property
+    def pause_s(self) -> float:
+        """The pause before the next try."""
+        return float(min(MAX_PAUSE_S, PAUSE_S * 2 ** (self.tries - 1)))
+
+    def refused(self, error: LmaasError, *, others_run: bool) -> Next:
+        """Return what follows from an error before the line was accepted. `others_run` is whether more lines of its tenant run."""
+        self.tries += 1
+        if isinstance(error, OverQuota) and error.error_code == OverQuota.code:
+            self.refusals = 0 if others_run else self.refusals + 1
+            return Next.STOP if self.refusals >= MAX_REFUSALS else Next.AGAIN
+        return self.ended(int(error.status), error.error_code, retryable=error.retryable, counted=True)
+
+    def ended(self, status: int, code: str | None, *, retryable: bool, counted: bool = False) -> Next:
+        """Return what follows from an answer with this status, whose error has the code and is retryable or not."""
+        self.tries += 0 if counted else 1
+        if status < 400:
+            return Next.DONE
+        if not retryable:
+            return Next.FAILED
+        if code in _FAILURES:
+            self.failures += 1
+            if self.failures >= MAX_FAILURES:
+                return Next.FAILED
+        return Next.AGAIN

@@ -1,0 +1,127 @@
+"""The lines that a runner leases at this time."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lmaas.inference.protocol import AnyInference
+from lmaas.inference.sink import Collected
+from lmaas.jobs.endings import Tries
+from lmaas.store.batch_lines import EndedLine
+from lmaas.store.line_leases import LeasedLine, Offer
+
+
+@dataclass(slots=True, eq=False)
+class HeldLine:
+    """A leased line, from its lease until its end is stored."""
+
+    lease: LeasedLine
+    #: The batch's facts.
+    offer: Offer
+    #: The whole line of the input file, once it is read and until the line has ended.
+    text: bytes = b""
+    tries: Tries = field(default_factory=Tries)
+    #: Those of the newest attempt.
+    inference: AnyInference | None = None
+    sink: Collected | None = None
+    #: Whether an engine has worked on it under this lease.
+    begun: bool = False
+    #: Whether only the storage of its end is left.
+    ended: bool = False
+    #: Set when it is to be given back as soon as possible.
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pool_id(self) -> str:
+        """The pool that serves it."""
+        return self.offer.pool_id
+
+    @property
+    def batch(self) -> tuple[str, str]:
+        """The ids of its tenant and its batch."""
+        return self.lease.tenant_id, self.lease.batch_id
+
+    @property
+    def runs(self) -> bool:
+        """Whether an engine works on it."""
+        record = getattr(self.inference, "record", None)
+        return not self.ended and record is not None and record.run_ms is not None
+
+    def leave(self) -> None:
+        """Have it given back. The engine ends the attempt that runs."""
+        self.leaving.set()
+        if self.sink is not None:
+            self.sink.leave()
+
+
+class HeldLines:
+    """The lines of one runner. Those whose bytes are in memory are counted in bytes too."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._lines: dict[tuple[str, str, int], HeldLine] = {}
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._less = asyncio.Event()
+        #: Lines that an engine began, and that were put back, by pool, since `counted` was called.
+        self._begun: dict[str, int] = {}
+        self._put_back: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[HeldLine]:
+        return iter(list(self._lines.values()))
+
+    def add(self, line: HeldLine) -> None:
+        """Add a line that was leased."""
+        self._lines[*line.batch, line.lease.position] = line
+
+    def has_room(self, line: HeldLine) -> bool:
+        """Return whether the line's bytes may be read now. If so, they are counted. A line alone always has room."""
+        size = line.lease.byte_length
+        if self._bytes and self._bytes + size > self._max_bytes:
+            return False
+        self._bytes += size
+        return True
+
+    async def room_for(self, line: HeldLine) -> None:
+        """Wait until the line's bytes may be read, and count them."""
+        while not self.has_room(line):
+            self._less.clear()
+            await self._less.wait()
+
+    def forget_text(self, line: HeldLine) -> None:
+        """Drop a line's bytes, which are not needed any more."""
+        line.text = b""
+        self._bytes -= line.lease.byte_length
+        self._less.set()
+
+    def remove(self, leases: Iterable[EndedLine | LeasedLine]) -> None:
+        """Remove lines whose end is stored."""
+        for lease in leases:
+            self._lines.pop((lease.tenant_id, lease.batch_id, lease.position), None)
+
+    def note_begun(self, line: HeldLine) -> None:
+        """Count a line that an engine has begun, once for each lease."""
+        if not line.begun:
+            line.begun = True
+            self._begun[line.pool_id] = self._begun.get(line.pool_id, 0) + 1
+
+    def note_put_back(self, line: HeldLine) -> None:
+        """Count a line whose slot was taken back."""
+        self._put_back[line.pool_id] = self._put_back.get(line.pool_id, 0) + 1
+
+    def counted(self, pool_id: str) -> tuple[int, int, int]:
+        """Return the lines of a pool that wait, those that were begun, and those that were put back since the last call."""
+        waiting = 0
+        for line in self._lines.values():
+            if line.pool_id == pool_id and not line.ended:
+                if line.runs:
+                    self.note_begun(line)
+                else:
+                    waiting += 1
+        return waiting, self._begun.pop(pool_id, 0), self._put_back.pop(pool_id, 0)
+
+    def others_run(self, line: HeldLine) -> bool:
+        """Return whether an engine works on another line of this tenant."""
+        tenant_id = line.lease.tenant_id
+        return any(other is not line and other.lease.tenant_id == tenant_id and other.runs for other in self._lines.values())

@@ -1,0 +1,237 @@
+"""Leases lines of batches as far as engines have room for them, reads them, and has them run."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from lmaas.errors import LmaasError, NotFound, Unavailable
+from lmaas.files.service import Files
+from lmaas.inference.protocol import AnyProtocol
+from lmaas.inference.serving import Inferences
+from lmaas.jobs.attempts import Attempts, ended
+from lmaas.jobs.commits import Commits
+from lmaas.jobs.held import HeldLine, HeldLines
+from lmaas.jobs.keys import Keys
+from lmaas.jobs.metrics import JobMetrics
+from lmaas.jobs.runner import until_set
+from lmaas.jobs.turns import shares
+from lmaas.jobs.window import Room, Window
+from lmaas.scheduling.client import Scheduler
+from lmaas.store.database import Database
+from lmaas.store.line_leases import Offer, backlog, claim_lines, stop_batch, stopped
+
+log = logging.getLogger(__name__)
+
+#: How often the backlog is read, and, while lines end, the room of the engines.
+LOOK_S, MIN_LOOK_S = 0.5, 0.1
+#: How often is looked whether batches were cancelled or have expired.
+STOP_LOOK_S = 0.5
+#: The lines that a runner leases at most, of all pools and of one.
+MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
+#: The bytes of lines that are in memory at most, and the lines that are read from a file at a time.
+MAX_BYTES, READ_AT_ONCE = 32 * 1024 * 1024, 256
+#: The time that engines have to end attempts that are broken off, with the exact usage. Delivery waits as long.
+LEAVE_S = 4.0
+#: The pause after a failure.
+AGAIN_S = 1.0
+FILE_GONE = "input_file_not_found"
+
+
+class LineWorker:
+    """Runs the lines of batches."""
+
+    def __init__(
+        self,
+        db: Database,
+        files: Files,
+        scheduler: Scheduler,
+        inferences: Inferences,
+        protocols: Mapping[str, AnyProtocol],
+        keys: Keys,
+        metrics: JobMetrics,
+        drain_s: float,
+    ) -> None:
+        self._db, self._files, self._scheduler, self._inferences = db, files, scheduler, inferences
+        self._protocols, self._keys, self._metrics, self._drain_s = protocols, keys, metrics, drain_s
+
+    async def run(self, runner_id: str, stopping: asyncio.Event) -> None:
+        """Run lines until `stopping` is set. Those that run then are given back at once."""
+        held = HeldLines(MAX_BYTES)
+        commits = Commits(self._db, runner_id, held.remove)
+        attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, self._metrics)
+        feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._metrics)
+        self._metrics.holds(held, commits, feeder.windows)
+        try:
+            async with asyncio.TaskGroup() as group:
+                storing = group.create_task(commits.run(), name="commit-lines")
+                leading = [group.create_task(feeder.run(), name="lease-lines"), group.create_task(self._watch(held), name="watch-batches")]
+                await stopping.wait()
+                for task in leading:
+                    task.cancel()
+                await feeder.leave()
+                # If Postgres is away, what is leased is free once this runner counts as lost.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._drain_s):
+                        await commits.drained()
+                storing.cancel()
+        finally:
+            await feeder.leave()
+
+    async def _watch(self, held: HeldLines) -> None:
+        """Have lines given back whose batch was cancelled, has expired or is gone."""
+        while True:
+            batches = list({line.batch for line in held})
+            try:
+                gone = set(await stopped(self._db, batches)) if batches else ()
+                for line in held:
+                    if line.batch in gone:
+                        line.leave()
+            except Unavailable as error:
+                log.warning("batches cannot be read now", extra={"action": "watch", "detail": str(error)})
+            await asyncio.sleep(STOP_LOOK_S)
+
+
+class Feeder:
+    """Leases lines and starts them, for one runner."""
+
+    def __init__(
+        self, runner_id: str, db: Database, files: Files, scheduler: Scheduler, held: HeldLines, attempts: Attempts, metrics: JobMetrics
+    ) -> None:
+        self._runner_id, self._db, self._files, self._scheduler = runner_id, db, files, scheduler
+        self._held, self._attempts, self._metrics = held, attempts, metrics
+        self.windows: dict[str, Window] = {}
+        #: The lines that were leased for each tenant. It is halved now and then, so that the past counts less.
+        self._served: dict[str, int] = {}
+        self._offers: list[Offer] = []
+        self._read_at = float("-inf")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Lease and start lines until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.feed(time.monotonic())
+            except (Unavailable, RedisError) as error:
+                log.warning("lines cannot be leased now", extra={"action": "lease", "detail": str(error)})
+                await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(MIN_LOOK_S)
+            await until_set(self._wake, LOOK_S)
+
+    async def feed(self, now: float) -> None:
+        """Lease and start what the engines of each pool have room for. Raises Unavailable, and LeaseLost."""
+        if now - self._read_at >= LOOK_S:
+            self._offers, self._read_at = await backlog(self._db), now
+        pools: dict[str, list[Offer]] = {}
+        for offer in self._offers:
+            if offer.endpoint not in self._attempts.protocols:
+                continue  # of a newer release
+            pools.setdefault(offer.pool_id, []).append(offer)
+        for pool_id in self.windows.keys() - pools.keys():
+            del self.windows[pool_id]
+        for pool_id, offers in pools.items():
+            await self._feed_pool(pool_id, offers, now)
+
+    async def _feed_pool(self, pool_id: str, offers: list[Offer], now: float) -> None:
+        window = self.windows.setdefault(pool_id, Window())
+        waiting, begun, put_back = self._held.counted(pool_id)
+        window.observe(begun, put_back, now)
+        wanted = window.wanted(await self._room(pool_id), waiting)
+        of_pool = sum(line.pool_id == pool_id for line in self._held)
+        wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - of_pool)
+        counts = shares(offers, wanted, self._served) if wanted > 0 else {}
+        if not counts:
+            return
+        leases = await claim_lines(self._db, self._runner_id, pool_id, counts)
+        if len(leases) < sum(counts.values()):
+            self._read_at = float("-inf")
+        by_batch: dict[tuple[str, str], list[HeldLine]] = {}
+        facts = {(offer.tenant_id, offer.batch_id): offer for offer in offers}
+        for lease in leases:
+            line = HeldLine(lease, facts[lease.tenant_id, lease.batch_id])
+            self._held.add(line)
+            self._served[lease.tenant_id] = self._served.get(lease.tenant_id, 0) + 1
+            by_batch.setdefault(line.batch, []).append(line)
+        self._offers = [
+            offer._replace(pending=offer.pending - len(by_batch.get((offer.tenant_id, offer.batch_id), ())))
+            if offer.pool_id == pool_id
+            else offer
+            for offer in self._offers
+        ]
+        if sum(self._served.values()) > MAX_LINES:
+            self._served = {tenant_id: count // 2 for tenant_id, count in self._served.items() if count > 1}
+        for lines in by_batch.values():
+            self._start(self._read(lines))
+
+    async def _room(self, pool_id: str) -> Room:
+        room = getattr(self._scheduler, "room", None)
+        if room is None:
+            replicas = (await self._scheduler.stats(pool_id))["replicas"].values()
+            ready = [replica for replica in replicas if replica["state"] == "ready"]
+            return Room(len(ready), sum(replica["slots"] - replica["load"] for replica in ready), 0)
+        found = await room(pool_id)
+        return Room(found["ready"], found["room"], found["queued"])
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a part of the runner failed", exc_info=error)
+            raise SystemExit(1)
+
+    async def _read(self, lines: list[HeldLine]) -> None:
+        """Read leased lines of one batch, and start each."""
+        while lines:
+            portion = [lines.pop(0)]
+            await self._held.room_for(portion[0])
+            while lines and len(portion) < READ_AT_ONCE and self._held.has_room(lines[0]):
+                portion.append(lines.pop(0))
+            await self._read_portion(portion)
+
+    async def _read_portion(self, portion: list[HeldLine]) -> None:
+        offer = portion[0].offer
+        ranges = [(line.lease.byte_offset, line.lease.byte_length) for line in portion]
+        while not portion[0].leaving.is_set():
+            try:
+                file = await self._files.get(offer.tenant_id, offer.input_file_id or "")
+                texts = await self._files.read(file, ranges)
+            except NotFound:
+                message = f"The input file '{offer.input_file_id}' was deleted or has expired while the batch ran."
+                if await self._stopped(offer, message):
+                    break
+            except LmaasError as error:
+                log.warning("lines cannot be read now", extra={"tenant_id": offer.tenant_id, "action": "read", "detail": str(error)})
+            else:
+                for line, text in zip(portion, texts, strict=True):
+                    line.text = text
+                    self._start(self._attempts.run(line))
+                return
+            await until_set(portion[0].leaving, AGAIN_S)
+        for line in portion:
+            self._held.forget_text(line)
+            self._attempts.put_back(line)
+
+    async def _stopped(self, offer: Offer, message: str) -> bool:
+        try:
+            await stop_batch(self._db, offer.tenant_id, offer.batch_id, FILE_GONE, message)
+        except Unavailable:
+            return False
+        return True
+
+    async def leave(self) -> None:
+        """Have every line given back: engines end what runs, and report its exact usage."""
+        for line in self._held:
+            line.leave()
+        while self._tasks:
+            await ended(set(self._tasks), LEAVE_S)

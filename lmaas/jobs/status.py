@@ -1,0 +1,33 @@
+"""The job runner's health and metrics endpoints. They are off unless LMAAS_JOBS_PORT is set, and belong in a private network."""
+
+import functools
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lmaas.http import JsonResponse
+from lmaas.jobs.runner import Runner
+from lmaas.private_server import serve_privately
+
+
+def status_app(runner: Runner, registry: CollectorRegistry) -> Starlette:
+    """Return the application with `/healthz` and `/metrics`."""
+    return Starlette(
+        routes=[Route("/healthz", functools.partial(_health, runner)), Route("/metrics", functools.partial(_metrics, registry))]
+    )
+
+
+async def _health(runner: Runner, _: Request) -> Response:
+    return JsonResponse({"status": "ok", "runner": runner.id})
+
+
+async def _metrics(registry: CollectorRegistry, _: Request) -> Response:
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def serve_status(runner: Runner, registry: CollectorRegistry, host: str, port: int) -> None:
+    """Serve the endpoints until cancelled."""
+    await serve_privately(status_app(runner, registry), host, port)

@@ -1,0 +1,52 @@
+"""How many lines of a pool a runner leases: what its engines have room for, and a few ahead, so that no engine waits for a runner. Pure."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+#: The lines that wait ahead of the engines: for so much time at the speed at which lines begin, within bounds.
+AHEAD_S = 1.0
+MIN_AHEAD, MAX_AHEAD = 2, 512
+#: The weight of the newest measurement of that speed.
+NEWEST = 0.5
+
+
+class Room(NamedTuple):
+    """What the scheduler reports about a pool: replicas that take work, background slots that could be granted now, and background
+    tickets that wait."""
+
+    ready: int
+    room: int
+    queued: int
+
+
+@dataclass(slots=True)
+class Window:
+    """The window of one pool. `observe` adapts it to what the engines take, and `wanted` returns how many lines to lease."""
+
+    #: Lines that begin to run per second.
+    per_s: float = 0.0
+    _observed_at: float | None = None
+
+    @property
+    def ahead(self) -> int:
+        """The number of lines that should wait ahead of the engines."""
+        return min(MAX_AHEAD, max(MIN_AHEAD, round(self.per_s * AHEAD_S)))
+
+    def observe(self, begun: int, put_back: int, now: float) -> None:
+        """Take into account how many lines began to run and how many were put back since the last observation."""
+        if self._observed_at is not None and now > self._observed_at:
+            newest = begun / (now - self._observed_at)
+            # Interactive work needs its slots: what was begun and put back is no measure of what the engines take.
+            self.per_s = 0.0 if put_back else NEWEST * newest + (1 - NEWEST) * self.per_s
+        self._observed_at = now
+
+    def wanted(self, room: Room, waiting: int) -> int:
+        """Return how many lines to lease now. `waiting` are this runner's lines that do not run yet.
+
+        Several are leased at a time: when half of those ahead are left, or an engine has room.
+        """
+        if room.ready == 0:
+            return 0
+        waiting = max(waiting, room.queued)
+        missing = room.room + self.ahead - waiting
+        return max(0, missing) if room.room > waiting or 2 * waiting <= self.ahead else 0

@@ -1,0 +1,87 @@
+-- Background work gives way. A background ticket runs only on slots that interactive tickets leave free, beyond the reserve, and only
+-- while no interactive ticket waits. If an interactive ticket still finds no room, background tickets that hold what it needs are put back:
+-- the latest ones, since they lose least. They hold nothing any more and do not wait again by themselves; their owners are told, and submit
+-- new tickets for the work. A background ticket is never put back for another one.
+
+local MAX_BACKGROUND_QUEUED = 10000 -- background tickets that may wait in a pool
+local MAX_BACKGROUND_PLACED = 32    -- background tickets that one call places
+local MAX_TRIES = 4                 -- kinds of needs for which one call looks for background tickets to put back
+
+-- Returns what a background ticket may take now, as bounds for `choose`; nil for nothing.
+local function bounds_of_background(pool)
+  local slots = var(pool, 'room', 0) - reserve_of(pool)
+  if slots <= 0 then return nil end
+  -- While interactive work is recent, one adapter slot stays free for it.
+  return { slots = slots, runs_only = is_busy(pool) and var(pool, 'adapters', 0) < 2 }
+end
+
+-- Takes its slot from a background ticket. Its owner has yet to end it.
+local function put_back(pool, ticket)
+  charge(pool, ticket, -charged(pool, ticket))
+  see_yield(pool, ticket.held)
+  next_of(pool, 'yields')
+  local replica = ticket.replica
+  let_go(pool, ticket)
+  ticket.state, ticket.revoked = TICKET.YIELDED, replica
+  put(pool, ticket)
+  tell(ticket, TICKET.YIELDED)
+  pool.yields = pool.yields - 1
+end
+
+-- Returns the background tickets whose adapter runs for none but them on a replica, for the adapter with the latest ticket: to put them
+-- back frees an adapter slot. `tickets` are the latest of the replica; an adapter with more is not considered.
+local function sharing_an_adapter(pool, replica, tickets)
+  local of = {}
+  for _, ticket in ipairs(tickets) do
+    of[ticket.adapter] = of[ticket.adapter] or {}
+    table.insert(of[ticket.adapter], ticket)
+  end
+  for _, ticket in ipairs(tickets) do
+    local adapter = ticket.adapter
+    if adapter ~= '' and tonumber(redis.call('HGET', pool.key .. ':running:' .. replica.id, adapter)) == #of[adapter] then return of[adapter] end
+  end
+  return nil
+end
+
+-- Returns the background tickets of a replica whose end would make room there for a ticket with these needs, and how well the replica
+-- suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there are none, or more than this call may put back.
+local function in_the_way(pool, replica, weight, adapter, kept)
+  local runs = adapter ~= '' and redis.call('HEXISTS', pool.key .. ':running:' .. replica.id, adapter) == 1
+  if not fresh(pool, replica) or not left_by(kept, replica, adapter, runs) then return nil end
+  local missing = replica.load + math.min(weight, replica.slots) - replica.slots
+  if missing > replica.back then return nil end
+  local tickets, chosen, found = {}, {}, {}
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do tickets[#tickets + 1] = get(pool, id) end
+  local function choose_one(ticket)
+    if chosen[ticket.id] then return end
+    chosen[ticket.id], found[#found + 1], missing = true, ticket, missing - ticket.held
+  end
+  if adapter ~= '' and not runs and replica.runs >= replica.adapter_slots then
+    local sharing = sharing_an_adapter(pool, replica, tickets)
+    if not sharing then return nil end
+    for _, ticket in ipairs(sharing) do choose_one(ticket) end
+  end
+  for _, ticket in ipairs(tickets) do
+    if missing <= 0 then break end
+    choose_one(ticket)
+  end
+  if missing > 0 then return nil end
+  return found, (adapter == '' or runs) and 0 or is_resident(pool, replica, adapter) and 1 or 2
+end
+
+-- Puts back the background tickets that hold what an interactive ticket needs. Returns the replica on which it fits then, or nil. It
+-- considers the replicas with the latest background tickets.
+local function make_room(pool, weight, adapter, kept)
+  if pool.yields <= 0 or var(pool, 'back', 0) == 0 then return nil end
+  pool.tries = (pool.tries or 0) + 1
+  if pool.tries > MAX_TRIES then return nil end
+  local best, best_rank, at = nil, nil, nil
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':yielding', 0, MAX_CANDIDATES - 1)) do
+    local replica = replica_of(pool, id)
+    local found, rank = in_the_way(pool, replica, weight, adapter, kept)
+    if found and (not best or rank < best_rank) then best, best_rank, at = found, rank, replica end
+    if best_rank == 0 then break end
+  end
+  for _, ticket in ipairs(best or {}) do put_back(pool, ticket) end
+  return at
+end

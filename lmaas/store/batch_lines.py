@@ -1,0 +1,235 @@
+"""The lines of batches: from their validation to the output files.
+
+A line is `pending`, then `running` with a lease of a runner, then `done` or `failed`. A line that never ran stays `pending` until its batch
+is finalized: the batch's row says why.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from lmaas.store.database import Database
+from lmaas.store.runners import BatchLease, hold
+from lmaas.store.usage import UsageEvent
+
+#: Lines that one statement adds, and lines and bytes of answers that are read at a time.
+ADDED_AT_ONCE = 2_000
+READ_AT_ONCE, READ_BYTES = 500, 8 * 1024 * 1024
+
+#: Not COPY, which Postgres refuses for tables with row-level security.
+_ADD = text(
+    """
+    INSERT INTO batch_lines
+        (tenant_id, batch_id, position, line, byte_offset, byte_length, custom_id, pool_id, tokens, state, status_code, answer)
+    SELECT :tenant, :batch, new.* FROM unnest(
+        CAST(:positions AS int[]), CAST(:lines AS int[]), CAST(:offsets AS bigint[]), CAST(:lengths AS int[]), CAST(:custom_ids AS text[]),
+        CAST(:pools AS text[]), CAST(:tokens AS bigint[]), CAST(:states AS text[]), CAST(:codes AS int[]), CAST(:answers AS bytea[])
+    ) AS new
+    """
+)
+_ADD_POOLS = text(
+    """
+    INSERT INTO batch_pools (tenant_id, batch_id, pool_id, pending, pending_tokens)
+    SELECT :tenant, :batch, new.* FROM unnest(CAST(:pools AS text[]), CAST(:pending AS int[]), CAST(:tokens AS bigint[])) AS new
+    """
+)
+_SIZES = text(
+    """
+    SELECT position, coalesce(octet_length(answer), 0) FROM batch_lines
+    WHERE tenant_id = :tenant AND batch_id = :batch AND position > :after ORDER BY position LIMIT :count
+    """
+)
+_ROWS = text(
+    """
+    SELECT position, line, custom_id, state, request_id, status_code, answer FROM batch_lines
+    WHERE tenant_id = :tenant AND batch_id = :batch AND position > :after AND position <= :last ORDER BY position
+    """
+)
+_DELETE = tuple(
+    text(f"DELETE FROM {table} WHERE tenant_id = :tenant AND batch_id = :batch")  # noqa: S608 (names of ours)
+    for table in ("batch_lines", "batch_pools")
+)
+
+_EVENT = tuple(field for field in UsageEvent.__slots__ if field != "tenant_id")
+_EVENT_TYPES = {"adapter_version": "int", "stream": "boolean", "created_at": "timestamptz", "charge_picousd": "bigint"} | dict.fromkeys(
+    ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms"), "bigint"
+)
+_GIVEN = {
+    "batch_id": "text",
+    "position": "int",
+    "attempt": "int",
+    "line_state": "text",
+    "answer_id": "text",
+    "status_code": "int",
+    "answer": "bytea",
+} | {name: _EVENT_TYPES.get(name, "text") for name in _EVENT}
+#: Ends the lines of one tenant: their answers, their usage events and the batch's counts, all or nothing. A line whose lease is not this
+#: runner's any more is left out, with its event.
+_END = (
+    f"""
+WITH given AS MATERIALIZED (
+    SELECT * FROM unnest({", ".join(f"%{'b' if kind == 'bytea' else 's'}::{kind}[]" for kind in _GIVEN.values())}) AS given ({
+        ", ".join(_GIVEN)
+    })
+), locked AS MATERIALIZED (
+    SELECT id FROM batches WHERE tenant_id = %s AND id IN (SELECT batch_id FROM given) ORDER BY id FOR NO KEY UPDATE
+), ended AS (
+    UPDATE batch_lines AS line SET state = line_state, runner_id = NULL, request_id = answer_id, status_code = given.status_code,
+        answer = given.answer
+    FROM given
+    WHERE line.tenant_id = %s AND line.batch_id = given.batch_id AND line.position = given.position AND line.attempt = given.attempt
+        AND line.runner_id = %s AND line.state = 'running' AND (SELECT count(*) FROM locked) > 0
+    RETURNING given.*
+), ledger AS (
+    INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
+    SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL
+    ON CONFLICT (request_id) DO UPDATE SET tenant_id = excluded.tenant_id, {
+        ", ".join(f"{name} = excluded.{name}" for name in _EVENT if name != "request_id")
+    }
+    WHERE known.status IN ('lost', 'wasted')
+), counted AS (
+    SELECT batch_id, count(*) FILTER (WHERE line_state = 'done') AS done, count(*) FILTER (WHERE line_state = 'failed') AS failed,
+        coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(cached_tokens), 0) AS cached,
+        coalesce(sum(completion_tokens), 0) AS completion
+    FROM ended GROUP BY batch_id
+)
+UPDATE batches AS batch SET completed = completed + counted.done, failed = batch.failed + counted.failed,
+    prompt_tokens = prompt_tokens + prompt, cached_tokens = cached_tokens + cached, completion_tokens = completion_tokens + completion,
+    status = CASE WHEN {{ending}} THEN 'finalizing' ELSE status END, finalizing_at = CASE WHEN {{ending}} THEN now() ELSE finalizing_at END
+FROM counted WHERE batch.tenant_id = %s AND batch.id = counted.batch_id
+"""  # noqa: S608 (names of columns)
+).format(ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total")
+
+
+class NewLine(NamedTuple):
+    """A line after its validation: its number in the input file from 1, and where its bytes are. One that is wrong has an `answer`, the
+    JSON of its error, and `status_code` if the error is that of a response."""
+
+    line: int
+    byte_offset: int
+    byte_length: int
+    custom_id: str
+    pool_id: str | None
+    tokens: int
+    status_code: int | None = None
+    answer: bytes | None = None
+
+
+class LineRow(NamedTuple):
+    """A line as its output file describes it. It was not run if its state is `pending`."""
+
+    position: int
+    line: int
+    custom_id: str
+    state: str
+    request_id: str | None
+    status_code: int | None
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndedLine:
+    """The end of a leased line: `done`, or `failed`. `answer` is the body of the response, or the JSON of an error without a status.
+
+    `event` is the usage event of the attempt, None if no engine was asked.
+    """
+
+    tenant_id: str
+    batch_id: str
+    position: int
+    attempt: int
+    state: str
+    request_id: str | None
+    status_code: int | None
+    answer: bytes
+    event: UsageEvent | None
+
+
+async def add_lines(connection: AsyncConnection, tenant_id: str, batch_id: str, lines: Sequence[NewLine]) -> None:
+    """Add the lines of a batch in the order in which they are to run, and its backlog."""
+    which = {"tenant": tenant_id, "batch": batch_id}
+    pools: dict[str, list[int]] = {}
+    for first in range(0, len(lines), ADDED_AT_ONCE):
+        portion = lines[first : first + ADDED_AT_ONCE]
+        failed = [line.answer is not None for line in portion]
+        for line, wrong in zip(portion, failed, strict=True):
+            if not wrong and line.pool_id is not None:
+                count = pools.setdefault(line.pool_id, [0, 0])
+                count[0] += 1
+                count[1] += line.tokens
+        numbers, offsets, lengths, custom_ids, pool_ids, tokens, codes, answers = zip(*portion, strict=True)
+        values = {
+            "positions": list(range(first, first + len(portion))),
+            "lines": list(numbers),
+            "offsets": list(offsets),
+            "lengths": list(lengths),
+            "custom_ids": list(custom_ids),
+            "pools": list(pool_ids),
+            "tokens": list(tokens),
+            "states": ["failed" if wrong else "pending" for wrong in failed],
+            "codes": list(codes),
+            "answers": list(answers),
+        }
+        await connection.execute(_ADD, which | values)
+        await asyncio.sleep(0)
+    if pools:
+        sums = {"pools": list(pools), "pending": [count for count, _ in pools.values()], "tokens": [size for _, size in pools.values()]}
+        await connection.execute(_ADD_POOLS, which | sums)
+
+
+async def results(db: Database, lease: BatchLease) -> AsyncIterator[Sequence[LineRow]]:
+    """Yield the lines of a batch in portions of at most READ_AT_ONCE lines and about READ_BYTES bytes. Raises LeaseLost."""
+    which = {"tenant": lease.tenant_id, "batch": lease.batch_id}
+    after = -1
+    while True:
+        async with db.begin(lease.tenant_id) as connection:
+            await hold(connection, lease.runner_id)
+            sizes = (await connection.execute(_SIZES, which | {"after": after, "count": READ_AT_ONCE})).all()
+            if not sizes:
+                return
+            last, size = sizes[0][0], 0
+            for position, length in sizes:
+                size += length
+                if size > READ_BYTES and position != sizes[0][0]:
+                    break
+                last = position
+            rows = [LineRow(*row) for row in await connection.execute(_ROWS, which | {"after": after, "last": last})]
+        yield rows
+        after = last
+
+
+async def delete_lines(connection: AsyncConnection, tenant_id: str, batch_id: str) -> None:
+    """Delete the lines of a batch and its backlog."""
+    for statement in _DELETE:
+        await connection.execute(statement, {"tenant": tenant_id, "batch": batch_id})
+
+
+async def end_lines(db: Database, runner_id: str, lines: Sequence[EndedLine]) -> None:
+    """Store how lines ended, with their usage events and the counts of their batches, in one transaction. Raises Unavailable.
+
+    A line that this runner no longer leases stays as it is, and its event is not stored. The batch whose last line this is becomes
+    `finalizing`. A repetition has no effect.
+    """
+    by_tenant: dict[str, list[EndedLine]] = {}
+    for line in lines:
+        by_tenant.setdefault(line.tenant_id, []).append(line)
+    # In the order of tenants, so that two runners cannot wait for each other.
+    await db.execute_for_each(_END, [(tenant_id, _values(tenant_id, runner_id, by_tenant[tenant_id])) for tenant_id in sorted(by_tenant)])
+
+
+def _values(tenant_id: str, runner_id: str, lines: Sequence[EndedLine]) -> list[object]:
+    columns: list[object] = [
+        [line.batch_id for line in lines],
+        [line.position for line in lines],
+        [line.attempt for line in lines],
+        [line.state for line in lines],
+        [line.request_id for line in lines],
+        [line.status_code for line in lines],
+        [line.answer for line in lines],
+    ]
+    columns += [[None if line.event is None else getattr(line.event, name) for line in lines] for name in _EVENT]
+    return [*columns, tenant_id, tenant_id, runner_id, tenant_id, tenant_id]

@@ -1,0 +1,253 @@
+"""Leases of batch lines: what waits for which pool, and who runs it. Nothing of a line's content is read here."""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import text
+
+from lmaas.store.database import Database
+from lmaas.store.runners import BatchLease, hold
+from lmaas.store.scopes import LEASES
+
+#: The most entries of a backlog that are read at a time.
+MAX_BACKLOG = 5_000
+#: The longest message about an early stop.
+MAX_MESSAGE = 1_000
+
+#: A batch whose lines run.
+_RUNS = "batch.status = 'in_progress' AND batch.stop_code IS NULL AND batch.expires_at > now()"
+_BACKLOG = text(
+    f"""
+    SELECT pool.tenant_id, pool.batch_id, pool.pool_id, pool.pending, batch.key_id, batch.endpoint, batch.input_file_id, batch.expires_at,
+        CAST(extract(epoch FROM batch.expires_at - now()) AS float8)
+    FROM batches AS batch JOIN batch_pools AS pool ON pool.tenant_id = batch.tenant_id AND pool.batch_id = batch.id
+    WHERE {_RUNS} AND pool.pending > 0 ORDER BY batch.created_at, batch.id LIMIT :count
+    """  # noqa: S608 (a condition of ours)
+)
+_CLAIM = text(
+    f"""
+    WITH held AS MATERIALIZED (SELECT id FROM job_runners WHERE id = :runner FOR KEY SHARE),
+    open AS MATERIALIZED (
+        SELECT batch.tenant_id, batch.id, wanted.count
+        FROM batches AS batch JOIN unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:counts AS int[]))
+            AS wanted (tenant_id, batch_id, count) ON batch.tenant_id = wanted.tenant_id AND batch.id = wanted.batch_id
+        WHERE {_RUNS} AND EXISTS (SELECT FROM held) ORDER BY batch.id FOR NO KEY UPDATE OF batch
+    ), taken AS MATERIALIZED (
+        SELECT line.* FROM open CROSS JOIN LATERAL (
+            SELECT tenant_id, batch_id, position FROM batch_lines
+            WHERE tenant_id = open.tenant_id AND batch_id = open.id AND pool_id = :pool AND state = 'pending'
+            ORDER BY position LIMIT open.count FOR UPDATE SKIP LOCKED
+        ) AS line
+    ), claimed AS (
+        UPDATE batch_lines AS line SET state = 'running', runner_id = :runner, attempt = attempt + 1 FROM taken
+        WHERE line.tenant_id = taken.tenant_id AND line.batch_id = taken.batch_id AND line.position = taken.position
+        RETURNING line.tenant_id, line.batch_id, line.position, line.attempt, line.put_back, line.byte_offset, line.byte_length, line.tokens
+    ), counted AS (
+        UPDATE batch_pools AS pool SET pending = pool.pending - sums.lines, pending_tokens = pool.pending_tokens - sums.tokens
+        FROM (SELECT tenant_id, batch_id, count(*) AS lines, sum(tokens) AS tokens FROM claimed GROUP BY tenant_id, batch_id) AS sums
+        WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = :pool
+    )
+    SELECT tenant_id, batch_id, position, attempt, put_back, byte_offset, byte_length FROM claimed ORDER BY batch_id, position
+    """  # noqa: S608 (a condition of ours)
+)
+_LOCK = text(
+    """
+    SELECT id FROM batches WHERE (tenant_id, id) IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
+    ORDER BY id FOR NO KEY UPDATE
+    """
+)
+_PUT_BACK = text(
+    """
+    WITH freed AS (
+        UPDATE batch_lines AS line SET state = 'pending', runner_id = NULL, put_back = put_back + 1
+        FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:positions AS int[]), CAST(:attempts AS int[]))
+            AS given (tenant_id, batch_id, position, attempt)
+        WHERE line.tenant_id = given.tenant_id AND line.batch_id = given.batch_id AND line.position = given.position
+            AND line.attempt = given.attempt AND line.runner_id = :runner AND line.state = 'running'
+        RETURNING line.tenant_id, line.batch_id, line.pool_id, line.tokens
+    ), sums AS (
+        SELECT tenant_id, batch_id, pool_id, count(*) AS lines, sum(tokens) AS tokens FROM freed GROUP BY tenant_id, batch_id, pool_id
+    )
+    UPDATE batch_pools AS pool SET pending = pool.pending + sums.lines, pending_tokens = pool.pending_tokens + sums.tokens
+    FROM sums WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
+    """
+)
+_STOPPED = text(
+    """
+    SELECT tenant_id, id FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])) AS given (tenant_id, id)
+    WHERE NOT EXISTS (
+        SELECT FROM batches AS batch WHERE batch.tenant_id = given.tenant_id AND batch.id = given.id
+            AND batch.status = 'in_progress' AND batch.expires_at > now()
+    )
+    """
+)
+_UNSETTLED = text(
+    """
+    SELECT tenant_id, id FROM batches AS batch
+    WHERE (status = 'cancelling' AND finalizing_at IS NULL) OR (status = 'in_progress' AND (stop_code IS NOT NULL OR expires_at <= now()))
+    ORDER BY expires_at LIMIT 100
+    """
+)
+_LOCK_UNSETTLED = text(
+    """
+    SELECT status, stop_code FROM batches WHERE tenant_id = :tenant AND id = :batch AND finalizing_at IS NULL
+        AND (status = 'cancelling' OR (status = 'in_progress' AND (stop_code IS NOT NULL OR expires_at <= now())))
+    FOR NO KEY UPDATE
+    """
+)
+_ANY_RUNNING = text("SELECT EXISTS (SELECT FROM batch_lines WHERE tenant_id = :tenant AND batch_id = :batch AND state = 'running')")
+_SETTLE = text(
+    """
+    UPDATE batches SET finalizing_at = now(),
+        cancelled = CASE WHEN status = 'cancelling' THEN total - completed - failed ELSE cancelled END,
+        expired = CASE WHEN status = 'in_progress' AND stop_code IS NULL THEN total - completed - failed ELSE expired END,
+        failed = CASE WHEN status = 'in_progress' AND stop_code IS NOT NULL THEN total - completed ELSE failed END,
+        stop_code = CASE WHEN status = 'in_progress' THEN coalesce(stop_code, 'batch_expired') ELSE 'batch_cancelled' END,
+        status = CASE WHEN status = 'in_progress' THEN 'finalizing' ELSE status END
+    WHERE tenant_id = :tenant AND id = :batch
+    """
+)
+_EMPTY_POOLS = text("UPDATE batch_pools SET pending = 0, pending_tokens = 0 WHERE tenant_id = :tenant AND batch_id = :batch")
+_STOP = text(
+    """
+    UPDATE batches SET stop_code = :code, stop_message = :message
+    WHERE tenant_id = :tenant AND id = :batch AND status = 'in_progress' AND stop_code IS NULL
+    """
+)
+_CLAIM_BATCH = text(
+    """
+    WITH held AS MATERIALIZED (SELECT id FROM job_runners WHERE id = :runner FOR KEY SHARE)
+    UPDATE batches SET runner_id = :runner, attempt = attempt + 1 WHERE EXISTS (SELECT FROM held) AND (tenant_id, id) = (
+        SELECT tenant_id, id FROM batches AS batch
+        WHERE runner_id IS NULL
+            AND (status IN ('validating', 'finalizing') OR (status = 'cancelling' AND finalizing_at IS NOT NULL))
+            AND (tenant_id, id) NOT IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
+        ORDER BY (
+            SELECT count(*) FROM batches AS busy WHERE busy.tenant_id = batch.tenant_id AND busy.runner_id IS NOT NULL
+        ), created_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+    ) RETURNING tenant_id, id, attempt, status
+    """
+)
+_GIVE_BACK = text(
+    "UPDATE batches SET runner_id = NULL WHERE tenant_id = :tenant AND id = :batch AND runner_id = :runner AND attempt = :attempt"
+)
+
+
+class Offer(NamedTuple):
+    """Lines of one batch that wait for one pool. `left_s` is the time to the batch's deadline."""
+
+    tenant_id: str
+    batch_id: str
+    pool_id: str
+    pending: int
+    key_id: str
+    endpoint: str
+    input_file_id: str | None
+    expires_at: datetime
+    left_s: float
+
+
+class LeasedLine(NamedTuple):
+    """A line that a runner leases, and where its bytes are in the input file. `attempt` is the number of the lease, from 1."""
+
+    tenant_id: str
+    batch_id: str
+    position: int
+    attempt: int
+    put_back: int
+    byte_offset: int
+    byte_length: int
+
+
+async def backlog(db: Database) -> list[Offer]:
+    """Return what waits, oldest batches first. Raises Unavailable."""
+    async with db.begin(LEASES) as connection:
+        return [Offer(*row) for row in await connection.execute(_BACKLOG, {"count": MAX_BACKLOG})]
+
+
+async def claim_lines(db: Database, runner_id: str, pool_id: str, counts: Mapping[tuple[str, str], int]) -> list[LeasedLine]:
+    """Lease up to so many lines of each batch (tenant's and batch's id) in the order in which they are to run, for one pool.
+
+    Raises LeaseLost if the runner was declared lost, and Unavailable.
+    """
+    values = {
+        "runner": runner_id,
+        "pool": pool_id,
+        "tenants": [tenant_id for tenant_id, _ in counts],
+        "batches": [batch_id for _, batch_id in counts],
+        "counts": list(counts.values()),
+    }
+    async with db.begin(LEASES) as connection:
+        found = [LeasedLine(*row) for row in await connection.execute(_CLAIM, values)]
+        if not found:
+            await hold(connection, runner_id)
+    return found
+
+
+async def put_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
+    """Give back leased lines, which will be run again. Those that this runner no longer leases stay as they are. Raises Unavailable."""
+    values = {
+        "runner": runner_id,
+        "tenants": [line.tenant_id for line in lines],
+        "batches": [line.batch_id for line in lines],
+        "positions": [line.position for line in lines],
+        "attempts": [line.attempt for line in lines],
+    }
+    async with db.begin(LEASES) as connection:
+        await connection.execute(_LOCK, {"tenants": values["tenants"], "batches": values["batches"]})
+        await connection.execute(_PUT_BACK, values)
+
+
+async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return those of the batches whose running lines are to be ended, because the batch was cancelled, has expired or is gone."""
+    which = {"tenants": [tenant_id for tenant_id, _ in batches], "batches": [batch_id for _, batch_id in batches]}
+    async with db.begin(LEASES) as connection:
+        return [(tenant_id, batch_id) for tenant_id, batch_id in await connection.execute(_STOPPED, which)]
+
+
+async def unsettled(db: Database) -> list[tuple[str, str]]:
+    """Return batches that stop before all of their lines have run, and are not ready to be finalized yet."""
+    async with db.begin(LEASES) as connection:
+        return [(tenant_id, batch_id) for tenant_id, batch_id in await connection.execute(_UNSETTLED)]
+
+
+async def settle(db: Database, tenant_id: str, batch_id: str) -> bool:
+    """Make a batch that stops early ready to be finalized, once none of its lines runs. Returns whether it is."""
+    which = {"tenant": tenant_id, "batch": batch_id}
+    async with db.begin(tenant_id) as connection:
+        if (await connection.execute(_LOCK_UNSETTLED, which)).first() is None:
+            return False
+        # A statement of its own, which sees what was committed before the lock.
+        if (await connection.execute(_ANY_RUNNING, which)).scalar_one():
+            return False
+        await connection.execute(_SETTLE, which)
+        await connection.execute(_EMPTY_POOLS, which)
+    return True
+
+
+async def stop_batch(db: Database, tenant_id: str, batch_id: str, code: str, message: str) -> None:
+    """Run no more lines of a batch. Those that have not begun fail with this code."""
+    async with db.begin(tenant_id) as connection:
+        await connection.execute(_STOP, {"tenant": tenant_id, "batch": batch_id, "code": code, "message": message[:MAX_MESSAGE]})
+
+
+async def claim_batch(db: Database, runner_id: str, later: Collection[tuple[str, str]] = ()) -> tuple[BatchLease, str] | None:
+    """Lease a batch that is to be validated or finalized, and return the lease and the batch's status. Those in `later` are left out.
+
+    The tenants of which the fewest batches are being worked on come first. Raises Unavailable.
+    """
+    values = {"runner": runner_id, "tenants": [tenant_id for tenant_id, _ in later], "batches": [batch_id for _, batch_id in later]}
+    async with db.begin(LEASES) as connection:
+        row = (await connection.execute(_CLAIM_BATCH, values)).first()
+    if row is None:
+        return None
+    tenant_id, batch_id, attempt, status = row
+    return BatchLease(tenant_id, batch_id, runner_id, attempt), status
+
+
+async def give_back_batch(db: Database, lease: BatchLease) -> None:
+    """Give back the lease of a batch, if it is still valid. Raises Unavailable."""
+    which = {"tenant": lease.tenant_id, "batch": lease.batch_id, "runner": lease.runner_id, "attempt": lease.attempt}
+    async with db.begin(LEASES) as connection:
+        await connection.execute(_GIVE_BACK, which)

@@ -1,0 +1,255 @@
+"""Leases of batch lines, and the storage of their ends, with the rights of a job runner."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from sqlalchemy import text
+
+from lmaas.states import UsageStatus
+from lmaas.store.batch_lines import NewLine, delete_lines, end_lines, results
+from lmaas.store.database import Database
+from lmaas.store.line_leases import backlog, claim_batch, claim_lines, give_back_batch, put_back, settle, stop_batch, stopped, unsettled
+from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
+from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
+from lmaas.store.tenants import create_tenant
+from lmaas.store.usage import list_events, record_events
+from tests.support.batches import batch_row, ended, line_rows, make_batch, pending, some_lines, usage_event
+
+POOL = "mod_1"
+
+
+@pytest.fixture
+async def tenant_id(db: Database) -> str:
+    """A tenant."""
+    return (await create_tenant(db, "acme", "standard", 64, 10)).id
+
+
+async def test_lines_are_leased_in_their_order_and_once(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, [*some_lines(5, POOL), *some_lines(2, "mod_2")])
+    one, two = await register(jobs_db), await register(jobs_db)
+    [offer] = [each for each in await backlog(jobs_db) if each.pool_id == POOL]
+    assert (offer.tenant_id, offer.batch_id, offer.pending, offer.endpoint) == (tenant_id, batch_id, 5, "/v1/chat/completions")
+    assert 86_000 < offer.left_s <= 86_400
+    first = await claim_lines(jobs_db, one, POOL, {(tenant_id, batch_id): 3})
+    assert [(line.position, line.attempt, line.byte_offset, line.byte_length) for line in first] == [
+        (0, 1, 0, 99),
+        (1, 1, 100, 99),
+        (2, 1, 200, 99),
+    ]
+    rest = await claim_lines(jobs_db, two, POOL, {(tenant_id, batch_id): 100})
+    assert [line.position for line in rest] == [3, 4]
+    assert await pending(db, batch_id) == {POOL: (0, 0), "mod_2": (2, 20)}
+    assert await claim_lines(jobs_db, two, POOL, {(tenant_id, batch_id): 100}) == []
+
+
+async def test_concurrent_leases_never_overlap(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batches = [await make_batch(db, tenant_id, some_lines(60, POOL)) for _ in range(3)]
+    runners = [await register(jobs_db) for _ in range(4)]
+
+    async def take(runner_id: str) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = []
+        while leases := await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 7 for batch_id in batches}):
+            found += [(lease.batch_id, lease.position) for lease in leases]
+            await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases[::2]])
+            await put_back(jobs_db, runner_id, leases[1::2][:1])
+        return found
+
+    taken = Counter([line for found in await asyncio.gather(*(take(runner) for runner in runners)) for line in found])
+    assert set(taken) == {(batch_id, position) for batch_id in batches for position in range(60)}
+    for batch_id in batches:
+        states = Counter(row.state for row in await line_rows(db, batch_id))
+        row = await batch_row(db, batch_id)
+        assert row.completed == states["done"]
+        assert await pending(db, batch_id) == {POOL: (0, 0)}
+
+
+async def test_the_end_of_a_line_its_event_and_the_counts_are_one(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(3, POOL))
+    runner_id = await register(jobs_db)
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3})
+    # The stand-in of an attempt has come before its own event.
+    stand_in = ended(leases[0])
+    await record_events(db, [usage_event(stand_in.request_id or "", tenant_id, status=UsageStatus.WASTED, charge_picousd=0)])
+    group = [stand_in, ended(leases[1]), ended(leases[2], state="failed", event=False, answer=b'{"error": {}}')]
+    await end_lines(jobs_db, runner_id, group)
+    await end_lines(jobs_db, runner_id, group)  # as after a lost connection: no effect
+    row = await batch_row(db, batch_id)
+    assert (row.completed, row.failed, row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (2, 1, 10, 4, 14)
+    assert row.status == "finalizing"
+    assert row.finalizing_at is not None
+    events = await list_events(db, OPERATOR)
+    assert sorted((event.request_id, event.status, event.charge_picousd, event.work) for event in events) == sorted(
+        (line.request_id, UsageStatus.COMPLETED, 12, "background") for line in group[:2]
+    )
+    lines = await line_rows(db, batch_id)
+    assert [(line.state, line.status_code, line.runner_id) for line in lines] == [
+        ("done", 200, None),
+        ("done", 200, None),
+        ("failed", 400, None),
+    ]
+    assert lines[0].answer == b'{"ok": true}'
+
+
+async def test_an_event_replaces_no_other_tenants(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    batches = {one: await make_batch(db, one, some_lines(1, POOL)) for one in (tenant_id, other)}
+    runner_id = await register(jobs_db)
+    leases = await claim_lines(jobs_db, runner_id, POOL, dict.fromkeys(batches.items(), 1))
+    await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases])
+    assert {event.tenant_id for event in await list_events(db, OPERATOR)} == {tenant_id, other}
+    assert {(await batch_row(db, batch_id)).completed for batch_id in batches.values()} == {1}
+
+
+@pytest.mark.parametrize("how", ["another attempt", "another runner"])
+async def test_an_old_lease_writes_nothing(db: Database, jobs_db: Database, tenant_id: str, how: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(1, POOL))
+    one, two = await register(jobs_db), await register(jobs_db)
+    [old] = await claim_lines(jobs_db, one, POOL, {(tenant_id, batch_id): 1})
+    await put_back(jobs_db, one, [old])
+    [new] = await claim_lines(jobs_db, one if how == "another attempt" else two, POOL, {(tenant_id, batch_id): 1})
+    assert (new.attempt, new.put_back) == (2, 1)
+    await end_lines(jobs_db, one, [ended(old)])
+    await put_back(jobs_db, one, [old])
+    [line] = await line_rows(db, batch_id)
+    assert (line.state, line.attempt, line.put_back) == ("running", 2, 1)
+    assert await list_events(db, OPERATOR) == []
+    assert (await batch_row(db, batch_id)).completed == 0
+    assert await pending(db, batch_id) == {POOL: (0, 0)}
+
+
+async def test_what_a_lost_runner_leased_is_free(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(4, POOL))
+    validating = await make_batch(db, tenant_id, [], status="validating")
+    lost, other = await register(jobs_db), await register(jobs_db)
+    leases = await claim_lines(jobs_db, lost, POOL, {(tenant_id, batch_id): 3})
+    claimed = await claim_batch(jobs_db, lost)
+    assert claimed is not None
+    assert claimed[0] == BatchLease(tenant_id, validating, lost, 1)
+    await end_lines(jobs_db, lost, [ended(leases[0])])
+    assert await free_lost(jobs_db) is None
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("UPDATE job_runners SET seen_at = now() - interval '20 s' WHERE id = :id"), {"id": lost})
+    assert await free_lost(jobs_db) == lost
+    assert await free_lost(jobs_db) is None
+    assert await pending(db, batch_id) == {POOL: (3, 30)}
+    # It cannot write any more, nor lease.
+    await end_lines(jobs_db, lost, [ended(lease) for lease in leases])
+    assert (await batch_row(db, batch_id)).completed == 1
+    with pytest.raises(LeaseLost):
+        await claim_lines(jobs_db, lost, POOL, {(tenant_id, batch_id): 3})
+    assert await claim_batch(jobs_db, lost) is None
+    with pytest.raises(LeaseLost):
+        await seen(jobs_db, lost)
+    async with jobs_db.begin(LEASES) as connection:
+        with pytest.raises(LeaseLost):
+            await hold(connection, lost)
+    again = await claim_lines(jobs_db, other, POOL, {(tenant_id, batch_id): 9})
+    assert [(line.position, line.attempt) for line in again] == [(1, 2), (2, 2), (3, 1)]
+    claimed = await claim_batch(jobs_db, other)
+    assert claimed is not None
+    assert claimed[0] == BatchLease(tenant_id, validating, other, 2)
+
+
+async def test_a_runner_that_ends_frees_what_it_has(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(2, POOL))
+    runner_id = await register(jobs_db)
+    await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 2})
+    await end(jobs_db, runner_id)
+    await end(jobs_db, runner_id)
+    assert [line.state for line in await line_rows(db, batch_id)] == ["pending", "pending"]
+    assert await pending(db, batch_id) == {POOL: (2, 20)}
+
+
+async def test_a_cancelled_batch_is_settled_when_nothing_runs(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(10, POOL))
+    runner_id = await register(jobs_db)
+    one, two, three = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3})
+    assert await stopped(jobs_db, [(tenant_id, batch_id), (tenant_id, "batch_gone")]) == [(tenant_id, "batch_gone")]
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("UPDATE batches SET status = 'cancelling', cancelling_at = now()"))
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == [(tenant_id, batch_id)]
+    assert await unsettled(jobs_db) == [(tenant_id, batch_id)]
+    assert await backlog(jobs_db) == []
+    assert not await settle(jobs_db, tenant_id, batch_id)
+    assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3}) == []
+    # A line that ends before it is put back is finished.
+    await end_lines(jobs_db, runner_id, [ended(one), ended(two, state="failed")])
+    assert not await settle(jobs_db, tenant_id, batch_id)
+    await put_back(jobs_db, runner_id, [three])
+    assert await claim_batch(jobs_db, runner_id) is None
+    assert await settle(jobs_db, tenant_id, batch_id)
+    assert not await settle(jobs_db, tenant_id, batch_id)
+    row = await batch_row(db, batch_id)
+    assert (row.status, row.completed, row.failed, row.cancelled, row.expired) == ("cancelling", 1, 1, 8, 0)
+    assert await pending(db, batch_id) == {POOL: (0, 0)}
+    claimed = await claim_batch(jobs_db, runner_id)
+    assert claimed is not None
+    assert claimed == (BatchLease(tenant_id, batch_id, runner_id, 1), "cancelling")
+
+
+async def test_a_batch_past_its_deadline_expires(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(3, POOL), left_s=0)
+    runner_id = await register(jobs_db)
+    assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3}) == []
+    assert await unsettled(jobs_db) == [(tenant_id, batch_id)]
+    assert await settle(jobs_db, tenant_id, batch_id)
+    row = await batch_row(db, batch_id)
+    assert (row.status, row.expired, row.stop_code) == ("finalizing", 3, "batch_expired")
+
+
+async def test_a_stopped_batch_fails_what_has_not_begun(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, some_lines(3, POOL))
+    runner_id = await register(jobs_db)
+    [lease] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
+    await stop_batch(jobs_db, tenant_id, batch_id, "insufficient_quota", "no budget " * 1000)
+    await stop_batch(jobs_db, tenant_id, batch_id, "another", "later")
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == []  # what runs may end
+    assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1}) == []
+    await end_lines(jobs_db, runner_id, [ended(lease)])
+    assert await settle(jobs_db, tenant_id, batch_id)
+    row = await batch_row(db, batch_id)
+    assert (row.status, row.completed, row.failed, row.stop_code) == ("finalizing", 1, 2, "insufficient_quota")
+    assert len(row.stop_message) == 1000
+
+
+async def test_batches_are_leased_fairly_and_given_back(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    first, second = [await make_batch(db, tenant_id, [], status="validating") for _ in range(2)]
+    of_other = await make_batch(db, other, [], status="finalizing")
+    runner_id = await register(jobs_db)
+    leases = []
+    for _ in range(3):
+        claimed = await claim_batch(jobs_db, runner_id, [])
+        assert claimed is not None
+        leases.append(claimed[0])
+    assert [lease.batch_id for lease in leases] == [first, of_other, second]
+    await give_back_batch(jobs_db, leases[0])
+    assert await claim_batch(jobs_db, runner_id, [(tenant_id, first)]) is None
+    claimed = await claim_batch(jobs_db, runner_id)
+    assert claimed is not None
+    assert (claimed[0].batch_id, claimed[0].attempt) == (first, 2)
+    await give_back_batch(jobs_db, leases[0])  # an old lease
+    assert await claim_batch(jobs_db, runner_id) is None
+
+
+async def test_results_come_in_portions_and_go(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    wrong = NewLine(9, 0, 5, "wrong", None, 0, 404, b'{"error": {"code": "model_not_found"}}')
+    batch_id = await make_batch(db, tenant_id, [*some_lines(1200, POOL), wrong])
+    runner_id = await register(jobs_db)
+    lease = BatchLease(tenant_id, batch_id, runner_id, 1)
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 20})
+    await end_lines(jobs_db, runner_id, [ended(each, answer=b"x" * 1_000_000) for each in leases])
+    portions = [portion async for portion in results(jobs_db, lease)]
+    rows = [row for portion in portions for row in portion]
+    assert [row.position for row in rows] == list(range(1201))
+    assert max(sum(len(row.answer or b"") for row in portion) for portion in portions) <= 9_000_000
+    assert Counter(row.state for row in rows) == {"done": 20, "pending": 1180, "failed": 1}
+    assert (rows[-1].custom_id, rows[-1].line, rows[-1].status_code) == ("wrong", 9, 404)
+    async with jobs_db.begin(tenant_id) as connection:
+        await delete_lines(connection, tenant_id, batch_id)
+    assert await line_rows(db, batch_id) == []
+    assert await pending(db, batch_id) == {}
+    await end(jobs_db, runner_id)
+    with pytest.raises(LeaseLost):
+        [portion async for portion in results(jobs_db, lease)]
