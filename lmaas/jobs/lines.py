@@ -37,6 +37,8 @@ MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
 MAX_BYTES, READ_AT_ONCE = 32 * 1024 * 1024, 256
 #: The time that engines have to end attempts that are broken off, with the exact usage. Delivery waits as long.
 LEAVE_S = 4.0
+#: The time after which lines are given back that wait for a pool without a ready engine.
+COLD_S = 3.0
 #: The pause after a failure.
 AGAIN_S = 1.0
 FILE_GONE = "input_file_not_found"
@@ -64,7 +66,7 @@ class LineWorker:
         held = HeldLines(MAX_BYTES)
         commits = Commits(self._db, runner_id, held.remove)
         attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, self._metrics)
-        feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._metrics)
+        feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._drain_s + COLD_S)
         self._metrics.holds(held, commits, feeder.windows)
         try:
             async with asyncio.TaskGroup() as group:
@@ -100,10 +102,10 @@ class Feeder:
     """Leases lines and starts them, for one runner."""
 
     def __init__(
-        self, runner_id: str, db: Database, files: Files, scheduler: Scheduler, held: HeldLines, attempts: Attempts, metrics: JobMetrics
+        self, runner_id: str, db: Database, files: Files, scheduler: Scheduler, held: HeldLines, attempts: Attempts, drain_s: float
     ) -> None:
         self._runner_id, self._db, self._files, self._scheduler = runner_id, db, files, scheduler
-        self._held, self._attempts, self._metrics = held, attempts, metrics
+        self._held, self._attempts, self._drain_s = held, attempts, drain_s
         self.windows: dict[str, Window] = {}
         #: The lines that were leased for each tenant. It is halved now and then, so that the past counts less.
         self._served: dict[str, int] = {}
@@ -133,6 +135,8 @@ class Feeder:
             if offer.endpoint not in self._attempts.protocols:
                 continue  # of a newer release
             pools.setdefault(offer.pool_id, []).append(offer)
+        for line in self._held:
+            pools.setdefault(line.pool_id, [])
         for pool_id in self.windows.keys() - pools.keys():
             del self.windows[pool_id]
         for pool_id, offers in pools.items():
@@ -142,7 +146,14 @@ class Feeder:
         window = self.windows.setdefault(pool_id, Window())
         waiting, begun, put_back = self._held.counted(pool_id)
         window.observe(begun, put_back, now)
-        wanted = window.wanted(await self._room(pool_id), waiting)
+        room = await self._room(pool_id)
+        if (cold_s := window.cold_s(room, now)) > COLD_S:
+            # The controller decides by what waits in the tables whether it starts an engine. A line that has begun may run on an engine
+            # that drains, or wait again because its engine was lost.
+            for line in self._held:
+                if line.pool_id == pool_id and (not line.runs or cold_s > self._drain_s):
+                    line.leave()
+        wanted = window.wanted(room, waiting)
         of_pool = sum(line.pool_id == pool_id for line in self._held)
         wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - of_pool)
         counts = shares(offers, wanted, self._served) if wanted > 0 else {}
@@ -170,12 +181,7 @@ class Feeder:
             self._start(self._read(lines))
 
     async def _room(self, pool_id: str) -> Room:
-        room = getattr(self._scheduler, "room", None)
-        if room is None:
-            replicas = (await self._scheduler.stats(pool_id))["replicas"].values()
-            ready = [replica for replica in replicas if replica["state"] == "ready"]
-            return Room(len(ready), sum(replica["slots"] - replica["load"] for replica in ready), 0)
-        found = await room(pool_id)
+        found = await self._scheduler.room(pool_id)
         return Room(found["ready"], found["room"], found["queued"])
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:

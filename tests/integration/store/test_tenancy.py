@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import ModuleType
@@ -15,8 +15,9 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
 
 from lmaas.audit import Action, Audit
-from lmaas.errors import InvalidRequest
-from lmaas.store import adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage
+from lmaas.errors import Conflict, InvalidRequest
+from lmaas.states import Dialect
+from lmaas.store import adapters, audit, batches, conversations, files, idempotency, responses, retention, tenants, usage
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
@@ -392,6 +393,12 @@ async def _added(both: Both) -> object:
     return await adapters.add_version(both.gateway, both.mine.id, "bot", both.base.id, content_hash=both.theirs.content, **facts)
 
 
+async def _batch_deleted(both: Both) -> object:
+    with suppress(Conflict):  # it has not ended
+        return await batches.delete_batch(both.gateway, both.mine.id, "batch_1", Dialect.OPENAI, audit=AUDIT)
+    return None
+
+
 CASES: dict[str, Case] = {
     "adapters.list_adapters": lambda both: adapters.list_adapters(both.gateway, both.mine.id),
     "adapters.get_adapter": lambda both: adapters.get_adapter(both.gateway, both.mine.id, "bot"),
@@ -418,6 +425,10 @@ CASES: dict[str, Case] = {
     "conversations.find_items": lambda both: conversations.find_items(both.gateway, both.mine.id, ["msg_1"]),
     "conversations.get_item": lambda both: conversations.get_item(both.gateway, both.mine.id, "conv_1", "msg_1"),
     "conversations.delete_item": lambda both: conversations.delete_item(both.gateway, both.mine.id, "conv_1", "msg_1", MONTH),
+    "batches.get_batch": lambda both: batches.get_batch(both.gateway, both.mine.id, "batch_1", Dialect.OPENAI),
+    "batches.list_batches": lambda both: batches.list_batches(both.gateway, both.mine.id, Dialect.OPENAI, Part(9)),
+    "batches.cancel_batch": lambda both: batches.cancel_batch(both.gateway, both.mine.id, "batch_1", Dialect.OPENAI, audit=AUDIT),
+    "batches.delete_batch": _batch_deleted,
     "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
     "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
     # With the other tenant's file, it would be one too many.
@@ -444,6 +455,9 @@ NO_TENANTS = {
     "conversations.create_conversation",
     # For operators and controllers, as other tests of them show.
     "retention.delete_state",
+    "batches.create_batch",
+    "batches.refusal_of_lines",
+    "batches.delete_batches",
     "files.delete_expired",
     "files.due_checks",
     "files.expire_files",
@@ -457,7 +471,7 @@ NO_TENANTS = {
 
 def test_every_store_function_of_a_tenant_is_tried() -> None:
     found = set()
-    for module in (adapters, audit, conversations, files, idempotency, responses, retention, tenants, usage):
+    for module in (adapters, audit, batches, conversations, files, idempotency, responses, retention, tenants, usage):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
                 found.add(f"{module.__name__.rpartition('.')[2]}.{name}")
