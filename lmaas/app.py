@@ -23,7 +23,7 @@ from lmaas.adapters.objects import AdapterFiles
 from lmaas.adapters.service import Adapters
 from lmaas.admission.months import Months
 from lmaas.admission.tiers import file_quota
-from lmaas.api import openapi
+from lmaas.api import openapi, staging
 from lmaas.api.context import Api
 from lmaas.api.routes import routes as api_routes
 from lmaas.batches.work import BatchWork
@@ -115,7 +115,7 @@ class Services:
 
     def files(self, settings: Settings) -> Files:
         """Return the service of tenants' files."""
-        return Files(self.db, self.objects, settings.home / "uploads", settings.max_file_bytes, file_quota)
+        return Files(self.db, self.objects, settings.uploads, settings.max_file_bytes, file_quota)
 
 
 @asynccontextmanager
@@ -193,6 +193,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(staging.sweep, settings.uploads)
         async with inferences.client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)

@@ -225,6 +225,11 @@ class Settings:
         return f"http://{host}:{self.port}/v1"
 
     @property
+    def uploads(self) -> Path:
+        """The folder for uploads while they arrive. Processes may share it."""
+        return self.home / "uploads"
+
+    @property
     def credentials_path(self) -> Path:
         """The credentials file that `lmaas up` writes."""
         return self.home / "credentials.json"
