@@ -64,7 +64,7 @@ class Batches:
 
     async def upload(self, content: bytes, purpose: Any = "batch") -> str:
         """Upload a file. Returns its id."""
-        return (await self.client.files.create(file=("lines.jsonl", content), purpose=purpose)).id
+        return str((await self.client.files.create(file=("lines.jsonl", content), purpose=purpose)).id)
 
     async def create(self, content: bytes, endpoint: Any = CHAT, **facts: Any) -> Batch:
         """Upload a file and create its batch."""

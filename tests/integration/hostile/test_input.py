@@ -66,7 +66,7 @@ async def test_a_line_of_another_form_fails_the_batch_by_its_number(batches: Bat
     batch = await batches.end(await batches.create(jsonl([line("first"), wrong])))
     assert batch.status == "failed"
     assert batch.errors is not None
-    (error,) = batch.errors.data or ()
+    [error] = batch.errors.data or []
     assert error.line == 2
     assert error.code
     assert len(error.message or "") < 1000
