@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData
@@ -40,7 +41,7 @@ async def multipart_form(request: Request, limit_bytes: int, *, max_files: int, 
 
     Raises TooLarge above `limit_bytes`, InvalidRequest `invalid_multipart` for a body that is not such a form.
     """
-    _check_content_type(request.headers.get("content-type", ""))
+    form_encoding(request.headers.get("content-type", ""))
     limited_request = Request(request.scope, limited(request.receive, request.scope, limit_bytes))
     try:
         async with aclosing(limited_request.stream()) as stream:
@@ -55,9 +56,17 @@ async def multipart_form(request: Request, limit_bytes: int, *, max_files: int, 
         await form.close()
 
 
-def _check_content_type(value: str) -> None:
-    """Raises InvalidRequest for a Content-Type that cannot be read as a multipart form."""
-    kind, options = parse_options_header(value.encode("latin-1"))
+@dataclass(frozen=True, slots=True)
+class FormEncoding:
+    """How a multipart form is written: the boundary of its parts, and the charset of its texts."""
+
+    boundary: bytes
+    charset: str
+
+
+def form_encoding(content_type: str) -> FormEncoding:
+    """Read a Content-Type. Raises InvalidRequest for one that is not that of a multipart form."""
+    kind, options = parse_options_header(content_type.encode("latin-1"))
     if kind != MULTIPART:
         raise InvalidRequest("Send the form as multipart/form-data, with a boundary in the Content-Type header.", code="invalid_multipart")
     charset = options.get(b"charset", b"utf-8")
@@ -67,3 +76,4 @@ def _check_content_type(value: str) -> None:
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise InvalidRequest("The Content-Type header of the form lacks a boundary.", code="invalid_multipart")
+    return FormEncoding(boundary, charset.decode("latin-1"))

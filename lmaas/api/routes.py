@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, batches, conversations, message_batches, replicas, responses, table, tenants, usage
+from lmaas.api import adapters, base_models, batches, conversations, files, message_batches, replicas, responses, table, tenants, usage
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
@@ -45,6 +45,11 @@ HANDLERS: Mapping[str, Handler] = {
         (table.LIST_ITEMS, conversations.list_items),
         (table.GET_ITEM, conversations.get_item),
         (table.DELETE_ITEM, conversations.delete_item),
+        (table.CREATE_FILE, files.create_file),
+        (table.LIST_FILES, files.list_files),
+        (table.GET_FILE, files.get_file),
+        (table.GET_FILE_CONTENT, files.get_content),
+        (table.DELETE_FILE, files.delete_file),
         (table.CREATE_BATCH, batches.create_batch),
         (table.LIST_BATCHES, batches.list_batches),
         (table.GET_BATCH, batches.get_batch),

@@ -9,7 +9,7 @@ its row.
 """
 
 from lmaas.api.operation import Operation, Permission
-from lmaas.api.shapes import adapters, batches, models, responses, tenants, usage
+from lmaas.api.shapes import adapters, batches, files, models, responses, tenants, usage
 from lmaas.api.shapes.common import DryRun, List, Page, Paging
 from lmaas.audit import Action
 
@@ -121,17 +121,18 @@ GET_RESPONSE = Operation(
     "GET",
     "/v1/responses/{response}",
     _ANY,
-    "Retrieve a stored response.",
+    "Retrieve a response, or stream the events of one in the background.",
     responses.Response,
     query=responses.ResponseQuery,
     for_operators=False,
+    events="With `stream`: the events of the response as in its creation, those after `starting_after` only.",
 )
 DELETE_RESPONSE = Operation(
     "delete_response",
     "DELETE",
     "/v1/responses/{response}",
     _ANY,
-    "Delete a stored response with its input, at once.",
+    "Delete a response with its input, at once. One that runs in the background ends.",
     responses.DeletedResponse,
     for_operators=False,
 )
@@ -140,7 +141,7 @@ CANCEL_RESPONSE = Operation(
     "POST",
     "/v1/responses/{response}/cancel",
     _ANY,
-    "Cancel a response in the background. As there are none yet, every stored response is refused.",
+    "Cancel a response in the background. One that has ended stays as it is.",
     responses.Response,
     for_operators=False,
 )
@@ -230,6 +231,43 @@ DELETE_ITEM = Operation(
     _ANY,
     "Delete an item of a conversation, at once.",
     responses.Conversation,
+    for_operators=False,
+)
+
+CREATE_FILE = Operation(
+    "create_file",
+    "POST",
+    "/v1/files",
+    _ANY,
+    "Upload a file.",
+    files.File,
+    body=files.FileUpload,
+    files=("file",),
+    audit=Action.FILE_CREATE,
+    for_operators=False,
+)
+LIST_FILES = Operation(
+    "list_files", "GET", "/v1/files", _ANY, "List the files.", Page[files.File], query=files.FileQuery, for_operators=False
+)
+GET_FILE = Operation("get_file", "GET", "/v1/files/{file}", _ANY, "Retrieve what is known of a file.", files.File, for_operators=False)
+GET_FILE_CONTENT = Operation(
+    "get_file_content",
+    "GET",
+    "/v1/files/{file}/content",
+    _ANY,
+    "Download a file.",
+    None,
+    media="application/octet-stream",
+    for_operators=False,
+)
+DELETE_FILE = Operation(
+    "delete_file",
+    "DELETE",
+    "/v1/files/{file}",
+    _ANY,
+    "Delete a file, at once.",
+    files.DeletedFile,
+    audit=Action.FILE_DELETE,
     for_operators=False,
 )
 

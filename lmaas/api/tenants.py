@@ -115,7 +115,9 @@ async def delete_tenant(api: Api, call: ApiCall[None, None]) -> DeletedTenant:
 
 
 async def _delete_files(api: Api, tenant_id: str) -> bool:
-    """Delete the files of a deleted tenant, and return whether there were any. Raises Unavailable, whose message has the tenant's id."""
+    """Delete the files of a deleted tenant, and return whether there were any of its adapters. Raises Unavailable, whose message has the
+    tenant's id, for those of adapters; others that cannot be deleted now are left to the controller."""
+    await api.files.delete_all(tenant_id)
     try:
         return await api.adapters.delete_all(tenant_id)
     except Unavailable as error:

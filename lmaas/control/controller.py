@@ -20,8 +20,9 @@ from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
 from lmaas.control.pools import Decision, PoolObservation, needs_of, policy_of
 from lmaas.control.provisioners import Provisioner
 from lmaas.control.sharing import SharingRules, WaitingSince, share
-from lmaas.control.sweeper import Sweeper
+from lmaas.control.sweeper import FileSweeper, Sweeper
 from lmaas.errors import Unavailable
+from lmaas.files.service import Files
 from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
@@ -67,6 +68,7 @@ class Controller:
         scheduler: Scheduler,
         provisioner: Provisioner,
         clock: Callable[[], float] = time.monotonic,
+        files: Files | None = None,
     ) -> None:
         self._settings, self._db, self._scheduler, self._provisioner, self._clock = settings, db, scheduler, provisioner, clock
         #: The target of decisions. In `run` this is the session that holds the lead.
@@ -79,6 +81,8 @@ class Controller:
         self.moved = 0
         self.statuses: dict[str, PoolStatus] = {}
         self.sweeper = Sweeper(db, settings.max_stored_bytes)
+        #: None for a controller without an object store, whose files another one deletes.
+        self.file_sweeper = None if files is None else FileSweeper(files)
         self._forget()
 
     def _forget(self) -> None:
@@ -112,6 +116,8 @@ class Controller:
                     group.create_task(self._present_forever(), name="presence")
                     group.create_task(self._meter_forever(), name="metering-writer")
                     group.create_task(self.sweeper.run(), name="sweeper")
+                    if self.file_sweeper is not None:
+                        group.create_task(self.file_sweeper.run(), name="file-sweeper")
             except* LostLead as lost:
                 log.warning("controller standing by", extra={"action": "lead", "detail": str(lost.exceptions[0])})
             finally:

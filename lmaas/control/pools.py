@@ -41,8 +41,8 @@ class PoolObservation:
     def advanced(self, previous: Replicas, now: float) -> "PoolObservation":
         """Return this observation with its `replicas`, whose conditions continue those of the `previous` tick."""
         seen = self.stats["replicas"].items()
-        loads = {replica: int(facts["load"]) for replica, facts in seen}
-        background = {replica: int(facts.get("background", 0)) for replica, facts in seen}
+        background = {replica: int(facts["background"]) for replica, facts in seen}
+        loads = {replica: int(facts["load"]) - background[replica] for replica, facts in seen}
         return replace(self, replicas=observe_replicas(previous, self.rows, self.processes, loads, now, background))
 
     @property
@@ -63,8 +63,8 @@ class PoolObservation:
 
     @property
     def background(self) -> Mapping[str, Any]:
-        """The scheduler's background tickets: `queued` and `load` (in slots)."""
-        found: Mapping[str, Any] = self.stats.get("background") or {"queued": 0, "load": 0}
+        """The scheduler's statistics of background tickets: `queued`, `load` (in slots), `reserve` and `yields`."""
+        found: Mapping[str, Any] = self.stats["background"]
         return found
 
     def backlog(self, tokens_per_s: float | None) -> Backlog:
@@ -148,8 +148,8 @@ class Decision:
             due_s=round(backlog.dues[0].due_s) if backlog.dues else None,
             queued=backlog.queued,
             running=backlog.running,
-            reserve=int(pool.background.get("reserve", 0)),
-            put_back=int(pool.background.get("yields", 0)),
+            reserve=int(pool.background["reserve"]),
+            put_back=int(pool.background["yields"]),
             tokens_per_s=None if backlog.tokens_per_s is None else round(backlog.tokens_per_s, 1),
             replicas=scale.background,
         )

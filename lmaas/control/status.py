@@ -69,7 +69,13 @@ def metrics(controller: Controller, ledger: Ledger | None) -> list[Metric]:
     stored = GaugeMetricFamily("lmaas_stored_bytes", "Stored responses and conversations of all tenants, as last counted.")
     if controller.sweeper.stored_bytes is not None:
         stored.add_metric([], controller.sweeper.stored_bytes)
-    found += [queued, running, desired, replicas, start, stored]
+    file_bytes = GaugeMetricFamily("lmaas_file_bytes", "Files of all tenants in bytes, as last counted.")
+    file_count = GaugeMetricFamily("lmaas_files", "Files of all tenants, as last counted.")
+    if controller.file_sweeper is not None and controller.file_sweeper.stored is not None:
+        count, size_bytes = controller.file_sweeper.stored
+        file_count.add_metric([], count)
+        file_bytes.add_metric([], size_bytes)
+    found += [queued, running, desired, replicas, start, stored, file_count, file_bytes]
     return found + (_bill(ledger) if ledger is not None else [])
 
 

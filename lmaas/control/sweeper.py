@@ -1,10 +1,11 @@
-"""Deletion of what the service keeps only for a time: responses of idempotency keys, and tenants' stored responses and conversations."""
+"""Deletion of what the service keeps only for a time: responses of idempotency keys, tenants' stored responses, conversations and files."""
 
 import asyncio
 import logging
 import time
 
 from lmaas.errors import Unavailable
+from lmaas.files.service import Files
 from lmaas.store.batches import delete_old_batches
 from lmaas.store.database import Database
 from lmaas.store.idempotency import delete_old, delete_surplus
@@ -57,3 +58,26 @@ class Sweeper:
                 surplus -= deleted
             sizes[tenant_id] = min(size, self._max_stored_bytes + max(surplus, 0))
         self.stored_bytes = sum(sizes.values())
+
+
+class FileSweeper:
+    """Deletes expired files, and contents in the object store that no file has. An object store that is away delays nothing else."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        #: The number of all files and their bytes, None before they were counted.
+        self.stored: tuple[int, int] | None = None
+
+    async def run(self) -> None:
+        """Sweep once a minute until cancelled."""
+        counted_at = float("-inf")
+        while True:
+            try:
+                while await self._files.sweep():
+                    pass
+                if time.monotonic() - counted_at >= COUNT_S:
+                    counted_at = time.monotonic()
+                    self.stored = await self._files.stored()
+            except Unavailable as error:
+                log.warning("files cannot be deleted now", extra={"action": "sweep", "detail": str(error)})
+            await asyncio.sleep(SWEEP_S)

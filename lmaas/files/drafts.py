@@ -15,6 +15,12 @@ from lmaas.errors import TooLarge, Unavailable
 WRITE_BYTES = 1024 * 1024
 
 
+def too_large(max_bytes: int) -> TooLarge:
+    """Return the error for a file with more bytes than a file may have."""
+    words = f"The file has more than {max_bytes:,} bytes, the maximum. Split it into several files."
+    return TooLarge(words, code="file_too_large", param="file")
+
+
 class Draft:
     """The content of a file that is being written. Its temporary file has no name, so it goes with this process."""
 
@@ -29,11 +35,7 @@ class Draft:
         """Append bytes. Raises TooLarge beyond the bytes that a file may have, and Unavailable if the disk is full."""
         self.size_bytes += len(chunk)
         if self.size_bytes > self._max_bytes:
-            raise TooLarge(
-                f"The file has more than {self._max_bytes:,} bytes, the maximum. Split it into several files.",
-                code="file_too_large",
-                param="file",
-            )
+            raise too_large(self._max_bytes)
         self._gathered.append(chunk)
         self._gathered_bytes += len(chunk)
         if self._gathered_bytes >= WRITE_BYTES:

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from lmaas.audit import Audit
-from lmaas.errors import Unavailable
+from lmaas.errors import OverLimit, Unavailable
 from lmaas.files.drafts import Draft, draft
 from lmaas.store import files as rows
 from lmaas.store.database import Database
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: How often a content is stored again that a deletion has removed before its file was added.
 TRIES = 3
+#: The uploads of a tenant that a process reads at the same time.
+UPLOADS_AT_ONCE = 16
 #: How long the object store may take to report whether it has a content, while others wait for the lock of the content.
 LOOK_S = 10.0
 _ID = re.compile(r"file-[0-9a-f]{24}")
@@ -64,6 +67,27 @@ class Files:
     def __init__(self, db: Database, objects: Objects, folder: Path, max_bytes: int, quota_of: Callable[[str], Quota]) -> None:
         self._db, self._objects, self._folder = db, objects, folder
         self.max_bytes, self._quota_of = max_bytes, quota_of
+        #: The uploads of each tenant that this process is reading.
+        self._uploads: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def uploading(self, tenant_id: str) -> AsyncIterator[Draft]:
+        """Provide a draft for a tenant's upload. Raises OverLimit if the tenant has too many uploads at once, whose drafts would fill the
+        disk that all tenants share."""
+        if self._uploads[tenant_id] >= UPLOADS_AT_ONCE:
+            raise OverLimit(
+                f"This tenant is uploading {UPLOADS_AT_ONCE} files at the same time, the maximum. Retry after 5 s.",
+                code="too_many_uploads",
+                retry_after_s=5,
+            )
+        self._uploads[tenant_id] += 1
+        try:
+            async with self.draft() as content:
+                yield content
+        finally:
+            self._uploads[tenant_id] -= 1
+            if not self._uploads[tenant_id]:
+                del self._uploads[tenant_id]
 
     def draft(self, max_bytes: int | None = None) -> AbstractAsyncContextManager[Draft]:
         """Provide a draft for the block; an upload's, unless it may have another number of bytes."""

@@ -293,7 +293,7 @@ class Supervisor:
             self._load = int(reply["load"])
             # Counts tickets, not slots: if one of a request's sequences waits for an adapter, all of them do.
             waiting = sum(reply["running"].get(adapter, 0) for adapter in reply["loads"])
-            self._saw_load(self._load, waiting, int(reply.get("background", 0)))
+            self._saw_load(self._load, waiting, int(reply["background"]))
             self._see(controller=bool(reply["controller"]), busy=self._load > 0)
             if self._state is Observed.STARTING:
                 self._residency.prepare(reply.get("warm") or {})

@@ -288,7 +288,7 @@ end)
 
 -- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual
 -- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, queued, load, idle_ms,
--- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields}},
+-- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields, reserve}},
 -- replica id, its JSON, …}. Its client decodes the replicas, since they may
 -- be thousands.
 register_always('lmaas_stats', function(keys, args)
@@ -307,6 +307,7 @@ register_always('lmaas_stats', function(keys, args)
     idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
     background = {
       queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0), yields = var(pool, 'yields', 0),
+      reserve = reserve_of(pool),
     },
   }))
   return reply

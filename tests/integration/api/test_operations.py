@@ -76,12 +76,12 @@ async def records(stack: Stack) -> list[Any]:
 
 
 #: What operations change.
-TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas", "batches")
+TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas", "batches", "files", "content_checks")
 
 
 async def everything(stack: Stack) -> dict[str, list[str]]:
-    """Return every row that an operation may change, and the files of adapters."""
-    found = {"files": sorted(str(path) for path in (stack.settings.home / "objects").rglob("*.*"))}
+    """Return every row that an operation may change, and the contents of the object store."""
+    found = {"objects": sorted(str(path) for path in (stack.settings.home / "objects").rglob("*") if path.is_file())}
     async with stack.db.begin(SYSTEM) as connection:
         for table_name in TABLES:
             rows = await connection.execute(text(f"SELECT t::text FROM {table_name} t ORDER BY 1"))  # noqa: S608 (our own names)
@@ -145,7 +145,7 @@ class Walker:
             about_tenant = operation.permission is not Permission.OPERATOR or place_id.endswith("_tenant")
             assert (record.tenant_id is not None) == about_tenant, place_id
         self.walked.add(place_id)
-        found: dict[str, Any] = answer.json()
+        found: dict[str, Any] = answer.json() if operation.answer is not None else {"content": answer.content}
         return found
 
 
@@ -220,6 +220,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     assert event["request_id"] == "r1"
     assert event.keys() & {"adapter", "replica_id"} == set()
     await _walk_stored(walk, acme["id"])
+    await _walk_files(walk)
     await _walk_batches(walk, acme["id"], operator_key)
     walk.key = operator_key
     assert len((await walk("report_all_usage"))["data"]) == 2
@@ -252,6 +253,15 @@ async def _walk_stored(walk: Walker, tenant_id: str) -> None:
     assert await walk("get_item") == added
     assert await walk("delete_item") == made | {"metadata": {}}
     assert (await walk("delete_conversation"))["deleted"] is True
+
+
+async def _walk_files(walk: Walker) -> None:
+    """Call the operations on files."""
+    made = await walk("create_file", form=({"purpose": "batch"}, {"file": ("lines.jsonl", b"{}")}))
+    walk.path["file"] = made["id"]
+    assert (await walk("list_files"))["data"] == [await walk("get_file")] == [made]
+    assert await walk("get_file_content") == {"content": b"{}"}
+    assert (await walk("delete_file"))["deleted"] is True
 
 
 async def _walk_batches(walk: Walker, tenant_id: str, operator_key: str) -> None:

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from lmaas.control.background import QUIET_S
 from lmaas.control.controller import Controller
+from lmaas.scheduling.client import Bounds
 from lmaas.states import Desired
 from lmaas.store.pools import pool_states_by_id
 from lmaas.store.scopes import SYSTEM
@@ -68,6 +70,27 @@ async def test_a_deadline_starts_one(stack: Stack, acme: Tenant) -> None:
     assert figures.due_s is not None
     assert 900 < figures.due_s <= 1000
     assert stack.controller.statuses[stack.model.id].background == figures
+
+
+async def test_background_tickets_are_no_demand(stack: Stack, acme: Tenant) -> None:
+    await batch(stack, acme, 500, 50_000)
+    await stack.controller.tick()
+    replica = await stack.row()
+    await stack.ready(replica)
+    for number in range(20):
+        line = structs.replace(stack.ticket(f"l{number}"), background=True)
+        await stack.scheduler.submit(line, Bounds(100, 10_000))
+    await idle_for(stack, 400)
+    assert "kept for 520 lines of background work" in await reason(stack)
+    assert len(await stack.rows()) == 1
+    pool = stack.controller.statuses[stack.model.id]
+    assert (pool.queued, pool.load, pool.background.queued, pool.background.running, pool.background.reserve) == (0, 0, 18, 2, 0)
+    # A request takes a slot back, and is the only demand.
+    await stack.submit("r1")
+    assert "0.5 requests at once" in await reason(stack)
+    pool = stack.controller.statuses[stack.model.id]
+    assert (pool.queued, pool.load, pool.background.running, pool.background.put_back, pool.background.reserve) == (0, 1, 1, 1, 1)
+    assert stack.controller.decisions[stack.model.id].background.replicas == 0
 
 
 async def test_without_a_runner_nothing_starts(stack: Stack, acme: Tenant) -> None:

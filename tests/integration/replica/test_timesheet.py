@@ -16,6 +16,7 @@ from lmaas.engine.client import EngineClient
 from lmaas.errors import Unavailable
 from lmaas.replica import timesheet
 from lmaas.replica.supervisor import Supervisor
+from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.states import EnginePhase, Observed
 from lmaas.store import engine_time
 from lmaas.store.database import new_id
@@ -99,6 +100,28 @@ async def test_a_whole_life(stack: Stack, may_start: asyncio.Event, monkeypatch:
     await last
     found = await phases(stack)
     assert found == {STARTING: about(20), LOADING: about(3), BUSY: about(45), IDLE: about(170)}
+    assert found.total() == clock.passed_ms
+
+
+async def test_time_in_which_only_background_work_runs_is_neither_busy_nor_idle(stack: Stack, may_start: asyncio.Event) -> None:
+    may_start.set()
+    model, clock = await stack.model("base"), Clock()
+    acme = await stack.tenant()
+    replica = await stack.replica(model, "--fake-token-ms 20", clock)
+    await spend(stack, clock, IDLE, 10)
+    line = Ticket("line", model.id, acme.id, "gw", "", "", 1, "{}", background=True)
+    assert (await stack.scheduler.submit(line, Bounds(10, 10)))["state"] == "granted"
+    await spend(stack, clock, BACKGROUND, 30)
+    request = Ticket("request", model.id, acme.id, "gw", "", "", 1, "{}")
+    assert (await stack.scheduler.submit(request, Bounds(10, 10)))["state"] == "granted"
+    await spend(stack, clock, BUSY, 5)
+    await stack.scheduler.release(request, "", None)
+    await spend(stack, clock, BACKGROUND, 20)
+    await desire_stop(stack.db, replica.id)
+    await stack.scheduler.release(line, "", None)
+    assert (await ended(replica)).state is Observed.STOPPED
+    found = await phases(stack)
+    assert (found[BUSY], found[BACKGROUND]) == (about(5), about(50))
     assert found.total() == clock.passed_ms
 
 

@@ -974,7 +974,12 @@ class Model:
         return {
             "queued": len(self.queue()),
             "load": self.taken(),
-            "background": {"queued": len(self.queue(background=True)), "load": self.background_load(), "yields": self.yields},
+            "background": {
+                "queued": len(self.queue(background=True)),
+                "load": self.background_load(),
+                "yields": self.yields,
+                "reserve": self.reserved(now),
+            },
             "replicas": replicas,
             "idle_ms": now - self.active,
             "run_ms": self.run_ms,

@@ -124,7 +124,7 @@ def test_an_interactive_ticket_takes_the_place_of_the_latest_background_ticket(d
     assert desk.state(1, 2) == ["granted", "yielded"]
     [told] = [json.loads(each.split(" ", 1)[1]) for each in _said(desk, "lmaas:gateway:runner")]
     assert told == {"id": "r2", "event": "yielded", "attempts": 0}
-    assert desk.both.stats()["background"] == {"queued": 0, "load": 1, "yields": 1}
+    assert desk.both.stats()["background"] == {"queued": 0, "load": 1, "yields": 1, "reserve": 1}
     # Its owner ends it. What it used is settled then.
     desk.release(2)
 

@@ -202,6 +202,7 @@ def known_metrics() -> set[str]:
     gateway.requests.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
+    controller.file_sweeper = Mock(stored=(1, 1))
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
     ledger = Ledger([PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)])
     families = [*gateway.registry.collect(), *metrics(controller, ledger)]

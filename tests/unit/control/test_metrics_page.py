@@ -16,7 +16,8 @@ def test_each_metric_of_a_controller_is_documented() -> None:
     pool = SimpleNamespace(model="base", queued=1, load=2, desired=1, observed=("ready",), start={"by": "plain", "total_ms": 1000})
     pool.background = BackgroundFigures(due_s=5, tokens_per_s=10.0)
     sweeper = SimpleNamespace(stored_bytes=5)
-    controller: Any = SimpleNamespace(active=True, moved=1, statuses={"mod_1": pool}, sweeper=sweeper)
+    file_sweeper = SimpleNamespace(stored=(3, 5))
+    controller: Any = SimpleNamespace(active=True, moved=1, statuses={"mod_1": pool}, sweeper=sweeper, file_sweeper=file_sweeper)
     time: Any = SimpleNamespace(base_model="base", phase="busy", ms=1000, cost_microusd=1)
     ledger = Ledger([time], [PoolWaste("base", "put_back", 5)])
     found = {sample.name: set(sample.labels) for metric in metrics(controller, ledger) for sample in metric.samples}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from lmaas.control.autoscaler import Demand, Policy, ScalingState, decide
+from lmaas.control.background import Backlog, Due
 from lmaas.control.sharing import HeldReplica, PoolClaim, SharingRules, WaitingSince, share
 from lmaas.types import Resources
 
@@ -215,6 +216,8 @@ class World:
     cpus: int = 2
     start_s: float = 8.0
     rules: SharingRules = RULES
+    #: Background work that every pool has all the time.
+    backlog: Backlog = field(default_factory=Backlog)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -265,10 +268,19 @@ class World:
         ready = [engine for engine in mine if engine.ready_at <= now]
         running = sum(len(engine.slots) for engine in self.engines if engine.pool == name)
         demand = Demand(len(self.queues[name]), running, now - self.active[name], self.runs[name], self.start_s)
-        scale = decide(demand, Policy(0, 2, 300, 2), len(mine), self.state[name], now)
+        # It fills what requests leave free.
+        filled = {id(engine): 2 - len(engine.slots) if self.backlog.dues else 0 for engine in ready}
+        backlog = replace(self.backlog, running=sum(filled.values()), ready=len(ready))
+        scale = decide(demand, Policy(0, 2, 300, 2), len(mine), self.state[name], now, backlog)
         self.state[name] = scale.state
         held = [
-            HeldReplica(str(id(engine)), len(engine.slots), now - (engine.ready_at if engine in ready else engine.made_at), engine in ready)
+            HeldReplica(
+                str(id(engine)),
+                len(engine.slots),
+                now - (engine.ready_at if engine in ready else engine.made_at),
+                engine in ready,
+                filled.get(id(engine), 0),
+            )
             for engine in mine
         ]
         leaving = sum(engine.pool == name for engine in self.engines) - len(mine)
@@ -278,7 +290,10 @@ class World:
             self.longest_wait = max(self.longest_wait, now - self.waiting_since[name])
         else:
             self.waiting_since.pop(name, None)
-        return PoolClaim(name, name, self.needs[name], scale.replicas, held, leaving, 0, len(self.queues[name]), demand.idle_s, scale.ahead)
+        claim = PoolClaim(
+            name, name, self.needs[name], scale.replicas, held, leaving, 0, len(self.queues[name]), demand.idle_s, scale.ahead
+        )
+        return replace(claim, background=scale.background, due=scale.due)
 
     def act(self, one: PoolClaim, replicas: int, now: float) -> None:
         mine = [engine for engine in self.engines if engine.pool == one.id and engine.ends_at == math.inf]
@@ -301,6 +316,20 @@ def test_a_day_on_full_machines(seed: int) -> None:
     assert all(world.served.values())
     # No replica is drained before it has been there for a while, and on two CPUs there are two at most.
     assert len(world.drains) <= 2 * seconds / (15 + world.start_s) + 2
+
+
+@pytest.mark.parametrize("due_s", [86_400.0, 1000.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_background_work_keeps_no_request_waiting_for_a_machine(seed: int, due_s: float) -> None:
+    backlog = Backlog((Due(due_s, 5000, 10**6),), tokens_per_s=100.0)
+    alone, beside = World(seed), World(seed, backlog=backlog)
+    for world in (alone, beside):
+        world.run(3600)
+    bound = len(beside.names) * (RULES.quantum_s + 11 + 2 * beside.start_s + RULES.starvation_s)
+    assert beside.longest_wait <= bound
+    assert all(beside.served.values())
+    # As many requests are served as without it, up to what its engines need to give way.
+    assert sum(beside.served.values()) >= 0.95 * sum(alone.served.values())
 
 
 def test_two_busy_pools_take_turns_of_a_quantum() -> None:
