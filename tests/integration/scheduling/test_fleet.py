@@ -1,6 +1,7 @@
 """Many replicas and many tickets: what one call does is bounded, and what it leaves for the next calls already reads right."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from redis import Redis
@@ -98,7 +99,7 @@ def test_many_replicas_that_are_gone_are_removed_in_portions(both: Both) -> None
         both.at(both.now + 1000)
         left.append(len(both.stats()["replicas"]))
     assert left[-1] == 0
-    assert all(before - after <= Rules.MAX_GONE for before, after in zip(left, left[1:], strict=False))
+    assert all(before - after <= Rules.MAX_GONE for before, after in pairwise(left))
 
 
 def test_the_least_loaded_of_many_replicas_with_the_adapter_is_found(both: Both) -> None:
