@@ -108,6 +108,10 @@ class Owner:
             found.append(BatchEnd(batch, tuple(sent.lines), frozenset(sent.failing), *files))
         return found
 
+    async def has_ended(self, response: str) -> bool:
+        """Return whether a background response has ended."""
+        return (await self._ask("GET", f"{RESPONSES}/{response}"))["status"] not in UNFINISHED
+
     async def response_ends(self) -> list[dict[str, Any]]:
         """Return all background responses."""
         return [await self._ask("GET", f"{RESPONSES}/{identifier}") for identifier in self.responses]

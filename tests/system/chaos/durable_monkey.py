@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from lmaas.store.runners import RUNNER_LOST_S
-
 from tests.support.conditions import until
 from tests.system.chaos.clients import Worker
 from tests.system.chaos.durable import Owner

@@ -119,16 +119,21 @@ async def test_every_line_ends_once_whatever_dies(service: Service) -> None:
 
 
 async def _more(owner: Owner, stop: asyncio.Event) -> None:
-    """Create more work until told to stop: a small batch, of which each second one is cancelled, and background responses."""
+    """Create more work until told to stop: a small batch, of which each second one is cancelled, and background responses. There is never
+    more than one that has not ended, so that the work ends soon after the last fault."""
     number = 0
     while not stop.is_set():
         number += 1
-        batch = await owner.create_batch("/v1/chat/completions", 50, tokens=TOKENS)
+        batch = await owner.create_batch("/v1/chat/completions", 20, tokens=TOKENS)
         responses = [await owner.create_response(tokens) for tokens in (5, 60)]
         if number % 2 == 0:
             await owner.cancel(BATCHES, batch)
             await owner.cancel(RESPONSES, responses[-1])
-        await asyncio.sleep(1)
+
+        async def ended(responses: list[str] = responses) -> bool:
+            return stop.is_set() or all([await owner.has_ended(response) for response in responses])
+
+        await until(ended, timeout_s=END_S, every_s=0.5)
 
 
 async def _nothing_is_left(service: Service) -> None:
