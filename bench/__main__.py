@@ -10,13 +10,30 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench import bill, cold, embedding, fairness, fleet, frame, gateway, grammars, lora, protocols, rest, serving, tenancy, wakes
+from bench import (
+    background,
+    batch_cost,
+    bill,
+    cold,
+    embedding,
+    fairness,
+    fleet,
+    frame,
+    gateway,
+    grammars,
+    lora,
+    protocols,
+    rest,
+    serving,
+    tenancy,
+    wakes,
+)
 from bench.frame import Bar
 from lmaas.config import Settings
 from lmaas.up.bootstrap import prepare_default_model
 
 RESULTS = Path(__file__).parent / "results.json"
-GROUPS = (gateway, protocols, grammars, rest, tenancy, fleet, serving, embedding, fairness, lora, cold, bill, wakes)
+GROUPS = (gateway, protocols, grammars, rest, tenancy, fleet, serving, background, embedding, fairness, lora, cold, bill, wakes, batch_cost)
 
 
 @click.command(help=__doc__)

@@ -93,6 +93,9 @@ class Settings:
     max_stored_bytes: int = setting(
         10 * 1024**3, "Bytes of responses and conversations that are stored for a tenant; beyond, those that would expire first go early."
     )
+    background_deadline_s: int = setting(
+        86_400, "Time within which a response in the background must have run; after it, the response fails with `response_expired`."
+    )
     ready_file: Path | None = setting(
         None,
         "A gateway's `/readyz` is 503 until this file exists. `lmaas up` sets it, and creates the file when the manifests are applied.",
@@ -223,6 +226,11 @@ class Settings:
         """The URL of the gateway's OpenAI API for clients."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 (compared, not bound)
         return f"http://{host}:{self.port}/v1"
+
+    @property
+    def uploads(self) -> Path:
+        """The folder for uploads while they arrive. Processes may share it."""
+        return self.home / "uploads"
 
     @property
     def credentials_path(self) -> Path:

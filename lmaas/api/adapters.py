@@ -2,8 +2,6 @@
 
 import errno
 import hashlib
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,6 +33,7 @@ from lmaas.api.shapes.adapters import (
 )
 from lmaas.api.shapes.common import Page, Paging
 from lmaas.api.shapes.models import NewBaseModel
+from lmaas.api.staging import staged
 from lmaas.engine.source import local_model_folder
 from lmaas.errors import InvalidAdapter, InvalidRequest, TooLarge, Unavailable
 from lmaas.http import parse_json
@@ -138,12 +137,14 @@ async def _received(api: Api, call: ApiCall[None, None], kind: type[Form]) -> As
     # The files stream to disk, and are validated without executing anything.
     limit = api.settings.max_adapter_bytes + FORM_OVERHEAD_BYTES
     try:
-        async with multipart_form(call.request, limit, max_files=16, max_fields=16) as form, _staged(api) as model:
-            fields = _fields(form, kind)
-            config = await _config(form)
-            sha256 = fields.sha256 if isinstance(fields.sha256, str) else None
-            await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, sha256)
-            yield fields, config, model
+        async with multipart_form(call.request, limit, max_files=16, max_fields=16) as form:
+            with staged(api.settings.uploads) as folder:
+                model = folder / MODEL_FILE
+                fields = _fields(form, kind)
+                config = await _config(form)
+                sha256 = fields.sha256 if isinstance(fields.sha256, str) else None
+                await run_in_threadpool(_copy, _file(form, "adapter_model").file, model, sha256)
+                yield fields, config, model
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(
@@ -197,18 +198,6 @@ async def _config(form: FormData) -> bytes:
     if len(config) > MAX_CONFIG_BYTES:
         raise TooLarge(f"adapter_config.json may have {MAX_CONFIG_BYTES} bytes at most.", param="adapter_config")
     return config
-
-
-@asynccontextmanager
-async def _staged(api: Api) -> AsyncIterator[Path]:
-    """Provide a path for the file while it is validated. Everything in its folder is removed afterwards."""
-    folder = api.settings.home / "uploads"
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder))
-    try:
-        yield staging / MODEL_FILE
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _copy(source: BinaryIO, target: Path, sha256: str | None) -> None:

@@ -126,24 +126,8 @@ class BatchWork:
     async def _ordered(self, batch: Batch, lines: Sequence[FoundLine]) -> list[NewLine]:
         """Return the lines in the order in which they are to run: by model, then by the beginning of the prompt."""
         places = {model: await self._place(batch, model) for model in {line.model for line in lines}}
-
-        def key(line: FoundLine) -> tuple[str, str, bytes, int]:
-            place = places[line.model]
-            return place.pool_id or "", place.engine_name, line.prefix, line.number
-
-        return [
-            NewLine(
-                line=line.number,
-                byte_offset=line.offset,
-                byte_length=line.size,
-                custom_id=line.custom_id,
-                pool_id=(place := places[line.model]).pool_id,
-                tokens=line.tokens,
-                status_code=place.status_code,
-                answer=place.answer,
-            )
-            for line in sorted(lines, key=key)
-        ]
+        # In a thread, so that others are served meanwhile.
+        return await asyncio.to_thread(_in_order, lines, places)
 
     async def _place(self, batch: Batch, model: str) -> _Place:
         protocol = self.protocols[batch.endpoint]
@@ -194,6 +178,26 @@ class BatchWork:
         else:
             async with self.db.begin(lease.tenant_id) as connection:
                 await end(connection, [])
+
+
+def _in_order(lines: Sequence[FoundLine], places: Mapping[str, _Place]) -> list[NewLine]:
+    def key(line: FoundLine) -> tuple[str, str, bytes, int]:
+        place = places[line.model]
+        return place.pool_id or "", place.engine_name, line.prefix, line.number
+
+    return [
+        NewLine(
+            line=line.number,
+            byte_offset=line.offset,
+            byte_length=line.size,
+            custom_id=line.custom_id,
+            pool_id=(place := places[line.model]).pool_id,
+            tokens=line.tokens,
+            status_code=place.status_code,
+            answer=place.answer,
+        )
+        for line in sorted(lines, key=key)
+    ]
 
 
 def _result(batch: Batch, row: LineRow) -> tuple[str, bytes]:

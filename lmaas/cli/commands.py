@@ -13,8 +13,10 @@ from lmaas import config
 from lmaas.admission.tiers import TIERS
 from lmaas.api import table
 from lmaas.cli.apply import apply
+from lmaas.cli.batches import batches
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.errors import Commands, end, is_of_output
+from lmaas.cli.files import files
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
@@ -313,6 +315,10 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
     client = context.tenant_client()
     confirm(f"Delete the adapter '{name}' with all its versions? This cannot be undone.", yes=yes)
     context.show_done(client.send(table.DELETE_ADAPTER, name=name), f"The adapter '{name}' is deleted.")
+
+
+cli.add_command(files)
+cli.add_command(batches)
 
 
 @cli.command()

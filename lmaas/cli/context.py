@@ -33,20 +33,44 @@ class Context:
             return ApiClient(self.settings.url, self.settings.api_key, self.tenant)
         if self.settings.url or self.settings.api_key:
             raise SettingsError("Set both LMAAS_URL and LMAAS_API_KEY, or neither.")
+        credentials = self._credentials()
+        return ApiClient(str(credentials["base_url"]), str(credentials["operator_key"]), self.tenant)
+
+    def _credentials(self) -> dict[str, Any]:
+        """Return the contents of this stack's credentials file, with an address and an operator's key."""
         try:
-            credentials = json.loads(self.settings.credentials_path.read_text())
-            url, key = str(credentials["base_url"]), str(credentials["operator_key"])
+            credentials: dict[str, Any] = json.loads(self.settings.credentials_path.read_text())
+            _ = credentials["base_url"], credentials["operator_key"]
         except (OSError, ValueError, LookupError, TypeError):
             raise SettingsError(
                 f"There are no credentials in {self.settings.credentials_path}. Run `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
             ) from None
-        return ApiClient(url, key, self.tenant)
+        return credentials
 
     def tenant_client(self) -> "ApiClient":
         """Return a client for a tenant's resources. An operator must name the tenant."""
         if self.tenant is None and self.is_operator():
             raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
         return self.client()
+
+    def own_client(self) -> "ApiClient":
+        """Return a client for what a tenant alone sees, with a key of the tenant's: that of the settings, or the one that `lmaas up` keeps
+        for a tenant of this stack."""
+        from lmaas.manifests.client import ApiClient
+
+        if self.settings.api_key:
+            if self.tenant is not None or self.is_operator():
+                raise click.UsageError("Operators do not see a tenant's files. Set LMAAS_URL and LMAAS_API_KEY to a key of the tenant.")
+            return self.client()
+        if self.tenant is None:
+            raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
+        credentials = self._credentials()
+        try:
+            return ApiClient(str(credentials["base_url"]), str(credentials["tenants"][self.tenant]["api_key"]))
+        except (LookupError, TypeError):
+            raise SettingsError(
+                f"{self.settings.credentials_path} has no key of the tenant '{self.tenant}'. Set LMAAS_URL and LMAAS_API_KEY to one."
+            ) from None
 
     def is_operator(self) -> bool:
         """Return whether the key is an operator's: this stack's own is; of another, the service is asked."""

@@ -20,7 +20,7 @@ SHORT = {
     "margin_microusd": "margin $",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
-_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name"})
+_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
 _HASH_LENGTH = 64
 
 

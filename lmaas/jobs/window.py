@@ -25,7 +25,10 @@ class Window:
 
     #: Lines that begin to run per second.
     per_s: float = 0.0
+    #: Until then, the pool need not be looked at unless it has lines.
+    idle_until: float = 0.0
     _observed_at: float | None = None
+    _cold_since: float | None = None
 
     @property
     def ahead(self) -> int:
@@ -39,6 +42,11 @@ class Window:
             # Interactive work needs its slots: what was begun and put back is no measure of what the engines take.
             self.per_s = 0.0 if put_back else NEWEST * newest + (1 - NEWEST) * self.per_s
         self._observed_at = now
+
+    def cold_s(self, room: Room, now: float) -> float:
+        """Return for how long no engine of the pool has been ready."""
+        self._cold_since = None if room.ready else now if self._cold_since is None else self._cold_since
+        return 0.0 if self._cold_since is None else now - self._cold_since
 
     def wanted(self, room: Room, waiting: int) -> int:
         """Return how many lines to lease now. `waiting` are this runner's lines that do not run yet.

@@ -16,7 +16,8 @@ from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE
 from lmaas.api.operation import Operation, filled
 from lmaas.api.shapes.common import MAX_PAGE
-from lmaas.api.table import CHECK_ADAPTER, UPLOAD_ADAPTER
+from lmaas.api.shapes.files import ANCHOR, SECONDS
+from lmaas.api.table import CHECK_ADAPTER, CREATE_FILE, UPLOAD_ADAPTER
 from lmaas.errors import ApiError, InvalidRequest, SettingsError
 
 Progress = Callable[[int], None]
@@ -113,8 +114,15 @@ class ApiClient:
 
     def _call(self, method: str, path: str, kind: type[Struct] | None = None, **options: Any) -> Any:
         """Return the JSON of an answer, which has the fields of `kind`. The messages of errors never have the key."""
-        try:
+        with self._errors():
             response = self._http.request(method, self._root + path, **options)
+        return self._read(response, kind)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise SettingsError if the service cannot be reached in the block, and InvalidRequest for what cannot be sent."""
+        try:
+            yield
         except UnicodeError:
             raise InvalidRequest("A value has characters that are not valid text (UTF-8), so it cannot be sent.") from None
         except ValueError as error:
@@ -130,6 +138,9 @@ class ApiClient:
             ) from error
         except httpx.RequestError as error:
             raise SettingsError(f"The answer of the service at {self._shown} cannot be read ({error}). Check LMAAS_URL.") from error
+
+    def _read(self, response: httpx.Response, kind: type[Struct] | None) -> Any:
+        """Return the JSON of an answer. Raises ApiError for an error, and for what is not an answer of the service."""
         try:
             answer = response.json()
         except ValueError:
@@ -189,6 +200,30 @@ class ApiClient:
                 "adapter_model": (MODEL_FILE, _Counted(model, file, progress or (lambda _: None)), "application/octet-stream"),
             }
             return self._checked(operation, {}, data=fields | {"sha256": digest}, files=files)
+
+    def upload_file(
+        self, path: Path, purpose: str, *, expires_after_s: int | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Upload a file of the client's tenant, and return what the service says of it. Raises as `send`."""
+        fields = {"purpose": purpose}
+        if expires_after_s is not None:
+            fields |= {ANCHOR: "created_at", SECONDS: str(expires_after_s)}
+        with _reading(path):
+            file = path.open("rb")
+        with file:
+            files = {"file": (path.name, _Counted(path, file, progress or (lambda _: None)), "application/octet-stream")}
+            return self._checked(CREATE_FILE, {}, data=fields, files=files)
+
+    def download(self, operation: Operation, target: BinaryIO, progress: Progress | None = None, **path: str) -> None:
+        """Write the answer of an operation to a file, as it comes. Raises as `send`, and SettingsError if the answer breaks off."""
+        with self._errors(), self._http.stream(operation.method, self._root + self._address(operation, path)) as response:
+            if response.is_error:
+                response.read()
+                self._read(response, None)
+            for chunk in response.iter_bytes():
+                target.write(chunk)
+                if progress is not None:
+                    progress(len(chunk))
 
 
 @contextmanager

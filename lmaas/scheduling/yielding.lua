@@ -28,41 +28,43 @@ local function put_back(pool, ticket)
 end
 
 -- Returns the background tickets whose adapter runs for none but them on a replica, for the adapter with the latest ticket: to put them
--- back frees an adapter slot. `tickets` are the latest of the replica; an adapter with more is not considered.
-local function sharing_an_adapter(pool, replica, tickets)
+-- back frees an adapter slot. `ids` are the latest of the replica; an adapter with more is not considered.
+local function sharing_an_adapter(pool, replica, ids)
   local of = {}
-  for _, ticket in ipairs(tickets) do
+  for _, id in ipairs(ids) do
+    local ticket = get(pool, id)
     of[ticket.adapter] = of[ticket.adapter] or {}
     table.insert(of[ticket.adapter], ticket)
   end
-  for _, ticket in ipairs(tickets) do
-    local adapter = ticket.adapter
+  for _, id in ipairs(ids) do
+    local adapter = get(pool, id).adapter
     if adapter ~= '' and tonumber(redis.call('HGET', pool.key .. ':running:' .. replica.id, adapter)) == #of[adapter] then return of[adapter] end
   end
   return nil
 end
 
 -- Returns the background tickets of a replica whose end would make room there for a ticket with these needs, and how well the replica
--- suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there are none, or more than this call may put back.
-local function in_the_way(pool, replica, weight, adapter, kept)
+-- suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there are none, or more than this call may put back. `state`
+-- counts the replicas on which an adapter slot had to be found (`emptied`): that costs most, so only a few are considered.
+local function in_the_way(pool, replica, weight, adapter, kept, state)
   local runs = adapter ~= '' and redis.call('HEXISTS', pool.key .. ':running:' .. replica.id, adapter) == 1
   if not fresh(pool, replica) or not left_by(kept, replica, adapter, runs) then return nil end
   local missing = replica.load + math.min(weight, replica.slots) - replica.slots
   if missing > replica.back then return nil end
-  local tickets, chosen, found = {}, {}, {}
-  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do tickets[#tickets + 1] = get(pool, id) end
+  local ids, chosen, found = redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1), {}, {}
   local function choose_one(ticket)
     if chosen[ticket.id] then return end
     chosen[ticket.id], found[#found + 1], missing = true, ticket, missing - ticket.held
   end
   if adapter ~= '' and not runs and replica.runs >= replica.adapter_slots then
-    local sharing = sharing_an_adapter(pool, replica, tickets)
+    state.emptied = state.emptied + 1
+    local sharing = state.emptied <= MAX_CROWDED and sharing_an_adapter(pool, replica, ids)
     if not sharing then return nil end
     for _, ticket in ipairs(sharing) do choose_one(ticket) end
   end
-  for _, ticket in ipairs(tickets) do
+  for _, id in ipairs(ids) do
     if missing <= 0 then break end
-    choose_one(ticket)
+    choose_one(get(pool, id))
   end
   if missing > 0 then return nil end
   return found, (adapter == '' or runs) and 0 or is_resident(pool, replica, adapter) and 1 or 2
@@ -74,10 +76,10 @@ local function make_room(pool, weight, adapter, kept)
   if pool.yields <= 0 or var(pool, 'back', 0) == 0 then return nil end
   pool.tries = (pool.tries or 0) + 1
   if pool.tries > MAX_TRIES then return nil end
-  local best, best_rank, at = nil, nil, nil
+  local best, best_rank, at, state = nil, nil, nil, { emptied = 0 }
   for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':yielding', 0, MAX_CANDIDATES - 1)) do
     local replica = replica_of(pool, id)
-    local found, rank = in_the_way(pool, replica, weight, adapter, kept)
+    local found, rank = in_the_way(pool, replica, weight, adapter, kept, state)
     if found and (not best or rank < best_rank) then best, best_rank, at = found, rank, replica end
     if best_rank == 0 then break end
   end

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
-from lmaas.store.runners import BatchLease, hold
+from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
 from lmaas.store.usage import UsageEvent
 
 #: Lines that one statement adds, and lines and bytes of answers that are read at a time.
@@ -76,7 +76,7 @@ WITH given AS MATERIALIZED (
         ", ".join(_GIVEN)
     })
 ), locked AS MATERIALIZED (
-    SELECT id FROM batches WHERE tenant_id = %s AND id IN (SELECT batch_id FROM given) ORDER BY id FOR NO KEY UPDATE
+    SELECT id FROM batches AS batch WHERE tenant_id = %s AND id IN (SELECT batch_id FROM given) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
 ), ended AS (
     UPDATE batch_lines AS line SET state = line_state, runner_id = NULL, request_id = answer_id, status_code = given.status_code,
         answer = given.answer

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sqlalchemy import text
 
 from lmaas.store.database import Database
-from lmaas.store.runners import BatchLease, hold
+from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
 from lmaas.store.scopes import LEASES
 
 #: The most entries of a backlog that are read at a time.
@@ -32,7 +32,7 @@ _CLAIM = text(
         SELECT batch.tenant_id, batch.id, wanted.count
         FROM batches AS batch JOIN unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:counts AS int[]))
             AS wanted (tenant_id, batch_id, count) ON batch.tenant_id = wanted.tenant_id AND batch.id = wanted.batch_id
-        WHERE {_RUNS} AND EXISTS (SELECT FROM held) ORDER BY batch.id FOR NO KEY UPDATE OF batch
+        WHERE {_RUNS} AND EXISTS (SELECT FROM held) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE OF batch
     ), taken AS MATERIALIZED (
         SELECT line.* FROM open CROSS JOIN LATERAL (
             SELECT tenant_id, batch_id, position FROM batch_lines
@@ -49,13 +49,14 @@ _CLAIM = text(
         WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = :pool
     )
     SELECT tenant_id, batch_id, position, attempt, put_back, byte_offset, byte_length FROM claimed ORDER BY batch_id, position
-    """  # noqa: S608 (a condition of ours)
+    """  # noqa: S608 (a condition and an order of ours)
 )
 _LOCK = text(
-    """
-    SELECT id FROM batches WHERE (tenant_id, id) IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
-    ORDER BY id FOR NO KEY UPDATE
-    """
+    f"""
+    SELECT id FROM batches AS batch
+    WHERE (tenant_id, id) IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
+    ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
+    """  # noqa: S608 (an order of ours)
 )
 _PUT_BACK = text(
     """

@@ -2,7 +2,7 @@
 
 A runner has one row, which it renews. What it leases names the runner and the number of the lease (`attempt`), and is free again once the
 runner's row is gone. So a lease costs nothing while it lasts, and a runner that was suspended for too long cannot write with an old one.
-Transactions lock in one order: the runner, then batches by their ids, then lines, then the rest.
+Transactions lock in one order: the runner, then batches by their tenants' and their own ids, then lines, then the rest.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.store.database import Database, new_id
 from lmaas.store.scopes import LEASES, SYSTEM
 
+#: The order in which a transaction locks the rows of `batches AS batch`.
+LOCK_ORDER = 'batch.tenant_id COLLATE "C", batch.id COLLATE "C"'
 #: A runner that was not seen for this time is lost: what it leased is free again.
 RUNNER_LOST_S = 15
 
@@ -25,12 +27,12 @@ _LOST = text(
 _GOING = text("SELECT id FROM job_runners WHERE id = :runner FOR UPDATE")
 _FORGET = text("DELETE FROM job_runners WHERE id = :runner")
 _LOCK_BATCHES = text(
-    """
-    SELECT id FROM batches WHERE (tenant_id, id) IN (
+    f"""
+    SELECT id FROM batches AS batch WHERE (tenant_id, id) IN (
         SELECT tenant_id, batch_id FROM batch_lines WHERE runner_id = :runner AND state = 'running'
         UNION SELECT tenant_id, id FROM batches WHERE runner_id = :runner
-    ) ORDER BY id FOR NO KEY UPDATE
-    """
+    ) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
+    """  # noqa: S608 (an order of ours)
 )
 _FREE_LINES = text(
     """

@@ -11,8 +11,9 @@ MIN_EXPIRY_S, MAX_EXPIRY_S = 3600, 30 * 86400
 ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 AnyPurpose = Literal["batch", "fine-tune", "evals", "user_data", "batch_output", "fine-tune-results"]
+UploadPurpose = Literal["batch", "fine-tune", "evals", "user_data"]
 NewPurpose = Annotated[
-    Literal["batch", "fine-tune", "evals", "user_data"],
+    UploadPurpose,
     Meta(
         description="What the file is for: input of batches, training data, data of evaluations, or anything else.",
         extra={"code": "invalid_purpose"},

@@ -1,21 +1,24 @@
 """A service without a job runner: tests do its steps, with its rights, one by one."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 from openai.types import Batch
+from sqlalchemy import delete
 
-from lmaas.app import Services
+from lmaas.app import Services, build_jobs
 from lmaas.batches.work import BatchWork
 from lmaas.files.service import Files, Purpose, Written
 from lmaas.inference.catalog import Catalog
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.text import ChatCompletions, Completions
+from lmaas.states import PoolKind
 from lmaas.store.batch_lines import EndedLine, end_lines
 from lmaas.store.database import Database
 from lmaas.store.files import File, list_files
@@ -24,6 +27,8 @@ from lmaas.store.models import BaseModel
 from lmaas.store.paging import Part
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.runners import BatchLease, register
+from lmaas.store.scopes import SYSTEM
+from lmaas.store.tables import batches
 from tests.integration.gateway.stack import CHAT, Stack, Tenant, running
 from tests.support.batches import ended
 
@@ -120,32 +125,55 @@ class Account:
         return [json.loads(each) for each in content.splitlines()]
 
 
-@pytest.fixture
-async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+@pytest.fixture(scope="package")
+async def stack(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     """A gateway with a database and a queue."""
-    async with running(postgres_url, valkey_url, tmp_path) as stack:
+    async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("batches")) as stack:
         yield stack
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 async def base(stack: Stack) -> BaseModel:
-    """A base model without an engine."""
+    """A base model."""
     return await stack.model("base")
 
 
+@pytest.fixture(scope="package")
+def services(stack: Stack) -> Services:
+    """The services with the rights of a job runner."""
+    return replace(stack.services, db=stack.database(DatabaseRole.JOBS))
+
+
 @pytest.fixture
-async def steps(stack: Stack) -> Steps:
+async def steps(stack: Stack, services: Services) -> Steps:
     """The steps of a job runner."""
-    db = stack.database(DatabaseRole.JOBS)
-    services = Services(db, stack.redis, stack.scheduler, stack.services.objects, stack.services.adapter_files)
-    files: Files = services.files(stack.settings)
     protocols = {protocol.path: protocol for protocol in (ChatCompletions(), Completions(), Embeddings(), Messages())}
-    return Steps(db, BatchWork(db, files, Catalog(db), protocols, stack.settings.max_body_bytes), await register(db))
+    work = BatchWork(services.db, services.files(stack.settings), Catalog(services.db), protocols, stack.settings.max_body_bytes)
+    return Steps(services.db, work, await register(services.db))
 
 
 @pytest.fixture
 async def account(stack: Stack) -> AsyncIterator[Account]:
-    """A tenant with OpenAI's client."""
+    """A tenant with OpenAI's client. There are no batches of others."""
+    async with stack.db.begin(SYSTEM) as connection:
+        await connection.execute(delete(batches))
     tenant = await stack.tenant()
     async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
         yield Account(stack, tenant, client)
+
+
+@pytest.fixture(scope="package")
+async def engines(stack: Stack, base: BaseModel) -> None:
+    """Engines for a base model, and for one that embeds."""
+    await stack.replica(base, "--fake-token-ms 1")
+    await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED))
+
+
+@pytest.fixture
+async def runner(stack: Stack, services: Services, engines: None, account: Account) -> AsyncIterator[None]:
+    """A job runner."""
+    stopping = asyncio.Event()
+    task = asyncio.create_task(build_jobs(stack.settings, services).run(stopping), name="jobs")
+    yield
+    stopping.set()
+    await task

@@ -2,18 +2,24 @@
 
 import asyncio
 import secrets
+from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from lmaas.admission.tiers import file_quota
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
+from lmaas.control.status import metrics
 from lmaas.control.sweeper import Sweeper
+from lmaas.files.service import Files, Purpose
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.conversations import Item, create_conversation
 from lmaas.store.database import Database
 from lmaas.store.idempotency import ROWS_AT_ONCE, Answer, Claim, keep, take
+from lmaas.store.objects import Objects
 from lmaas.store.responses import Response, save
 from lmaas.store.scopes import SYSTEM
 from tests.integration.control.test_controller import Names
@@ -116,3 +122,35 @@ async def test_a_tenant_that_writes_much_is_bounded_early(db: Database, controll
 async def _is(left: object, expected: object) -> bool:
     assert callable(left)
     return bool(await left() == expected)
+
+
+async def test_expired_files_go_and_are_counted(
+    settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmaas.control.sweeper.SWEEP_S", 0.05)
+    acme, objects = await tenant(db, "acme"), Objects((tmp_path / "store").as_uri())
+
+    def files(database: Database) -> Files:
+        return Files(database, objects, tmp_path / "uploads", 100, file_quota)
+
+    async def content(number: int) -> AsyncIterator[bytes]:
+        yield str(number).encode()
+
+    added = [await files(db).add(acme.id, Purpose.BATCH_OUTPUT, "out", content(number)) for number in range(3)]
+    controller = Controller(settings, controller_db, scheduler, Names(), files=files(controller_db))
+    running = asyncio.create_task(controller.run())
+    try:
+        await until(lambda: controller.file_sweeper is not None and controller.file_sweeper.stored == (3, 3))
+        found = {family.name: family.samples[0].value for family in metrics(controller, None) if "file" in family.name}
+        assert found == {"lmaas_files": 3, "lmaas_file_bytes": 3}
+        async with db.begin(SYSTEM) as connection:
+            await connection.execute(text("UPDATE files SET expires_at = now() WHERE id <> :id"), {"id": added[0].id})
+
+        async def left() -> list[str]:
+            return sorted(await objects.list("files"))
+
+        await until(lambda: _is(left, [added[0].key]))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert await files(db).stored() == (1, 1)

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import NotFound, TooLarge, Unavailable
-from lmaas.files.service import Purpose, Written
+from lmaas.files.service import SETTLING_AT_ONCE, Purpose, Written
 from lmaas.store import files as rows
 from lmaas.store import tenants
 from lmaas.store.files import File
@@ -23,6 +23,7 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.types import Quota
 from tests.integration.files.conftest import World
 from tests.integration.store.build import tenant
+from tests.support.buckets import bucket
 from tests.support.conditions import until
 
 Step = Callable[[], Awaitable[object]]
@@ -85,6 +86,30 @@ async def test_a_file_is_stored_by_its_hash_and_read_back(world: World) -> None:
     assert await world.jobs.read(file, [(0, 0)]) == [b""]
     assert await world.jobs.read(file, []) == []
     assert await world.checks() == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+async def test_files_in_a_bucket(world: World) -> None:
+    with bucket() as url:
+        objects = Objects(url)
+        files = world.made(objects=objects)
+        content = b"{}\n" * 1_100_000
+        first, second = await world.upload(content[:3_300_000], files=files), await world.upload(content[:3_300_000], files=files)
+        assert await objects.list("files") == [first.key]
+        assert b"".join([piece async for piece in files.stream(first)]) == content
+        assert await files.read(first, [(0, 2), (3_299_998, 2)]) == [b"{}", b"}\n"]
+        for file in (first, second):
+            await files.delete(world.tenant_id, file.id)
+        assert (await objects.list("files"), await world.checks()) == ([], 0)
+        for number in range(3):
+            await world.upload(bytes([number]), files=files)
+        assert len(await objects.list("files")) == 3
+        async with world.db.begin(SYSTEM) as connection:
+            await connection.exec_driver_sql("UPDATE files SET expires_at = now()")
+        controller = world.made(DatabaseRole.CONTROLLER, objects)
+        while await controller.sweep():
+            pass
+        assert (await objects.list("files"), await world.checks()) == ([], 0)
 
 
 async def test_an_empty_file(world: World) -> None:
@@ -390,6 +415,27 @@ async def test_a_store_that_is_away_delays_a_deletion(world: World) -> None:
     await world.make_due()
     assert await controller.sweep() == 1
     assert (await world.keys(), await world.checks()) == ([], 0)
+
+
+async def test_a_store_that_hangs_holds_up_no_deletion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.files.service.SETTLE_S", 0.01)
+    objects, goes_on = SteppedObjects(world.folder), asyncio.Event()
+    objects.steps |= {("delete", number): goes_on.wait for number in range(1, SETTLING_AT_ONCE + 1)}
+    files = world.made(objects=objects)
+    several = [await world.jobs.add(world.tenant_id, Purpose.USER_DATA, "a", pieces(bytes([n]))) for n in range(SETTLING_AT_ONCE + 5)]
+    for file in several:
+        await files.delete(world.tenant_id, file.id)
+    # Two wait for the store, and no more connections to the database than these are taken.
+    assert (objects.calls["delete"], await world.checks(), len(await world.keys())) == (2, len(several), len(several))
+    goes_on.set()
+
+    async def are_left(count: int) -> bool:
+        return await world.checks() == len(await world.keys()) == count
+
+    await until(lambda: are_left(5))
+    while await world.controller.sweep():
+        pass
+    assert await are_left(0)
 
 
 async def test_files_of_a_deleted_tenant_go(world: World) -> None:

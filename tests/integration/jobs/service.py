@@ -7,7 +7,9 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, LiteralString
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.app import batch_protocols, build_inferences
 from lmaas.errors import NotFound
@@ -22,8 +24,10 @@ from lmaas.protocols.responses.protocol import Responses
 from lmaas.states import UsageStatus
 from lmaas.store.batch_lines import NewLine
 from lmaas.store.changes import change_number
+from lmaas.store.database import Database
 from lmaas.store.models import BaseModel
 from lmaas.store.rights import DatabaseRole
+from lmaas.store.scopes import AnyScope
 from lmaas.store.usage import UsageEvent
 from tests.integration.gateway.stack import Stack, Tenant
 from tests.support.batches import batch_row, make_batch
@@ -80,11 +84,45 @@ async def batch_of(stack: Stack, texts: Texts, tenant: Tenant, model: BaseModel,
     return await make_batch(stack.db, tenant.id, rows, key_id=tenant.key_id, file_id=file_id, **more)
 
 
+class Mortal(Database):
+    """The database of a process that is killed before or after its transaction number `dies_at`: from then on, nothing of it happens."""
+
+    def __init__(self, url: str, dies_at: int, *, before: bool) -> None:
+        super().__init__(url, DatabaseRole.JOBS)
+        self._left, self._before = dies_at, before
+        self.died = asyncio.Event()
+
+    @asynccontextmanager
+    async def _life(self) -> AsyncIterator[None]:
+        self._left -= 1
+        is_last = self._left == 0
+        if self.died.is_set() or (is_last and self._before):
+            await self._die()
+        yield
+        if is_last or self.died.is_set():
+            await self._die()
+
+    async def _die(self) -> None:
+        self.died.set()
+        await asyncio.Event().wait()
+
+    @asynccontextmanager
+    async def begin(self, scope: AnyScope) -> AsyncIterator[AsyncConnection]:
+        """Provide a transaction, if the process still lives."""
+        async with self._life(), super().begin(scope) as connection:
+            yield connection
+
+    async def execute_for_each(self, statement: LiteralString, values: Sequence[tuple[str, Sequence[Any]]]) -> None:
+        """Execute a statement, if the process still lives."""
+        async with self._life():
+            await super().execute_for_each(statement, values)
+
+
 @asynccontextmanager
-async def runner(stack: Stack, texts: Texts, **changes: Any) -> AsyncIterator[Running]:
-    """Run a job runner with a worker of lines."""
+async def runner(stack: Stack, texts: Texts, db: Database | None = None, **changes: Any) -> AsyncIterator[Running]:
+    """Run a job runner with a worker of lines. One with a database of its own is killed at the end, and not stopped."""
     settings = dataclasses.replace(stack.settings, **changes)
-    services = dataclasses.replace(stack.services, db=stack.database(DatabaseRole.JOBS))
+    services = dataclasses.replace(stack.services, db=db or stack.database(DatabaseRole.JOBS))
     known = Changes(functools.partial(change_number, services.db))
     inferences, metrics = build_inferences(settings, services, known, GatewayMetrics()), JobMetrics()
     state: Any = None
@@ -100,11 +138,12 @@ async def runner(stack: Stack, texts: Texts, **changes: Any) -> AsyncIterator[Ru
         try:
             yield running
         finally:
-            await running.stop()
-            await inferences.leases.drained()
-            for keeper in keepers:
-                keeper.cancel()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            if db is None:
+                await running.stop()
+                await inferences.leases.drained()
+            for task in (running.task, *keepers):
+                task.cancel()
+            await asyncio.gather(running.task, *keepers, return_exceptions=True)
 
 
 async def has_status(stack: Stack, batch_id: str, status: str) -> bool:

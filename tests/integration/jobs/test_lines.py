@@ -291,3 +291,21 @@ async def test_a_runner_that_was_declared_lost_writes_nothing_more(stack: Stack)
     assert len(events) == 6
     await asyncio.sleep(0)
     assert sum(event.completion_tokens for event in await stack.ledger(model, tenant)) == (await replica.counters())[1] - 1
+
+
+async def test_lines_that_wait_for_a_pool_without_engines_are_given_back(stack: Stack) -> None:
+    model, tenant = await stack.model("cools", slots=1), await stack.tenant()
+    replica = await stack.replica(model, "--fake-token-ms 20")
+    texts = Texts()
+    batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "cools", max_tokens=1900) for number in range(9)])
+    async with runner(stack, texts):
+        await until(partial(runs, stack, batch_id, 3))
+        replica.kill()
+
+        async def all_wait() -> bool:
+            return (await pending(stack.db, batch_id)) == {model.id: (9, 180)}
+
+        await until(all_wait, timeout_s=40)
+        await stack.replica(model)
+        await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=40)
+    assert (await batch_row(stack.db, batch_id)).completed == 9

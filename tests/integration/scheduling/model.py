@@ -411,8 +411,10 @@ class Model:
         if self.tries > self.rules.MAX_TRIES:
             return None
         yielding = sorted((each for each in self.open_replicas(now) if self.back(each)), key=lambda each: (-each.latest, each.id))
-        found = []
+        found, crowded = [], [each for each in yielding if self.is_in_reach(held, each, kept) and self.lacks_adapter_slot(held, each)]
         for at, replica in enumerate(yielding[: self.rules.MAX_CANDIDATES]):
+            if replica in crowded[self.rules.MAX_CROWDED :]:
+                continue
             tickets = self.in_the_way(held, replica, kept)
             if tickets is not None:
                 adapter = held.ticket.adapter
@@ -426,14 +428,23 @@ class Model:
             self.put_back(each)
         return replica
 
+    def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
+        """Return whether a ticket would fit on a replica without the slots of background tickets."""
+        missing = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots
+        return self.is_left(held.ticket.adapter, replica, kept) and missing <= self.back(replica)
+
+    def lacks_adapter_slot(self, held: Held, replica: Replica) -> bool:
+        running = self.running(replica)
+        return bool(held.ticket.adapter) and held.ticket.adapter not in running and len(running) >= replica.adapter_slots
+
     def in_the_way(self, held: Held, replica: Replica, kept: Kept) -> list[Held] | None:
         """Return the background tickets whose end would make room on a replica, the latest first, or None."""
-        adapter = held.ticket.adapter
-        if not self.is_left(adapter, replica, kept):
+        if not self.is_in_reach(held, replica, kept):
             return None
         latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
-        missing, found = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots, []
-        if adapter and adapter not in self.running(replica) and len(self.running(replica)) >= replica.adapter_slots:
+        missing = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots
+        found: list[Held] = []
+        if self.lacks_adapter_slot(held, replica):
             names = [each.ticket.adapter for each in latest]
             alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
             if not alone:
@@ -848,6 +859,7 @@ class Model:
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, TicketState.GRANTED, reservations=made, restored=True)
         held.placed = held.granted = now
         self.tickets[ticket.id] = held
+        self.reserve.arrived = self.reserve.arrived if ticket.background else now
         self.charge(held, ticket.prompt_tokens)
         self.hold(now, held, replica)
         self.dispatch(now)

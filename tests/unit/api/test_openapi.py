@@ -8,9 +8,10 @@ import pytest
 from openapi_spec_validator import validate
 
 from lmaas.admission.tiers import TIERS
-from lmaas.api.shapes import models, tenants, usage
+from lmaas.api.shapes import files, models, tenants, usage
 from lmaas.api.table import OPERATIONS, PLACES
 from lmaas.app import openapi_document
+from lmaas.files.service import UPLOADED, Purpose
 from lmaas.protocols.messages.table import MESSAGES
 from lmaas.protocols.parameters.table import CHAT, COMPLETION
 from lmaas.protocols.pooling.embeddings import TABLE as EMBEDDINGS
@@ -89,6 +90,8 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
     assert set(get_args(tenants.Tier)) == set(TIERS)
     assert models.Start.__struct_fields__ == ("by", *START_PHASES)
     assert usage.EngineMs.__struct_fields__ == ("total", *EnginePhase)
+    assert get_args(files.AnyPurpose) == tuple(Purpose)
+    assert get_args(files.UploadPurpose) == UPLOADED
 
 
 #: The schemas of the requests that generate nothing, and their tables.

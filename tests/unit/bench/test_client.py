@@ -40,6 +40,8 @@ async def test_a_whole_answer() -> None:
         answer = await asker.ask(Ask(place, "Hi", 2))
     assert 0 < answer.ttft_s <= answer.total_s
     assert answer.completion_tokens == 2
+    assert len(answer.gaps_s) == 1
+    assert 0 <= answer.gaps_s[0] <= answer.total_s - answer.ttft_s
 
 
 @pytest.mark.parametrize(

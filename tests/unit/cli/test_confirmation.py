@@ -20,6 +20,7 @@ DELETIONS = [
     ["model", "delete", "tiny"],
     ["--tenant", "acme", "adapter", "delete", "bot"],
     ["key", "revoke", "key_1"],
+    ["files", "delete", "file-1"],
     ["--tenant", "acme", "key", "revoke", "key_1", "--force"],
 ]
 

@@ -184,7 +184,7 @@ def test_every_command_says_that_another_server_is_at_the_address(tmp_path: Path
         (tmp_path / name).write_bytes(b"{}")
     with serving(status, body) as url:
         line = f"The service at {url} answered with something that is not lmaas (status {status}). Check LMAAS_URL."
-        tried = 0
+        tried, values = 0, {"folder": str(tmp_path), "path": str(tmp_path / "a.yaml"), "version": "1"}
         for path, command in commands(cli):
             if path[0] in {*(process.name for process in PROCESSES), "simulate"}:
                 continue
@@ -192,7 +192,7 @@ def test_every_command_says_that_another_server_is_at_the_address(tmp_path: Path
             arguments += path
             for parameter in command.params:
                 if isinstance(parameter, click.Argument):
-                    arguments.append({"folder": str(tmp_path), "version": "1"}.get(parameter.name or "", "some"))
+                    arguments.append(values.get(parameter.name or "", "some"))
                 elif parameter.name == "yes":
                     arguments.append("--yes")
                 elif parameter.required:

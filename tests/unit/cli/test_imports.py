@@ -32,7 +32,9 @@ def test_help_imports_neither_the_server_nor_the_client(arguments: list[str]) ->
     assert not modules & (SERVER | CLIENT)
 
 
-@pytest.mark.parametrize("arguments", [*([noun, "list"] for noun in ("tenant", "key", "model", "replica")), ["usage"], ["apply", TENANTS]])
+@pytest.mark.parametrize(
+    "arguments", [*([noun, "list"] for noun in ("tenant", "key", "model", "replica", "files", "batches")), ["usage"], ["apply", TENANTS]]
+)
 def test_a_command_for_the_api_imports_no_server(arguments: list[str]) -> None:
     modules = imported(*arguments, code=1)  # nothing listens at that address
     assert "httpx" in modules

@@ -59,6 +59,12 @@ def test_lines_that_are_put_back_close_the_window() -> None:
     assert MIN_AHEAD < window.ahead <= 10
 
 
+def test_how_long_a_pool_is_cold() -> None:
+    window = Window()
+    cold, warm = Room(0, 0, 5), Room(1, 0, 5)
+    assert [window.cold_s(cold, 1.0), window.cold_s(cold, 3.0), window.cold_s(warm, 4.0), window.cold_s(cold, 9.0)] == [0, 2, 0, 0]
+
+
 def test_a_clock_that_stands_still_changes_nothing() -> None:
     window = Window()
     window.observe(0, 0, 1.0)
