@@ -1,7 +1,7 @@
 -- Background work gives way. A background ticket runs only on slots that interactive tickets leave free, beyond the reserve, and only
 -- while no interactive ticket waits. If an interactive ticket still finds no room, background tickets that hold what it needs are put back:
 -- the latest ones, since they lose least. They hold nothing any more and do not wait again by themselves; their owners are told, and submit
--- new tickets for the work. A background ticket is never put back for another one.
+-- new tickets for the work. A background ticket is never put back for another one. Those on a replica that drains are put back as well.
 
 local MAX_BACKGROUND_QUEUED = 10000 -- background tickets that may wait in a pool
 local MAX_BACKGROUND_PLACED = 32    -- background tickets that one call places
@@ -18,7 +18,6 @@ end
 -- Takes its slot from a background ticket. Its owner has yet to end it.
 local function put_back(pool, ticket)
   charge(pool, ticket, -charged(pool, ticket))
-  see_yield(pool, ticket.held)
   next_of(pool, 'yields')
   local replica = ticket.replica
   let_go(pool, ticket)
@@ -84,6 +83,18 @@ local function make_room(pool, weight, adapter, kept)
     if found and (not best or rank < best_rank) then best, best_rank, at = found, rank, replica end
     if best_rank == 0 then break end
   end
-  for _, ticket in ipairs(best or {}) do put_back(pool, ticket) end
+  for _, ticket in ipairs(best or {}) do
+    see_yield(pool, ticket.held)
+    put_back(pool, ticket)
+  end
   return at
+end
+
+-- Puts back the background tickets that run on a replica which drains, as many as this call may: something else needs its machine, and a
+-- drain is asked for until nothing runs.
+local function put_back_all(pool, replica)
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do
+    local ticket = get(pool, id)
+    if ticket.state == TICKET.GRANTED then put_back(pool, ticket) end
+  end
 end

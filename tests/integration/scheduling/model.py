@@ -424,7 +424,8 @@ class Model:
             return None
         _, _, replica, tickets = min(found, key=lambda each: each[:2])
         for each in tickets:
-            self.put_back(now, each)
+            self.reserve.see_yield(now, each.slots)
+            self.put_back(each)
         return replica
 
     def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
@@ -454,10 +455,9 @@ class Model:
                 found.append(each)
         return found if sum(one.slots for one in found) >= missing else None
 
-    def put_back(self, now: int, held: Held) -> None:
+    def put_back(self, held: Held) -> None:
         """Take its slot from a background ticket."""
         self.charge(held, -held.charged())
-        self.reserve.see_yield(now, held.slots)
         self.yields += 1
         self.may_yield -= 1
         self.move(held, TicketState.YIELDED)
@@ -943,6 +943,12 @@ class Model:
         self.list_as_lost(loading)
         replica.loading = {}
         self.take_back_lost()
+        latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
+        for each in latest:
+            held = self.get(each.ticket.id)
+            assert held is not None
+            if held.state == TicketState.GRANTED:
+                self.put_back(held)
         self.dispatch(now)
         return self.load(replica)
 
