@@ -46,6 +46,7 @@ from lmaas.inference.grammars import Grammars
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
+from lmaas.jobs.background import BackgroundRuns
 from lmaas.jobs.batches import BatchWorker
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
@@ -64,6 +65,8 @@ from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.pooling.openapi import SCHEMAS as POOLING_SCHEMAS
 from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
+from lmaas.protocols.responses.background import BackgroundResponses
+from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
 from lmaas.protocols.responses.openapi import responses_paths
 from lmaas.protocols.responses.protocol import Responses
@@ -85,6 +88,7 @@ from lmaas.store.objects import Objects
 from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
+from lmaas.web.background import Background
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
 from lmaas.web.routes import Gateway, endpoints
@@ -179,8 +183,11 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     protocols: list[AnyProtocol] = [*batch_protocols(responses), Rerank(), Score()]
     countings: list[Counting] = [Tokenize(), Detokenize(), CountTokens(), InputTokens(responses)]
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
-    gateway = Gateway(settings, authenticate, idempotency, inferences, metrics, protocols, counts, countings)
-    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state)
+    logs = EventLogs(db)
+    deadline = timedelta(seconds=settings.background_deadline_s)
+    background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
+    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
+    api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
 
     async def ready() -> None:
         await db.check()
@@ -197,7 +204,12 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
         async with inferences.client:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
-                for name, coroutine in {"leases": leases.run(), "idempotency": idempotency.run(), "changes": changes.run()}.items()
+                for name, coroutine in {
+                    "leases": leases.run(),
+                    "idempotency": idempotency.run(),
+                    "changes": changes.run(),
+                    "event-logs": logs.run(),
+                }.items()
             ]
             for keeper in keepers:
                 # A task that ends unexpectedly must end the process. Otherwise nothing would be granted, and running claims would look
@@ -310,12 +322,14 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
     requests.registry.register(metrics)
     inferences = build_inferences(settings, services, changes, requests)
     writer = Writer(db, requests, timedelta(seconds=settings.response_retention_s), _end_process_on_failure)
-    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(StoredState(db, writer)))}
+    state, kept_for = StoredState(db, writer), timedelta(seconds=settings.response_retention_s)
+    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(state))}
     files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
     work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
     workers: list[Worker] = [
         BatchWorker(db, work, metrics),
         LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
+        BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for),
     ]
     return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, writer, requests)
 

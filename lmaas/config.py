@@ -93,6 +93,9 @@ class Settings:
     max_stored_bytes: int = setting(
         10 * 1024**3, "Bytes of responses and conversations that are stored for a tenant; beyond, those that would expire first go early."
     )
+    background_deadline_s: int = setting(
+        86_400, "Time within which a response in the background must have run; after it, the response fails with `response_expired`."
+    )
     ready_file: Path | None = setting(
         None,
         "A gateway's `/readyz` is 503 until this file exists. `lmaas up` sets it, and creates the file when the manifests are applied.",

@@ -107,6 +107,21 @@ class ClaimState(StrEnum):
     DONE = "done"
 
 
+class BackgroundStatus(StrEnum):
+    """The state of a response in the background. All but the first two are ends."""
+
+    #: No engine has begun with it.
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    #: The answer was cut off by a limit of tokens.
+    INCOMPLETE = "incomplete"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    #: It was deleted before its end. Clients do not see it any more.
+    DELETED = "deleted"
+
+
 class PoolKind(StrEnum):
     """What the engines of a pool do: generate text, or embed it."""
 

@@ -12,7 +12,7 @@ class Tier:
     """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares.
 
     `max_files` and `max_file_bytes` are of all files that the tenant uploads, together. `max_batches` have not ended at once, and
-    `max_batch_lines` of their lines wait.
+    `max_batch_lines` of their lines wait. `max_background_responses` is the most responses in the background that have not ended.
     """
 
     share: float
@@ -21,6 +21,7 @@ class Tier:
     max_file_bytes: int
     max_batches: int
     max_batch_lines: int
+    max_background_responses: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,26 @@ TIERS = {
         max_file_bytes=5 * GIB,
         max_batches=5,
         max_batch_lines=50_000,
+        max_background_responses=20,
     ),
-    "standard": Tier(4.0, Limits(), max_files=10_000, max_file_bytes=100 * GIB, max_batches=100, max_batch_lines=1_000_000),
-    "premium": Tier(16.0, Limits(), max_files=100_000, max_file_bytes=1024 * GIB, max_batches=500, max_batch_lines=5_000_000),
+    "standard": Tier(
+        4.0,
+        Limits(),
+        max_files=10_000,
+        max_file_bytes=100 * GIB,
+        max_batches=100,
+        max_batch_lines=1_000_000,
+        max_background_responses=200,
+    ),
+    "premium": Tier(
+        16.0,
+        Limits(),
+        max_files=100_000,
+        max_file_bytes=1024 * GIB,
+        max_batches=500,
+        max_batch_lines=5_000_000,
+        max_background_responses=1_000,
+    ),
 }
 DEFAULT_TIER = "standard"
 

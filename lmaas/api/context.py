@@ -16,6 +16,7 @@ from lmaas.config import Settings
 from lmaas.errors import Forbidden
 from lmaas.files.service import Files
 from lmaas.http import Authenticate, api_key
+from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.store.database import Database
 from lmaas.store.tenants import get_tenant
@@ -36,6 +37,8 @@ class Api:
     files: Files
     #: The stored responses and conversations.
     state: StoredState
+    #: The events of responses in the background.
+    logs: EventLogs
 
     @property
     def kept_for(self) -> timedelta:

@@ -154,7 +154,9 @@ def _name(kind: Any) -> str:
 
 def _responses(place: Place) -> dict[str, Any]:
     operation = place.operation
-    content = {operation.media: {} if operation.answer is None else {"schema": ref(_plain_name(_name(operation.answer)))}}
+    content: Schema = {operation.media: {} if operation.answer is None else {"schema": ref(_plain_name(_name(operation.answer)))}}
+    if operation.events:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": operation.events}}
     done = {operation.status: "Created." if operation.status == 201 else "Done."} | dict(operation.also)
     responses: dict[str, Any] = {
         str(status): {"description": words, "headers": headers(), "content": content} for status, words in sorted(done.items())

@@ -121,17 +121,18 @@ GET_RESPONSE = Operation(
     "GET",
     "/v1/responses/{response}",
     _ANY,
-    "Retrieve a stored response.",
+    "Retrieve a response, or stream the events of one in the background.",
     responses.Response,
     query=responses.ResponseQuery,
     for_operators=False,
+    events="With `stream`: the events of the response as in its creation, those after `starting_after` only.",
 )
 DELETE_RESPONSE = Operation(
     "delete_response",
     "DELETE",
     "/v1/responses/{response}",
     _ANY,
-    "Delete a stored response with its input, at once.",
+    "Delete a response with its input, at once. One that runs in the background ends.",
     responses.DeletedResponse,
     for_operators=False,
 )
@@ -140,7 +141,7 @@ CANCEL_RESPONSE = Operation(
     "POST",
     "/v1/responses/{response}/cancel",
     _ANY,
-    "Cancel a response in the background. As there are none yet, every stored response is refused.",
+    "Cancel a response in the background. One that has ended stays as it is.",
     responses.Response,
     for_operators=False,
 )

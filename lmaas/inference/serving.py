@@ -55,23 +55,11 @@ class Inferences:
         Raises an LmaasError for a request that is not accepted: then nothing was sent, stored or charged. Raises PutBack if the slot of
         background work was taken back before its end.
         """
-        protocol, request = inference.protocol, inference.request
-        inference.tenant_id = principal.tenant_id or ""
-        inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
-        sink.add_to_head(inference.model.head_line)
-        inference.model.check_kind(protocol.kind, request.model, protocol.path)
-        sink.watch()
-        await protocol.expand(inference.tenant_id, request)
-        request.check(inference.model.base)
-        is_checked = True
-        if request.must_be_checked:
-            try:
-                await self._check_grammar(principal, inference, sink)
-            except NoCheckerError:
-                # On a Ray cluster without replicas there is no checker. The host of the replica that serves this request will have one.
-                is_checked = False
-            except ReceiverGone:
-                return
+        protocol = inference.protocol
+        try:
+            is_checked = await self.check(principal, inference, sink)
+        except ReceiverGone:
+            return
         inference.record = _record(principal, inference)
         inference.answer = protocol.answer(inference)
         limits = PrincipalLimits(self.months, principal, Bounds(principal.max_queued, self.settings.pool_max_queued))
@@ -82,6 +70,27 @@ class Inferences:
                 sink.add_to_head(protocol.limit_lines(opened.left))
             self.metrics.requests.begun()
             await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
+
+    async def check(self, principal: Principal, inference: AnyInference, sink: Sink) -> bool:
+        """Find the model of an inference, expand its request, and check it. Returns whether the grammar was checked too, if it has one.
+
+        Raises the LmaasError of a request that cannot be accepted, and ReceiverGone if the client has disconnected.
+        """
+        protocol, request = inference.protocol, inference.request
+        inference.tenant_id = principal.tenant_id or ""
+        inference.model = await self.catalog.resolve(inference.tenant_id, request.model)
+        sink.add_to_head(inference.model.head_line)
+        inference.model.check_kind(protocol.kind, request.model, protocol.path)
+        sink.watch()
+        await protocol.expand(inference.tenant_id, request)
+        request.check(inference.model.base)
+        if request.must_be_checked:
+            try:
+                await self._check_grammar(principal, inference, sink)
+            except NoCheckerError:
+                # On a Ray cluster without replicas there is no checker. The host of the replica that serves this request will have one.
+                return False
+        return True
 
     async def _run_accepted(
         self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool

@@ -1,8 +1,10 @@
 """The lines that a runner leases at this time."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import Collected
@@ -54,6 +56,16 @@ class HeldLine:
             self.sink.leave()
 
 
+class PoolCount(NamedTuple):
+    """The lines of a pool that are held, those of them that wait for an engine, and those that an engine began and that were put back since
+    they were last counted."""
+
+    held: int = 0
+    waiting: int = 0
+    begun: int = 0
+    put_back: int = 0
+
+
 class HeldLines:
     """The lines of one runner. Those whose bytes are in memory are counted in bytes too."""
 
@@ -62,8 +74,8 @@ class HeldLines:
         self._max_bytes, self._bytes = max_bytes, 0
         self._less = asyncio.Event()
         #: Lines that an engine began, and that were put back, by pool, since `counted` was called.
-        self._begun: dict[str, int] = {}
-        self._put_back: dict[str, int] = {}
+        self._begun: Counter[str] = Counter()
+        self._put_back: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -104,22 +116,25 @@ class HeldLines:
         """Count a line that an engine has begun, once for each lease."""
         if not line.begun:
             line.begun = True
-            self._begun[line.pool_id] = self._begun.get(line.pool_id, 0) + 1
+            self._begun[line.pool_id] += 1
 
     def note_put_back(self, line: HeldLine) -> None:
         """Count a line whose slot was taken back."""
-        self._put_back[line.pool_id] = self._put_back.get(line.pool_id, 0) + 1
+        self._put_back[line.pool_id] += 1
 
-    def counted(self, pool_id: str) -> tuple[int, int, int]:
-        """Return the lines of a pool that wait, those that were begun, and those that were put back since the last call."""
-        waiting = 0
+    def counted(self) -> dict[str, PoolCount]:
+        """Return the figures of each pool that has lines, or had some since the last call."""
+        held, waiting = Counter[str](), Counter[str]()
         for line in self._lines.values():
-            if line.pool_id == pool_id and not line.ended:
-                if line.runs:
-                    self.note_begun(line)
-                else:
-                    waiting += 1
-        return waiting, self._begun.pop(pool_id, 0), self._put_back.pop(pool_id, 0)
+            held[line.pool_id] += 1
+            if line.runs:
+                self.note_begun(line)
+            elif not line.ended:
+                waiting[line.pool_id] += 1
+        begun, put_back = self._begun, self._put_back
+        self._begun, self._put_back = Counter(), Counter()
+        pools = held.keys() | begun.keys() | put_back.keys()
+        return {pool: PoolCount(held[pool], waiting[pool], begun[pool], put_back[pool]) for pool in pools}
 
     def others_run(self, line: HeldLine) -> bool:
         """Return whether an engine works on another line of this tenant."""

@@ -15,7 +15,7 @@ from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.attempts import Attempts, ended
 from lmaas.jobs.commits import Commits
-from lmaas.jobs.held import HeldLine, HeldLines
+from lmaas.jobs.held import HeldLine, HeldLines, PoolCount
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import until_set
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 #: How often the backlog is read, and, while lines end, the room of the engines.
 LOOK_S, MIN_LOOK_S = 0.5, 0.1
+#: How often the room of a pool without a ready engine is read.
+COLD_LOOK_S = 2.0
 #: How often is looked whether batches were cancelled or have expired.
 STOP_LOOK_S = 0.5
 #: The lines that a runner leases at most, of all pools and of one.
@@ -135,27 +137,28 @@ class Feeder:
             if offer.endpoint not in self._attempts.protocols:
                 continue  # of a newer release
             pools.setdefault(offer.pool_id, []).append(offer)
-        for line in self._held:
-            pools.setdefault(line.pool_id, [])
-        for pool_id in self.windows.keys() - pools.keys():
+        counts = self._held.counted()
+        for pool_id in self.windows.keys() - pools.keys() - counts.keys():
             del self.windows[pool_id]
-        for pool_id, offers in pools.items():
-            await self._feed_pool(pool_id, offers, now)
+        none = PoolCount()
+        # Those with the fewest lines first, because the bound of all lines may not be enough for all pools.
+        for pool_id in sorted(pools.keys() | counts.keys(), key=lambda pool_id: counts.get(pool_id, none).held):
+            window, count = self.windows.setdefault(pool_id, Window()), counts.get(pool_id, none)
+            window.observe(count.begun, count.put_back, now)
+            if count.held or now >= window.idle_until:
+                await self._feed_pool(pool_id, pools.get(pool_id, []), count, now)
 
-    async def _feed_pool(self, pool_id: str, offers: list[Offer], now: float) -> None:
-        window = self.windows.setdefault(pool_id, Window())
-        waiting, begun, put_back = self._held.counted(pool_id)
-        window.observe(begun, put_back, now)
-        room = await self._room(pool_id)
+    async def _feed_pool(self, pool_id: str, offers: list[Offer], count: PoolCount, now: float) -> None:
+        window, room = self.windows[pool_id], await self._room(pool_id)
+        window.idle_until = now + (LOOK_S if room.ready else COLD_LOOK_S)
         if (cold_s := window.cold_s(room, now)) > COLD_S:
             # The controller decides by what waits in the tables whether it starts an engine. A line that has begun may run on an engine
             # that drains, or wait again because its engine was lost.
             for line in self._held:
                 if line.pool_id == pool_id and (not line.runs or cold_s > self._drain_s):
                     line.leave()
-        wanted = window.wanted(room, waiting)
-        of_pool = sum(line.pool_id == pool_id for line in self._held)
-        wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - of_pool)
+        wanted = window.wanted(room, count.waiting)
+        wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - count.held)
         counts = shares(offers, wanted, self._served) if wanted > 0 else {}
         if not counts:
             return

@@ -17,6 +17,7 @@ class JobMetrics(Collector):
     def __init__(self) -> None:
         self._lines: Counter[str] = Counter()
         self._steps: Counter[tuple[str, str]] = Counter()
+        self._responses: Counter[str] = Counter()
         self._lost = 0
         self._held: HeldLines | None = None
         self._windows: Mapping[str, Window] = {}
@@ -31,6 +32,10 @@ class JobMetrics(Collector):
     def step(self, step: str, outcome: str) -> None:
         """Count a step of a batch."""
         self._steps[step, outcome] += 1
+
+    def response(self, outcome: str) -> None:
+        """Count the end of a run of a response in the background: the status with which the response ended, `retried` or `aborted`."""
+        self._responses[outcome] += 1
 
     def lost(self) -> None:
         """Count a loss of all leases."""
@@ -50,6 +55,11 @@ class JobMetrics(Collector):
         steps = CounterMetricFamily("lmaas_batch_steps", "Validations and finalizations of batches by outcome.", labels=["step", "outcome"])
         for labels, count in self._steps.items():
             steps.add_metric(labels, count)
+        responses = CounterMetricFamily(
+            "lmaas_background_runs", "Runs of responses in the background by how they ended.", labels=["outcome"]
+        )
+        for outcome, count in self._responses.items():
+            responses.add_metric([outcome], count)
         lost = CounterMetricFamily("lmaas_job_leases_lost", "How often this runner was declared lost and began anew.", value=self._lost)
         groups = self._commits_before + (self._commits.count if self._commits is not None else 0)
         commits = CounterMetricFamily("lmaas_batch_commits", "Transactions that stored ends of lines.", value=groups)
@@ -63,4 +73,4 @@ class JobMetrics(Collector):
         window = GaugeMetricFamily("lmaas_batch_lines_ahead", "Lines that should wait ahead of a pool's engines.", labels=["pool"])
         for pool, each in list(self._windows.items()):
             window.add_metric([pool], each.ahead)
-        return [lines, steps, lost, commits, held, window]
+        return [lines, steps, responses, lost, commits, held, window]

@@ -25,6 +25,8 @@ class Window:
 
     #: Lines that begin to run per second.
     per_s: float = 0.0
+    #: Until then, the pool need not be looked at unless it has lines.
+    idle_until: float = 0.0
     _observed_at: float | None = None
     _cold_since: float | None = None
 

@@ -169,20 +169,44 @@ async def save_turn(
 
     If the conversation was deleted meanwhile, only the response is stored; nothing at all for a deleted tenant.
     """
+    async with db.begin(tenant_id) as connection:
+        if not await hold_tenant(connection, tenant_id):
+            return
+        if not await add_turn(connection, tenant_id, response, conversation_id, items, kept_for):
+            await connection.rollback()
+
+
+async def hold_tenant(connection: AsyncConnection, tenant_id: str) -> bool:
+    """Keep a tenant from being deleted until the end of this transaction, and wait for a deletion that runs. Returns False if it is
+    deleted: then no new row of the tenant may be created."""
     living = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
+    return (await connection.execute(living)).first() is not None
+
+
+async def add_turn(
+    connection: AsyncConnection,
+    tenant_id: str,
+    response: Response,
+    conversation_id: str | None,
+    items: Sequence[Item],
+    kept_for: timedelta,
+) -> bool:
+    """Store a response in a transaction, and append these items, if there are any, to its conversation, if it has one.
+
+    Returns False for one that is stored already: then the caller must roll back.
+    """
     values: dict[str, Any] = {"tenant_id": tenant_id, "id": response.id, "input": response.input, "body": response.body}
     values |= {"conversation_id": conversation_id, "size_bytes": response.size_bytes, "expires_at": func.now() + kept_for}
-    values |= {"output_start": response.output_start, "output_bytes": response.output_bytes}
-    async with db.begin(tenant_id) as connection:
-        if (await connection.execute(living)).first() is None:
-            return
-        row = (await connection.execute(_appending(tenant_id, conversation_id, items, kept_for))).first()
-        start = None if row is None else row.start
-        storing = insert(responses).values(conversation_start=start, **values).on_conflict_do_nothing().returning(responses.c.id)
-        if (await connection.execute(storing)).first() is None:
-            await connection.rollback()
-        elif start is not None:
-            await _append(connection, tenant_id, conversation_id, start, items)
+    values |= {"output_start": response.output_start, "output_bytes": response.output_bytes, "previous_id": response.previous_id}
+    start = None
+    if conversation_id is not None and items:
+        start = (await connection.execute(_appending(tenant_id, conversation_id, items, kept_for))).scalar()
+    storing = insert(responses).values(conversation_start=start, **values).on_conflict_do_nothing().returning(responses.c.id)
+    if (await connection.execute(storing)).first() is None:
+        return False
+    if conversation_id is not None and start is not None:
+        await _append(connection, tenant_id, conversation_id, start, items)
+    return True
 
 
 async def list_items(db: Database, tenant_id: str, conversation_id: str, part: Part, *, newest_first: bool) -> list[Item]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.states import ClaimState
 from lmaas.store.database import Database
@@ -108,16 +109,22 @@ async def take(db: Database, claim: Claim) -> Earlier | None:
 
 async def keep(db: Database, claim: Claim, answer: Answer) -> bool:
     """Keep the response for a day from now. Doing so twice is not an error. Returns False if the claim was taken over or deleted."""
+    async with db.begin(claim.tenant_id) as connection:
+        return await keep_in(connection, claim, answer)
+
+
+async def keep_in(connection: AsyncConnection, claim: Claim, answer: Answer) -> bool:
+    """Keep the response as `keep` does, in a transaction of the claim's tenant."""
     values = {"state": ClaimState.DONE.value, "seen_at": func.now(), "status": answer.status, "content_type": answer.content_type}
     query = update(rows).where(_of(claim)).values(values | {"answer": answer.body}).returning(rows.c.key)
-    async with db.begin(claim.tenant_id) as connection:
-        return (await connection.execute(query)).first() is not None
+    return (await connection.execute(query)).first() is not None
 
 
 async def give_up(db: Database, claim: Claim) -> None:
     """Delete the claim of a request whose response is not kept, so that the next request with its key runs."""
     async with db.begin(claim.tenant_id) as connection:
-        await connection.execute(delete(rows).where(_of(claim)))
+        # A response may have been kept although Postgres did not reply.
+        await connection.execute(delete(rows).where(_of(claim), rows.c.state == ClaimState.RUNNING))
 
 
 async def seen(db: Database, claims: list[Claim]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Row, Select, bindparam, case, delete, func, literal, select
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Row, Select, bindparam, case, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import InvalidRequest
@@ -194,10 +194,3 @@ def references_too_large() -> InvalidRequest:
         code="references_too_large",
         param="input",
     )
-
-
-async def delete_response(db: Database, tenant_id: str, response_id: str) -> bool:
-    """Delete a response with its input. Returns False if the tenant does not have it."""
-    query = delete(rows).where(*owned(rows, tenant_id), rows.c.id == response_id).returning(rows.c.id)
-    async with db.begin(tenant_id) as connection:
-        return (await connection.execute(query)).first() is not None

@@ -1,6 +1,7 @@
 """Deletion of stored responses and conversations: of expired ones, of what a tenant has beyond its bound, and of a deleted tenant's.
 
-Each function deletes a bounded number of rows, so that no statement runs for long. Items of a conversation go with it.
+Each function deletes a bounded number of rows, so that no statement runs for long. Items of a conversation go with it, and events with a
+response in the background.
 """
 
 from sqlalchemy import ColumnElement, Subquery, Table, delete, func, literal, select, tuple_, union_all
@@ -8,9 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
 from lmaas.store.scopes import OPERATOR, SYSTEM
-from lmaas.store.tables import conversation_items, conversations, responses
+from lmaas.store.tables import background_responses, conversation_items, conversations, response_events, responses
 
-TABLES = (responses, conversations)
+TABLES = (responses, conversations, background_responses)
 #: Rows that one statement deletes, and items of conversations that go with them. The last conversation may exceed the latter.
 ROWS_AT_ONCE = 500
 ITEMS_AT_ONCE = 10_000
@@ -38,9 +39,9 @@ async def stored_bytes(db: Database) -> dict[str, int]:
 
 async def table_bytes(db: Database) -> int:
     """Return the bytes of the tables on the disk, for a controller. It reads no row."""
-    sizes = [func.pg_total_relation_size(table.name) for table in (*TABLES, conversation_items)]
+    sizes = [func.pg_total_relation_size(table.name) for table in (*TABLES, conversation_items, response_events)]
     async with db.begin(SYSTEM) as connection:
-        return int((await connection.execute(select(sizes[0] + sizes[1] + sizes[2]))).scalar_one())
+        return sum((await connection.execute(select(*sizes))).one())
 
 
 async def delete_oldest(db: Database, tenant_id: str, surplus_bytes: int) -> int:

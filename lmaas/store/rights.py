@@ -85,7 +85,7 @@ _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
 _LINE = ("tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "put_back", *_LEASE)
-_DETACHED = ("tenant_id", "id", "key_id", "status", "cancel_requested", "created_at", "expires_at", "ended_at", *_LEASE)
+_DETACHED = ("tenant_id", "id", "created_at", "not_before", "deadline_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -193,14 +193,14 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "background_responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, ("status", *_LEASE))),
-        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, _DETACHED), Grant("DELETE")),
+        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, _LEASE)),
+        OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
     },
+    # They go with their response.
     "response_events": {
-        GATEWAY: (Grant("SELECT", OWN),),
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
-        CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "response_id")), Grant("DELETE")),
     },
     "audit_log": {
         # Records can be added, and never changed.

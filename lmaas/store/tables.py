@@ -454,21 +454,42 @@ background_responses = Table(
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
     Column("id", Text, nullable=False),
+    # The key that created it, with whose rights and limits it runs.
     Column("key_id", Text, nullable=False),
-    # The client's request, as JSON.
+    # What it continues, as in `responses`.
+    Column("previous_id", Text),
+    Column("conversation_id", Text),
+    # The client's request, the items of its input with their ids, and the response object as it was created, as JSON. All three are empty
+    # once it has ended, because it is among the stored responses then.
     Column("request", LargeBinary, nullable=False),
-    # The response object as it stands, without its output while it runs.
+    Column("input", LargeBinary, nullable=False),
     Column("body", LargeBinary, nullable=False),
-    # `queued`, `in_progress`, `completed`, `incomplete`, `failed` or `cancelled`.
+    # A BackgroundStatus.
     Column("status", Text, nullable=False),
-    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    # Whether its events are logged.
+    Column("is_streamed", Boolean, nullable=False),
+    # The `sequence_number` of the first event of the present run, and that of the next event. The first two are those of the creation.
+    Column("first_event", Integer, nullable=False, server_default=text("2")),
+    Column("next_event", Integer, nullable=False, server_default=text("2")),
+    # False once there were too many events to log.
+    Column("is_log_whole", Boolean, nullable=False, server_default=text("true")),
+    # Runs that failed for a reason that may pass, and runs whose runner died.
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("losses", Integer, nullable=False, server_default=text("0")),
+    # The time before which it is not tried again. Null before its first run, and while it runs.
+    Column("not_before", DateTime(timezone=True)),
+    # Of the whole row and its events, about.
+    Column("size_bytes", BigInteger, nullable=False),
     *_lease(),
     _created(),
-    # The deadline while it runs, then the end of its retention.
+    # After this time it is not tried any more.
+    Column("deadline_at", DateTime(timezone=True), nullable=False),
+    # When the row and its events are deleted.
     Column("expires_at", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True)),
     PrimaryKeyConstraint("tenant_id", "id"),
-    Index("background_responses_open_idx", "status", postgresql_where=text("ended_at IS NULL")),
+    Index("background_responses_open_idx", "tenant_id", "created_at", postgresql_where=text("ended_at IS NULL")),
+    Index("background_responses_leased_idx", "runner_id", postgresql_where=text("runner_id IS NOT NULL")),
     Index(None, "expires_at"),
 )
 

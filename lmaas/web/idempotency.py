@@ -38,6 +38,8 @@ IN_PROGRESS_RETRY_S = 2.0
 KEPT_STATUSES = frozenset({200, 400})
 
 Settle = Callable[[Answer | None], Awaitable[None]]
+#: Sends the response for which a kept one stands, given the body of that.
+Resume = Callable[[bytes], Awaitable[None]]
 
 
 class Recorder:
@@ -140,8 +142,10 @@ class Idempotency:
         return Claim(tenant_id, key, hashlib.sha256(path.encode() + b"\0" + body).digest(), call.request_id)
 
     @asynccontextmanager
-    async def claimed(self, call: Call, claim: Claim) -> AsyncIterator[Sink | None]:
+    async def claimed(self, call: Call, claim: Claim, resume: Resume | None = None) -> AsyncIterator[Sink | None]:
         """Yield the sink of the first request, which runs inside the block, or None: a repeat has been answered with the kept response.
+
+        If the kept response stands for a longer one, `resume` sends that to a repeat.
 
         Raises InProgress while the first request runs, Conflict if its body was different or its response was too large to be kept, and
         Unavailable if Postgres is away. After an error nothing is accepted.
@@ -157,7 +161,7 @@ class Idempotency:
                 raise
             raise Unavailable("The database does not respond. Retry after 2 s.", code="database_unavailable", retry_after_s=2) from None
         if earlier is not None:
-            await self._replay(call, claim, earlier)
+            await self._replay(call, claim, earlier, resume)
             yield None
             return
         self._open[claim.request_id] = claim
@@ -170,7 +174,11 @@ class Idempotency:
         finally:
             await settle(None)
 
-    async def _replay(self, call: Call, claim: Claim, earlier: Earlier) -> None:
+    def kept(self, claim: Claim) -> None:
+        """Note that the response of a claim has been kept already, in the transaction of what it reports."""
+        self._open.pop(claim.request_id, None)
+
+    async def _replay(self, call: Call, claim: Claim, earlier: Earlier, resume: Resume | None) -> None:
         if not earlier.same:
             raise Conflict("This Idempotency-Key was used for a different request. Use a new key.", code="idempotency_mismatch")
         answer = earlier.answer
@@ -187,6 +195,10 @@ class Idempotency:
         detail = f"the answer of {earlier.request_id}"
         log.info("replayed", extra={"request_id": call.request_id, "tenant_id": claim.tenant_id, "action": "replay", "detail": detail})
         self._metrics.replays.inc()
+        if resume is not None:
+            call.add_to_head(b"idempotency-replayed: true\r\n")
+            await resume(answer.body)
+            return
         headers = {"content-type": answer.content_type, "idempotency-replayed": "true"}
         if answer.content_type.startswith("text/event-stream"):
             headers |= STREAM_HEADERS

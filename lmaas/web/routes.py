@@ -22,6 +22,7 @@ from lmaas.inference.protocol import AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.web.auth import Authenticator, tenant_of
+from lmaas.web.background import Background
 from lmaas.web.call import Call
 from lmaas.web.idempotency import Idempotency
 from lmaas.web.models import model_routes
@@ -35,6 +36,7 @@ class Gateway:
     authenticate: Authenticator
     idempotency: Idempotency
     inferences: Inferences
+    background: Background
     metrics: GatewayMetrics
     protocols: Sequence[AnyProtocol]
     counts: TokenCounts
@@ -80,6 +82,9 @@ class InferenceEndpoint(Endpoint):
         body = await call.body(gateway.settings.max_body_bytes)
         inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
         claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
+        if inference.request.background:
+            await gateway.background.create(principal, inference, body, call, claim)
+            return
         del body  # is not held while the request waits
         if claim is None:
             await gateway.inferences.serve(principal, inference, call)

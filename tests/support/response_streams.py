@@ -77,10 +77,24 @@ def parse(stream: bytes) -> tuple[list[Event], list[str]]:
     return events, comments
 
 
-def check(stream: bytes) -> ResponseStream:
-    """Check a whole stream. Raises AssertionError."""
+def check(stream: bytes, *, background: bool = False, restarted_at: int = 0) -> ResponseStream:
+    """Check a whole stream. Raises AssertionError.
+
+    One of a response in the background begins with a queued response. `restarted_at` is the number of the first event of its last run, if
+    an earlier run had events: these are left out.
+    """
     events, comments = parse(stream)
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    numbers = list(range(len(events)))
+    if restarted_at:
+        numbers = [0, 1, *range(restarted_at, restarted_at + len(events) - 2)]
+    assert [event["sequence_number"] for event in events] == numbers
+    if background:
+        assert [event["type"] for event in events[:3]] == ["response.created", "response.queued", "response.in_progress"]
+        queued = events.pop(0)["response"]
+        assert queued["status"] == "queued"
+        assert queued["background"] is True
+        assert events[0]["response"] == queued
+        events[0] = events[0] | {"type": "response.created", "response": queued | {"status": "in_progress"}}
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     assert events[-1]["type"] in TERMINAL, events[-1]["type"]
     first = events[0]["response"]

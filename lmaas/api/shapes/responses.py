@@ -7,6 +7,8 @@ from msgspec import Meta, Struct
 from lmaas.api.shapes.common import Query, Shape
 
 MAX_NEW_ITEMS = 20
+#: The most events that a response has.
+MAX_NUMBER = 2**31 - 2
 
 Items = Annotated[list[Any], Meta(max_length=MAX_NEW_ITEMS, description="Items as in the `input` of a response.")]
 Metadata = Annotated[dict[str, Any], Meta(description="At most 16 pairs, with keys of 64 and values of 512 characters.")]
@@ -25,9 +27,12 @@ class ResponseItem(Struct, frozen=True, kw_only=True):
 
 
 class ResponseQuery(Query, frozen=True, kw_only=True):
-    """How a stored response is asked for."""
+    """How a response is asked for."""
 
-    stream: Annotated[bool, Meta(description="Must be false: the events of a response are not stored.")] = False
+    stream: Annotated[bool, Meta(description="Whether to stream the events of a response in the background that was created so.")] = False
+    starting_after: (
+        Annotated[int, Meta(ge=0, le=MAX_NUMBER, description="With `stream`: the number of the last event received.")] | None
+    ) = None
 
 
 class ItemPaging(Query, frozen=True, kw_only=True):

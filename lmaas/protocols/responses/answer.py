@@ -15,8 +15,10 @@ from lmaas.protocols.responses.stream import OutputStream
 
 #: Why an answer was cut off, by the engine's reason for its end. With every other reason it is complete.
 _CUT = {"length": b'{"reason":"max_output_tokens"}', "content_filter": b'{"reason":"content_filter"}'}
-#: Codes of errors that clients know from OpenAI's responses. Every other error has the code of its kind.
-_KNOWN_CODES = ("rate_limit_exceeded", "insufficient_quota", "context_length_exceeded")
+#: Codes of errors that a response has as they are: those of OpenAI's responses, and two that only a response in the background can have.
+#: Every other error has the code of its kind.
+_KNOWN_CODES = ("rate_limit_exceeded", "insufficient_quota", "context_length_exceeded", "invalid_api_key", "response_expired")
+QUEUED = b"queued"
 _USAGE = (
     b'{"input_tokens":%d,"input_tokens_details":{"cached_tokens":%d,"cache_write_tokens":%d},'
     b'"output_tokens":%d,"output_tokens_details":{"reasoning_tokens":%d},"total_tokens":%d}'
@@ -33,9 +35,11 @@ class ResponseAnswer(Answer):
 
     def __init__(self, inference: Inference[ResponsesRequest]) -> None:
         self._inference, self._request = inference, inference.request
-        self.response_id = response_id(inference.request_id)
-        self._output = OutputStream(self.response_id, inference.request.custom, inference.request.namespaces)
-        self._created = int(time.time())
+        run = inference.request.run
+        self.response_id = response_id(inference.request_id) if run is None else run.response_id
+        first_event = 0 if run is None else run.first_event
+        self._output = OutputStream(self.response_id, inference.request.custom, inference.request.namespaces, first_event)
+        self._created = int(time.time()) if run is None else run.created_at
         self._usage: Usage | None = None
         self._finish: str | None = None
         #: The fields that stay the same, as JSON with a comma before each.
@@ -48,12 +52,16 @@ class ResponseAnswer(Answer):
         return None if self._usage is None else self._usage.totals()
 
     def response(self) -> bytes:
-        """Return the response as JSON, once the engine's answer is complete."""
+        """Return the response as JSON, once the engine's answer is complete or has failed."""
         if not self._response:
             cut = _CUT.get(self._finish or "")
             status = b"completed" if cut is None else b"incomplete"
             self._response = self._object(status, incomplete=cut or b"null", completed=cut is None)
         return self._response
+
+    def queued(self) -> bytes:
+        """Return a response in the background as it is created."""
+        return self._object(QUEUED)
 
     def _object(self, status: bytes, *, error: bytes = b"null", incomplete: bytes = b"null", completed: bool = False) -> bytes:
         if not self._same:
@@ -88,7 +96,7 @@ def _usage(usage: Usage) -> bytes:
     return _USAGE % (prompt, usage.cached_tokens, usage.created_cache_tokens, made, usage.reasoning_tokens or 0, prompt + made)
 
 
-def _error(error: LmaasError) -> bytes:
+def error_json(error: LmaasError) -> bytes:
     """Return an error as it stands in a response: its code is one that OpenAI's clients know."""
     code = error.error_code
     if code not in _KNOWN_CODES:
@@ -143,7 +151,8 @@ class StreamedResponse(ResponseAnswer):
     def _begin(self) -> None:
         self._begun = True
         response = b'"response":%b' % self._object(IN_PROGRESS)
-        self._output.send(b"response.created", response)
+        if self._request.run is None:
+            self._output.send(b"response.created", response)
         self._output.send(b"response.in_progress", response)
 
     def end(self) -> bytes:
@@ -156,7 +165,8 @@ class StreamedResponse(ResponseAnswer):
         """Return the event of a failure, which has what was written before. Events of the beginning precede it if there were none yet."""
         if not self._begun:
             self._begin()
-        self._output.send(b"response.failed", b'"response":%b' % self._object(b"failed", error=_error(error)))
+        self._response = self._object(b"failed", error=error_json(error))
+        self._output.send(b"response.failed", b'"response":%b' % self._response)
         return self._output.taken()
 
 

@@ -135,7 +135,7 @@ AS_IN_CHAT = (
     "parallel_tool_calls",
     "chat_template_kwargs",
 )
-_NO_STATE = "there are no background responses"
+_NO_WINDOWS = "background responses run as soon as possible"
 _OTHER_NAME = "it is a parameter of chat completions; use "
 _OWN_USE = "for the client's own use"
 _BY_CONTENT = "prompts are cached by their content"
@@ -171,6 +171,7 @@ TABLE = Table(
         forwarded(
             "store", "true (the default) or false: without it a response cannot be retrieved or continued; not with conversation", boolean
         ),
+        forwarded("background", "true: the response runs without its client; not with store: false. Or false", boolean),
         forwarded("stream", "true or false", boolean),
         forwarded("stream_options", "include_obfuscation, which has no effect", checks.stream_options),
         forwarded("service_tier", f"{', '.join(SERVICE_TIERS)}, {FAST}; the answer names the tier that was used", service_tier),
@@ -188,8 +189,7 @@ TABLE = Table(
         accepted("image", "there are no images"),
         accepted("access_programs", "the models are the same for all"),
         # Refused.
-        refused("background", _NO_STATE, False),
-        refused("background_options", _NO_STATE, {}),
+        refused("background_options", _NO_WINDOWS, {}, {"completion_window": "soonest"}),
         refused("prompt", "there are no stored prompts"),
         refused("context_management", "the context is not compacted; use truncation", []),
         refused("moderation", "there is no moderation"),

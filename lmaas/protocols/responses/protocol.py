@@ -39,6 +39,12 @@ class Responses(Protocol[ResponsesRequest]):
 
     async def expand(self, tenant_id: str, request: ResponsesRequest) -> None:
         """Add the items before the request's own, and those that it refers to. Raises NotFound for what this tenant does not have."""
+        if request.background and request.run is None:
+            raise InvalidRequest(
+                "'background' must be false in a batch, which runs without its client in any case. Leave it out.",
+                code="unsupported_parameter",
+                param="background",
+            )
         references = request.references
         if request.previous_response_id is None and request.conversation_id is None and not references:
             return

@@ -54,6 +54,15 @@ NAMES: Mapping[str, str] = {name: name for name in (*AS_IN_CHAT, "tools", "tool_
 }
 
 
+@dataclass(frozen=True, slots=True)
+class BackgroundRun:
+    """What a response in the background has from its creation, and the number of the first event of this run."""
+
+    response_id: str
+    created_at: int
+    first_event: int
+
+
 @dataclass(slots=True, kw_only=True)
 class ResponsesRequest(TextRequest):
     """A checked request of the Responses API.
@@ -75,6 +84,8 @@ class ResponsesRequest(TextRequest):
     #: The namespace and the name of each tool in a namespace, by the engine's name.
     namespaces: Mapping[str, tuple[str, str]]
     repeated: dict[str, Any]
+    #: Set for a response in the background by those that create or run it.
+    run: BackgroundRun | None = None
 
     @property
     def references(self) -> dict[str, str]:
@@ -133,6 +144,9 @@ def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesR
     model = read_model(body)
     given = read_parameters(TABLE, body)
     items = _items(given)
+    background = given.get("background", False)
+    if background and not given.get("store", True):
+        raise InvalidRequest("'store: false' cannot be used with 'background', whose response is stored. Send one of them.", param="store")
     is_stored = may_store and given.get("store", True)
     if is_stored:
         check_storable(items)
@@ -168,6 +182,7 @@ def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesR
         custom=tools.custom,
         namespaces=tools.namespaces,
         repeated={"model": model, "top_p": top_p} | _repeated(given, tools),
+        background=background,
     )
 
 
@@ -213,7 +228,7 @@ def _repeated(given: dict[str, Any], tools: Tools) -> dict[str, Any]:
     """Return the fields of the response that repeat the request, with OpenAI's defaults."""
     conversation, choice = given.get("conversation"), given.get("tool_choice")
     return {
-        "background": False,
+        "background": given.get("background", False),
         "conversation": None if conversation is None else {"id": conversation},
         "metadata": given.get("metadata", {}),
         "reasoning": given.get("reasoning", _NO_REASONING),

@@ -11,6 +11,7 @@ from lmaas.protocols.responses.state import Item, NewResponse
 from lmaas.protocols.responses.turns import BYTES_IN_PLACE, Turns
 from lmaas.protocols.responses.writer import Turn, Writer
 from lmaas.store import conversations
+from lmaas.store.background import find_open
 from lmaas.store.database import Database
 from lmaas.store.responses import MAX_CHAIN, MAX_CHAIN_BYTES, Chain, Exchange, Response, find_chain, find_exchanges
 
@@ -79,6 +80,14 @@ class StoredState:
     async def _chain(self, tenant_id: str, response_id: str) -> list[Item]:
         chain = await find_chain(self._db, tenant_id, response_id) if is_id(response_id) else None
         if chain is None:
+            unfinished = await find_open(self._db, tenant_id, response_id) if is_id(response_id) else None
+            if unfinished is not None:
+                raise InvalidRequest(
+                    f"The response '{response_id}' is {unfinished.status.replace('_', ' ')} in the background, so it cannot be continued "
+                    "yet. Retrieve it until its status is completed, then send the request again.",
+                    code="previous_response_not_finished",
+                    param="previous_response_id",
+                )
             raise NotFound(
                 f"The response '{response_id[:MAX_ID]}', or one that it continues, does not exist: it was not stored, has expired, or was "
                 "deleted. Send the earlier items in 'input'.",
@@ -131,21 +140,22 @@ class StoredState:
 
     async def store(self, tenant_id: str, response: NewResponse) -> None:
         """Store a response, and add its items to its conversation if it has one. Waits for Postgres, but not for long."""
-        items: Sequence[conversations.Item] = ()
-        output = bytes(_OUTPUT.decode(response.body).output)
-        if response.conversation_id is not None:
-            own = [conversations.Item(_ID.decode(body).id, bytes(body)) for body in _ITEMS.decode(output)]
-            items = [*stored_items(response.input_items), *own]
-        row = Response(
-            response.id,
-            msgspec.json.encode(response.input_items),
-            response.body,
-            response.previous_response_id,
-            # Any place with these bytes will do.
-            response.body.find(output),
-            len(output),
-        )
+        row = response_row(response.id, msgspec.json.encode(response.input_items), response.body, response.previous_response_id)
+        items = () if response.conversation_id is None else turn_items(row)
         await self._writer.store(tenant_id, Turn(row, response.conversation_id, items))
+
+
+def response_row(response_id: str, own_input: bytes, body: bytes, previous_id: str | None) -> Response:
+    """Return a response in the form in which it is stored. `own_input` and `body` are JSON."""
+    output = bytes(_OUTPUT.decode(body).output)
+    # Any place with these bytes will do.
+    return Response(response_id, own_input, body, previous_id, body.find(output), len(output))
+
+
+def turn_items(row: Response) -> Sequence[conversations.Item]:
+    """Return the items of a response's input and output in the form in which conversations store them."""
+    output = row.body[row.output_start : row.output_start + row.output_bytes]
+    return [conversations.Item(_ID.decode(body).id, bytes(body)) for body in (*_ITEMS.decode(row.input), *_ITEMS.decode(output))]
 
 
 def stored_items(items: Iterable[Item]) -> Sequence[conversations.Item]:
@@ -153,9 +163,9 @@ def stored_items(items: Iterable[Item]) -> Sequence[conversations.Item]:
     return [conversations.Item(item["id"], msgspec.json.encode(item)) for item in items]
 
 
-def input_of(response: Response) -> list[tuple[str, msgspec.Raw]]:
-    """Return a stored response's own input items with their ids, as JSON."""
-    return [(_ID.decode(body).id, body) for body in _ITEMS.decode(response.input)]
+def input_of(stored_input: bytes) -> list[tuple[str, msgspec.Raw]]:
+    """Return a response's own input items with their ids, as JSON."""
+    return [(_ID.decode(body).id, body) for body in _ITEMS.decode(stored_input)]
 
 
 def response_items(exchange: Exchange) -> list[msgspec.Raw]:

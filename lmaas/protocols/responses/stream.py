@@ -8,6 +8,11 @@ from lmaas.protocols.responses.output import COMPLETED, INCOMPLETE, CustomCall, 
 _NO_CALL = -1
 
 
+def event(kind: bytes, number: int, fields: bytes) -> bytes:
+    """Return an event with its number and these fields."""
+    return b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (kind, kind, number, fields)
+
+
 class OutputStream:
     """Makes items of what the engine writes: reasoning, messages and calls. An item ends when another one begins.
 
@@ -16,10 +21,10 @@ class OutputStream:
     arguments may follow.
     """
 
-    def __init__(self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(self, response_id: str, custom: frozenset[str], namespaces: Mapping[str, tuple[str, str]], first_event: int = 0) -> None:
         self._response_id, self._custom, self._namespaces = response_id, custom, namespaces
         #: The number of the next event.
-        self._number = 0
+        self._number = first_event
         self._out: list[bytes] = []
         #: The items that are done.
         self._items: list[bytes] = []
@@ -38,7 +43,7 @@ class OutputStream:
         """Return an event with the next number."""
         number = self._number
         self._number += 1
-        return b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (kind, kind, number, fields)
+        return event(kind, number, fields)
 
     def send(self, kind: bytes, fields: bytes) -> None:
         """Send an event about the response itself."""

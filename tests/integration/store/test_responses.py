@@ -10,13 +10,13 @@ from sqlalchemy import text
 
 from lmaas.errors import InvalidRequest
 from lmaas.store import responses
+from lmaas.store.background import delete_response
 from lmaas.store.conversations import Item, create_conversation, delete_conversation, delete_item, save_turn
 from lmaas.store.database import Database
 from lmaas.store.responses import (
     Chain,
     Exchange,
     Response,
-    delete_response,
     find_chain,
     find_exchanges,
     find_response,

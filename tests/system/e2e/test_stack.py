@@ -59,6 +59,7 @@ def test_killed_and_started_again(fake_stack: Stack, tmp_path: Path) -> None:
     fake_stack.process.wait()
     wait_for(lambda: not fake_stack.processes("lmaas gateway"), 60, "the gateway is gone with its parent")
     wait_for(lambda: not fake_stack.processes("lmaas controller"), 60, "the controller too")
+    wait_for(lambda: not fake_stack.processes("lmaas jobs"), 60, "the job runner too")
     wait_for(lambda: not fake_stack.processes("fake_engine"), 60, "a replica that nobody looks after stops itself")
     with started(fake_stack.home, tmp_path / "again.log", **FAKE) as again:
         assert again.credentials["tenants"] == fake_stack.credentials["tenants"]

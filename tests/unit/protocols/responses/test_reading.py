@@ -129,7 +129,8 @@ BUILT_IN = (
     *("programmatic_tool_calling", "tool_search", "something_new"),
 )
 REFUSED: list[tuple[str, Any, str, str]] = [
-    ("background", True, "unsupported_parameter", "background"),
+    ("background", "true", "invalid_type", "background"),
+    ("background_options", {"completion_window": "2h"}, "unsupported_parameter", "background_options"),
     ("prompt", {"id": "p"}, "unsupported_parameter", "prompt"),
     ("n", 2, "unsupported_parameter", "n"),
     *((name, "x", "unsupported_parameter", name) for name in ("messages", "max_tokens", "response_format", "cache_salt", "unknown")),

@@ -1,0 +1,429 @@
+"""Responses in the background: rows that gateways create and job runners lease, and the log of their events.
+
+A lease is a runner's id with the number of the attempt. Every write of a runner names it, so a runner that has lost a lease changes nothing
+any more. The end of a response is one transaction: its state, the stored response, its last events, and its usage event. Whichever end
+comes first holds, because each of them needs a row that has not ended.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, delete, func, literal, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from lmaas.errors import InProgress, OverLimit, Unauthenticated
+from lmaas.states import BackgroundStatus
+from lmaas.store import conversations
+from lmaas.store.database import Database
+from lmaas.store.idempotency import Answer, Claim, keep_in
+from lmaas.store.responses import ROW_BYTES, Response, owned
+from lmaas.store.runners import hold
+from lmaas.store.scopes import LEASES
+from lmaas.store.tables import background_responses as rows
+from lmaas.store.tables import response_events, responses
+from lmaas.store.usage import UsageEvent, insert_events
+
+#: How long the events are kept after the end of a response.
+LOG_KEPT_FOR = timedelta(minutes=10)
+#: The bytes that the unfinished responses of one tenant may take.
+MAX_OPEN_BYTES = 256 * 1024 * 1024
+#: The `sequence_number` of the first event after those of the creation.
+FIRST_EVENT = 2
+#: Pieces of a log that are read at a time.
+PIECES_AT_ONCE = 4
+
+#: Locks rows that no runner has leased. A tenant's oldest ones come first, but those that it has running come before them in its turn, so
+#: that tenants take turns.
+_CLAIM = text(
+    """
+    WITH open AS (
+        SELECT tenant_id, id, created_at, runner_id IS NULL AND (coalesce(not_before <= now(), true) OR deadline_at <= now()) AS is_free,
+            row_number() OVER (PARTITION BY tenant_id ORDER BY runner_id IS NULL, created_at) AS place
+        FROM background_responses WHERE ended_at IS NULL
+    ), chosen AS (
+        SELECT response.tenant_id, response.id
+        FROM background_responses AS response
+        JOIN open ON open.tenant_id = response.tenant_id AND open.id = response.id AND open.is_free
+        WHERE response.ended_at IS NULL AND response.runner_id IS NULL
+        ORDER BY open.place, open.created_at LIMIT :most FOR UPDATE OF response SKIP LOCKED
+    )
+    UPDATE background_responses AS response SET runner_id = :runner, attempt = response.attempt + 1
+    FROM chosen WHERE response.tenant_id = chosen.tenant_id AND response.id = chosen.id
+    RETURNING response.tenant_id, response.id, response.attempt
+    """
+)
+#: Executed twice, it has an effect once, because the row has another `next_event` afterwards.
+_LOG = """
+WITH new AS (
+    SELECT * FROM unnest(%b::text[], %b::int[], %b::int[], %b::int[], %b::bytea[]) AS new (id, attempt, first, next, events)
+), changed AS (
+    UPDATE background_responses AS response SET status = 'in_progress', next_event = new.next,
+        size_bytes = response.size_bytes + octet_length(new.events)
+    FROM new
+    WHERE response.tenant_id = %s AND response.id = new.id AND response.runner_id = %s AND response.attempt = new.attempt
+        AND response.ended_at IS NULL AND response.next_event = new.first
+    RETURNING response.id
+)
+INSERT INTO response_events (tenant_id, response_id, first, last, events)
+SELECT %s, new.id, new.first, new.next - 1, new.events FROM new JOIN changed ON changed.id = new.id WHERE new.next > new.first
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBackground:
+    """A response that is to run in the background. `request`, `input` and `body` are JSON; `events` are those of its creation."""
+
+    id: str
+    key_id: str
+    previous_id: str | None
+    conversation_id: str | None
+    request: bytes
+    input: bytes
+    body: bytes
+    events: bytes | None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in the database."""
+        return len(self.request) + len(self.input) + len(self.body) + len(self.events or b"") + ROW_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A response as clients see it before its end. Its body is that of its creation."""
+
+    status: BackgroundStatus
+    previous_id: str | None
+    input: bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A runner's claim on a response."""
+
+    tenant_id: str
+    id: str
+    runner_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a runner needs to run a response. `next_event` is the number of the first event of this run."""
+
+    key_id: str
+    previous_id: str | None
+    conversation_id: str | None
+    request: bytes
+    input: bytes
+    body: bytes
+    is_streamed: bool
+    next_event: int
+    failures: int
+    losses: int
+    #: Whether its deadline has passed, so that it is not to run any more.
+    is_overdue: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive events, with the numbers of the first and the last."""
+
+    first: int
+    last: int
+    events: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What can be read of a log after an event: its next pieces, and how it goes on.
+
+    `first_event` is the number of the first event of the present run; earlier runs' events are gone. `next_event` is the number of the next
+    event. The log is not `is_whole` if some events were not logged.
+    """
+
+    status: BackgroundStatus
+    has_ended: bool
+    first_event: int
+    next_event: int
+    is_whole: bool
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of a response: what is stored with its state. `items` are appended to its conversation."""
+
+    status: BackgroundStatus
+    response: Response
+    items: Sequence[conversations.Item]
+    pieces: Sequence[Piece]
+    next_event: int
+    is_log_whole: bool
+    event: UsageEvent | None
+
+
+def _one(tenant_id: str, response_id: str) -> tuple[ColumnElement[bool], ...]:
+    return (*owned(rows, tenant_id), rows.c.id == response_id)
+
+
+async def create(
+    db: Database,
+    tenant_id: str,
+    new: NewBackground,
+    *,
+    most: int,
+    deadline: timedelta,
+    kept_for: timedelta,
+    kept: tuple[Claim, Answer] | None = None,
+) -> None:
+    """Store a new response. `kept` is the claim of its idempotency key with the answer for repeats, which is kept together with it.
+
+    Raises OverLimit if the tenant has `most` unfinished responses or too many bytes of them, Unauthenticated if the tenant was deleted, and
+    InProgress if another request has taken over the claim.
+    """
+    values: dict[str, Any] = {"tenant_id": tenant_id, "id": new.id, "key_id": new.key_id, "previous_id": new.previous_id}
+    values |= {"conversation_id": new.conversation_id, "request": new.request, "input": new.input, "body": new.body}
+    values |= {"status": BackgroundStatus.QUEUED.value, "is_streamed": new.events is not None, "size_bytes": new.size_bytes}
+    values |= {"deadline_at": func.now() + deadline, "expires_at": func.now() + deadline + kept_for}
+    own = (rows.c.tenant_id == tenant_id, rows.c.ended_at.is_(None))
+    async with db.begin(tenant_id) as connection:
+        if not await conversations.hold_tenant(connection, tenant_id):
+            raise Unauthenticated
+        # Those that create for one tenant at the same time wait for each other, so that none counts too few.
+        await connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"background {tenant_id}", 0))))
+        counting = select(func.count(), func.coalesce(func.sum(rows.c.size_bytes), 0)).where(*own)
+        count, size = (await connection.execute(counting)).one()
+        if count >= most:
+            raise OverLimit(
+                f"You have {count} responses in the background that have not ended, the maximum of your tier. Wait until some have ended, "
+                "or cancel some.",
+                code="background_limit_exceeded",
+                retry_after_s=10,
+            )
+        if count and size + new.size_bytes > MAX_OPEN_BYTES:
+            raise OverLimit(
+                f"Your unfinished responses in the background have {size:,} bytes; with this one they would exceed {MAX_OPEN_BYTES:,}. "
+                "Wait until some have ended, or cancel some.",
+                code="background_limit_exceeded",
+                retry_after_s=10,
+            )
+        await connection.execute(insert(rows).values(values))
+        if new.events is not None:
+            piece = Piece(0, FIRST_EVENT - 1, new.events)
+            await connection.execute(insert(response_events).values(_piece(tenant_id, new.id, piece)))
+        if kept is not None and not await keep_in(connection, *kept):
+            raise InProgress("Another request with this Idempotency-Key has taken it over. Retry after 2 s.", retry_after_s=2)
+
+
+def _piece(tenant_id: str, response_id: str, piece: Piece) -> dict[str, Any]:
+    return {"tenant_id": tenant_id, "response_id": response_id, "first": piece.first, "last": piece.last, "events": piece.events}
+
+
+async def find_open(db: Database, tenant_id: str, response_id: str) -> Open | None:
+    """Return a response that has not ended. None if the tenant has none, or if it has ended."""
+    query = select(rows.c.status, rows.c.previous_id, rows.c.input, rows.c.body).where(
+        *_one(tenant_id, response_id), rows.c.ended_at.is_(None)
+    )
+    async with db.begin(tenant_id) as connection:
+        row = (await connection.execute(query)).first()
+    return None if row is None else Open(BackgroundStatus(row.status), row.previous_id, row.input, row.body)
+
+
+async def cancel(db: Database, tenant_id: str, response: Response, kept_for: timedelta) -> bool:
+    """End a response as cancelled, and store it in this form. Returns False if it has ended already, or does not exist."""
+    async with db.begin(tenant_id) as connection:
+        if not await conversations.hold_tenant(connection, tenant_id):
+            return False
+        row = await _end(connection, _one(tenant_id, response.id), {"status": BackgroundStatus.CANCELLED.value})
+        if row is None:
+            return False
+        return await conversations.add_turn(connection, tenant_id, response, row.conversation_id, (), kept_for)
+
+
+async def _end(connection: AsyncConnection, which: Sequence[ColumnElement[bool]], values: Mapping[str, Any]) -> Row[Any] | None:
+    """End a row. Returns it, or None if it has ended already. Its lease stays, so that its runner can charge what it used."""
+    empty = dict.fromkeys(("request", "input", "body"), b"")
+    text_bytes = func.octet_length(rows.c.request) + func.octet_length(rows.c.input) + func.octet_length(rows.c.body)
+    changes = {"ended_at": func.now(), "expires_at": func.now() + LOG_KEPT_FOR, "size_bytes": rows.c.size_bytes - text_bytes}
+    ending = update(rows).where(*which, rows.c.ended_at.is_(None)).values(changes | empty | dict(values))
+    return (await connection.execute(ending.returning(rows.c.conversation_id, rows.c.runner_id))).first()
+
+
+async def delete_response(db: Database, tenant_id: str, response_id: str) -> bool:
+    """Delete a response, its input and its events, whether it has ended or not. Returns False if the tenant does not have it.
+
+    One that runs is ended. Its emptied row stays until its runner has charged what it used.
+    """
+    stored = delete(responses).where(*owned(responses, tenant_id), responses.c.id == response_id).returning(responses.c.id)
+    log = delete(response_events).where(response_events.c.tenant_id == tenant_id, response_events.c.response_id == response_id)
+    async with db.begin(tenant_id) as connection:
+        # First the row, as those that end it do: whichever comes first.
+        ended = await _end(connection, _one(tenant_id, response_id), {"status": BackgroundStatus.DELETED.value})
+        found = (await connection.execute(stored)).first() is not None or ended is not None
+        if found:
+            await connection.execute(log)
+            if ended is None or ended.runner_id is None:
+                await connection.execute(delete(rows).where(*_one(tenant_id, response_id)))
+        return found
+
+
+async def read_log(db: Database, tenant_id: str, response_id: str, after: int) -> Log | None:
+    """Return what the log of a response has after the event `after`. None if its events are not logged, or not any more.
+
+    It is one statement, so the pieces and the state belong together.
+    """
+    pieces = response_events.c
+    next_pieces = (
+        select(pieces.first, pieces.last, pieces.events)
+        .where(pieces.tenant_id == tenant_id, pieces.response_id == response_id, pieces.last > after)
+        .order_by(pieces.first)
+        .limit(PIECES_AT_ONCE)
+        .subquery("pieces")
+        .lateral()
+    )
+    columns = (rows.c.status, rows.c.ended_at, rows.c.first_event, rows.c.next_event, rows.c.is_log_whole)
+    query = (
+        select(*columns, next_pieces.c.first, next_pieces.c.last, next_pieces.c.events)
+        .join_from(rows, next_pieces, literal(True), isouter=True)
+        .where(*_one(tenant_id, response_id), rows.c.is_streamed, rows.c.status != BackgroundStatus.DELETED)
+        .order_by(next_pieces.c.first)
+    )
+    async with db.begin(tenant_id) as connection:
+        found = (await connection.execute(query)).all()
+    if not found:
+        return None
+    row = found[0]
+    read = [Piece(each.first, each.last, each.events) for each in found if each.first is not None]
+    return Log(BackgroundStatus(row.status), row.ended_at is not None, row.first_event, row.next_event, row.is_log_whole, read)
+
+
+async def progress(db: Database, tenant_id: str, response_ids: Collection[str]) -> dict[str, tuple[int, bool]]:
+    """Return the number of the next event of each of these responses, and whether it has ended. Those that do not exist are missing."""
+    query = select(rows.c.id, rows.c.next_event, rows.c.ended_at.is_not(None)).where(
+        *owned(rows, tenant_id), rows.c.id.in_(response_ids), rows.c.status != BackgroundStatus.DELETED
+    )
+    async with db.begin(tenant_id) as connection:
+        return {response_id: (number, has_ended) for response_id, number, has_ended in await connection.execute(query)}
+
+
+async def claim(db: Database, runner_id: str, most: int) -> list[Lease]:
+    """Lease at most `most` responses that wait for a runner. Raises LeaseLost if the runner was declared lost."""
+    async with db.begin(LEASES) as connection:
+        await hold(connection, runner_id)
+        found = (await connection.execute(_CLAIM, {"runner": runner_id, "most": most})).all()
+    return [Lease(row.tenant_id, row.id, runner_id, row.attempt) for row in found]
+
+
+async def leased(db: Database, runner_id: str) -> dict[Lease, bool]:
+    """Return the leases of a runner, and for each whether its response has ended: it was cancelled or deleted."""
+    query = select(rows.c.tenant_id, rows.c.id, rows.c.attempt, rows.c.ended_at).where(rows.c.runner_id == runner_id)
+    async with db.begin(LEASES) as connection:
+        found = (await connection.execute(query)).all()
+    return {Lease(row.tenant_id, row.id, runner_id, row.attempt): row.ended_at is not None for row in found}
+
+
+def _held(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    return (
+        rows.c.tenant_id == lease.tenant_id,
+        rows.c.id == lease.id,
+        rows.c.runner_id == lease.runner_id,
+        rows.c.attempt == lease.attempt,
+    )
+
+
+async def begin(db: Database, lease: Lease) -> Run | None:
+    """Return what is to be run. None if the lease is lost, or the response has ended.
+
+    A run that was not given back was lost with its runner, which is counted. Events of an earlier run are removed. Then one number is left
+    out: that of the event which reports the new run to those who follow the log.
+    """
+    query = select(rows, (rows.c.deadline_at <= func.now()).label("is_overdue"))
+    async with db.begin(lease.tenant_id) as connection:
+        row = (await connection.execute(query.where(*_held(lease), rows.c.ended_at.is_(None)).with_for_update())).first()
+        if row is None:
+            return None
+        next_event, losses = row.next_event, row.losses + int(lease.attempt > 1 and row.not_before is None)
+        changes: dict[str, Any] = {"not_before": None, "losses": losses}
+        if next_event > row.first_event:
+            next_event += 1
+            log = (response_events.c.tenant_id == lease.tenant_id, response_events.c.response_id == lease.id)
+            gone = delete(response_events).where(*log, response_events.c.first >= FIRST_EVENT)
+            await connection.execute(gone)
+            changes |= {"first_event": next_event, "next_event": next_event, "is_log_whole": True}
+        await connection.execute(update(rows).where(*_held(lease)).values(changes))
+    return Run(
+        row.key_id,
+        row.previous_id,
+        row.conversation_id,
+        row.request,
+        row.input,
+        row.body,
+        row.is_streamed,
+        next_event,
+        row.failures,
+        losses,
+        row.is_overdue,
+    )
+
+
+async def add_events(db: Database, runner_id: str, pieces: Mapping[str, Sequence[tuple[Lease, Piece]]]) -> None:
+    """Log pieces of running responses, by tenant, and record that they are in progress. A piece may be empty.
+
+    All in one transaction. A piece whose lease is lost is not logged, nor one that was logged before.
+    """
+    values = []
+    for tenant_id, each in pieces.items():
+        ids, attempts = [lease.id for lease, _ in each], [lease.attempt for lease, _ in each]
+        firsts, nexts = [piece.first for _, piece in each], [piece.last + 1 for _, piece in each]
+        events = [piece.events for _, piece in each]
+        values.append((tenant_id, (ids, attempts, firsts, nexts, events, tenant_id, runner_id, tenant_id)))
+    await db.execute_for_each(_LOG, values)
+
+
+async def finish(db: Database, lease: Lease, ending: Ending, kept_for: timedelta) -> bool:
+    """End a response: its state, the stored response, its last events and its usage event, all or nothing.
+
+    Returns False if the lease is lost, the response has ended, or the tenant was deleted: then nothing was stored.
+    """
+    tenant_id, log_bytes = lease.tenant_id, sum(len(piece.events) for piece in ending.pieces)
+    changes = {"status": ending.status.value, "next_event": ending.next_event, "is_log_whole": ending.is_log_whole}
+    async with db.begin(tenant_id) as connection:
+        if not await conversations.hold_tenant(connection, tenant_id):
+            return False
+        row = await _end(connection, _held(lease), changes)
+        if row is None:
+            return False
+        await connection.execute(update(rows).where(*_held(lease)).values(runner_id=None, size_bytes=rows.c.size_bytes + log_bytes))
+        for piece in ending.pieces:
+            # A piece may have been logged although Postgres did not reply.
+            logging = insert(response_events).values(_piece(tenant_id, lease.id, piece)).on_conflict_do_nothing()
+            await connection.execute(logging)
+        if ending.event is not None:
+            await insert_events(connection, [ending.event])
+        if not await conversations.add_turn(connection, tenant_id, ending.response, row.conversation_id, ending.items, kept_for):
+            raise RuntimeError(f"the response {lease.id} is stored although it has not ended")
+        return True
+
+
+async def settle(db: Database, lease: Lease, event: UsageEvent | None) -> bool:
+    """Give up the lease of a response that was cancelled or deleted, and charge what it used. Returns False if the lease is lost."""
+    query = update(rows).where(*_held(lease), rows.c.ended_at.is_not(None)).values(runner_id=None).returning(rows.c.status)
+    async with db.begin(lease.tenant_id) as connection:
+        if (await connection.execute(query)).first() is None:
+            return False
+        if event is not None:
+            await insert_events(connection, [event])
+        return True
+
+
+async def give_back(db: Database, lease: Lease, *, delay_s: float = 0, failed: bool = False) -> None:
+    """Give back a lease: after the delay, the response runs again. `failed` counts a failure."""
+    changes = {"runner_id": None, "status": BackgroundStatus.QUEUED.value, "not_before": func.now() + timedelta(seconds=delay_s)}
+    changes["failures"] = rows.c.failures + int(failed)
+    async with db.begin(lease.tenant_id) as connection:
+        await connection.execute(update(rows).where(*_held(lease), rows.c.ended_at.is_(None)).values(changes))
