@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bench import (
     background,
+    batch_cost,
     bill,
     cold,
     embedding,
@@ -32,7 +33,7 @@ from lmaas.config import Settings
 from lmaas.up.bootstrap import prepare_default_model
 
 RESULTS = Path(__file__).parent / "results.json"
-GROUPS = (gateway, protocols, grammars, rest, tenancy, fleet, serving, background, embedding, fairness, lora, cold, bill, wakes)
+GROUPS = (gateway, protocols, grammars, rest, tenancy, fleet, serving, background, embedding, fairness, lora, cold, bill, wakes, batch_cost)
 
 
 @click.command(help=__doc__)

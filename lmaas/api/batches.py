@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 
@@ -35,12 +36,14 @@ _ID = re.compile(r"batch_[0-9a-f]{20}")
 _ERRORS = msgspec.json.Decoder(list[BatchError])
 
 
-def _shown(row: rows.Batch) -> Batch:
+def _shown(row: rows.Batch, call: ApiCall[Any, Any]) -> Batch:
+    """Return a batch as its tenant sees it; for an operator without the texts that are the tenant's."""
+    is_own = call.principal.tenant_id is not None
     tokens = row.prompt_tokens + row.completion_tokens
     return Batch(
         id=row.id,
         endpoint=row.endpoint,
-        errors=None if row.errors is None else BatchErrors(data=_ERRORS.decode(row.errors)),
+        errors=None if row.errors is None or not is_own else BatchErrors(data=_ERRORS.decode(row.errors)),
         input_file_id=row.input_file_id or "",
         completion_window=row.completion_window,
         status=row.status,  # type: ignore[arg-type]  # the column has one of these
@@ -63,7 +66,7 @@ def _shown(row: rows.Batch) -> Batch:
             output_tokens_details=BatchOutputTokens(reasoning_tokens=0),
             total_tokens=tokens,
         ),
-        metadata=msgspec.json.decode(row.metadata),
+        metadata=msgspec.json.decode(row.metadata) if is_own else {},
     )
 
 
@@ -105,21 +108,21 @@ async def create_batch(api: Api, call: ApiCall[NewBatch, None]) -> Batch:
     )
     async with api.db.begin(call.tenant_id) as connection:
         limits = batch_limits(call.principal.tier)
-        return _shown(await rows.create_batch(connection, call.tenant_id, new, limits, audit=call.audit))
+        return _shown(await rows.create_batch(connection, call.tenant_id, new, limits, audit=call.audit), call)
 
 
 async def get_batch(api: Api, call: ApiCall[None, None]) -> Batch:
     """Return a batch."""
-    return _shown(await rows.get_batch(api.db, call.tenant_id, _id(call.path), Dialect.OPENAI))
+    return _shown(await rows.get_batch(api.db, call.tenant_id, _id(call.path), Dialect.OPENAI), call)
 
 
 async def list_batches(api: Api, call: ApiCall[None, BatchPaging]) -> Page[Batch]:
     """Return a page of the batches, the newest first."""
     asked = call.query
     found = await rows.list_batches(api.db, call.tenant_id, Dialect.OPENAI, Part(asked.limit, asked.after))
-    return page_of([_shown(row) for row in found], [row.id for row in found], asked.limit)
+    return page_of([_shown(row, call) for row in found], [row.id for row in found], asked.limit)
 
 
 async def cancel_batch(api: Api, call: ApiCall[None, None]) -> Batch:
     """Begin to cancel a batch."""
-    return _shown(await rows.cancel_batch(api.db, call.tenant_id, _id(call.path), Dialect.OPENAI, audit=call.audit))
+    return _shown(await rows.cancel_batch(api.db, call.tenant_id, _id(call.path), Dialect.OPENAI, audit=call.audit), call)

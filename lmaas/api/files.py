@@ -1,13 +1,15 @@
 """Handlers for files, which are a tenant's own: operators do not see them."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
 from msgspec import UNSET
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lmaas.api.context import Api, ApiCall
 from lmaas.api.decoding import decode
@@ -116,10 +118,27 @@ async def get_content(api: Api, call: ApiCall[None, None]) -> Response:
     }
     if call.request.method == "HEAD":
         return Response(headers=headers, media_type=MEDIA)
-    pieces = api.files.stream(file)
-    # Until the first piece is there, what goes wrong is an error response.
-    first = [await anext(pieces, b"")]
-    return StreamingResponse(_all(first, pieces, call), headers=headers, media_type=MEDIA)
+    with ExitStack() as slot:
+        slot.enter_context(api.files.downloading(call.tenant_id))
+        pieces = api.files.stream(file)
+        # Until the first piece is there, what goes wrong is an error response.
+        first = [await anext(pieces, b"")]
+        return Download(_all(first, pieces, call), headers, slot.pop_all())
+
+
+class Download(StreamingResponse):
+    """A file on its way to a client. It closes `slot` when it has ended."""
+
+    media_type = MEDIA
+
+    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str], slot: ExitStack) -> None:
+        super().__init__(pieces, headers=headers)
+        self._slot = slot
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        with self._slot:
+            await super().__call__(scope, receive, send)
 
 
 async def _all(first: list[bytes], rest: AsyncIterator[bytes], call: ApiCall[Any, Any]) -> AsyncIterator[bytes]:

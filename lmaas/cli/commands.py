@@ -13,6 +13,7 @@ from lmaas import config
 from lmaas.admission.tiers import TIERS
 from lmaas.api import table
 from lmaas.cli.apply import apply
+from lmaas.cli.batches import batches
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
@@ -317,6 +318,7 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 
 
 cli.add_command(files)
+cli.add_command(batches)
 
 
 @cli.command()

@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import re
-from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from lmaas.audit import Audit
-from lmaas.errors import OverLimit, Unavailable
+from lmaas.errors import Unavailable
 from lmaas.files.drafts import Draft, draft
+from lmaas.files.slots import Slots
 from lmaas.store import files as rows
 from lmaas.store.database import Database
 from lmaas.store.files import Check, File, NewFile, Within, not_found
@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 TRIES = 3
 #: The uploads of a tenant that a process reads at the same time.
 UPLOADS_AT_ONCE = 16
+#: The downloads of a tenant that a process sends at the same time. A slow one takes about 2 MiB.
+DOWNLOADS_AT_ONCE = 32
+#: Of a process: additions and settlements that hold a connection to the database at the same time, and settlements that wait or run.
+ADDITIONS_AT_ONCE, SETTLEMENTS_AT_ONCE, SETTLING_AT_ONCE = 2, 2, 64
+#: How long a request waits for the deletion of bytes.
+SETTLE_S = 5.0
 #: How long the object store may take to report whether it has a content, while others wait for the lock of the content.
 LOOK_S = 10.0
 _ID = re.compile(r"file-[0-9a-f]{24}")
@@ -67,27 +73,23 @@ class Files:
     def __init__(self, db: Database, objects: Objects, folder: Path, max_bytes: int, quota_of: Callable[[str], Quota]) -> None:
         self._db, self._objects, self._folder = db, objects, folder
         self.max_bytes, self._quota_of = max_bytes, quota_of
-        #: The uploads of each tenant that this process is reading.
-        self._uploads: Counter[str] = Counter()
+        self._uploads = Slots(UPLOADS_AT_ONCE, "uploads", "too_many_uploads")
+        self._downloads = Slots(DOWNLOADS_AT_ONCE, "downloads", "too_many_downloads")
+        #: Each holds a connection to the database while it talks to the object store.
+        self._additions, self._settlements = asyncio.Semaphore(ADDITIONS_AT_ONCE), asyncio.Semaphore(SETTLEMENTS_AT_ONCE)
+        self._settling: set[asyncio.Task[bool]] = set()
 
     @asynccontextmanager
     async def uploading(self, tenant_id: str) -> AsyncIterator[Draft]:
         """Provide a draft for a tenant's upload. Raises OverLimit if the tenant has too many uploads at once, whose drafts would fill the
         disk that all tenants share."""
-        if self._uploads[tenant_id] >= UPLOADS_AT_ONCE:
-            raise OverLimit(
-                f"This tenant is uploading {UPLOADS_AT_ONCE} files at the same time, the maximum. Retry after 5 s.",
-                code="too_many_uploads",
-                retry_after_s=5,
-            )
-        self._uploads[tenant_id] += 1
-        try:
+        with self._uploads.one(tenant_id):
             async with self.draft() as content:
                 yield content
-        finally:
-            self._uploads[tenant_id] -= 1
-            if not self._uploads[tenant_id]:
-                del self._uploads[tenant_id]
+
+    def downloading(self, tenant_id: str) -> AbstractContextManager[None]:
+        """Count a download for the block. Raises OverLimit if the tenant has too many at once, each of which takes memory."""
+        return self._downloads.one(tenant_id)
 
     def draft(self, max_bytes: int | None = None) -> AbstractAsyncContextManager[Draft]:
         """Provide a draft for the block; an upload's, unless it may have another number of bytes."""
@@ -135,7 +137,7 @@ class Files:
                     key = rows.key_of(tenant_id, sha256)
                     if not await self._objects.exists(key):
                         await self._objects.put(key, path)
-                async with rows.adding(self._db, checks) as connection:
+                async with self._additions, rows.adding(self._db, checks) as connection:
                     # The last other file with a content may have been deleted since it was found there.
                     if await self._are_stored(checks):
                         files = await rows.add_files(connection, checks, new, quota, audit)
@@ -224,11 +226,21 @@ class Files:
     async def _settle(self, scope: AnyScope, checks: Sequence[Check]) -> None:
         """Delete those contents that no file has. Raises Unavailable."""
         if checks:
-            async with rows.unused(self._db, scope, checks) as keys:
+            async with self._settlements, rows.unused(self._db, scope, checks) as keys:
                 await self._objects.delete(keys)
 
     async def _settle_now(self, scope: AnyScope, checks: Sequence[Check]) -> bool:
-        """Settle checks as far as that is possible now, and return whether it was. Otherwise a controller settles them."""
+        """Settle checks, and return whether that is done after SETTLE_S. If not, it goes on, because a deletion that has been sent to the
+        object store must not come after the end of its lock. A controller settles what fails, or is too much."""
+        if len(self._settling) >= SETTLING_AT_ONCE:
+            return False
+        task = asyncio.create_task(self._try_to_settle(scope, checks), name="settle-contents")
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        await asyncio.wait([task], timeout=SETTLE_S)
+        return task.done() and task.result()
+
+    async def _try_to_settle(self, scope: AnyScope, checks: Sequence[Check]) -> bool:
         try:
             await self._settle(scope, checks)
         except Unavailable as error:

@@ -76,8 +76,7 @@ class Attempts:
             principal = await self.keys(tenant_id, offer.key_id)
             if principal is None:
                 message = "The API key that created this batch was revoked or has expired. Create the batch again with a valid key."
-                await stop_batch(self.db, tenant_id, line.lease.batch_id, KEY_GONE, message)
-                self.put_back(line)
+                await self._stop(line, KEY_GONE, message)
                 return False
             request = protocol.read(request_body(offer.endpoint, line.text, protocol.texts))
             work = replace(BATCH, deadline_s=max(1.0, offer.left_s))
@@ -108,13 +107,18 @@ class Attempts:
             return True
         if following is Next.STOP:
             try:
-                await stop_batch(self.db, *line.batch, error.error_code, error.message)
+                await self._stop(line, error.error_code, error.message)
             except Unavailable:
                 return True
-            self.put_back(line)
         else:
             self._fail(line, error, request_id)
         return False
+
+    async def _stop(self, line: HeldLine, code: str, message: str) -> None:
+        """Run no more lines of the batch. Raises Unavailable."""
+        await stop_batch(self.db, *line.batch, code, message)
+        self.put_back(line)
+        self.held.leave_waiting(line.batch)
 
     def _fail(self, line: HeldLine, error: LmaasError, request_id: str) -> None:
         protocol = self.protocols[line.offer.endpoint]

@@ -43,10 +43,12 @@ class Tries:
 
     def refused(self, error: LmaasError, *, others_run: bool) -> Next:
         """Return what follows from an error before the line was accepted. `others_run` is whether more lines of its tenant run."""
-        self.tries += 1
         if isinstance(error, OverQuota) and error.error_code == OverQuota.code:
+            # No longer pause, because the rest of the batch waits for what this line finds.
+            self.tries = 1
             self.refusals = 0 if others_run else self.refusals + 1
             return Next.STOP if self.refusals >= MAX_REFUSALS else Next.AGAIN
+        self.tries += 1
         return self.ended(int(error.status), error.error_code, retryable=error.retryable, counted=True)
 
     def ended(self, status: int, code: str | None, *, retryable: bool, counted: bool = False) -> Next:

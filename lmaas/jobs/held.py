@@ -112,6 +112,12 @@ class HeldLines:
         for lease in leases:
             self._lines.pop((lease.tenant_id, lease.batch_id, lease.position), None)
 
+    def leave_waiting(self, batch: tuple[str, str]) -> None:
+        """Have those lines of a batch given back that no engine works on."""
+        for line in self:
+            if line.batch == batch and not line.runs and not line.ended:
+                line.leave()
+
     def note_begun(self, line: HeldLine) -> None:
         """Count a line that an engine has begun, once for each lease."""
         if not line.begun:

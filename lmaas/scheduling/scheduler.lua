@@ -145,6 +145,7 @@ redis.register_function('lmaas_restore', function(keys, args)
   elseif replica then
     ticket.state, ticket.submitted = TICKET.GRANTED, pool.now - ticket.waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
+    if not ticket.background then set_var(pool, 'arrived', pool.now) end
     reserve(pool, ticket, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)

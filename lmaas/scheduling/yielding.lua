@@ -32,15 +32,16 @@ local function put_back(pool, ticket)
 end
 
 -- Returns the background tickets whose adapter runs for none but them on a replica, for the adapter with the latest ticket: to put them
--- back frees an adapter slot. `tickets` are the latest of the replica; an adapter with more is not considered.
-local function sharing_an_adapter(pool, replica, tickets)
+-- back frees an adapter slot. `ids` are the latest of the replica; an adapter with more is not considered.
+local function sharing_an_adapter(pool, replica, ids)
   local of = {}
-  for _, ticket in ipairs(tickets) do
+  for _, id in ipairs(ids) do
+    local ticket = get(pool, id)
     of[ticket.adapter] = of[ticket.adapter] or {}
     table.insert(of[ticket.adapter], ticket)
   end
-  for _, ticket in ipairs(tickets) do
-    local adapter = ticket.adapter
+  for _, id in ipairs(ids) do
+    local adapter = get(pool, id).adapter
     if adapter ~= '' and tonumber(redis.call('HGET', pool.key .. ':running:' .. replica.id, adapter)) == #of[adapter] then return of[adapter] end
   end
   return nil
@@ -48,15 +49,16 @@ end
 
 -- Returns the background tickets of a replica whose end would make room there for a ticket with these needs, mostly none, and how well the
 -- replica suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there is no room, or this call may not put back so many.
-local function in_the_way(pool, replica, weight, adapter, kept)
+-- `state` counts the replicas on which an adapter slot had to be found (`emptied`): that costs most, so only a few are considered.
+local function in_the_way(pool, replica, weight, adapter, kept, state)
   local runs = adapter ~= '' and redis.call('HEXISTS', pool.key .. ':running:' .. replica.id, adapter) == 1
   if not fresh(pool, replica) or not left_by(kept, replica, adapter, runs) then return nil end
   if replica.load - replica.back + math.min(weight, replica.slots) > replica.slots then return nil end
   local found = {}
   if adapter ~= '' and not runs and replica.runs >= replica.adapter_slots then
-    local tickets = {}
-    for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do tickets[#tickets + 1] = get(pool, id) end
-    found = sharing_an_adapter(pool, replica, tickets)
+    state.emptied = state.emptied + 1
+    if state.emptied > MAX_CROWDED then return nil end
+    found = sharing_an_adapter(pool, replica, redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1))
   end
   return found, (adapter == '' or runs) and 0 or is_resident(pool, replica, adapter) and 1 or 2
 end
@@ -67,10 +69,10 @@ local function make_room(pool, weight, adapter, kept)
   if pool.yields <= 0 or var(pool, 'back', 0) == 0 then return nil end
   pool.tries = (pool.tries or 0) + 1
   if pool.tries > MAX_TRIES then return nil end
-  local best, best_rank, best_share, at = nil, nil, nil, nil
+  local best, best_rank, best_share, at, state = nil, nil, nil, nil, { emptied = 0 }
   for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':yielding', 0, MAX_CANDIDATES - 1)) do
     local replica = replica_of(pool, id)
-    local found, rank = in_the_way(pool, replica, weight, adapter, kept)
+    local found, rank = in_the_way(pool, replica, weight, adapter, kept, state)
     if found then
       local share = (replica.load - replica.back) / replica.slots
       if not best or rank < best_rank or (rank == best_rank and share < best_share) then

@@ -144,21 +144,15 @@ def _judge_response(
     match response["status"]:
         case "completed" | "incomplete":
             tokens = response["usage"]["input_tokens"], response["usage"]["output_tokens"]
-            # The attempt that made it is not named, so it is found by what it made.
-            fits = [
-                request_id
-                for request_id, event in events.items()
-                if event.status is UsageStatus.COMPLETED
-                and request_id not in verdict.answered
-                and (event.prompt_tokens, event.completion_tokens) == tokens
-            ]
-            if not fits:
-                say("no line in the ledger")
-                return
+            # The ids of its attempts begin with that of the request.
             own = response["id"].replace("resp_", "req_")
-            chosen = own if own in fits else fits[0]
-            for complaint in _judge_answer(chosen, tokens, events, truth, verdict):
-                say(complaint)
+            attempts = [events[request_id] for request_id in events if request_id == own or request_id.startswith(f"{own}_")]
+            ended = [event.request_id for event in attempts if event.status is UsageStatus.COMPLETED]
+            if len(ended) != 1:
+                say(f"{len(ended)} of its attempts are completed")
+            for request_id in ended:
+                for complaint in _judge_answer(request_id, tokens, events, truth, verdict):
+                    say(complaint)
         case "cancelled":
             if response["id"] not in cancelled:
                 say("it was not cancelled")

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from lmaas.errors import Unavailable
-from lmaas.files.service import UPLOADS_AT_ONCE
+from lmaas.files.service import DOWNLOADS_AT_ONCE, UPLOADS_AT_ONCE
 from lmaas.store.objects import Objects
 from lmaas.store.scopes import SYSTEM
 from tests.integration.gateway.stack import Stack, Tenant, running
@@ -282,6 +282,29 @@ async def test_uploads_at_once_are_bounded(stack: Stack) -> None:
         assert (await send(stack, globex)).status_code == 200
     await until(lambda: _open_files(drafts) == 0)
     assert (await send(stack, acme)).status_code == 200
+
+
+async def test_downloads_at_once_are_bounded(stack: Stack) -> None:
+    acme, globex = await stack.tenant(), await stack.tenant()
+    path = f"{FILES}/{(await created(stack, acme, b'x' * 8_000_000))['id']}/content"
+    other = f"{FILES}/{(await created(stack, globex))['id']}/content"
+    async with stack.client(acme) as http, stack.client(globex) as theirs:
+        async with AsyncExitStack() as connections:
+            readers = []
+            for _ in range(DOWNLOADS_AT_ONCE):
+                reader, writer = await connections.enter_async_context(connected(stack))
+                writer.write(f"GET {path} HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {acme.key}\r\n\r\n".encode())
+                readers.append(reader)
+            for reader in readers:
+                assert b" 200 " in await reader.readline()
+            assert error(await http.get(path)) == (429, "too_many_downloads", None)
+            assert (await http.head(path)).status_code == 200
+            assert (await theirs.get(other)).content == LINES
+
+        async def works() -> bool:
+            return (await http.get(path)).status_code == 200
+
+        await until(works)
 
 
 async def test_memory_stays_flat(stack: Stack) -> None:

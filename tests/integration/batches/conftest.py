@@ -1,5 +1,6 @@
 """A service without a job runner: tests do its steps, with its rights, one by one."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
@@ -10,13 +11,14 @@ from openai import AsyncOpenAI
 from openai.types import Batch
 from sqlalchemy import delete
 
-from lmaas.app import Services
+from lmaas.app import Services, build_jobs
 from lmaas.batches.work import BatchWork
 from lmaas.files.service import Files, Purpose, Written
 from lmaas.inference.catalog import Catalog
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.pooling.embeddings import Embeddings
 from lmaas.protocols.text import ChatCompletions, Completions
+from lmaas.states import PoolKind
 from lmaas.store.batch_lines import EndedLine, end_lines
 from lmaas.store.database import Database
 from lmaas.store.files import File, list_files
@@ -158,3 +160,20 @@ async def account(stack: Stack) -> AsyncIterator[Account]:
     tenant = await stack.tenant()
     async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
         yield Account(stack, tenant, client)
+
+
+@pytest.fixture(scope="package")
+async def engines(stack: Stack, base: BaseModel) -> None:
+    """Engines for a base model, and for one that embeds."""
+    await stack.replica(base, "--fake-token-ms 1")
+    await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED))
+
+
+@pytest.fixture
+async def runner(stack: Stack, services: Services, engines: None, account: Account) -> AsyncIterator[None]:
+    """A job runner."""
+    stopping = asyncio.Event()
+    task = asyncio.create_task(build_jobs(stack.settings, services).run(stopping), name="jobs")
+    yield
+    stopping.set()
+    await task

@@ -1,37 +1,15 @@
 """Batches from end to end: both clients, a job runner and a fake engine."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from anthropic import AsyncAnthropic
 from openai.types import Batch
 
-from lmaas.app import Services, build_jobs
-from lmaas.states import PoolKind
-from lmaas.store.models import BaseModel
 from lmaas.store.usage import list_events
 from tests.integration.batches.conftest import Account, jsonl, line
 from tests.integration.gateway.stack import Stack
 from tests.support.conditions import until
-
-
-@pytest.fixture(scope="module")
-async def engines(stack: Stack, base: BaseModel) -> None:
-    """Engines for a base model, and for one that embeds."""
-    await stack.replica(base, "--fake-token-ms 1")
-    await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED))
-
-
-@pytest.fixture
-async def runner(stack: Stack, services: Services, engines: None, account: Account) -> AsyncIterator[None]:
-    """A job runner."""
-    stopping = asyncio.Event()
-    task = asyncio.create_task(build_jobs(stack.settings, services).run(stopping), name="jobs")
-    yield
-    stopping.set()
-    await task
 
 
 async def end_of(account: Account, batch: Batch) -> Batch:

@@ -1,11 +1,14 @@
-"""One gateway with a fake engine for all clients, a tenant, and a recording of what each test's clients send and receive."""
+"""One gateway, a job runner and fake engines for all clients, a tenant, and a recording of what each test's clients send and receive."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from lmaas.app import build_jobs
 from lmaas.states import PoolKind
+from lmaas.store.rights import DatabaseRole
 from tests.integration.clients.checks import check_exchange
 from tests.integration.clients.tap import Exchange, Tap, tapped
 from tests.integration.gateway.stack import Stack, Tenant, running
@@ -38,8 +41,13 @@ async def _service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.
         await stack.adapter(tenant, "pirate", base)
         await stack.replica(base, "--fake-token-ms 1")
         await stack.replica(await stack.model("embedder", context=256, kind=PoolKind.EMBED), "--fake-token-ms 1")
+        stopping = asyncio.Event()
+        jobs = build_jobs(stack.settings, replace(stack.services, db=stack.database(DatabaseRole.JOBS)))
+        running_jobs = asyncio.create_task(jobs.run(stopping), name="jobs")
         async with tapped("127.0.0.1", int(stack.url.rpartition(":")[2])) as tap:
             yield Service(stack, tenant, tap, tap.url, tenant.key)
+        stopping.set()
+        await running_jobs
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import NotFound, TooLarge, Unavailable
-from lmaas.files.service import Purpose, Written
+from lmaas.files.service import SETTLING_AT_ONCE, Purpose, Written
 from lmaas.store import files as rows
 from lmaas.store import tenants
 from lmaas.store.files import File
@@ -390,6 +390,27 @@ async def test_a_store_that_is_away_delays_a_deletion(world: World) -> None:
     await world.make_due()
     assert await controller.sweep() == 1
     assert (await world.keys(), await world.checks()) == ([], 0)
+
+
+async def test_a_store_that_hangs_holds_up_no_deletion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.files.service.SETTLE_S", 0.01)
+    objects, goes_on = SteppedObjects(world.folder), asyncio.Event()
+    objects.steps |= {("delete", number): goes_on.wait for number in range(1, SETTLING_AT_ONCE + 1)}
+    files = world.made(objects=objects)
+    several = [await world.jobs.add(world.tenant_id, Purpose.USER_DATA, "a", pieces(bytes([n]))) for n in range(SETTLING_AT_ONCE + 5)]
+    for file in several:
+        await files.delete(world.tenant_id, file.id)
+    # Two wait for the store, and no more connections to the database than these are taken.
+    assert (objects.calls["delete"], await world.checks(), len(await world.keys())) == (2, len(several), len(several))
+    goes_on.set()
+
+    async def are_left(count: int) -> bool:
+        return await world.checks() == len(await world.keys()) == count
+
+    await until(lambda: are_left(5))
+    while await world.controller.sweep():
+        pass
+    assert await are_left(0)
 
 
 async def test_files_of_a_deleted_tenant_go(world: World) -> None:

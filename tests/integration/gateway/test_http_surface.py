@@ -108,7 +108,8 @@ async def test_a_slash_at_the_end_and_head_wherever_there_is_get(service: Servic
     assert head.content == b""
     if path != "/metrics":
         assert int(head.headers["content-length"]) == len(plain.content)
-        assert slash.content == plain.content
+        # Anthropic's errors have the request's id.
+        assert re.sub(rb"req_\w+", b"", slash.content) == re.sub(rb"req_\w+", b"", plain.content)
 
 
 @pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])

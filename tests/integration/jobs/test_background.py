@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +18,11 @@ from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import UsageStatus
 from lmaas.store.models import BaseModel
 from lmaas.store.scopes import SYSTEM
-from lmaas.store.tenants import create_key, revoke_key
+from lmaas.store.tenants import create_key, revoke_key, update_tenant
 from lmaas.types import Role
 from tests.integration.gateway.stack import Replica, Stack, Tenant, running
 from tests.integration.jobs.background import Runner, runner
+from tests.integration.protocols.responses.test_stored import away
 from tests.support.conditions import until
 from tests.support.processes import free_port
 from tests.support.response_streams import check, parse
@@ -504,3 +506,90 @@ async def test_a_revoked_key_fails_its_responses(service: Service, tenant: Tenan
         code, message = await failure(service, other, made.id)
     assert code == "invalid_api_key"
     assert "revoked" in message
+
+
+async def test_a_spent_quota_fails_a_response(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
+    await update_tenant(service.stack.db, tenant.id, {"tokens_per_month": 1})
+    made = await create(client)
+    code, message = await failure(service, client, made.id)
+    assert code == "insufficient_quota"
+    assert "tokens per month" in message
+
+
+async def test_an_adapter_in_the_background(service: Service, tenant: Tenant, client: AsyncOpenAI, jobs: Runner) -> None:
+    name = await service.stack.adapter(tenant, "pirate", service.model)
+    made = await client.responses.create(model="pirate", input="Hi.", background=True, max_output_tokens=4)
+    assert (await ended(client, made.id)).model == "pirate"
+    (event,) = await service.stack.ledger(service.model, tenant)
+    assert (event.model, event.adapter) == ("pirate", name)
+
+
+async def test_the_events_are_gone_before_the_response(service: Service, tenant: Tenant, client: AsyncOpenAI, jobs: Runner) -> None:
+    events = [event async for event in await create(client, stream=True)]
+    response_id = events[0].response.id
+    async with service.stack.client(tenant) as http:
+        head = await http.head(f"{RESPONSES}/{response_id}", params={"stream": "true"})
+        assert (head.status_code, head.content) == (200, b"")
+    async with service.stack.db.begin(tenant.id) as connection:
+        found = await connection.exec_driver_sql(
+            "SELECT extract(epoch FROM expires_at - ended_at) FROM background_responses WHERE id = %s", (response_id,)
+        )
+        assert found.scalar_one() == 600
+        await connection.exec_driver_sql("UPDATE background_responses SET expires_at = now() WHERE id = %s", (response_id,))
+    for after in (openai.omit, 1):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.retrieve(response_id, stream=True, starting_after=after)
+        assert refused.value.code == "events_not_kept"
+    assert (await client.responses.retrieve(response_id)).to_dict() == events[-1].response.to_dict()
+
+
+async def test_a_database_that_is_away_for_a_while(service: Service, tenant: Tenant, client: AsyncOpenAI, jobs: Runner) -> None:
+    stream = await create(client, stream=True, max_output_tokens=400, extra_body={"ignore_eos": True})
+    seen = []
+    async for event in stream:
+        seen.append(event)
+        if event.type == "response.output_text.delta":
+            break
+
+    async def engine_is_done() -> bool:
+        return not await service.replica.running()
+
+    with away(str(service.stack.settings.database_url)):
+        await until(engine_is_done)
+    seen += [event async for event in stream]
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    assert seen[-1].response.usage.output_tokens == 400
+    assert check(await log_of(service, tenant, seen[0].response.id), background=True).response == seen[-1].response.to_dict()
+
+    async def told() -> bool:
+        return [event.status for event in await service.stack.ledger(service.model, tenant)] == [UsageStatus.COMPLETED]
+
+    await until(told)
+
+
+async def test_a_response_survives_its_engine(postgres_url: str, valkey_url: str, tmp_path: Path) -> None:
+    async with running(postgres_url, valkey_url, tmp_path) as stack:
+        model = await stack.model("base")
+        replicas = [await stack.replica(model, "--fake-token-ms 5") for _ in range(2)]
+        service, tenant = Service(stack, model, replicas[0]), await stack.tenant()
+        async with service.client(tenant) as client, runner(stack):
+            stream = await create(client, stream=True, max_output_tokens=400, extra_body={"ignore_eos": True})
+            seen = []
+            async for event in stream:
+                seen.append(event)
+                if event.type == "response.output_text.delta":
+                    break
+            (busy,) = [replica for replica in replicas if await replica.running()]
+            busy.kill()
+            seen += [event async for event in stream]
+            assert seen[-1].code == "response_restarted"
+            resumed = await client.responses.retrieve(seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number)
+            rest = [event async for event in resumed]
+            assert (rest[0].type, rest[-1].type) == ("response.in_progress", "response.incomplete")
+            assert rest[-1].response.usage.output_tokens == 400
+
+            async def told() -> bool:
+                return len(await stack.ledger(model, tenant)) == 2
+
+            await until(told)
+            assert sorted(event.status for event in await stack.ledger(model, tenant)) == [UsageStatus.COMPLETED, UsageStatus.WASTED]

@@ -412,8 +412,10 @@ class Model:
         if self.tries > self.rules.MAX_TRIES:
             return None
         yielding = sorted((each for each in self.open_replicas(now) if self.back(each)), key=lambda each: (-each.latest, each.id))
-        found = []
+        found, crowded = [], [each for each in yielding if self.is_in_reach(held, each, kept) and self.lacks_adapter_slot(held, each)]
         for at, replica in enumerate(yielding[: self.rules.MAX_CANDIDATES]):
+            if replica in crowded[self.rules.MAX_CROWDED :]:
+                continue
             tickets = self.in_the_way(held, replica, kept)
             if tickets is not None:
                 adapter = held.ticket.adapter
@@ -426,16 +428,24 @@ class Model:
             self.put_back(now, each)
         return replica
 
+    def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
+        """Return whether an interactive ticket fits on a replica beside its background tickets."""
+        fits = self.front(replica) + min(held.ticket.weight, replica.slots) <= replica.slots
+        return fits and self.is_left(held.ticket.adapter, replica, kept)
+
+    def lacks_adapter_slot(self, held: Held, replica: Replica) -> bool:
+        running = self.running(replica)
+        return bool(held.ticket.adapter) and held.ticket.adapter not in running and len(running) >= replica.adapter_slots
+
     def in_the_way(self, held: Held, replica: Replica, kept: Kept) -> list[Held] | None:
         """Return the background tickets that hold the adapter slot that a ticket needs on a replica, or None if it has no room there."""
-        adapter, running = held.ticket.adapter, self.running(replica)
-        if not self.is_left(adapter, replica, kept) or self.front(replica) + min(held.ticket.weight, replica.slots) > replica.slots:
+        if not self.is_in_reach(held, replica, kept):
             return None
-        if not adapter or adapter in running or len(running) < replica.adapter_slots:
+        if not self.lacks_adapter_slot(held, replica):
             return []
         latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
         names = [each.ticket.adapter for each in latest]
-        alone = [name for name in names if name and running[name] == names.count(name)]
+        alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
         return [each for each in latest if each.ticket.adapter == alone[0]] if alone else None
 
     def put_back(self, now: int, held: Held) -> None:
@@ -842,6 +852,7 @@ class Model:
         held = Held(ticket, now - waited_ms, attempts, now + self.rules.LEASE_MS, TicketState.GRANTED, reservations=made, restored=True)
         held.placed = held.granted = now
         self.tickets[ticket.id] = held
+        self.reserve.arrived = self.reserve.arrived if ticket.background else now
         self.charge(held, ticket.prompt_tokens)
         self.hold(now, held, replica)
         self.dispatch(now)

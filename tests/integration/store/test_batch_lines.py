@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
-from lmaas.store.batch_lines import NewLine, delete_lines, end_lines, results
+from lmaas.store.batch_lines import NewLine, add_lines, delete_lines, end_lines, results
 from lmaas.store.database import Database
 from lmaas.store.line_leases import backlog, claim_batch, claim_lines, give_back_batch, put_back, settle, stop_batch, stopped, unsettled
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
@@ -253,3 +254,24 @@ async def test_results_come_in_portions_and_go(db: Database, jobs_db: Database, 
     await end(jobs_db, runner_id)
     with pytest.raises(LeaseLost):
         [portion async for portion in results(jobs_db, lease)]
+
+
+async def test_a_batch_is_found_with_its_own_tenant_only(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    batch_id = await make_batch(db, tenant_id, some_lines(2, POOL), left_s=0)
+    runner_id = await register(jobs_db)
+    assert not await settle(jobs_db, other, batch_id)
+    await stop_batch(jobs_db, other, batch_id, "insufficient_quota", "not theirs")
+    async with jobs_db.begin(other) as connection:
+        await delete_lines(connection, tenant_id, batch_id)  # the scope of the transaction protects what the condition names
+    assert [portion async for portion in results(jobs_db, BatchLease(other, batch_id, runner_id, 1))] == []
+    assert len(await line_rows(db, batch_id)) == 2
+    row = await batch_row(db, batch_id)
+    assert (row.status, row.stop_code) == ("in_progress", None)
+    with pytest.raises(ProgrammingError, match="row-level security"):
+        await make_batch_lines(jobs_db, other, tenant_id, batch_id)
+
+
+async def make_batch_lines(db: Database, scope: str, tenant_id: str, batch_id: str) -> None:
+    async with db.begin(scope) as connection:
+        await add_lines(connection, tenant_id, batch_id, [NewLine(3, 0, 1, "more", POOL, 1)])

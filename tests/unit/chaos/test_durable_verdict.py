@@ -1,5 +1,6 @@
 """The judge of durable work in the chaos test: it finds what is wrong, and nothing else."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,7 +46,7 @@ def batch(status: str = "completed", total: int = 2, completed: int = 1, **facts
 
 
 def response(status: str, tokens: int = 4) -> dict[str, Any]:
-    return {"id": "resp_2", "status": status, "usage": {"input_tokens": 9, "output_tokens": tokens}}
+    return {"id": "resp_r1", "status": status, "usage": {"input_tokens": 9, "output_tokens": tokens}}
 
 
 USAGE = {"input_tokens": 9, "output_tokens": 5}
@@ -115,13 +116,15 @@ def test_waste_is_exact_where_nothing_was_killed() -> None:
     [
         (response("completed"), ""),
         (response("incomplete"), ""),
-        (response("completed", 5), "no line in the ledger"),
+        (response("completed", 5), "the ledger has other tokens"),
+        (response("completed") | {"id": "resp_3"}, "0 of its attempts are completed"),
         (response("cancelled"), "it was not cancelled"),
         (response("queued"), "no response may end like this"),
         (response("failed"), "no response may end like this"),
     ],
 )
 def test_background_responses(response: dict[str, Any], complaint: str) -> None:
-    complaints = judge_durable([], [response], LEDGER, TRUTH).complaints
+    ledger = [replace(event, request_id=f"req_{event.request_id}") for event in LEDGER]
+    complaints = judge_durable([], [response], ledger, {f"req_{request_id}": made for request_id, made in TRUTH.items()}).complaints
     assert bool(complaints) == bool(complaint)
     assert complaint in "\n".join(complaints)

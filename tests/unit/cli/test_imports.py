@@ -33,7 +33,7 @@ def test_help_imports_neither_the_server_nor_the_client(arguments: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "arguments", [*([noun, "list"] for noun in ("tenant", "key", "model", "replica", "files")), ["usage"], ["apply", TENANTS]]
+    "arguments", [*([noun, "list"] for noun in ("tenant", "key", "model", "replica", "files", "batches")), ["usage"], ["apply", TENANTS]]
 )
 def test_a_command_for_the_api_imports_no_server(arguments: list[str]) -> None:
     modules = imported(*arguments, code=1)  # nothing listens at that address

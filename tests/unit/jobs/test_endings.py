@@ -85,3 +85,4 @@ def test_a_spent_budget_stops_the_batch_when_nothing_else_may_give_some_back() -
     other.refused(QUOTA, others_run=False)
     other.refused(QUOTA, others_run=True)
     assert other.refused(QUOTA, others_run=False) is Next.AGAIN, "it counts from the beginning"
+    assert tries.pause_s == 1, "the rest of the batch waits for it"
