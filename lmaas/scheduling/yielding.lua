@@ -4,7 +4,7 @@
 -- replica, and all tickets together may be more. An engine cannot run more adapters than it has adapter slots, so the background tickets
 -- that hold the adapter slot which an interactive ticket needs are put back: the latest ones, since they lose least. They hold nothing any
 -- more and do not wait again by themselves; their owners are told, and submit new tickets for the work. A background ticket is never put
--- back for another one.
+-- back for another one. Those on a replica that drains are put back as well.
 
 local MAX_BACKGROUND_QUEUED = 10000 -- background tickets that may wait in a pool
 local MAX_BACKGROUND_PLACED = 32    -- background tickets that one call places
@@ -21,7 +21,6 @@ end
 -- Takes its slot from a background ticket. Its owner has yet to end it.
 local function put_back(pool, ticket)
   charge(pool, ticket, -charged(pool, ticket))
-  see_yield(pool, ticket.held)
   next_of(pool, 'yields')
   local replica = ticket.replica
   let_go(pool, ticket)
@@ -80,6 +79,18 @@ local function make_room(pool, weight, adapter, kept)
       end
     end
   end
-  for _, ticket in ipairs(best or {}) do put_back(pool, ticket) end
+  for _, ticket in ipairs(best or {}) do
+    see_yield(pool, ticket.held)
+    put_back(pool, ticket)
+  end
   return at
+end
+
+-- Puts back the background tickets that run on a replica which drains, as many as this call may: something else needs its machine, and a
+-- drain is asked for until nothing runs.
+local function put_back_all(pool, replica)
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do
+    local ticket = get(pool, id)
+    if ticket.state == TICKET.GRANTED then put_back(pool, ticket) end
+  end
 end

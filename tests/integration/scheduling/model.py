@@ -425,7 +425,8 @@ class Model:
             return None
         *_, replica, tickets = min(found, key=lambda each: each[:3])
         for each in tickets:
-            self.put_back(now, each)
+            self.reserve.see_yield(now, each.slots)
+            self.put_back(each)
         return replica
 
     def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
@@ -448,10 +449,9 @@ class Model:
         alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
         return [each for each in latest if each.ticket.adapter == alone[0]] if alone else None
 
-    def put_back(self, now: int, held: Held) -> None:
+    def put_back(self, held: Held) -> None:
         """Take its slot from a background ticket."""
         self.charge(held, -held.charged())
-        self.reserve.see_yield(now, held.slots)
         self.yields += 1
         self.may_yield -= 1
         self.move(held, TicketState.YIELDED)
@@ -936,6 +936,12 @@ class Model:
         self.list_as_lost(loading)
         replica.loading = {}
         self.take_back_lost()
+        latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
+        for each in latest:
+            held = self.get(each.ticket.id)
+            assert held is not None
+            if held.state == TicketState.GRANTED:
+                self.put_back(held)
         self.dispatch(now)
         return self.load(replica)
 
