@@ -320,8 +320,9 @@ local function get(pool, id)
     local stored = redis.call('HGET', pool.key .. ':tickets', id)
     known = stored and decoded(stored) or false
     pool.tickets[id] = known
-    if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   end
+  -- Also of a ticket that this call has read before it removed the replica.
+  if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   return known or nil
 end
 

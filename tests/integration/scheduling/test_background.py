@@ -264,6 +264,16 @@ def test_a_background_ticket_on_a_replica_that_ends_waits_again_or_is_revoked(de
     assert desk.state(1) == ["loading"]
 
 
+def test_a_renewal_that_finds_the_replica_dead_reports_its_tickets_as_revoked(desk: Desk) -> None:
+    desk.beat("x", slots=4)
+    desk.submit(ticket(1), line(2))
+    # Only these two are heard of for so long that the replica is given up, by the call that renews them.
+    for _ in range(Rules().GONE_MS // 1000 + 2):
+        desk.both.at(desk.both.now + 1000)
+        reports = desk.both.renew([("r1", None), ("r2", None)])["tickets"]
+    assert [report["state"] for report in reports] == ["revoked", "revoked"]
+
+
 def test_a_restored_background_ticket_counts_as_one(desk: Desk) -> None:
     desk.beat(slots=2)
     assert desk.both.restore(line(1), "x", 5, 0)
