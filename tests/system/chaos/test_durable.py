@@ -98,7 +98,7 @@ async def test_every_line_ends_once_whatever_dies(service: Service) -> None:
         {request: deliveries for request, deliveries in truth.items() if request in mine},
         cancelled=frozenset().union(*(owner.cancelled for owner in owners)),
     )
-    others = judge(
+    beside = judge(
         [attempt for worker in workers for attempt in worker.attempts],
         [event for event in ledger if event.request_id not in mine],
         {request: deliveries for request, deliveries in truth.items() if request not in mine},
@@ -106,8 +106,8 @@ async def test_every_line_ends_once_whatever_dies(service: Service) -> None:
     )
     lines = sum(len(end.sent) for end in ends)
     print(f"{lines} lines, {len(responses)} responses in {took:.0f} s: {dict(verdict.statuses)}")  # noqa: T201
-    print(f"charged {verdict.charged} tokens, wasted {verdict.wasted}; beside {dict(others.statuses)}")  # noqa: T201
-    complaints = verdict.complaints + others.complaints
+    print(f"charged {verdict.charged} tokens, wasted {verdict.wasted}; beside {dict(beside.statuses)}")  # noqa: T201
+    complaints = verdict.complaints + beside.complaints
     assert not complaints, "\n".join([f"{len(complaints)} complaints", *complaints[:20]])
     assert service.ended() == {}, "ended by itself"
     await _nothing_is_left(service)
