@@ -2,7 +2,7 @@
 
 from sqlalchemy import text
 
-from lmaas.store.batches import delete_old_batches
+from lmaas.store.batches import delete_old_batches, open_batches
 from lmaas.store.models import BaseModel
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.scopes import SYSTEM
@@ -43,6 +43,7 @@ async def test_batches_that_ended_long_ago_go(account: Account, stack: Stack) ->
             older = text("UPDATE batches SET created_at = now() - make_interval(days => :days) WHERE id = :id")
             await connection.execute(older, {"days": days, "id": batch_id})
     controller = stack.database(DatabaseRole.CONTROLLER)
+    assert await open_batches(controller) == {"validating": 2, "in_progress": 2, "finalizing": 2, "cancelling": 2}
     assert await delete_old_batches(controller) == 4
     assert await delete_old_batches(controller) == 0
     gone = {(status, 91) for status in ("completed", "failed", "expired", "cancelled")}
