@@ -93,7 +93,7 @@ class BatchWorker:
         else:
             outcome = "done"
         self._metrics.step(step, outcome)
-        if outcome in ("done", "superseded"):
+        if outcome == "done":
             self._later.pop(batch, None)
         else:
             self._postpone(batch)

@@ -199,6 +199,14 @@ async def test_refused_creations_leave_nothing(messages: AsyncAnthropic, account
     assert (await messages.messages.batches.list()).data == []
 
 
+async def test_a_body_that_is_too_long(messages: AsyncAnthropic, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.api.message_batches.MAX_BODY_BYTES", 1000)
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        await messages.messages.batches.create(requests=requests(20))
+    assert (caught.value.status_code, caught.value.type) == (413, "request_too_large")
+    assert await account.kept() == []
+
+
 async def test_a_long_body_streams_to_the_store(
     messages: AsyncAnthropic, account: Account, steps: Steps, base: BaseModel, stack: Stack
 ) -> None:
