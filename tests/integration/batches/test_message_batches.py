@@ -226,6 +226,9 @@ async def test_each_api_shows_its_own_batches(messages: AsyncAnthropic, account:
     ours = await messages.messages.batches.create(requests=requests(1))
     assert [batch.id async for batch in account.client.batches.list()] == [theirs.id]
     assert [batch.id async for batch in messages.messages.batches.list()] == [ours.id]
+    # The library's beta has the same paths, with a query.
+    assert [batch.id async for batch in messages.beta.messages.batches.list()] == [ours.id]
+    assert (await messages.beta.messages.batches.retrieve(ours.id)).processing_status == "in_progress"
     async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:
         assert (await http.get(f"/v1/batches/{ours.id}")).status_code == 404
         assert (await http.get(f"/v1/messages/batches/{theirs.id}")).status_code == 404
