@@ -158,12 +158,17 @@ class BackgroundRuns:
     async def _look(self, runner_id: str, writer: EventWriter, group: asyncio.TaskGroup) -> None:
         """Lease what waits, and end the runs whose responses were cancelled or deleted, or whose leases are lost."""
         before = list(self._running)
-        if before:
-            leased = await background.leased(self._db, runner_id)
-            for lease in before:
-                sink = self._sinks.get(lease)
-                if sink is not None and leased.get(lease, True):
-                    sink.leave()
+        leased = await background.leased(self._db, runner_id)
+        for lease in before:
+            sink = self._sinks.get(lease)
+            if sink is not None and leased.get(lease, True):
+                sink.leave()
+        for lease in leased.keys() - self._running.keys():
+            # It was leased although Postgres did not reply, or its run has just ended: then this has no effect.
+            if leased[lease]:
+                await background.settle(self._db, lease, None)
+            else:
+                await background.give_back(self._db, lease)
         if len(self._running) < MOST:
             for lease in await background.claim(self._db, runner_id, MOST - len(self._running)):
                 task = group.create_task(self._attempt(lease, writer), name=attempt_id(lease.id, lease.attempt))
