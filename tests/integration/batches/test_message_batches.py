@@ -77,6 +77,11 @@ async def test_a_message_batch_from_its_creation_to_its_deletion(
     assert batch.ended_at is not None
     assert batch.request_counts.to_dict() == {"processing": 0, "succeeded": 3, "errored": 1, "canceled": 0, "expired": 0}
     assert batch.results_url == f"{stack.url}/v1/messages/batches/{batch.id}/results"
+    async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:
+        proxied = await http.get(f"/v1/messages/batches/{batch.id}", headers={"x-forwarded-proto": "https", "host": "api.example.com"})
+        assert proxied.json()["results_url"] == f"https://api.example.com/v1/messages/batches/{batch.id}/results"
+        response = await http.head(f"/v1/messages/batches/{batch.id}/results")
+        assert (response.status_code, response.headers["content-type"]) == (200, "application/x-jsonl")
     found = await results(messages, batch.id)
     assert set(found) == {f"id-{number}" for number in range(4)}
     assert sorted(result.type for result in found.values()) == ["errored", "succeeded", "succeeded", "succeeded"]
@@ -232,5 +237,3 @@ async def test_each_api_shows_its_own_batches(messages: AsyncAnthropic, account:
     async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:
         assert (await http.get(f"/v1/batches/{ours.id}")).status_code == 404
         assert (await http.get(f"/v1/messages/batches/{theirs.id}")).status_code == 404
-        proxied = await http.get(f"/v1/messages/batches/{ours.id}", headers={"x-forwarded-proto": "https"})
-        assert proxied.json()["results_url"] is None
