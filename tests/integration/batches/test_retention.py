@@ -9,7 +9,7 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import delete_tenant
 from tests.integration.batches.conftest import Account, Steps, jsonl, line
 from tests.integration.gateway.stack import Stack
-from tests.support.batches import make_batch
+from tests.support.batches import batch_row, make_batch
 
 
 async def left(stack: Stack) -> set[str]:
@@ -30,6 +30,19 @@ async def test_batches_of_a_deleted_tenant_go_with_their_lines(account: Account,
     async with stack.db.begin(SYSTEM) as connection:
         for table in ("batch_lines", "batch_pools", "usage_events WHERE work = 'background'"):
             assert (await connection.execute(text(f"SELECT count(*) FROM {table}"))).scalar_one() == 0  # noqa: S608 (names of ours)
+
+
+async def test_a_batch_that_outlives_its_tenant_ends_without_files(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
+    """As after a deletion that broke off before the batches."""
+    batch = await account.create(jsonl([line("a")]))
+    await steps.validate()
+    await steps.end(await steps.lease(1))
+    async with stack.db.begin(SYSTEM) as connection:
+        await connection.execute(text("UPDATE tenants SET deleted_at = now() WHERE id = :id"), {"id": account.tenant.id})
+    await steps.finalize()
+    row = await batch_row(stack.db, batch.id)
+    assert (row.status, row.output_file_id) == ("completed", None)
+    assert await account.kept() == ["lines.jsonl"]
 
 
 async def test_batches_that_ended_long_ago_go(account: Account, stack: Stack) -> None:
