@@ -109,7 +109,7 @@ async def create_message_batch(api: Api, call: ApiCall[NewMessageBatch, None]) -
         created.append(await rows.create_batch(connection, call.tenant_id, new, limits, audit=call.audit))
 
     body = Request(call.request.scope, limited(call.request.receive, call.request.scope, MAX_BODY_BYTES))
-    async with api.files.draft() as draft:
+    async with api.files.uploading(call.tenant_id) as draft:
         async for lines in request_lines(body.stream(), reader):
             await draft.write(lines)
         written = Written(Purpose.BATCH, f"{new_batch_id}_input.jsonl", draft, _FORM.results_expire_after_s)

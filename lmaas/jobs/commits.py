@@ -16,7 +16,7 @@ from lmaas.store.line_leases import LeasedLine, put_back
 log = logging.getLogger(__name__)
 
 #: The time for which the first line waits for others that end.
-GATHER_S = 0.08
+GATHER_S = 0.1
 #: The limits of one transaction.
 LINES_AT_ONCE = 512
 BYTES_AT_ONCE = 8 * 1024 * 1024

@@ -185,7 +185,7 @@ class Feeder:
 
     async def _room(self, pool_id: str) -> Room:
         found = await self._scheduler.room(pool_id)
-        return Room(found["ready"], found["room"], found["queued"])
+        return Room(found["ready"], found["slots"], found["room"], found["queued"])
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

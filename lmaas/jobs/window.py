@@ -6,15 +6,18 @@ from typing import NamedTuple
 #: The lines that wait ahead of the engines: for so much time at the speed at which lines begin, within bounds.
 AHEAD_S = 1.0
 MIN_AHEAD, MAX_AHEAD = 2, 512
+#: The most that wait because all lines that run may end in the same step.
+MAX_TOGETHER = 256
 #: The weight of the newest measurement of that speed.
 NEWEST = 0.5
 
 
 class Room(NamedTuple):
-    """What the scheduler reports about a pool: replicas that take work, background slots that could be granted now, and background
-    tickets that wait."""
+    """What the scheduler reports about a pool: replicas that take work, their slots, background slots that could be granted now, and
+    background tickets that wait."""
 
     ready: int
+    slots: int
     room: int
     queued: int
 
@@ -27,12 +30,14 @@ class Window:
     per_s: float = 0.0
     #: Until then, the pool need not be looked at unless it has lines.
     idle_until: float = 0.0
+    #: Whether lines were put back since lines last began without that.
+    _is_closed: bool = False
     _observed_at: float | None = None
     _cold_since: float | None = None
 
     @property
     def ahead(self) -> int:
-        """The number of lines that should wait ahead of the engines."""
+        """The number of lines that should wait ahead of the engines, by the speed at which lines begin."""
         return min(MAX_AHEAD, max(MIN_AHEAD, round(self.per_s * AHEAD_S)))
 
     def observe(self, begun: int, put_back: int, now: float) -> None:
@@ -41,6 +46,7 @@ class Window:
             newest = begun / (now - self._observed_at)
             # Interactive work needs its slots: what was begun and put back is no measure of what the engines take.
             self.per_s = 0.0 if put_back else NEWEST * newest + (1 - NEWEST) * self.per_s
+            self._is_closed = bool(put_back) or (self._is_closed and not begun)
         self._observed_at = now
 
     def cold_s(self, room: Room, now: float) -> float:
@@ -55,6 +61,8 @@ class Window:
         """
         if room.ready == 0:
             return 0
+        # Lines of the same length that began together end together.
+        ahead = self.ahead if self._is_closed else max(self.ahead, min(room.slots, MAX_TOGETHER))
         waiting = max(waiting, room.queued)
-        missing = room.room + self.ahead - waiting
-        return max(0, missing) if room.room > waiting or 2 * waiting <= self.ahead else 0
+        missing = room.room + ahead - waiting
+        return max(0, missing) if room.room > waiting or 2 * waiting <= ahead else 0

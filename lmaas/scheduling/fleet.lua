@@ -167,7 +167,6 @@ local function hold(pool, ticket, replica)
     replica.back, replica.latest = replica.back + ticket.held, next_of(pool, 'ages')
     redis.call('ZADD', pool.key .. ':back:' .. replica.id, replica.latest, ticket.id)
   else
-    see_growth(pool, var(pool, 'load', 0) - var(pool, 'back', 0), ticket.held)
     -- It shows waiting tickets whether turns take longer than usual.
     set_var(pool, 'turn', pool.now)
   end

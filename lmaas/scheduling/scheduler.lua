@@ -261,8 +261,8 @@ redis.register_function('lmaas_evict', function(keys, args)
   return free and 1 or 0
 end)
 
--- drain(replica id) → the slots still in use, or -1 if the replica is not known. It gets no new work, and tickets whose adapter was
--- loading go back to the queue.
+-- drain(replica id) → the slots still in use, or -1 if the replica is not known. It gets no new work, tickets whose adapter was
+-- loading go back to the queue, and background tickets that run are put back.
 redis.register_function('lmaas_drain', function(keys, args)
   local pool = open(keys[1])
   local replica = replica_of(pool, args[1])
@@ -271,6 +271,7 @@ redis.register_function('lmaas_drain', function(keys, args)
     changed(pool, replica)
     list_as_lost(pool, stop_loading(pool, replica))
     take_back_lost(pool)
+    put_back_all(pool, replica)
     dispatch(pool)
   end
   close(pool)

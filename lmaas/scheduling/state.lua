@@ -126,9 +126,9 @@ local seen_last = {}
 --   load, back, room       slots in use; those of background tickets; free slots of the replicas that get work
 --   slots, able            the slots of ready replicas; the replicas that may get work sooner or later
 --   open, open_slots, adapters  the replicas that get work, their slots, their free adapter slots
---   peak, peak_at, boost, boost_at, arrived  see reserve.lua
+--   boost, boost_at, arrived  see reserve.lua
 --   ages, yields           numbers given to background tickets that were placed; background tickets that were put back
-local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'back', 'room', 'seq', 'placed', 'last', 'floor', 'peak', 'peak_at' }
+local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'back', 'room', 'seq', 'placed', 'last', 'floor' }
 
 -- Returns a field of `:vars` as text, or false.
 local function text_of(pool, name)
@@ -320,8 +320,9 @@ local function get(pool, id)
     local stored = redis.call('HGET', pool.key .. ':tickets', id)
     known = stored and decoded(stored) or false
     pool.tickets[id] = known
-    if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   end
+  -- Also of a ticket that this call has read before it removed the replica.
+  if known and known.replica and var(pool, 'lost', 0) > 0 and not stands(pool, known) then displace(pool, known) end
   return known or nil
 end
 

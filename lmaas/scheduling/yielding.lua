@@ -1,7 +1,10 @@
--- Background work gives way. A background ticket runs only on slots that interactive tickets leave free, beyond the reserve, and only
--- while no interactive ticket waits. If an interactive ticket still finds no room, background tickets that hold what it needs are put back:
--- the latest ones, since they lose least. They hold nothing any more and do not wait again by themselves; their owners are told, and submit
--- new tickets for the work. A background ticket is never put back for another one.
+-- Background work gives way. A background ticket is placed only on slots that are free, beyond the reserve, and only while no interactive
+-- ticket waits. If an interactive ticket finds no free slot, it is placed beside background tickets all the same: the engine pauses or preempts
+-- background requests for it, which wastes nothing (lmaas/engine/hooks/background.py). So interactive tickets take at most the slots of a
+-- replica, and all tickets together may be more. An engine cannot run more adapters than it has adapter slots, so the background tickets
+-- that hold the adapter slot which an interactive ticket needs are put back: the latest ones, since they lose least. They hold nothing any
+-- more and do not wait again by themselves; their owners are told, and submit new tickets for the work. A background ticket is never put
+-- back for another one. Those on a replica that drains are put back as well.
 
 local MAX_BACKGROUND_QUEUED = 10000 -- background tickets that may wait in a pool
 local MAX_BACKGROUND_PLACED = 32    -- background tickets that one call places
@@ -18,7 +21,6 @@ end
 -- Takes its slot from a background ticket. Its owner has yet to end it.
 local function put_back(pool, ticket)
   charge(pool, ticket, -charged(pool, ticket))
-  see_yield(pool, ticket.held)
   next_of(pool, 'yields')
   local replica = ticket.replica
   let_go(pool, ticket)
@@ -44,46 +46,51 @@ local function sharing_an_adapter(pool, replica, ids)
   return nil
 end
 
--- Returns the background tickets of a replica whose end would make room there for a ticket with these needs, and how well the replica
--- suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there are none, or more than this call may put back. `state`
--- counts the replicas on which an adapter slot had to be found (`emptied`): that costs most, so only a few are considered.
+-- Returns the background tickets of a replica whose end would make room there for a ticket with these needs, mostly none, and how well the
+-- replica suits (0: the adapter runs there, 1: it is resident, 2: neither); nil if there is no room, or this call may not put back so many.
+-- `state` counts the replicas on which an adapter slot had to be found (`emptied`): that costs most, so only a few are considered.
 local function in_the_way(pool, replica, weight, adapter, kept, state)
   local runs = adapter ~= '' and redis.call('HEXISTS', pool.key .. ':running:' .. replica.id, adapter) == 1
   if not fresh(pool, replica) or not left_by(kept, replica, adapter, runs) then return nil end
-  local missing = replica.load + math.min(weight, replica.slots) - replica.slots
-  if missing > replica.back then return nil end
-  local ids, chosen, found = redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1), {}, {}
-  local function choose_one(ticket)
-    if chosen[ticket.id] then return end
-    chosen[ticket.id], found[#found + 1], missing = true, ticket, missing - ticket.held
-  end
+  if replica.load - replica.back + math.min(weight, replica.slots) > replica.slots then return nil end
+  local found = {}
   if adapter ~= '' and not runs and replica.runs >= replica.adapter_slots then
     state.emptied = state.emptied + 1
-    local sharing = state.emptied <= MAX_CROWDED and sharing_an_adapter(pool, replica, ids)
-    if not sharing then return nil end
-    for _, ticket in ipairs(sharing) do choose_one(ticket) end
+    if state.emptied > MAX_CROWDED then return nil end
+    found = sharing_an_adapter(pool, replica, redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1))
   end
-  for _, id in ipairs(ids) do
-    if missing <= 0 then break end
-    choose_one(get(pool, id))
-  end
-  if missing > 0 then return nil end
   return found, (adapter == '' or runs) and 0 or is_resident(pool, replica, adapter) and 1 or 2
 end
 
--- Puts back the background tickets that hold what an interactive ticket needs. Returns the replica on which it fits then, or nil. It
--- considers the replicas with the latest background tickets.
+-- Returns a replica where an interactive ticket fits beside background tickets, or nil, and puts back those that hold the adapter slot that
+-- it needs. It considers the replicas with the latest background tickets; among equals, the one with the least interactive load.
 local function make_room(pool, weight, adapter, kept)
   if pool.yields <= 0 or var(pool, 'back', 0) == 0 then return nil end
   pool.tries = (pool.tries or 0) + 1
   if pool.tries > MAX_TRIES then return nil end
-  local best, best_rank, at, state = nil, nil, nil, { emptied = 0 }
+  local best, best_rank, best_share, at, state = nil, nil, nil, nil, { emptied = 0 }
   for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':yielding', 0, MAX_CANDIDATES - 1)) do
     local replica = replica_of(pool, id)
     local found, rank = in_the_way(pool, replica, weight, adapter, kept, state)
-    if found and (not best or rank < best_rank) then best, best_rank, at = found, rank, replica end
-    if best_rank == 0 then break end
+    if found then
+      local share = (replica.load - replica.back) / replica.slots
+      if not best or rank < best_rank or (rank == best_rank and share < best_share) then
+        best, best_rank, best_share, at = found, rank, share, replica
+      end
+    end
   end
-  for _, ticket in ipairs(best or {}) do put_back(pool, ticket) end
+  for _, ticket in ipairs(best or {}) do
+    see_yield(pool, ticket.held)
+    put_back(pool, ticket)
+  end
   return at
+end
+
+-- Puts back the background tickets that run on a replica which drains, as many as this call may: something else needs its machine, and a
+-- drain is asked for until nothing runs.
+local function put_back_all(pool, replica)
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':back:' .. replica.id, 0, pool.yields - 1)) do
+    local ticket = get(pool, id)
+    if ticket.state == TICKET.GRANTED then put_back(pool, ticket) end
+  end
 end

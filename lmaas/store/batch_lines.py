@@ -86,7 +86,7 @@ WITH given AS MATERIALIZED (
     RETURNING given.*
 ), ledger AS (
     INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
-    SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL
+    SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL ORDER BY request_id COLLATE "C"
     ON CONFLICT (request_id) DO UPDATE SET tenant_id = excluded.tenant_id, {
         ", ".join(f"{name} = excluded.{name}" for name in _EVENT if name != "request_id")
     }
@@ -217,7 +217,7 @@ async def end_lines(db: Database, runner_id: str, lines: Sequence[EndedLine]) ->
     by_tenant: dict[str, list[EndedLine]] = {}
     for line in lines:
         by_tenant.setdefault(line.tenant_id, []).append(line)
-    # In the order of tenants, so that two runners cannot wait for each other.
+    # In the order of tenants, so that two runners, or a runner and the metering writer, cannot wait for each other.
     await db.execute_for_each(_END, [(tenant_id, _values(tenant_id, runner_id, by_tenant[tenant_id])) for tenant_id in sorted(by_tenant)])
 
 

@@ -49,19 +49,20 @@ async def delete_oldest(db: Database, tenant_id: str, surplus_bytes: int) -> int
 
     Returns the bytes of what was deleted: at least `surplus_bytes`, unless that takes more rows than are deleted at a time.
     """
-    portions = [select(_portion(table, table.c.tenant_id == tenant_id)) for table in TABLES]
+    portions = [select(_portion(table, table.c.tenant_id == tenant_id), literal(table.name).label("table")) for table in TABLES]
     first = union_all(*portions).subquery()
-    query = select(first.c.id, first.c.size_bytes).order_by(first.c.expires_at, first.c.id)
-    ids: list[str] = []
+    query = select(first.c.table, first.c.id, first.c.size_bytes).order_by(first.c.expires_at, first.c.id)
+    # By table: a stored response that ran in the background has its id in two.
+    ids: dict[str, list[str]] = {table.name: [] for table in TABLES}
     async with db.begin(SYSTEM) as connection:
         deleted = 0
-        for item_id, size in await connection.execute(query):
+        for table_name, item_id, size in await connection.execute(query):
             if deleted >= surplus_bytes:
                 break
-            ids.append(item_id)
+            ids[table_name].append(item_id)
             deleted += size
         for table in TABLES:
-            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.id.in_(ids)))
+            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.id.in_(ids[table.name])))
     return deleted
 
 

@@ -223,9 +223,11 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (Grant("SELECT"),),
         OPERATOR: (Grant("SELECT"),),
         CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
+        JOBS: (Grant("SELECT"),),
     },
     "replicas": {
         GATEWAY: (Grant("SELECT"),),
+        JOBS: (Grant("SELECT"),),
         OPERATOR: (Grant("SELECT"), Grant("UPDATE", ALL, ("desired",))),
         CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", ALL, ("desired", *_OBSERVED))),
         REPLICA: (Grant("SELECT"), Grant("UPDATE", ALL, _OBSERVED)),

@@ -119,7 +119,9 @@ async def insert_events(connection: AsyncConnection, events: list[UsageEvent]) -
     query = insert(usage_events)
     changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
     query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status.in_(STAND_INS))
-    await connection.execute(query.values([asdict(event) for event in latest.values()]))
+    # In an order, so that two that write the same events cannot wait for each other: that of `batch_lines.end_lines`.
+    ordered = sorted(latest.values(), key=lambda event: (event.tenant_id or "", event.request_id))
+    await connection.execute(query.values([asdict(event) for event in ordered]))
 
 
 async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:

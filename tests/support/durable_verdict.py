@@ -76,12 +76,12 @@ def judge_durable(
             verdict.charged += event.completion_tokens
             continue
         verdict.wasted += event.completion_tokens
-        if event.status is UsageStatus.WASTED:
+        if event.status == UsageStatus.WASTED:
             if event.charge_picousd:
                 say(f"waste is charged: {event}")
             if not killed and event.completion_tokens != sum(made):
                 say(f"not all of the waste is recorded: {event} {made}")
-        elif event.charge_picousd and event.status is not UsageStatus.ABORTED:
+        elif event.charge_picousd and event.status != UsageStatus.ABORTED:
             say(f"charged without a result: {event}")
     return verdict
 
@@ -147,7 +147,7 @@ def _judge_response(
             # The ids of its attempts begin with that of the request.
             own = response["id"].replace("resp_", "req_")
             attempts = [events[request_id] for request_id in events if request_id == own or request_id.startswith(f"{own}_")]
-            ended = [event.request_id for event in attempts if event.status is UsageStatus.COMPLETED]
+            ended = [event.request_id for event in attempts if event.status == UsageStatus.COMPLETED]
             if len(ended) != 1:
                 say(f"{len(ended)} of its attempts are completed")
             for request_id in ended:
@@ -175,7 +175,7 @@ def _judge_answer(
     if event is None:
         yield "it is not in the ledger"
         return
-    if event.status is not UsageStatus.COMPLETED:
+    if event.status != UsageStatus.COMPLETED:
         yield "the ledger has not completed it"
     if (event.prompt_tokens, event.completion_tokens) != tokens:
         yield "the ledger has other tokens"

@@ -83,7 +83,7 @@ async def test_errors_become_the_librarys_exceptions(client: AsyncOpenAI) -> Non
         await create(model="base", input="Hello.", previous_response_id="resp_0")
     for body, param in (
         ({"temperature": 7}, "temperature"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "store"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"previous_response_id": "resp_0", "conversation": "conv_0"}, "conversation"),
     ):

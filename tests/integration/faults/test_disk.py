@@ -118,6 +118,24 @@ async def test_an_upload_onto_a_full_disk(
         assert (await ask(stack, tenant, "bot")).status_code == 200
 
 
+@pytest.mark.parametrize(("full", "code"), [("uploads", "disk_full"), ("objects", "object_store_unavailable")])
+async def test_a_file_onto_a_full_disk(stack: Stack, tenant: Tenant, full: str, code: str) -> None:
+    async def send() -> httpx.Response:
+        async with stack.client(tenant) as http:
+            return await http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a", b"x" * 2_000_000)})
+
+    with small_disk(stack.settings.home / full, 1024 * 1024) as enlarge:
+        for _ in range(2):
+            response = await send()
+            assert (response.status_code, response.json()["error"]["code"]) == (503, code), response.text
+            assert str(stack.settings.home) not in response.text
+            assert await stack.services.objects.list("files") == []
+            async with stack.client(tenant) as http:
+                assert (await http.get("/v1/files")).json()["data"] == []
+        enlarge()
+        assert (await send()).status_code == 200
+
+
 async def test_a_store_with_room_for_the_model_but_not_for_its_config(
     stack: Stack, model: BaseModel, tenant: Tenant, weights: bytes
 ) -> None:

@@ -23,6 +23,7 @@ from lmaas.store.scopes import SYSTEM
 from lmaas.types import Quota
 from tests.integration.files.conftest import World
 from tests.integration.store.build import tenant
+from tests.support.buckets import bucket
 from tests.support.conditions import until
 
 Step = Callable[[], Awaitable[object]]
@@ -85,6 +86,30 @@ async def test_a_file_is_stored_by_its_hash_and_read_back(world: World) -> None:
     assert await world.jobs.read(file, [(0, 0)]) == [b""]
     assert await world.jobs.read(file, []) == []
     assert await world.checks() == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+async def test_files_in_a_bucket(world: World) -> None:
+    with bucket() as url:
+        objects = Objects(url)
+        files = world.made(objects=objects)
+        content = b"{}\n" * 1_100_000
+        first, second = await world.upload(content[:3_300_000], files=files), await world.upload(content[:3_300_000], files=files)
+        assert await objects.list("files") == [first.key]
+        assert b"".join([piece async for piece in files.stream(first)]) == content
+        assert await files.read(first, [(0, 2), (3_299_998, 2)]) == [b"{}", b"}\n"]
+        for file in (first, second):
+            await files.delete(world.tenant_id, file.id)
+        assert (await objects.list("files"), await world.checks()) == ([], 0)
+        for number in range(3):
+            await world.upload(bytes([number]), files=files)
+        assert len(await objects.list("files")) == 3
+        async with world.db.begin(SYSTEM) as connection:
+            await connection.exec_driver_sql("UPDATE files SET expires_at = now()")
+        controller = world.made(DatabaseRole.CONTROLLER, objects)
+        while await controller.sweep():
+            pass
+        assert (await objects.list("files"), await world.checks()) == ([], 0)
 
 
 async def test_an_empty_file(world: World) -> None:

@@ -155,7 +155,7 @@ async def test_an_adapter_by_its_name(stack: Stack, base: BaseModel, tenant: Ten
 
 async def test_refusals_cost_nothing(stack: Stack, base: BaseModel, tenant: Tenant) -> None:
     for changes, status, code, param in (
-        ({"background": True}, 400, "unsupported_parameter", "background"),
+        ({"background": True, "store": False}, 400, "invalid_request", "store"),
         ({"tools": [{"type": "web_search"}]}, 400, "unsupported_parameter", "tools[0].type"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},

@@ -131,7 +131,7 @@ async def test_what_has_ended_cannot_be_cancelled_or_streamed(client: AsyncOpenA
         await client.responses.cancel(made.id)
     with pytest.raises(openai.BadRequestError) as caught:
         await client.responses.retrieve(made.id, stream=True)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "stream")
+    assert (caught.value.code, caught.value.param) == ("events_not_kept", "stream")
     assert await client.responses.retrieve(made.id, include=["message.output_text.logprobs"]) == made
 
 

@@ -15,8 +15,10 @@ from lmaas.states import Observed
 from lmaas.store.database import Database
 from lmaas.store.pools import save_pool_state
 from lmaas.store.replicas import add_replica, observe
+from lmaas.store.rights import DatabaseRole
 from tests.integration.gateway.stack import CHAT, Stack, running
 from tests.integration.store.build import base_model
+from tests.support.databases import login_url
 
 BUSY, STARTING, ASKED = WaitPhase.BUSY, WaitPhase.STARTING, WaitPhase.ASKED
 SECRET = "/home/operator/models: CUDA error on gpu-7.internal"
@@ -87,6 +89,15 @@ async def test_every_cause_has_words_and_nothing_of_the_reason(db: Database) -> 
         why = await WaitReasons(db).why(model.id)
         assert CAUSES.get(begins, "an error on our side") in why
         assert "operator" not in why
+
+
+@pytest.mark.parametrize("role", [DatabaseRole.GATEWAY, DatabaseRole.JOBS])
+async def test_whoever_serves_requests_may_look_up_reasons(database_url: str, role: DatabaseRole) -> None:
+    database = Database(login_url(database_url, role), role)
+    try:
+        assert await WaitReasons(database).why("mod_unknown") == ""
+    finally:
+        await database.close()
 
 
 async def test_full_machines_are_a_reason_too(db: Database) -> None:

@@ -99,7 +99,7 @@ class Pool:
         wrong = contradictions(raw)
         assert not wrong, "\n".join(wrong)
         for name, replica in (await self.replicas()).items():
-            assert replica["load"] <= replica["slots"], name
+            assert max(replica["load"] - replica["back"], replica["back"]) <= replica["slots"], name
             assert replica["runs"] <= replica["adapter_slots"], name
 
 

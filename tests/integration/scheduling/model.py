@@ -252,9 +252,9 @@ class Model:
         """Return the slots of its background tickets."""
         return sum(each.slots for each in self.on(replica) if each.ticket.background)
 
-    def taken(self) -> int:
-        """Return the slots of interactive tickets."""
-        return sum(self.load(replica) - self.back(replica) for replica in self.replicas.values())
+    def front(self, replica: Replica) -> int:
+        """Return the slots of its interactive tickets."""
+        return self.load(replica) - self.back(replica)
 
     def running(self, replica: Replica) -> dict[str, int]:
         """Return adapter → number of tickets that hold a slot with it."""
@@ -398,13 +398,14 @@ class Model:
 
     def reserved(self, now: int) -> int:
         """Return the free slots that background tickets must leave."""
-        return self.reserve.slots(now, self.taken(), sum(each.slots for each in self.open_replicas(now)))
+        return self.reserve.slots(now, sum(each.slots for each in self.open_replicas(now)))
 
     def background_room(self, now: int) -> int:
         return self.room(now) - self.reserved(now)
 
     def make_room(self, now: int, held: Held, kept: Kept) -> Replica | None:
-        """Put back the background tickets that hold what an interactive ticket needs. Return the replica on which it fits then."""
+        """Return a replica where an interactive ticket fits beside background ones, and put back those that hold the adapter slot that
+        it needs."""
         if self.may_yield <= 0:
             return None
         self.tries += 1
@@ -419,45 +420,38 @@ class Model:
             if tickets is not None:
                 adapter = held.ticket.adapter
                 rank = 0 if not adapter or adapter in self.running(replica) else 1 if adapter in replica.resident else 2
-                found.append((rank, at, replica, tickets))
+                found.append((rank, self.front(replica) / replica.slots, at, replica, tickets))
         if not found:
             return None
-        _, _, replica, tickets = min(found, key=lambda each: each[:2])
+        *_, replica, tickets = min(found, key=lambda each: each[:3])
         for each in tickets:
-            self.put_back(now, each)
+            self.reserve.see_yield(now, each.slots)
+            self.put_back(each)
         return replica
 
     def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
-        """Return whether a ticket would fit on a replica without the slots of background tickets."""
-        missing = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots
-        return self.is_left(held.ticket.adapter, replica, kept) and missing <= self.back(replica)
+        """Return whether an interactive ticket fits on a replica beside its background tickets."""
+        fits = self.front(replica) + min(held.ticket.weight, replica.slots) <= replica.slots
+        return fits and self.is_left(held.ticket.adapter, replica, kept)
 
     def lacks_adapter_slot(self, held: Held, replica: Replica) -> bool:
         running = self.running(replica)
         return bool(held.ticket.adapter) and held.ticket.adapter not in running and len(running) >= replica.adapter_slots
 
     def in_the_way(self, held: Held, replica: Replica, kept: Kept) -> list[Held] | None:
-        """Return the background tickets whose end would make room on a replica, the latest first, or None."""
+        """Return the background tickets that hold the adapter slot that a ticket needs on a replica, or None if it has no room there."""
         if not self.is_in_reach(held, replica, kept):
             return None
+        if not self.lacks_adapter_slot(held, replica):
+            return []
         latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
-        missing = self.load(replica) + min(held.ticket.weight, replica.slots) - replica.slots
-        found: list[Held] = []
-        if self.lacks_adapter_slot(held, replica):
-            names = [each.ticket.adapter for each in latest]
-            alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
-            if not alone:
-                return None
-            found = [each for each in latest if each.ticket.adapter == alone[0]]
-        for each in latest:
-            if each not in found and sum(one.slots for one in found) < missing:
-                found.append(each)
-        return found if sum(one.slots for one in found) >= missing else None
+        names = [each.ticket.adapter for each in latest]
+        alone = [name for name in names if name and self.running(replica)[name] == names.count(name)]
+        return [each for each in latest if each.ticket.adapter == alone[0]] if alone else None
 
-    def put_back(self, now: int, held: Held) -> None:
+    def put_back(self, held: Held) -> None:
         """Take its slot from a background ticket."""
         self.charge(held, -held.charged())
-        self.reserve.see_yield(now, held.slots)
         self.yields += 1
         self.may_yield -= 1
         self.move(held, TicketState.YIELDED)
@@ -580,7 +574,6 @@ class Model:
             self.ages += 1
             held.age = replica.latest = self.ages
         else:
-            self.reserve.see_growth(now, self.taken(), slots)
             self.turn = now
         held.replica, held.life, held.slots = replica.id, replica.life, slots
         if held.ticket.adapter:
@@ -943,6 +936,12 @@ class Model:
         self.list_as_lost(loading)
         replica.loading = {}
         self.take_back_lost()
+        latest = sorted((each for each in self.on(replica) if each.ticket.background), key=lambda each: -each.age)[: self.may_yield]
+        for each in latest:
+            held = self.get(each.ticket.id)
+            assert held is not None
+            if held.state == TicketState.GRANTED:
+                self.put_back(held)
         self.dispatch(now)
         return self.load(replica)
 
@@ -973,7 +972,7 @@ class Model:
         }
         return {
             "queued": len(self.queue()),
-            "load": self.taken(),
+            "load": sum(self.front(replica) for replica in self.replicas.values()),
             "background": {
                 "queued": len(self.queue(background=True)),
                 "load": self.background_load(),

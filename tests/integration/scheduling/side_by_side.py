@@ -312,8 +312,6 @@ def modelled(model: Model, now: int) -> dict[str, Any]:
     numbers = {
         **_modelled_numbers(model.lines[False], ""),
         **_modelled_numbers(model.lines[True], "background_"),
-        "peak": model.reserve.peak,
-        "peak_at": model.reserve.peak_at,
         "boost": model.reserve.boost,
         "boost_at": model.reserve.boost_at,
         "arrived": model.reserve.arrived,

@@ -76,50 +76,48 @@ def test_a_batch_alone_takes_every_slot(desk: Desk) -> None:
     assert desk.state(5) == ["granted"]
 
 
-def test_with_recent_traffic_one_slot_stays_free(desk: Desk) -> None:
-    desk.beat(slots=4)
-    desk.submit(ticket(1))
-    desk.release(1)
-    desk.later(10_000)
-    assert desk.submit(*(line(number) for number in range(2, 6))) == ["granted"] * 3 + ["queued"]
-    desk.later(QUIET_MS - 11_000)
-    assert desk.state(5) == ["queued"]
-    desk.later(2000)
-    assert desk.state(5) == ["granted"], "nobody has come for a minute"
-
-
-def test_what_interactive_work_used_a_moment_ago_stays_free_for_a_while(desk: Desk) -> None:
+def test_a_batch_takes_every_slot_beside_interactive_tickets_too(desk: Desk) -> None:
     desk.beat(slots=16)
     desk.submit(*(ticket(number) for number in range(6)))
-    desk.release(*range(6))
     assert desk.room() == 16 - 6
-    desk.later(5000)
-    assert desk.room() == 16 - 3, "half of the peak is forgotten"
-    desk.later(50_000)
-    assert desk.room() == 16 - 1
+    desk.release(*range(6))
+    assert desk.room() == 16
 
 
-def test_a_steady_load_reserves_one_slot(desk: Desk) -> None:
-    desk.beat(slots=16)
-    desk.submit(*(ticket(number) for number in range(6)))
-    assert desk.room() == 16 - 6 - 1
-
-
-def test_the_reserve_is_at_most_half_of_the_slots(desk: Desk) -> None:
-    desk.beat(slots=4)
-    desk.submit(*(ticket(number) for number in range(4)))
-    desk.release(*range(4))
-    assert desk.room() == 2
-    desk.both.deregister("x")
-    desk.beat("y", slots=1)
-    assert desk.room() == 1, "of one slot, none can be reserved"
-
-
-def test_an_interactive_ticket_takes_the_place_of_the_latest_background_ticket(desk: Desk) -> None:
+def test_an_interactive_ticket_runs_beside_background_tickets_if_no_slot_is_free(desk: Desk) -> None:
     desk.beat(slots=2)
+    desk.submit(line(1), line(2), line(3))
+    assert desk.submit(ticket(4), ticket(5), ticket(6)) == ["granted", "granted", "queued"]
+    assert desk.state(1, 2, 3) == ["granted", "granted", "queued"], "their engine pauses them"
+    assert desk.both.stats()["background"] == {"queued": 1, "load": 2, "yields": 0, "reserve": 0}
+    # No background ticket begins before all of them have their own slots again.
+    desk.release(4)
+    assert desk.state(6, 3) == ["granted", "queued"]
+    desk.release(5, 6, 1)
+    assert desk.state(3) == ["granted"]
+
+
+def test_the_replica_with_the_least_interactive_load_is_next(desk: Desk) -> None:
+    for name in ("x", "y", "z"):
+        desk.beat(name, slots=2)
+    desk.submit(*(line(number) for number in range(6)))
+    places = [desk.both.submit(ticket(number), BOUNDS)["replica"] for number in range(10, 16)]
+    assert sorted(places[:3]) == sorted(places[3:]) == ["x", "y", "z"]
+
+
+def test_a_free_slot_is_taken_first(desk: Desk) -> None:
+    desk.beat("x", slots=2)
     desk.submit(line(1), line(2))
+    desk.beat("y", slots=4)
+    desk.submit(ticket(3), ticket(4))
+    assert desk.both.submit(ticket(5), BOUNDS)["replica"] == "y"
+
+
+def test_the_latest_background_ticket_gives_its_adapter_slot(desk: Desk) -> None:
+    desk.beat(slots=4, adapter_slots=2, resident=("A", "B", "C"))
+    desk.submit(line(1, adapter="A"), line(2, adapter="B"))
     desk.both.renew([("r2", (5, 0, 7))])
-    reply = desk.both.submit(ticket(3), BOUNDS)
+    reply = desk.both.submit(ticket(3, adapter="C"), BOUNDS)
     assert reply["state"] == "granted"
     assert desk.state(1, 2) == ["granted", "yielded"]
     [told] = [json.loads(each.split(" ", 1)[1]) for each in _said(desk, "lmaas:gateway:runner")]
@@ -133,14 +131,31 @@ def _said(desk: Desk, channel: str) -> list[str]:
     return [f"{to} {json.dumps(news)}" for to, news in desk.both.model.said if to == channel]
 
 
-def test_what_was_put_back_enlarges_the_reserve_for_a_while(desk: Desk) -> None:
-    desk.beat(slots=16)
-    desk.submit(*(line(number) for number in range(16)))
-    desk.submit(*(ticket(number) for number in range(20, 24)))
-    assert desk.state(12, 13, 14, 15) == ["yielded"] * 4
-    desk.release(*range(20, 24), *range(16))
+def put_back(desk: Desk, count: int) -> None:
+    """Let an interactive ticket put back this many background tickets, and end all of them."""
+    desk.submit(*(line(number, adapter="A") for number in range(count)))
+    assert desk.submit(ticket(99, adapter="B")) == ["granted"]
+    assert desk.state(*range(count)) == ["yielded"] * count
+    desk.release(99, *range(count))
+
+
+def test_what_was_put_back_is_reserved_for_a_while(desk: Desk) -> None:
+    desk.beat(slots=16, adapter_slots=1, resident=("A", "B"))
+    put_back(desk, 4)
+    assert desk.room() == 16 - 4
     desk.later(30_000)
-    assert desk.room() == 16 - 4, "one, and two thirds of the four"
+    assert desk.room() == 16 - 3, "two thirds of the four"
+    desk.later(QUIET_MS)
+    assert desk.room() == 16, "nobody has come for a minute"
+
+
+def test_the_reserve_is_at_most_half_of_the_slots(desk: Desk) -> None:
+    desk.beat(slots=4, adapter_slots=1, resident=("A", "B"))
+    put_back(desk, 4)
+    assert desk.room() == 2
+    desk.both.deregister("x")
+    desk.beat("y", slots=1)
+    assert desk.room() == 1, "of one slot, none can be reserved"
 
 
 def test_no_background_ticket_is_placed_while_an_interactive_one_waits(desk: Desk) -> None:
@@ -165,29 +180,30 @@ def test_all_background_tickets_of_an_adapter_make_room_for_another_adapter(desk
     assert desk.state(1, 2) == ["yielded", "yielded"]
 
 
-def test_a_heavy_interactive_ticket_puts_back_as_many_as_it_needs(desk: Desk) -> None:
+def test_a_heavy_interactive_ticket_needs_a_replica_with_so_few_interactive_ones(desk: Desk) -> None:
     desk.beat("x", slots=4)
-    desk.beat("y", slots=4)
-    desk.submit(*(line(number) for number in range(8)))
-    assert desk.submit(ticket(10, weight=3)) == ["granted"]
-    assert sorted(desk.state(*range(8))) == ["granted"] * 5 + ["yielded"] * 3
+    desk.submit(*(line(number) for number in range(4)), ticket(10), ticket(11))
+    assert desk.submit(ticket(12, weight=3)) == ["queued"]
+    desk.release(10)
+    assert desk.state(12, *range(4)) == ["granted"] * 5
 
 
-def test_a_replica_where_the_adapter_runs_is_emptied_first(desk: Desk) -> None:
+def test_a_replica_where_the_adapter_runs_is_first(desk: Desk) -> None:
     desk.beat("x", slots=2, resident=("A",))
     desk.submit(line(1, adapter="A"), line(2))
     desk.beat("y", slots=2)
     desk.submit(line(3), line(4))
     assert desk.both.submit(ticket(5, adapter="A"), BOUNDS)["replica"] == "x"
-    assert desk.state(1, 2, 3, 4) == ["granted", "yielded", "granted", "granted"]
+    assert desk.state(1, 2, 3, 4) == ["granted"] * 4
 
 
 def test_one_call_puts_back_a_bounded_number(desk: Desk) -> None:
-    desk.beat(slots=40)
-    desk.submit(*(line(number) for number in range(40)))
-    assert desk.submit(ticket(50, weight=17)) == ["queued"]
+    desk.beat(slots=40, adapter_slots=1, resident=("A", "B"))
+    desk.submit(*(line(number, adapter="A") for number in range(17)))
+    assert desk.submit(ticket(50, adapter="B")) == ["queued"]
     assert desk.both.stats()["background"]["yields"] == 0, "more than one call may put back, so none is"
-    assert desk.submit(ticket(51, weight=16)) == ["granted"]
+    desk.release(0)
+    assert desk.state(50) == ["granted"]
 
 
 def test_the_last_free_adapter_slot_is_for_interactive_work(desk: Desk) -> None:
@@ -248,13 +264,21 @@ def test_a_background_ticket_on_a_replica_that_ends_waits_again_or_is_revoked(de
     assert desk.state(1) == ["loading"]
 
 
+def test_a_renewal_that_finds_the_replica_dead_reports_its_tickets_as_revoked(desk: Desk) -> None:
+    desk.beat("x", slots=4)
+    desk.submit(ticket(1), line(2))
+    # Only these two are heard of for so long that the replica is given up, by the call that renews them.
+    for _ in range(Rules().GONE_MS // 1000 + 2):
+        desk.both.at(desk.both.now + 1000)
+        reports = desk.both.renew([("r1", None), ("r2", None)])["tickets"]
+    assert [report["state"] for report in reports] == ["revoked", "revoked"]
+
+
 def test_a_restored_background_ticket_counts_as_one(desk: Desk) -> None:
     desk.beat(slots=2)
     assert desk.both.restore(line(1), "x", 5, 0)
     assert desk.both.stats()["background"]["load"] == 1
-    desk.submit(ticket(2))
-    assert desk.submit(ticket(3)) == ["granted"]
-    assert desk.state(1) == ["yielded"]
+    assert desk.submit(ticket(2), ticket(3), ticket(4)) == ["granted", "granted", "queued"]
 
 
 def test_the_bound_of_waiting_background_tickets_is_their_own(valkey_url: str) -> None:
@@ -284,11 +308,11 @@ def test_an_engine_that_starts_is_warmed_for_lines_too(desk: Desk) -> None:
 
 async def test_a_durable_ticket_of_a_dead_runner_is_waste(scheduler: Scheduler) -> None:
     pool = Pool(scheduler)
-    await pool.beat(slots=2)
+    await pool.beat(slots=2, adapter_slots=1, resident=("A", "B"))
     async with quick(scheduler, LEASE_MS=200):
-        await pool.submit(line(1))
+        await pool.submit(line(1, adapter="A"))
         await scheduler.renew(POOL, [("r1", TokenCounts(7, 2, 3))])
-        assert await pool.submit(ticket(2, weight=2)) == ["granted"]
+        assert await pool.submit(ticket(2, adapter="B")) == ["granted"]
         assert (await pool.states())["r1"] == "yielded"
 
         async def lost() -> bool:
@@ -305,12 +329,12 @@ async def test_a_durable_ticket_of_a_dead_runner_is_waste(scheduler: Scheduler) 
 
 async def test_the_owner_of_a_ticket_that_was_put_back_hears_it_at_once(scheduler: Scheduler) -> None:
     pool, runner = Pool(scheduler), Leases(scheduler, "runner")
-    await pool.beat(slots=1)
+    await pool.beat(slots=2, adapter_slots=1, resident=("A", "B"))
     running = asyncio.create_task(runner.run())
     aborted = asyncio.Event()
-    async with opened(runner, line(1), Used()) as one:
+    async with opened(runner, line(1, adapter="A"), Used()) as one:
         one.on_yielded(aborted.set)
-        assert await pool.submit(ticket(2)) == ["granted"]
+        assert await pool.submit(ticket(2, adapter="B")) == ["granted"]
         await asyncio.wait_for(aborted.wait(), 5)
         assert one.yielded
     assert await pool.states() == {"r2": "granted"}
@@ -320,9 +344,9 @@ async def test_the_owner_of_a_ticket_that_was_put_back_hears_it_at_once(schedule
 
 async def test_a_ticket_that_was_put_back_is_not_restored_after_the_server_lost_its_memory(scheduler: Scheduler) -> None:
     pool, runner = Pool(scheduler), Leases(scheduler, "runner")
-    await pool.beat(slots=1)
-    async with opened(runner, line(1), Used()) as one:
-        await pool.submit(ticket(2))
+    await pool.beat(slots=2, adapter_slots=1, resident=("A", "B"))
+    async with opened(runner, line(1, adapter="A"), Used()) as one:
+        await pool.submit(ticket(2, adapter="B"))
         await runner.renew()
         assert one.yielded
         await scheduler.redis.flushall()

@@ -66,15 +66,18 @@ def test_every_transition_happens(both: Both) -> None:
     both.loaded("w", "B")
     is_in(4, TicketState.GRANTED)
     both.release(ticket(4), None, None, None)
-    # A background ticket takes the last slots only where interactive work is not recent.
-    for number, adapter, state in ((5, "B", TicketState.GRANTED), (7, "C", TicketState.LOADING)):
+    # A background ticket takes the last adapter slot only where interactive work is not recent, and gives it back.
+    for number, (adapter, state), (other, other_state) in (
+        (5, ("B", TicketState.GRANTED), ("C", TicketState.LOADING)),
+        (7, ("D", TicketState.LOADING), ("B", TicketState.GRANTED)),
+    ):
         both.at(both.now + 61_000)
         both.heartbeat("w", Beat("http://engine", 1, 1, Observed.READY, []))
         both.submit(replace(ticket(number, adapter=adapter), background=True), Bounds(9, 9))
         is_in(number, state)
-        submit(number + 1)
+        submit(number + 1, other)
         is_in(number, TicketState.YIELDED)
-        is_in(number + 1, TicketState.GRANTED)
+        is_in(number + 1, other_state)
         for each in (number, number + 1):
             both.release(ticket(each), None, None, None)
     assert set(both.model.moves) == {(state, target) for state, targets in TRANSITIONS.items() for target in targets}

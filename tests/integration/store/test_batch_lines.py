@@ -1,6 +1,7 @@
 """Leases of batch lines, and the storage of their ends, with the rights of a job runner."""
 
 import asyncio
+import random
 from collections import Counter
 
 import pytest
@@ -275,3 +276,19 @@ async def test_a_batch_is_found_with_its_own_tenant_only(db: Database, jobs_db: 
 async def make_batch_lines(db: Database, scope: str, tenant_id: str, batch_id: str) -> None:
     async with db.begin(scope) as connection:
         await add_lines(connection, tenant_id, batch_id, [NewLine(3, 0, 1, "more", POOL, 1)])
+
+
+async def test_the_metering_writer_and_a_runner_write_the_same_events(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    """Both write all events of some tenants at the same time. In different orders, each could wait for the other."""
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    runner_id = await register(jobs_db)
+    batches = [(one, await make_batch(db, one, some_lines(1000, POOL))) for one in (tenant_id, other)]
+    for _ in range(4):
+        leases = await claim_lines(jobs_db, runner_id, POOL, dict.fromkeys(batches, 250))
+        lines = [ended(lease) for lease in leases]
+        random.shuffle(lines)
+        stand_ins = [usage_event(line.request_id or "", line.tenant_id, status=UsageStatus.WASTED) for line in lines]
+        random.shuffle(stand_ins)
+        await asyncio.gather(record_events(db, stand_ins), end_lines(jobs_db, runner_id, lines))
+    events = await list_events(db, OPERATOR)
+    assert Counter(event.status for event in events) == {UsageStatus.COMPLETED: 2000}

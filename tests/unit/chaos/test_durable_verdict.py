@@ -21,7 +21,7 @@ def made(request_id: str, tokens: int, prompt: int = 9) -> Delivery:
 def event(request_id: str, status: UsageStatus, tokens: int, prompt: int = 9, charge: int = 0) -> UsageEvent:
     values: dict[str, Any] = dict.fromkeys(UsageEvent.__slots__) | {
         "request_id": request_id,
-        "status": status,
+        "status": str(status),
         "prompt_tokens": prompt,
         "completion_tokens": tokens,
         "charge_picousd": charge or (5 if status is COMPLETED else 0),
@@ -42,11 +42,11 @@ def error(custom_id: str, code: str) -> dict[str, Any]:
 
 def batch(status: str = "completed", total: int = 2, completed: int = 1, **facts: Any) -> dict[str, Any]:
     counts = {"total": total, "completed": completed, "failed": total - completed}
-    return {"id": "batch_1", "status": status, "request_counts": counts, "usage": {"input_tokens": 9, "output_tokens": 4}} | facts
+    return {"id": "batch_1", "status": str(status), "request_counts": counts, "usage": {"input_tokens": 9, "output_tokens": 4}} | facts
 
 
 def response(status: str, tokens: int = 4) -> dict[str, Any]:
-    return {"id": "resp_r1", "status": status, "usage": {"input_tokens": 9, "output_tokens": tokens}}
+    return {"id": "resp_r1", "status": str(status), "usage": {"input_tokens": 9, "output_tokens": tokens}}
 
 
 USAGE = {"input_tokens": 9, "output_tokens": 5}

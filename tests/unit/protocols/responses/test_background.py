@@ -55,3 +55,10 @@ def test_the_rest_of_a_piece(first: int, count: int) -> None:
     piece = Piece(first, first + count - 1, b"".join(each))
     for cursor in range(-1, first + count):
         assert rest_of(piece, cursor) == b"".join(each[max(0, cursor - first + 1) :])
+
+
+async def test_a_batch_cannot_have_background_responses() -> None:
+    line = inference(background=True)
+    with pytest.raises(InvalidRequest) as refused:
+        await line.protocol.expand("ten_1", line.request)
+    assert (refused.value.param, refused.value.error_code) == ("background", "unsupported_parameter")

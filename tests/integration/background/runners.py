@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from lmaas.app import build_inferences
+from lmaas.errors import Unavailable
 from lmaas.inference.cache import Changes
 from lmaas.jobs.background import BackgroundRuns
 from lmaas.jobs.keys import Keys
@@ -55,7 +56,8 @@ class Runner:
 
 async def _beat(db: Database, runner_id: str) -> None:
     while True:
-        await seen(db, runner_id)
+        with suppress(Unavailable):
+            await seen(db, runner_id)
         await asyncio.sleep(1)
 
 
