@@ -1,6 +1,7 @@
 """What runners do for batches as a whole: validate their input files, and write their result files."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class BatchWork:
         """Add the files, delete the lines and end the batch, all in one transaction."""
 
         async def end(connection: AsyncConnection, files: Sequence[File]) -> None:
-            ids = {name: file.id for name, file in zip(drafts, files, strict=True)}
+            ids = {name: file.id for name, file in zip(drafts, files, strict=bool(files))}
             await move_leased(connection, lease, _end_of(batch), **ids)
             await delete_lines(connection, lease.tenant_id, batch.id)
 
@@ -174,10 +175,12 @@ class BatchWork:
             for name, draft in drafts.items()
         ]
         if written:
-            await self.files.add_written(lease.tenant_id, written, end)
-        else:
-            async with self.db.begin(lease.tenant_id) as connection:
-                await end(connection, [])
+            # Of a tenant that was deleted while its batch went on, nothing is kept.
+            with contextlib.suppress(NotFound):
+                await self.files.add_written(lease.tenant_id, written, end)
+                return
+        async with self.db.begin(lease.tenant_id) as connection:
+            await end(connection, [])
 
 
 def _in_order(lines: Sequence[FoundLine], places: Mapping[str, _Place]) -> list[NewLine]:

@@ -4,7 +4,7 @@ The metrics name pools and no tenants. Even so, the endpoints belong in a privat
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from lmaas.errors import Unavailable
 from lmaas.http import JsonResponse
 from lmaas.private_server import serve_privately
 from lmaas.states import Observed
+from lmaas.store.batches import open_batches
 from lmaas.store.database import Database
 from lmaas.store.engine_time import PoolTime, pool_times
 from lmaas.store.usage import PoolWaste, recent_waste
@@ -31,10 +32,11 @@ MICROUSD_PER_USD = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the database says: engine time of all days, and what was wasted lately."""
+    """What the database says: engine time of all days, what was wasted lately, and the number of batches in each state that is no end."""
 
     times: Iterable[PoolTime]
     waste: Iterable[PoolWaste]
+    batches: Mapping[str, int]
 
 
 def metrics(controller: Controller, ledger: Ledger | None) -> list[Metric]:
@@ -126,7 +128,10 @@ def _bill(ledger: Ledger) -> list[Metric]:
         costs[time.base_model] = costs.get(time.base_model, 0.0) + time.cost_microusd / MICROUSD_PER_USD
     for pool, dollars in costs.items():
         cost.add_metric([pool], dollars)
-    return [seconds, cost, wasted]
+    batches = GaugeMetricFamily("lmaas_batches", "Batches that have not ended, by status.", labels=["status"])
+    for status, count in ledger.batches.items():
+        batches.add_metric([status], count)
+    return [seconds, cost, wasted, batches]
 
 
 class _Once(Collector):
@@ -158,7 +163,7 @@ async def _metrics(controller: Controller, db: Database, _: Request) -> Response
     ledger = None
     if controller.active:
         with suppress(Unavailable):
-            ledger = Ledger(await pool_times(db), await recent_waste(db))
+            ledger = Ledger(await pool_times(db), await recent_waste(db), await open_batches(db))
     registry = CollectorRegistry()
     registry.register(_Once(metrics(controller, ledger)))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

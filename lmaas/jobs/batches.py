@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 #: The batches that a runner works on at a time.
 AT_ONCE = 2
-LOOK_S = 0.5
+#: How often new work is looked for.
+LOOK_S = 1.0
 #: The pause after a failure. It doubles with each in a row, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 #: A batch whose validation fails so often for an unexpected reason has failed.
@@ -93,7 +94,7 @@ class BatchWorker:
         else:
             outcome = "done"
         self._metrics.step(step, outcome)
-        if outcome in ("done", "superseded"):
+        if outcome == "done":
             self._later.pop(batch, None)
         else:
             self._postpone(batch)

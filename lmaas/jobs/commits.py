@@ -15,8 +15,8 @@ from lmaas.store.line_leases import LeasedLine, put_back
 
 log = logging.getLogger(__name__)
 
-#: The time for which the first line waits for others that end.
-GATHER_S = 0.1
+#: The time for which the first line waits for others that end: a transaction costs as much as three lines. A slot does not wait for that.
+GATHER_S = 0.2
 #: The limits of one transaction.
 LINES_AT_ONCE = 512
 BYTES_AT_ONCE = 8 * 1024 * 1024

@@ -27,12 +27,12 @@ from lmaas.store.line_leases import Offer, backlog, claim_lines, stop_batch, sto
 
 log = logging.getLogger(__name__)
 
-#: How often the backlog is read, and, while lines end, the room of the engines.
-LOOK_S, MIN_LOOK_S = 0.5, 0.1
+#: How often the backlog is read, and the room of the engines, the latter more often while lines end.
+BACKLOG_S, LOOK_S, MIN_LOOK_S = 1.0, 0.5, 0.1
 #: How often the room of a pool without a ready engine is read.
 COLD_LOOK_S = 2.0
 #: How often is looked whether batches were cancelled or have expired.
-STOP_LOOK_S = 0.5
+STOP_LOOK_S = 0.75
 #: The lines that a runner leases at most, of all pools and of one.
 MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
 #: The bytes of lines that are in memory at most, and the lines that are read from a file at a time.
@@ -130,7 +130,7 @@ class Feeder:
 
     async def feed(self, now: float) -> None:
         """Lease and start what the engines of each pool have room for. Raises Unavailable, and LeaseLost."""
-        if now - self._read_at >= LOOK_S:
+        if now - self._read_at >= BACKLOG_S:
             self._offers, self._read_at = await backlog(self._db), now
         pools: dict[str, list[Offer]] = {}
         for offer in self._offers:

@@ -228,6 +228,14 @@ async def delete_batches(db: Database, tenant_id: str) -> int:
     return gone.rowcount
 
 
+async def open_batches(db: Database) -> dict[str, int]:
+    """Return the number of all tenants' batches in each state that is no end, for a controller."""
+    query = select(batches.c.status, func.count()).where(batches.c.status.in_(OPEN_BATCHES)).group_by(batches.c.status)
+    async with db.begin(SYSTEM) as connection:
+        found = {status: int(count) for status, count in await connection.execute(query)}
+    return {status.value: found.get(status, 0) for status in OPEN_BATCHES}
+
+
 async def delete_old_batches(db: Database) -> int:
     """Delete some batches of all tenants that were created KEPT ago and have ended, for a controller. Returns their number."""
     old = (batches.c.created_at < func.now() - KEPT, batches.c.status.not_in(OPEN_BATCHES))

@@ -256,12 +256,16 @@ async def test_manifests_and_commands(stack: Stack, operator_key: str, folder: P
     await add_replica(stack.db, "rep_1", model.id)
     await observe(stack.db, "rep_1", Observed.FAILED, reason="the engine ended with code 1: no memory")
     idle = {"keep_s": 60.0, "ready_s": None, "until_s": None, "idle_engine_s": 42.0, "cold_share": 0.25, "gaps": 20.0}
-    await save_pool_state(stack.db, model.id, {"wanted": 1, "reason": "because", "blocked": False, "idle": idle}, [])
+    background = {"lines": 1200, "tokens": 50_000, "due_s": 7200, "running": 3, "reserve": 1, "put_back": 17, "tokens_per_s": 350.0}
+    decision = {"wanted": 1, "reason": "because", "blocked": False, "idle": idle, "background": background}
+    await save_pool_state(stack.db, model.id, decision, [])
     code, out, err = await lmaas(stack, operator_key, "model", "show", "tiny")
     assert code == 0, err
     assert "the engine ended with code 1: no memory" in out
     assert "no replica; wanted 1: because" in out
     assert "warm until 60 s after the last request, at 3.600000 $ an hour; by its last 20 idle times" in out
+    assert "3 slots are in use, 1 are kept free for requests; 1,200 lines wait (50,000 tokens), the first until 2.0 h from now" in out
+    assert "a replica processes 350 tokens a second; a slot was taken back 17 times" in out
     code, out, err = await lmaas(stack, operator_key, "model", "list")
     assert {"tiny", "second"} <= set(out.split())
     code, out, err = await lmaas(stack, operator_key, "replica", "list")

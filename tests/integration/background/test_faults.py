@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.states import UsageStatus
+from lmaas.store.background import Lease, claim
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_key, revoke_key, update_tenant
 from lmaas.types import Role
@@ -139,6 +140,19 @@ async def test_a_stopped_runner_gives_back_what_runs(service: Service, tenant: T
         assert (await client.responses.retrieve(made.id)).status == "queued"
         async with runner(service.stack):
             assert (await ended(client, made.id)).usage.output_tokens == 400
+
+
+async def test_a_lease_whose_reply_was_lost_is_given_back(service: Service, client: AsyncOpenAI, jobs: Runner) -> None:
+    found: list[Lease] = []
+
+    async def is_leased() -> bool:
+        made = await create(client)
+        found.extend(await claim(jobs.db, jobs.id, 10))
+        assert (await ended(client, made.id)).output_text
+        return bool(found)
+
+    # Until the test is quicker than the runner.
+    await until(is_leased, timeout_s=30)
 
 
 async def test_two_runners_run_each_response_once(service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:

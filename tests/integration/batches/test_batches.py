@@ -12,6 +12,7 @@ from sqlalchemy import text
 from lmaas.admission.tiers import TIERS
 from lmaas.files.service import Purpose
 from lmaas.states import LineState
+from lmaas.store.batch_lines import add_lines
 from lmaas.store.database import Database
 from lmaas.store.line_leases import backlog, claim_lines, stop_batch
 from lmaas.store.models import BaseModel
@@ -267,6 +268,64 @@ async def test_a_repeated_step_leaves_one_result(account: Account, steps: Steps,
     with pytest.raises(LeaseLost):
         await steps.work.finalize(now)
     assert await account.kept() == [f"{batch.id}_output.jsonl", "lines.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["delete_lines", "move_leased"])
+async def test_finalizing_that_breaks_off_leaves_nothing_and_is_repeated(
+    account: Account, steps: Steps, base: BaseModel, stack: Stack, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The files, the end of the batch and the deletion of its lines are one transaction."""
+    batch = await account.create(jsonl([line("a"), line("b", model="nothing")]))
+    await steps.validate()
+    await steps.end(await steps.lease(1))
+    lease = await steps.claim()
+
+    async def broken(*_: object, **__: object) -> None:
+        raise ConnectionResetError("as if the process had been killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lmaas.batches.work.{place}", broken)
+        with pytest.raises(ConnectionResetError):
+            await steps.work.finalize(lease)
+    assert (await account.show(batch)).status == "finalizing"
+    assert await account.kept() == ["lines.jsonl"]
+    assert len(await line_rows(stack.db, batch.id)) == 2
+    await steps.work.finalize(lease)
+    batch = await account.show(batch)
+    assert batch.status == "completed"
+    assert await account.kept() == [f"{batch.id}_error.jsonl", f"{batch.id}_output.jsonl", "lines.jsonl"]
+    assert await no_rows(stack.db)
+
+
+async def test_validation_that_breaks_off_leaves_no_lines(
+    account: Account, steps: Steps, base: BaseModel, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await account.create(jsonl([line("a")]))
+    lease = await steps.claim()
+
+    async def broken(connection: Any, tenant_id: str, batch_id: str, lines: Any) -> None:
+        await add_lines(connection, tenant_id, batch_id, lines)
+        raise ConnectionResetError("as if the process had been killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmaas.batches.work.add_lines", broken)
+        with pytest.raises(ConnectionResetError):
+            await steps.work.validate(lease)
+    assert await no_rows(stack.db)
+    assert (await account.show(batch)).status == "validating"
+    await steps.work.validate(lease)
+    assert (await account.show(batch)).status == "in_progress"
+
+
+async def test_a_runner_gives_up_a_batch_that_it_cannot_validate(account: Account, steps: Steps) -> None:
+    batch = await account.create(jsonl([line("a")]))
+    await steps.work.fail(await steps.claim(), "internal_error", "The service failed.")
+    batch = await account.show(batch)
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [(error.code, error.message, error.line) for error in batch.errors.data or ()] == [
+        ("internal_error", "The service failed.", None)
+    ]
 
 
 async def test_the_order_follows_the_beginnings_of_prompts(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:

@@ -77,6 +77,11 @@ async def test_a_message_batch_from_its_creation_to_its_deletion(
     assert batch.ended_at is not None
     assert batch.request_counts.to_dict() == {"processing": 0, "succeeded": 3, "errored": 1, "canceled": 0, "expired": 0}
     assert batch.results_url == f"{stack.url}/v1/messages/batches/{batch.id}/results"
+    async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:
+        proxied = await http.get(f"/v1/messages/batches/{batch.id}", headers={"x-forwarded-proto": "https", "host": "api.example.com"})
+        assert proxied.json()["results_url"] == f"https://api.example.com/v1/messages/batches/{batch.id}/results"
+        response = await http.head(f"/v1/messages/batches/{batch.id}/results")
+        assert (response.status_code, response.headers["content-type"]) == (200, "application/x-jsonl")
     found = await results(messages, batch.id)
     assert set(found) == {f"id-{number}" for number in range(4)}
     assert sorted(result.type for result in found.values()) == ["errored", "succeeded", "succeeded", "succeeded"]
@@ -199,6 +204,14 @@ async def test_refused_creations_leave_nothing(messages: AsyncAnthropic, account
     assert (await messages.messages.batches.list()).data == []
 
 
+async def test_a_body_that_is_too_long(messages: AsyncAnthropic, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmaas.api.message_batches.MAX_BODY_BYTES", 1000)
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        await messages.messages.batches.create(requests=requests(20))
+    assert (caught.value.status_code, caught.value.type) == (413, "request_too_large")
+    assert await account.kept() == []
+
+
 async def test_a_long_body_streams_to_the_store(
     messages: AsyncAnthropic, account: Account, steps: Steps, base: BaseModel, stack: Stack
 ) -> None:
@@ -218,8 +231,9 @@ async def test_each_api_shows_its_own_batches(messages: AsyncAnthropic, account:
     ours = await messages.messages.batches.create(requests=requests(1))
     assert [batch.id async for batch in account.client.batches.list()] == [theirs.id]
     assert [batch.id async for batch in messages.messages.batches.list()] == [ours.id]
+    # The library's beta has the same paths, with a query.
+    assert [batch.id async for batch in messages.beta.messages.batches.list()] == [ours.id]
+    assert (await messages.beta.messages.batches.retrieve(ours.id)).processing_status == "in_progress"
     async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:
         assert (await http.get(f"/v1/batches/{ours.id}")).status_code == 404
         assert (await http.get(f"/v1/messages/batches/{theirs.id}")).status_code == 404
-        proxied = await http.get(f"/v1/messages/batches/{ours.id}", headers={"x-forwarded-proto": "https"})
-        assert proxied.json()["results_url"] is None

@@ -101,7 +101,7 @@ async def test_a_cancelled_batch_keeps_what_has_ended(stack: Stack) -> None:
     model, tenant = await stack.model("cancel", slots=2), await stack.tenant()
     replica = await stack.replica(model, "--fake-token-ms 20")
     texts = Texts()
-    lines = [chat(f"l{number}", "cancel", max_tokens=4 if number < 2 else 1900) for number in range(40)]
+    lines = [chat(f"l{number}", "cancel", max_tokens=4 if number < 2 else 1900, ignore_eos=True) for number in range(40)]
     batch_id = await batch_of(stack, texts, tenant, model, lines)
     async with runner(stack, texts):
 
@@ -128,7 +128,9 @@ async def test_lines_that_run_at_the_deadline_are_given_back(stack: Stack) -> No
     model, tenant = await stack.model("late"), await stack.tenant()
     replica = await stack.replica(model, "--fake-token-ms 20")
     texts = Texts()
-    batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "late", max_tokens=1900) for number in range(3)])
+    batch_id = await batch_of(
+        stack, texts, tenant, model, [chat(f"l{number}", "late", max_tokens=1900, ignore_eos=True) for number in range(3)]
+    )
     async with runner(stack, texts):
         await until(partial(runs, stack, batch_id, 3))
         async with stack.db.begin(SYSTEM) as connection:
@@ -146,7 +148,9 @@ async def test_a_runner_that_stops_gives_back_what_runs(stack: Stack) -> None:
     model, tenant = await stack.model("stops"), await stack.tenant()
     replica = await stack.replica(model, "--fake-token-ms 20")
     texts = Texts()
-    batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "stops", max_tokens=1900) for number in range(3)])
+    batch_id = await batch_of(
+        stack, texts, tenant, model, [chat(f"l{number}", "stops", max_tokens=1900, ignore_eos=True) for number in range(3)]
+    )
     async with runner(stack, texts):
         await until(partial(runs, stack, batch_id, 3))
     assert [(line.state, line.put_back) for line in await line_rows(stack.db, batch_id)] == [("pending", 1)] * 3

@@ -204,7 +204,7 @@ def known_metrics() -> set[str]:
     controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
     controller.file_sweeper = Mock(stored=(1, 1))
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
-    ledger = Ledger([PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)])
+    ledger = Ledger([PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)], {"validating": 1})
     families = [*gateway.registry.collect(), *metrics(controller, ledger)]
     return {sample.name for family in families for sample in family.samples}
 

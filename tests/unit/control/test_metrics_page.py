@@ -19,7 +19,7 @@ def test_each_metric_of_a_controller_is_documented() -> None:
     file_sweeper = SimpleNamespace(stored=(3, 5))
     controller: Any = SimpleNamespace(active=True, moved=1, statuses={"mod_1": pool}, sweeper=sweeper, file_sweeper=file_sweeper)
     time: Any = SimpleNamespace(base_model="base", phase="busy", ms=1000, cost_microusd=1)
-    ledger = Ledger([time], [PoolWaste("base", "put_back", 5)])
+    ledger = Ledger([time], [PoolWaste("base", "put_back", 5)], {"validating": 1})
     found = {sample.name: set(sample.labels) for metric in metrics(controller, ledger) for sample in metric.samples}
     section = PAGE.read_text().split("## Controllers\n", 1)[1].split("\n## ", 1)[0]
     rows = re.findall(r"^\| `(lmaas_\w+)` \|([^|]*)\|", section, re.MULTILINE)
