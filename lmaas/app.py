@@ -338,7 +338,8 @@ async def run_jobs(settings: Settings) -> None:
     """Run a job runner until it is told to stop."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-    async with connected(settings, DatabaseRole.JOBS) as services:
+    # As many as it usually needs at a time: a connection that is opened for one transaction costs Postgres more than the transaction.
+    async with connected(settings, DatabaseRole.JOBS, connections=10) as services:
         _raise_file_limit()
         await build_jobs(settings, services).run(stopping)
 

@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 #: How often a runner looks for new responses, and for those of its own that were cancelled.
 LOOK_EVERY_S = 0.5
-#: The responses that one runner runs at a time. Each holds its request in memory.
+#: The responses that one runner runs at a time, and about the bytes of them, which it holds in memory.
 MOST = 256
+MOST_BYTES = 128 * 1024 * 1024
 #: Failures of engines, or of this service, after which a response is not tried again.
 MAX_FAILURES = 3
 #: The runners that may die while they run a response. After that it is not tried again, because it may be the reason.
@@ -169,8 +170,9 @@ class BackgroundRuns:
                 await background.settle(self._db, lease, None)
             else:
                 await background.give_back(self._db, lease)
-        if len(self._running) < MOST:
-            for lease in await background.claim(self._db, runner_id, MOST - len(self._running)):
+        free_bytes = MOST_BYTES - sum(lease.size_bytes for lease in self._running)
+        if len(self._running) < MOST and free_bytes > 0:
+            for lease in await background.claim(self._db, runner_id, MOST - len(self._running), free_bytes):
                 task = group.create_task(self._attempt(lease, writer), name=attempt_id(lease.id, lease.attempt))
                 self._running[lease] = task
                 task.add_done_callback(functools.partial(self._ended, lease))

@@ -6,7 +6,7 @@ comes first holds, because each of them needs a row that has not ended.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -41,12 +41,16 @@ _CLAIM = text(
     """
     WITH chosen AS (
         SELECT tenant_id, id FROM (
-            SELECT tenant_id, id, created_at, runner_id IS NULL AS is_free,
-                row_number() OVER (PARTITION BY tenant_id ORDER BY runner_id IS NULL, created_at) AS place
-            FROM background_responses
-            WHERE ended_at IS NULL AND (runner_id IS NOT NULL OR coalesce(not_before <= now(), true) OR deadline_at <= now())
-        ) AS open
-        WHERE is_free ORDER BY place, created_at LIMIT :most
+            SELECT tenant_id, id, place, created_at, sum(size_bytes) OVER (ORDER BY place, created_at, id) - size_bytes AS bytes_before
+            FROM (
+                SELECT tenant_id, id, created_at, size_bytes, runner_id IS NULL AS is_free,
+                    row_number() OVER (PARTITION BY tenant_id ORDER BY runner_id IS NULL, created_at) AS place
+                FROM background_responses
+                WHERE ended_at IS NULL AND (runner_id IS NOT NULL OR coalesce(not_before <= now(), true) OR deadline_at <= now())
+            ) AS open
+            WHERE is_free
+        ) AS free
+        WHERE bytes_before < :most_bytes ORDER BY place, created_at LIMIT :most
     ), locked AS (
         SELECT response.tenant_id, response.id FROM background_responses AS response
         WHERE (response.tenant_id, response.id) IN (SELECT tenant_id, id FROM chosen)
@@ -55,7 +59,7 @@ _CLAIM = text(
     )
     UPDATE background_responses AS response SET runner_id = :runner, attempt = response.attempt + 1
     FROM locked WHERE response.tenant_id = locked.tenant_id AND response.id = locked.id
-    RETURNING response.tenant_id, response.id, response.attempt
+    RETURNING response.tenant_id, response.id, response.attempt, response.size_bytes
     """
 )
 #: Executed twice, it has an effect once, because the row has another `next_event` afterwards.
@@ -112,6 +116,8 @@ class Lease:
     id: str
     runner_id: str
     attempt: int
+    #: About what the response takes, of which its request is the most.
+    size_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +320,15 @@ async def progress(db: Database, tenant_id: str, response_ids: Collection[str]) 
         return {response_id: (number, has_ended) for response_id, number, has_ended in await connection.execute(query)}
 
 
-async def claim(db: Database, runner_id: str, most: int) -> list[Lease]:
-    """Lease at most `most` responses that wait for a runner. Raises LeaseLost if the runner was declared lost."""
+async def claim(db: Database, runner_id: str, most: int, most_bytes: int = MAX_OPEN_BYTES) -> list[Lease]:
+    """Lease at most `most` responses that wait for a runner, of about `most_bytes`, which the last one may exceed.
+
+    Raises LeaseLost if the runner was declared lost.
+    """
     async with db.begin(LEASES) as connection:
         await hold(connection, runner_id)
-        found = (await connection.execute(_CLAIM, {"runner": runner_id, "most": most})).all()
-    return [Lease(row.tenant_id, row.id, runner_id, row.attempt) for row in found]
+        found = (await connection.execute(_CLAIM, {"runner": runner_id, "most": most, "most_bytes": most_bytes})).all()
+    return [Lease(row.tenant_id, row.id, runner_id, row.attempt, row.size_bytes) for row in found]
 
 
 async def leased(db: Database, runner_id: str) -> dict[Lease, bool]:

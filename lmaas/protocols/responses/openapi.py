@@ -90,8 +90,9 @@ SCHEMAS: dict[str, Schema] = {
 }
 _STREAM = (
     "With `stream`: server-sent events, each with its type as `event` and in its data, numbered by `sequence_number`: `response.created`, "
-    "`response.in_progress`, the events of the items, and `response.completed`, `response.incomplete` or `response.failed` with the "
-    "Response. Lines that begin with a colon are comments: they report the place in the queue."
+    "with `background` then `response.queued`, `response.in_progress`, the events of the items, and `response.completed`, "
+    "`response.incomplete` or `response.failed` with the Response. Lines that begin with a colon are comments: they report the place in "
+    "the queue."
 )
 
 

@@ -185,6 +185,16 @@ async def test_tenants_take_turns(db: Database, gateway_db: Database, jobs_db: D
     assert order[4:] == ["resp_a2", "resp_a3", "resp_a4", "resp_a5"]
 
 
+async def test_leases_have_a_limit_of_bytes(gateway_db: Database, jobs_db: Database, acme: Tenant) -> None:
+    for number in range(4):
+        await new(gateway_db, acme, f"resp_{number}")
+    runner_id = await register(jobs_db)
+    (first,) = await claim(jobs_db, runner_id, 10, 1)
+    assert first.size_bytes > 256
+    assert len(await claim(jobs_db, runner_id, 10, first.size_bytes + 1)) == 2
+    assert len(await claim(jobs_db, runner_id, 10)) == 1
+
+
 async def test_each_response_is_leased_once(gateway_db: Database, jobs_db: Database, acme: Tenant) -> None:
     for number in range(20):
         await new(gateway_db, acme, f"resp_{number}")
