@@ -143,6 +143,7 @@ end
 
 -- Grants every slot that can be granted: to background tickets if no interactive one waits.
 local function dispatch(pool, caller)
+  if redis.call('EXISTS', pool.interactive.key .. ':queue', pool.background.key .. ':queue') == 0 then return end
   for _ = 1, redis.call('ZCARD', pool.interactive.key .. ':queue') do
     if not has_room(pool) or not place_next(pool, pool.interactive, caller) then return end
   end

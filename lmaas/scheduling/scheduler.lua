@@ -14,8 +14,9 @@ local function full(pool, ticket, max_queued, max_queued_pool)
     if redis.call('ZCARD', pool.background.key .. ':queue') < MAX_BACKGROUND_QUEUED then return nil end
     return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = var(pool, 'run_ms', TURN_MS) }
   end
-  if redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) >= max_queued then return { state = NO_TICKET.REFUSED } end
   local queued = redis.call('ZCARD', pool.key .. ':queue')
+  local own = queued > 0 and redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) or 0
+  if own >= max_queued then return { state = NO_TICKET.REFUSED } end
   if queued >= max_queued_pool then return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = estimate(pool, queued).wait_ms } end
   return nil
 end

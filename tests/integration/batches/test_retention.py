@@ -28,8 +28,9 @@ async def test_batches_of_a_deleted_tenant_go_with_their_lines(account: Account,
     # A runner that has not heard of it writes nothing.
     await steps.end(running)
     async with stack.db.begin(SYSTEM) as connection:
-        for table in ("batch_lines", "batch_pools", "usage_events WHERE work = 'background'"):
-            assert (await connection.execute(text(f"SELECT count(*) FROM {table}"))).scalar_one() == 0  # noqa: S608 (names of ours)
+        for table in ("batch_lines", "batch_pools", "usage_events"):
+            query = text(f"SELECT count(*) FROM {table} WHERE tenant_id = :tenant")  # noqa: S608 (names of ours)
+            assert (await connection.execute(query, {"tenant": account.tenant.id})).scalar_one() == 0
 
 
 async def test_a_batch_that_outlives_its_tenant_ends_without_files(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
