@@ -126,6 +126,11 @@ class Settings:
         "An engine starts for background work that has gathered, such as lines of batches, if the work would keep it busy for this many"
         " times as long as a start takes. 0: for any work at once. A deadline starts one in any case.",
     )
+    background_max_wait_s: float | None = setting(
+        None,
+        "An engine also starts for background work that has waited for this long. `lmaas up` sets 30.",
+        unset="only deadlines bound its wait",
+    )
     start_timeout_s: float = setting(600.0, "Time and processor time that an engine may take from its start to its first token.")
     orphan_timeout_s: float = setting(60.0, "Time for which an idle replica stays while no controller runs.")
     zygote: str = setting(

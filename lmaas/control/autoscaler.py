@@ -48,13 +48,14 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The pool's bounds. `slots` is the number of sequences that a replica runs at once. An engine starts for background work that has
-    gathered if it is busy with it for `worth_starts` times as long as a start takes."""
+    gathered if it is busy with it for `worth_starts` times as long as a start takes, or that has waited for `max_wait_s`."""
 
     min_replicas: int
     max_replicas: int
     idle_timeout_s: float
     slots: int
     worth_starts: float = 10.0
+    max_wait_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, no
     scale = _interactive(demand, policy, current, state, now)
     load = demand.queued + demand.running
     usual = _average(scale.state.samples, load, now, STABLE_S) / policy.slots
-    pool = Surroundings(current, load > 0, usual, policy.slots, demand.start_s, policy.worth_starts)
+    pool = Surroundings(current, load > 0, usual, policy.slots, demand.start_s, policy.worth_starts, policy.max_wait_s)
     need = background_need(backlog or Backlog(), pool, state.background, now)
     scale = replace(scale, state=replace(scale.state, background=need.state))
     replicas = min(need.replicas, max(policy.min_replicas, policy.max_replicas))

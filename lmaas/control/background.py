@@ -46,9 +46,9 @@ class Due:
 class Backlog:
     """The background work of a pool that has not ended, in the order of its deadlines.
 
-    `dues` are the lines that wait in Postgres, `queued` and `running` (in slots) those that the scheduler has. `ready` is the number of
-    replicas that take work, and `tokens_per_s` what one of them processes if it does nothing else; None as long as the pool has not shown
-    it. Nothing runs the lines without a job runner.
+    `dues` are the lines that wait in Postgres, the first of them since `waited_s` seconds, `queued` and `running` (in slots) those that the
+    scheduler has. `ready` is the number of replicas that take work, and `tokens_per_s` what one of them processes if it does nothing else;
+    None as long as the pool has not shown it. Nothing runs the lines without a job runner.
     """
 
     dues: Sequence[Due] = ()
@@ -57,6 +57,7 @@ class Backlog:
     ready: int = 0
     tokens_per_s: float | None = None
     has_runner: bool = True
+    waited_s: float = 0.0
 
     @property
     def lines(self) -> int:
@@ -127,7 +128,8 @@ class BackgroundNeed:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What else is known of the pool: its desired replicas, whether interactive requests wait or run and their usual load in replicas, the
-    slots of a replica, the usual time of a start, and how many times as long as a start an engine must be busy to be worth it."""
+    slots of a replica, the usual time of a start, how many times as long as a start an engine must be busy to be worth it, and the time
+    after which one starts in any case."""
 
     current: int
     busy: bool
@@ -135,6 +137,7 @@ class Surroundings:
     slots: int
     start_s: float
     worth_starts: float
+    max_wait_s: float = math.inf
 
 
 def background_need(backlog: Backlog, pool: Surroundings, state: BackgroundState, now: float) -> BackgroundNeed:
@@ -164,6 +167,8 @@ def background_need(backlog: Backlog, pool: Surroundings, state: BackgroundState
         replicas, reason = 1, f"kept for {_lines(backlog)}"
     elif worth(backlog, pool):
         replicas, reason = 1, f"{_lines(backlog)} would keep an engine busy for {_words(backlog.engine_s)}, which pays for its start"
+    elif backlog.dues and backlog.waited_s >= pool.max_wait_s:
+        replicas, reason = 1, f"after {_words(backlog.waited_s)} without an engine, one starts for {_lines(backlog)}"
     kept = min(state.replicas, pool.current, most)
     if replicas < kept and pool.load + needed > kept - 1 - RELEASE:
         replicas, reason, due = kept, f"kept for the deadline of {_lines(backlog)}", True
@@ -185,7 +190,8 @@ def _waits(backlog: Backlog, pool: Surroundings, latest_s: float) -> str:
     words = f"{_lines(backlog)} may run when an engine is warm"
     if backlog.dues:
         more_s = pool.worth_starts * _overhead_s(pool) - backlog.engine_s
-        words += f"; one starts for them once {_words(more_s)} more of work has gathered, or in {_words(latest_s)}, for their deadline"
+        wait_s, why = min((latest_s, "for their deadline"), (pool.max_wait_s - backlog.waited_s, "when they have waited for long"))
+        words += f"; one starts for them once {_words(more_s)} more of work has gathered, or in {_words(wait_s)}, {why}"
     return words
 
 

@@ -1,5 +1,6 @@
 """A controller's observation of one pool and its decision for it: values without effects."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -76,6 +77,7 @@ class PoolObservation:
             ready=self.ready,
             tokens_per_s=tokens_per_s,
             has_runner=self.has_runner,
+            waited_s=max((each.waited_s for each in self.waiting), default=0.0),
         )
 
     def throughput(self, before: Throughput, now: float) -> Throughput:
@@ -175,7 +177,8 @@ def policy_of(model: BaseModel, settings: Settings) -> Policy:
     low = model.min_replicas or 0
     high = max(low, settings.engine_max_replicas if model.max_replicas is None else model.max_replicas)
     idle_timeout_s = settings.idle_timeout_s if model.idle_timeout_s is None else model.idle_timeout_s
-    return Policy(low, high, idle_timeout_s, model.max_num_seqs, settings.background_worth_starts)
+    max_wait_s = math.inf if settings.background_max_wait_s is None else settings.background_max_wait_s
+    return Policy(low, high, idle_timeout_s, model.max_num_seqs, settings.background_worth_starts, max_wait_s)
 
 
 def needs_of(model: BaseModel, settings: Settings, capacity: Resources | None) -> Resources:

@@ -17,13 +17,15 @@ SEEN_S = 15.0
 @dataclass(frozen=True, slots=True)
 class WaitingLines:
     """Lines of a pool that wait and whose deadlines are close to each other: the seconds until the earliest deadline, the number of lines,
-    and the sum of their estimated tokens. `batches` is different for each set of batches that they belong to."""
+    and the sum of their estimated tokens. `batches` is different for each set of batches that they belong to. `waited_s` are the seconds
+    since the first of these batches was created."""
 
     pool_id: str
     due_s: float
     lines: int
     tokens: int
     batches: int
+    waited_s: float
 
 
 async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bool]:
@@ -34,8 +36,9 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     period = cast(func.floor(func.extract("epoch", batch.expires_at) / PERIOD_S), BigInteger)
     seen = runner.seen_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, SEEN_S)
     sums = [func.sum(each) for each in (columns.pending, columns.pending_tokens, func.hashtext(columns.batch_id))]
+    waited_s = func.extract("epoch", func.now() - func.min(batch.created_at))
     query = (
-        select(columns.pool_id, func.min(left_s), *sums, select(runner.id).where(seen).exists())
+        select(columns.pool_id, func.min(left_s), *sums, waited_s, select(runner.id).where(seen).exists())
         .join_from(batch_pools, batches)
         .where(batch.status == "in_progress", batch.expires_at > func.now(), columns.pending > 0)
         .group_by(columns.pool_id, period)
@@ -44,6 +47,6 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     async with db.begin(SYSTEM) as connection:
         rows = (await connection.execute(query)).all()
     found: dict[str, list[WaitingLines]] = {}
-    for pool_id, due_s, *figures in rows:
-        found.setdefault(pool_id, []).append(WaitingLines(pool_id, float(due_s), *map(int, figures[:3])))
+    for pool_id, due_s, lines, tokens, numbers, waited, _ in rows:
+        found.setdefault(pool_id, []).append(WaitingLines(pool_id, float(due_s), int(lines), int(tokens), int(numbers), float(waited)))
     return found, all(row[-1] for row in rows)

@@ -38,6 +38,8 @@ from lmaas.up.server import Server, is_full
 
 READY_S = 60.0
 DISK_LOOK_S = 5.0
+#: The time for which background work waits for a warm engine, unless the settings say another. On one machine, somebody probably waits.
+MAX_WAIT_S = 30.0
 
 
 class Stack:
@@ -144,7 +146,8 @@ class Stack:
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
         gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
-        controller = Child("controller", replace(logins.controller, ready_file=ready))
+        max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
+        controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
         keepers = []
         try:

@@ -26,6 +26,7 @@ async def test_lines_are_summed_by_pool_and_deadline(db: Database, controller_db
     assert sum(each.lines for each in later) == 15
     assert sum(each.tokens for each in later) == 1500
     assert all(24 * HOUR_S - 60 < each.due_s <= 24 * HOUR_S + 1 for each in later)
+    assert all(0 <= each.waited_s < 60 for each in (first, *later))
     [only] = found["mod_2"]
     assert (only.lines, only.tokens) == (3, 30)
     assert len({one, two, soon}) == 3

@@ -110,6 +110,17 @@ def test_an_operator_may_start_an_engine_for_any_work() -> None:
     assert decide(IDLE, replace(POLICY, worth_starts=0), 0, NEW, NOW, work((DAY_S, 1, 1))).replicas == 1
 
 
+def test_an_engine_starts_for_work_that_has_waited_for_long() -> None:
+    patient, hurried = POLICY, replace(POLICY, max_wait_s=30)
+    backlog = replace(work((DAY_S, 1, 1)), waited_s=29.0)
+    assert decide(IDLE, hurried, 0, NEW, NOW, backlog).replicas == 0
+    assert "in 1 s, when they have waited for long" in decide(IDLE, hurried, 0, NEW, NOW, backlog).reason
+    late = replace(backlog, waited_s=30.0)
+    scale = decide(IDLE, hurried, 0, NEW, NOW, late)
+    assert (scale.replicas, scale.reason) == (1, "after 30 s without an engine, one starts for 1 line of background work")
+    assert decide(IDLE, patient, 0, NEW, NOW, late).replicas == 0
+
+
 def test_a_start_ahead_of_a_request_may_be_used() -> None:
     state = after(*[3600] * 20)
     demand = Demand(0, 0, 3520.0)
