@@ -8,7 +8,6 @@ import pytest
 
 from lmaas.batches.order import outline, prefix_key, tokens
 
-
 CONTEXT = 10_000
 
 
