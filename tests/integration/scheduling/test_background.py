@@ -17,7 +17,7 @@ from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import Pool, Used, opened, quick, ticket
-from tests.integration.scheduling.model import Rules
+from tests.integration.scheduling.model.data import Rules
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
 from tests.support.conditions import until
 
