@@ -1,5 +1,6 @@
 """Message batches with Anthropic's client, with the steps of a runner done one by one."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,13 +13,16 @@ from anthropic.types.messages.batch_create_params import Request
 from sqlalchemy import text
 
 from lmaas.error_bodies import anthropic_body
-from lmaas.errors import ModelNotFound
+from lmaas.errors import ModelNotFound, Unavailable
+from lmaas.files.service import DOWNLOADS_AT_ONCE
 from lmaas.store.line_leases import stop_batch
 from lmaas.store.models import BaseModel
+from lmaas.store.objects import Objects
 from lmaas.store.scopes import SYSTEM
 from tests.integration.batches.conftest import Account, Steps, jsonl, line
 from tests.integration.gateway.stack import Stack
 from tests.support.batches import line_rows
+from tests.support.conditions import until
 
 MESSAGE = {
     "id": "msg_1",
@@ -107,6 +111,43 @@ async def test_what_is_wrong_with_params_comes_with_the_results(messages: AsyncA
     for result in (await results(messages, batch.id)).values():
         assert result.error.error.type == "not_found_error"
         assert result.error.request_id.startswith("req_")
+
+
+async def test_results_are_downloads_like_those_of_files(
+    messages: AsyncAnthropic, account: Account, steps: Steps, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await messages.messages.batches.create(requests=requests(2, model="nothing"))
+    await steps.validate()
+    await steps.finalize()
+    path, may_read, waiting, read = f"/v1/messages/batches/{batch.id}/results", asyncio.Event(), 0, Objects.read
+
+    async def waits(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        nonlocal waiting
+        waiting += 1
+        await may_read.wait()
+        return await read(self, key, ranges)
+
+    async def fails(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        raise Unavailable("The object store cannot be read now.", code="object_store_unavailable", retry_after_s=10)
+
+    async def is_gone(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        raise FileNotFoundError
+
+    async with httpx.AsyncClient(base_url=account.stack.url, headers=account.tenant.headers) as http:
+        monkeypatch.setattr(Objects, "read", waits)
+        downloads = [asyncio.create_task(http.get(path)) for _ in range(DOWNLOADS_AT_ONCE)]
+        await until(lambda: waiting == DOWNLOADS_AT_ONCE)
+        refused = await http.get(path)
+        assert (refused.status_code, refused.json()["error"]["details"]["error_code"]) == (429, "too_many_downloads")
+        may_read.set()
+        assert {len((await download).content.splitlines()) for download in downloads} == {2}
+        monkeypatch.setattr(Objects, "read", fails)
+        response = await http.get(path)
+        # As Anthropic has it: 529 when the service is overloaded.
+        assert (response.status_code, response.headers["retry-after"]) == (529, "10")
+        monkeypatch.setattr(Objects, "read", is_gone)
+        gone = await http.get(path)
+        assert (gone.status_code, gone.json()["error"]["details"]["error_code"]) == (404, "results_not_found")
 
 
 async def cancelled(messages: AsyncAnthropic, batch_id: str) -> None:
