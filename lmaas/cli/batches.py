@@ -25,7 +25,7 @@ ENDPOINTS = get_args(get_args(Endpoint)[0])
 #: How often a batch is asked for while it is followed.
 FOLLOW_S = 1.0
 _FILE_ID = "file-"
-_follow_option = click.option("--follow", is_flag=True, help="Show a bar until the batch has ended. Exit code 1 unless it is completed then.")
+_follow_option = click.option("--follow", is_flag=True, help="Show a bar until the batch has ended. Exit code 1 unless it is completed.")
 
 
 @click.group()
