@@ -9,7 +9,9 @@ Background work is not part of the demand or of the idle times, so it never caus
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lmaas.control.background import BackgroundState, Backlog, Surroundings, background_need
 from lmaas.control.idleness import Idleness, IdlePlan
@@ -33,16 +35,24 @@ SAMPLE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The interactive demand on a pool: `queued` requests, `running` ones (in slots), and the seconds since the last of either.
+    """The interactive demand on a pool: `queued` requests, `running` ones (in slots), and the seconds since the last of either. These are
+    None if the scheduler has had no request since it began, or since it lost its memory.
 
     `service_s` is the usual time for which a request holds its slot, `start_s` the usual time from an engine's start to its first token.
     """
 
     queued: int
     running: int
-    idle_s: float
+    idle_s: float | None
     service_s: float = 2.0
     start_s: float = 20.0
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Any]) -> "Demand":
+        """Return the demand in the scheduler's statistics of a pool."""
+        idle_ms = stats["idle_ms"]
+        idle_s = None if idle_ms is None else idle_ms / 1000
+        return cls(stats["queued"], stats["load"], idle_s, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,8 @@ def decide(demand: Demand, policy: Policy, current: int, state: ScalingState, no
 def _interactive(demand: Demand, policy: Policy, current: int, state: ScalingState, now: float) -> Scale:
     """Return the decision for interactive requests alone."""
     load = demand.queued + demand.running
-    idleness = state.idleness.observed(now, demand.idle_s, load > 0, policy.idle_timeout_s, demand.start_s)
+    idleness = state.idleness.observed(now, _idle_s(demand, current, state, now), load > 0, policy.idle_timeout_s, demand.start_s)
+    idle_s = idleness.idle_s(now)
     needed, why, panic = _needed(demand, policy, current, state, now)
     panic_at = now if panic else state.panic_at
     samples = _remembered(state.samples, Sample(now, load, needed), now)
@@ -123,7 +134,7 @@ def _interactive(demand: Demand, policy: Policy, current: int, state: ScalingSta
     high = max(policy.min_replicas, policy.max_replicas)
     target = min(needed, high)
     if load == 0:
-        target, why, ahead = _idle(state, demand, policy, current)
+        target, why, ahead = _idle(state, idle_s, policy, current)
         if ahead:
             return Scale(min(target, high), why, state, ahead=target > 0)
     if current > high:
@@ -175,23 +186,33 @@ def _down(samples: tuple[Sample, ...], panic_at: float | None, target: int, curr
     return current, why
 
 
-def _idle(state: ScalingState, demand: Demand, policy: Policy, current: int) -> tuple[int, str, bool]:
+def _idle_s(demand: Demand, current: int, state: ScalingState, now: float) -> float:
+    """Return for how long the pool has been idle. If the scheduler does not know it, it is known from before the scheduler lost its memory.
+    If it is not, a pool without replicas has had no request yet, and one with replicas may have had one just now."""
+    if demand.idle_s is not None:
+        return demand.idle_s
+    if state.idleness.active_at is not None:
+        return state.idleness.idle_s(now)
+    return math.inf if current == 0 else 0.0
+
+
+def _idle(state: ScalingState, idle_s: float, policy: Policy, current: int) -> tuple[int, str, bool]:
     """Return the replicas that an idle pool keeps, the reason, and whether they are started ahead of a request."""
     plan = state.idleness.plan or IdlePlan(policy.idle_timeout_s)
     if current == 0:
-        if plan.ready_s is not None and plan.keep_s <= demand.idle_s and plan.warm(demand.idle_s):
+        if plan.ready_s is not None and plan.keep_s <= idle_s and plan.warm(idle_s):
             target = max(1, policy.min_replicas)
             return target, f"started ahead: after {_gaps(plan)}, the next request is expected after {_rounded(plan.ready_s)} s", True
         return 0, "idle", False
-    if not plan.warm(demand.idle_s):
-        return 0, _why_stopped(plan, policy), False
-    if demand.idle_s >= STABLE_S and current > 1:
+    if not plan.warm(idle_s):
+        return 0, "no request yet" if idle_s == math.inf else _why_stopped(plan, policy), False
+    if idle_s >= STABLE_S and current > 1:
         return 1, f"idle for {STABLE_S:.0f} s: one stays warm", False
-    return current, _why_warm(plan, policy, demand), False
+    return current, _why_warm(plan, policy, idle_s), False
 
 
-def _why_warm(plan: IdlePlan, policy: Policy, demand: Demand) -> str:
-    if demand.idle_s >= plan.keep_s and plan.until_s is not None:
+def _why_warm(plan: IdlePlan, policy: Policy, idle_s: float) -> str:
+    if idle_s >= plan.keep_s and plan.until_s is not None:
         return f"kept warm until {_rounded(plan.until_s)} s after the last request, by {_gaps(plan)}"
     if plan.keep_s >= policy.idle_timeout_s:
         return f"kept warm until {policy.idle_timeout_s:g} s after the last request (the idle timeout)"

@@ -161,8 +161,8 @@ class _Costs:
 
 @dataclass(frozen=True, slots=True)
 class Idleness:
-    """The state of a pool's idleness: its idle times, the time of its last activity (on `now`'s clock), whether it had work when it was
-    last observed, and the resulting plan."""
+    """The state of a pool's idleness: its idle times, the time of its last activity (on `now`'s clock, -inf if there was none), whether it
+    had work when it was last observed, and the resulting plan."""
 
     times: IdleTimes = field(default_factory=IdleTimes)
     active_at: float | None = None
@@ -170,6 +170,10 @@ class Idleness:
     plan: IdlePlan | None = None
     #: The timeout for which the plan was made.
     idle_timeout_s: float = 0.0
+
+    def idle_s(self, now: float) -> float:
+        """Return the seconds since the last activity that was observed, infinity if there was none."""
+        return math.inf if self.active_at is None else now - self.active_at
 
     def observed(self, now: float, idle_s: float, busy: bool, idle_timeout_s: float, start_s: float) -> "Idleness":
         """Return the state at `now`, when the pool was last active `idle_s` ago. A new plan is made only if something has changed."""

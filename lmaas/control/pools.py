@@ -54,8 +54,7 @@ class PoolObservation:
     @property
     def demand(self) -> Demand:
         """The demand, for the autoscaler."""
-        stats = self.stats
-        return Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
+        return Demand.of(self.stats)
 
     @property
     def ready(self) -> int:
@@ -108,7 +107,7 @@ class PoolObservation:
             leaving=len(self.processes) - len(alive),
             min_replicas=self.policy.min_replicas,
             queued=self.stats["queued"],
-            idle_s=self.demand.idle_s,
+            idle_s=scale.state.idleness.idle_s(now),
             ahead=scale.ahead,
             may_start=self.may_start,
             failing=self.failures > 0,

@@ -291,14 +291,12 @@ end)
 -- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual
 -- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, queued, load, idle_ms,
 -- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields, reserve}},
--- replica id, its JSON, …}. Its client decodes the replicas, since they may
--- be thousands.
+-- replica id, its JSON, …}. idle_ms is null if there was no interactive ticket in this memory. Its client decodes the replicas, since they
+-- may be thousands.
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
   dispatch(pool)
-  -- A server that has lost its memory does not know how long the pool has been idle: idleness starts now.
-  if not text_of(pool, 'active') then set_var(pool, 'active', pool.now) end
   set_var(pool, 'controller', pool.now)
   set_var(pool, 'delay_ms', args[2])
   set_var(pool, 'first_ms', args[3])
@@ -306,7 +304,7 @@ register_always('lmaas_stats', function(keys, args)
   local reply = redis.call('HGETALL', pool.key .. ':replicas')
   table.insert(reply, 1, cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = var(pool, 'load', 0) - var(pool, 'back', 0), now = pool.now, memory = memory(pool),
-    idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
+    idle_ms = text_of(pool, 'active') and pool.now - var(pool, 'active') or cjson.null, run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
     background = {
       queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0), yields = var(pool, 'yields', 0),
       reserve = reserve_of(pool),

@@ -15,8 +15,7 @@ class Scaling:
 
     def desired(self, stats: Mapping[str, Any], current: int, now_s: float) -> int:
         """Return the decision for a pool of `current` replicas. `stats` is the reply of the scheduler's function of that name."""
-        demand = Demand(stats["queued"], stats["load"], stats["idle_ms"] / 1000, stats["run_ms"] / 1000, stats["start_ms"] / 1000)
-        scale = decide(demand, self.policy, current, self._state, now_s)
+        scale = decide(Demand.of(stats), self.policy, current, self._state, now_s)
         self._state = scale.state
         return scale.replicas
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from lmaas.errors import Unavailable
@@ -278,8 +279,12 @@ async def test_a_restored_ticket_takes_no_more_than_its_replica_has(pool: Pool) 
     await pool.check()
 
 
-async def test_a_pool_is_not_idle_because_its_memory_was_lost(pool: Pool) -> None:
+async def test_a_pool_without_a_request_does_not_know_for_how_long_it_has_been_idle(pool: Pool) -> None:
     await pool.beat()
+    assert (await pool.scheduler.stats("p"))["idle_ms"] is None
+    await pool.submit(replace(ticket(1), background=True))
+    assert (await pool.scheduler.stats("p"))["idle_ms"] is None
+    await pool.submit(ticket(2))
     assert (await pool.scheduler.stats("p"))["idle_ms"] < 5000
 
 

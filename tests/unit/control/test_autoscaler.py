@@ -75,6 +75,36 @@ def test_without_work(idle_s: float, current: int, expected: int, reason: str) -
     assert reason in scale.reason
 
 
+UNKNOWN = Demand(0, 0, None)
+
+
+@pytest.mark.parametrize("seconds", [1.0, POLICY.idle_timeout_s - 1])
+def test_an_engine_that_runs_when_nothing_is_known_is_kept_for_the_idle_timeout(seconds: float) -> None:
+    first = decide(UNKNOWN, POLICY, 1, NEW, NOW)
+    assert first.replicas == 1
+    assert decide(UNKNOWN, POLICY, 1, first.state, NOW + seconds).replicas == 1
+    assert decide(UNKNOWN, POLICY, 1, first.state, NOW + POLICY.idle_timeout_s).replicas == 0
+
+
+def test_the_last_request_is_known_although_the_scheduler_has_lost_its_memory() -> None:
+    before = decide(Demand(0, 0, 100.0), POLICY, 1, NEW, NOW)
+    after = decide(UNKNOWN, POLICY, 1, before.state, NOW + 100)
+    assert after.replicas == 1
+    assert after.state.idleness.idle_s(NOW + 100) == 200
+    assert decide(UNKNOWN, POLICY, 1, after.state, NOW + 200).replicas == 0
+
+
+def test_a_pool_without_a_request_is_not_kept_warm_and_has_no_idle_time() -> None:
+    first = decide(UNKNOWN, POLICY, 0, NEW, NOW)
+    assert first.replicas == 0
+    # Something else has started an engine.
+    second = decide(UNKNOWN, POLICY, 1, first.state, NOW + 1)
+    assert (second.replicas, second.reason) == (0, "no request yet")
+    third = decide(Demand(1, 0, 0.0), POLICY, 0, second.state, NOW + 100)
+    assert third.replicas == 1
+    assert third.state.idleness.times == NEW.idleness.times
+
+
 @pytest.mark.parametrize(
     ("low", "high", "queued", "idle_s", "current", "replicas"),
     [

@@ -153,6 +153,14 @@ def test_an_engine_stops_when_its_work_is_done() -> None:
     assert (scale.replicas, scale.reason) == (0, "idle for 300 s (the idle timeout)")
 
 
+def test_an_engine_of_a_pool_without_a_request_stops_when_its_work_is_done() -> None:
+    state, current = NEW, 0
+    for second, backlog in [(0, work()), (5, work((900, 1000, 20_000))), (40, work((900, 3, 20), running=3, ready=1)), (50, work(ready=1))]:
+        scale = decide(replace(IDLE, idle_s=None), POLICY, current, state, NOW + second, backlog)
+        state, current = scale.state, scale.replicas
+    assert current == 0
+
+
 def test_a_further_replica_is_not_started_again_and_again() -> None:
     pool, tokens, due_s = Pool(), 20_000_000.0, DAY_S
     counts = []

@@ -291,7 +291,16 @@ class World:
         else:
             self.waiting_since.pop(name, None)
         claim = PoolClaim(
-            name, name, self.needs[name], scale.replicas, held, leaving, 0, len(self.queues[name]), demand.idle_s, scale.ahead
+            name,
+            name,
+            self.needs[name],
+            scale.replicas,
+            held,
+            leaving,
+            0,
+            len(self.queues[name]),
+            scale.state.idleness.idle_s(now),
+            scale.ahead,
         )
         return replace(claim, background=scale.background, due=scale.due)
 

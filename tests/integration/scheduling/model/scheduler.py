@@ -217,7 +217,6 @@ class Model(Outlook):
         self.reap(now)
         self.dispatch(now)
         self.controller, self.delay_ms, self.first_ms = now, delay_ms, first_ms
-        self.active = now if self.active is None else self.active
         replicas = {
             name: {
                 "state": replica.state,
@@ -240,7 +239,7 @@ class Model(Outlook):
                 "reserve": self.reserved(now),
             },
             "replicas": replicas,
-            "idle_ms": now - self.active,
+            "idle_ms": None if self.active is None else now - self.active,
             "run_ms": self.run_ms,
             "start_ms": self.rules.START_MS if self.start_ms is None else self.start_ms,
         }
