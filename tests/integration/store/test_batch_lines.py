@@ -12,7 +12,19 @@ from lmaas.states import UsageStatus
 from lmaas.store.backlog import done_lines
 from lmaas.store.batch_lines import MAX_ESTIMATE, NewLine, add_lines, delete_lines, end_lines, results
 from lmaas.store.database import Database
-from lmaas.store.line_leases import backlog, claim_batch, claim_lines, give_back_batch, put_back, settle, stop_batch, stopped, unsettled
+from lmaas.store.line_leases import (
+    LARGE_BYTES,
+    SUSPECT_LOSSES,
+    backlog,
+    claim_batch,
+    claim_lines,
+    give_back_batch,
+    put_back,
+    settle,
+    stop_batch,
+    stopped,
+    unsettled,
+)
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
 from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
 from lmaas.store.tenants import create_tenant
@@ -173,6 +185,47 @@ async def test_what_a_lost_runner_leased_is_free(db: Database, jobs_db: Database
     claimed = await claim_batch(jobs_db, other)
     assert claimed is not None
     assert claimed[0] == BatchLease(tenant_id, validating, other, 2)
+
+
+async def test_few_lines_are_leased_with_which_runners_were_lost(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    """A runner that is lost for another reason must not make all the lines that it leased fail."""
+    batch_id = await make_batch(db, tenant_id, some_lines(40, POOL))
+
+    async def losses(count: int) -> list[int]:
+        """Lease lines with a runner that is lost, and return how many others were lost with each."""
+        runner_id = await register(jobs_db)
+        leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): count}, suspects=4)
+        async with db.begin(SYSTEM) as connection:
+            await connection.execute(text("UPDATE job_runners SET seen_at = now() - interval '20 s'"))
+        assert await free_lost(jobs_db) == runner_id
+        return [lease.losses for lease in leases]
+
+    for number in range(SUSPECT_LOSSES):
+        assert await losses(30) == [number] * 30
+    assert Counter(await losses(40)) == {SUSPECT_LOSSES: 4, 0: 10}
+    # Chance decides which of them are leased, so that the same few do not seem to be the reason every time.
+    for _ in range(8):
+        assert sum(number >= SUSPECT_LOSSES for number in await losses(40)) == 4
+    rows = await line_rows(db, batch_id)
+    assert sum(row.attempt > SUSPECT_LOSSES for row in rows) > 4
+    assert await pending(db, batch_id) == {POOL: (40, 400)}
+
+
+async def test_large_lines_are_leased_by_bytes(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    sizes = [LARGE_BYTES + 1, 10, LARGE_BYTES + 1, 10, LARGE_BYTES + 1, LARGE_BYTES]
+    rows = [line._replace(byte_length=size) for line, size in zip(some_lines(6, POOL), sizes, strict=True)]
+    batch_id = await make_batch(db, tenant_id, rows)
+    other = await make_batch(db, tenant_id, rows)
+    runner_id = await register(jobs_db)
+    wanted = {(tenant_id, batch_id): 9, (tenant_id, other): 1}
+
+    async def claim(large_bytes: int) -> list[tuple[str, int]]:
+        leases = await claim_lines(jobs_db, runner_id, POOL, wanted, large_bytes)
+        return sorted(((lease.batch_id, lease.position) for lease in leases), key=lambda each: (each[0] != batch_id, each[1]))
+
+    assert await claim(1) == [*((batch_id, position) for position in (0, 1, 3, 5)), (other, 0)]
+    assert await pending(db, batch_id) == {POOL: (2, 20)}
+    assert await claim(LARGE_BYTES + 2) == [(batch_id, 2), (batch_id, 4), (other, 1)]
 
 
 async def test_a_runner_that_ends_frees_what_it_has(db: Database, jobs_db: Database, tenant_id: str) -> None:
