@@ -36,7 +36,7 @@ class PoolObservation:
     failed_ago_s: float
     #: The lines of batches that wait, and whether there is a job runner for them.
     waiting: Sequence[WaitingLines] = ()
-    done: DoneLines = DoneLines()
+    done: DoneLines = field(default_factory=DoneLines)
     has_runner: bool = True
     replicas: Replicas = field(default_factory=dict)
 

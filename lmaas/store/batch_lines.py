@@ -70,8 +70,8 @@ _GIVEN = {
 #: An estimate counts as work of an engine up to this many times the line's real tokens. Estimates are as high as a tenant's limits, and
 #: what one tenant's lines seem to show is used for the deadlines of all.
 MAX_ESTIMATE = 8
-#: Ends the lines of one tenant: their answers, their usage events and the counts of the batch and of its pools, all or nothing. A line whose
-#: lease is not this runner's any more is left out, with its event.
+#: Ends the lines of one tenant: their answers, their usage events and the counts of the batch and of its pools, all or nothing. A line
+#: whose lease is not this runner's any more is left out, with its event.
 _END = (
     f"""
 WITH given AS MATERIALIZED (
