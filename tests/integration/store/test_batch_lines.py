@@ -11,7 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
-from lmaas.store.batch_lines import EndedLine, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.backlog import done_lines
+from lmaas.store.batch_lines import MAX_ESTIMATE, EndedLine, NewLine, add_lines, delete_lines, end_lines, results
 from lmaas.store.conversations import Item, NewTurn, create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.line_leases import (
@@ -154,6 +155,27 @@ async def test_the_response_of_a_line_is_stored_with_its_end_or_not_at_all(db: D
     assert len(ids) == 5
     assert items[0] == [b'{"id": "msg_2_1"}', b'{"id": "msg_4_2"}']
     assert len(await list_events(db, OPERATOR)) == 6
+
+
+async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
+    db: Database, jobs_db: Database, controller_db: Database, tenant_id: str
+) -> None:
+    """A tenant's limits must not make a pool look faster than it is, or other tenants' batches would miss their deadlines."""
+    estimates = [10, 10**9, 10**9, 10**9, 10**9]
+    lines = [line._replace(tokens=tokens) for line, tokens in zip(some_lines(5, POOL), estimates, strict=True)]
+    batch_id = await make_batch(db, tenant_id, [*lines, *some_lines(1, "mod_2")])
+    runner_id = await register(jobs_db)
+    # Those that are leased and given back, or refused, are no work of an engine.
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5})
+    await put_back(jobs_db, runner_id, leases[4:])
+    refused = [ended(leases[2], state="failed"), ended(leases[3], state="failed", event=False)]
+    await end_lines(jobs_db, runner_id, refused)
+    assert {pool_id: done.tokens for pool_id, done in (await done_lines(controller_db)).items()} == {POOL: 0, "mod_2": 0}
+    group = [ended(leases[0]), ended(leases[1])]
+    for _ in range(2):
+        await end_lines(jobs_db, runner_id, group)
+        found = await done_lines(controller_db)
+        assert {pool_id: done.tokens for pool_id, done in found.items()} == {POOL: 10 + MAX_ESTIMATE * (5 + 7), "mod_2": 0}
 
 
 async def test_an_event_replaces_no_other_tenants(db: Database, jobs_db: Database, tenant_id: str) -> None:
