@@ -39,6 +39,9 @@ class RequestReader:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
         self._text, self._state = "", _State.START
+        #: What came after the text, and is not part of it until the text has the size `_wanted`.
+        self._more: list[str] = []
+        self._more_size = 0
         #: The size from which a request is tried again that was not complete.
         self._wanted = 0
         self._validator = Validator(MESSAGES, max_request_bytes, max_requests)
@@ -50,14 +53,24 @@ class RequestReader:
         Raises InvalidRequest.
         """
         try:
-            self._text += self._decoder.decode(chunk, final=last)
+            more = self._decoder.decode(chunk, final=last)
         except UnicodeDecodeError:
             raise _invalid("it is not UTF-8") from None
+        self._more.append(more)
+        self._more_size += len(more)
+        if len(self._text) + self._more_size < self._wanted and not last:
+            return
+        self._text += "".join(self._more)
+        self._more.clear()
+        self._more_size = 0
         place = 0
         while (found := self._next(place, last=last)) is not None:
             line, place = found
             if line is not None:
                 yield line
+        # The space before a value is not kept, else each chunk of it would cost as much as all before it.
+        if self._state in (_State.REQUEST, _State.AFTER):
+            place = self._skip(place)
         self._text = self._text[place:]
         if last and self._state is not _State.END:
             raise _invalid("it ends too early")
@@ -103,8 +116,6 @@ class RequestReader:
     def _request(self, place: int, *, last: bool) -> tuple[bytes, int] | None:
         place = self._skip(place)
         size = len(self._text) - place
-        if size < self._wanted and not last:
-            return None
         try:
             _, end = self._json.raw_decode(self._text, place)
         except (ValueError, RecursionError) as error:

@@ -260,13 +260,14 @@ async def _end(connection: AsyncConnection, which: Sequence[ColumnElement[bool]]
     text_bytes = func.octet_length(rows.c.request) + func.octet_length(rows.c.input) + func.octet_length(rows.c.body)
     changes = {"ended_at": func.now(), "expires_at": func.now() + LOG_KEPT_FOR, "size_bytes": rows.c.size_bytes - text_bytes}
     ending = update(rows).where(*which, rows.c.ended_at.is_(None)).values(changes | empty | dict(values))
-    return (await connection.execute(ending.returning(rows.c.conversation_id, rows.c.runner_id))).first()
+    ended: Row[Any] | None = (await connection.execute(ending.returning(rows.c.conversation_id))).first()
+    return ended
 
 
 async def delete_response(db: Database, tenant_id: str, response_id: str) -> bool:
     """Delete a response, its input and its events, whether it has ended or not. Returns False if the tenant does not have it.
 
-    One that runs is ended. Its emptied row stays until its runner has charged what it used.
+    One that runs is ended. The emptied row of one that a runner leases stays, so that the runner can charge what it used.
     """
     stored = delete(responses).where(*owned(responses, tenant_id), responses.c.id == response_id).returning(responses.c.id)
     log = delete(response_events).where(response_events.c.tenant_id == tenant_id, response_events.c.response_id == response_id)
@@ -276,8 +277,9 @@ async def delete_response(db: Database, tenant_id: str, response_id: str) -> boo
         found = (await connection.execute(stored)).first() is not None or ended is not None
         if found:
             await connection.execute(log)
-            if ended is None or ended.runner_id is None:
-                await connection.execute(delete(rows).where(*_one(tenant_id, response_id)))
+            await connection.execute(delete(rows).where(*_one(tenant_id, response_id), rows.c.runner_id.is_(None)))
+            # It may have been cancelled before.
+            await connection.execute(update(rows).where(*_one(tenant_id, response_id)).values(status=BackgroundStatus.DELETED.value))
         return found
 
 

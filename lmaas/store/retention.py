@@ -1,10 +1,11 @@
 """Deletion of stored responses and conversations: of expired ones, of what a tenant has beyond its bound, and of a deleted tenant's.
 
 Each function deletes a bounded number of rows, so that no statement runs for long. Items of a conversation go with it, and events with a
-response in the background.
+response in the background. While a runner leases one of the latter, only the deletion of its tenant deletes it, because the runner has yet
+to charge what it used.
 """
 
-from sqlalchemy import ColumnElement, Subquery, Table, delete, func, literal, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Subquery, Table, delete, func, literal, select, true, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
@@ -20,7 +21,7 @@ ITEMS_AT_ONCE = 10_000
 async def delete_expired(db: Database) -> int:
     """Delete some expired responses and conversations of all tenants, for a controller. Returns their number."""
     async with db.begin(SYSTEM) as connection:
-        return sum([await _delete_some(connection, table, table.c.expires_at <= func.now()) for table in TABLES])
+        return sum([await _delete_some(connection, table, (table.c.expires_at <= func.now()) & _is_free(table)) for table in TABLES])
 
 
 async def delete_state(db: Database, tenant_id: str) -> int:
@@ -49,7 +50,9 @@ async def delete_oldest(db: Database, tenant_id: str, surplus_bytes: int) -> int
 
     Returns the bytes of what was deleted: at least `surplus_bytes`, unless that takes more rows than are deleted at a time.
     """
-    portions = [select(_portion(table, table.c.tenant_id == tenant_id), literal(table.name).label("table")) for table in TABLES]
+    portions = [
+        select(_portion(table, (table.c.tenant_id == tenant_id) & _is_free(table)), literal(table.name).label("table")) for table in TABLES
+    ]
     first = union_all(*portions).subquery()
     query = select(first.c.table, first.c.id, first.c.size_bytes).order_by(first.c.expires_at, first.c.id)
     # By table: a stored response that ran in the background has its id in two.
@@ -62,8 +65,13 @@ async def delete_oldest(db: Database, tenant_id: str, surplus_bytes: int) -> int
             ids[table_name].append(item_id)
             deleted += size
         for table in TABLES:
-            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.id.in_(ids[table.name])))
+            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id, table.c.id.in_(ids[table.name]), _is_free(table)))
     return deleted
+
+
+def _is_free(table: Table) -> ColumnElement[bool]:
+    """Return the condition that no runner leases a row."""
+    return table.c.runner_id.is_(None) if table is background_responses else true()
 
 
 async def _delete_some(connection: AsyncConnection, table: Table, condition: ColumnElement[bool]) -> int:

@@ -195,7 +195,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
         LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, _LEASE)),
         OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
-        CONTROLLER: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT", ALL, (*_SIZES, "runner_id")), Grant("DELETE")),
     },
     # They go with their response.
     "response_events": {

@@ -204,18 +204,18 @@ async def test_each_response_is_leased_once(gateway_db: Database, jobs_db: Datab
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("kind", ["cancelled", "deleted"])
+@pytest.mark.parametrize("kind", ["cancelled", "deleted", "cancelled and deleted"])
 async def test_an_ended_run_is_charged_by_its_runner(
     db: Database, gateway_db: Database, jobs_db: Database, acme: Tenant, kind: str
 ) -> None:
     await new(gateway_db, acme)
     lease = await one(jobs_db, await register(jobs_db))
     await begin(jobs_db, lease)
-    if kind == "cancelled":
+    if "cancelled" in kind:
         assert await cancel(gateway_db, acme.id, BODY, MONTH)
         assert not await cancel(gateway_db, acme.id, BODY, MONTH)
         assert await find_response(gateway_db, acme.id, "resp_1") == BODY
-    else:
+    if "deleted" in kind:
         assert await delete_response(gateway_db, acme.id, "resp_1")
         assert not await delete_response(gateway_db, acme.id, "resp_1")
         assert await count(db, "response_events") == 0
@@ -227,7 +227,7 @@ async def test_an_ended_run_is_charged_by_its_runner(
     assert not await settle(jobs_db, lease, replace(event, request_id="req_2"))
     assert await ledger(db) == {"req_1": "aborted"}
     log = await read_log(gateway_db, acme.id, "resp_1", 1)
-    assert (log is None) is (kind == "deleted")
+    assert (log is None) is ("deleted" in kind)
     assert log is None or (log.status, log.pieces) == (BackgroundStatus.CANCELLED, [])
 
 
@@ -289,6 +289,22 @@ async def test_retention(db: Database, gateway_db: Database, jobs_db: Database, 
     # A log expires first, so it is what goes first.
     assert await delete_oldest(controller_db, acme.id, 1) > 0
     assert (await count(db, "background_responses"), await count(db, "responses")) == (0, 2)
+
+
+async def test_retention_leaves_what_its_runner_has_yet_to_charge(
+    db: Database, gateway_db: Database, jobs_db: Database, controller_db: Database, acme: Tenant
+) -> None:
+    await new(gateway_db, acme)
+    lease = await one(jobs_db, await register(jobs_db))
+    await begin(jobs_db, lease)
+    assert await cancel(gateway_db, acme.id, BODY, MONTH)
+    await change(db, "expires_at = now()")
+    assert await delete_expired(controller_db) == 0
+    assert await delete_oldest(controller_db, acme.id, 10_000) > 0
+    assert (await count(db, "background_responses"), await count(db, "responses")) == (1, 0)
+    assert await settle(jobs_db, lease, replace(usage_event("req_1", acme.id), status=UsageStatus.ABORTED))
+    assert await ledger(db) == {"req_1": "aborted"}
+    assert await delete_expired(controller_db) == 1
 
 
 async def test_a_deleted_tenant_has_nothing_left(db: Database, gateway_db: Database, jobs_db: Database, acme: Tenant) -> None:

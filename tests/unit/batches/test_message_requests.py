@@ -1,6 +1,7 @@
 """The body that creates a message batch, read in pieces of any size."""
 
 import json
+import time
 import tracemalloc
 from typing import Any
 
@@ -112,3 +113,29 @@ def test_a_request_without_an_end_is_not_held() -> None:
     with pytest.raises(InvalidRequest, match="more than"):
         feed_forever()
     assert fed < 50
+
+
+@pytest.mark.parametrize("before", [GOOD[:-2], GOOD[:-2] + b","])
+def test_space_between_requests_is_not_held(before: bytes) -> None:
+    reader = RequestReader(1_000_000, 100)
+    list(reader.feed(before))
+    space = b" \n" * 32_768
+    tracemalloc.start()
+    try:
+        for _ in range(64):
+            assert list(reader.feed(space)) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * len(space)
+    more = [] if before == GOOD[:-2] else list(reader.feed(json.dumps(request("b")).encode()))
+    assert len(more) == (before != GOOD[:-2])
+    assert list(reader.feed(b"]}", last=True)) == []
+
+
+def test_small_chunks_of_a_large_request_cost_no_more_than_large_ones() -> None:
+    body = json.dumps({"requests": [request(params=PARAMS | {"system": "x" * 8_000_000})]}).encode()
+    began = time.process_time()
+    assert len(read(body, size=512, request_bytes=10_000_000)) == 1
+    # It is 0.2 s. If each chunk copied what came before it, 64 GB would be copied.
+    assert time.process_time() - began < 2
