@@ -135,7 +135,7 @@ async def list_message_batches(api: Api, call: ApiCall[None, MessageBatchPaging]
         found = await rows.list_batches(api.db, call.tenant_id, Dialect.ANTHROPIC, part, newest_first=not backwards)
     except InvalidRequest as error:
         name = "before_id" if backwards else "after_id"
-        raise InvalidRequest(f"'{name}' must be the id of a message batch.", code=error.code, param=name) from None
+        raise InvalidRequest(f"'{name}' must be the id of a message batch.", code=error.error_code, param=name) from None
     page = found[: asked.limit]
     if backwards:
         page.reverse()

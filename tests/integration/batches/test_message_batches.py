@@ -208,15 +208,16 @@ async def test_lists_in_pages_in_both_directions(messages: AsyncAnthropic, accou
     before = await listed(limit=2, before_id=newest_first[3])
     assert ([batch.id for batch in before.data], before.has_more) == (newest_first[1:3], True)
     assert [batch.id async for batch in listed(limit=2, before_id=newest_first[3])] == [*newest_first[1:3], newest_first[0]]
-    wrong: list[dict[str, Any]] = [
-        {"after_id": "msgbatch_unknown"},
-        {"before_id": "msgbatch_unknown"},
-        {"after_id": created[0], "before_id": created[0]},
-        {"limit": 0},
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"after_id": "msgbatch_unknown"}, "invalid_cursor"),
+        ({"before_id": "msgbatch_unknown"}, "invalid_cursor"),
+        ({"after_id": created[0], "before_id": created[0]}, "invalid_cursor"),
+        ({"limit": 0}, "out_of_range"),
     ]
-    for query in wrong:
-        with pytest.raises(anthropic.BadRequestError):
+    for query, code in wrong:
+        with pytest.raises(anthropic.BadRequestError) as caught:
             await listed(**query)
+        assert caught.value.response.json()["error"]["code"] == code
     assert account.tenant.id
 
 
