@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.store.database import Database
+from lmaas.store.line_leases import FEW
 from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
 from lmaas.store.usage import UsageEvent
 
@@ -80,13 +81,16 @@ WITH given AS MATERIALIZED (
     })
 ), locked AS MATERIALIZED (
     SELECT id FROM batches AS batch WHERE tenant_id = %s AND id IN (SELECT batch_id FROM given) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
+), found AS MATERIALIZED (
+    SELECT given.*, line.place FROM given CROSS JOIN LATERAL (
+        SELECT ctid AS place FROM batch_lines WHERE tenant_id = %s AND batch_id = given.batch_id AND position = given.position
+            AND attempt = given.attempt AND runner_id = %s LIMIT 1
+    ) AS line WHERE {FEW.format("given")} AND (SELECT count(*) FROM locked) > 0
 ), ended AS (
-    UPDATE batch_lines AS line SET state = line_state, runner_id = NULL, request_id = answer_id, status_code = given.status_code,
-        answer = given.answer
-    FROM given
-    WHERE line.tenant_id = %s AND line.batch_id = given.batch_id AND line.position = given.position AND line.attempt = given.attempt
-        AND line.runner_id = %s AND line.state = 'running' AND (SELECT count(*) FROM locked) > 0
-    RETURNING given.*, line.pool_id, line.tokens
+    UPDATE batch_lines AS line SET state = line_state, runner_id = NULL, request_id = answer_id, status_code = found.status_code,
+        answer = found.answer
+    FROM found WHERE line.ctid = found.place AND line.attempt = found.attempt
+    RETURNING found.*, line.pool_id, line.tokens
 ), ledger AS (
     INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
     SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL ORDER BY request_id COLLATE "C"

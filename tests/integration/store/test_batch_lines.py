@@ -25,11 +25,13 @@ from lmaas.store.line_leases import (
     stopped,
     unsettled,
 )
+from lmaas.store.rights import DatabaseRole
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
 from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
 from lmaas.store.tenants import create_tenant
 from lmaas.store.usage import list_events, record_events
 from tests.support.batches import batch_row, ended, line_rows, make_batch, pending, some_lines, usage_event
+from tests.support.databases import login_url
 
 POOL = "mod_1"
 
@@ -367,3 +369,44 @@ async def test_the_metering_writer_and_a_runner_write_the_same_events(db: Databa
         await asyncio.gather(record_events(db, stand_ins), end_lines(jobs_db, runner_id, lines))
     events = await list_events(db, OPERATOR)
     assert Counter(event.status for event in events) == {UsageStatus.COMPLETED: 2000}
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table", "of another batch"])
+async def test_what_is_read_for_a_line_does_not_depend_on_statistics(
+    db: Database, database_url: str, tenant_id: str, statistics: str
+) -> None:
+    jobs_db = Database(login_url(database_url, DatabaseRole.JOBS), DatabaseRole.JOBS, connections=1)
+    runner_id = await register(jobs_db)
+    for _ in range(12):  # from now on, Postgres keeps the plans
+        batch_id = await make_batch(db, tenant_id, some_lines(2, POOL))
+        one, two = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 2})
+        await end_lines(jobs_db, runner_id, [ended(one)])
+        await put_back(jobs_db, runner_id, [two])
+        if statistics == "of an empty table":
+            await _execute(db, "DELETE FROM batch_lines")
+        if statistics != "none":
+            await _execute(db, "VACUUM ANALYZE batch_lines, batch_pools, batches, usage_events")
+    batch_id = await make_batch(db, tenant_id, some_lines(2_500, POOL))
+    leases = [line for _ in range(8) for line in await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 256})]
+    before = await _lines_read(db, jobs_db)
+    await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases[::10]])
+    await put_back(jobs_db, runner_id, leases[1::10])
+    count = len(leases[::10]) + len(leases[1::10])
+    assert (await batch_row(db, batch_id)).completed == len(leases[::10])
+    read = await _lines_read(db, jobs_db) - before
+    await jobs_db.close()
+    assert count <= read <= 5 * count
+
+
+async def _execute(db: Database, statement: str) -> None:
+    async with db.autocommit() as connection:
+        await connection.execute(text(statement))
+
+
+async def _lines_read(db: Database, jobs_db: Database) -> int:
+    """Return how many rows of `batch_lines` were read so far, as Postgres counts them."""
+    async with jobs_db.begin(SYSTEM) as connection:
+        await connection.execute(text("SELECT pg_stat_force_next_flush()"))
+    async with db.begin(SYSTEM) as connection:
+        query = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'batch_lines'"
+        return int((await connection.execute(text(query))).scalar_one())
