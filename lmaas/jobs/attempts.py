@@ -19,7 +19,8 @@ from lmaas.jobs.held import HeldLine, HeldLines
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import until_set
-from lmaas.states import LineState
+from lmaas.protocols.responses.lines import LineResponses
+from lmaas.states import LineState, UsageStatus
 from lmaas.store.batch_lines import EndedLine
 from lmaas.store.database import Database
 from lmaas.store.line_leases import stop_batch
@@ -134,12 +135,15 @@ class Attempts:
         request_id: str | None = None,
         inference: AnyInference | None = None,
     ) -> None:
-        """Have the end of a line stored, with the usage event of its last attempt if an engine was asked."""
+        """Have the end of a line stored, with the usage event and the response of its last attempt if an engine was asked."""
         lease, line.ended = line.lease, True
         event = None if inference is None else inference.record.own_event()
+        turn = None
+        if inference is not None and inference.record.status is UsageStatus.COMPLETED and isinstance(inference.protocol, LineResponses):
+            turn = inference.protocol.turn(inference)
         self.metrics.line(state)
         self.commits.end(
-            EndedLine(lease.tenant_id, lease.batch_id, lease.position, lease.attempt, state, request_id, status, answer, event)
+            EndedLine(lease.tenant_id, lease.batch_id, lease.position, lease.attempt, state, request_id, status, answer, event, turn)
         )
 
     def put_back(self, line: HeldLine) -> None:
