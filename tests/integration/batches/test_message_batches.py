@@ -264,7 +264,7 @@ async def test_a_body_that_is_too_long(messages: AsyncAnthropic, account: Accoun
     [({"max_batches": 0}, 429, "batch_limit_exceeded"), ({"max_file_bytes": 5_000_000}, 413, "file_quota_exceeded")],
 )
 async def test_what_has_no_room_is_refused_before_it_is_sent(
-    account: Account, stack: Stack, monkeypatch: pytest.MonkeyPatch, tier: dict[str, int], status: int, code: str
+    account: Account, stack: Stack, monkeypatch: pytest.MonkeyPatch, tier: dict[str, Any], status: int, code: str
 ) -> None:
     monkeypatch.setitem(TIERS, "standard", replace(TIERS["standard"], **tier))
     address = httpx.URL(stack.url)
