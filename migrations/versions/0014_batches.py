@@ -13,7 +13,6 @@ def upgrade() -> None:
     op.create_table(
         "job_runners",
         sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="job_runners_pkey"),
     )
@@ -97,6 +96,7 @@ def upgrade() -> None:
         sa.Column("pool_id", sa.Text(), nullable=False),
         sa.Column("pending", sa.Integer(), nullable=False),
         sa.Column("pending_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("done_tokens", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.PrimaryKeyConstraint("tenant_id", "batch_id", "pool_id", name="batch_pools_pkey"),
         sa.ForeignKeyConstraint(
             ["tenant_id", "batch_id"],
