@@ -1,5 +1,8 @@
 """Runs `make test`: all tests, a report of the time by folder, and a second run of the failed tests if they are few.
 
+The first two tiers run in two processes, because their tests often wait. The tests of the third start engines and whole services, and run
+by themselves.
+
 Many tests kill, stall and time out processes. On a shared machine, processes can stall for seconds, which such a test cannot distinguish
 from a fault. A failure that repeats counts. One that does not repeat is in the output in full, and named at the end.
 """
@@ -14,6 +17,10 @@ import pytest
 AT_MOST = 5
 #: The maximum time of `make test` on two cores. Longer tests belong in `make test-long`.
 BUDGET_S = 35 * 60
+#: The tiers whose tests run in two processes, a file in one of them, and the tier whose tests do not.
+QUICK = ("tests/unit", "tests/integration")
+TWO_AT_ONCE = ("--numprocesses=2", "--dist=loadfile")
+SYSTEM = "tests/system"
 
 
 class Record:
@@ -39,21 +46,33 @@ class Record:
         return "\n".join([f"The tests took {total:.0f} s{more}.", *rows])
 
 
-def main(arguments: list[str]) -> int:
-    """Run pytest, and again with the failed tests. Return the exit code. Options take their values after a `=`."""
-    record = Record()
+def run(arguments: list[str], record: Record) -> int:
+    """Run pytest once. Return its exit code."""
     try:
-        code = int(pytest.main(arguments, plugins=[record]))
+        return int(pytest.main(arguments, plugins=[record]))
     except pytest.PytestUnraisableExceptionWarning:
         # The objects of a failed test are closed only at the end, because its traceback refers to them. That is no further error.
         if not record.failed:
             raise
-        code = int(pytest.ExitCode.TESTS_FAILED)
+        return int(pytest.ExitCode.TESTS_FAILED)
+
+
+def main(arguments: list[str]) -> int:
+    """Run all tests, or those of the arguments, and again those that failed. Return the exit code.
+
+    Options take their values after a `=`.
+    """
+    record = Record()
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if len(options) == len(arguments):
+        codes = [run([*options, *TWO_AT_ONCE, *QUICK], record), run([*options, SYSTEM], record)]
+    else:
+        codes = [run(arguments, record)]
     print(f"\n{record.table()}")  # noqa: T201
+    code = max(codes)
     if code != pytest.ExitCode.TESTS_FAILED or not 0 < len(record.failed) <= AT_MOST:
         return code
     print(f"\n{len(record.failed)} failed. They run a second time, by themselves:\n", flush=True)  # noqa: T201
-    options = [argument for argument in arguments if argument.startswith("-")]
     code = subprocess.run([sys.executable, "-m", "pytest", *options, *record.failed], check=False).returncode
     if code == 0:
         print("\nFailed the first time (see above) and passed the second time:", *record.failed, sep="\n  ")  # noqa: T201

@@ -87,7 +87,7 @@ async def create_batch(api: Api, call: ApiCall[NewBatch, None]) -> Batch:
     try:
         file = await api.files.get(call.tenant_id, asked.input_file_id)
     except NotFound as error:
-        raise NotFound(error.message, code=error.code, param="input_file_id") from None
+        raise NotFound(error.message, code=error.error_code, param="input_file_id") from None
     if file.purpose != Purpose.BATCH:
         raise InvalidRequest(
             f"The file '{file.id}' has the purpose '{file.purpose}'. Upload the requests with the purpose 'batch'.",

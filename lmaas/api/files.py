@@ -111,28 +111,32 @@ async def get_content(api: Api, call: ApiCall[None, None]) -> Response:
     """Return the bytes of a file, as it was uploaded."""
     file = await api.files.get(call.tenant_id, call.path["file"])
     headers = {
-        "content-length": str(file.size_bytes),
         "content-disposition": disposition(file.filename),
         # Whatever a tenant has uploaded, no browser is to run it.
         "x-content-type-options": "nosniff",
     }
+    return await download(api, call, file, MEDIA, headers)
+
+
+async def download(api: Api, call: ApiCall[Any, Any], file: rows.File, media_type: str, headers: Mapping[str, str]) -> Response:
+    """Return a response with the bytes of a file. Raises OverLimit if the tenant has too many downloads at once, NotFound if the file was
+    deleted meanwhile, and Unavailable."""
+    headers = {**headers, "content-length": str(file.size_bytes)}
     if call.request.method == "HEAD":
-        return Response(headers=headers, media_type=MEDIA)
+        return Response(headers=headers, media_type=media_type)
     with ExitStack() as slot:
         slot.enter_context(api.files.downloading(call.tenant_id))
         pieces = api.files.stream(file)
         # Until the first piece is there, what goes wrong is an error response.
         first = [await anext(pieces, b"")]
-        return Download(_all(first, pieces, call), headers, slot.pop_all())
+        return Download(_all(first, pieces, call), media_type, headers, slot.pop_all())
 
 
 class Download(StreamingResponse):
     """A file on its way to a client. It closes `slot` when it has ended."""
 
-    media_type = MEDIA
-
-    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str], slot: ExitStack) -> None:
-        super().__init__(pieces, headers=headers)
+    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, headers: Mapping[str, str], slot: ExitStack) -> None:
+        super().__init__(pieces, headers=headers, media_type=media_type)
         self._slot = slot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

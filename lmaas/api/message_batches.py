@@ -8,10 +8,11 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from lmaas.admission.tiers import batch_limits
 from lmaas.api.context import Api, ApiCall
+from lmaas.api.files import download
 from lmaas.api.shapes.batches import (
     DeletedMessageBatch,
     MessageBatch,
@@ -134,7 +135,7 @@ async def list_message_batches(api: Api, call: ApiCall[None, MessageBatchPaging]
         found = await rows.list_batches(api.db, call.tenant_id, Dialect.ANTHROPIC, part, newest_first=not backwards)
     except InvalidRequest as error:
         name = "before_id" if backwards else "after_id"
-        raise InvalidRequest(f"'{name}' must be the id of a message batch.", code=error.code, param=name) from None
+        raise InvalidRequest(f"'{name}' must be the id of a message batch.", code=error.error_code, param=name) from None
     page = found[: asked.limit]
     if backwards:
         page.reverse()
@@ -171,7 +172,6 @@ async def message_batch_results(api: Api, call: ApiCall[None, None]) -> Response
         raise NotFound("The batch has no results.", code="results_not_found")
     try:
         file = await api.files.get(call.tenant_id, batch.output_file_id)
+        return await download(api, call, file, JSON_LINES, {})
     except NotFound:
         raise NotFound("The results were deleted, or have expired.", code="results_not_found") from None
-    headers = {"content-length": str(file.size_bytes)}
-    return StreamingResponse(api.files.stream(file), media_type=JSON_LINES, headers=headers)

@@ -1,16 +1,17 @@
 """The order in which the lines of a batch run: by model, then by the beginning of their prompts, which engines keep in their caches."""
 
 import hashlib
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Raw, Struct
 
 from lmaas.admission.estimate import CHARACTERS_PER_TOKEN, USUAL_COMPLETION
+from lmaas.protocols.parameters.table import MAX_CHOICES
 
 #: The lengths of a prompt's beginning, in bytes, that a key compares. Requests that share a longer beginning are closer in the order.
 _BEGINNINGS = (256, 1024, 4096, 16_384)
 _DIGEST_BYTES = 6
-_MAX_TOKENS = 2**31 - 1
 #: The digits of a number that may be a limit of tokens.
 _MAX_DIGITS = 9
 
@@ -53,14 +54,32 @@ def outline(body: bytes | Raw) -> Outline:
     return _OUTLINE.decode(body) if bytes(body)[:1] == b"{" else Outline()
 
 
-def tokens(request: Outline, *, generates: bool) -> int:
+class Estimate(NamedTuple):
+    """An estimate of a request's tokens, before its model is known: those of its prompt, of which there may be several, the most that one
+    answer has, and the number of answers."""
+
+    prompt: int
+    several: bool
+    answer: int
+    choices: int
+
+    def within(self, max_model_len: int) -> int:
+        """Return the tokens of the request for a model with this context, which bounds what it can cost whatever it asks for."""
+        prompt = self.prompt if self.several else min(self.prompt, max_model_len)
+        return prompt + min(self.answer, max_model_len) * self.choices
+
+
+def tokens(request: Outline, *, generates: bool) -> Estimate:
     """Return an estimate of the tokens of a request, with those of its answer if engines generate one. It is quick and rough."""
     prompt = sum(map(len, request.texts)) // CHARACTERS_PER_TOKEN + 1
+    # In chats, `input` is one list of items.
+    several = bytes(request.prompt if generates else request.input).startswith(b"[")
     if not generates:
-        return min(prompt, _MAX_TOKENS)
+        return Estimate(prompt, several, 0, 0)
     limits = (request.max_completion_tokens, request.max_tokens, request.max_output_tokens)
     limit = next((count for each in limits if (count := _count(each)) is not None), USUAL_COMPLETION)
-    return min(prompt + limit * (_count(request.n) or 1), _MAX_TOKENS)
+    choices = _count(request.n) or 1
+    return Estimate(prompt, several, limit, choices if choices <= MAX_CHOICES else 1)
 
 
 def prefix_key(request: Outline) -> bytes:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from lmaas.batches.lines import ENVELOPE_BYTES, MESSAGES, Line, LineSplitter, request_field
-from lmaas.batches.order import Outline, outline, prefix_key, tokens
+from lmaas.batches.order import Estimate, Outline, outline, prefix_key, tokens
 from lmaas.errors import InvalidRequest
 from lmaas.http import parse_object
 
@@ -38,7 +38,7 @@ class Fault:
 class FoundLine:
     """A valid line: its place in the file, and what its order and its costs follow from.
 
-    `model` is empty if the request names none. `tokens` are estimated. `prefix` sorts requests whose prompts begin with the same text next
+    `model` is empty if the request names none. `prefix` sorts requests whose prompts begin with the same text next
     to each other.
     """
 
@@ -47,7 +47,7 @@ class FoundLine:
     size: int
     custom_id: str
     model: str
-    tokens: int
+    tokens: Estimate
     prefix: bytes
 
 

@@ -38,11 +38,12 @@ _MESSAGES_NAMES = {"output_file_id": "results"}
 
 
 class _Place(NamedTuple):
-    """Where the lines for a model run: the pool, and the engine's name of the model. A model that cannot serve them has an error instead:
-    the status and the body of the response."""
+    """Where the lines for a model run: the pool, the engine's name of the model, and its context. A model that cannot serve them has an
+    error instead: the status and the body of the response."""
 
     pool_id: str | None
     engine_name: str
+    max_model_len: int
     status_code: int | None = None
     answer: bytes | None = None
 
@@ -139,8 +140,8 @@ class BatchWork:
             if error.retryable:
                 raise
             body = protocol.error_body(error, new_request_id())
-            return _Place(None, "", protocol.error_status(error), msgspec.json.encode(body))
-        return _Place(served.base.id, served.engine_name)
+            return _Place(None, "", 0, protocol.error_status(error), msgspec.json.encode(body))
+        return _Place(served.base.id, served.engine_name, served.base.max_model_len)
 
     async def _start(self, lease: BatchLease, batch: Batch, lines: Sequence[NewLine]) -> None:
         failed = sum(line.answer is not None for line in lines)
@@ -195,7 +196,7 @@ def _in_order(lines: Sequence[FoundLine], places: Mapping[str, _Place]) -> list[
             byte_length=line.size,
             custom_id=line.custom_id,
             pool_id=(place := places[line.model]).pool_id,
-            tokens=line.tokens,
+            tokens=line.tokens.within(place.max_model_len),
             status_code=place.status_code,
             answer=place.answer,
         )

@@ -25,7 +25,7 @@ ENDPOINTS = get_args(get_args(Endpoint)[0])
 #: How often a batch is asked for while it is followed.
 FOLLOW_S = 1.0
 _FILE_ID = "file-"
-_follow_option = click.option("--follow", is_flag=True, help="Show a bar until the batch has ended.")
+_follow_option = click.option("--follow", is_flag=True, help="Show a bar until the batch has ended. Exit code 1 unless it is completed.")
 
 
 @click.group()
@@ -59,8 +59,7 @@ def batches_create(
     body: dict[str, Any] = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h", "metadata": pairs}
     if results_expire_after is not None:
         body["output_expires_after"] = {"anchor": "created_at", "seconds": results_expire_after}
-    batch = client.send(table.CREATE_BATCH, body)
-    _show(context, _followed(context, client, batch) if follow else batch)
+    _show_or_follow(context, client, client.send(table.CREATE_BATCH, body), follow)
 
 
 @batches.command("show")
@@ -70,8 +69,7 @@ def batches_create(
 def batches_show(context: Context, batch_id: str, follow: bool) -> None:
     """Show a batch, and what is wrong with its input file."""
     client = context.tenant_client()
-    batch = client.send(table.GET_BATCH, batch=batch_id)
-    _show(context, _followed(context, client, batch) if follow else batch)
+    _show_or_follow(context, client, client.send(table.GET_BATCH, batch=batch_id), follow)
 
 
 @batches.command("cancel")
@@ -95,6 +93,8 @@ def batches_results(context: Context, batch_id: str, errors: bool) -> None:
         raise SettingsError(
             f"The batch is {_words(batch['status'])}. Its results are written when it has ended: lmaas batches show --follow."
         )
+    if batch["status"] == "failed":
+        raise SettingsError("The batch failed, and none of its requests ran: lmaas batches show lists what is wrong with its input file.")
     if file_id is not None:
         client.download(table.GET_FILE_CONTENT, sys.stdout.buffer, file=file_id)
 
@@ -132,6 +132,17 @@ def _followed(context: Context, client: "ApiClient", batch: dict[str, Any]) -> d
                 return batch
             time.sleep(FOLLOW_S)
             batch = client.send(table.GET_BATCH, batch=batch["id"])
+
+
+def _show_or_follow(context: Context, client: "ApiClient", batch: dict[str, Any], follow: bool) -> None:
+    """Show a batch, with `follow` once it has ended. Then anything but `completed` is an error, as scripts expect."""
+    if not follow:
+        _show(context, batch)
+        return
+    batch = _followed(context, client, batch)
+    _show(context, batch)
+    if batch["status"] != "completed":
+        raise SettingsError(f"The batch ended as {batch['status']}, not as completed.")
 
 
 def _words(status: str) -> str:

@@ -227,14 +227,14 @@ def _watched(backlog: Backlog, busy: bool, state: BackgroundState, now: float) -
 class Throughput:
     """What one replica of a pool processes of background work: fading sums of tokens, and of the engine time for them.
 
-    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. The last reading is `waiting`
-    tokens of the lines that wait, for a set of `batches`.
+    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. The last reading is the `done`
+    tokens of a set of `batches`.
     """
 
     tokens: float = 0.0
     engine_s: float = 0.0
     batches: int = 0
-    waiting: int = 0
+    done: int = 0
     at: float | None = None
 
     @property
@@ -249,19 +249,20 @@ class Throughput:
             return cls(tokens_per_s * ENOUGH_ENGINE_S, ENOUGH_ENGINE_S)
         return cls()
 
-    def observed(self, now: float, waiting: int, batches: int, *, running: int, ready: int, slots: int) -> "Throughput":
-        """Return the state after a reading of the tokens that wait.
+    def observed(self, now: float, done: int, batches: int, *, running: int, ready: int, slots: int) -> "Throughput":
+        """Return the state after a reading of the tokens that are done.
 
         If the set of `batches` has changed, the difference is not what engines have done. Time in which background work has few of the
-        slots does not count either, because an engine does more with all of them.
+        slots does not count either, because an engine does more with all of them, nor the time until the first lines end.
         """
-        reading = replace(self, batches=batches, waiting=waiting, at=now)
+        reading = replace(self, batches=batches, done=done, at=now)
         if self.at is None or batches != self.batches or running < max(1.0, FILLED * ready * slots):
+            return reading
+        if self.tokens == 0 and done <= self.done:
             return reading
         passed_s = (now - self.at) * ready
         kept = math.exp(-passed_s / FADE_ENGINE_S)
-        # Lines that were put back wait again, so a difference may be negative.
-        tokens = max(0.0, self.tokens * kept + self.waiting - waiting)
+        tokens = self.tokens * kept + max(0, done - self.done)
         return replace(reading, tokens=tokens, engine_s=self.engine_s * kept + passed_s)
 
 

@@ -47,7 +47,7 @@ class Attempts:
     async def run(self, line: HeldLine) -> None:
         """Try a line until it has ended or is to be given back. Cancelling this leaves it leased."""
         try:
-            if line.lease.attempt - line.lease.put_back > MAX_LOST:
+            if line.lease.losses >= MAX_LOST:
                 self._end(line, LineState.FAILED, None, LOST)
                 return
             while not line.leaving.is_set():

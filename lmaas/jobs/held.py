@@ -9,8 +9,14 @@ from typing import NamedTuple
 from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import Collected
 from lmaas.jobs.endings import Tries
+from lmaas.jobs.runner import until_set
 from lmaas.store.batch_lines import EndedLine
-from lmaas.store.line_leases import LeasedLine, Offer
+from lmaas.store.line_leases import LARGE_BYTES, SUSPECT_LOSSES, LeasedLine, Offer
+
+#: The bytes of large lines that are in memory at most, and how much more is allowed for the first line of each tenant and pool.
+MAX_BYTES = MAX_FIRST_BYTES = 32 * 1024 * 1024
+#: How often a line that waits for room looks whether it is to be given back.
+LEAVE_LOOK_S = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +28,9 @@ class HeldLine:
     offer: Offer
     #: The whole line of the input file, once it is read and until the line has ended.
     text: bytes = b""
+    #: Whether it is not read yet because other large lines are in memory, and the bytes that are counted for it since it has room.
+    without_room: bool = False
+    counted_bytes: int = 0
     tries: Tries = field(default_factory=Tries)
     #: Those of the newest attempt.
     inference: AnyInference | None = None
@@ -58,7 +67,7 @@ class HeldLine:
 
 class PoolCount(NamedTuple):
     """The lines of a pool that are held, those of them that wait for an engine, and those that an engine began and that were put back since
-    they were last counted."""
+    they were last counted. Lines that wait for room in memory do not count as waiting for an engine."""
 
     held: int = 0
     waiting: int = 0
@@ -67,11 +76,17 @@ class PoolCount(NamedTuple):
 
 
 class HeldLines:
-    """The lines of one runner. Those whose bytes are in memory are counted in bytes too."""
+    """The lines of one runner.
 
-    def __init__(self, max_bytes: int) -> None:
+    The bytes of large lines in memory have a bound. Those of small ones have none of their own, because the number of lines bounds them.
+    Beyond the bound, the first large line of a tenant for a pool has room of its own, so that no tenant waits for the lines of others.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES, max_first_bytes: int = MAX_FIRST_BYTES) -> None:
         self._lines: dict[tuple[str, str, int], HeldLine] = {}
-        self._max_bytes, self._bytes = max_bytes, 0
+        self._max_bytes, self._max_first_bytes, self._bytes = max_bytes, max_first_bytes, 0
+        #: The large lines that have room, by tenant and pool.
+        self._large: Counter[tuple[str, str]] = Counter()
         self._less = asyncio.Event()
         #: Lines that an engine began, and that were put back, by pool, since `counted` was called.
         self._begun: Counter[str] = Counter()
@@ -90,22 +105,50 @@ class HeldLines:
     def has_room(self, line: HeldLine) -> bool:
         """Return whether the line's bytes may be read now. If so, they are counted. A line alone always has room."""
         size = line.lease.byte_length
-        if self._bytes and self._bytes + size > self._max_bytes:
-            return False
-        self._bytes += size
+        if size > LARGE_BYTES:
+            owner, total = (line.lease.tenant_id, line.pool_id), self._bytes + size
+            is_first = owner not in self._large
+            if self._bytes and total > self._max_bytes and not (is_first and total <= self._max_bytes + self._max_first_bytes):
+                return False
+            self._bytes, line.counted_bytes = total, size
+            self._large[owner] += 1
+        line.without_room = False
         return True
 
-    async def room_for(self, line: HeldLine) -> None:
-        """Wait until the line's bytes may be read, and count them."""
+    async def room_for(self, line: HeldLine) -> bool:
+        """Wait until the line's bytes may be read, and count them. Returns False if the line is to be given back before."""
         while not self.has_room(line):
+            if line.leaving.is_set():
+                return False
             self._less.clear()
-            await self._less.wait()
+            await until_set(self._less, LEAVE_LOOK_S)
+        return True
 
     def forget_text(self, line: HeldLine) -> None:
         """Drop a line's bytes, which are not needed any more."""
         line.text = b""
-        self._bytes -= line.lease.byte_length
-        self._less.set()
+        if line.counted_bytes:
+            owner = line.lease.tenant_id, line.pool_id
+            self._bytes -= line.counted_bytes
+            line.counted_bytes = 0
+            self._large[owner] -= 1
+            if not self._large[owner]:
+                del self._large[owner]
+            self._less.set()
+
+    @property
+    def large_bytes(self) -> int:
+        """The bytes of large lines that may be leased now of a batch, for at least one line."""
+        return max(1, self._max_bytes - self._bytes)
+
+    def without_room(self, pool_id: str) -> set[str]:
+        """Return the tenants whose lines for a pool wait for room."""
+        return {line.lease.tenant_id for line in self._lines.values() if line.without_room and line.pool_id == pool_id}
+
+    @property
+    def suspects(self) -> int:
+        """The number of lines with which several runners were lost."""
+        return sum(line.lease.losses >= SUSPECT_LOSSES for line in self._lines.values())
 
     def remove(self, leases: Iterable[EndedLine | LeasedLine]) -> None:
         """Remove lines whose end is stored."""
@@ -135,7 +178,7 @@ class HeldLines:
             held[line.pool_id] += 1
             if line.runs:
                 self.note_begun(line)
-            elif not line.ended:
+            elif not line.ended and not line.without_room:
                 waiting[line.pool_id] += 1
         begun, put_back = self._begun, self._put_back
         self._begun, self._put_back = Counter(), Counter()

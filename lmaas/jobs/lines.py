@@ -23,7 +23,7 @@ from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
-from lmaas.store.line_leases import Offer, backlog, claim_lines, stop_batch, stopped
+from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, stop_batch, stopped
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,12 @@ COLD_LOOK_S = 2.0
 STOP_LOOK_S = 0.75
 #: The lines that a runner leases at most, of all pools and of one.
 MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
-#: The bytes of lines that are in memory at most, and the lines that are read from a file at a time.
-MAX_BYTES, READ_AT_ONCE = 32 * 1024 * 1024, 256
+#: The lines with which several runners were lost that a runner leases at most.
+MAX_SUSPECTS = 4
+#: The lines that are read from a file at a time.
+READ_AT_ONCE = 256
+#: How often lines of other batches are leased instead of those that are left out.
+MAX_ROUNDS = 3
 #: The time that engines have to end attempts that are broken off, with the exact usage. Delivery waits as long.
 LEAVE_S = 4.0
 #: The time after which lines are given back that wait for a pool without a ready engine.
@@ -65,7 +69,7 @@ class LineWorker:
 
     async def run(self, runner_id: str, stopping: asyncio.Event) -> None:
         """Run lines until `stopping` is set. Those that run then are given back at once."""
-        held = HeldLines(MAX_BYTES)
+        held = HeldLines()
         commits = Commits(self._db, runner_id, held.remove)
         attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, self._metrics)
         feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._drain_s + COLD_S)
@@ -159,12 +163,26 @@ class Feeder:
                     line.leave()
         wanted = window.wanted(room, count.waiting)
         wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - count.held)
-        counts = shares(offers, wanted, self._served) if wanted > 0 else {}
-        if not counts:
-            return
-        leases = await claim_lines(self._db, self._runner_id, pool_id, counts)
-        if len(leases) < sum(counts.values()):
+        full = self._held.without_room(pool_id)
+        offers = [offer for offer in offers if offer.tenant_id not in full]
+        for _ in range(MAX_ROUNDS):
+            counts = shares(offers, wanted, self._served) if wanted > 0 else {}
+            if not counts:
+                return
+            found = await self._lease(pool_id, offers, counts)
+            left_out = {batch for batch, count in counts.items() if len(found.get(batch, ())) < count}
+            if not left_out:
+                return
             self._read_at = float("-inf")
+            wanted -= sum(map(len, found.values()))
+            offers = [offer for offer in offers if (offer.tenant_id, offer.batch_id) not in left_out]
+
+    async def _lease(
+        self, pool_id: str, offers: list[Offer], counts: Mapping[tuple[str, str], int]
+    ) -> Mapping[tuple[str, str], list[HeldLine]]:
+        """Lease so many lines of each batch, or fewer, and have them read."""
+        suspects = MAX_SUSPECTS - self._held.suspects
+        leases = await claim_lines(self._db, self._runner_id, pool_id, counts, self._held.large_bytes, suspects)
         by_batch: dict[tuple[str, str], list[HeldLine]] = {}
         facts = {(offer.tenant_id, offer.batch_id): offer for offer in offers}
         for lease in leases:
@@ -181,7 +199,14 @@ class Feeder:
         if sum(self._served.values()) > MAX_LINES:
             self._served = {tenant_id: count // 2 for tenant_id, count in self._served.items() if count > 1}
         for lines in by_batch.values():
-            self._start(self._read(lines))
+            # Small ones do not wait for large ones.
+            large = [line for line in lines if line.lease.byte_length > LARGE_BYTES]
+            for line in large:
+                line.without_room = True
+            for portion in ([line for line in lines if not line.without_room], large):
+                if portion:
+                    self._start(self._read(portion.copy()))
+        return by_batch
 
     async def _room(self, pool_id: str) -> Room:
         found = await self._scheduler.room(pool_id)
@@ -203,7 +228,9 @@ class Feeder:
         """Read leased lines of one batch, and start each."""
         while lines:
             portion = [lines.pop(0)]
-            await self._held.room_for(portion[0])
+            if not await self._held.room_for(portion[0]):
+                self._attempts.put_back(portion[0])
+                continue
             while lines and len(portion) < READ_AT_ONCE and self._held.has_room(lines[0]):
                 portion.append(lines.pop(0))
             await self._read_portion(portion)

@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from lmaas.errors import Unavailable
 from lmaas.store.database import Database
-from lmaas.store.runners import LeaseLost, end, free_lost, register, seen
+from lmaas.store.runners import RUNNER_LOST_S, LeaseLost, end, free_lost, register, seen
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,34 @@ class Worker(Protocol):
         """
 
 
+@dataclass(slots=True)
+class Beats:
+    """Decides whether a runner may declare others lost. Pure.
+
+    When no renewal succeeds for a while, Postgres may have been away for all runners. Then the rows of the others are old, too, although
+    they live, and they need time to renew them.
+    """
+
+    #: When the latest renewal succeeded; before the first one, when the process began to try.
+    succeeded_at: float
+    _spares_until: float = float("-inf")
+
+    def succeeded(self, now: float) -> bool:
+        """Note a renewal that succeeded. Returns whether others may be declared lost now."""
+        if now - self.succeeded_at > RUNNER_LOST_S / 2:
+            self._spares_until = now + RUNNER_LOST_S
+        self.succeeded_at = now
+        return now >= self._spares_until
+
+
 class Runner:
     """Does durable work with leases of its own. When it is declared lost, it drops its work and begins anew under another id."""
 
-    def __init__(self, db: Database, workers: Sequence[Worker], on_lost: Callable[[], None]) -> None:
-        self._db, self._workers, self._on_lost = db, workers, on_lost
+    def __init__(
+        self, db: Database, workers: Sequence[Worker], on_lost: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._db, self._workers, self._on_lost, self._clock = db, workers, on_lost, clock
+        self._beats = Beats(clock())
         #: None while it is not registered.
         self.id: str | None = None
 
@@ -66,10 +91,11 @@ class Runner:
         while True:
             try:
                 await seen(self._db, runner_id)
-                while (lost := await free_lost(self._db)) is not None:
+                may_free = self._beats.succeeded(self._clock())
+                while may_free and (lost := await free_lost(self._db)) is not None:
                     log.warning("a runner was lost; its work is free", extra={"action": "lease", "detail": lost})
             except Unavailable as error:
-                # Nothing can be leased by others meanwhile.
+                # While Postgres is away, nothing can be leased. `Beats` gives the others time to renew their rows afterwards.
                 log.warning("the heartbeat is late", extra={"action": "lease", "detail": str(error)})
             await asyncio.sleep(BEAT_S)
 

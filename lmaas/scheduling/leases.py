@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lmaas.errors import AdapterUnavailable, LmaasError, Quarantined, Unavailable
 from lmaas.scheduling.client import Bounds, Scheduler, Seed, Ticket, gateway_channel
-from lmaas.scheduling.states import REFUSALS, NoTicket, RetryReason, TicketState, WaitPhase
+from lmaas.scheduling.states import REFUSALS, TERMINAL, NoTicket, RetryReason, TicketState, WaitPhase
 from lmaas.types import TokenCounts
 
 log = logging.getLogger(__name__)
@@ -190,8 +190,8 @@ class OpenTicket:
             return True
         if state == NoTicket.UNKNOWN:
             return False
-        if state != TicketState.FAILED and report.get("attempts", self.attempts) != self.attempts:
-            return True  # a late report about an earlier delivery
+        if state not in TERMINAL and report.get("attempts", self.attempts) != self.attempts:
+            return True  # a late report about an earlier delivery, which an end is not: no other one follows it
         if state == TicketState.QUEUED:
             self.standing = Standing(
                 WaitPhase(report["phase"]),

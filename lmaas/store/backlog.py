@@ -17,15 +17,21 @@ SEEN_S = 15.0
 @dataclass(frozen=True, slots=True)
 class WaitingLines:
     """Lines of a pool that wait and whose deadlines are close to each other: the seconds until the earliest deadline, the number of lines,
-    and the sum of their estimated tokens. `batches` is different for each set of batches that they belong to. `waited_s` are the seconds
-    since the first of these batches was created."""
+    and the sum of their estimated tokens. `waited_s` are the seconds since the first of their batches was created."""
 
     pool_id: str
     due_s: float
     lines: int
     tokens: int
-    batches: int
     waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DoneLines:
+    """What engines have processed of the batches in progress, in estimated tokens. `batches` is different for each set of batches."""
+
+    tokens: int = 0
+    batches: int = 0
 
 
 async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bool]:
@@ -35,7 +41,7 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     left_s = func.extract("epoch", batch.expires_at - func.now())
     period = cast(func.floor(func.extract("epoch", batch.expires_at) / PERIOD_S), BigInteger)
     seen = runner.seen_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, SEEN_S)
-    sums = [func.sum(each) for each in (columns.pending, columns.pending_tokens, func.hashtext(columns.batch_id))]
+    sums = [func.sum(each) for each in (columns.pending, columns.pending_tokens)]
     waited_s = func.extract("epoch", func.now() - func.min(batch.created_at))
     query = (
         select(columns.pool_id, func.min(left_s), *sums, waited_s, select(runner.id).where(seen).exists())
@@ -47,6 +53,20 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     async with db.begin(SYSTEM) as connection:
         rows = (await connection.execute(query)).all()
     found: dict[str, list[WaitingLines]] = {}
-    for pool_id, due_s, lines, tokens, numbers, waited, _ in rows:
-        found.setdefault(pool_id, []).append(WaitingLines(pool_id, float(due_s), int(lines), int(tokens), int(numbers), float(waited)))
+    for pool_id, due_s, lines, tokens, waited, _ in rows:
+        found.setdefault(pool_id, []).append(WaitingLines(pool_id, float(due_s), int(lines), int(tokens), float(waited)))
     return found, all(row[-1] for row in rows)
+
+
+async def done_lines(db: Database) -> dict[str, DoneLines]:
+    """Return what engines have processed of the batches in progress, by pool."""
+    columns = batch_pools.c
+    query = (
+        select(columns.pool_id, func.sum(columns.done_tokens), func.sum(func.hashtext(columns.batch_id)))
+        .join_from(batch_pools, batches)
+        .where(batches.c.status == "in_progress")
+        .group_by(columns.pool_id)
+    )
+    async with db.begin(SYSTEM) as connection:
+        rows = (await connection.execute(query)).all()
+    return {pool_id: DoneLines(int(tokens), int(numbers)) for pool_id, tokens, numbers in rows}

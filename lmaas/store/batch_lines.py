@@ -67,8 +67,11 @@ _GIVEN = {
     "status_code": "int",
     "answer": "bytea",
 } | {name: _EVENT_TYPES.get(name, "text") for name in _EVENT}
-#: Ends the lines of one tenant: their answers, their usage events and the batch's counts, all or nothing. A line whose lease is not this
-#: runner's any more is left out, with its event.
+#: An estimate counts as work of an engine up to this many times the line's real tokens. Estimates are as high as a tenant's limits, and
+#: what one tenant's lines seem to show is used for the deadlines of all.
+MAX_ESTIMATE = 8
+#: Ends the lines of one tenant: their answers, their usage events and the counts of the batch and of its pools, all or nothing. A line
+#: whose lease is not this runner's any more is left out, with its event.
 _END = (
     f"""
 WITH given AS MATERIALIZED (
@@ -83,7 +86,7 @@ WITH given AS MATERIALIZED (
     FROM given
     WHERE line.tenant_id = %s AND line.batch_id = given.batch_id AND line.position = given.position AND line.attempt = given.attempt
         AND line.runner_id = %s AND line.state = 'running' AND (SELECT count(*) FROM locked) > 0
-    RETURNING given.*
+    RETURNING given.*, line.pool_id, line.tokens
 ), ledger AS (
     INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
     SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL ORDER BY request_id COLLATE "C"
@@ -91,6 +94,13 @@ WITH given AS MATERIALIZED (
         ", ".join(f"{name} = excluded.{name}" for name in _EVENT if name != "request_id")
     }
     WHERE known.status IN ('lost', 'wasted')
+), worked AS (
+    UPDATE batch_pools AS pool SET done_tokens = pool.done_tokens + sums.tokens
+    FROM (
+        SELECT batch_id, pool_id, sum(least(tokens, {MAX_ESTIMATE} * (prompt_tokens + completion_tokens))) AS tokens
+        FROM ended WHERE line_state = 'done' AND prompt_tokens IS NOT NULL GROUP BY batch_id, pool_id
+    ) AS sums
+    WHERE pool.tenant_id = %s AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
 ), counted AS (
     SELECT batch_id, count(*) FILTER (WHERE line_state = 'done') AS done, count(*) FILTER (WHERE line_state = 'failed') AS failed,
         coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(cached_tokens), 0) AS cached,
@@ -232,4 +242,4 @@ def _values(tenant_id: str, runner_id: str, lines: Sequence[EndedLine]) -> list[
         [line.answer for line in lines],
     ]
     columns += [[None if line.event is None else getattr(line.event, name) for line in lines] for name in _EVENT]
-    return [*columns, tenant_id, tenant_id, runner_id, tenant_id, tenant_id]
+    return [*columns, tenant_id, tenant_id, runner_id, tenant_id, tenant_id, tenant_id]

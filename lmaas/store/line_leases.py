@@ -12,6 +12,13 @@ from lmaas.store.scopes import LEASES
 
 #: The most entries of a backlog that are read at a time.
 MAX_BACKLOG = 5_000
+#: Lines with more bytes than this are leased only as far as the runner has room for their bytes.
+LARGE_BYTES = 16 * 1024
+#: A line with which so many runners were lost may be the reason for that. A runner leases few such lines at a time, so that those that only
+#: happened to be leased are not taken for the reason.
+SUSPECT_LOSSES = 2
+#: More bytes than all lines of a batch have.
+ANY_BYTES = 2**62
 #: The longest message about an early stop.
 MAX_MESSAGE = 1_000
 
@@ -33,12 +40,19 @@ _CLAIM = text(
         FROM batches AS batch JOIN unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:counts AS int[]))
             AS wanted (tenant_id, batch_id, count) ON batch.tenant_id = wanted.tenant_id AND batch.id = wanted.batch_id
         WHERE {_RUNS} AND EXISTS (SELECT FROM held) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE OF batch
-    ), taken AS MATERIALIZED (
+    ), next AS MATERIALIZED (
         SELECT line.* FROM open CROSS JOIN LATERAL (
-            SELECT tenant_id, batch_id, position FROM batch_lines
+            SELECT tenant_id, batch_id, position, byte_length, attempt - put_back >= {SUSPECT_LOSSES} AS suspect FROM batch_lines
             WHERE tenant_id = open.tenant_id AND batch_id = open.id AND pool_id = :pool AND state = 'pending'
             ORDER BY position LIMIT open.count FOR UPDATE SKIP LOCKED
         ) AS line
+    ), ranked AS (
+        SELECT *, row_number() OVER (PARTITION BY suspect ORDER BY random()) AS turn,
+            sum(byte_length) FILTER (WHERE byte_length > {LARGE_BYTES}) OVER (PARTITION BY tenant_id, batch_id ORDER BY position) AS large
+        FROM next
+    ), taken AS MATERIALIZED (
+        SELECT tenant_id, batch_id, position FROM ranked
+        WHERE (NOT suspect OR turn <= :suspects) AND (byte_length <= {LARGE_BYTES} OR large - byte_length < CAST(:large_bytes AS bigint))
     ), claimed AS (
         UPDATE batch_lines AS line SET state = 'running', runner_id = :runner, attempt = attempt + 1 FROM taken
         WHERE line.tenant_id = taken.tenant_id AND line.batch_id = taken.batch_id AND line.position = taken.position
@@ -160,6 +174,11 @@ class LeasedLine(NamedTuple):
     byte_offset: int
     byte_length: int
 
+    @property
+    def losses(self) -> int:
+        """The number of runners that were lost while they leased it."""
+        return self.attempt - self.put_back - 1
+
 
 async def backlog(db: Database) -> list[Offer]:
     """Return what waits, oldest batches first. Raises Unavailable."""
@@ -167,8 +186,18 @@ async def backlog(db: Database) -> list[Offer]:
         return [Offer(*row) for row in await connection.execute(_BACKLOG, {"count": MAX_BACKLOG})]
 
 
-async def claim_lines(db: Database, runner_id: str, pool_id: str, counts: Mapping[tuple[str, str], int]) -> list[LeasedLine]:
+async def claim_lines(
+    db: Database,
+    runner_id: str,
+    pool_id: str,
+    counts: Mapping[tuple[str, str], int],
+    large_bytes: int = ANY_BYTES,
+    suspects: int = MAX_BACKLOG,
+) -> list[LeasedLine]:
     """Lease up to so many lines of each batch (tenant's and batch's id) in the order in which they are to run, for one pool.
+
+    Of each batch's large lines, as many are leased as begin within `large_bytes`, so at least one. Of the lines that may have been the
+    reason why runners were lost, at most `suspects` are leased; chance decides which.
 
     Raises LeaseLost if the runner was declared lost, and Unavailable.
     """
@@ -178,6 +207,8 @@ async def claim_lines(db: Database, runner_id: str, pool_id: str, counts: Mappin
         "tenants": [tenant_id for tenant_id, _ in counts],
         "batches": [batch_id for _, batch_id in counts],
         "counts": list(counts.values()),
+        "large_bytes": large_bytes,
+        "suspects": suspects,
     }
     async with db.begin(LEASES) as connection:
         found = [LeasedLine(*row) for row in await connection.execute(_CLAIM, values)]

@@ -444,6 +444,8 @@ batch_pools = Table(
     # Lines that do not run and have not ended, and the sum of their estimated tokens.
     Column("pending", Integer, nullable=False),
     Column("pending_tokens", BigInteger, nullable=False),
+    # What engines have processed: the estimated tokens of lines that are done, as far as the real ones bear them out.
+    Column("done_tokens", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("tenant_id", "batch_id", "pool_id"),
     ForeignKeyConstraint(["tenant_id", "batch_id"], ["batches.tenant_id", "batches.id"], ondelete="CASCADE"),
 )

@@ -97,6 +97,7 @@ def upgrade() -> None:
         sa.Column("pool_id", sa.Text(), nullable=False),
         sa.Column("pending", sa.Integer(), nullable=False),
         sa.Column("pending_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("done_tokens", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.PrimaryKeyConstraint("tenant_id", "batch_id", "pool_id", name="batch_pools_pkey"),
         sa.ForeignKeyConstraint(
             ["tenant_id", "batch_id"],

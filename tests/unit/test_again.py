@@ -38,7 +38,7 @@ def run(folder: Path, **files: str) -> tuple[int, str]:
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
-    command = [sys.executable, "-m", "tests", "--basetemp=base"]
+    command = [sys.executable, "-m", "tests", "--basetemp=base", "."]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout

@@ -348,6 +348,7 @@ async def test_refused_creations(account: Account, stack: Stack) -> None:
     with pytest.raises(openai.NotFoundError) as theirs:
         await others.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     assert (theirs.value.body, theirs.value.param) == (unknown.value.body, "input_file_id")
+    assert theirs.value.code == "file_not_found"
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"input_file_id": notes.id}, "input_file_id"),
         ({"endpoint": "/v1/images"}, "endpoint"),

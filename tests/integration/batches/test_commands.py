@@ -20,7 +20,7 @@ async def test_a_batch_by_commands(account: Account, stack: Stack, tmp_path: Pat
     async def run(*arguments: str, code: int = 0) -> str:
         ended, out, err = await lmaas(stack, account.tenant.key, *arguments)
         assert ended == code, (out, err)
-        return err if code else out
+        return out + err if code else out
 
     requests = tmp_path / "requests.jsonl"
     requests.write_bytes(jsonl([line("a", max_tokens=4), line("b", model="nothing")]))
@@ -41,9 +41,12 @@ async def test_a_batch_by_commands(account: Account, stack: Stack, tmp_path: Pat
     again = json.loads(await run("--json", "batches", "create", batch["input_file_id"], "--follow"))
     assert again["status"] == "completed"
     requests.write_bytes(b"?\n")
-    failed = await run("batches", "create", str(requests), "--follow")
-    assert "failed" in failed
+    failed = await run("batches", "create", str(requests), "--follow", code=1)
+    assert "The batch ended as failed, not as completed." in failed
     assert "not valid JSON" in failed
+    [newest, *_] = json.loads(await run("--json", "batches", "list"))
+    assert newest["status"] == "failed"
+    assert "none of its requests ran" in await run("batches", "results", newest["id"], code=1)
     for wrong in (("create", "no-such-file"), ("create", str(requests), "--metadata", "pair")):
         await run("batches", *wrong, code=2)
     assert await run("batches", "results", "batch_unknown", code=1)

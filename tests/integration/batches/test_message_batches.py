@@ -1,5 +1,6 @@
 """Message batches with Anthropic's client, with the steps of a runner done one by one."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,13 +13,16 @@ from anthropic.types.messages.batch_create_params import Request
 from sqlalchemy import text
 
 from lmaas.error_bodies import anthropic_body
-from lmaas.errors import ModelNotFound
+from lmaas.errors import ModelNotFound, Unavailable
+from lmaas.files.service import DOWNLOADS_AT_ONCE
 from lmaas.store.line_leases import stop_batch
 from lmaas.store.models import BaseModel
+from lmaas.store.objects import Objects
 from lmaas.store.scopes import SYSTEM
 from tests.integration.batches.conftest import Account, Steps, jsonl, line
 from tests.integration.gateway.stack import Stack
 from tests.support.batches import line_rows
+from tests.support.conditions import until
 
 MESSAGE = {
     "id": "msg_1",
@@ -109,6 +113,43 @@ async def test_what_is_wrong_with_params_comes_with_the_results(messages: AsyncA
         assert result.error.request_id.startswith("req_")
 
 
+async def test_results_are_downloads_like_those_of_files(
+    messages: AsyncAnthropic, account: Account, steps: Steps, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await messages.messages.batches.create(requests=requests(2, model="nothing"))
+    await steps.validate()
+    await steps.finalize()
+    path, may_read, waiting, read = f"/v1/messages/batches/{batch.id}/results", asyncio.Event(), 0, Objects.read
+
+    async def waits(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        nonlocal waiting
+        waiting += 1
+        await may_read.wait()
+        return await read(self, key, ranges)
+
+    async def fails(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        raise Unavailable("The object store cannot be read now.", code="object_store_unavailable", retry_after_s=10)
+
+    async def is_gone(self: Objects, key: str, ranges: Any) -> list[bytes]:
+        raise FileNotFoundError
+
+    async with httpx.AsyncClient(base_url=account.stack.url, headers=account.tenant.headers) as http:
+        monkeypatch.setattr(Objects, "read", waits)
+        downloads = [asyncio.create_task(http.get(path)) for _ in range(DOWNLOADS_AT_ONCE)]
+        await until(lambda: waiting == DOWNLOADS_AT_ONCE)
+        refused = await http.get(path)
+        assert (refused.status_code, refused.json()["error"]["details"]["error_code"]) == (429, "too_many_downloads")
+        may_read.set()
+        assert {len((await download).content.splitlines()) for download in downloads} == {2}
+        monkeypatch.setattr(Objects, "read", fails)
+        response = await http.get(path)
+        # As Anthropic has it: 529 when the service is overloaded.
+        assert (response.status_code, response.headers["retry-after"]) == (529, "10")
+        monkeypatch.setattr(Objects, "read", is_gone)
+        gone = await http.get(path)
+        assert (gone.status_code, gone.json()["error"]["details"]["error_code"]) == (404, "results_not_found")
+
+
 async def cancelled(messages: AsyncAnthropic, batch_id: str) -> None:
     batch = await messages.messages.batches.cancel(batch_id)
     assert batch.processing_status == "canceling"
@@ -167,15 +208,16 @@ async def test_lists_in_pages_in_both_directions(messages: AsyncAnthropic, accou
     before = await listed(limit=2, before_id=newest_first[3])
     assert ([batch.id for batch in before.data], before.has_more) == (newest_first[1:3], True)
     assert [batch.id async for batch in listed(limit=2, before_id=newest_first[3])] == [*newest_first[1:3], newest_first[0]]
-    wrong: list[dict[str, Any]] = [
-        {"after_id": "msgbatch_unknown"},
-        {"before_id": "msgbatch_unknown"},
-        {"after_id": created[0], "before_id": created[0]},
-        {"limit": 0},
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"after_id": "msgbatch_unknown"}, "invalid_cursor"),
+        ({"before_id": "msgbatch_unknown"}, "invalid_cursor"),
+        ({"after_id": created[0], "before_id": created[0]}, "invalid_cursor"),
+        ({"limit": 0}, "out_of_range"),
     ]
-    for query in wrong:
-        with pytest.raises(anthropic.BadRequestError):
+    for query, code in wrong:
+        with pytest.raises(anthropic.BadRequestError) as caught:
             await listed(**query)
+        assert caught.value.response.json()["error"]["code"] == code
     assert account.tenant.id
 
 

@@ -10,8 +10,10 @@ import pytest
 from sqlalchemy import text
 
 from lmaas.http import new_request_id
+from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import gateway_channel
 from lmaas.states import PoolKind
+from lmaas.store.line_leases import LARGE_BYTES
 from lmaas.store.models import change_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import revoke_key, update_tenant
@@ -95,6 +97,45 @@ async def test_a_line_whose_slot_is_taken_back_runs_again(stack: Stack, monkeypa
     [event] = await charged(stack, model, tenant)
     assert (event.request_id, event.completion_tokens) == (line.request_id, json.loads(line.answer)["usage"]["completion_tokens"])
     assert await wasted(stack, batch_id) == ["put_back"]
+
+
+async def test_large_lines_do_not_keep_the_lines_of_others_waiting(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2 * LARGE_BYTES
+    monkeypatch.setattr("lmaas.jobs.lines.HeldLines", partial(HeldLines, 3 * size, 2 * size))
+    slow, fast = await stack.model("large"), await stack.model("small")
+    one, two = await stack.tenant(), await stack.tenant()
+    replica = await stack.replica(slow, "--fake-token-ms 20")
+    await stack.replica(fast)
+    texts = Texts()
+    lines = [chat(f"l{number}", "large", max_tokens=1900, min_tokens=1900).ljust(size) for number in range(20)]
+    large = await batch_of(stack, texts, one, slow, lines)
+    async with runner(stack, texts) as job:
+
+        async def is_full() -> bool:
+            return await replica.running() == 3
+
+        await until(is_full, timeout_s=20)
+        same, another = [
+            await batch_of(stack, texts, two, model, [chat(f"s{number}", name, max_tokens=2) for number in range(8)] + [last])
+            for model, name in ((slow, "large"), (fast, "small"))
+            for last in [chat("last", name, max_tokens=2).ljust(size)]
+        ]
+        for batch_id in (same, another):
+            await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=20)
+        assert await replica.running() == 3
+        # Those that wait for room are given back, too.
+        async with stack.db.begin(SYSTEM) as connection:
+            statement = text("UPDATE batches SET status = 'cancelling', cancelling_at = now() WHERE id = :id")
+            await connection.execute(statement, {"id": large})
+
+        async def nothing_left() -> bool:
+            return not await runs(stack, large, 1)
+
+        await until(nothing_left, timeout_s=10)
+        assert job.runner.id is not None
+    assert Counter(line.state for line in await line_rows(stack.db, large)) == {"pending": 20}
+    for batch_id in (same, another):
+        assert (await batch_row(stack.db, batch_id)).completed == 9
 
 
 async def test_a_cancelled_batch_keeps_what_has_ended(stack: Stack) -> None:

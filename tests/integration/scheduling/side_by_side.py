@@ -14,8 +14,9 @@ from lmaas.scheduling.states import RetryReason
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
 from tests.integration.scheduling.contradictions import LINES, READ_POOL, Raw, contradictions, read
-from tests.integration.scheduling.model import Held, Line, Model, Replica, Rules
-from tests.integration.scheduling.model_limits import WINDOW_S, Tokens, month_of
+from tests.integration.scheduling.model.data import Held, Line, Replica, Rules
+from tests.integration.scheduling.model.limits import WINDOW_S, Tokens, month_of
+from tests.integration.scheduling.model.scheduler import Model
 
 POOL = "p"
 #: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.

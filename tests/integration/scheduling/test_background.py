@@ -1,6 +1,7 @@
 """Background tickets: they run on what interactive ones leave free, and give way."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 from msgspec.structs import replace
 from redis import Redis
 
+from lmaas.errors import LmaasError
 from lmaas.scheduling.client import Beat, Bounds, Scheduler, Ticket
 from lmaas.scheduling.leases import Leases
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import Pool, Used, opened, quick, ticket
-from tests.integration.scheduling.model import Rules
+from tests.integration.scheduling.model.data import Rules
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
 from tests.support.conditions import until
 
@@ -340,6 +342,35 @@ async def test_the_owner_of_a_ticket_that_was_put_back_hears_it_at_once(schedule
     assert await pool.states() == {"r2": "granted"}
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_ticket_that_was_put_back_while_its_engine_failed_does_not_wait(scheduler: Scheduler) -> None:
+    pool, runner = Pool(scheduler), Leases(scheduler, "runner")
+    await pool.beat(slots=2, adapter_slots=1, resident=("A", "B"))
+    async with opened(runner, line(1, adapter="A"), Used()) as one:
+        lease = await one.wait(0)
+        assert lease is not None
+        assert await pool.submit(ticket(2, adapter="B")) == ["granted"]
+        # The connection to the engine breaks before the owner hears that.
+        await one.retry(lease, RetryReason.ENGINE)
+        assert one.yielded
+        async with asyncio.timeout(5):
+            assert await one.wait(10) is None, "at once"
+    assert await pool.states() == {"r2": "granted"}
+
+
+@pytest.mark.parametrize("report", [{"state": "failed"}, {"state": "load_failed", "reason": "x"}, {"state": "yielded"}])
+async def test_an_end_is_heard_whatever_its_attempt(scheduler: Scheduler, report: dict[str, Any]) -> None:
+    pool, runner = Pool(scheduler), Leases(scheduler, "runner")
+    await pool.beat()
+    async with opened(runner, line(1), Used()) as one:
+        lease = await one.wait(0)
+        assert lease is not None
+        await one.retry(lease, RetryReason.ENGINE)
+        assert one.apply(report | {"attempts": 0})
+        async with asyncio.timeout(5):
+            with contextlib.suppress(LmaasError):
+                assert await one.wait(10) is None
 
 
 async def test_a_ticket_that_was_put_back_is_not_restored_after_the_server_lost_its_memory(scheduler: Scheduler) -> None:

@@ -11,7 +11,7 @@ from lmaas.scheduling.client import Beat, Bounds
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
 from tests.integration.scheduling.build import ticket
-from tests.integration.scheduling.model import Rules
+from tests.integration.scheduling.model.data import Rules
 from tests.integration.scheduling.side_by_side import Both, Direct, library_with
 
 BOUNDS = Bounds(100, 1000)

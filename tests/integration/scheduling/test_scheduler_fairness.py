@@ -19,7 +19,7 @@ from lmaas.scheduling.client import Beat, Bounds, Ticket
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
-from tests.integration.scheduling.model import Rules, units
+from tests.integration.scheduling.model.data import Rules, units
 from tests.integration.scheduling.side_by_side import POOL, Direct, answer, library_with
 from tests.support.effort import tries
 

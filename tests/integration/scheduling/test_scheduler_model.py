@@ -19,8 +19,8 @@ from redis import Redis
 from lmaas.scheduling.client import Beat, Bounds, LimitedScope, Seed, Ticket
 from lmaas.scheduling.states import RetryReason, TicketState
 from lmaas.states import Observed
-from tests.integration.scheduling.model import Held, Kept, Rules
-from tests.integration.scheduling.model_limits import Tokens, month_of
+from tests.integration.scheduling.model.data import Held, Kept, Rules
+from tests.integration.scheduling.model.limits import Tokens, month_of
 from tests.integration.scheduling.side_by_side import POOL, Both, Direct, library_with
 from tests.support.effort import tries
 

@@ -1,6 +1,6 @@
 """The lines of batches that wait, by pool and deadline."""
 
-from lmaas.store.backlog import SEEN_S, WaitingLines, waiting_lines
+from lmaas.store.backlog import SEEN_S, WaitingLines, done_lines, waiting_lines
 from lmaas.store.database import Database
 from tests.integration.store.build import base_model, tenant, waiting_batch
 
@@ -36,8 +36,7 @@ async def test_each_set_of_batches_has_a_number_of_its_own(db: Database, control
     acme, base = await tenant(db, "acme"), await base_model(db)
 
     async def number() -> int:
-        found, _ = await waiting_lines(controller_db)
-        return sum(each.batches for each in found[base.id])
+        return (await done_lines(controller_db))[base.id].batches
 
     await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)})
     alone = await number()

@@ -9,9 +9,22 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
-from lmaas.store.batch_lines import NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.backlog import done_lines
+from lmaas.store.batch_lines import MAX_ESTIMATE, NewLine, add_lines, delete_lines, end_lines, results
 from lmaas.store.database import Database
-from lmaas.store.line_leases import backlog, claim_batch, claim_lines, give_back_batch, put_back, settle, stop_batch, stopped, unsettled
+from lmaas.store.line_leases import (
+    LARGE_BYTES,
+    SUSPECT_LOSSES,
+    backlog,
+    claim_batch,
+    claim_lines,
+    give_back_batch,
+    put_back,
+    settle,
+    stop_batch,
+    stopped,
+    unsettled,
+)
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
 from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
 from lmaas.store.tenants import create_tenant
@@ -93,6 +106,27 @@ async def test_the_end_of_a_line_its_event_and_the_counts_are_one(db: Database, 
     assert lines[0].answer == b'{"ok": true}'
 
 
+async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
+    db: Database, jobs_db: Database, controller_db: Database, tenant_id: str
+) -> None:
+    """A tenant's limits must not make a pool look faster than it is, or other tenants' batches would miss their deadlines."""
+    estimates = [10, 10**9, 10**9, 10**9, 10**9]
+    lines = [line._replace(tokens=tokens) for line, tokens in zip(some_lines(5, POOL), estimates, strict=True)]
+    batch_id = await make_batch(db, tenant_id, [*lines, *some_lines(1, "mod_2")])
+    runner_id = await register(jobs_db)
+    # Those that are leased and given back, or refused, are no work of an engine.
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5})
+    await put_back(jobs_db, runner_id, leases[4:])
+    refused = [ended(leases[2], state="failed"), ended(leases[3], state="failed", event=False)]
+    await end_lines(jobs_db, runner_id, refused)
+    assert {pool_id: done.tokens for pool_id, done in (await done_lines(controller_db)).items()} == {POOL: 0, "mod_2": 0}
+    group = [ended(leases[0]), ended(leases[1])]
+    for _ in range(2):
+        await end_lines(jobs_db, runner_id, group)
+        found = await done_lines(controller_db)
+        assert {pool_id: done.tokens for pool_id, done in found.items()} == {POOL: 10 + MAX_ESTIMATE * (5 + 7), "mod_2": 0}
+
+
 async def test_an_event_replaces_no_other_tenants(db: Database, jobs_db: Database, tenant_id: str) -> None:
     other = (await create_tenant(db, "other", "standard", 64, 10)).id
     batches = {one: await make_batch(db, one, some_lines(1, POOL)) for one in (tenant_id, other)}
@@ -151,6 +185,47 @@ async def test_what_a_lost_runner_leased_is_free(db: Database, jobs_db: Database
     claimed = await claim_batch(jobs_db, other)
     assert claimed is not None
     assert claimed[0] == BatchLease(tenant_id, validating, other, 2)
+
+
+async def test_few_lines_are_leased_with_which_runners_were_lost(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    """A runner that is lost for another reason must not make all the lines that it leased fail."""
+    batch_id = await make_batch(db, tenant_id, some_lines(40, POOL))
+
+    async def losses(count: int) -> list[int]:
+        """Lease lines with a runner that is lost, and return how many others were lost with each."""
+        runner_id = await register(jobs_db)
+        leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): count}, suspects=4)
+        async with db.begin(SYSTEM) as connection:
+            await connection.execute(text("UPDATE job_runners SET seen_at = now() - interval '20 s'"))
+        assert await free_lost(jobs_db) == runner_id
+        return [lease.losses for lease in leases]
+
+    for number in range(SUSPECT_LOSSES):
+        assert await losses(30) == [number] * 30
+    assert Counter(await losses(40)) == {SUSPECT_LOSSES: 4, 0: 10}
+    # Chance decides which of them are leased, so that the same few do not seem to be the reason every time.
+    for _ in range(8):
+        assert sum(number >= SUSPECT_LOSSES for number in await losses(40)) == 4
+    rows = await line_rows(db, batch_id)
+    assert sum(row.attempt > SUSPECT_LOSSES for row in rows) > 4
+    assert await pending(db, batch_id) == {POOL: (40, 400)}
+
+
+async def test_large_lines_are_leased_by_bytes(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    sizes = [LARGE_BYTES + 1, 10, LARGE_BYTES + 1, 10, LARGE_BYTES + 1, LARGE_BYTES]
+    rows = [line._replace(byte_length=size) for line, size in zip(some_lines(6, POOL), sizes, strict=True)]
+    batch_id = await make_batch(db, tenant_id, rows)
+    other = await make_batch(db, tenant_id, rows)
+    runner_id = await register(jobs_db)
+    wanted = {(tenant_id, batch_id): 9, (tenant_id, other): 1}
+
+    async def claim(large_bytes: int) -> list[tuple[str, int]]:
+        leases = await claim_lines(jobs_db, runner_id, POOL, wanted, large_bytes)
+        return sorted(((lease.batch_id, lease.position) for lease in leases), key=lambda each: (each[0] != batch_id, each[1]))
+
+    assert await claim(1) == [*((batch_id, position) for position in (0, 1, 3, 5)), (other, 0)]
+    assert await pending(db, batch_id) == {POOL: (2, 20)}
+    assert await claim(LARGE_BYTES + 2) == [(batch_id, 2), (batch_id, 4), (other, 1)]
 
 
 async def test_a_runner_that_ends_frees_what_it_has(db: Database, jobs_db: Database, tenant_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The scheduler's limits in plain Python, as a specification: every figure is a sum over reservations. See model.py."""
+"""The scheduler's limits in plain Python, as a specification: every figure is a sum over reservations. See limits.lua."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
