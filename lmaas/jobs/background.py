@@ -18,6 +18,7 @@ from lmaas.inference.work import DETACHED
 from lmaas.jobs.event_writer import EventSink, EventWriter
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
+from lmaas.jobs.runner import until_set
 from lmaas.metering.usage import UsageRecord
 from lmaas.protocols.responses.background import BackgroundAnswer, BackgroundResponses, failure_event, run_of, status_of, with_status
 from lmaas.protocols.responses.request import ResponsesRequest
@@ -31,10 +32,10 @@ from lmaas.store.runners import LeaseLost
 log = logging.getLogger(__name__)
 
 #: How often a runner looks for new responses, and for those of its own that were cancelled.
-LOOK_EVERY_S = 0.5
+LOOK_S = 0.5
 #: The responses that one runner runs at a time, and about the bytes of them, which it holds in memory.
-MOST = 256
-MOST_BYTES = 128 * 1024 * 1024
+MAX_RESPONSES = 256
+MAX_BYTES = 128 * 1024 * 1024
 #: Failures of engines, or of this service, after which a response is not tried again.
 MAX_FAILURES = 3
 #: The runners that may die while they run a response. After that it is not tried again, because it may be the reason.
@@ -115,12 +116,12 @@ class BackgroundRuns:
         db: Database,
         inferences: Inferences,
         protocol: BackgroundResponses,
-        principals: Keys,
+        keys: Keys,
         metrics: JobMetrics,
         kept_for: timedelta,
     ) -> None:
         self._db, self._inferences, self._protocol = db, inferences, protocol
-        self._principals, self._metrics, self._kept_for = principals, metrics, kept_for
+        self._keys, self._metrics, self._kept_for = keys, metrics, kept_for
         self._running: dict[Lease, asyncio.Task[None]] = {}
         self._sinks: dict[Lease, EventSink] = {}
 
@@ -143,9 +144,7 @@ class BackgroundRuns:
                         await self._look(runner_id, writer, group)
                     except Unavailable as error:
                         log.warning("background responses cannot be leased now", extra={"action": "lease", "detail": str(error)})
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(LOOK_EVERY_S):
-                            await stopping.wait()
+                    await until_set(stopping, LOOK_S)
                 for task in (*self._running.values(), writing):
                     task.cancel()
                 await asyncio.gather(*self._running.values(), writing, return_exceptions=True)
@@ -170,9 +169,9 @@ class BackgroundRuns:
                 await background.settle(self._db, lease, None)
             else:
                 await background.give_back(self._db, lease)
-        free_bytes = MOST_BYTES - sum(lease.size_bytes for lease in self._running)
-        if len(self._running) < MOST and free_bytes > 0:
-            for lease in await background.claim(self._db, runner_id, MOST - len(self._running), free_bytes):
+        free_bytes = MAX_BYTES - sum(lease.size_bytes for lease in self._running)
+        if len(self._running) < MAX_RESPONSES and free_bytes > 0:
+            for lease in await background.claim(self._db, runner_id, MAX_RESPONSES - len(self._running), free_bytes):
                 task = group.create_task(self._attempt(lease, writer), name=attempt_id(lease.id, lease.attempt))
                 self._running[lease] = task
                 task.add_done_callback(functools.partial(self._ended, lease))
@@ -222,7 +221,7 @@ class BackgroundRuns:
                 raise RunnersLost
             if run.failures >= MAX_FAILURES:
                 raise InternalError
-            principal = await self._principals(lease.tenant_id, run.key_id)
+            principal = await self._keys(lease.tenant_id, run.key_id)
             if principal is None:
                 raise Unauthenticated("The API key that created this response has been revoked.")
             inference = self._inference(lease, run)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from sqlalchemy import BigInteger, cast, func, select
 
 from lmaas.store.database import Database
+from lmaas.store.runners import RUNNER_LOST_S
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tables import batch_pools, batches, job_runners
 
 #: Deadlines within the same period of this many seconds are reported together, by the earliest.
 PERIOD_S = 900
-#: A job runner that has not been seen for this many seconds is gone.
-SEEN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     columns, batch, runner = batch_pools.c, batches.c, job_runners.c
     left_s = func.extract("epoch", batch.expires_at - func.now())
     period = cast(func.floor(func.extract("epoch", batch.expires_at) / PERIOD_S), BigInteger)
-    seen = runner.seen_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, SEEN_S)
+    seen = runner.seen_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, RUNNER_LOST_S)
     sums = [func.sum(each) for each in (columns.pending, columns.pending_tokens)]
     waited_s = func.extract("epoch", func.now() - func.min(batch.created_at))
     query = (

@@ -84,7 +84,7 @@ _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
-_LINE = ("tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "put_back", *_LEASE)
+_LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "put_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 

@@ -49,7 +49,7 @@ _PRIVILEGES = text(
     UNION ALL
     SELECT relname, CASE grantee WHEN 0 THEN 'public' ELSE pg_get_userbyid(grantee) END, privilege_type, attname
     FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid, aclexplode(attacl)
-    WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names) AND attnum > 0 AND NOT attisdropped
+    WHERE relnamespace = 'public'::regnamespace AND relname = ANY(:names) AND NOT attisdropped
     """
 )
 _POLICIES = text(

@@ -342,7 +342,6 @@ job_runners = Table(
     "job_runners",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 

@@ -13,7 +13,6 @@ def upgrade() -> None:
     op.create_table(
         "job_runners",
         sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="job_runners_pkey"),
     )

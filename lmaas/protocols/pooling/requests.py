@@ -77,7 +77,7 @@ class PoolingRequest(EngineRequest):
         # A part is never more than the engine runs at once.
         most = (model.max_num_seqs - self.shared_sequences) // self.sequences_per_input
         self.divided = divide(self.sizes(longest), max(1, min(PART_INPUTS, most)), PART_TOKENS)
-        # A request keeps its slots until its last part, so it takes at most a quarter of a replica: three large batches leave room for
+        # A request keeps its slots until its last part, so it takes at most a quarter of a replica: three large requests leave room for
         # others, whose inputs the engine computes between the parts.
         sequences = max(map(len, self.divided)) * self.sequences_per_input + self.shared_sequences
         self.weight = min(sequences, max(1, model.max_num_seqs // 4))

@@ -16,7 +16,7 @@ from lmaas.store.database import Database
 log = logging.getLogger(__name__)
 
 #: The interval at which the progress of all responses that are followed is read: one short statement for each tenant.
-LOOK_EVERY_S = 0.5
+LOOK_S = 0.5
 #: Logs that are read at a time. The other connections are for other requests.
 AT_ONCE = 2
 #: The streams that follow responses of one tenant, on one gateway.
@@ -61,7 +61,7 @@ class EventLogs:
                     for follower in followers:
                         if found.get(response_id) != follower.seen:
                             follower.news.set()
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_S)
 
     async def follow(self, tenant_id: str, response_id: str, after: int | None) -> AsyncIterator[bytes]:
         """Return the events of a response after the event with the number `after`, or all, as they are logged.
@@ -146,7 +146,7 @@ class EventLogs:
             except Unavailable:
                 if time.monotonic() - began > PATIENCE_S:
                     raise
-                await asyncio.sleep(LOOK_EVERY_S)
+                await asyncio.sleep(LOOK_S)
 
     @contextmanager
     def _following(self, tenant_id: str, response_id: str) -> Iterator[_Follower]:

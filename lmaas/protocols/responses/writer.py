@@ -147,9 +147,9 @@ class Writer:
         """Store what waits of a tenant, until nothing is left."""
         most = RESPONSES_AT_ONCE
         while queue.turns:
-            batch = _next_batch(queue.turns, most)
+            group = _next_group(queue.turns, most)
             try:
-                await self._save(tenant_id, batch)
+                await self._save(tenant_id, group)
             except Unavailable as error:
                 log.warning("responses cannot be stored now", extra={"tenant_id": tenant_id, "action": "store", "detail": str(error)})
                 with suppress(TimeoutError):
@@ -161,11 +161,11 @@ class Writer:
                 # The error itself may have a tenant's text.
                 extra = {"tenant_id": tenant_id, "action": "store", "detail": type(error).__name__}
                 log.error("responses cannot be stored for an unexpected reason", extra=extra)  # noqa: TRY400
-                if len(batch) > 1:
+                if len(group) > 1:
                     most = 1
                     continue
-                self._lose(tenant_id, batch[0], f"{type(error).__name__} when it was stored")
-            for _ in batch:
+                self._lose(tenant_id, group[0], f"{type(error).__name__} when it was stored")
+            for _ in group:
                 turn = queue.turns.popleft()
                 queue.size_bytes -= turn.size_bytes
                 self._waiting_bytes -= turn.size_bytes
@@ -174,10 +174,10 @@ class Writer:
             self._make_use_of_room()
         del self._queues[tenant_id]
 
-    async def _save(self, tenant_id: str, batch: Sequence[Turn]) -> None:
-        first = batch[0]
+    async def _save(self, tenant_id: str, group: Sequence[Turn]) -> None:
+        first = group[0]
         if first.conversation_id is None:
-            await self._save_together(tenant_id, [turn.response for turn in batch])
+            await self._save_together(tenant_id, [turn.response for turn in group])
         else:
             async with self._turns:
                 await save_turn(self._db, tenant_id, first.response, first.conversation_id, first.items, self._kept_for)
@@ -237,16 +237,16 @@ class Writer:
             await asyncio.wait(self._tasks)
 
 
-def _next_batch(turns: deque[Turn], most: int) -> list[Turn]:
+def _next_group(turns: deque[Turn], most: int) -> list[Turn]:
     """Return the turns at the beginning that one transaction stores: one that belongs to a conversation, or at most `most` that do not."""
-    batch = [turns[0]]
+    group = [turns[0]]
     if turns[0].conversation_id is not None:
-        return batch
+        return group
     size = turns[0].size_bytes
     for index in range(1, min(len(turns), most)):
         turn = turns[index]
         size += turn.size_bytes
         if turn.conversation_id is not None or size > BYTES_AT_ONCE:
             break
-        batch.append(turn)
-    return batch
+        group.append(turn)
+    return group

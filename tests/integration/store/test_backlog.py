@@ -1,7 +1,8 @@
 """The lines of batches that wait, by pool and deadline."""
 
-from lmaas.store.backlog import SEEN_S, WaitingLines, done_lines, waiting_lines
+from lmaas.store.backlog import WaitingLines, done_lines, waiting_lines
 from lmaas.store.database import Database
+from lmaas.store.runners import RUNNER_LOST_S
 from tests.integration.store.build import base_model, tenant, waiting_batch
 
 HOUR_S = 3600
@@ -47,7 +48,7 @@ async def test_each_set_of_batches_has_a_number_of_its_own(db: Database, control
 
 async def test_a_runner_counts_while_it_is_seen(db: Database, controller_db: Database) -> None:
     acme, base = await tenant(db, "acme"), await base_model(db)
-    await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)}, runner_seen_s_ago=SEEN_S + 5)
+    await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)}, runner_seen_s_ago=RUNNER_LOST_S + 5)
     assert not (await waiting_lines(controller_db))[1]
     await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)}, runner_seen_s_ago=0)
     found, has_runner = await waiting_lines(controller_db)

@@ -1,8 +1,10 @@
 """Leases of batch lines, and the storage of their ends, with the rights of a job runner."""
 
 import asyncio
+import dataclasses
 import random
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
@@ -10,11 +12,13 @@ from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
 from lmaas.store.backlog import done_lines
-from lmaas.store.batch_lines import MAX_ESTIMATE, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.batch_lines import MAX_ESTIMATE, EndedLine, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.conversations import Item, NewTurn, create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.line_leases import (
     LARGE_BYTES,
     SUSPECT_LOSSES,
+    LeasedLine,
     backlog,
     claim_batch,
     claim_lines,
@@ -25,13 +29,17 @@ from lmaas.store.line_leases import (
     stopped,
     unsettled,
 )
+from lmaas.store.responses import Response
+from lmaas.store.rights import DatabaseRole
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
 from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
 from lmaas.store.tenants import create_tenant
 from lmaas.store.usage import list_events, record_events
 from tests.support.batches import batch_row, ended, line_rows, make_batch, pending, some_lines, usage_event
+from tests.support.databases import login_url
 
 POOL = "mod_1"
+DAY = timedelta(days=1)
 
 
 @pytest.fixture
@@ -104,6 +112,51 @@ async def test_the_end_of_a_line_its_event_and_the_counts_are_one(db: Database, 
         ("failed", 400, None),
     ]
     assert lines[0].answer == b'{"ok": true}'
+
+
+async def test_the_response_of_a_line_is_stored_with_its_end_or_not_at_all(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    batch_id, without = await make_batch(db, tenant_id, some_lines(5, POOL)), await make_batch(db, other, some_lines(1, POOL))
+    for conversation_id in ("conv_1", "conv_2"):
+        await create_conversation(db, tenant_id, conversation_id, b"{}", [], DAY)
+    runner_id = await register(jobs_db)
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5, (other, without): 1})
+    own = [lease for lease in leases if lease.tenant_id == tenant_id]
+
+    def end_of(lease: LeasedLine, conversation_id: str | None) -> EndedLine:
+        name = f"{lease.position}_{lease.attempt}"
+        body = b'{"output": []}'
+        items = [Item(f"msg_{name}", b'{"id": "msg_%b"}' % name.encode())] if conversation_id else []
+        turn = NewTurn(Response(f"resp_{name}", b"[]", body, None, 11, 2), conversation_id, items, DAY)
+        return dataclasses.replace(ended(lease), turn=turn)
+
+    await put_back(jobs_db, runner_id, own[4:])
+    [again] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
+    group = [
+        *(
+            end_of(lease, conversation_id)
+            for lease, conversation_id in zip(own, ("conv_2", None, "conv_1", "conv_2", "conv_1"), strict=True)
+        ),
+        *(ended(lease) for lease in leases if lease.tenant_id == other),
+    ]
+    await end_lines(jobs_db, runner_id, group)
+    await end_lines(jobs_db, runner_id, group)  # as after a lost connection: no effect
+    assert [line.state for line in await line_rows(db, batch_id)] == ["done"] * 4 + ["running"]
+    assert (await batch_row(db, without)).completed == 1
+
+    async def stored() -> tuple[set[str], list[list[bytes]]]:
+        async with db.begin(SYSTEM) as connection:
+            ids = {row.id for row in await connection.execute(text("SELECT id FROM responses"))}
+        return ids, [await find_context(db, tenant_id, conversation_id) for conversation_id in ("conv_1", "conv_2")]
+
+    ids, items = await stored()
+    assert ids == {"resp_0_1", "resp_1_1", "resp_2_1", "resp_3_1"}, "not that of the old lease"
+    assert items == [[b'{"id": "msg_2_1"}'], [b'{"id": "msg_0_1"}', b'{"id": "msg_3_1"}']]
+    await end_lines(jobs_db, runner_id, [end_of(again, "conv_1")])
+    ids, items = await stored()
+    assert len(ids) == 5
+    assert items[0] == [b'{"id": "msg_2_1"}', b'{"id": "msg_4_2"}']
+    assert len(await list_events(db, OPERATOR)) == 6
 
 
 async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
@@ -367,3 +420,44 @@ async def test_the_metering_writer_and_a_runner_write_the_same_events(db: Databa
         await asyncio.gather(record_events(db, stand_ins), end_lines(jobs_db, runner_id, lines))
     events = await list_events(db, OPERATOR)
     assert Counter(event.status for event in events) == {UsageStatus.COMPLETED: 2000}
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table", "of another batch"])
+async def test_what_is_read_for_a_line_does_not_depend_on_statistics(
+    db: Database, database_url: str, tenant_id: str, statistics: str
+) -> None:
+    jobs_db = Database(login_url(database_url, DatabaseRole.JOBS), DatabaseRole.JOBS, connections=1)
+    runner_id = await register(jobs_db)
+    for _ in range(12):  # from now on, Postgres keeps the plans
+        batch_id = await make_batch(db, tenant_id, some_lines(2, POOL))
+        one, two = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 2})
+        await end_lines(jobs_db, runner_id, [ended(one)])
+        await put_back(jobs_db, runner_id, [two])
+        if statistics == "of an empty table":
+            await _execute(db, "DELETE FROM batch_lines")
+        if statistics != "none":
+            await _execute(db, "VACUUM ANALYZE batch_lines, batch_pools, batches, usage_events")
+    batch_id = await make_batch(db, tenant_id, some_lines(2_500, POOL))
+    leases = [line for _ in range(8) for line in await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 256})]
+    before = await _lines_read(db, jobs_db)
+    await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases[::10]])
+    await put_back(jobs_db, runner_id, leases[1::10])
+    count = len(leases[::10]) + len(leases[1::10])
+    assert (await batch_row(db, batch_id)).completed == len(leases[::10])
+    read = await _lines_read(db, jobs_db) - before
+    await jobs_db.close()
+    assert count <= read <= 5 * count
+
+
+async def _execute(db: Database, statement: str) -> None:
+    async with db.autocommit() as connection:
+        await connection.execute(text(statement))
+
+
+async def _lines_read(db: Database, jobs_db: Database) -> int:
+    """Return how many rows of `batch_lines` were read so far, as Postgres counts them."""
+    async with jobs_db.begin(SYSTEM) as connection:
+        await connection.execute(text("SELECT pg_stat_force_next_flush()"))
+    async with db.begin(SYSTEM) as connection:
+        query = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'batch_lines'"
+        return int((await connection.execute(text(query))).scalar_one())
