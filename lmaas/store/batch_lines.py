@@ -17,7 +17,7 @@ from lmaas.store.database import Database
 from lmaas.store.line_leases import FEW
 from lmaas.store.responses import save_in
 from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
-from lmaas.store.usage import UsageEvent
+from lmaas.store.usage import EVENT_COLUMNS, REPLACE_STAND_IN, UsageEvent
 
 #: Lines that one statement adds, and lines and bytes of answers that are read at a time.
 ADDED_AT_ONCE = 2_000
@@ -57,10 +57,7 @@ _DELETE = tuple(
     for table in ("batch_lines", "batch_pools")
 )
 
-_EVENT = tuple(field for field in UsageEvent.__slots__ if field != "tenant_id")
-_EVENT_TYPES = {"adapter_version": "int", "stream": "boolean", "created_at": "timestamptz", "charge_picousd": "bigint"} | dict.fromkeys(
-    ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms"), "bigint"
-)
+_EVENT = tuple(name for name in EVENT_COLUMNS if name != "tenant_id")
 _GIVEN = {
     "batch_id": "text",
     "position": "int",
@@ -69,7 +66,7 @@ _GIVEN = {
     "answer_id": "text",
     "status_code": "int",
     "answer": "bytea",
-} | {name: _EVENT_TYPES.get(name, "text") for name in _EVENT}
+} | {name: EVENT_COLUMNS[name] for name in _EVENT}
 #: An estimate counts as work of an engine up to this many times the line's real tokens. Estimates are as high as a tenant's limits, and
 #: what one tenant's lines seem to show is used for the deadlines of all.
 MAX_ESTIMATE = 8
@@ -96,10 +93,7 @@ WITH given AS MATERIALIZED (
 ), ledger AS (
     INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
     SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL ORDER BY request_id COLLATE "C"
-    ON CONFLICT (request_id) DO UPDATE SET tenant_id = excluded.tenant_id, {
-        ", ".join(f"{name} = excluded.{name}" for name in _EVENT if name != "request_id")
-    }
-    WHERE known.status IN ('lost', 'wasted')
+    {REPLACE_STAND_IN}
 ), worked AS (
     UPDATE batch_pools AS pool SET done_tokens = pool.done_tokens + sums.tokens
     FROM (
