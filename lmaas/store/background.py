@@ -18,7 +18,7 @@ from lmaas.errors import InProgress, OverLimit, Unauthenticated
 from lmaas.states import BackgroundStatus
 from lmaas.store import conversations
 from lmaas.store.database import Database
-from lmaas.store.event_logs import FIRST_EVENT, Piece, piece_row
+from lmaas.store.event_logs import FIRST_EVENT, Piece
 from lmaas.store.idempotency import Answer, Claim, keep_in
 from lmaas.store.responses import ROW_BYTES, Response, owned
 from lmaas.store.runners import hold
@@ -196,7 +196,7 @@ async def create(
         await connection.execute(insert(rows).values(values))
         if new.events is not None:
             piece = Piece(0, FIRST_EVENT - 1, new.events)
-            await connection.execute(insert(response_events).values(piece_row(tenant_id, new.id, piece)))
+            await connection.execute(insert(response_events).values(piece.row(tenant_id, new.id)))
         if kept is not None and not await keep_in(connection, *kept):
             raise InProgress("Another request with this Idempotency-Key has taken it over. Retry after 2 s.", retry_after_s=2)
 
@@ -344,7 +344,7 @@ async def finish(db: Database, lease: Lease, ending: Ending, kept_for: timedelta
         await connection.execute(update(rows).where(*_held(lease)).values(runner_id=None, size_bytes=rows.c.size_bytes + log_bytes))
         for piece in ending.pieces:
             # A piece may have been logged although Postgres did not reply.
-            logging = insert(response_events).values(piece_row(tenant_id, lease.id, piece)).on_conflict_do_nothing()
+            logging = insert(response_events).values(piece.row(tenant_id, lease.id)).on_conflict_do_nothing()
             await connection.execute(logging)
         if ending.event is not None:
             await insert_events(connection, [ending.event])

@@ -26,6 +26,10 @@ class Piece:
     last: int
     events: bytes
 
+    def row(self, tenant_id: str, response_id: str) -> dict[str, Any]:
+        """Return the piece as a row of `response_events`."""
+        return {"tenant_id": tenant_id, "response_id": response_id, "first": self.first, "last": self.last, "events": self.events}
+
 
 @dataclass(frozen=True, slots=True)
 class Log:
@@ -41,11 +45,6 @@ class Log:
     next_event: int
     is_whole: bool
     pieces: Sequence[Piece]
-
-
-def piece_row(tenant_id: str, response_id: str, piece: Piece) -> dict[str, Any]:
-    """Return a piece as a row of `response_events`."""
-    return {"tenant_id": tenant_id, "response_id": response_id, "first": piece.first, "last": piece.last, "events": piece.events}
 
 
 async def read_log(db: Database, tenant_id: str, response_id: str, after: int) -> Log | None:
