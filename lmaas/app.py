@@ -67,6 +67,7 @@ from lmaas.protocols.pooling.openapi import pooling_paths
 from lmaas.protocols.pooling.ranking import Rerank, Score
 from lmaas.protocols.responses.background import BackgroundResponses
 from lmaas.protocols.responses.event_log import EventLogs
+from lmaas.protocols.responses.lines import LineResponses
 from lmaas.protocols.responses.openapi import SCHEMAS as RESPONSES_SCHEMAS
 from lmaas.protocols.responses.openapi import responses_paths
 from lmaas.protocols.responses.protocol import Responses
@@ -321,9 +322,8 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
     requests, metrics = GatewayMetrics(), JobMetrics()
     requests.registry.register(metrics)
     inferences = build_inferences(settings, services, changes, requests)
-    writer = Writer(db, requests, timedelta(seconds=settings.response_retention_s), _end_process_on_failure)
-    state, kept_for = StoredState(db, writer), timedelta(seconds=settings.response_retention_s)
-    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(state))}
+    state, kept_for = StoredState(db), timedelta(seconds=settings.response_retention_s)
+    protocols = {protocol.path: protocol for protocol in batch_protocols(LineResponses(state, kept_for))}
     files, keys = services.files(settings), Keys(db, settings.auth_grace_s, changes)
     work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
     workers: list[Worker] = [
@@ -331,7 +331,7 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
         LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
         BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for),
     ]
-    return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, writer, requests)
+    return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, requests)
 
 
 async def run_jobs(settings: Settings) -> None:

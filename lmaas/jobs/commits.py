@@ -81,7 +81,7 @@ class Commits:
                 await asyncio.sleep(AGAIN_S)
 
     async def _store(self) -> None:
-        while ended := _first(self._ended, LINES_AT_ONCE, BYTES_AT_ONCE, lambda line: len(line.answer)):
+        while ended := _first(self._ended, LINES_AT_ONCE, BYTES_AT_ONCE, lambda line: line.size_bytes):
             await self._end(ended)
             self._done(self._ended, ended)
         while back := _first(self._back, LINES_AT_ONCE, LINES_AT_ONCE, lambda _: 1):
@@ -110,7 +110,7 @@ class Commits:
             log.error("the end of a line cannot be stored for an unexpected reason", extra=extra)  # noqa: TRY400 (a traceback may have it too)
             if line.answer != UNSTORABLE:
                 # Its attempt stays a wasted one, which is charged nothing.
-                failed = replace(line, state=LineState.FAILED, request_id=None, status_code=None, answer=UNSTORABLE, event=None)
+                failed = replace(line, state=LineState.FAILED, request_id=None, status_code=None, answer=UNSTORABLE, event=None, turn=None)
                 await self._end([failed])
 
 

@@ -10,7 +10,6 @@ from lmaas.inference.serving import Inferences
 from lmaas.jobs.runner import Runner
 from lmaas.jobs.status import serve_status
 from lmaas.observability import GatewayMetrics
-from lmaas.protocols.responses.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,6 @@ class Jobs:
     runner: Runner
     inferences: Inferences
     changes: Changes
-    writer: Writer
     metrics: GatewayMetrics
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -36,7 +34,5 @@ class Jobs:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(settings.drain_timeout_s):
                     await leases.drained()
-                    await self.writer.drained()
-            await self.writer.close()
             for keeper in keepers:
                 keeper.cancel()

@@ -12,10 +12,12 @@ from typing import NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from lmaas.store.conversations import NewTurn, add_turn, hold_tenant
 from lmaas.store.database import Database
 from lmaas.store.line_leases import FEW
+from lmaas.store.responses import save_in
 from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
-from lmaas.store.usage import UsageEvent
+from lmaas.store.usage import EVENT_COLUMNS, REPLACE_STAND_IN, UsageEvent
 
 #: Lines that one statement adds, and lines and bytes of answers that are read at a time.
 ADDED_AT_ONCE = 2_000
@@ -55,10 +57,7 @@ _DELETE = tuple(
     for table in ("batch_lines", "batch_pools")
 )
 
-_EVENT = tuple(field for field in UsageEvent.__slots__ if field != "tenant_id")
-_EVENT_TYPES = {"adapter_version": "int", "stream": "boolean", "created_at": "timestamptz", "charge_picousd": "bigint"} | dict.fromkeys(
-    ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_ms", "load_ms", "run_ms"), "bigint"
-)
+_EVENT = tuple(name for name in EVENT_COLUMNS if name != "tenant_id")
 _GIVEN = {
     "batch_id": "text",
     "position": "int",
@@ -67,7 +66,7 @@ _GIVEN = {
     "answer_id": "text",
     "status_code": "int",
     "answer": "bytea",
-} | {name: _EVENT_TYPES.get(name, "text") for name in _EVENT}
+} | {name: EVENT_COLUMNS[name] for name in _EVENT}
 #: An estimate counts as work of an engine up to this many times the line's real tokens. Estimates are as high as a tenant's limits, and
 #: what one tenant's lines seem to show is used for the deadlines of all.
 MAX_ESTIMATE = 8
@@ -94,10 +93,7 @@ WITH given AS MATERIALIZED (
 ), ledger AS (
     INSERT INTO usage_events AS known (tenant_id, {", ".join(_EVENT)})
     SELECT %s, {", ".join(_EVENT)} FROM ended WHERE request_id IS NOT NULL ORDER BY request_id COLLATE "C"
-    ON CONFLICT (request_id) DO UPDATE SET tenant_id = excluded.tenant_id, {
-        ", ".join(f"{name} = excluded.{name}" for name in _EVENT if name != "request_id")
-    }
-    WHERE known.status IN ('lost', 'wasted')
+    {REPLACE_STAND_IN}
 ), worked AS (
     UPDATE batch_pools AS pool SET done_tokens = pool.done_tokens + sums.tokens
     FROM (
@@ -117,6 +113,22 @@ UPDATE batches AS batch SET completed = completed + counted.done, failed = batch
 FROM counted WHERE batch.tenant_id = %s AND batch.id = counted.batch_id
 """  # noqa: S608 (names of columns)
 ).format(ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total")
+#: For ends with responses, which are stored only if the line is still leased. The locks are those of _END, in its order.
+_LOCK = text(
+    f"""
+    SELECT id FROM batches AS batch WHERE tenant_id = :tenant AND id IN (SELECT unnest(CAST(:batches AS text[])))
+    ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
+    """  # noqa: S608 (an order of ours)
+)
+_LEASED = text(
+    """
+    SELECT line.batch_id, line.position
+    FROM batch_lines AS line JOIN unnest(CAST(:batches AS text[]), CAST(:positions AS int[]), CAST(:attempts AS int[]))
+        AS given (batch_id, position, attempt)
+        ON line.batch_id = given.batch_id AND line.position = given.position AND line.attempt = given.attempt
+    WHERE line.tenant_id = :tenant AND line.runner_id = :runner AND line.state = 'running' FOR NO KEY UPDATE OF line
+    """
+)
 
 
 class NewLine(NamedTuple):
@@ -149,7 +161,8 @@ class LineRow(NamedTuple):
 class EndedLine:
     """The end of a leased line: `done`, or `failed`. `answer` is the body of the response, or the JSON of an error without a status.
 
-    `event` is the usage event of the attempt, None if no engine was asked.
+    `event` is the usage event of the attempt, None if no engine was asked. `turn` is the response that is to be stored, None for other
+    answers.
     """
 
     tenant_id: str
@@ -161,6 +174,12 @@ class EndedLine:
     status_code: int | None
     answer: bytes
     event: UsageEvent | None
+    turn: NewTurn | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of memory."""
+        return len(self.answer) + (0 if self.turn is None else self.turn.size_bytes)
 
 
 async def add_lines(connection: AsyncConnection, tenant_id: str, batch_id: str, lines: Sequence[NewLine]) -> None:
@@ -223,16 +242,49 @@ async def delete_lines(connection: AsyncConnection, tenant_id: str, batch_id: st
 
 
 async def end_lines(db: Database, runner_id: str, lines: Sequence[EndedLine]) -> None:
-    """Store how lines ended, with their usage events and the counts of their batches, in one transaction. Raises Unavailable.
+    """Store how lines ended, with their usage events, their responses and the counts of their batches. Raises Unavailable.
 
-    A line that this runner no longer leases stays as it is, and its event is not stored. The batch whose last line this is becomes
+    The lines of a tenant are one transaction; those of all tenants without responses are one together. A line that this runner no longer
+    leases stays as it is, and neither its event nor its response is stored. The batch whose last line this is becomes
     `finalizing`. A repetition has no effect.
     """
     by_tenant: dict[str, list[EndedLine]] = {}
     for line in lines:
         by_tenant.setdefault(line.tenant_id, []).append(line)
     # In the order of tenants, so that two runners, or a runner and the metering writer, cannot wait for each other.
-    await db.execute_for_each(_END, [(tenant_id, _values(tenant_id, runner_id, by_tenant[tenant_id])) for tenant_id in sorted(by_tenant)])
+    with_turns = {tenant_id for tenant_id, ended in by_tenant.items() if any(line.turn is not None for line in ended)}
+    others = sorted(by_tenant.keys() - with_turns)
+    if others:
+        await db.execute_for_each(_END, [(tenant_id, _values(tenant_id, runner_id, by_tenant[tenant_id])) for tenant_id in others])
+    for tenant_id in sorted(with_turns):
+        await _end_with_turns(db, tenant_id, runner_id, by_tenant[tenant_id])
+
+
+async def _end_with_turns(db: Database, tenant_id: str, runner_id: str, lines: Sequence[EndedLine]) -> None:
+    """Store how lines of a tenant ended, and the responses of those that the runner still leases, all or nothing."""
+    values = {
+        "tenant": tenant_id,
+        "runner": runner_id,
+        "batches": [line.batch_id for line in lines],
+        "positions": [line.position for line in lines],
+        "attempts": [line.attempt for line in lines],
+    }
+    async with db.begin(tenant_id) as connection:
+        if not await hold_tenant(connection, tenant_id):
+            return  # its batches are deleted, too
+        await connection.execute(_LOCK, {"tenant": tenant_id, "batches": values["batches"]})
+        leased = {(batch_id, position) for batch_id, position in await connection.execute(_LEASED, values)}
+        await connection.exec_driver_sql(_END, tuple(_values(tenant_id, runner_id, lines)))
+        turns = [line.turn for line in lines if line.turn is not None and (line.batch_id, line.position) in leased]
+        alone = [turn for turn in turns if turn.conversation_id is None]
+        for kept_for in {turn.kept_for for turn in alone}:
+            await save_in(connection, tenant_id, [turn.response for turn in alone if turn.kept_for == kept_for], kept_for)
+        # In the order of conversations, so that two runners cannot wait for each other.
+        for turn in sorted(turns, key=lambda turn: turn.conversation_id or ""):
+            if turn.conversation_id is None:
+                continue
+            if not await add_turn(connection, tenant_id, turn.response, turn.conversation_id, turn.items, turn.kept_for):
+                raise RuntimeError(f"the response {turn.response.id} is stored although its line has not ended")
 
 
 def _values(tenant_id: str, runner_id: str, lines: Sequence[EndedLine]) -> list[object]:

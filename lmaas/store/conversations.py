@@ -34,6 +34,21 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class NewTurn:
+    """A response that is to be stored together with other work, and the items that it appends to its conversation if it has one."""
+
+    response: Response
+    conversation_id: str | None
+    items: Sequence[Item]
+    kept_for: timedelta
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of memory."""
+        return self.response.size_bytes + sum(item.size_bytes for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """A conversation without its items. `metadata` is a JSON object."""
 

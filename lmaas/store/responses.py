@@ -90,6 +90,11 @@ async def save_together(db: Database, batches: Sequence[tuple[str, Sequence[Resp
     await db.execute_for_each(_SAVE, [(tenant_id, _values(tenant_id, responses, kept_for)) for tenant_id, responses in batches])
 
 
+async def save_in(connection: AsyncConnection, tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> None:
+    """Store responses of a tenant in a transaction as `save` does."""
+    await connection.exec_driver_sql(_SAVE, tuple(_values(tenant_id, responses, kept_for)))
+
+
 def _values(tenant_id: str, responses: Sequence[Response], kept_for: timedelta) -> Sequence[Any]:
     ids, previous = [each.id for each in responses], [each.previous_id for each in responses]
     texts = [each.input for each in responses], [each.body for each in responses]

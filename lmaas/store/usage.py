@@ -1,12 +1,11 @@
 """The usage ledger: exactly one event per request."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Date, Select, cast, func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ColumnElement, Date, Select, cast, func, select, text
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -91,6 +90,29 @@ class PoolWaste:
     tokens: int
 
 
+#: The columns of an event, and their types.
+EVENT_COLUMNS = dict.fromkeys(UsageEvent.__slots__, "text") | {
+    "adapter_version": "int",
+    "stream": "boolean",
+    "created_at": "timestamptz",
+    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), "bigint"),
+    **dict.fromkeys(("queue_ms", "load_ms", "run_ms", "charge_picousd"), "bigint"),
+}
+#: The end of a statement that adds events to `usage_events AS known`: an event replaces the stand-in of its request, and nothing else.
+REPLACE_STAND_IN = f"""
+    ON CONFLICT (request_id) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in EVENT_COLUMNS if name != "request_id")}
+    WHERE known.status IN ({", ".join(f"'{status}'" for status in sorted(STAND_INS))})
+"""
+#: One statement for any number of events, which Postgres has parsed before.
+_INSERT = text(
+    f"""
+    INSERT INTO usage_events AS known ({", ".join(EVENT_COLUMNS)})
+    SELECT * FROM unnest({", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in EVENT_COLUMNS.items())})
+    {REPLACE_STAND_IN}
+    """  # noqa: S608 (names of columns)
+)
+
+
 class UnrecordableEventError(Exception):
     """One of these events can never be recorded: its tenant is unknown, or a value is out of range."""
 
@@ -116,12 +138,9 @@ async def insert_events(connection: AsyncConnection, events: list[UsageEvent]) -
     for event in events:
         if event.request_id not in latest or latest[event.request_id].status in STAND_INS:
             latest[event.request_id] = event
-    query = insert(usage_events)
-    changes = {column.name: query.excluded[column.name] for column in usage_events.c if column.name != "request_id"}
-    query = query.on_conflict_do_update(index_elements=["request_id"], set_=changes, where=usage_events.c.status.in_(STAND_INS))
     # In an order, so that two that write the same events cannot wait for each other: that of `batch_lines.end_lines`.
     ordered = sorted(latest.values(), key=lambda event: (event.tenant_id or "", event.request_id))
-    await connection.execute(query.values([asdict(event) for event in ordered]))
+    await connection.execute(_INSERT, {name: [getattr(event, name) for event in ordered] for name in EVENT_COLUMNS})
 
 
 async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:

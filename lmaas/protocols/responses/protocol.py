@@ -70,14 +70,19 @@ class Responses(Protocol[ResponsesRequest]):
 
     async def keep(self, inference: Inference[ResponsesRequest]) -> None:
         """Store the response, unless the client has asked not to."""
+        new = self.new_response(inference)
+        if new is not None:
+            await self._state.store(inference.tenant_id, new)
+
+    def new_response(self, inference: Inference[ResponsesRequest]) -> NewResponse | None:
+        """Return the response to a request that has its answer. None if the client has asked not to store it."""
         request, answer = inference.request, inference.answer
         if not request.store or not isinstance(answer, ResponseAnswer):
-            return
-        new = NewResponse(
+            return None
+        return NewResponse(
             answer.response_id,
             answer.response(),
             named(request.items, answer.response_id),
             request.previous_response_id,
             request.conversation_id,
         )
-        await self._state.store(inference.tenant_id, new)

@@ -47,9 +47,12 @@ def is_id(value: str) -> bool:
 
 
 class StoredState:
-    """The stored responses and conversations. The items of another tenant do not exist for a tenant."""
+    """The stored responses and conversations. The items of another tenant do not exist for a tenant.
 
-    def __init__(self, db: Database, writer: Writer) -> None:
+    A process that stores responses only together with other work has no `writer`.
+    """
+
+    def __init__(self, db: Database, writer: Writer | None = None) -> None:
         self._db, self._writer, self._turns = db, writer, Turns()
 
     async def read(self, tenant_id: str, reading: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -140,9 +143,16 @@ class StoredState:
 
     async def store(self, tenant_id: str, response: NewResponse) -> None:
         """Store a response, and add its items to its conversation if it has one. Waits for Postgres, but not for long."""
-        row = response_row(response.id, msgspec.json.encode(response.input_items), response.body, response.previous_response_id)
-        items = () if response.conversation_id is None else turn_items(row)
+        if self._writer is None:
+            raise RuntimeError("this process has no writer of responses")
+        row, items = rows_of(response)
         await self._writer.store(tenant_id, Turn(row, response.conversation_id, items))
+
+
+def rows_of(response: NewResponse) -> tuple[Response, Sequence[conversations.Item]]:
+    """Return a response in the form in which it is stored, and the items that it appends to its conversation."""
+    row = response_row(response.id, msgspec.json.encode(response.input_items), response.body, response.previous_response_id)
+    return row, () if response.conversation_id is None else turn_items(row)
 
 
 def response_row(response_id: str, own_input: bytes, body: bytes, previous_id: str | None) -> Response:

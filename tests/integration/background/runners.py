@@ -16,7 +16,6 @@ from lmaas.jobs.metrics import JobMetrics
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.responses.background import BackgroundResponses
 from lmaas.protocols.responses.stored import StoredState
-from lmaas.protocols.responses.writer import Writer
 from lmaas.store.changes import change_number
 from lmaas.store.database import Database
 from lmaas.store.rights import DatabaseRole
@@ -68,7 +67,7 @@ async def runner(stack: Stack) -> AsyncIterator[Runner]:
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
-    protocol = BackgroundResponses(StoredState(db, Writer(db, metrics, MONTH)))
+    protocol = BackgroundResponses(StoredState(db))
     made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH), db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, LiteralString
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -20,7 +21,8 @@ from lmaas.jobs.lines import LineWorker
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import Runner
 from lmaas.observability import GatewayMetrics
-from lmaas.protocols.responses.protocol import Responses
+from lmaas.protocols.responses.lines import LineResponses
+from lmaas.protocols.responses.stored import StoredState
 from lmaas.states import UsageStatus
 from lmaas.store.batch_lines import NewLine
 from lmaas.store.changes import change_number
@@ -125,8 +127,8 @@ async def runner(stack: Stack, texts: Texts, db: Database | None = None, **chang
     services = dataclasses.replace(stack.services, db=db or stack.database(DatabaseRole.JOBS))
     known = Changes(functools.partial(change_number, services.db))
     inferences, metrics = build_inferences(settings, services, known, GatewayMetrics()), JobMetrics()
-    state: Any = None
-    protocols = {protocol.path: protocol for protocol in batch_protocols(Responses(state))}
+    responses = LineResponses(StoredState(services.db), timedelta(days=1))
+    protocols = {protocol.path: protocol for protocol in batch_protocols(responses)}
     files: Any = texts
     keys = Keys(services.db, settings.auth_grace_s, known)
     worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, LiteralString
@@ -20,6 +21,7 @@ from lmaas.errors import Unavailable
 from lmaas.files.service import Purpose
 from lmaas.process import bound_command
 from lmaas.states import UsageStatus
+from lmaas.store.conversations import create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.models import BaseModel
 from lmaas.store.rights import DatabaseRole
@@ -76,6 +78,47 @@ async def test_a_runner_that_dies_at_any_step(stack: Stack) -> None:
         await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=40)
     await exactly_once(stack, model, tenant, batch_id, replica)
     assert max(line.attempt for line in await line_rows(stack.db, batch_id)) > 1
+
+
+async def test_a_line_that_runs_twice_has_one_response(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tenant = await stack.model("responses"), await stack.tenant()
+    await stack.replica(model)
+    await create_conversation(stack.db, tenant.id, "conv_lines", b"{}", [], timedelta(days=1))
+    texts = Texts()
+
+    def line(number: int, **more: Any) -> bytes:
+        body = {"model": "responses", "input": f"say {number}", "max_output_tokens": 4} | more
+        return json.dumps({"custom_id": f"l{number}", "method": "POST", "url": "/v1/responses", "body": body}).encode()
+
+    lines = [line(0, conversation="conv_lines"), line(1, store=False), *(line(number) for number in range(2, 6))]
+    batch_id = await batch_of(stack, texts, tenant, model, lines, endpoint="/v1/responses")
+    url = login_url(str(stack.settings.database_url), DatabaseRole.JOBS)
+    # It dies when engines have answered, before anything is stored.
+    db, died = Database(url, DatabaseRole.JOBS), asyncio.Event()
+
+    async def die(*_: object) -> None:
+        died.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as dying:
+        dying.setattr("lmaas.jobs.commits.end_lines", die)
+        async with runner(stack, texts, db):
+            async with asyncio.timeout(20):
+                await died.wait()
+    await db.close()
+    await lose(stack)
+    async with runner(stack, texts):
+        await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=40)
+    rows = await line_rows(stack.db, batch_id)
+    assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 6
+    answers = [json.loads(row.answer) for row in rows]
+    async with stack.db.begin(SYSTEM) as connection:
+        query = text("SELECT id, body FROM responses WHERE tenant_id = :tenant")
+        found = {row.id: json.loads(row.body) for row in await connection.execute(query, {"tenant": tenant.id})}
+    assert found == {answer["id"]: answer for answer in [answers[0], *answers[2:]]}
+    items = [json.loads(item) for item in await find_context(stack.db, tenant.id, "conv_lines")]
+    assert [item["role"] for item in items] == ["user", "assistant"]
+    assert items[1]["id"] == answers[0]["output"][0]["id"]
 
 
 async def test_a_process_that_is_killed_and_one_that_is_suspended(stack: Stack, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Leases of batch lines, and the storage of their ends, with the rights of a job runner."""
 
 import asyncio
+import dataclasses
 import random
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import text
@@ -10,11 +12,13 @@ from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
 from lmaas.store.backlog import done_lines
-from lmaas.store.batch_lines import MAX_ESTIMATE, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.batch_lines import MAX_ESTIMATE, EndedLine, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.conversations import Item, NewTurn, create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.line_leases import (
     LARGE_BYTES,
     SUSPECT_LOSSES,
+    LeasedLine,
     backlog,
     claim_batch,
     claim_lines,
@@ -25,6 +29,7 @@ from lmaas.store.line_leases import (
     stopped,
     unsettled,
 )
+from lmaas.store.responses import Response
 from lmaas.store.rights import DatabaseRole
 from lmaas.store.runners import BatchLease, LeaseLost, end, free_lost, hold, register, seen
 from lmaas.store.scopes import LEASES, OPERATOR, SYSTEM
@@ -34,6 +39,7 @@ from tests.support.batches import batch_row, ended, line_rows, make_batch, pendi
 from tests.support.databases import login_url
 
 POOL = "mod_1"
+DAY = timedelta(days=1)
 
 
 @pytest.fixture
@@ -106,6 +112,51 @@ async def test_the_end_of_a_line_its_event_and_the_counts_are_one(db: Database, 
         ("failed", 400, None),
     ]
     assert lines[0].answer == b'{"ok": true}'
+
+
+async def test_the_response_of_a_line_is_stored_with_its_end_or_not_at_all(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    other = (await create_tenant(db, "other", "standard", 64, 10)).id
+    batch_id, without = await make_batch(db, tenant_id, some_lines(5, POOL)), await make_batch(db, other, some_lines(1, POOL))
+    for conversation_id in ("conv_1", "conv_2"):
+        await create_conversation(db, tenant_id, conversation_id, b"{}", [], DAY)
+    runner_id = await register(jobs_db)
+    leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5, (other, without): 1})
+    own = [lease for lease in leases if lease.tenant_id == tenant_id]
+
+    def end_of(lease: LeasedLine, conversation_id: str | None) -> EndedLine:
+        name = f"{lease.position}_{lease.attempt}"
+        body = b'{"output": []}'
+        items = [Item(f"msg_{name}", b'{"id": "msg_%b"}' % name.encode())] if conversation_id else []
+        turn = NewTurn(Response(f"resp_{name}", b"[]", body, None, 11, 2), conversation_id, items, DAY)
+        return dataclasses.replace(ended(lease), turn=turn)
+
+    await put_back(jobs_db, runner_id, own[4:])
+    [again] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
+    group = [
+        *(
+            end_of(lease, conversation_id)
+            for lease, conversation_id in zip(own, ("conv_2", None, "conv_1", "conv_2", "conv_1"), strict=True)
+        ),
+        *(ended(lease) for lease in leases if lease.tenant_id == other),
+    ]
+    await end_lines(jobs_db, runner_id, group)
+    await end_lines(jobs_db, runner_id, group)  # as after a lost connection: no effect
+    assert [line.state for line in await line_rows(db, batch_id)] == ["done"] * 4 + ["running"]
+    assert (await batch_row(db, without)).completed == 1
+
+    async def stored() -> tuple[set[str], list[list[bytes]]]:
+        async with db.begin(SYSTEM) as connection:
+            ids = {row.id for row in await connection.execute(text("SELECT id FROM responses"))}
+        return ids, [await find_context(db, tenant_id, conversation_id) for conversation_id in ("conv_1", "conv_2")]
+
+    ids, items = await stored()
+    assert ids == {"resp_0_1", "resp_1_1", "resp_2_1", "resp_3_1"}, "not that of the old lease"
+    assert items == [[b'{"id": "msg_2_1"}'], [b'{"id": "msg_0_1"}', b'{"id": "msg_3_1"}']]
+    await end_lines(jobs_db, runner_id, [end_of(again, "conv_1")])
+    ids, items = await stored()
+    assert len(ids) == 5
+    assert items[0] == [b'{"id": "msg_2_1"}', b'{"id": "msg_4_2"}']
+    assert len(await list_events(db, OPERATOR)) == 6
 
 
 async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
