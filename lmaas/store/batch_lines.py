@@ -73,7 +73,10 @@ MAX_ESTIMATE = 8
 #: The bytes of answers after which no more lines of a batch are begun, because Postgres and the disk of a runner hold them all.
 MAX_ANSWER_BYTES = 8 * 1024**3
 TOO_LARGE = "results_too_large"
-_TOO_LARGE_MESSAGE = f"The responses of this batch have more than {MAX_ANSWER_BYTES:,} bytes, the maximum. Send the requests that were not run in another batch."
+_TOO_LARGE_MESSAGE = (
+    f"The responses of this batch have more than {MAX_ANSWER_BYTES:,} bytes, the maximum. "
+    "Send the requests that were not run in another batch."
+)
 #: Ends the lines of one tenant: their answers, their usage events and the counts of the batch and of its pools, all or nothing. A line
 #: whose lease is not this runner's any more is left out, with its event.
 _END = (
