@@ -9,7 +9,7 @@ from lmaas.errors import LmaasError, Unavailable
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.states import BatchStatus
 from lmaas.store.database import Database
-from lmaas.store.line_leases import claim_batch, give_back_batch, settle, unsettled
+from lmaas.store.line_leases import claim_batch, give_back_batch, give_back_other_batches, settle, unsettled
 from lmaas.store.runners import BatchLease, LeaseLost
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,13 @@ class BatchWorker:
         self._db, self._steps, self._metrics = db, steps, metrics
         #: Batches whose last step failed: how often, and when it is tried again.
         self._later: dict[tuple[str, str], tuple[int, float]] = {}
+        #: The batches that are worked on, and whether others may be leased, because Postgres did not reply.
+        self._leased: set[BatchLease] = set()
+        self._in_doubt = False
 
     async def run(self, runner_id: str, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set. Steps that run then are broken off, because another runner repeats them."""
+        self._leased, self._in_doubt = set(), False
         async with asyncio.TaskGroup() as group:
             settling = group.create_task(self._settle_forever(), name="settle-batches")
             running: set[asyncio.Task[None]] = set()
@@ -70,10 +74,17 @@ class BatchWorker:
         now = time.monotonic()
         later = [batch for batch, (_, at) in self._later.items() if at > now]
         try:
-            return await claim_batch(self._db, runner_id, later)
+            if self._in_doubt:
+                await give_back_other_batches(self._db, runner_id, {(lease.tenant_id, lease.batch_id) for lease in self._leased})
+            self._in_doubt = True
+            claimed = await claim_batch(self._db, runner_id, later)
         except Unavailable as error:
             log.warning("batches cannot be leased now", extra={"action": "lease", "detail": str(error)})
             return None
+        self._in_doubt = False
+        if claimed is not None:
+            self._leased.add(claimed[0])
+        return claimed
 
     async def _step(self, lease: BatchLease, status: str) -> None:
         batch = lease.tenant_id, lease.batch_id
@@ -99,6 +110,7 @@ class BatchWorker:
         else:
             self._postpone(batch)
         await self._give_back(lease, give_up=outcome == "failed" and step == "validate" and lease.attempt >= MAX_ATTEMPTS)
+        self._leased.discard(lease)
 
     def _postpone(self, batch: tuple[str, str]) -> None:
         failures = self._later.pop(batch, (0, 0.0))[0] + 1

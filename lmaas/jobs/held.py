@@ -98,6 +98,11 @@ class HeldLines:
     def __iter__(self) -> Iterator[HeldLine]:
         return iter(list(self._lines.values()))
 
+    def holds(self, lease: LeasedLine) -> bool:
+        """Return whether a line is held under this lease."""
+        line = self._lines.get((lease.tenant_id, lease.batch_id, lease.position))
+        return line is not None and line.lease.attempt == lease.attempt
+
     def add(self, line: HeldLine) -> None:
         """Add a line that was leased."""
         self._lines[*line.batch, line.lease.position] = line

@@ -24,7 +24,7 @@ from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
-from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, stop_batch, stopped
+from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, leased_lines, put_back, stop_batch, stopped
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ class Feeder:
         self._served: dict[str, int] = {}
         self._offers: list[Offer] = []
         self._read_at = float("-inf")
+        #: Whether lines may be leased that are not held, because Postgres did not reply.
+        self._in_doubt = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
 
@@ -136,6 +138,8 @@ class Feeder:
 
     async def feed(self, now: float) -> None:
         """Lease and start what the engines of each pool have room for. Raises Unavailable, and LeaseLost."""
+        if self._in_doubt:
+            await self._put_back_unknown()
         if now - self._read_at >= BACKLOG_S:
             self._offers, self._read_at = await backlog(self._db), now
         pools: dict[str, list[Offer]] = {}
@@ -184,7 +188,9 @@ class Feeder:
     ) -> Mapping[tuple[str, str], list[HeldLine]]:
         """Lease so many lines of each batch, or fewer, and have them read."""
         suspects = MAX_SUSPECTS - self._held.suspects
+        self._in_doubt = True
         leases = await claim_lines(self._db, self._runner_id, pool_id, counts, self._held.large_bytes, suspects)
+        self._in_doubt = False
         by_batch: dict[tuple[str, str], list[HeldLine]] = {}
         facts = {(offer.tenant_id, offer.batch_id): offer for offer in offers}
         for lease in leases:
@@ -209,6 +215,14 @@ class Feeder:
                 if portion:
                     self._start(self._read(portion.copy()))
         return by_batch
+
+    async def _put_back_unknown(self) -> None:
+        """Give back lines that were leased although Postgres did not reply. Raises Unavailable."""
+        unknown = [lease for lease in await leased_lines(self._db, self._runner_id) if not self._held.holds(lease)]
+        # A line whose end was stored meanwhile is not leased any more, so it stays as it is.
+        if unknown:
+            await put_back(self._db, self._runner_id, unknown)
+        self._in_doubt = False
 
     async def _room(self, pool_id: str) -> Room:
         found = await self._scheduler.room(pool_id)

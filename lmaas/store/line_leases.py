@@ -97,6 +97,12 @@ _PUT_BACK = text(
     FROM sums WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
     """  # noqa: S608 (a condition of ours)
 )
+_LEASED = text(
+    """
+    SELECT tenant_id, batch_id, position, attempt, put_back, byte_offset, byte_length FROM batch_lines
+    WHERE runner_id = :runner AND state = 'running'
+    """
+)
 _STOPPED = text(
     """
     SELECT given.tenant_id, given.id, batch.stop_code IS NOT NULL
@@ -150,6 +156,12 @@ _CLAIM_BATCH = text(
             SELECT count(*) FROM batches AS busy WHERE busy.tenant_id = batch.tenant_id AND busy.runner_id IS NOT NULL
         ), created_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
     ) RETURNING tenant_id, id, attempt, status
+    """
+)
+_GIVE_BACK_OTHERS = text(
+    """
+    UPDATE batches SET runner_id = NULL WHERE runner_id = :runner
+        AND (tenant_id, id) NOT IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
     """
 )
 _GIVE_BACK = text(
@@ -225,6 +237,12 @@ async def claim_lines(
     return found
 
 
+async def leased_lines(db: Database, runner_id: str) -> list[LeasedLine]:
+    """Return the lines that a runner leases. Raises Unavailable."""
+    async with db.begin(LEASES) as connection:
+        return [LeasedLine(*row) for row in await connection.execute(_LEASED, {"runner": runner_id})]
+
+
 async def put_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
     """Give back leased lines, which will be run again. Those that this runner no longer leases stay as they are. Raises Unavailable."""
     values = {
@@ -287,6 +305,13 @@ async def claim_batch(db: Database, runner_id: str, later: Collection[tuple[str,
         return None
     tenant_id, batch_id, attempt, status = row
     return BatchLease(tenant_id, batch_id, runner_id, attempt), status
+
+
+async def give_back_other_batches(db: Database, runner_id: str, kept: Collection[tuple[str, str]]) -> None:
+    """Give back the leases of all batches of a runner but those that are `kept`. Raises Unavailable."""
+    values = {"runner": runner_id, "tenants": [tenant_id for tenant_id, _ in kept], "batches": [batch_id for _, batch_id in kept]}
+    async with db.begin(LEASES) as connection:
+        await connection.execute(_GIVE_BACK_OTHERS, values)
 
 
 async def give_back_batch(db: Database, lease: BatchLease) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -15,6 +16,7 @@ from lmaas.jobs.batches import AT_ONCE, BatchWorker
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import Runner
 from lmaas.store.database import Database
+from lmaas.store.line_leases import claim_batch
 from lmaas.store.runners import BatchLease, LeaseLost
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_tenant
@@ -162,3 +164,25 @@ async def test_a_step_whose_batch_is_another_runners_is_dropped(db: Database, jo
 
         await until(is_finalized)
     assert (await batch_row(db, batch_id)).finalizing_at is not None
+
+
+async def test_a_batch_whose_lease_was_not_confirmed_is_worked_on(
+    db: Database, jobs_db: Database, tenant_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = await make_batch(db, tenant_id, [], status="validating")
+    lost: list[BatchLease] = []
+
+    async def claim(*args: Any) -> tuple[BatchLease, str] | None:
+        found = await claim_batch(*args)
+        if found is not None and not lost:
+            # The reply to the commit is lost.
+            lost.append(found[0])
+            raise Unavailable("The database connection was lost.")
+        return found
+
+    monkeypatch.setattr(batches, "claim_batch", claim)
+    steps = Steps(db)
+    async with working(jobs_db, steps):
+        await until(partial(is_free, db, batch_id, "in_progress"))
+    assert len(lost) == 1
+    assert steps.calls == [("validate", batch_id)]

@@ -5,16 +5,18 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
+from lmaas.errors import Unavailable
 from lmaas.http import new_request_id
 from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import gateway_channel
 from lmaas.states import PoolKind
-from lmaas.store.line_leases import LARGE_BYTES, stop_batch
+from lmaas.store.line_leases import LARGE_BYTES, LeasedLine, claim_lines, stop_batch
 from lmaas.store.models import change_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import revoke_key, update_tenant
@@ -98,6 +100,30 @@ async def test_a_line_whose_slot_is_taken_back_runs_again(stack: Stack, monkeypa
     [event] = await charged(stack, model, tenant)
     assert (event.request_id, event.completion_tokens) == (line.request_id, json.loads(line.answer)["usage"]["completion_tokens"])
     assert await wasted(stack, batch_id) == ["put_back"]
+
+
+async def test_lines_whose_lease_was_not_confirmed_run_all_the_same(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[LeasedLine] = []
+
+    async def claim(*args: Any) -> list[LeasedLine]:
+        found = await claim_lines(*args)
+        if found and not lost:
+            # The reply to the commit is lost.
+            lost.extend(found)
+            raise Unavailable("The database connection was lost.")
+        return found
+
+    monkeypatch.setattr("lmaas.jobs.lines.claim_lines", claim)
+    model, tenant = await stack.model("unconfirmed"), await stack.tenant()
+    await stack.replica(model)
+    texts = Texts()
+    batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "unconfirmed") for number in range(20)])
+    async with runner(stack, texts):
+        await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
+    assert lost
+    rows = await line_rows(stack.db, batch_id)
+    assert [(line.state, line.put_back) for line in rows] == [("done", int(line.position < len(lost))) for line in rows]
+    assert len(await charged(stack, model, tenant)) == 20
 
 
 async def test_large_lines_do_not_keep_the_lines_of_others_waiting(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
