@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from msgspec import UNSET
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +16,7 @@ from lmaas.api.decoding import decode
 from lmaas.api.operation import page_of
 from lmaas.api.shapes.common import Page
 from lmaas.api.shapes.files import ANCHOR, SECONDS, DeletedFile, File, FileQuery, FileUpload
-from lmaas.api.uploads import FORM_OVERHEAD_BYTES, UploadForm, read_upload
+from lmaas.api.uploads import FORM_OVERHEAD_BYTES, UploadForm, announced_bytes, read_upload
 from lmaas.errors import InvalidRequest, LmaasError, TooLarge
 from lmaas.files.drafts import too_large
 from lmaas.files.service import UPLOADED, Purpose, Written
@@ -59,7 +59,7 @@ def shown_file(file: rows.File) -> File:
 async def create_file(api: Api, call: ApiCall[None, None]) -> File:
     """Store a file."""
     tenant_id, files = call.tenant_id, api.files
-    await files.check_room(tenant_id, max(_announced_bytes(call.request) - FORM_OVERHEAD_BYTES, 0))
+    await files.check_room(tenant_id, max(announced_bytes(call.request) - FORM_OVERHEAD_BYTES, 0))
     async with files.uploading(tenant_id) as draft:
         try:
             form = await read_upload(call.request, files.max_bytes + FORM_OVERHEAD_BYTES, FIELD, TEXTS, draft.write)
@@ -73,12 +73,6 @@ async def create_file(api: Api, call: ApiCall[None, None]) -> File:
             expires_after_s = BATCH_EXPIRY_S
         written = Written(purpose, form.filename, draft, expires_after_s)
         return shown_file(await files.upload(tenant_id, written, audit=call.audit))
-
-
-def _announced_bytes(request: Request) -> int:
-    """Return the length of the body that the request announces, 0 if it does not say, or if the body will be unpacked."""
-    length = request.headers.get("content-length", "")
-    return int(length) if length.isdigit() and len(length) < 20 and "content-encoding" not in request.headers else 0
 
 
 def _asked(form: UploadForm) -> FileUpload:

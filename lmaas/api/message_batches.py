@@ -21,6 +21,7 @@ from lmaas.api.shapes.batches import (
     MessageBatchPaging,
     NewMessageBatch,
 )
+from lmaas.api.uploads import announced_bytes
 from lmaas.batches.dialects import FORMS, WINDOW, WINDOW_S
 from lmaas.batches.lines import MESSAGES
 from lmaas.batches.message_requests import RequestReader, request_lines
@@ -37,6 +38,8 @@ _FORM = FORMS[Dialect.ANTHROPIC]
 _ID = re.compile(r"msgbatch_[0-9a-f]{20}")
 #: The largest body that creates a batch.
 MAX_BODY_BYTES = _FORM.file_bytes
+#: What a body may have besides its requests until it counts for the tenant's quota before it was read.
+_MAX_SPACE = 1024 * 1024
 JSON_LINES = "application/x-jsonl"
 
 
@@ -89,6 +92,10 @@ def _id(path: Mapping[str, str]) -> str:
 
 async def create_message_batch(api: Api, call: ApiCall[NewMessageBatch, None]) -> MessageBatch:
     """Create a batch. Its requests stream into an input file of the tenant, which is added together with the batch."""
+    limits = batch_limits(call.principal.tier)
+    # What is refused in any case is refused before its requests are sent.
+    await rows.check_limits(api.db, call.tenant_id, limits)
+    await api.files.check_room(call.tenant_id, max(announced_bytes(call.request) - _MAX_SPACE, 0))
     reader = RequestReader(api.settings.max_body_bytes, _FORM.lines)
     new_batch_id = new_id(_FORM.id_prefix)
     created: list[rows.Batch] = []
@@ -106,7 +113,6 @@ async def create_message_batch(api: Api, call: ApiCall[NewMessageBatch, None]) -
             expires_after=timedelta(seconds=WINDOW_S),
             total=reader.count,
         )
-        limits = batch_limits(call.principal.tier)
         created.append(await rows.create_batch(connection, call.tenant_id, new, limits, audit=call.audit))
 
     body = Request(call.request.scope, limited(call.request.receive, call.request.scope, MAX_BODY_BYTES))

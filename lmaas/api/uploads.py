@@ -31,6 +31,12 @@ class UploadForm:
     filename: str = ""
 
 
+def announced_bytes(request: Request) -> int:
+    """Return the length of the body that the request announces, 0 if it does not say, or if the body will be unpacked."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdigit() and len(length) < 20 and "content-encoding" not in request.headers else 0
+
+
 async def read_upload(
     request: Request, limit_bytes: int, file_field: str, text_fields: Collection[str], write: Callable[[bytes], Awaitable[None]]
 ) -> UploadForm:

@@ -13,6 +13,7 @@ from lmaas.inference.protocol import AnyInference, AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
 from lmaas.inference.work import BATCH, PutBack
+from lmaas.jobs.budgets import Budgets
 from lmaas.jobs.commits import Commits
 from lmaas.jobs.endings import Next
 from lmaas.jobs.held import HeldLine, HeldLines
@@ -24,6 +25,7 @@ from lmaas.states import LineState, UsageStatus
 from lmaas.store.batch_lines import EndedLine
 from lmaas.store.database import Database
 from lmaas.store.line_leases import stop_batch
+from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Attempts:
     keys: Keys
     held: HeldLines
     commits: Commits
+    budgets: Budgets
     metrics: JobMetrics
 
     async def run(self, line: HeldLine) -> None:
@@ -73,6 +76,7 @@ class Attempts:
         request_id, protocol = new_request_id(), self.protocols[offer.endpoint]
         sink = line.sink = Collected()
         self.metrics.line("attempted")
+        principal = None
         try:
             principal = await self.keys(tenant_id, offer.key_id)
             if principal is None:
@@ -89,7 +93,7 @@ class Attempts:
             self.put_back(line)
             return False
         except LmaasError as error:
-            return await self._refused(line, error, request_id)
+            return await self._refused(line, principal, error, request_id)
         if not sink.finished:
             self.put_back(line)  # it was told to leave
             return False
@@ -102,12 +106,15 @@ class Attempts:
         self._end(line, state, sink.status, sink.body, request_id, inference)
         return False
 
-    async def _refused(self, line: HeldLine, error: LmaasError, request_id: str) -> bool:
+    async def _refused(self, line: HeldLine, principal: Principal | None, error: LmaasError, request_id: str) -> bool:
         following = line.tries.refused(error, others_run=self.held.others_run(line))
         if following is Next.AGAIN:
             return True
         if following is Next.STOP:
             try:
+                if principal is not None and line.inference is not None and not await self.budgets.is_spent(principal, line.inference):
+                    line.tries.unspent()
+                    return True
                 await self._stop(line, error.error_code, error.message)
             except Unavailable:
                 return True

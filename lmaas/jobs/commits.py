@@ -107,7 +107,7 @@ class Commits:
             line = lines[0]
             # The error itself may have a tenant's text.
             extra = {"tenant_id": line.tenant_id, "action": "store", "detail": f"{line.batch_id}: {type(error).__name__}"}
-            log.error("the end of a line cannot be stored for an unexpected reason", extra=extra)  # noqa: TRY400
+            log.error("the end of a line cannot be stored for an unexpected reason", extra=extra)  # noqa: TRY400 (a traceback may have it too)
             if line.answer != UNSTORABLE:
                 # Its attempt stays a wasted one, which is charged nothing.
                 failed = replace(line, state=LineState.FAILED, request_id=None, status_code=None, answer=UNSTORABLE, event=None, turn=None)

@@ -7,7 +7,7 @@ from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverQuota
 
 #: How often a line is tried whose engine failed, or whose adapter could not be loaded. Each try may have asked two engines.
 MAX_FAILURES = 3
-#: How often a line is refused for a spent budget before that is believed: what other requests have reserved may not be used.
+#: How often a line is refused for a spent budget before the ledger is asked: what other requests have reserved may not be used.
 MAX_REFUSALS = 3
 #: The pause before the next try. It doubles with each, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
@@ -24,7 +24,7 @@ class Next(StrEnum):
     FAILED = "failed"
     #: It is tried again after a pause.
     AGAIN = "again"
-    #: It fails with all other lines of its batch that have not begun.
+    #: It fails with all other lines of its batch that have not begun, if the ledger confirms that the budget is spent.
     STOP = "stop"
 
 
@@ -35,6 +35,8 @@ class Tries:
     tries: int = 0
     failures: int = 0
     refusals: int = 0
+    #: How often the ledger had less than the refusals said.
+    only_reserved: int = 0
 
     @property
     def pause_s(self) -> float:
@@ -44,12 +46,18 @@ class Tries:
     def refused(self, error: LmaasError, *, others_run: bool) -> Next:
         """Return what follows from an error before the line was accepted. `others_run` is whether more lines of its tenant run."""
         if isinstance(error, OverQuota) and error.error_code == OverQuota.code:
-            # No longer pause, because the rest of the batch waits for what this line finds.
-            self.tries = 1
+            # No longer pause at first, because the rest of the batch waits for what this line finds.
+            self.tries = 1 + self.only_reserved
             self.refusals = 0 if others_run else self.refusals + 1
             return Next.STOP if self.refusals >= MAX_REFUSALS else Next.AGAIN
         self.tries += 1
         return self.ended(int(error.status), error.error_code, retryable=error.retryable, counted=True)
+
+    def unspent(self) -> None:
+        """Note that a budget is only reserved by others, and not spent: some of it may be given back, later."""
+        self.refusals = 0
+        self.only_reserved += 1
+        self.tries = 1 + self.only_reserved
 
     def ended(self, status: int, code: str | None, *, retryable: bool, counted: bool = False) -> Next:
         """Return what follows from an answer with this status, whose error has the code and is retryable or not."""

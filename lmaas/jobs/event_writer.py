@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from lmaas.errors import Unavailable
 from lmaas.inference.sink import Receiver
-from lmaas.store.background import Lease, Piece, Run, add_events
+from lmaas.store.background import Lease, Run, add_events
 from lmaas.store.database import Database
+from lmaas.store.event_logs import Piece
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from lmaas.files.service import Files
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.attempts import Attempts, ended
+from lmaas.jobs.budgets import Budgets
 from lmaas.jobs.commits import Commits
 from lmaas.jobs.held import HeldLine, HeldLines, PoolCount
 from lmaas.jobs.keys import Keys
@@ -71,7 +72,8 @@ class LineWorker:
         """Run lines until `stopping` is set. Those that run then are given back at once."""
         held = HeldLines()
         commits = Commits(self._db, runner_id, held.remove)
-        attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, self._metrics)
+        budgets = Budgets(self._inferences.months)
+        attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, budgets, self._metrics)
         feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._drain_s + COLD_S)
         self._metrics.holds(held, commits, feeder.windows)
         try:

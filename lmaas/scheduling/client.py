@@ -276,11 +276,15 @@ class Scheduler:
         that there is one. `delay_ms` is the current delay of starts, and `first_ms` the duration of a start if none of this pool is
         known."""
         told = self._memories.get(pool, "")
-        head, *flat = await self.call("stats", pool, told, delay_ms, first_ms)
+        head, replicas, due = await self.call("stats", pool, told, delay_ms, first_ms)
         reply = _DECODE(head)
         self.saw(pool, reply.pop("memory"), told)
-        now = reply.pop("now")
-        reply["replicas"] = {name: _seen(_DECODE(facts), now) for name, facts in zip(flat[::2], flat[1::2], strict=True)}
+        due_at = dict(zip(due[::2], due[1::2], strict=True))
+        reply["replicas"] = {
+            name: _seen(stored_replica(text), float(due_at[name]), reply) for name, text in zip(replicas[::2], replicas[1::2], strict=True)
+        }
+        for name in ("now", "stale_after", "gone_after"):
+            del reply[name]
         return reply
 
     async def room(self, pool: str) -> dict[str, Any]:
@@ -319,14 +323,19 @@ class Scheduler:
                 await asyncio.sleep(0.5)
 
 
-def _seen(replica: dict[str, Any], now: int) -> dict[str, Any]:
-    """Return what the controller reads of a replica, from its stored JSON (fleet.lua)."""
+def stored_replica(text: str) -> dict[str, Any]:
+    """Decode a replica as the function library stores it (`text_of_replica` in fleet.lua)."""
+    return _DECODE(text[text.rindex("\n") + 1 :] if "\n" in text else text)
+
+
+def _seen(replica: dict[str, Any], due: float, reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the controller reads of a replica. When its silence matters next says when it last sent a heartbeat (`beat_of`)."""
     return {
         "state": replica["state"],
         "load": replica["load"],
         "slots": replica["slots"],
         "background": replica["back"],
-        "beat_ms": now - replica["beat"],
+        "beat_ms": reply["now"] - int(due) + reply["gone_after" if replica.get("stale") else "stale_after"],
         "resident": replica["has"],
         "running": replica["runs"],
     }

@@ -26,11 +26,11 @@ local function grant(pool, ticket)
   }
 end
 
--- Places a ticket that is not in the queue (any more) on a replica.
-local function place(pool, ticket, replica, caller)
+-- Places a ticket that is not in the queue (any more) on a replica. With `paid`, it has been charged for its prompt.
+local function place(pool, ticket, replica, caller, paid)
   next_of(pool, line_of(pool, ticket).placed)
   ticket.placed = pool.now
-  charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
+  if not paid then charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens) end
   hold(pool, ticket, replica)
   if ticket.adapter == '' or is_resident(pool, replica, ticket.adapter) then
     local fields = grant(pool, ticket)
@@ -143,7 +143,7 @@ end
 
 -- Grants every slot that can be granted: to background tickets if no interactive one waits.
 local function dispatch(pool, caller)
-  if redis.call('EXISTS', pool.interactive.key .. ':queue', pool.background.key .. ':queue') == 0 then return end
+  if nothing_waits(pool) then return end
   for _ = 1, redis.call('ZCARD', pool.interactive.key .. ':queue') do
     if not has_room(pool) or not place_next(pool, pool.interactive, caller) then return end
   end
@@ -154,11 +154,11 @@ end
 
 -- Places a new interactive ticket if none waits and there is room, with the same result as queueing and dispatching it. Returns false otherwise.
 local function place_at_once(pool, ticket)
-  if ticket.background or redis.call('EXISTS', pool.key .. ':queue') == 1 then return false end
-  local replica = choose(pool, ticket.weight, ticket.adapter, nothing_kept())
+  if ticket.background or not (nothing_waits(pool) or redis.call('EXISTS', pool.key .. ':queue') == 0) then return false end
+  local replica = choose(pool, ticket.weight, ticket.adapter, NOTHING_KEPT)
   if not replica then return false end
   pass_through(pool, ticket)
-  place(pool, ticket, replica, ticket.id)
+  place(pool, ticket, replica, ticket.id, true)
   return true
 end
 

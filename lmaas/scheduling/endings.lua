@@ -2,15 +2,19 @@
 
 -- Ends a ticket: frees what it holds, and settles it to the tokens that it used (nil: none).
 local function forget(pool, ticket, used)
+  local before, bare = 0, false
   if ticket.state == TICKET.QUEUED then
     dequeue(pool, ticket)
   else
-    if ticket.placed and ticket.state ~= TICKET.YIELDED then charge(pool, ticket, (used and units(used) or 0) - charged(pool, ticket)) end
+    if ticket.placed and ticket.state ~= TICKET.YIELDED then
+      before, bare = charged(pool, ticket)
+      charge(pool, ticket, (used and units(used) or 0) - before)
+    end
     let_go(pool, ticket)
   end
   settle(pool, ticket, used)
   drop(pool, ticket)
-  redis.call('HDEL', pool.key .. ':progress', ticket.id)
+  if not bare then redis.call('HDEL', pool.key .. ':progress', ticket.id) end
   redis.call('ZREM', pool.key .. ':expiry', ticket.id)
   if not ticket.background then set_var(pool, 'active', pool.now) end
 end
@@ -74,7 +78,7 @@ end
 local function reap(pool)
   local gone, found = sweep(pool), var(pool, 'lost', 0) > 0
   take_back_lost(pool)
-  if pool.now < var(pool, 'spare', 0) then return found end
+  if is_calm(pool) or pool.now < var(pool, 'spare', 0) then return found end
   local expired = redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, pool.budget)
   for _, id in ipairs(expired) do
     local ticket = get(pool, id)
@@ -89,5 +93,6 @@ local function reap(pool)
   pool.budget = pool.budget - #expired
   table.sort(gone)
   for i = 1, math.min(#gone, MAX_GONE) do remove(pool, gone[i]) end
+  note_calm(pool)
   return found or #expired > 0 or #gone > 0
 end

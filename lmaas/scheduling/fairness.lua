@@ -36,30 +36,35 @@ local function charge(pool, ticket, units)
     counter = 0
     redis.call('ZADD', line.key .. ':counters', 0, ticket.tenant)
   end
-  redis.call('ZADD', line.key .. ':waiting', 'XX', counter, ticket.tenant)
+  if not nothing_waits(pool) then redis.call('ZADD', line.key .. ':waiting', 'XX', counter, ticket.tenant) end
 end
 
 local function units(tokens)
   return PROMPT_COST * tokens.prompt + COMPLETION_COST * tokens.completion
 end
 
--- Returns what a placed ticket has been charged so far. What was put back got its charge back.
+-- Returns what a placed ticket has been charged so far, and whether it is known that it has no checkpoint. What was put back got its
+-- charge back.
 local function charged(pool, ticket)
   if not ticket.placed or ticket.state == TICKET.YIELDED then return 0 end
   local tokens = progress(pool, ticket)
-  return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens
+  return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens, not tokens
 end
 
--- Lifts the counter of a tenant that begins to wait to the least of those that wait, plus `behind`.
-local function lift(pool, line, tenant, behind)
-  local counter = math.max(counter_of(line, tenant), floor_of(pool, line) + behind)
-  redis.call('ZADD', line.key .. ':counters', counter, tenant)
+-- Drops counters if there are too many.
+local function bound_counters(pool, line)
   if redis.call('ZCARD', line.key .. ':counters') > MAX_COUNTERS then
     -- Counters below the floor can be dropped: their tenants would be lifted to it anyway.
     local floor = floor_of(pool, line)
     set_var(pool, line.floor, floor)
     redis.call('ZREMRANGEBYSCORE', line.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
   end
+end
+
+-- Lifts the counter of a tenant that begins to wait to the least of those that wait, plus `behind`.
+local function lift(pool, line, tenant, behind)
+  redis.call('ZADD', line.key .. ':counters', math.max(counter_of(line, tenant), floor_of(pool, line) + behind), tenant)
+  bound_counters(pool, line)
 end
 
 -- Lets a tenant begin to wait.
@@ -69,10 +74,14 @@ local function line_up(pool, line, tenant)
   redis.call('ZADD', line.key .. ':waiting', counter_of(line, tenant), tenant)
 end
 
--- Leaves the same state as if the ticket had been queued and dequeued: no ticket waits, so its turn comes at once.
+-- Leaves the same state as if the ticket had been queued, dequeued and charged: no interactive ticket waits, so its turn comes at once.
 local function pass_through(pool, ticket)
+  local counters, last = pool.key .. ':counters', text_of(pool, 'last')
   ticket.sequence = next_of(pool, 'seq')
-  lift(pool, pool.interactive, ticket.tenant, 0)
+  local found = redis.call('ZMSCORE', counters, ticket.tenant, last or ticket.tenant)
+  local counter = math.max(tonumber(found[1] or 0), var(pool, 'floor', 0), tonumber(found[2] or 0))
+  redis.call('ZADD', counters, counter + PROMPT_COST * ticket.prompt_tokens / ticket.share, ticket.tenant)
+  bound_counters(pool, pool.interactive)
   set_var(pool, 'last', ticket.tenant)
 end
 
@@ -89,6 +98,7 @@ local function enqueue(pool, ticket, front)
   end
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = TICKET.QUEUED, nil, nil, nil
   put(pool, ticket)
+  pool.idle = false
   redis.call('ZADD', line.key .. ':queue', ticket.sequence, ticket.id)
   redis.call('HSET', line.key .. ':needs', ticket.id, needs_of(ticket))
 end

@@ -1,6 +1,6 @@
 -- Replicas: facts about each, and the indices by which a call finds one among thousands.
 --
--- The facts of a replica are its JSON (url, slots, adapter_slots, state, suspect, beat, since, left, late; `life`, a number that no other
+-- The facts of a replica are its JSON (url, slots, adapter_slots, state, suspect, since, left, late; `life`, a number that no other
 -- replica had; `load`, the slots in use, and `back`, those of background tickets; `latest`, the age of its latest background ticket; `runs` and `has`, the numbers of adapters that run and are resident; `stale`, that it was found
 -- silent) and four small keys of its own about adapters and tickets. A call reads the JSON of the few replicas that it considers.
 -- `index` derives the sorted sets and the sums of the pool from the JSON, before they are read and when the call ends.
@@ -8,19 +8,24 @@
 local MAX_CANDIDATES = 16 -- replicas that one search considers
 local MAX_DUE = 16        -- silent replicas that one call notices
 local MAX_GONE = 4        -- replicas that one call removes because they are silent
+local NONE = {}           -- the empty list, to be read only
 
--- Returns what the indices have of a replica.
+-- What the indices have of a replica: its scores in the sorted sets, false where it is in none, and what it adds to the sums in `:vars`.
+-- These are lists, because a table with names would cost several times as much.
+local SETS = { 'free', 'spare', 'crowded', 'starting', 'yielding' }
+local SUMS = { 'slots', 'load', 'back', 'able', 'open', 'open_slots', 'room', 'adapters' }
+local NOTHING = { false, false, false, false, false, 0, 0, 0, 0, 0, 0, 0, 0 }
+
 local function entries_of(replica)
-  local open = replica.state == REPLICA.READY and not replica.suspect and not replica.stale
-  local share, spare = replica.load / math.max(1, replica.slots), replica.runs < replica.adapter_slots
-  local free = open and replica.load < replica.slots
+  local ready, load, slots = replica.state == REPLICA.READY, replica.load, replica.slots
+  local open = ready and not replica.suspect and not replica.stale
+  local share, spare = load / math.max(1, slots), replica.runs < replica.adapter_slots
+  local free = open and load < slots
   return {
-    free = free and share or nil, spare = free and spare and share or nil, crowded = open and not spare and replica.runs > 0 and share or nil,
-    starting = replica.state == REPLICA.STARTING and replica.since or nil, yielding = open and replica.back > 0 and replica.latest or nil,
-    slots = replica.state == REPLICA.READY and replica.slots or 0, load = replica.load, back = replica.back,
-    able = replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0,
-    open = open and 1 or 0, open_slots = open and replica.slots or 0, room = free and replica.slots - replica.load or 0,
-    adapters = open and math.max(0, replica.adapter_slots - replica.runs) or 0,
+    free and share, free and spare and share, open and not spare and replica.runs > 0 and share,
+    replica.state == REPLICA.STARTING and replica.since, open and replica.back > 0 and replica.latest,
+    ready and slots or 0, load, replica.back, replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0,
+    open and 1 or 0, open and slots or 0, free and slots - load or 0, open and math.max(0, replica.adapter_slots - replica.runs) or 0,
   }
 end
 
@@ -31,16 +36,36 @@ local function pairs_of(stored)
   return found
 end
 
-local SETS = { 'free', 'spare', 'crowded', 'starting', 'yielding' }
-local SUMS = { 'slots', 'load', 'back', 'able', 'open', 'open_slots', 'room', 'adapters' }
-local NOTHING = { slots = 0, load = 0, back = 0, able = 0, open = 0, open_slots = 0, room = 0, adapters = 0 }
+-- A replica is stored as its JSON. If its next heartbeat changes nothing when it is the same as the last one, then before the JSON are two
+-- lines: that heartbeat (`said`), and what the reply to it says of the replica. See `beat_again`.
+local function text_of_replica(replica)
+  local said = replica.said
+  if not said or replica.state == REPLICA.STARTING or replica.suspect or replica.stale then
+    replica.said = nil
+    return cjson.encode(replica)
+  end
+  replica.said = nil
+  local text = said .. '\n{"state":"' .. replica.state .. '","load":' .. replica.load .. ',"background":' .. replica.back .. ',"suspect":false,\n'
+    .. cjson.encode(replica)
+  replica.said = said
+  return text
+end
+
+-- Reads what `text_of_replica` wrote.
+local function parsed(stored)
+  local first = string.find(stored, '\n', 1, true)
+  if not first then return cjson.decode(stored) end
+  local replica = cjson.decode(string.sub(stored, string.find(stored, '\n', first + 1, true) + 1))
+  replica.said = string.sub(stored, 1, first - 1)
+  return replica
+end
 
 -- Returns a replica, or nil.
 local function replica_of(pool, id)
   local known = pool.replicas[id]
   if known == nil then
     local stored = redis.call('HGET', pool.key .. ':replicas', id)
-    known = stored and cjson.decode(stored) or false
+    known = stored and parsed(stored) or false
     pool.replicas[id] = known
     if known then pool.was[id] = entries_of(known) end
   end
@@ -54,20 +79,22 @@ end
 
 -- Moves the replicas that have changed to where they belong in the indices.
 local function index(pool)
+  if not next(pool.moved) then return end
   for id in pairs(pool.moved) do
     local replica = pool.replicas[id]
     local was, is = pool.was[id] or NOTHING, replica and entries_of(replica) or NOTHING
-    for _, name in ipairs(SETS) do
-      if is[name] ~= was[name] then
-        if is[name] then
-          redis.call('ZADD', pool.key .. ':' .. name, is[name], id)
+    for i = 1, #SETS do
+      if is[i] ~= was[i] then
+        if is[i] then
+          redis.call('ZADD', pool.key .. ':' .. SETS[i], is[i], id)
         else
-          redis.call('ZREM', pool.key .. ':' .. name, id)
+          redis.call('ZREM', pool.key .. ':' .. SETS[i], id)
         end
       end
     end
-    for _, name in ipairs(SUMS) do
-      if is[name] ~= was[name] then set_var(pool, name, var(pool, name, 0) + is[name] - was[name]) end
+    for i = 1, #SUMS do
+      local difference = is[#SETS + i] - was[#SETS + i]
+      if difference ~= 0 then set_var(pool, SUMS[i], var(pool, SUMS[i], 0) + difference) end
     end
     pool.was[id] = is
   end
@@ -80,7 +107,7 @@ local function close(pool)
   for id in pairs(pool.dirty) do
     local replica = pool.replicas[id]
     if replica then
-      redis.call('HSET', pool.key .. ':replicas', id, cjson.encode(replica))
+      redis.call('HSET', pool.key .. ':replicas', id, text_of_replica(replica))
     else
       redis.call('HDEL', pool.key .. ':replicas', id)
     end
@@ -104,28 +131,54 @@ local function add_replica(pool, id)
   return replica
 end
 
--- Returns whether a replica gets new work.
+-- Returns when the replica sent its last heartbeat.
+local function beat_of(pool, replica)
+  return tonumber(redis.call('ZSCORE', pool.key .. ':due', replica.id)) - (replica.stale and GONE_MS + 1 or STALE_MS)
+end
+
+-- Returns whether a replica gets new work. The call has swept.
 local function fresh(pool, replica)
-  return replica.state == REPLICA.READY and not replica.suspect and pool.now - replica.beat < STALE_MS
+  if replica.state ~= REPLICA.READY or replica.suspect or replica.stale then return false end
+  return not pool.unswept or pool.now - beat_of(pool, replica) < STALE_MS
 end
 
 -- Notes that a replica has been silent for too long. Its next heartbeat brings it back.
 local function set_stale(pool, replica)
+  if replica.stale then return end
+  redis.call('ZADD', pool.key .. ':due', beat_of(pool, replica) + GONE_MS + 1, replica.id)
   replica.stale = true
-  redis.call('ZADD', pool.key .. ':due', replica.beat + GONE_MS + 1, replica.id)
   changed(pool, replica)
 end
 
--- Notes which replicas have been silent for too long, once in a call. Returns those that are gone.
+-- Returns whether neither replicas nor tickets have been silent for too long. Mostly this is known without looking.
+local function is_calm(pool)
+  return pool.now < var(pool, 'calm', 0)
+end
+
+-- Notes which replicas have been silent for too long, once in a call. Returns those that are gone. `unswept`: there may be more.
 local function sweep(pool)
   if pool.gone then return pool.gone end
+  if is_calm(pool) then return NONE end
   pool.gone = {}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', pool.key .. ':due', '-inf', pool.now, 'LIMIT', 0, MAX_DUE)) do
+  local found = redis.call('ZRANGEBYSCORE', pool.key .. ':due', '-inf', pool.now, 'LIMIT', 0, MAX_DUE)
+  for _, id in ipairs(found) do
     local replica = replica_of(pool, id)
-    if not replica.stale then set_stale(pool, replica) end
-    if pool.now - replica.beat > GONE_MS then pool.gone[#pool.gone + 1] = id end
+    if pool.now - beat_of(pool, replica) > GONE_MS then pool.gone[#pool.gone + 1] = id end
+    set_stale(pool, replica)
   end
+  pool.unswept = #found == MAX_DUE
   return pool.gone
+end
+
+-- Notes until when the pool is calm, after a call has reaped. Whatever is due later than its first entries will be due later than that, and
+-- what comes from now on is due later than STALE_MS.
+local function note_calm(pool)
+  local calm = pool.now + math.min(STALE_MS, LEASE_MS)
+  for _, name in ipairs({ ':due', ':expiry' }) do
+    local first = redis.call('ZRANGE', pool.key .. name, 0, 0, 'WITHSCORES')[2]
+    if first then calm = math.min(calm, tonumber(first)) end
+  end
+  set_var(pool, 'calm', calm)
 end
 
 local function is_resident(pool, replica, adapter)

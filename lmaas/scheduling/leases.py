@@ -27,7 +27,7 @@ REMEMBER_AT_MOST = 50_000
 #: The time after which Redis gives up a ticket that is not renewed (LEASE_MS). Nothing is left to release then.
 LEASE_S = 6.0
 #: The number of tickets that are renewed in one call, during which the server does nothing else.
-RENEW_AT_ONCE = 100
+RENEW_AT_ONCE = 50
 
 
 class Usage(Protocol):

@@ -2,7 +2,10 @@
 -- when it ends. A request that was refused, or never ran, has used nothing. All of this happens inside the calls that queue and release a
 -- ticket, so it is exact with any number of gateways.
 --
--- A scope (a tenant or a key) is one MessagePack value: window   each second of the last minute in which something was counted, oldest
+-- A scope (a tenant or a key) is stored as some MessagePack values, one after the other, which costs less than a map of them: memory,
+-- window, requests, minute_tokens, running, month, tokens, cost, seeded, generation, asked, turn_ms. `memory` is the first, because the
+-- release before this one reads the first value and finds that it is not its own:
+--   window   each second of the last minute in which something was counted, oldest
 -- first: second, requests, tokens. It is a string of bytes,
 --            since unpacking a table of them with each request would cost more than everything else
 --   requests, minute_tokens  their sums
@@ -61,7 +64,8 @@ end
 
 -- Drops entries that are more than a minute old, and those in the future, which are from before the clock was set back.
 local function forget_seconds(scope, second)
-  local first, last = 1, entries(scope)
+  local all = entries(scope)
+  local first, last = 1, all
   while first <= last do
     local at, requests, tokens = entry(scope, first)
     if at + WINDOW_S >= second then break end
@@ -72,30 +76,47 @@ local function forget_seconds(scope, second)
     if at <= second then break end
     last, scope.requests, scope.minute_tokens = last - 1, scope.requests - requests, scope.minute_tokens - tokens
   end
-  scope.window = string.sub(scope.window, (first - 1) * ENTRY_BYTES + 1, last * ENTRY_BYTES)
+  if first > 1 or last < all then scope.window = string.sub(scope.window, (first - 1) * ENTRY_BYTES + 1, last * ENTRY_BYTES) end
 end
 
--- Reads a scope as it is now.
-local function load_scope(pool, id)
-  local found = redis.call('MGET', 'lmaas:limits', 'lmaas:limits:' .. id)
-  local current, scope = LAYOUT .. '/' .. (found[1] or ''), found[2] and cmsgpack.unpack(found[2])
-  if not scope or scope.memory ~= current then
-    scope = {
-      id = id, window = '', requests = 0, minute_tokens = 0, running = 0, month = month_now(pool), tokens = 0, cost = 0, seeded = SEEDED.NO,
-      generation = 0, memory = current,
-    }
+-- Returns a scope as it is now, from what is stored of it.
+local function scope_of(pool, id, stored, current)
+  local memory, window, requests, minute_tokens, running, month, tokens, cost, seeded, generation, asked, turn_ms
+  if stored then
+    memory, window, requests, minute_tokens, running, month, tokens, cost, seeded, generation, asked, turn_ms = cmsgpack.unpack(stored)
   end
+  if memory ~= current then
+    window, requests, minute_tokens, running, month, tokens, cost = '', 0, 0, 0, month_now(pool), 0, 0
+    seeded, generation, asked, turn_ms = SEEDED.NO, 0, false, false
+  end
+  local scope = {
+    id = id, memory = current, window = window, requests = requests, minute_tokens = minute_tokens, running = running, month = month,
+    tokens = tokens, cost = cost, seeded = seeded, generation = generation, asked = asked, turn_ms = turn_ms,
+  }
   forget_seconds(scope, math.floor(pool.wall / 1000))
-  local month = month_now(pool)
-  if scope.month ~= month then
+  if month ~= month_now(pool) then
     -- A new month begins with zero and needs no ledger.
-    scope.month, scope.tokens, scope.cost = month, 0, 0
+    scope.month, scope.tokens, scope.cost = month_now(pool), 0, 0
   end
   return scope
 end
 
+-- Reads the scopes of some limits.
+local function load_scopes(pool, limits)
+  local keys, scopes = { 'lmaas:limits' }, {}
+  for i, limit in ipairs(limits) do keys[i + 1] = 'lmaas:limits:' .. limit.id end
+  local found = redis.call('MGET', unpack(keys))
+  local current = LAYOUT .. '/' .. (found[1] or '')
+  for i, limit in ipairs(limits) do scopes[i] = scope_of(pool, limit.id, found[i + 1], current) end
+  return scopes
+end
+
 local function save_scope(scope)
-  redis.call('SET', 'lmaas:limits:' .. scope.id, cmsgpack.pack(scope), 'EX', FORGET_S)
+  local stored = cmsgpack.pack(
+    scope.memory, scope.window, scope.requests, scope.minute_tokens, scope.running, scope.month, scope.tokens, scope.cost, scope.seeded,
+    scope.generation, scope.asked, scope.turn_ms
+  )
+  redis.call('SET', 'lmaas:limits:' .. scope.id, stored, 'EX', FORGET_S)
 end
 
 local function cost_of(prices, prompt, cached, completion)
@@ -193,7 +214,7 @@ end
 -- Adds the ledger's figures of the month: {scope → [month, tokens, cost]}.
 local function take_seeds(pool, seeds)
   for id, seed in pairs(seeds) do
-    local scope = load_scope(pool, id)
+    local scope = load_scopes(pool, { { id = id } })[1]
     if scope.seeded == SEEDED.ASKED and seed[1] == scope.month then
       scope.tokens, scope.cost, scope.seeded = scope.tokens + seed[2], scope.cost + seed[3], SEEDED.YES
       save_scope(scope)
@@ -207,9 +228,9 @@ local function reserve(pool, ticket, forced)
   if #ticket.limits == 0 then return nil, nil end
   local tokens = ticket.prompt_tokens + ticket.completion_tokens
   local cost = cost_of(ticket.prices, ticket.prompt_tokens, 0, ticket.completion_tokens)
-  local scopes, unseeded = {}, {}
+  local scopes, unseeded = load_scopes(pool, ticket.limits), {}
   for i, limit in ipairs(ticket.limits) do
-    local scope = load_scope(pool, limit.id)
+    local scope = scopes[i]
     if (limit.tokens_per_month or limit.budget_per_month) and scope.seeded ~= SEEDED.YES then
       unseeded[#unseeded + 1] = limit.id
       if not forced and (scope.seeded == SEEDED.NO or math.abs(pool.wall - scope.asked) > ASK_AGAIN_MS) then
@@ -218,7 +239,6 @@ local function reserve(pool, ticket, forced)
         save_scope(scope)
       end
     end
-    scopes[i] = scope
   end
   if not forced then
     if #unseeded > 0 then return { state = NO_TICKET.UNSEEDED, scopes = unseeded, month = scopes[1].month } end
@@ -251,8 +271,7 @@ local function settle(pool, ticket, used)
     tokens = used.prompt + used.completion
     cost = cost_of(ticket.prices, used.prompt, used.cached, used.completion)
   end
-  for i, limit in ipairs(ticket.limits) do
-    local scope = load_scope(pool, limit.id)
+  for i, scope in ipairs(load_scopes(pool, ticket.limits)) do
     -- `here`: it was reserved in this memory, and not in one that is gone.
     local here, found = scope.memory == reserved.memories[i], ticket.background
     for number = here and not ticket.background and entries(scope) or 0, 1, -1 do

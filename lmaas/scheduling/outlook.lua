@@ -14,7 +14,7 @@ local function next_start(pool, usual)
     local replica = replica_of(pool, id)
     local left, late = left_of(usual, pool.now - replica.since)
     if replica.left then
-      left, late = math.max(math.min(1000, replica.left), replica.left - (pool.now - replica.beat)), replica.late or 0
+      left, late = math.max(math.min(1000, replica.left), replica.left - (pool.now - beat_of(pool, replica))), replica.late or 0
     end
     if not best or left < best[1] or (left == best[1] and late < best[2]) then best = { left, late } end
   end

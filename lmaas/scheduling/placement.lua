@@ -12,6 +12,8 @@ local function nothing_kept()
   return { at = {}, count = 0, keeps = 0, holders = {} }
 end
 
+local NOTHING_KEPT = nothing_kept() -- to be read only
+
 -- Returns whether a replica is open to a ticket although something may be kept free there. `runs`: its adapter runs there.
 local function left_by(kept, replica, adapter, runs)
   local here = kept.at[replica.id]

@@ -14,7 +14,7 @@ local function full(pool, ticket, max_queued, max_queued_pool)
     if redis.call('ZCARD', pool.background.key .. ':queue') < MAX_BACKGROUND_QUEUED then return nil end
     return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = var(pool, 'run_ms', TURN_MS) }
   end
-  local queued = redis.call('ZCARD', pool.key .. ':queue')
+  local queued = nothing_waits(pool) and 0 or redis.call('ZCARD', pool.key .. ':queue')
   local own = queued > 0 and redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) or 0
   if own >= max_queued then return { state = NO_TICKET.REFUSED } end
   if queued >= max_queued_pool then return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = estimate(pool, queued).wait_ms } end
@@ -27,7 +27,9 @@ redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
   if reap(pool) then dispatch(pool) end
   local ticket = decoded(args[1])
-  local known, left = get(pool, ticket.id), nil
+  -- The tickets with a lease are those that exist.
+  local is_new = redis.call('ZADD', pool.key .. ':expiry', 'NX', pool.now + LEASE_MS, ticket.id) == 1
+  local known, left = not is_new and get(pool, ticket.id), nil
   if not known then
     -- A ticket that has waited already was accepted before this server lost its memory.
     local accepted = ticket.waited_ms > 0
@@ -35,12 +37,12 @@ redis.register_function('lmaas_submit', function(keys, args)
     local refused = not accepted and full(pool, ticket, tonumber(args[2]), tonumber(args[3])) or nil
     if not refused then refused, left = reserve(pool, ticket, accepted) end
     if refused then
+      redis.call('ZREM', pool.key .. ':expiry', ticket.id)
       close(pool)
       return cjson.encode(refused)
     end
     -- A ticket that is submitted again after the server lost its memory has waited, and perhaps been delivered, before.
     ticket.submitted = pool.now - ticket.waited_ms
-    redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
     if not ticket.background then
       set_var(pool, 'active', pool.now)
       set_var(pool, 'arrived', pool.now)
@@ -160,12 +162,39 @@ redis.register_function('lmaas_restore', function(keys, args)
   return done
 end)
 
+-- Does the work of a heartbeat that is the same as the replica's last one and finds nothing to do, as nearly all are: no ticket waits, no
+-- adapter is to be loaded, and the pool is calm. Returns the reply, or nil if `lmaas_heartbeat` has to do it; then nothing has changed.
+-- The result is the same in either case, but this costs little, in a fleet whose heartbeats are most of its calls.
+local function beat_again(prefix, id, said, seen)
+  local last = seen_last[prefix]
+  local stored = last and redis.call('HGET', prefix .. ':replicas', id)
+  if not stored or string.find(stored, said .. '\n', 1, true) ~= 1 then return nil end
+  local vars = redis.call('HMGET', prefix .. ':vars', 'mark', 'reaped', 'offset', 'calm', 'lost', 'controller')
+  local mark, reaped = tonumber(vars[1]), tonumber(vars[2])
+  local run, seen_mark = string.match(seen, '^(%w+) (%d+)$')
+  if mark ~= last.mark or run ~= process or tonumber(seen_mark) > mark then return nil end
+  local time = redis.call('TIME')
+  local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  local now = wall + tonumber(vars[3] or 0)
+  if wall < reaped or wall - reaped > AWAY_MS or now >= tonumber(vars[4] or 0) or tonumber(vars[5] or 0) > 0 then return nil end
+  if redis.call('EXISTS', prefix .. ':queue', prefix .. ':background:queue', prefix .. ':loading:' .. id) > 0 then return nil end
+  last.mark = mark + 1
+  redis.call('HSET', prefix .. ':vars', 'mark', last.mark, 'reaped', wall)
+  redis.call('ZADD', prefix .. ':due', now + STALE_MS, id)
+  local first = #said + 2
+  return string.sub(stored, first, string.find(stored, '\n', first, true) - 1) .. '"epoch":"' .. last.epoch .. '","memory":"' .. process .. ' '
+    .. string.format('%.0f', last.mark) .. '","loads":{},"running":{},"used":{},"controller":'
+    .. (now - tonumber(vars[6] or 0) < PRESENT_MS and 'true}' or 'false}')
+end
+
 -- heartbeat(replica id, JSON {url, slots, adapter_slots, state, cleared, suspect, start_ms, left_ms, late_ms}, memory, JSON of the resident
 -- adapters) → {state, load, background (the slots of background tickets, of the load), suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter of `loads` →
 -- tickets that wait for it}, used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
 -- `used` is reported if there is something to load, since another adapter may have to make room. The resident adapters are read only when
 -- the scheduler does not know them.
 redis.register_function('lmaas_heartbeat', function(keys, args)
+  local again = beat_again(keys[1], args[1], args[2], args[3])
+  if again then return again end
   local pool = open_as_seen(keys[1], args[3])
   local beat = cjson.decode(args[2])
   local replica = replica_of(pool, args[1])
@@ -181,7 +210,8 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   end
   -- A drain is decided here, and a heartbeat that was already on its way does not undo it.
   if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
-  replica.url, replica.slots, replica.adapter_slots, replica.beat = beat.url, beat.slots, beat.adapter_slots, pool.now
+  replica.url, replica.slots, replica.adapter_slots = beat.url, beat.slots, beat.adapter_slots
+  replica.said = not beat.start_ms and not string.find(args[2], '\n', 1, true) and args[2] or nil
   replica.left, replica.late, replica.stale = beat.left_ms, beat.late_ms, nil
   if beat.cleared then replica.suspect = nil end
   if beat.suspect then replica.suspect = true end
@@ -289,10 +319,10 @@ redis.register_function('lmaas_deregister', function(keys, args)
 end)
 
 -- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual
--- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, queued, load, idle_ms,
+-- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, stale_after, gone_after, queued, load, idle_ms,
 -- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields, reserve}},
--- replica id, its JSON, …}. Its client decodes the replicas, since they may
--- be thousands.
+-- [replica id, its text (see `text_of_replica`), …], [replica id, when its silence matters next, …]}. Its client decodes the replicas,
+-- since they may be thousands.
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
@@ -303,16 +333,15 @@ register_always('lmaas_stats', function(keys, args)
   set_var(pool, 'delay_ms', args[2])
   set_var(pool, 'first_ms', args[3])
   close(pool)
-  local reply = redis.call('HGETALL', pool.key .. ':replicas')
-  table.insert(reply, 1, cjson.encode({
+  local head = cjson.encode({
     queued = redis.call('ZCARD', pool.key .. ':queue'), load = var(pool, 'load', 0) - var(pool, 'back', 0), now = pool.now, memory = memory(pool),
-    idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
+    stale_after = STALE_MS, gone_after = GONE_MS + 1, idle_ms = pool.now - var(pool, 'active', 0), run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
     background = {
       queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0), yields = var(pool, 'yields', 0),
       reserve = reserve_of(pool),
     },
-  }))
-  return reply
+  })
+  return { head, redis.call('HGETALL', pool.key .. ':replicas'), redis.call('ZRANGE', pool.key .. ':due', 0, -1, 'WITHSCORES') }
 end)
 
 -- room(memory) → {memory, ready (replicas that get work), slots (of them), room (slots that background tickets could get now), queued and

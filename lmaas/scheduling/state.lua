@@ -21,7 +21,7 @@
 --   :passed    hash  queued ticket id → how many tickets had been placed when it was first passed over
 -- Background tickets wait in keys of the same form, whose names begin with `:background` (`:background:queue`, …). See yielding.lua.
 -- Facts about replica R (see fleet.lua):
---   :replicas  hash  replica id → JSON          :held:R    zset  ticket id → sequence, of the tickets that hold slots there
+--   :replicas  hash  replica id → text          :held:R    zset  ticket id → sequence, of the tickets that hold slots there
 --   :running:R hash  adapter → tickets that hold a slot with it    :used:R  hash  adapter → when a ticket was last placed with it
 --   :resident:R set  adapters on its engine     :loading:R hash  adapter that it is to load → source
 --   :waits:R|A zset  ticket id → sequence, of the tickets that hold a slot there until adapter A is loaded
@@ -31,7 +31,8 @@
 --   :spare     zset  the same, of those that have a free adapter slot too
 --   :crowded   zset  the same, of those that get work and have no free adapter slot
 --   :runs:A    zset  replicas on which tickets hold a slot with adapter A    :has:A  zset  replicas on which adapter A is resident
---   :starting  zset  replica → since when       :due       zset  replica → when its silence matters next (ms)
+--   :starting  zset  replica → since when       :due       zset  replica → when its silence matters next (ms), from which
+--   its last heartbeat follows (see `beat_of`)
 --   :yielding  zset  replica → age of its latest background ticket, of those that get work and on which background tickets hold slots
 --   :adapters  zset  adapter → replicas on which it is resident
 -- Tickets whose replica is lost or drains and that no call has reached yet:
@@ -127,8 +128,10 @@ local seen_last = {}
 --   slots, able            the slots of ready replicas; the replicas that may get work sooner or later
 --   open, open_slots, adapters  the replicas that get work, their slots, their free adapter slots
 --   boost, boost_at, arrived  see reserve.lua
+--   calm                   until when no replica has been silent for too long and no lease has expired; see `reap`
 --   ages, yields           numbers given to background tickets that were placed; background tickets that were put back
-local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'back', 'room', 'seq', 'placed', 'last', 'floor' }
+-- `open` reads them in this order.
+local VARS = { 'reaped', 'offset', 'spare', 'lost', 'load', 'back', 'room', 'seq', 'placed', 'last', 'floor', 'calm', 'run_ms' }
 
 -- Returns a field of `:vars` as text, or false.
 local function text_of(pool, name)
@@ -209,15 +212,22 @@ local function open(prefix, or_nil)
   process = process or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local time = redis.call('TIME')
   local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-  local pool = { key = prefix, wall = wall, now = wall, run = process, budget = MAX_REAPED, yields = MAX_YIELDS }
-  -- The two queues: the prefix of their keys, and their fields of `:vars`.
-  pool.interactive = { key = prefix, last = 'last', floor = 'floor', placed = 'placed' }
-  pool.background = {
-    key = prefix .. ':background', last = 'background_last', floor = 'background_floor', placed = 'background_placed', is_background = true,
+  -- Tables get their usual fields when they are made, since to let them grow one by one costs more than all else here.
+  local pool = {
+    key = prefix, wall = wall, now = wall, run = process, budget = MAX_REAPED, yields = MAX_YIELDS, mark = 0, epoch = false, base = false,
+    began = false, idle = nil, gone = nil, month = nil, replicas = {}, was = {}, dirty = {}, moved = {}, tickets = {}, changed = {}, vars = {},
+    written = {
+      mark = false, reaped = wall, load = false, room = false, seq = false, placed = false, last = false, turn = false, active = false,
+      arrived = false, run_ms = false,
+    },
+    -- The two queues: the prefix of their keys, and their fields of `:vars`.
+    interactive = { key = prefix, last = 'last', floor = 'floor', placed = 'placed' },
+    background = {
+      key = prefix .. ':background', last = 'background_last', floor = 'background_floor', placed = 'background_placed', is_background = true,
+    },
   }
-  pool.replicas, pool.was, pool.dirty, pool.moved, pool.tickets, pool.changed = {}, {}, {}, {}, {}, {}
-  pool.vars, pool.written = {}, {}
-  pool.mark = redis.call('HINCRBY', prefix .. ':vars', 'mark', 1)
+  local stored = redis.call('HMGET', prefix .. ':vars', 'mark', unpack(VARS))
+  pool.mark = tonumber(stored[1] or 0) + 1
   local seen = seen_last[prefix]
   if not seen or seen.mark + 1 ~= pool.mark then
     local found = redis.call('HMGET', prefix .. ':vars', 'layout', 'epoch', 'run', 'base', 'began')
@@ -226,7 +236,7 @@ local function open(prefix, or_nil)
         if or_nil then return nil end
         error('this pool is used by a newer release')
       end
-      if redis.call('HLEN', prefix .. ':vars') == 1 and redis.call('EXISTS', prefix .. ':tickets', prefix .. ':replicas') == 0 then
+      if redis.call('EXISTS', prefix .. ':vars', prefix .. ':tickets', prefix .. ':replicas') == 0 then
         begin_epoch(pool, 0)
       else
         rebuild(pool, pool.mark)
@@ -240,9 +250,15 @@ local function open(prefix, or_nil)
       redis.call('HSET', prefix .. ':vars', 'run', process, 'base', string.format('%.0f', seen.base))
     end
     seen_last[prefix] = seen
+    stored[13] = false -- `calm`: another library was used, which may have given other leases
   end
   seen.mark, pool.epoch, pool.base, pool.began = pool.mark, seen.epoch, seen.base, seen.began
-  for i, value in ipairs(redis.call('HMGET', prefix .. ':vars', unpack(VARS))) do pool.vars[VARS[i]] = value end
+  pool.vars = {
+    reaped = stored[2], offset = stored[3], spare = stored[4], lost = stored[5], load = stored[6], back = stored[7], room = stored[8],
+    seq = stored[9], placed = stored[10], last = stored[11], floor = stored[12], calm = stored[13], run_ms = stored[14], mark = pool.mark,
+    turn = nil, active = nil, arrived = nil,
+  }
+  pool.written.mark = pool.mark
   local last = var(pool, 'reaped', wall)
   if wall < last then set_var(pool, 'offset', var(pool, 'offset', 0) + last - wall) end
   pool.now = wall + var(pool, 'offset', 0)
@@ -273,37 +289,46 @@ local function open_as_seen(prefix, seen)
   return pool
 end
 
--- What changes of a ticket. The rest is as its gateway sent it.
-local CHANGES = {
-  'state', 'submitted', 'sequence', 'reserved', 'placed', 'granted', 'replica', 'life', 'held', 'revoked',
-}
-
 -- Decodes a ticket as it was sent or stored.
 local function decoded(text)
   local ticket = cjson.decode(text)
-  -- The text up to here does not change: to write it again costs less than to encode it. (In a JSON string, its quotes would be escaped.)
-  ticket.sent = string.sub(text, 1, (string.find(text, ',"waited_ms":', 1, true) or string.find(text, ',"attempts":', 1, true)) - 1)
+  ticket.text = text
   return ticket
 end
 
--- Encodes a ticket: as it was sent, with what has changed behind it.
-local function encoded(ticket)
-  local changes = {}
-  for _, name in ipairs(CHANGES) do changes[name] = ticket[name] end
-  return ticket.sent .. ',"attempts":' .. ticket.attempts .. ',' .. string.sub(cjson.encode(changes), 2)
+-- Returns whether neither interactive nor background tickets wait. It is asked once in a call; `enqueue` knows better.
+local function nothing_waits(pool)
+  if pool.idle == nil then pool.idle = redis.call('EXISTS', pool.interactive.key .. ':queue', pool.background.key .. ':queue') == 0 end
+  return pool.idle
 end
+
+-- Encodes a ticket: as it was sent, with what changes of it behind that. To copy the text costs less than to encode all of it.
+local function encoded(ticket)
+  local text = ticket.text
+  -- In a JSON string, the quotes of these names would be escaped.
+  local rest = string.find(text, ',"waited_ms":', 1, true) or string.find(text, ',"attempts":', 1, true)
+  return string.sub(text, 1, rest - 1) .. ',"attempts":' .. ticket.attempts .. ',' .. string.sub(cjson.encode({
+    state = ticket.state, submitted = ticket.submitted, sequence = ticket.sequence, reserved = ticket.reserved, placed = ticket.placed,
+    granted = ticket.granted, replica = ticket.replica, life = ticket.life, held = ticket.held, revoked = ticket.revoked,
+  }), 2)
+end
+
+-- Arguments of HSET, kept between calls.
+local fields = {}
 
 -- Writes what a call has changed of tickets and `:vars`; `close` (fleet.lua) does it, after the replicas.
 local function write_rest(pool)
   for id, ticket in pairs(pool.changed) do redis.call('HSET', pool.key .. ':tickets', id, encoded(ticket)) end
   pool.changed = {}
-  local fields = {}
+  local count = 0
   for name, value in pairs(pool.written) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
+    if value then
+      fields[count + 1], fields[count + 2] = name, value
+      count = count + 2
+    end
   end
   pool.written = {}
-  if #fields > 0 then redis.call('HSET', pool.key .. ':vars', unpack(fields)) end
+  if count > 0 then redis.call('HSET', pool.key .. ':vars', unpack(fields, 1, count)) end
 end
 
 -- Returns whether a ticket still holds what it was given: its replica was not removed since, and if it waits there for its adapter, the

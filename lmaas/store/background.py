@@ -5,12 +5,12 @@ any more. The end of a response is one transaction: its state, the stored respon
 comes first holds, because each of them needs a row that has not ended.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, literal, select, text, update
+from sqlalchemy import ColumnElement, Row, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -18,6 +18,7 @@ from lmaas.errors import InProgress, OverLimit, Unauthenticated
 from lmaas.states import BackgroundStatus
 from lmaas.store import conversations
 from lmaas.store.database import Database
+from lmaas.store.event_logs import FIRST_EVENT, Piece
 from lmaas.store.idempotency import Answer, Claim, keep_in
 from lmaas.store.responses import ROW_BYTES, Response, owned
 from lmaas.store.runners import hold
@@ -30,10 +31,6 @@ from lmaas.store.usage import UsageEvent, insert_events
 LOG_KEPT_FOR = timedelta(minutes=10)
 #: The bytes that the unfinished responses of one tenant may take.
 MAX_OPEN_BYTES = 256 * 1024 * 1024
-#: The `sequence_number` of the first event after those of the creation.
-FIRST_EVENT = 2
-#: Pieces of a log that are read at a time.
-PIECES_AT_ONCE = 4
 
 #: Leases rows that no runner has leased. A tenant's oldest ones come first, but those that it has running come before them in its turn, so
 #: that tenants take turns. The rows are chosen before they are looked up one by one: joined as a whole, they take quadratic time.
@@ -139,31 +136,6 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive events, with the numbers of the first and the last."""
-
-    first: int
-    last: int
-    events: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """What can be read of a log after an event: its next pieces, and how it goes on.
-
-    `first_event` is the number of the first event of the present run; earlier runs' events are gone. `next_event` is the number of the next
-    event. The log is not `is_whole` if some events were not logged.
-    """
-
-    status: BackgroundStatus
-    has_ended: bool
-    first_event: int
-    next_event: int
-    is_whole: bool
-    pieces: Sequence[Piece]
-
-
-@dataclass(frozen=True, slots=True)
 class Ending:
     """The end of a response: what is stored with its state. `items` are appended to its conversation."""
 
@@ -224,13 +196,9 @@ async def create(
         await connection.execute(insert(rows).values(values))
         if new.events is not None:
             piece = Piece(0, FIRST_EVENT - 1, new.events)
-            await connection.execute(insert(response_events).values(_piece(tenant_id, new.id, piece)))
+            await connection.execute(insert(response_events).values(piece.row(tenant_id, new.id)))
         if kept is not None and not await keep_in(connection, *kept):
             raise InProgress("Another request with this Idempotency-Key has taken it over. Retry after 2 s.", retry_after_s=2)
-
-
-def _piece(tenant_id: str, response_id: str, piece: Piece) -> dict[str, Any]:
-    return {"tenant_id": tenant_id, "response_id": response_id, "first": piece.first, "last": piece.last, "events": piece.events}
 
 
 async def find_open(db: Database, tenant_id: str, response_id: str) -> Open | None:
@@ -281,45 +249,6 @@ async def delete_response(db: Database, tenant_id: str, response_id: str) -> boo
             # It may have been cancelled before.
             await connection.execute(update(rows).where(*_one(tenant_id, response_id)).values(status=BackgroundStatus.DELETED.value))
         return found
-
-
-async def read_log(db: Database, tenant_id: str, response_id: str, after: int) -> Log | None:
-    """Return what the log of a response has after the event `after`. None if its events are not logged, or not any more.
-
-    It is one statement, so the pieces and the state belong together.
-    """
-    pieces = response_events.c
-    next_pieces = (
-        select(pieces.first, pieces.last, pieces.events)
-        .where(pieces.tenant_id == tenant_id, pieces.response_id == response_id, pieces.last > after)
-        .order_by(pieces.first)
-        .limit(PIECES_AT_ONCE)
-        .subquery("pieces")
-        .lateral()
-    )
-    columns = (rows.c.status, rows.c.ended_at, rows.c.first_event, rows.c.next_event, rows.c.is_log_whole)
-    query = (
-        select(*columns, next_pieces.c.first, next_pieces.c.last, next_pieces.c.events)
-        .join_from(rows, next_pieces, literal(True), isouter=True)
-        .where(*_one(tenant_id, response_id), rows.c.is_streamed, rows.c.status != BackgroundStatus.DELETED)
-        .order_by(next_pieces.c.first)
-    )
-    async with db.begin(tenant_id) as connection:
-        found = (await connection.execute(query)).all()
-    if not found:
-        return None
-    row = found[0]
-    read = [Piece(each.first, each.last, each.events) for each in found if each.first is not None]
-    return Log(BackgroundStatus(row.status), row.ended_at is not None, row.first_event, row.next_event, row.is_log_whole, read)
-
-
-async def progress(db: Database, tenant_id: str, response_ids: Collection[str]) -> dict[str, tuple[int, bool]]:
-    """Return the number of the next event of each of these responses, and whether it has ended. Those that do not exist are missing."""
-    query = select(rows.c.id, rows.c.next_event, rows.c.ended_at.is_not(None)).where(
-        *owned(rows, tenant_id), rows.c.id.in_(response_ids), rows.c.status != BackgroundStatus.DELETED
-    )
-    async with db.begin(tenant_id) as connection:
-        return {response_id: (number, has_ended) for response_id, number, has_ended in await connection.execute(query)}
 
 
 async def claim(db: Database, runner_id: str, most: int, most_bytes: int = MAX_OPEN_BYTES) -> list[Lease]:
@@ -415,7 +344,7 @@ async def finish(db: Database, lease: Lease, ending: Ending, kept_for: timedelta
         await connection.execute(update(rows).where(*_held(lease)).values(runner_id=None, size_bytes=rows.c.size_bytes + log_bytes))
         for piece in ending.pieces:
             # A piece may have been logged although Postgres did not reply.
-            logging = insert(response_events).values(_piece(tenant_id, lease.id, piece)).on_conflict_do_nothing()
+            logging = insert(response_events).values(piece.row(tenant_id, lease.id)).on_conflict_do_nothing()
             await connection.execute(logging)
         if ending.event is not None:
             await insert_events(connection, [ending.event])

@@ -121,21 +121,13 @@ async def create_batch(
     connection: AsyncConnection, tenant_id: str, new: NewBatch, limits: BatchLimits, *, audit: Audit | None = None
 ) -> Batch:
     """Store a new batch in a transaction, to be validated. Raises NotFound for a deleted tenant, and OverLimit."""
-    await connection.execute(_LOCK, {"tenant": tenant_id})
-    # The lock waits for a running deletion of the tenant.
+    # The lock waits for a running deletion of the tenant. It comes first, because whoever adds the batch's input file in the same
+    # transaction has locked the row.
     living = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
     if (await connection.execute(living)).first() is None:
         raise NotFound("The tenant does not exist.", code="tenant_not_found")
-    is_open = select(func.count()).where(batches.c.tenant_id == tenant_id, batches.c.status.in_(OPEN_BATCHES))
-    if (count := (await connection.execute(is_open)).scalar_one()) >= limits.batches:
-        raise OverLimit(
-            f"This tenant has {count:,} batches that have not ended, and {limits.of} allows {limits.batches:,}. Wait until one has ended, "
-            "or cancel one.",
-            code="batch_limit_exceeded",
-            retry_after_s=60,
-        )
-    if (refusal := _refusal(await _waiting(connection, tenant_id), max(new.total, 1), limits)) is not None:
-        raise OverLimit(refusal, code="batch_limit_exceeded", retry_after_s=60)
+    await connection.execute(_LOCK, {"tenant": tenant_id})
+    await _check_limits(connection, tenant_id, new.total, limits)
     values = {
         "tenant_id": tenant_id,
         "id": new.id,
@@ -153,6 +145,25 @@ async def create_batch(
     row = (await connection.execute(insert(batches).values(values).returning(*_COLUMNS))).one()
     await record(connection, audit, tenant_id, new.id)
     return Batch(*row)
+
+
+async def check_limits(db: Database, tenant_id: str, limits: BatchLimits) -> None:
+    """Raise OverLimit if this tenant may not create a batch as things are now, before its requests are read."""
+    async with db.begin(tenant_id) as connection:
+        await _check_limits(connection, tenant_id, 0, limits)
+
+
+async def _check_limits(connection: AsyncConnection, tenant_id: str, total: int, limits: BatchLimits) -> None:
+    is_open = select(func.count()).where(batches.c.tenant_id == tenant_id, batches.c.status.in_(OPEN_BATCHES))
+    if (count := (await connection.execute(is_open)).scalar_one()) >= limits.batches:
+        raise OverLimit(
+            f"This tenant has {count:,} batches that have not ended, and {limits.of} allows {limits.batches:,}. Wait until one has ended, "
+            "or cancel one.",
+            code="batch_limit_exceeded",
+            retry_after_s=60,
+        )
+    if (refusal := _refusal(await _waiting(connection, tenant_id), max(total, 1), limits)) is not None:
+        raise OverLimit(refusal, code="batch_limit_exceeded", retry_after_s=60)
 
 
 def _refusal(waiting: int, more: int, limits: BatchLimits) -> str | None:

@@ -1,7 +1,7 @@
 """Rows of files, and the checks that keep the object store free of contents that no file has.
 
 Files of a tenant with the same SHA-256 share one content in the object store. A content may be there without a file: while it is stored for
-a new file, and while it is deleted after its last one. For that time, it has a row in `content_checks`. Whoever wrote the row removes it
+a new file, and while it is deleted after its last one. For that time, it has a row in `content_checks`. Its writer removes it
 when the content has a file or is deleted, and controllers check what a process that died has left, when it is due.
 
 A content is deleted, and a file is added, only under the lock of the content. So a file never loses its bytes to a deletion that began

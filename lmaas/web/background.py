@@ -18,8 +18,9 @@ from lmaas.protocols.responses.background import creation_events
 from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.items import named
 from lmaas.protocols.responses.request import BackgroundRun, ResponsesRequest
-from lmaas.store.background import FIRST_EVENT, NewBackground, create
+from lmaas.store.background import NewBackground, create
 from lmaas.store.database import Database
+from lmaas.store.event_logs import FIRST_EVENT
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.types import Principal
 from lmaas.web.call import Call

@@ -10,8 +10,8 @@ from dataclasses import replace
 from lmaas.errors import InvalidRequest, NotFound, OverLimit, Unavailable
 from lmaas.protocols.responses.background import error_event
 from lmaas.states import BackgroundStatus
-from lmaas.store.background import FIRST_EVENT, Log, Piece, progress, read_log
 from lmaas.store.database import Database
+from lmaas.store.event_logs import FIRST_EVENT, Log, Piece, progress, read_log
 
 log = logging.getLogger(__name__)
 

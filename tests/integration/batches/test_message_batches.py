@@ -3,6 +3,8 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import anthropic
@@ -12,15 +14,18 @@ from anthropic import AsyncAnthropic
 from anthropic.types.messages.batch_create_params import Request
 from sqlalchemy import text
 
+from lmaas.admission.tiers import TIERS, batch_limits
 from lmaas.error_bodies import anthropic_body
 from lmaas.errors import ModelNotFound, Unavailable
 from lmaas.files.service import DOWNLOADS_AT_ONCE
+from lmaas.states import Dialect
+from lmaas.store.batches import NewBatch, create_batch
 from lmaas.store.line_leases import stop_batch
 from lmaas.store.models import BaseModel
 from lmaas.store.objects import Objects
 from lmaas.store.scopes import SYSTEM
 from tests.integration.batches.conftest import Account, Steps, jsonl, line
-from tests.integration.gateway.stack import Stack
+from tests.integration.gateway.stack import CHAT, Stack
 from tests.support.batches import line_rows
 from tests.support.conditions import until
 
@@ -252,6 +257,52 @@ async def test_a_body_that_is_too_long(messages: AsyncAnthropic, account: Accoun
         await messages.messages.batches.create(requests=requests(20))
     assert (caught.value.status_code, caught.value.type) == (413, "request_too_large")
     assert await account.kept() == []
+
+
+@pytest.mark.parametrize(
+    ("tier", "status", "code"),
+    [({"max_batches": 0}, 429, "batch_limit_exceeded"), ({"max_file_bytes": 5_000_000}, 413, "file_quota_exceeded")],
+)
+async def test_what_has_no_room_is_refused_before_it_is_sent(
+    account: Account, stack: Stack, monkeypatch: pytest.MonkeyPatch, tier: dict[str, Any], status: int, code: str
+) -> None:
+    monkeypatch.setitem(TIERS, "standard", replace(TIERS["standard"], **tier))
+    address = httpx.URL(stack.url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    head = (
+        f"POST /v1/messages/batches HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {account.tenant.key}\r\ncontent-length: 10000000\r\n\r\n"
+    )
+    writer.write(head.encode() + b'{"requests": [')
+    async with asyncio.timeout(20):
+        assert f" {status} ".encode() in await reader.readline()
+        assert code.encode() in await reader.readuntil(code.encode())
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_both_apis_create_batches_of_one_tenant_at_the_same_time(account: Account, stack: Stack) -> None:
+    """An input file that is added with its batch locks the tenant's row first. Creations in another order would wait for each other."""
+    limits = batch_limits("standard")
+
+    def new(number: int) -> NewBatch:
+        day = timedelta(days=1)
+        return NewBatch(f"batch_{number:020}", Dialect.OPENAI, CHAT, "key_1", "file-1", "24h", b"{}", 60, day)
+
+    async def create() -> None:
+        async with stack.db.begin(account.tenant.id) as connection:
+            await create_batch(connection, account.tenant.id, new(1), limits)
+
+    async def waits() -> bool:
+        async with stack.db.begin(SYSTEM) as connection:
+            return bool((await connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))).scalar_one())
+
+    async with asyncio.TaskGroup() as tasks, stack.db.begin(account.tenant.id) as connection:
+        row = text("SELECT id FROM tenants WHERE id = :id FOR NO KEY UPDATE")
+        await connection.execute(row, {"id": account.tenant.id})
+        tasks.create_task(create())
+        await until(waits)
+        await create_batch(connection, account.tenant.id, new(2), limits)
+    assert len((await account.client.batches.list()).data) == 2
 
 
 async def test_a_long_body_streams_to_the_store(

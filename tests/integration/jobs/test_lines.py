@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from lmaas.http import new_request_id
+from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import gateway_channel
 from lmaas.states import PoolKind
@@ -242,6 +243,41 @@ async def test_a_spent_budget_fails_what_is_left(stack: Stack) -> None:
     assert 0 < row.completed == len(events) < 60
     spent = sum(event.charge_picousd for event in events)
     assert 80_000_000 < spent <= 100_000_000, "what lines had reserved and did not use was used by later ones"
+
+
+async def test_a_budget_that_others_have_only_reserved_does_not_stop_a_batch(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def noted() -> str:
+        tries.append(new_request_id())
+        return tries[-1]
+
+    monkeypatch.setattr("lmaas.jobs.attempts.new_request_id", noted)
+    monkeypatch.setattr("lmaas.jobs.endings.PAUSE_S", 0.02)
+    model, cold, tenant = await stack.model("reserved"), await stack.model("cold"), await stack.tenant()
+    for name in ("reserved", "cold"):
+        await change_base_model(stack.db, name, {"prompt_price": 2_000_000, "completion_price": 2_000_000})
+    await stack.replica(model)
+    await update_tenant(stack.db, tenant.id, {"budget_per_month": 1000})
+    texts = Texts()
+    async with stack.client(tenant) as http:
+        # It waits for an engine, and has reserved nearly all of the budget.
+        about = {"model": "cold", "messages": [{"role": "user", "content": "wait"}], "max_tokens": 490}
+        waiting = asyncio.create_task(http.post("/v1/chat/completions", json=about, timeout=60))
+
+        async def is_queued() -> bool:
+            return int((await stack.services.scheduler.stats(cold.id))["queued"]) == 1
+
+        await until(is_queued)
+        batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "reserved", max_tokens=30) for number in range(3)])
+        async with runner(stack, texts):
+            await until(lambda: len(tries) > 3 * 3 * MAX_REFUSALS, timeout_s=20)
+            row = await batch_row(stack.db, batch_id)
+            assert (row.stop_code, row.completed, row.failed) == (None, 0, 0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=20)
+    assert (await batch_row(stack.db, batch_id)).completed == 3
 
 
 async def test_a_file_that_is_gone_fails_what_is_left(stack: Stack) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lmaas.errors import LmaasError, OverLimit
-from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library, stored_replica
 from lmaas.scheduling.leases import Leases, OpenTicket
 from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
@@ -78,7 +78,7 @@ class Pool:
     async def replicas(self) -> dict[str, dict[str, Any]]:
         """Return every replica by id."""
         stored: Any = await self.redis.hgetall(f"{KEY}:replicas")
-        return {name: json.loads(text) for name, text in stored.items()}
+        return {name: stored_replica(text) for name, text in stored.items()}
 
     async def states(self) -> dict[str, str]:
         """Return the state of each ticket by id."""

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from lmaas.scheduling.client import stored_replica
+
 #: A script that returns all keys of a pool as JSON: what follows the prefix → type and content. The stream of events is left out.
 READ_POOL = """
 local all = {}
@@ -65,7 +67,7 @@ def _tickets(raw: Raw) -> dict[str, Any]:
 
 
 def _replicas(raw: Raw) -> dict[str, Any]:
-    return {name: json.loads(text) for name, text in raw.get("replicas", {}).items()}
+    return {name: stored_replica(text) for name, text in raw.get("replicas", {}).items()}
 
 
 def _stands(ticket: Any, replicas: dict[str, Any]) -> bool:

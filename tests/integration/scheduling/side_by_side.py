@@ -9,7 +9,7 @@ from typing import Any
 from redis import Redis
 from redis.client import Pipeline
 
-from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library
+from lmaas.scheduling.client import Beat, Bounds, Scheduler, Seed, Ticket, library, stored_replica
 from lmaas.scheduling.states import RetryReason
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
@@ -36,18 +36,18 @@ UNTOLD = (
     "open_slots",
     "room",
     "adapters",
+    "calm",
 )
 #: What a stored scope is, in words that Python reads.
 READ_SCOPE = """
 local found = redis.call('GET', KEYS[1])
 if not found then return nil end
-local scope = cmsgpack.unpack(found)
-scope.seconds = {}
-for at = 1, #scope.window, 24 do
-  local second, requests, tokens = struct.unpack('<ddd', scope.window, at)
+local _, window, _, _, running, month, tokens, cost, seeded = cmsgpack.unpack(found)
+local scope = { running = running, month = month, tokens = tokens, cost = cost, seeded = seeded, seconds = {} }
+for at = 1, #window, 24 do
+  local second, requests, tokens = struct.unpack('<ddd', window, at)
   scope.seconds[#scope.seconds + 1] = { second, requests, tokens }
 end
-scope.window = nil
 return cjson.encode(scope)
 """
 
@@ -135,7 +135,7 @@ class Both:
         self.model.said.clear()
         self.model.placements.clear()
         yield
-        difference = differences(stored(self.scheduler.found, self.scopes, self.now), modelled(self.model, self.now))
+        difference = differences(stored(self.scheduler.found, self.scopes, self.now, self.model.rules), modelled(self.model, self.now))
         assert not difference, "\n".join(difference)
         self.agreed = True
 
@@ -239,7 +239,7 @@ def look(ask: Pipeline, scopes: list[str]) -> None:
         ask.eval(READ_SCOPE, 1, f"lmaas:limits:{name}")
 
 
-def stored(found: list[Any], scopes: list[str], now: int) -> dict[str, Any]:
+def stored(found: list[Any], scopes: list[str], now: int, rules: Rules) -> dict[str, Any]:
     """What was read, which must not contradict itself."""
     text, usage, said, _, *limits = found
     raw, published = read(text), iter(said)
@@ -247,7 +247,7 @@ def stored(found: list[Any], scopes: list[str], now: int) -> dict[str, Any]:
     assert not wrong, "\n".join(wrong)
     return {
         "tickets": {name: _ticket(name, json.loads(facts), raw) for name, facts in raw.get("tickets", {}).items()},
-        "replicas": {name: _replica(json.loads(facts), raw) for name, facts in raw.get("replicas", {}).items()},
+        "replicas": {name: _replica(stored_replica(facts), raw, rules) for name, facts in raw.get("replicas", {}).items()},
         "lines": {line: _line(line, raw) for line in LINES},
         "progress": sorted(raw.get("progress", ())),
         "lost": [list(raw[f"lost:{number}"]) for number in raw.get("lost", ())],
@@ -279,8 +279,9 @@ def _ticket(name: str, facts: Any, raw: Raw) -> dict[str, Any]:
     }
 
 
-def _replica(facts: Any, raw: Raw) -> dict[str, Any]:
+def _replica(facts: Any, raw: Raw, rules: Rules) -> dict[str, Any]:
     name = facts["id"]
+    facts["beat"] = int(raw["due"][name]) - (rules.GONE_MS + 1 if facts.get("stale") else rules.STALE_MS)
     loading = raw.get(f"loading:{name}", {})
     return {each: facts[each] for each in ("url", "slots", "adapter_slots", "state", "beat", "since", "load", "back", "latest")} | {
         "running": {adapter: int(count) for adapter, count in raw.get(f"running:{name}", {}).items()},

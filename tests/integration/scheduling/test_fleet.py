@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from msgspec.structs import replace
 from redis import Redis
 
 from lmaas.scheduling.client import Beat, Bounds
@@ -11,7 +12,7 @@ from lmaas.scheduling.states import RetryReason
 from lmaas.states import Observed
 from tests.integration.scheduling.build import ticket
 from tests.integration.scheduling.model.data import Rules
-from tests.integration.scheduling.side_by_side import Both, Direct, library_with
+from tests.integration.scheduling.side_by_side import Both, Direct, answer, library_with
 
 NOW = 1_800_000_000_000
 BOUNDS = Bounds(10_000, 10_000)
@@ -126,3 +127,79 @@ def test_the_oldest_of_many_starts_tells_how_long_a_ticket_waits(both: Both) -> 
         beat(both, f"x{number:02}", state="starting")
         both.at(both.now + 100)
     assert both.submit(ticket(1), BOUNDS)["wait_ms"] == Rules.START_MS - 2000
+
+
+def say_again(both: Both, beat: Beat) -> tuple[dict[str, int], dict[str, object]]:
+    """Send a heartbeat, and return how often it called each command of the server, with the reply."""
+    scheduler = both.scheduler
+    scheduler.reads, reads = lambda _: None, scheduler.reads
+    both.client.config_resetstat()
+    reply = answer(scheduler.heartbeat("p", "x", beat))
+    called = {name.removeprefix("cmdstat_"): each["calls"] for name, each in both.client.info("commandstats").items()}
+    scheduler.reads = reads
+    both.heartbeat("x", beat)  # the model follows
+    return called, reply
+
+
+SAME = Beat("http://x", 2, 2, Observed.READY, ["A"])
+
+
+def test_a_heartbeat_that_changes_nothing_writes_only_its_time(both: Both) -> None:
+    for _ in range(2):
+        both.heartbeat("x", SAME)
+    called, reply = say_again(both, SAME)
+    assert called.pop("fcall") == 1
+    assert {name: count for name, count in called.items() if name in ("hset", "zadd")} == {"hset": 1, "zadd": 1}
+    assert sum(called.values()) <= 8
+    assert reply["load"] == 0
+    assert submit(both, 1, "A") == "x"
+    assert say_again(both, SAME)[1]["load"] == 1
+
+
+@pytest.mark.parametrize(
+    "what", ["another URL", "suspect", "drains", "silent", "loads", "a ticket waits", "a lease expired", "starts", "gone"]
+)
+def test_a_heartbeat_that_says_the_same_again_does_what_has_to_be_done(both: Both, what: str) -> None:
+    same = SAME if what != "starts" else Beat("http://x", 2, 2, Observed.STARTING, [], left_ms=5000)
+    for _ in range(2):
+        both.heartbeat("x", same)
+    match what:
+        case "another URL":
+            both.heartbeat("x", Beat("http://y", 2, 2, Observed.READY, ["A"]))
+            assert submit(both, 1) == "x"
+            assert both.renew([("r1", None)])["tickets"][0]["url"] == "http://y"
+        case "suspect":
+            submit(both, 1)
+            both.retry(ticket(1), "x", RetryReason.ENGINE, 0)
+            assert both.heartbeat("x", same)["suspect"]
+        case "drains":
+            both.drain("x")
+            assert both.heartbeat("x", same)["state"] == "draining"
+        case "silent":
+            both.at(both.now + Rules.STALE_MS)
+            assert submit(both, 1) == "queued"
+            both.heartbeat("x", same)
+            assert both.renew([("r1", None)])["tickets"][0]["replica"] == "x"
+        case "loads":
+            assert submit(both, 1, "B") == "loading"
+            reply = both.heartbeat("x", same)
+            assert (list(reply["loads"]), reply["running"]) == (["B"], {"B": 1})
+        case "a ticket waits":
+            assert [submit(both, number) for number in range(3)] == ["x", "x", "queued"]
+            assert both.heartbeat("x", same)["load"] == 2
+        case "a lease expired":
+            both.submit(replace(ticket(1), event='{"request_id": "r1"}'), BOUNDS)
+            for _ in range(Rules.LEASE_MS // 1000 + 1):
+                both.at(both.now + 1000)
+                reply = both.heartbeat("x", same)
+            assert reply["load"] == 0
+        case "starts":
+            submit(both, 1, "A")
+            assert list(both.heartbeat("x", same)["warm"]) == ["A"]
+        case "gone":
+            both.deregister("x")
+            assert both.heartbeat("x", same)["load"] == 0
+    for _ in range(3):
+        both.at(both.now + 1000)
+        both.heartbeat("x", same)
+    assert both.stats()["replicas"]["x"]["beat_ms"] == 0

@@ -11,11 +11,9 @@ from lmaas.errors import InProgress, OverLimit, Unauthenticated
 from lmaas.states import BackgroundStatus, UsageStatus
 from lmaas.store import background
 from lmaas.store.background import (
-    FIRST_EVENT,
     Ending,
     Lease,
     NewBackground,
-    Piece,
     add_events,
     begin,
     cancel,
@@ -26,11 +24,10 @@ from lmaas.store.background import (
     finish,
     give_back,
     leased,
-    progress,
-    read_log,
     settle,
 )
 from lmaas.store.database import Database
+from lmaas.store.event_logs import FIRST_EVENT, Piece, progress, read_log
 from lmaas.store.idempotency import Answer, Claim, take
 from lmaas.store.responses import Response, find_response
 from lmaas.store.retention import delete_expired, delete_oldest, delete_state, stored_bytes

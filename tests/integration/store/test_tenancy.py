@@ -18,7 +18,20 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnEleme
 from lmaas.audit import Action, Audit
 from lmaas.errors import Conflict, InvalidRequest
 from lmaas.states import Dialect
-from lmaas.store import adapters, audit, background, batches, conversations, files, idempotency, responses, retention, tenants, usage
+from lmaas.store import (
+    adapters,
+    audit,
+    background,
+    batches,
+    conversations,
+    event_logs,
+    files,
+    idempotency,
+    responses,
+    retention,
+    tenants,
+    usage,
+)
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
 from lmaas.store.models import BaseModel
@@ -450,8 +463,8 @@ CASES: dict[str, Case] = {
     ),
     "idempotency.keep_in": lambda both: _in_scope(both, lambda connection: idempotency.keep_in(connection, both.mine.claim, ANSWER)),
     "background.find_open": lambda both: background.find_open(both.gateway, both.mine.id, "resp_b"),
-    "background.read_log": lambda both: background.read_log(both.gateway, both.mine.id, "resp_b", -1),
-    "background.progress": lambda both: background.progress(both.gateway, both.mine.id, ["resp_b"]),
+    "event_logs.read_log": lambda both: event_logs.read_log(both.gateway, both.mine.id, "resp_b", -1),
+    "event_logs.progress": lambda both: event_logs.progress(both.gateway, both.mine.id, ["resp_b"]),
     "background.cancel": lambda both: background.cancel(both.gateway, both.mine.id, replace(TURN, id="resp_b"), MONTH),
     "background.delete_response": lambda both: background.delete_response(both.gateway, both.mine.id, "resp_b"),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
@@ -490,7 +503,20 @@ NO_TENANTS = {
 
 def test_every_store_function_of_a_tenant_is_tried() -> None:
     found = set()
-    for module in (adapters, audit, background, batches, conversations, files, idempotency, responses, retention, tenants, usage):
+    for module in (
+        adapters,
+        audit,
+        background,
+        batches,
+        conversations,
+        event_logs,
+        files,
+        idempotency,
+        responses,
+        retention,
+        tenants,
+        usage,
+    ):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):
                 found.add(f"{module.__name__.rpartition('.')[2]}.{name}")

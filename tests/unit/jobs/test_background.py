@@ -21,7 +21,8 @@ from lmaas.errors import (
 )
 from lmaas.jobs.background import MAX_FAILURES, MAX_PAUSE_S, MIN_PAUSE_S, Overdue, RunnersLost, attempt_id, judge
 from lmaas.jobs.event_writer import MAX_LOG_BYTES, MAX_WAITING_BYTES, EventSink
-from lmaas.store.background import Lease, Piece, Run
+from lmaas.store.background import Lease, Run
+from lmaas.store.event_logs import Piece
 
 EVENT = b"event: x\ndata: {}\n\n"
 LEASE = Lease("ten_1", "resp_1", "run_1", 1)

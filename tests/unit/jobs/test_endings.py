@@ -86,3 +86,13 @@ def test_a_spent_budget_stops_the_batch_when_nothing_else_may_give_some_back() -
     other.refused(QUOTA, others_run=True)
     assert other.refused(QUOTA, others_run=False) is Next.AGAIN, "it counts from the beginning"
     assert tries.pause_s == 1, "the rest of the batch waits for it"
+
+
+def test_a_budget_that_is_only_reserved_is_waited_for() -> None:
+    tries, pauses = Tries(), []
+    for _ in range(7):
+        found = [tries.refused(QUOTA, others_run=False) for _ in range(MAX_REFUSALS)]
+        assert found == [Next.AGAIN] * (MAX_REFUSALS - 1) + [Next.STOP]
+        tries.unspent()
+        pauses.append(tries.pause_s)
+    assert pauses == [2, 4, 8, 16, 30, 30, 30]

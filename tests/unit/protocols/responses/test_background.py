@@ -10,7 +10,7 @@ from lmaas.protocols.responses.answer import StreamedResponse
 from lmaas.protocols.responses.background import creation_events, error_event, failure_event, run_of, status_of, with_status
 from lmaas.protocols.responses.event_log import rest_of
 from lmaas.states import BackgroundStatus
-from lmaas.store.background import Piece
+from lmaas.store.event_logs import Piece
 from tests.support.response_streams import parse
 from tests.unit.protocols.responses.build import inference
 
