@@ -12,7 +12,17 @@ from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
 from lmaas.store.backlog import done_lines
-from lmaas.store.batch_lines import MAX_ESTIMATE, EndedLine, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.batch_lines import (
+    MAX_ANSWER_BYTES,
+    MAX_ESTIMATE,
+    TOO_LARGE,
+    EndedLine,
+    NewLine,
+    add_lines,
+    delete_lines,
+    end_lines,
+    results,
+)
 from lmaas.store.conversations import Item, NewTurn, create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.line_leases import (
@@ -178,6 +188,25 @@ async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
         await end_lines(jobs_db, runner_id, group)
         found = await done_lines(controller_db)
         assert {pool_id: done.tokens for pool_id, done in found.items()} == {POOL: 10 + MAX_ESTIMATE * (5 + 7), "mod_2": 0}
+
+
+async def test_a_batch_whose_answers_are_too_large_stops(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    one, two = [await make_batch(db, tenant_id, some_lines(count, POOL)) for count in (3, 1)]
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("UPDATE batches SET answer_bytes = :bytes"), {"bytes": MAX_ANSWER_BYTES - 15})
+    runner_id = await register(jobs_db)
+    first, second, _ = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, one): 3})
+    await end_lines(jobs_db, runner_id, [ended(first)])
+    assert (await batch_row(db, one)).stop_code is None
+    await end_lines(jobs_db, runner_id, [ended(second)])
+    row = await batch_row(db, one)
+    assert (row.status, row.stop_code, row.completed) == ("in_progress", TOO_LARGE, 2)
+    assert "Send the requests that were not run in another batch." in row.stop_message
+    # Nothing of a batch is left to stop after its last line.
+    [last] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, two): 1})
+    await end_lines(jobs_db, runner_id, [ended(last, answer=b"x" * 20)])
+    row = await batch_row(db, two)
+    assert (row.status, row.stop_code, row.answer_bytes) == ("finalizing", None, MAX_ANSWER_BYTES + 5)
 
 
 async def test_an_event_replaces_no_other_tenants(db: Database, jobs_db: Database, tenant_id: str) -> None:
