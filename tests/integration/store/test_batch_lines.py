@@ -324,10 +324,10 @@ async def test_a_cancelled_batch_is_settled_when_nothing_runs(db: Database, jobs
     batch_id = await make_batch(db, tenant_id, some_lines(10, POOL))
     runner_id = await register(jobs_db)
     one, two, three = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3})
-    assert await stopped(jobs_db, [(tenant_id, batch_id), (tenant_id, "batch_gone")]) == [(tenant_id, "batch_gone")]
+    assert await stopped(jobs_db, [(tenant_id, batch_id), (tenant_id, "batch_gone")]) == {(tenant_id, "batch_gone"): False}
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE batches SET status = 'cancelling', cancelling_at = now()"))
-    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == [(tenant_id, batch_id)]
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): False}
     assert await unsettled(jobs_db) == [(tenant_id, batch_id)]
     assert await backlog(jobs_db) == []
     assert not await settle(jobs_db, tenant_id, batch_id)
@@ -363,7 +363,7 @@ async def test_a_stopped_batch_fails_what_has_not_begun(db: Database, jobs_db: D
     [lease] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
     await stop_batch(jobs_db, tenant_id, batch_id, "insufficient_quota", "no budget " * 1000)
     await stop_batch(jobs_db, tenant_id, batch_id, "another", "later")
-    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == []  # what runs may end
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): True}  # what runs may end
     assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1}) == []
     await end_lines(jobs_db, runner_id, [ended(lease)])
     assert await settle(jobs_db, tenant_id, batch_id)
