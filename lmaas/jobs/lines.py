@@ -93,13 +93,13 @@ class LineWorker:
             await feeder.leave()
 
     async def _watch(self, held: HeldLines) -> None:
-        """Have lines given back whose batch was cancelled, has expired or is gone."""
+        """Have lines given back whose batch was cancelled, has expired or is gone, and those not begun whose batch was stopped."""
         while True:
             batches = list({line.batch for line in held})
             try:
-                gone = set(await stopped(self._db, batches)) if batches else ()
+                found = await stopped(self._db, batches) if batches else {}
                 for line in held:
-                    if line.batch in gone:
+                    if line.batch in found and not (found[line.batch] and (line.runs or line.ended)):
                         line.leave()
             except Unavailable as error:
                 log.warning("batches cannot be read now", extra={"action": "watch", "detail": str(error)})

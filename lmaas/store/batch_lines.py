@@ -70,6 +70,13 @@ _GIVEN = {
 #: An estimate counts as work of an engine up to this many times the line's real tokens. Estimates are as high as a tenant's limits, and
 #: what one tenant's lines seem to show is used for the deadlines of all.
 MAX_ESTIMATE = 8
+#: The bytes of answers after which no more lines of a batch are begun, because Postgres and the disk of a runner hold them all.
+MAX_ANSWER_BYTES = 8 * 1024**3
+TOO_LARGE = "results_too_large"
+_TOO_LARGE_MESSAGE = (
+    f"The responses of this batch have more than {MAX_ANSWER_BYTES:,} bytes, the maximum. "
+    "Send the requests that were not run in another batch."
+)
 #: Ends the lines of one tenant: their answers, their usage events and the counts of the batch and of its pools, all or nothing. A line
 #: whose lease is not this runner's any more is left out, with its event.
 _END = (
@@ -104,15 +111,21 @@ WITH given AS MATERIALIZED (
 ), counted AS (
     SELECT batch_id, count(*) FILTER (WHERE line_state = 'done') AS done, count(*) FILTER (WHERE line_state = 'failed') AS failed,
         coalesce(sum(prompt_tokens), 0) AS prompt, coalesce(sum(cached_tokens), 0) AS cached,
-        coalesce(sum(completion_tokens), 0) AS completion
+        coalesce(sum(completion_tokens), 0) AS completion, sum(octet_length(answer)) AS bytes
     FROM ended GROUP BY batch_id
 )
 UPDATE batches AS batch SET completed = completed + counted.done, failed = batch.failed + counted.failed,
     prompt_tokens = prompt_tokens + prompt, cached_tokens = cached_tokens + cached, completion_tokens = completion_tokens + completion,
+    answer_bytes = answer_bytes + counted.bytes, stop_code = CASE WHEN {{stopping}} THEN '{TOO_LARGE}' ELSE stop_code END,
+    stop_message = CASE WHEN {{stopping}} THEN '{_TOO_LARGE_MESSAGE}' ELSE stop_message END,
     status = CASE WHEN {{ending}} THEN 'finalizing' ELSE status END, finalizing_at = CASE WHEN {{ending}} THEN now() ELSE finalizing_at END
 FROM counted WHERE batch.tenant_id = %s AND batch.id = counted.batch_id
 """  # noqa: S608 (names of columns)
-).format(ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total")
+).format(
+    ending="status = 'in_progress' AND completed + batch.failed + counted.done + counted.failed >= total",
+    stopping="status = 'in_progress' AND stop_code IS NULL AND completed + batch.failed + counted.done + counted.failed < total "
+    f"AND answer_bytes + counted.bytes > {MAX_ANSWER_BYTES}",
+)
 #: For ends with responses, which are stored only if the line is still leased. The locks are those of _END, in its order.
 _LOCK = text(
     f"""

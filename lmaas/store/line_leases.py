@@ -99,11 +99,10 @@ _PUT_BACK = text(
 )
 _STOPPED = text(
     """
-    SELECT tenant_id, id FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])) AS given (tenant_id, id)
-    WHERE NOT EXISTS (
-        SELECT FROM batches AS batch WHERE batch.tenant_id = given.tenant_id AND batch.id = given.id
-            AND batch.status = 'in_progress' AND batch.expires_at > now()
-    )
+    SELECT given.tenant_id, given.id, batch.stop_code IS NOT NULL
+    FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])) AS given (tenant_id, id) LEFT JOIN batches AS batch
+        ON batch.tenant_id = given.tenant_id AND batch.id = given.id AND batch.status = 'in_progress' AND batch.expires_at > now()
+    WHERE batch.id IS NULL OR batch.stop_code IS NOT NULL
     """
 )
 _UNSETTLED = text(
@@ -240,11 +239,14 @@ async def put_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) 
         await connection.execute(_PUT_BACK, values)
 
 
-async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return those of the batches whose running lines are to be ended, because the batch was cancelled, has expired or is gone."""
+async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+    """Return those of the batches of which no more lines are run, and whether those may end that an engine works on.
+
+    They may if the batch was stopped early, and not if it was cancelled, has expired or is gone.
+    """
     which = {"tenants": [tenant_id for tenant_id, _ in batches], "batches": [batch_id for _, batch_id in batches]}
     async with db.begin(LEASES) as connection:
-        return [(tenant_id, batch_id) for tenant_id, batch_id in await connection.execute(_STOPPED, which)]
+        return {(tenant_id, batch_id): may_end for tenant_id, batch_id, may_end in await connection.execute(_STOPPED, which)}
 
 
 async def unsettled(db: Database) -> list[tuple[str, str]]:

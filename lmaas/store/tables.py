@@ -382,6 +382,8 @@ batches = Table(
     # Why lines that are still pending will not run. Null: they will, unless the batch is cancelled.
     Column("stop_code", Text),
     Column("stop_message", Text),
+    # The bytes of its lines' answers, which are bounded.
+    Column("answer_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("output_file_id", Text),
     Column("error_file_id", Text),
     _created(),

@@ -39,6 +39,7 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("stop_code", sa.Text(), nullable=True),
         sa.Column("stop_message", sa.Text(), nullable=True),
+        sa.Column("answer_bytes", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("output_file_id", sa.Text(), nullable=True),
         sa.Column("error_file_id", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),

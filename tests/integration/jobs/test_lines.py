@@ -14,7 +14,7 @@ from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import gateway_channel
 from lmaas.states import PoolKind
-from lmaas.store.line_leases import LARGE_BYTES
+from lmaas.store.line_leases import LARGE_BYTES, stop_batch
 from lmaas.store.models import change_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import revoke_key, update_tenant
@@ -278,6 +278,29 @@ async def test_a_budget_that_others_have_only_reserved_does_not_stop_a_batch(sta
             await asyncio.gather(waiting, return_exceptions=True)
             await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=20)
     assert (await batch_row(stack.db, batch_id)).completed == 3
+
+
+async def test_lines_that_wait_are_given_back_when_another_runner_stops_their_batch(stack: Stack) -> None:
+    model, tenant = await stack.model("halted", slots=1), await stack.tenant()
+    replica = await stack.replica(model, "--fake-token-ms 10")
+    texts = Texts()
+    lines = [chat(f"l{number}", "halted", max_tokens=1000, min_tokens=1000) for number in range(4)]
+    batch_id = await batch_of(stack, texts, tenant, model, lines)
+    async with runner(stack, texts):
+        await until(partial(runs, stack, batch_id, 2))
+
+        async def has_begun() -> bool:
+            return await replica.running() == 1
+
+        await until(has_begun)
+        await stop_batch(stack.db, tenant.id, batch_id, "insufficient_quota", "The budget is spent.")
+
+        async def one_is_left() -> bool:
+            return not await runs(stack, batch_id, 2)
+
+        await until(one_is_left, timeout_s=5)
+        assert await replica.running() == 1
+        assert await runs(stack, batch_id, 1)
 
 
 async def test_a_file_that_is_gone_fails_what_is_left(stack: Stack) -> None:

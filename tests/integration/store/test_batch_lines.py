@@ -12,7 +12,17 @@ from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
 from lmaas.store.backlog import done_lines
-from lmaas.store.batch_lines import MAX_ESTIMATE, EndedLine, NewLine, add_lines, delete_lines, end_lines, results
+from lmaas.store.batch_lines import (
+    MAX_ANSWER_BYTES,
+    MAX_ESTIMATE,
+    TOO_LARGE,
+    EndedLine,
+    NewLine,
+    add_lines,
+    delete_lines,
+    end_lines,
+    results,
+)
 from lmaas.store.conversations import Item, NewTurn, create_conversation, find_context
 from lmaas.store.database import Database
 from lmaas.store.line_leases import (
@@ -180,6 +190,25 @@ async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
         assert {pool_id: done.tokens for pool_id, done in found.items()} == {POOL: 10 + MAX_ESTIMATE * (5 + 7), "mod_2": 0}
 
 
+async def test_a_batch_whose_answers_are_too_large_stops(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    one, two = [await make_batch(db, tenant_id, some_lines(count, POOL)) for count in (3, 1)]
+    async with db.begin(SYSTEM) as connection:
+        await connection.execute(text("UPDATE batches SET answer_bytes = :bytes"), {"bytes": MAX_ANSWER_BYTES - 15})
+    runner_id = await register(jobs_db)
+    first, second, _ = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, one): 3})
+    await end_lines(jobs_db, runner_id, [ended(first)])
+    assert (await batch_row(db, one)).stop_code is None
+    await end_lines(jobs_db, runner_id, [ended(second)])
+    row = await batch_row(db, one)
+    assert (row.status, row.stop_code, row.completed) == ("in_progress", TOO_LARGE, 2)
+    assert "Send the requests that were not run in another batch." in row.stop_message
+    # Nothing of a batch is left to stop after its last line.
+    [last] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, two): 1})
+    await end_lines(jobs_db, runner_id, [ended(last, answer=b"x" * 20)])
+    row = await batch_row(db, two)
+    assert (row.status, row.stop_code, row.answer_bytes) == ("finalizing", None, MAX_ANSWER_BYTES + 5)
+
+
 async def test_an_event_replaces_no_other_tenants(db: Database, jobs_db: Database, tenant_id: str) -> None:
     other = (await create_tenant(db, "other", "standard", 64, 10)).id
     batches = {one: await make_batch(db, one, some_lines(1, POOL)) for one in (tenant_id, other)}
@@ -295,10 +324,10 @@ async def test_a_cancelled_batch_is_settled_when_nothing_runs(db: Database, jobs
     batch_id = await make_batch(db, tenant_id, some_lines(10, POOL))
     runner_id = await register(jobs_db)
     one, two, three = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3})
-    assert await stopped(jobs_db, [(tenant_id, batch_id), (tenant_id, "batch_gone")]) == [(tenant_id, "batch_gone")]
+    assert await stopped(jobs_db, [(tenant_id, batch_id), (tenant_id, "batch_gone")]) == {(tenant_id, "batch_gone"): False}
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE batches SET status = 'cancelling', cancelling_at = now()"))
-    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == [(tenant_id, batch_id)]
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): False}
     assert await unsettled(jobs_db) == [(tenant_id, batch_id)]
     assert await backlog(jobs_db) == []
     assert not await settle(jobs_db, tenant_id, batch_id)
@@ -334,7 +363,7 @@ async def test_a_stopped_batch_fails_what_has_not_begun(db: Database, jobs_db: D
     [lease] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
     await stop_batch(jobs_db, tenant_id, batch_id, "insufficient_quota", "no budget " * 1000)
     await stop_batch(jobs_db, tenant_id, batch_id, "another", "later")
-    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == []  # what runs may end
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): True}  # what runs may end
     assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1}) == []
     await end_lines(jobs_db, runner_id, [ended(lease)])
     assert await settle(jobs_db, tenant_id, batch_id)
