@@ -20,7 +20,7 @@ AT_ONCE = 2
 LOOK_S = 1.0
 #: The pause after a failure. It doubles with each in a row, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
-#: A batch whose validation fails so often for an unexpected reason has failed.
+#: A batch whose validation fails so often on one runner for an unexpected reason has failed.
 MAX_ATTEMPTS = 5
 #: The most batches whose failures are remembered.
 MAX_LATER = 1_000
@@ -49,6 +49,8 @@ class BatchWorker:
         #: The batches that are worked on, and whether others may be leased, because Postgres did not reply.
         self._leased: set[BatchLease] = set()
         self._in_doubt = False
+        #: How often the step of a batch failed for an unexpected reason.
+        self._failures: dict[tuple[str, str], int] = {}
 
     async def run(self, runner_id: str, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set. Steps that run then are broken off, because another runner repeats them."""
@@ -109,7 +111,13 @@ class BatchWorker:
             self._later.pop(batch, None)
         else:
             self._postpone(batch)
-        await self._give_back(lease, give_up=outcome == "failed" and step == "validate" and lease.attempt >= MAX_ATTEMPTS)
+        # Tries that were postponed because a service was away do not count.
+        failures = self._failures[batch] = self._failures.pop(batch, 0) + (outcome == "failed")
+        if outcome == "done" or not failures:
+            del self._failures[batch]
+        while len(self._failures) > MAX_LATER:
+            del self._failures[next(iter(self._failures))]
+        await self._give_back(lease, give_up=outcome == "failed" and step == "validate" and failures >= MAX_ATTEMPTS)
         self._leased.discard(lease)
 
     def _postpone(self, batch: tuple[str, str]) -> None:

@@ -149,6 +149,23 @@ async def test_a_batch_that_cannot_be_validated_fails(
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["unexpected error"] * batches.MAX_ATTEMPTS
 
 
+async def test_tries_that_were_postponed_are_no_failures(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, [], status="validating")
+    tries = 0
+
+    async def fragile(_: BatchLease) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= batches.MAX_ATTEMPTS:
+            raise Unavailable("The object store is away.")
+        if tries <= batches.MAX_ATTEMPTS + 2:
+            raise RuntimeError("a mistake")
+
+    async with working(jobs_db, Steps(db, fragile)):
+        await until(partial(is_free, db, batch_id, "in_progress"))
+    assert tries == batches.MAX_ATTEMPTS + 3
+
+
 async def test_a_step_whose_batch_is_another_runners_is_dropped(db: Database, jobs_db: Database, tenant_id: str) -> None:
     batch_id = await make_batch(db, tenant_id, [], status="validating")
 

@@ -39,7 +39,7 @@ from lmaas.store.paging import Part
 from lmaas.store.rights import TENANTS, DatabaseRole
 from lmaas.store.scopes import CLAIMS, OPERATOR, SYSTEM, AnyScope, KeyScope
 from lmaas.store.tables import metadata
-from lmaas.types import Quota, Role
+from lmaas.types import BatchLimits, Quota, Role
 from tests.integration.store.build import base_model, tenant, upload, usage_event
 from tests.support.catalogue import faults
 from tests.support.databases import login_url
@@ -450,6 +450,7 @@ CASES: dict[str, Case] = {
     "batches.list_batches": lambda both: batches.list_batches(both.gateway, both.mine.id, Dialect.OPENAI, Part(9)),
     "batches.cancel_batch": lambda both: batches.cancel_batch(both.gateway, both.mine.id, "batch_1", Dialect.OPENAI, audit=AUDIT),
     "batches.delete_batch": _batch_deleted,
+    "batches.check_limits": lambda both: batches.check_limits(both.gateway, both.mine.id, BatchLimits(2, 9, "its tier")),
     "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
     "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
     # With the other tenant's file, it would be one too many.
@@ -482,6 +483,7 @@ NO_TENANTS = {
     "tenants.create_key",
     "audit.record",
     "responses.save",
+    "responses.save_in",
     "responses.owned",
     "background.create",
     "conversations.create_conversation",
