@@ -61,7 +61,7 @@ class Attempts:
                 self.metrics.line("retried")
                 line.inference = line.sink = None
                 await until_set(line.leaving, line.tries.pause_s)
-            self.put_back(line)
+            self.give_back(line)
         except Exception:
             # Other lines must not suffer. The log has the details.
             log.exception("unexpected error", extra={"tenant_id": line.lease.tenant_id, "action": "line", "detail": line.lease.batch_id})
@@ -90,12 +90,12 @@ class Attempts:
         except PutBack:
             self.metrics.line("put_back")
             self.held.note_put_back(line)
-            self.put_back(line)
+            self.give_back(line)
             return False
         except LmaasError as error:
             return await self._refused(line, principal, error, request_id)
         if not sink.finished:
-            self.put_back(line)  # it was told to leave
+            self.give_back(line)  # it was told to leave
             return False
         if inference.record.run_ms is not None:
             self.held.note_begun(line)
@@ -125,7 +125,7 @@ class Attempts:
     async def _stop(self, line: HeldLine, code: str, message: str) -> None:
         """Run no more lines of the batch. Raises Unavailable."""
         await stop_batch(self.db, *line.batch, code, message)
-        self.put_back(line)
+        self.give_back(line)
         self.held.leave_waiting(line.batch)
 
     def _fail(self, line: HeldLine, error: LmaasError, request_id: str) -> None:
@@ -153,10 +153,10 @@ class Attempts:
             EndedLine(lease.tenant_id, lease.batch_id, lease.position, lease.attempt, state, request_id, status, answer, event, turn)
         )
 
-    def put_back(self, line: HeldLine) -> None:
+    def give_back(self, line: HeldLine) -> None:
         """Have a line given back."""
         line.ended = True
-        self.commits.put_back(line.lease)
+        self.commits.give_back(line.lease)
 
 
 async def ended(tasks: "set[asyncio.Task[None]]", grace_s: float) -> None:

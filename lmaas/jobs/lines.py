@@ -24,7 +24,7 @@ from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
-from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, leased_lines, put_back, stop_batch, stopped
+from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, give_back, leased_lines, stop_batch, stopped
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class Feeder:
     async def feed(self, now: float) -> None:
         """Lease and start what the engines of each pool have room for. Raises Unavailable, and LeaseLost."""
         if self._in_doubt:
-            await self._put_back_unknown()
+            await self._give_back_unknown()
         if now - self._read_at >= BACKLOG_S:
             self._offers, self._read_at = await backlog(self._db), now
         pools: dict[str, list[Offer]] = {}
@@ -216,12 +216,12 @@ class Feeder:
                     self._start(self._read(portion.copy()))
         return by_batch
 
-    async def _put_back_unknown(self) -> None:
+    async def _give_back_unknown(self) -> None:
         """Give back lines that were leased although Postgres did not reply. Raises Unavailable."""
         unknown = [lease for lease in await leased_lines(self._db, self._runner_id) if not self._held.holds(lease)]
         # A line whose end was stored meanwhile is not leased any more, so it stays as it is.
         if unknown:
-            await put_back(self._db, self._runner_id, unknown)
+            await give_back(self._db, self._runner_id, unknown)
         self._in_doubt = False
 
     async def _room(self, pool_id: str) -> Room:
@@ -245,7 +245,7 @@ class Feeder:
         while lines:
             portion = [lines.pop(0)]
             if not await self._held.room_for(portion[0]):
-                self._attempts.put_back(portion[0])
+                self._attempts.give_back(portion[0])
                 continue
             while lines and len(portion) < READ_AT_ONCE and self._held.has_room(lines[0]):
                 portion.append(lines.pop(0))
@@ -272,7 +272,7 @@ class Feeder:
             await until_set(portion[0].leaving, AGAIN_S)
         for line in portion:
             self._held.forget_text(line)
-            self._attempts.put_back(line)
+            self._attempts.give_back(line)
 
     async def _stopped(self, offer: Offer, message: str) -> bool:
         try:

@@ -42,7 +42,7 @@ _CLAIM = text(
         WHERE {_RUNS} AND EXISTS (SELECT FROM held) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE OF batch
     ), next AS MATERIALIZED (
         SELECT line.* FROM open CROSS JOIN LATERAL (
-            SELECT tenant_id, batch_id, position, byte_length, attempt - put_back >= {SUSPECT_LOSSES} AS suspect FROM batch_lines
+            SELECT tenant_id, batch_id, position, byte_length, attempt - given_back >= {SUSPECT_LOSSES} AS suspect FROM batch_lines
             WHERE tenant_id = open.tenant_id AND batch_id = open.id AND pool_id = :pool AND state = 'pending'
             ORDER BY position LIMIT open.count FOR UPDATE SKIP LOCKED
         ) AS line
@@ -56,13 +56,14 @@ _CLAIM = text(
     ), claimed AS (
         UPDATE batch_lines AS line SET state = 'running', runner_id = :runner, attempt = attempt + 1 FROM taken
         WHERE line.tenant_id = taken.tenant_id AND line.batch_id = taken.batch_id AND line.position = taken.position
-        RETURNING line.tenant_id, line.batch_id, line.position, line.attempt, line.put_back, line.byte_offset, line.byte_length, line.tokens
+        RETURNING line.tenant_id, line.batch_id, line.position, line.attempt, line.given_back, line.byte_offset,
+            line.byte_length, line.tokens
     ), counted AS (
         UPDATE batch_pools AS pool SET pending = pool.pending - sums.lines, pending_tokens = pool.pending_tokens - sums.tokens
         FROM (SELECT tenant_id, batch_id, count(*) AS lines, sum(tokens) AS tokens FROM claimed GROUP BY tenant_id, batch_id) AS sums
         WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = :pool
     )
-    SELECT tenant_id, batch_id, position, attempt, put_back, byte_offset, byte_length FROM claimed ORDER BY batch_id, position
+    SELECT tenant_id, batch_id, position, attempt, given_back, byte_offset, byte_length FROM claimed ORDER BY batch_id, position
     """  # noqa: S608 (a condition and an order of ours)
 )
 #: How statements find the lines that they are given: one look into the primary key for each, then each by its place. The statistics of
@@ -76,7 +77,7 @@ _LOCK = text(
     ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
     """  # noqa: S608 (an order of ours)
 )
-_PUT_BACK = text(
+_GIVE_BACK = text(
     f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:positions AS int[]), CAST(:attempts AS int[]))
@@ -87,7 +88,7 @@ _PUT_BACK = text(
                 AND position = given.position AND attempt = given.attempt AND runner_id = :runner LIMIT 1
         ) AS line WHERE {FEW.format("given")}
     ), freed AS (
-        UPDATE batch_lines AS line SET state = 'pending', runner_id = NULL, put_back = put_back + 1
+        UPDATE batch_lines AS line SET state = 'pending', runner_id = NULL, given_back = given_back + 1
         FROM found WHERE line.ctid = found.place AND line.attempt = found.attempt
         RETURNING line.tenant_id, line.batch_id, line.pool_id, line.tokens
     ), sums AS (
@@ -99,7 +100,7 @@ _PUT_BACK = text(
 )
 _LEASED = text(
     """
-    SELECT tenant_id, batch_id, position, attempt, put_back, byte_offset, byte_length FROM batch_lines
+    SELECT tenant_id, batch_id, position, attempt, given_back, byte_offset, byte_length FROM batch_lines
     WHERE runner_id = :runner AND state = 'running'
     """
 )
@@ -190,14 +191,14 @@ class LeasedLine(NamedTuple):
     batch_id: str
     position: int
     attempt: int
-    put_back: int
+    given_back: int
     byte_offset: int
     byte_length: int
 
     @property
     def losses(self) -> int:
         """The number of runners that were lost while they leased it."""
-        return self.attempt - self.put_back - 1
+        return self.attempt - self.given_back - 1
 
 
 async def backlog(db: Database) -> list[Offer]:
@@ -243,7 +244,7 @@ async def leased_lines(db: Database, runner_id: str) -> list[LeasedLine]:
         return [LeasedLine(*row) for row in await connection.execute(_LEASED, {"runner": runner_id})]
 
 
-async def put_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
+async def give_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
     """Give back leased lines, which will be run again. Those that this runner no longer leases stay as they are. Raises Unavailable."""
     values = {
         "runner": runner_id,
@@ -254,7 +255,7 @@ async def put_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) 
     }
     async with db.begin(LEASES) as connection:
         await connection.execute(_LOCK, {"tenants": values["tenants"], "batches": values["batches"]})
-        await connection.execute(_PUT_BACK, values)
+        await connection.execute(_GIVE_BACK, values)
 
 
 async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:

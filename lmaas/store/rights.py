@@ -84,7 +84,7 @@ _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
-_LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "put_back", *_LEASE)
+_LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "given_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
@@ -182,7 +182,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "batch_lines": {
         GATEWAY: (Grant("SELECT", OWN),),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _LINE), Grant("UPDATE", ALL, ("state", "put_back", *_LEASE))),
+        LEASES: (Grant("SELECT", ALL, _LINE), Grant("UPDATE", ALL, ("state", "given_back", *_LEASE))),
     },
     "batch_pools": {
         GATEWAY: (Grant("SELECT", OWN),),

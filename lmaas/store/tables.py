@@ -423,8 +423,8 @@ batch_lines = Table(
     # A LineState.
     Column("state", Text, nullable=False),
     *_lease(),
-    # How often its slot was taken back.
-    Column("put_back", Integer, nullable=False, server_default=text("0")),
+    # How many of its leases were given back. The others, apart from the last one, ended with the loss of their runner.
+    Column("given_back", Integer, nullable=False, server_default=text("0")),
     # What the output file says of it: the ledger's id of the attempt, the HTTP status, and the JSON of the answer or of the error.
     Column("request_id", Text),
     Column("status_code", Integer),

@@ -71,7 +71,7 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("runner_id", sa.Text(), nullable=True),
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
-        sa.Column("put_back", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("given_back", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("status_code", sa.Integer(), nullable=True),
         sa.Column("answer", sa.LargeBinary(), nullable=True),

@@ -96,7 +96,7 @@ async def test_a_line_whose_slot_is_taken_back_runs_again(stack: Stack, monkeypa
         await stack.redis.publish(gateway_channel(job.inferences.leases.gateway), json.dumps(news))
         await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
     [line] = await line_rows(stack.db, batch_id)
-    assert (line.state, line.attempt, line.put_back) == ("done", 2, 1)
+    assert (line.state, line.attempt, line.given_back) == ("done", 2, 1)
     [event] = await charged(stack, model, tenant)
     assert (event.request_id, event.completion_tokens) == (line.request_id, json.loads(line.answer)["usage"]["completion_tokens"])
     assert await wasted(stack, batch_id) == ["put_back"]
@@ -122,7 +122,7 @@ async def test_lines_whose_lease_was_not_confirmed_run_all_the_same(stack: Stack
         await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
     assert lost
     rows = await line_rows(stack.db, batch_id)
-    assert [(line.state, line.put_back) for line in rows] == [("done", int(line.position < len(lost))) for line in rows]
+    assert [(line.state, line.given_back) for line in rows] == [("done", int(line.position < len(lost))) for line in rows]
     assert len(await charged(stack, model, tenant)) == 20
 
 
@@ -221,7 +221,7 @@ async def test_a_runner_that_stops_gives_back_what_runs(stack: Stack) -> None:
     )
     async with runner(stack, texts):
         await until(partial(runs, stack, batch_id, 3))
-    assert [(line.state, line.put_back) for line in await line_rows(stack.db, batch_id)] == [("pending", 1)] * 3
+    assert [(line.state, line.given_back) for line in await line_rows(stack.db, batch_id)] == [("pending", 1)] * 3
     assert await pending(stack.db, batch_id) == {model.id: (3, 60)}
     assert await replica.running() == 0
     async with stack.db.begin(SYSTEM) as connection:
