@@ -7,8 +7,6 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from lmaas.errors import LmaasError, NotFound, Unavailable
 from lmaas.files.service import Files
 from lmaas.inference.protocol import AnyProtocol
@@ -130,7 +128,7 @@ class Feeder:
             self._wake.clear()
             try:
                 await self.feed(time.monotonic())
-            except (Unavailable, RedisError) as error:
+            except Unavailable as error:
                 log.warning("lines cannot be leased now", extra={"action": "lease", "detail": str(error)})
                 await asyncio.sleep(AGAIN_S)
             await asyncio.sleep(MIN_LOOK_S)
@@ -159,7 +157,14 @@ class Feeder:
                 await self._feed_pool(pool_id, pools.get(pool_id, []), count, now)
 
     async def _feed_pool(self, pool_id: str, offers: list[Offer], count: PoolCount, now: float) -> None:
-        window, room = self.windows[pool_id], await self._room(pool_id)
+        window = self.windows[pool_id]
+        try:
+            room = await self._room(pool_id)
+        except Unavailable as error:
+            # Perhaps only for this pool, so the others go on.
+            window.idle_until = now + COLD_LOOK_S
+            log.warning("lines of a pool cannot be leased now", extra={"action": "lease", "pool_id": pool_id, "detail": str(error)})
+            return
         window.idle_until = now + (LOOK_S if room.ready else COLD_LOOK_S)
         if (cold_s := window.cold_s(room, now)) > COLD_S:
             # The controller decides by what waits in the tables whether it starts an engine. A line that has begun may run on an engine

@@ -14,7 +14,7 @@ from lmaas.errors import Unavailable
 from lmaas.http import new_request_id
 from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
-from lmaas.scheduling.client import gateway_channel
+from lmaas.scheduling.client import Scheduler, gateway_channel
 from lmaas.states import PoolKind
 from lmaas.store.line_leases import LARGE_BYTES, LeasedLine, claim_lines, stop_batch
 from lmaas.store.models import change_base_model
@@ -124,6 +124,25 @@ async def test_lines_whose_lease_was_not_confirmed_run_all_the_same(stack: Stack
     rows = await line_rows(stack.db, batch_id)
     assert [(line.state, line.given_back) for line in rows] == [("done", int(line.position < len(lost))) for line in rows]
     assert len(await charged(stack, model, tenant)) == 20
+
+
+async def test_a_pool_whose_queue_fails_does_not_stop_the_others(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    sick, well, tenant = await stack.model("sick"), await stack.model("well"), await stack.tenant()
+    await stack.replica(well)
+    room = Scheduler.room
+
+    async def room_of(scheduler: Scheduler, pool: str) -> dict[str, Any]:
+        if pool == sick.id:
+            raise Unavailable("The request queue is not available. Retry after 2 s.")
+        return await room(scheduler, pool)
+
+    monkeypatch.setattr(Scheduler, "room", room_of)
+    texts = Texts()
+    stuck = await batch_of(stack, texts, tenant, sick, [chat("l0", "sick")])
+    batch_id = await batch_of(stack, texts, tenant, well, [chat("l0", "well")])
+    async with runner(stack, texts):
+        await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
+    assert [line.state for line in await line_rows(stack.db, stuck)] == ["pending"]
 
 
 async def test_large_lines_do_not_keep_the_lines_of_others_waiting(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
