@@ -67,6 +67,8 @@ class OneEngine:
         self.starts = 0
         self.engine_s = self.longest_s = 0.0
         self.done = 0
+        #: The tokens of each line that has ended.
+        self.done_tokens: dict[str, int] = {}
         self._lines: list[Line] = []
         self._engine = Engine(clock, profile, lambda _: None, self._end)
         self._launched_s: float | None = None
@@ -113,7 +115,9 @@ class OneEngine:
     def _end(self, number: int) -> None:
         self.running.remove(number)
         self.done += 1
-        self.longest_s = max(self.longest_s, self.clock.now_s - self._lines[number].at_s)
+        line = self._lines[number]
+        self.done_tokens[str(number)] = line.prompt_tokens + line.completion_tokens
+        self.longest_s = max(self.longest_s, self.clock.now_s - line.at_s)
         self._fill()
         self.ended()
 
@@ -147,10 +151,9 @@ class Controlled(OneEngine):
         """Decide."""
         now, waiting = self.clock.now_s, self.waiting_lines
         running, ready = len(self.running), int(self.ready)
-        tokens = sum(line.prompt_tokens + line.completion_tokens for line in waiting)
-        # Each line is a batch of its own, so the set of batches changes when one arrives.
-        arrived = self.done + running + len(waiting)
-        self._throughput = self._throughput.observed(now, tokens, arrived, running=running, ready=ready, slots=self._policy.slots)
+        # Each line is a batch of its own.
+        done = self.done_tokens.copy()
+        self._throughput = self._throughput.observed(now, done, running=running, ready=ready, slots=self._policy.slots)
         backlog = Backlog(_dues(waiting, now), running=running, ready=ready, tokens_per_s=self._throughput.tokens_per_s)
         scale = decide(self._demand(DAY_S + now), self._policy, int(self.wanted), self._state, now, backlog)
         self._state = scale.state

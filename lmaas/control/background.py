@@ -7,8 +7,8 @@ one later would cost more.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 #: Tokens per second that one replica is assumed to process, until the pool has shown more. A low figure starts engines early.
 DEFAULT_TOKENS_PER_S = 100.0
@@ -227,14 +227,13 @@ def _watched(backlog: Backlog, busy: bool, state: BackgroundState, now: float) -
 class Throughput:
     """What one replica of a pool processes of background work: fading sums of tokens, and of the engine time for them.
 
-    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. The last reading is the `done`
-    tokens of a set of `batches`.
+    Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. `done` is the last reading: the
+    tokens that are done of each batch.
     """
 
     tokens: float = 0.0
     engine_s: float = 0.0
-    batches: int = 0
-    done: int = 0
+    done: Mapping[str, int] = field(default_factory=dict)
     at: float | None = None
 
     @property
@@ -249,21 +248,21 @@ class Throughput:
             return cls(tokens_per_s * ENOUGH_ENGINE_S, ENOUGH_ENGINE_S)
         return cls()
 
-    def observed(self, now: float, done: int, batches: int, *, running: int, ready: int, slots: int) -> "Throughput":
-        """Return the state after a reading of the tokens that are done.
+    def observed(self, now: float, done: Mapping[str, int], *, running: int, ready: int, slots: int) -> "Throughput":
+        """Return the state after a reading of the tokens that are done, by batch.
 
-        If the set of `batches` has changed, the difference is not what engines have done. Time in which background work has few of the
-        slots does not count either, because an engine does more with all of them, nor the time until the first lines end.
+        Time in which background work has few of the slots does not count, because an engine does more with all of them, nor does the time
+        until the first lines end.
         """
-        reading = replace(self, batches=batches, done=done, at=now)
-        if self.at is None or batches != self.batches or running < max(1.0, FILLED * ready * slots):
+        reading = replace(self, done=done, at=now)
+        if self.at is None or running < max(1.0, FILLED * ready * slots):
             return reading
-        if self.tokens == 0 and done <= self.done:
+        grown = sum(max(0, tokens - self.done.get(batch, 0)) for batch, tokens in done.items())
+        if self.tokens == 0 and grown == 0:
             return reading
         passed_s = (now - self.at) * ready
         kept = math.exp(-passed_s / FADE_ENGINE_S)
-        tokens = self.tokens * kept + max(0, done - self.done)
-        return replace(reading, tokens=tokens, engine_s=self.engine_s * kept + passed_s)
+        return replace(reading, tokens=self.tokens * kept + grown, engine_s=self.engine_s * kept + passed_s)
 
 
 def _lines(backlog: Backlog) -> str:

@@ -26,7 +26,7 @@ from lmaas.files.service import Files
 from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
-from lmaas.store.backlog import DoneLines, done_lines, waiting_lines
+from lmaas.store.backlog import done_tokens, waiting_lines
 from lmaas.store.database import Database, Writes, new_id
 from lmaas.store.leadership import LostLead, leading
 from lmaas.store.models import BaseModel, list_base_models, list_pool_ids
@@ -159,12 +159,12 @@ class Controller:
         models = await list_base_models(self._db)
         await self._remember(models)
         waiting, has_runner = await waiting_lines(self._db)
-        done = await done_lines(self._db)
+        done = await done_tokens(self._db)
         read = [
             replace(
                 await self._read(model, processes, capacity),
                 waiting=waiting.get(model.id, ()),
-                done=done.get(model.id, DoneLines()),
+                done=done.get(model.id, {}),
                 has_runner=has_runner,
             )
             for model in models

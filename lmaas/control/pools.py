@@ -11,7 +11,7 @@ from lmaas.control.background import BackgroundFigures, Backlog, Due, Throughput
 from lmaas.control.observation import Condition, Replicas, observe_replicas
 from lmaas.control.sharing import HeldReplica, PoolClaim, Share
 from lmaas.states import Desired, Observed
-from lmaas.store.backlog import DoneLines, WaitingLines
+from lmaas.store.backlog import WaitingLines
 from lmaas.store.models import BaseModel
 from lmaas.store.replicas import Replica
 from lmaas.types import Resources
@@ -36,7 +36,8 @@ class PoolObservation:
     failed_ago_s: float
     #: The lines of batches that wait, and whether there is a job runner for them.
     waiting: Sequence[WaitingLines] = ()
-    done: DoneLines = field(default_factory=DoneLines)
+    #: The tokens that engines have processed, by batch.
+    done: Mapping[str, int] = field(default_factory=dict)
     has_runner: bool = True
     replicas: Replicas = field(default_factory=dict)
 
@@ -84,8 +85,7 @@ class PoolObservation:
         """Return what the pool's replicas have shown of background work, with this observation."""
         return before.observed(
             now,
-            self.done.tokens,
-            self.done.batches,
+            self.done,
             running=int(self.background["load"]),
             ready=self.ready,
             slots=self.policy.slots,

@@ -51,20 +51,16 @@ local function charged(pool, ticket)
   return tokens and units(tokens) or PROMPT_COST * ticket.prompt_tokens, not tokens
 end
 
--- Drops counters if there are too many.
-local function bound_counters(pool, line)
-  if redis.call('ZCARD', line.key .. ':counters') > MAX_COUNTERS then
-    -- Counters below the floor can be dropped: their tenants would be lifted to it anyway.
-    local floor = floor_of(pool, line)
-    set_var(pool, line.floor, floor)
-    redis.call('ZREMRANGEBYSCORE', line.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
-  end
+-- Drops the counters below the floor, whose tenants would be lifted to it anyway.
+local function drop_counters(pool, line, floor)
+  set_var(pool, line.floor, floor)
+  redis.call('ZREMRANGEBYSCORE', line.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
 end
 
 -- Lifts the counter of a tenant that begins to wait to the least of those that wait, plus `behind`.
 local function lift(pool, line, tenant, behind)
   redis.call('ZADD', line.key .. ':counters', math.max(counter_of(line, tenant), floor_of(pool, line) + behind), tenant)
-  bound_counters(pool, line)
+  if redis.call('ZCARD', line.key .. ':counters') > MAX_COUNTERS then drop_counters(pool, line, floor_of(pool, line)) end
 end
 
 -- Lets a tenant begin to wait.
@@ -79,9 +75,10 @@ local function pass_through(pool, ticket)
   local counters, last = pool.key .. ':counters', text_of(pool, 'last')
   ticket.sequence = next_of(pool, 'seq')
   local found = redis.call('ZMSCORE', counters, ticket.tenant, last or ticket.tenant)
-  local counter = math.max(tonumber(found[1] or 0), var(pool, 'floor', 0), tonumber(found[2] or 0))
+  local floor = math.max(var(pool, 'floor', 0), last and tonumber(found[2] or 0) or 0)
+  local counter = math.max(tonumber(found[1] or 0), floor)
   redis.call('ZADD', counters, counter + PROMPT_COST * ticket.prompt_tokens / ticket.share, ticket.tenant)
-  bound_counters(pool, pool.interactive)
+  if redis.call('ZCARD', counters) > MAX_COUNTERS then drop_counters(pool, pool.interactive, last == ticket.tenant and counter or floor) end
   set_var(pool, 'last', ticket.tenant)
 end
 

@@ -25,14 +25,6 @@ class WaitingLines:
     waited_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class DoneLines:
-    """What engines have processed of the batches in progress, in estimated tokens. `batches` is different for each set of batches."""
-
-    tokens: int = 0
-    batches: int = 0
-
-
 async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bool]:
     """Return the waiting lines of all pools by the pool's id, those with the earliest deadline first, and whether a job runner can run
     them. Lines past their deadline are left out."""
@@ -57,15 +49,17 @@ async def waiting_lines(db: Database) -> tuple[dict[str, list[WaitingLines]], bo
     return found, all(row[-1] for row in rows)
 
 
-async def done_lines(db: Database) -> dict[str, DoneLines]:
-    """Return what engines have processed of the batches in progress, by pool."""
+async def done_tokens(db: Database) -> dict[str, dict[str, int]]:
+    """Return what engines have processed of the batches that have not ended, in estimated tokens: pool → batch → tokens."""
     columns = batch_pools.c
     query = (
-        select(columns.pool_id, func.sum(columns.done_tokens), func.sum(func.hashtext(columns.batch_id)))
+        select(columns.pool_id, columns.batch_id, columns.done_tokens)
         .join_from(batch_pools, batches)
-        .where(batches.c.status == "in_progress")
-        .group_by(columns.pool_id)
+        .where(batches.c.status.in_(("in_progress", "cancelling", "finalizing")))
     )
     async with db.begin(SYSTEM) as connection:
         rows = (await connection.execute(query)).all()
-    return {pool_id: DoneLines(int(tokens), int(numbers)) for pool_id, tokens, numbers in rows}
+    found: dict[str, dict[str, int]] = {}
+    for pool_id, batch_id, tokens in rows:
+        found.setdefault(pool_id, {})[batch_id] = int(tokens)
+    return found

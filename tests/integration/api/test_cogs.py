@@ -129,6 +129,7 @@ async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: 
     await stack.scheduler.submit(Ticket("r", model.id, acme.id, "gw_gone", "", "", 1, record.event()), Bounds(10, 10_000))
     await stack.scheduler.renew(model.id, [("r", TokenCounts(100, 20, 30))])
     await stack.redis.zadd(f"lmaas:{{{model.id}}}:expiry", {"r": 1})
+    await stack.redis.hdel(f"lmaas:{{{model.id}}}:vars", "calm")  # which says that no lease has expired
     await stack.scheduler.stats(model.id)
     (event,) = await stack.ledger(model, acme)
     assert (event.status, event.completion_tokens) == (UsageStatus.LOST, 30)

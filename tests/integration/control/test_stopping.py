@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ async def test_it_ends_its_replicas_also_if_it_does_not_lead(
     ended: list[float] = []
 
     class Known(Controller):
-        def __init__(self, *parts: object) -> None:
-            super().__init__(*parts)  # type: ignore[arg-type]
+        def __init__(self, *parts: Any, **more: Any) -> None:
+            super().__init__(*parts, **more)
             made.append(self)
 
     async def end_replicas(_db: Database, _where: object, grace_s: float) -> None:

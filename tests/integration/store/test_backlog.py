@@ -1,6 +1,6 @@
 """The lines of batches that wait, by pool and deadline."""
 
-from lmaas.store.backlog import WaitingLines, done_lines, waiting_lines
+from lmaas.store.backlog import WaitingLines, done_tokens, waiting_lines
 from lmaas.store.database import Database
 from lmaas.store.runners import RUNNER_LOST_S
 from tests.integration.store.build import base_model, tenant, waiting_batch
@@ -33,17 +33,12 @@ async def test_lines_are_summed_by_pool_and_deadline(db: Database, controller_db
     assert len({one, two, soon}) == 3
 
 
-async def test_each_set_of_batches_has_a_number_of_its_own(db: Database, controller_db: Database) -> None:
+async def test_what_is_done_is_reported_by_batch(db: Database, controller_db: Database) -> None:
     acme, base = await tenant(db, "acme"), await base_model(db)
-
-    async def number() -> int:
-        return (await done_lines(controller_db))[base.id].batches
-
-    await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)})
-    alone = await number()
-    assert alone == await number()
-    await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)})
-    assert await number() != alone
+    one = await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)})
+    two = await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)}, status="finalizing")
+    await waiting_batch(db, acme, due_s=HOUR_S, pools={base.id: (9, 9)}, status="validating")
+    assert await done_tokens(controller_db) == {base.id: {one: 0, two: 0}}
 
 
 async def test_a_runner_counts_while_it_is_seen(db: Database, controller_db: Database) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from lmaas.states import UsageStatus
-from lmaas.store.backlog import done_lines
+from lmaas.store.backlog import done_tokens
 from lmaas.store.batch_lines import (
     MAX_ANSWER_BYTES,
     MAX_ESTIMATE,
@@ -182,12 +182,11 @@ async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
     await give_back(jobs_db, runner_id, leases[4:])
     refused = [ended(leases[2], state="failed"), ended(leases[3], state="failed", event=False)]
     await end_lines(jobs_db, runner_id, refused)
-    assert {pool_id: done.tokens for pool_id, done in (await done_lines(controller_db)).items()} == {POOL: 0, "mod_2": 0}
+    assert await done_tokens(controller_db) == {POOL: {batch_id: 0}, "mod_2": {batch_id: 0}}
     group = [ended(leases[0]), ended(leases[1])]
     for _ in range(2):
         await end_lines(jobs_db, runner_id, group)
-        found = await done_lines(controller_db)
-        assert {pool_id: done.tokens for pool_id, done in found.items()} == {POOL: 10 + MAX_ESTIMATE * (5 + 7), "mod_2": 0}
+        assert await done_tokens(controller_db) == {POOL: {batch_id: 10 + MAX_ESTIMATE * (5 + 7)}, "mod_2": {batch_id: 0}}
 
 
 async def test_a_batch_whose_answers_are_too_large_stops(db: Database, jobs_db: Database, tenant_id: str) -> None:

@@ -14,7 +14,8 @@ from tests.unit.unreachable import INFERENCE, OPERATOR, TENANT, UnreachableGatew
 PLACES = [place for operation in OPERATIONS for place in operation.places]
 #: Where an operator names the tenant in the path, the gateway looks for the tenant first.
 DIRECT = [place for place in PLACES if place.path != place.operation.operator_path]
-WITH_BODY = [place for place in DIRECT if place.operation.body is not None and not place.operation.files]
+#: Without those that look at the tenant's limits before they read the body.
+WITH_BODY = [place for place in DIRECT if place.operation.body is not None and not (place.operation.files or place.operation.reads_body)]
 PAGED = [place for place in DIRECT if place.operation.is_paged]
 
 

@@ -210,7 +210,7 @@ class TestThroughput:
         """Return what was seen of engines that take so many tokens a second."""
         seen = first or Throughput()
         for second in range(seconds):
-            seen = seen.observed(NOW + second, int(per_s * second), 1, running=running, ready=ready, slots=4)
+            seen = seen.observed(NOW + second, {"a": int(per_s * second)}, running=running, ready=ready, slots=4)
         return seen
 
     def test_it_is_unknown_at_first(self) -> None:
@@ -227,15 +227,17 @@ class TestThroughput:
     def test_batches_that_come_and_go_are_no_work(self) -> None:
         seen = Throughput()
         for second in range(200):
-            done = 10**6 * (second // 50 % 2) + 100 * second
-            seen = seen.observed(NOW + second, done, second // 50, running=4, ready=1, slots=4)
+            # Each lasts for 50 s, and the one before stays for some time.
+            old, new = divmod(second, 50)
+            done = {f"batch_{old}": 100 * new} | ({f"batch_{old - 1}": 5000} if old and new < 10 else {})
+            seen = seen.observed(NOW + second, done, running=4, ready=1, slots=4)
         assert seen.tokens_per_s == pytest.approx(100, rel=0.02)
 
     def test_the_time_until_the_first_lines_end_does_not_count(self) -> None:
         seen = Throughput()
         for second in range(700):
             # Four at a time, which end together.
-            seen = seen.observed(NOW + second, 20_000 * (second // 200), 1, running=4, ready=1, slots=4)
+            seen = seen.observed(NOW + second, {"a": 20_000 * (second // 200)}, running=4, ready=1, slots=4)
             assert seen.tokens_per_s is None or second >= 200 + ENOUGH_ENGINE_S - 1
         assert seen.tokens_per_s == pytest.approx(100, rel=0.3)
 
