@@ -11,7 +11,7 @@ from lmaas.errors import Unavailable
 from lmaas.states import LineState
 from lmaas.store.batch_lines import EndedLine, end_lines
 from lmaas.store.database import Database
-from lmaas.store.line_leases import LeasedLine, give_back
+from lmaas.store.line_leases import LeasedLine, give_back_lines
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Commits:
             await self._end(ended)
             self._done(self._ended, ended)
         while back := _first(self._back, LINES_AT_ONCE, LINES_AT_ONCE, lambda _: 1):
-            await give_back(self._db, self._runner_id, back)
+            await give_back_lines(self._db, self._runner_id, back)
             self._done(self._back, back)
 
     def _done(self, queue: deque[Item], items: Sequence[Item]) -> None:

@@ -22,7 +22,7 @@ from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
-from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, give_back, leased_lines, stop_batch, stopped
+from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, give_back_lines, leased_lines, stop_batch, stopped
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class Feeder:
         unknown = [lease for lease in await leased_lines(self._db, self._runner_id) if not self._held.holds(lease)]
         # A line whose end was stored meanwhile is not leased any more, so it stays as it is.
         if unknown:
-            await give_back(self._db, self._runner_id, unknown)
+            await give_back_lines(self._db, self._runner_id, unknown)
         self._in_doubt = False
 
     async def _room(self, pool_id: str) -> Room:

@@ -77,7 +77,7 @@ _LOCK = text(
     ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
     """  # noqa: S608 (an order of ours)
 )
-_GIVE_BACK = text(
+_GIVE_BACK_LINES = text(
     f"""
     WITH given AS MATERIALIZED (
         SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[]), CAST(:positions AS int[]), CAST(:attempts AS int[]))
@@ -165,7 +165,7 @@ _GIVE_BACK_OTHERS = text(
         AND (tenant_id, id) NOT IN (SELECT * FROM unnest(CAST(:tenants AS text[]), CAST(:batches AS text[])))
     """
 )
-_GIVE_BACK = text(
+_GIVE_BACK_BATCH = text(
     "UPDATE batches SET runner_id = NULL WHERE tenant_id = :tenant AND id = :batch AND runner_id = :runner AND attempt = :attempt"
 )
 
@@ -244,7 +244,7 @@ async def leased_lines(db: Database, runner_id: str) -> list[LeasedLine]:
         return [LeasedLine(*row) for row in await connection.execute(_LEASED, {"runner": runner_id})]
 
 
-async def give_back(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
+async def give_back_lines(db: Database, runner_id: str, lines: Collection[LeasedLine]) -> None:
     """Give back leased lines, which will be run again. Those that this runner no longer leases stay as they are. Raises Unavailable."""
     values = {
         "runner": runner_id,
@@ -255,7 +255,7 @@ async def give_back(db: Database, runner_id: str, lines: Collection[LeasedLine])
     }
     async with db.begin(LEASES) as connection:
         await connection.execute(_LOCK, {"tenants": values["tenants"], "batches": values["batches"]})
-        await connection.execute(_GIVE_BACK, values)
+        await connection.execute(_GIVE_BACK_LINES, values)
 
 
 async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> dict[tuple[str, str], bool]:
@@ -319,4 +319,4 @@ async def give_back_batch(db: Database, lease: BatchLease) -> None:
     """Give back the lease of a batch, if it is still valid. Raises Unavailable."""
     which = {"tenant": lease.tenant_id, "batch": lease.batch_id, "runner": lease.runner_id, "attempt": lease.attempt}
     async with db.begin(LEASES) as connection:
-        await connection.execute(_GIVE_BACK, which)
+        await connection.execute(_GIVE_BACK_BATCH, which)

@@ -32,8 +32,8 @@ from lmaas.store.line_leases import (
     backlog,
     claim_batch,
     claim_lines,
-    give_back,
     give_back_batch,
+    give_back_lines,
     settle,
     stop_batch,
     stopped,
@@ -85,7 +85,7 @@ async def test_concurrent_leases_never_overlap(db: Database, jobs_db: Database, 
         while leases := await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 7 for batch_id in batches}):
             found += [(lease.batch_id, lease.position) for lease in leases]
             await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases[::2]])
-            await give_back(jobs_db, runner_id, leases[1::2][:1])
+            await give_back_lines(jobs_db, runner_id, leases[1::2][:1])
         return found
 
     taken = Counter([line for found in await asyncio.gather(*(take(runner) for runner in runners)) for line in found])
@@ -140,7 +140,7 @@ async def test_the_response_of_a_line_is_stored_with_its_end_or_not_at_all(db: D
         turn = NewTurn(Response(f"resp_{name}", b"[]", body, None, 11, 2), conversation_id, items, DAY)
         return dataclasses.replace(ended(lease), turn=turn)
 
-    await give_back(jobs_db, runner_id, own[4:])
+    await give_back_lines(jobs_db, runner_id, own[4:])
     [again] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
     group = [
         *(
@@ -179,7 +179,7 @@ async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
     runner_id = await register(jobs_db)
     # Those that are leased and given back, or refused, are no work of an engine.
     leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5})
-    await give_back(jobs_db, runner_id, leases[4:])
+    await give_back_lines(jobs_db, runner_id, leases[4:])
     refused = [ended(leases[2], state="failed"), ended(leases[3], state="failed", event=False)]
     await end_lines(jobs_db, runner_id, refused)
     assert await done_tokens(controller_db) == {POOL: {batch_id: 0}, "mod_2": {batch_id: 0}}
@@ -223,11 +223,11 @@ async def test_an_old_lease_writes_nothing(db: Database, jobs_db: Database, tena
     batch_id = await make_batch(db, tenant_id, some_lines(1, POOL))
     one, two = await register(jobs_db), await register(jobs_db)
     [old] = await claim_lines(jobs_db, one, POOL, {(tenant_id, batch_id): 1})
-    await give_back(jobs_db, one, [old])
+    await give_back_lines(jobs_db, one, [old])
     [new] = await claim_lines(jobs_db, one if how == "another attempt" else two, POOL, {(tenant_id, batch_id): 1})
     assert (new.attempt, new.given_back) == (2, 1)
     await end_lines(jobs_db, one, [ended(old)])
-    await give_back(jobs_db, one, [old])
+    await give_back_lines(jobs_db, one, [old])
     [line] = await line_rows(db, batch_id)
     assert (line.state, line.attempt, line.given_back) == ("running", 2, 1)
     assert await list_events(db, OPERATOR) == []
@@ -334,7 +334,7 @@ async def test_a_cancelled_batch_is_settled_when_nothing_runs(db: Database, jobs
     # A line that ends before it is put back is finished.
     await end_lines(jobs_db, runner_id, [ended(one), ended(two, state="failed")])
     assert not await settle(jobs_db, tenant_id, batch_id)
-    await give_back(jobs_db, runner_id, [three])
+    await give_back_lines(jobs_db, runner_id, [three])
     assert await claim_batch(jobs_db, runner_id) is None
     assert await settle(jobs_db, tenant_id, batch_id)
     assert not await settle(jobs_db, tenant_id, batch_id)
@@ -460,7 +460,7 @@ async def test_what_is_read_for_a_line_does_not_depend_on_statistics(
         batch_id = await make_batch(db, tenant_id, some_lines(2, POOL))
         one, two = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 2})
         await end_lines(jobs_db, runner_id, [ended(one)])
-        await give_back(jobs_db, runner_id, [two])
+        await give_back_lines(jobs_db, runner_id, [two])
         if statistics == "of an empty table":
             await _execute(db, "DELETE FROM batch_lines")
         if statistics != "none":
@@ -469,7 +469,7 @@ async def test_what_is_read_for_a_line_does_not_depend_on_statistics(
     leases = [line for _ in range(8) for line in await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 256})]
     before = await _lines_read(db, jobs_db)
     await end_lines(jobs_db, runner_id, [ended(lease) for lease in leases[::10]])
-    await give_back(jobs_db, runner_id, leases[1::10])
+    await give_back_lines(jobs_db, runner_id, leases[1::10])
     count = len(leases[::10]) + len(leases[1::10])
     assert (await batch_row(db, batch_id)).completed == len(leases[::10])
     read = await _lines_read(db, jobs_db) - before
