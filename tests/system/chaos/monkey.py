@@ -118,7 +118,7 @@ class Monkey:
             await connection.execute(text("LOCK TABLE usage_events IN SHARE ROW EXCLUSIVE MODE"))
 
             async def waits() -> bool:
-                query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT INTO usage_events%'"
+                query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT INTO usage_events%'"
                 # A new transaction each time, because a transaction reads the activity of others only once.
                 async with self._service.db.begin(SYSTEM) as other:
                     return bool((await other.execute(text(query))).scalar_one())
