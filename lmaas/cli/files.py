@@ -92,7 +92,7 @@ def _for_people(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """Return a file's name as one of this folder. Raises SettingsError for a path: whoever runs the service does not choose the place."""
+    """Return a file's name as one of this folder. Raises SettingsError for a path, because the service must not choose the folder."""
     if not name or name in (".", "..") or any(character in "/\\\0" for character in name):
         raise SettingsError("The name of the file cannot be used in this folder. Name a TARGET.")
     return name

@@ -46,7 +46,7 @@ class UsageRecord:
     cached_price: int = 0
     completion_price: int = 0
     work: WorkClass = WorkClass.INTERACTIVE
-    #: Whether the result of this attempt and its event are stored together, by whoever runs it. Until then the attempt counts as wasted.
+    #: Whether the caller stores the result of this attempt and its event together. Until then the attempt counts as wasted.
     durable: bool = False
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     #: Returns the engine's latest `usage` object while a response is streamed.

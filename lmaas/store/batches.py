@@ -121,7 +121,7 @@ async def create_batch(
     connection: AsyncConnection, tenant_id: str, new: NewBatch, limits: BatchLimits, *, audit: Audit | None = None
 ) -> Batch:
     """Store a new batch in a transaction, to be validated. Raises NotFound for a deleted tenant, and OverLimit."""
-    # The lock waits for a running deletion of the tenant. It comes first, because whoever adds the batch's input file in the same
+    # The lock waits for a running deletion of the tenant. It comes first, because the code that adds the batch's input file in the same
     # transaction has locked the row.
     living = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)
     if (await connection.execute(living)).first() is None:

@@ -69,7 +69,7 @@ class UsageRow:
 @dataclass(frozen=True, slots=True)
 class Waste:
     """Attempts without a result, of one tenant with one model on one day (UTC), by the class of the work and the reason (None while an
-    attempt has not ended). Nobody is charged for their tokens, and they are no part of a usage report."""
+    attempt has not ended). Their tokens are not charged, and are not part of a usage report."""
 
     day: date
     tenant: str | None

@@ -148,7 +148,7 @@ def test_what_was_put_back_is_reserved_for_a_while(desk: Desk) -> None:
     desk.later(30_000)
     assert desk.room() == 16 - 3, "two thirds of the four"
     desk.later(QUIET_MS)
-    assert desk.room() == 16, "nobody has come for a minute"
+    assert desk.room() == 16, "no interactive request has come for a minute"
 
 
 def test_the_reserve_is_at_most_half_of_the_slots(desk: Desk) -> None:

@@ -7,7 +7,7 @@ from tests.system.chaos.service import Service
 
 
 async def comes_to_rest(service: Service) -> None:
-    """No slot is taken, nobody waits, and Valkey knows of no request any more: everything is in the ledger."""
+    """No slot is taken, no request waits, and Valkey knows of no request any more: everything is in the ledger."""
     redis = service.scheduler.redis
 
     async def rest() -> bool:
