@@ -38,7 +38,8 @@ from lmaas.up.server import Server, is_full
 
 READY_S = 60.0
 DISK_LOOK_S = 5.0
-#: The time for which background work waits for a warm engine, unless the settings say another. With a stack on one machine, its user is probably waiting.
+#: The time for which background work waits for a warm engine, unless the settings say another. With a stack on one machine, its user is
+#: probably waiting.
 MAX_WAIT_S = 30.0
 
 
