@@ -209,7 +209,7 @@ async def test_a_cancelled_batch_keeps_what_has_ended(stack: Stack) -> None:
     assert (row.status, row.completed, row.failed) == ("cancelling", 2, 0)
     assert len(await charged(stack, model, tenant)) == 2
     assert sum(event.completion_tokens for event in await stack.ledger(model, tenant)) == (await replica.counters())[1] - 1
-    assert await wasted(stack, batch_id) == ["cancelled"] * 2
+    assert set(await wasted(stack, batch_id)) == {"cancelled"}
 
 
 async def test_a_runner_that_stops_gives_its_lines_back(stack: Stack) -> None:
