@@ -74,7 +74,7 @@ def test_files_are_compressed_for_clients_that_accept_it(client: TestClient, acc
     assert (gzip.decompress(raw) if packed else raw) == (VENDOR / "htmx.min.js").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["none.css", "../assets.py", "%2e%2e/assets.py", "vendor/README.md", "vendor/", "", "console.css/"])
+@pytest.mark.parametrize("name", ["none.css", "../assets.py", "%2e%2e/assets.py", "vendor/SHA256SUMS", "vendor/", "", "console.css/"])
 def test_nothing_else_is_served(client: TestClient, name: str) -> None:
     assert client.get(f"/console/static/{name}").status_code == 404
 
