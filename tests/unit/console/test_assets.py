@@ -26,7 +26,7 @@ def client(assets: Assets) -> TestClient:
 
 
 def test_vendored_files_are_those_that_were_published() -> None:
-    listed = dict(reversed(line.split(maxsplit=1)) for line in (VENDOR / "SHA256SUMS").read_text().splitlines())
+    listed = {name: digest for digest, name in (line.split() for line in (VENDOR / "SHA256SUMS").read_text().splitlines())}
     found = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in VENDOR.iterdir() if path.suffix in (".js", ".css", ".txt")
     }
