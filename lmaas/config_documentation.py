@@ -21,6 +21,7 @@ _SECTIONS = {
     "model": ("The default base model", ""),
     "url": ("Command line and operator", ""),
     "max_connections": ("Gateways", ""),
+    "console": ("Console", "How people sign in, and what the settings of OIDC do: [console](console.md)."),
     "queue_deadline_s": ("Queue and shutdown", ""),
     "idle_timeout_s": ("Scaling", "How these work together: [scaling](scaling.md) and [cold starts](cold-start.md)."),
     "provisioner": ("Controllers and provisioners", "For `LMAAS_RAY_…` see [many machines](ray.md)."),

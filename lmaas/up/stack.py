@@ -65,7 +65,7 @@ class Stack:
             if (zygote := zygote_of(self._settings)) is not None:
                 exits.callback(zygote.stop)
                 await zygote.ensure()  # its imports take longest, so they start first
-            settings, servers = _embedded(self._settings)
+            settings, servers = _embedded(with_console(self._settings))
             for server in servers:
                 exits.callback(server.stop)
             redis = connect(str(settings.redis_url))
@@ -150,12 +150,16 @@ class Stack:
         max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
         controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
+        console = Child("console", without_servers(settings)) if settings.console else None
         keepers = []
         try:
             gateway.launch()
             controller.launch()
             jobs.launch()
             keepers += [self._keep(controller), self._keep(jobs)]
+            if console is not None:
+                console.launch()
+                keepers.append(self._keep(console))
             if await self._until_serving(settings, gateway):
                 keepers.append(self._keep(gateway))
                 await asyncio.to_thread(self._apply, settings, operator_key)
@@ -170,7 +174,8 @@ class Stack:
             self._let_go(keepers)
             ready.unlink(missing_ok=True)
             # What the job runner gives back waits for the next start.
-            await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in (gateway, jobs)))
+            drained = [child for child in (gateway, jobs, console) if child is not None]
+            await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in drained))
             # Stop the controller first, so that nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # it starts nothing new
@@ -221,6 +226,8 @@ class Stack:
 
     def _say_where(self, settings: Settings, model: BaseModel) -> None:
         self._console.print(f"\n[bold green]lmaas is up[/bold green] at {settings.base_url}", soft_wrap=True)
+        if settings.console_url is not None:
+            self._say(f"Console:     {settings.base_url.removesuffix('/v1')}/console")
         self._say("No engine runs until the first request.")
         embedding = f"; {self._embedding} (embeddings)" if self._embedding else ""
         self._say(f"Models:      {model.name}{embedding}")
@@ -245,6 +252,19 @@ KEY=$(python3 -c \\
 curl -N {settings.base_url}/{path} \\
   -H "authorization: Bearer $KEY" -H 'content-type: application/json' \\
   -d '{{"model": "{model}", {more}}}'"""
+
+
+def with_console(settings: Settings) -> Settings:
+    """Return the settings with the port of this stack's console, and its address for the gateway."""
+    if not settings.console:
+        return settings
+    port = settings.console_port or free_port(settings.host)
+    return replace(settings, console_port=port, console_url=settings.console_url or f"http://{_loopback(settings.host)}:{port}")
+
+
+def without_servers(settings: Settings) -> Settings:
+    """Return the settings of the console, which gets the addresses of no servers: it only calls the gateway."""
+    return replace(settings, database_url=None, replica_database_url=None, redis_url=None, database_passwords="")
 
 
 def check_port(settings: Settings) -> None:
