@@ -1,7 +1,7 @@
 """Database roles, their rights, and the rows that each of them sees. `lmaas migrate` changes a database to match this module.
 
 A table that is not listed here cannot be used by any process. A new table with a tenant needs an entry whose grants name the tenant's rows;
-a test fails without one. docs/tenancy.md explains the roles.
+a test fails without one. docs/concepts/tenancy.md explains the roles.
 """
 
 from collections.abc import Mapping
