@@ -9,7 +9,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, batches, conversations, files, message_batches, replicas, responses, sessions, table, tenants, usage
+from lmaas.api import (
+    adapters,
+    base_models,
+    batches,
+    conversations,
+    files,
+    message_batches,
+    replicas,
+    responses,
+    sessions,
+    table,
+    tenants,
+    usage,
+)
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place

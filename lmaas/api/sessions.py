@@ -1,6 +1,7 @@
 """Handlers for sessions: short-lived keys, with which people use the console."""
 
 from datetime import timedelta
+from typing import Any
 
 from lmaas.api.context import Api, ApiCall
 from lmaas.api.shapes.sessions import CreatedSession, EndedSession, NewOperatorSession, NewSession, Session
@@ -29,14 +30,14 @@ async def create_operator_session(api: Api, call: ApiCall[NewOperatorSession, No
     if body.tenant is None:
         return await _created(api, call, None, role, body.subject, None)
     if not body.subject:
-        raise InvalidRequest("'subject' is required for a session of a tenant. Give the person's name.", code="missing_parameter", param="subject")
+        raise InvalidRequest(
+            "'subject' is required for a session of a tenant. Give the person's name.", code="missing_parameter", param="subject"
+        )
     tenant = await get_tenant(api.db, body.tenant)
     return await _created(api, call, tenant.id, role, body.subject, tenant.name)
 
 
-async def _created(
-    api: Api, call: ApiCall[NewSession | NewOperatorSession, None], tenant_id: str | None, role: Role, name: str, tenant: str | None
-) -> CreatedSession:
+async def _created(api: Api, call: ApiCall[Any, None], tenant_id: str | None, role: Role, name: str, tenant: str | None) -> CreatedSession:
     if call.principal.session_id is not None:
         raise Forbidden("A session cannot make another session. Use an API key.")
     lifetime = timedelta(seconds=call.body.expires_in_s or api.settings.session_lifetime_s)

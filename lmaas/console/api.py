@@ -114,7 +114,13 @@ class ApiClient:
         Raises ApiError for an error that comes before the answer, and httpx.RequestError while it is read.
         """
         sent = self._http.build_request(
-            method, address, json=json, content=content, params=_params(query), headers={**self._headers, **(headers or {})}, timeout=STREAM_TIMEOUT
+            method,
+            address,
+            json=json,
+            content=content,
+            params=_params(query),
+            headers={**self._headers, **(headers or {})},
+            timeout=STREAM_TIMEOUT,
         )
         try:
             response = await self._http.send(sent, stream=True)
@@ -141,7 +147,9 @@ class ApiClient:
 
 
 def _params(query: Mapping[str, Any] | None) -> dict[str, str]:
-    shown = ((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in (query or {}).items() if value is not None)
+    shown = (
+        (name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in (query or {}).items() if value is not None
+    )
     return {name: value for name, value in shown if value != ""}
 
 

@@ -18,7 +18,10 @@ class ConsoleMetrics:
             "lmaas_console_requests", "Requests by route and class of their status.", ("route", "status"), registry=self.registry
         )
         self.first_byte = Histogram(
-            "lmaas_console_first_byte_seconds", "From a request's arrival to the first byte of its page.", buckets=BOUNDS_S, registry=self.registry
+            "lmaas_console_first_byte_seconds",
+            "From a request's arrival to the first byte of its page.",
+            buckets=BOUNDS_S,
+            registry=self.registry,
         )
 
 

@@ -103,6 +103,11 @@ class Visit:
         return self.request.path_params
 
     @property
+    def page_address(self) -> str:
+        """The address of the page, about no tenant yet."""
+        return PATH + self.page.path
+
+    @property
     def is_part(self) -> bool:
         """Whether htmx asks for a part of the page."""
         return self.request.headers.get("hx-request") == "true"

@@ -11,6 +11,8 @@ from lmaas.console.api import Unread
 
 FOLDER = Path(__file__).parent / "templates"
 MICROUSD = 1_000_000
+#: What stands for a value that there is not.
+NOTHING = "-"
 
 
 class Templates:
@@ -18,7 +20,12 @@ class Templates:
 
     def __init__(self, asset: Callable[[str], str]) -> None:
         self._environment = Environment(
-            loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
+            loader=FileSystemLoader(FOLDER),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
         )
         self._environment.globals["asset"] = asset
         self._environment.tests["unread"] = lambda value: isinstance(value, Unread)
@@ -31,13 +38,13 @@ class Templates:
 
 def number(value: float | None) -> str:
     """Return a count with separators, such as 12,345."""
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    return NOTHING if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def usd(microusd: float | None) -> str:
     """Return micro-dollars as dollars. Small amounts keep the digits that tell them from zero."""
     if microusd is None:
-        return "–"
+        return NOTHING
     dollars = abs(microusd) / MICROUSD
     digits = 2 if dollars >= 1 or dollars == 0 else 4 if dollars >= 0.001 else 6
     return f"{'-' if microusd < 0 else ''}${dollars:,.{digits}f}"
@@ -46,7 +53,7 @@ def usd(microusd: float | None) -> str:
 def shown_time(value: str | datetime | float | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     """Return a time in UTC. It may be given in ISO 8601, or in seconds since 1970."""
     if value is None or value == "":
-        return "–"
+        return NOTHING
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
     if not isinstance(moment, datetime):
         moment = datetime.fromtimestamp(moment, UTC)
@@ -56,9 +63,9 @@ def shown_time(value: str | datetime | float | None, form: str = "%Y-%m-%d %H:%M
 def size(count: float | None) -> str:
     """Return a number of bytes, such as 1.5 MiB."""
     if count is None:
-        return "–"
+        return NOTHING
     amount, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 (the last one is used below)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
             break
         amount /= 1024
@@ -68,7 +75,7 @@ def size(count: float | None) -> str:
 def duration(ms: float | None) -> str:
     """Return milliseconds as a time that people read, such as 1.2 s or 3 min 5 s."""
     if ms is None:
-        return "–"
+        return NOTHING
     if ms < 1000:
         return f"{ms:.0f} ms"
     seconds = ms / 1000
@@ -83,4 +90,4 @@ def duration(ms: float | None) -> str:
 
 def percent(ratio: float | None) -> str:
     """Return a ratio in per cent."""
-    return "–" if ratio is None else f"{ratio * 100:.1f} %"
+    return NOTHING if ratio is None else f"{ratio * 100:.1f} %"

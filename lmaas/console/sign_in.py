@@ -17,6 +17,7 @@ from lmaas.errors import ApiError
 from lmaas.keys import PREFIX
 
 _MAX_BYTES = 64 * 1024
+_NO_KEY = f"This is not an API key of this service: those begin with {PREFIX}. Copy it again."
 
 
 class SignIn:
@@ -57,7 +58,7 @@ class SignIn:
         if not key:
             return self.page(request, status=400, error="Type or paste an API key.")
         if not key.startswith(PREFIX) or not key.isascii() or not key.isprintable() or " " in key:
-            return self.page(request, status=400, error=f"This is not an API key of this service: those begin with {PREFIX}. Copy it again.")
+            return self.page(request, status=400, error=_NO_KEY)
         try:
             session = await self._session_of(key)
         except ApiError as error:

@@ -59,12 +59,10 @@ class Site:
         visit = self.visit(request, person, page)
         try:
             return await self._visit(visit, route)
-        except ApiError as error:
+        except (ApiError, LmaasError) as error:
             if error.status == 401:
                 self.sessions.forget(person.key)
                 return self._to_sign_in(request, page)
-            return self._failed(visit, error.status, error.message)
-        except LmaasError as error:
             return self._failed(visit, int(error.status), error.message)
 
     async def _visit(self, visit: Visit, route: PageRoute) -> Response:

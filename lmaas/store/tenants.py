@@ -276,9 +276,7 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force:
     return _key(row)
 
 
-async def change_key(
-    db: Database, tenant_id: str | None, key_id: str, changes: dict[str, Any], *, audit: Audit | None = None
-) -> ApiKey:
+async def change_key(db: Database, tenant_id: str | None, key_id: str, changes: dict[str, Any], *, audit: Audit | None = None) -> ApiKey:
     """Change limits of a key of this tenant (None: no limit of its own), and its `expires_at` (None: never). Its sessions get the same
     limits, and end with it at the latest. Raises NotFound."""
     async with db.begin(scope_of(tenant_id)) as connection:

@@ -18,7 +18,7 @@ SETTLED_S = 3.0
 
 
 class Child:
-    """A process of this stack: `lmaas gateway`, `lmaas controller`, `lmaas jobs` or `lmaas console`. It ends with this process, however this one ends."""
+    """A process of this stack, such as `lmaas gateway`. It ends with this process, however this one ends."""
 
     def __init__(self, name: str, settings: Settings, title: str = "") -> None:
         self.name, self.title = name, title or f"The {name}"

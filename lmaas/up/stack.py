@@ -25,6 +25,7 @@ from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import Manifests, read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
+from lmaas.replica.address import free_port
 from lmaas.scheduling.client import connect
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, list_base_models
@@ -41,6 +42,7 @@ DISK_LOOK_S = 5.0
 #: The time for which background work waits for a warm engine, unless the settings say another. With a stack on one machine, its user is
 #: probably waiting.
 MAX_WAIT_S = 30.0
+LOOPBACK = "127.0.0.1"
 
 
 class Stack:
@@ -150,7 +152,7 @@ class Stack:
         max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
         controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
-        console = Child("console", without_servers(settings)) if settings.console else None
+        console = Child("console", of_console(settings)) if settings.console else None
         keepers = []
         try:
             gateway.launch()
@@ -258,13 +260,15 @@ def with_console(settings: Settings) -> Settings:
     """Return the settings with the port of this stack's console, and its address for the gateway."""
     if not settings.console:
         return settings
-    port = settings.console_port or free_port(settings.host)
-    return replace(settings, console_port=port, console_url=settings.console_url or f"http://{_loopback(settings.host)}:{port}")
+    port = settings.console_port or free_port(LOOPBACK)
+    return replace(settings, console_port=port, console_url=f"http://{LOOPBACK}:{port}")
 
 
-def without_servers(settings: Settings) -> Settings:
-    """Return the settings of the console, which gets the addresses of no servers: it only calls the gateway."""
-    return replace(settings, database_url=None, replica_database_url=None, redis_url=None, database_passwords="")
+def of_console(settings: Settings) -> Settings:
+    """Return the settings of the console. It listens for the gateway only, and gets the addresses of no servers: an empty one replaces that
+    of the environment."""
+    api_url = settings.console_api_url or settings.base_url
+    return replace(settings, host=LOOPBACK, console_api_url=api_url, database_url="", replica_database_url="", redis_url="")
 
 
 def check_port(settings: Settings) -> None:

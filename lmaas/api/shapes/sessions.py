@@ -46,5 +46,7 @@ class NewOperatorSession(NewSession, frozen=True, kw_only=True):
     """A session to create with an operator's key: an operator's, or one of a tenant for a person."""
 
     role: Literal["operator", "tenant_admin", "inference"] = "operator"
-    tenant: Annotated[str, Meta(max_length=200, description="The id or name of the tenant; null for a session of an operator.")] | None = None
+    tenant: Annotated[str, Meta(max_length=200, description="The id or name of the tenant; null for a session of an operator.")] | None = (
+        None
+    )
     subject: Annotated[str, Meta(max_length=100, description="The name of the person, for the audit log.")] = ""
