@@ -27,7 +27,7 @@ def apply(context: Context, folder: Path, dry_run: bool, yes: bool) -> None:
 
     The plan is shown first. On a terminal, the command then asks before it makes the changes, unless --yes is given. Values that a manifest
     does not name become the service's defaults. Nothing is deleted. Everything is checked before the first change, and running it again
-    changes nothing.
+    changes nothing. See docs/reference/manifests.md.
     """
     from lmaas.manifests.folder import read_folder
     from lmaas.manifests.observe import observe
