@@ -115,7 +115,7 @@ class Context:
             # A line of the table is one line of the output, however long.
             console.width = max(console.width, console.measure(table, options=console.options.update(width=100_000)).maximum)
         console.print(table, soft_wrap=width is None, crop=False)
-        if hidden:
+        if hidden and width is not None:
             note = f"Not shown, because the terminal has {width} columns: {', '.join(hidden)}. Add --wide to see them."
             click.echo(textwrap.fill(note, width))
 
