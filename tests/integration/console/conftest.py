@@ -68,7 +68,11 @@ async def alive(app: ASGIApp) -> AsyncIterator[None]:
     """Run the lifespan of an application, as its server does."""
     told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     said: asyncio.Queue[Any] = asyncio.Queue()
-    task = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, told.get, said.put))
+
+    async def run() -> None:
+        await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, told.get, said.put)
+
+    task = asyncio.create_task(run(), name="lifespan")
     await told.put({"type": "lifespan.startup"})
     assert (await said.get())["type"] == "lifespan.startup.complete"
     yield
