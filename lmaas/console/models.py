@@ -12,7 +12,14 @@ GENERATE = "generate"
 
 
 async def base_models(visit: Visit) -> list[dict[str, Any]]:
-    """Return the base models, each with its `id`, which is the name that requests use, and its `kind`. Raises ApiError."""
+    """Return the base models, each with its `id`, which is the name that requests use, and its `kind`. Those that generate text come first.
+
+    Raises ApiError.
+    """
+    return sorted(await _listed(visit), key=lambda model: model["kind"] != GENERATE)
+
+
+async def _listed(visit: Visit) -> list[dict[str, Any]]:
     if visit.person.is_operator:
         found = await visit.api.send(LIST_MODELS)
         return [{"id": model["name"], "kind": model["kind"]} for model in found["data"]]

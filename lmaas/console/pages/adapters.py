@@ -61,7 +61,9 @@ async def delete(visit: Visit) -> Response:
 
 async def show_upload(visit: Visit) -> Response:
     """Show the form of an upload."""
-    return await _form(visit, Fields({"name": visit.query.get("name", ""), "base_model": visit.query.get("base_model", ""), "activate": "true"}))
+    return await _form(
+        visit, Fields({"name": visit.query.get("name", ""), "base_model": visit.query.get("base_model", ""), "activate": "true"})
+    )
 
 
 async def upload(visit: Visit) -> Response:
@@ -88,7 +90,10 @@ async def upload(visit: Visit) -> Response:
 
 def _shown(visit: Visit, adapter: dict[str, Any], versions: Any) -> Response:
     name, live = adapter["name"], adapter["live_version"]
-    commands = [command(visit, "adapter", "versions", name), command(visit, "adapter", "activate", name, str(live or adapter["latest_version"]))]
+    commands = [
+        command(visit, "adapter", "versions", name),
+        command(visit, "adapter", "activate", name, str(live or adapter["latest_version"])),
+    ]
     return visit.render(
         "adapter.html",
         adapter=adapter,

@@ -82,11 +82,15 @@ async def show_new(visit: Visit) -> Response:
 async def create(visit: Visit) -> Response:
     """Create a batch from a new file or from one that was uploaded before."""
     typed = visit.form
+    if visit.file("file") is None and not typed["input_file_id"]:
+        missing = Fields({"file": "Choose a file from your computer, or one that was uploaded before."})
+        return await _form(visit, typed, missing, 400)
     try:
-        file_id = (await store(visit, "batch"))["id"] if visit.file("file") is not None else typed["input_file_id"]
-        if not file_id:
-            raise ApiError(400, "Choose a file from your computer, or one that was uploaded before.", "missing_parameter", "", "file")
-        body: dict[str, Any] = {"input_file_id": file_id, "endpoint": typed["endpoint"], "completion_window": "24h"}
+        if visit.file("file") is not None:
+            stored = await store(visit, "batch")
+            # If the batch is refused, the form offers the file that is uploaded now.
+            typed = typed.changed(input_file_id=stored["id"])
+        body: dict[str, Any] = {"input_file_id": typed["input_file_id"], "endpoint": typed["endpoint"], "completion_window": "24h"}
         if name := typed["name"].strip():
             body["metadata"] = {"name": name}
         batch = await visit.api.send(CREATE_BATCH, body)

@@ -26,8 +26,7 @@ PURPOSES = (
     ("user_data", "Anything else"),
 )
 RESULTS = (("batch_output", "Results of batches"), ("fine-tune-results", "Results of training"))
-LIFETIMES = (("", "The default: 30 days for requests of a batch, otherwise until it is deleted"), ("86400", "One day"), ("604800", "7 days"))
-DAY_S = 86_400
+LIFETIMES = (("", "The default of its purpose"), ("86400", "One day"), ("604800", "7 days"))
 
 
 async def show_list(visit: Visit) -> Response:
@@ -36,7 +35,13 @@ async def show_list(visit: Visit) -> Response:
     found = await visit.api.read_all(files=visit.api.send(LIST_FILES, query={"purpose": purpose, "after": after, "limit": PAGE_SIZE}))
     purposes = [("", "All"), *PURPOSES, *RESULTS]
     return visit.render(
-        "files.html", purpose=purpose, purposes=purposes, names=dict(purposes), after=after, command=command(visit, "files", "list"), **found
+        "files.html",
+        purpose=purpose,
+        purposes=purposes,
+        names=dict(purposes),
+        after=after,
+        command=command(visit, "files", "list"),
+        **found,
     )
 
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from lmaas.api.table import CHANGE_MODEL, GET_MODEL, LIST_MODELS, LIST_REPLICAS, STOP_REPLICA
 from lmaas.console.api import Unread
 from lmaas.console.command import command
+from lmaas.console.numbers import typed_number
 from lmaas.console.page import OPERATORS, Fields, Page, Section, Visit, errors_of, get, post
 from lmaas.errors import ApiError
 
@@ -40,7 +41,7 @@ async def show_list(visit: Visit) -> Response:
     template = "fleet_part.html" if visit.is_part else "fleet.html"
     status = 503 if visit.is_part and isinstance(found["models"], Unread) else 200
     commands = [command(visit, "model", "list"), command(visit, "replica", "list")]
-    return visit.render(template, status=status, after=after, kinds=KINDS, age=_age, commands=commands, **found)
+    return visit.render(template, status=status, after=after, kinds=KINDS, age=_age, sentence=_sentence, commands=commands, **found)
 
 
 async def show(visit: Visit) -> Response:
@@ -56,9 +57,9 @@ async def change(visit: Visit) -> Response:
     for name in BOUNDS:
         text = visit.form[name].strip()
         try:
-            body[name] = None if not text else float(text) if name == "idle_timeout_s" else int(text)
-        except ValueError:
-            return await _shown(visit, model, visit.form, Fields({name: f"'{text[:50]}' is not a number."}), 400)
+            body[name] = typed_number(text, whole=name != "idle_timeout_s") if text else None
+        except ValueError as error:
+            return await _shown(visit, model, visit.form, Fields({name: str(error)}), 400)
     try:
         await visit.api.send(CHANGE_MODEL, body, model=model["name"])
     except ApiError as error:
@@ -75,7 +76,9 @@ async def stop(visit: Visit) -> Response:
     return visit.redirect(f"{LIST}/{visit.path['model']}", f"{replica} takes no new requests. It stops when its last one has ended.")
 
 
-async def _shown(visit: Visit, model: dict[str, Any], typed: Fields | None = None, errors: Fields | None = None, status: int = 200) -> Response:
+async def _shown(
+    visit: Visit, model: dict[str, Any], typed: Fields | None = None, errors: Fields | None = None, status: int = 200
+) -> Response:
     name = model["name"]
     found = await visit.api.read_all(
         alive=visit.api.send(LIST_REPLICAS, query={"limit": MAX_REPLICAS}),
@@ -96,6 +99,7 @@ async def _shown(visit: Visit, model: dict[str, Any], typed: Fields | None = Non
         errors=errors or Fields(),
         kinds=KINDS,
         age=_age,
+        sentence=_sentence,
         show_command=command(visit, "model", "show", name),
         change_command=command(visit, "model", "change", name, *bounds),
     )
@@ -121,6 +125,11 @@ def _starts(replicas: list[dict[str, Any]]) -> list[dict[str, Any]]:
             known = {"by": record["by"], "adapter_ms": record.get("adapter_ms"), "total_ms": total, "of": max(total, at)}
             starts.append({"id": replica["id"], "stages": stages, **known})
     return starts
+
+
+def _sentence(reason: str | None) -> str:
+    """Return the controller's reason as a sentence."""
+    return f"{reason[0].upper()}{reason[1:].removesuffix('.')}." if reason else "Nothing yet."
 
 
 def _age(moment: str | None) -> float | None:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from lmaas.api.table import LIST_EVENTS
 from lmaas.console.api import Unread, read
 from lmaas.console.models import GENERATE, adapter_names, base_models
+from lmaas.console.numbers import typed_number
 from lmaas.console.page import Fields, Page, Section, Visit, get, post
 from lmaas.console.request_code import Asked, code_for, request_body
 from lmaas.errors import ApiError, InvalidRequest
@@ -21,7 +22,8 @@ from lmaas.types import Role
 CHAT = "/v1/chat/completions"
 MODEL_HEADER = "x-lmaas-model"
 _LOST = "The connection to the service was lost before the answer was complete. Run the request again."
-_NUMBERS = {"max_tokens": int, "temperature": float}
+#: The parameters that are numbers, and whether they are whole ones.
+_NUMBERS = {"max_tokens": True, "temperature": False}
 _NAMES = ("model", "second", "system", "message", "max_tokens", "temperature")
 
 
@@ -95,18 +97,17 @@ def _error_event(message: str, request_id: str) -> bytes:
 
 
 async def _whole(visit: Visit, asked: Asked) -> dict[str, Any]:
-    """Return the model, with the text and the tokens of its answer, or with the message of its error."""
+    """Return the text and the tokens of a model's answer, or the message of its error."""
+    failed = {"text": "", "usage": None}
     try:
         async with visit.api.stream("POST", CHAT, json=request_body(asked)) as response:
             await response.aread()
             done = read(response)
-            request_id = response.headers.get("x-request-id", "")
     except ApiError as error:
-        return {"model": asked.model, "error": error.message}
+        return failed | {"error": error.message}
     except httpx.RequestError:
-        return {"model": asked.model, "error": _LOST}
-    text = done["choices"][0]["message"]["content"] or ""
-    return {"model": asked.model, "text": text, "usage": done["usage"], "request_id": request_id}
+        return failed | {"error": _LOST}
+    return {"text": done["choices"][0]["message"]["content"] or "", "usage": done["usage"], "error": ""}
 
 
 async def _event(visit: Visit, request_id: str) -> dict[str, Any] | None:
@@ -128,7 +129,12 @@ async def _suggestions(visit: Visit, search: str) -> dict[str, Any]:
 
 
 async def _page(
-    visit: Visit, typed: dict[str, str], *, answers: list[dict[str, Any]] | None = None, errors: dict[str, str] | None = None, status: int = 200
+    visit: Visit,
+    typed: dict[str, str],
+    *,
+    answers: list[dict[str, Any]] | None = None,
+    errors: dict[str, str] | None = None,
+    status: int = 200,
 ) -> Response:
     suggestions = await _suggestions(visit, "")
     first = next(iter(suggestions["bases"]), "")
@@ -161,13 +167,13 @@ def _asked(typed: dict[str, str], *, complete: bool = True) -> Asked:
             if not typed.get(name, "").strip():
                 raise InvalidRequest(words, param=name)
     numbers: dict[str, Any] = {}
-    for name, kind in _NUMBERS.items():
+    for name, whole in _NUMBERS.items():
         text = typed.get(name, "").strip()
         if text:
             try:
-                numbers[name] = kind(text)
-            except ValueError:
-                raise InvalidRequest(f"'{text[:50]}' is not a number.", param=name) from None
+                numbers[name] = typed_number(text, whole=whole)
+            except ValueError as error:
+                raise InvalidRequest(str(error), param=name) from None
     return Asked(typed.get("model", "").strip(), typed.get("message", ""), typed.get("system", "").strip(), **numbers)
 
 
