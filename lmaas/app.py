@@ -78,6 +78,7 @@ from lmaas.protocols.tokens.counts import CountTokens, InputTokens
 from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
 from lmaas.protocols.tokens.openapi import tokens_paths
 from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
+from lmaas.reference.pages import Reference
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -230,8 +231,9 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 # The keepers return their connections before the connection pool is closed.
                 await asyncio.gather(*keepers, return_exceptions=True)
 
+    spec = openapi_document()
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],
+        routes=[*gateway_routes(gateway, ready), *api_routes(api, spec), *Reference(spec).routes()],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
