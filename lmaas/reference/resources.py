@@ -41,8 +41,8 @@ _SAME = {
     "metrics": "health",
     "openapi.json": "health",
 }
+#: The end of the id of an operation on a tenant's resources, at its path for operators.
 _OF_TENANT = "_of_tenant"
-_OPERATORS = "/admin/v1/tenants/{tenant}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +97,15 @@ def resources(spec: Mapping[str, Any]) -> list[Resource]:
     """Return the resources of an OpenAPI document, in the order of the navigation."""
     schemas: Mapping[str, Schema] = spec["components"]["schemas"]
     listed = [(path, method.upper(), operation) for path, item in spec["paths"].items() for method, operation in item.items()]
-    ids = {operation["operationId"] for _, _, operation in listed}
+    paths = {operation["operationId"]: path for path, _, operation in listed}
     calls: dict[str, list[Call]] = {slug: [] for slug in TITLES}
     mentioned: dict[str, list[str]] = {}
     for path, method, operation in listed:
         own = operation["operationId"].removesuffix(_OF_TENANT)
-        if own != operation["operationId"] and own in ids:
+        if own != operation["operationId"] and own in paths:
             continue
         slug = slug_of(path)
-        operator_path = _OPERATORS + path.removeprefix("/v1") if own + _OF_TENANT in ids else None
-        calls.setdefault(slug, []).append(_call(path, method, operation, operator_path, schemas))
+        calls.setdefault(slug, []).append(_call(path, method, operation, paths.get(own + _OF_TENANT), schemas))
         mentioned.setdefault(slug, []).extend(_objects_of(operation, schemas))
     return [
         Resource(slug, TITLES.get(slug, slug.replace("-", " ").capitalize()), tuple(found), _objects(mentioned[slug], schemas))
@@ -118,7 +117,7 @@ def resources(spec: Mapping[str, Any]) -> list[Resource]:
 def slug_of(path: str) -> str:
     """Return the name of the resource of a path."""
     parts = path.removeprefix("/admin").removeprefix("/v1").strip("/").split("/")
-    if path.startswith(_OPERATORS + "/"):
+    if parts[:2] == ["tenants", "{tenant}"] and len(parts) > 2:
         parts = parts[2:]
     if parts[:2] == ["messages", "batches"]:
         return "message-batches"
