@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from lmaas.adapters.objects import AdapterFiles
@@ -233,9 +234,8 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 # The keepers return their connections before the connection pool is closed.
                 await asyncio.gather(*keepers, return_exceptions=True)
 
-    spec = openapi_document()
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api, spec), *Reference(spec).routes(), *console.routes()],
+        routes=[*gateway_routes(gateway, ready), *_described_routes(api), *console.routes()],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
@@ -244,6 +244,12 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     frame = Frame(app, endpoints(gateway))
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
+
+
+def _described_routes(api: Api) -> list[BaseRoute]:
+    """Return the routes of the management API and of what describes the whole API: the OpenAPI document and the pages below /docs."""
+    spec = openapi_document()
+    return [*api_routes(api, spec), *Reference(spec).routes()]
 
 
 def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
