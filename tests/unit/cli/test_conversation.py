@@ -40,7 +40,7 @@ def test_lines_become_events(lines: list[str], expected: list[Event] | None) -> 
     ],
 )
 def test_an_error_after_the_beginning_is_raised(line: str, says: str) -> None:
-    found = []
+    found: list[Event] = []
     with pytest.raises(ApiError, match=says):
         found.extend(events([HELLO, line]))
 
