@@ -142,14 +142,19 @@ def models_paths(headers: Schema, error: Any) -> dict[str, Any]:
     def query(name: str, schema: Schema, words: str) -> Schema:
         return {"name": name, "in": "query", "required": False, "schema": schema, "description": words}
 
+    of_anthropic = "In Anthropic's shape:"
     return {
         "/v1/models": path(
             "list_models",
             "List the models that this tenant may call.",
             ("ModelList", "AnthropicModelList"),
-            query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE}, "In Anthropic's shape: the size of a page."),
-            query("after_id", TEXT, "In Anthropic's shape: the page after this model."),
-            query("before_id", TEXT, "In Anthropic's shape: the page before this model."),
+            query(
+                "limit",
+                {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE},
+                f"{of_anthropic} the size of a page.",
+            ),
+            query("after_id", TEXT, f"{of_anthropic} the page after this model."),
+            query("before_id", TEXT, f"{of_anthropic} the page before this model."),
             query("adapters", {"type": "boolean", "default": True}, "Whether the list has the tenant's adapters, or base models only."),
         ),
         "/v1/models/{model}": path(
