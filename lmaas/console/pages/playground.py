@@ -119,13 +119,14 @@ async def _event(visit: Visit, request_id: str) -> dict[str, Any] | None:
 
 async def _suggestions(visit: Visit, search: str) -> dict[str, Any]:
     found = await visit.api.read_all(bases=base_models(visit), adapters=adapter_names(visit.api, search))
+    unread = ""
     for name in ("bases", "adapters"):
         if isinstance(found[name], Unread):
-            found[name] = []
+            unread, found[name] = found[name].message, []
     bases = [model["id"] for model in found["bases"] if model["kind"] == GENERATE and search in model["id"]]
     generating = {model["id"] for model in found["bases"] if model["kind"] == GENERATE}
     adapters = [(name, base) for name, base in found["adapters"] if not generating or base in generating]
-    return {"bases": bases, "adapters": adapters}
+    return {"bases": bases, "adapters": adapters, "unread": unread}
 
 
 async def _page(

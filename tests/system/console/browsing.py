@@ -1,7 +1,7 @@
 """A browser that visits the console, what it must never report, and screenshots for people."""
 
 import os
-import re
+import shlex
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Response
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Response, ViewportSize
 
 #: A folder for screenshots of all pages, if set.
 SCREENSHOTS = "LMAAS_SCREENSHOTS"
-WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 320, "height": 640}
+WIDE, NARROW = ViewportSize(width=1280, height=800), ViewportSize(width=320, height=800)
 #: axe's impacts that fail a test.
 SERIOUS = ("serious", "critical")
 Scheme = Literal["light", "dark"]
@@ -96,4 +96,4 @@ def _note_status(visitor: Visitor, response: Response) -> None:
 
 def commands_of(texts: Iterable[str]) -> list[list[str]]:
     """Return the words of the commands in these texts, one command a line."""
-    return [re.split(r"\s+", line.strip()) for text in texts for line in text.splitlines() if line.strip()]
+    return [shlex.split(line) for text in texts for line in text.splitlines() if line.strip()]

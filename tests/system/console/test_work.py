@@ -1,0 +1,212 @@
+"""The main job of each page, as a person does it."""
+
+import asyncio
+import re
+from pathlib import Path
+
+from playwright.async_api import Browser, Locator, expect
+
+from tests.system.console.browsing import Visitor, visiting
+from tests.system.console.conftest import SignedIn, batch_file
+from tests.system.e2e.conftest import MODEL, ROOT, Stack
+
+ADAPTER = ROOT / "tenants" / "adapters" / "acme-json"
+FILES = (ADAPTER / "adapter_config.json", ADAPTER / "adapter_model.safetensors")
+
+#: The label or the text of the element that has the focus.
+FOCUSED = """() => {
+    const element = document.activeElement;
+    return (element.labels?.[0] ?? element).textContent.trim() || element.getAttribute("aria-label");
+}"""
+
+
+def side(visitor: Visitor, label: str) -> Locator:
+    """Return one of the playground's two sides."""
+    return visitor.page.get_by_role("region", name=label, exact=True)
+
+
+def figure(part: Locator, label: str) -> Locator:
+    """Return the figure of an answer with this label."""
+    return part.locator(".figures div").filter(has_text=label).locator("dd")
+
+
+async def drop(area: Locator, paths: tuple[Path, ...]) -> None:
+    """Drop files on an area, as from a file manager."""
+    contents = [(path.name, list(path.read_bytes())) for path in paths]
+    transfer = await area.page.evaluate_handle(
+        """(files) => {
+            const transfer = new DataTransfer();
+            for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name));
+            return transfer;
+        }""",
+        contents,
+    )
+    for event in ("dragover", "drop"):
+        await area.dispatch_event(event, {"dataTransfer": transfer})
+
+
+async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in: SignedIn) -> None:
+    async with signed_in("admin") as visitor:
+        page = visitor.page
+        await visitor.open("/adapters")
+        await page.get_by_role("link", name="Upload an adapter").first.click()
+        await page.get_by_label("Name").fill("my-bot")
+        area = page.locator(".drop")
+        # One file alone is refused beside the field, and what was typed stays.
+        visitor.expected = {400}
+        await drop(area, FILES[:1])
+        await page.get_by_role("button", name="Upload").click()
+        await expect(page.locator("#f-files-error")).to_contain_text("Choose two files together")
+        await expect(page.get_by_label("Name")).to_have_value("my-bot")
+        await expect(page.locator("[data-files]")).to_contain_text("adapter_config.json")
+        visitor.expected = set()
+        await drop(page.locator(".drop"), FILES)
+        await page.get_by_role("button", name="Upload").click()
+        await expect(page.get_by_role("heading", level=1)).to_have_text("my-bot")
+        await expect(page.get_by_role("status").first).to_contain_text("my-bot has version 1")
+        await page.get_by_role("link", name="Compare with the base model").click()
+        # The engine is cold: the wait is told as it happens, and then the answers come side by side.
+        await page.get_by_label("Message").fill("What is the capital of France?")
+        await page.get_by_role("button", name="Run").click()
+        first, second = side(visitor, "Model"), side(visitor, "Second model")
+        await expect(first.locator("[data-state]")).to_contain_text("in the queue")
+        for part in (first, second):
+            await expect(part.locator("[data-state]")).to_have_text("Done", timeout=30_000)
+            await expect(figure(part, "First token after")).to_have_text(re.compile(r"^[\d.]+ m?s$"))
+            await expect(figure(part, "Answer")).to_have_text(re.compile(r"^\d+ tokens$"))
+            await expect(figure(part, "Price")).to_have_text(re.compile(r"^\$0\.0\d+$"))
+        await visitor.shot("playground-answers")
+        texts = [await part.locator("[data-answer]").inner_text() for part in (first, second)]
+        assert all(texts)
+        assert texts[0] != texts[1]
+        await expect(page.locator("#code pre").first).to_contain_text("What is the capital of France?")
+
+
+async def test_a_running_answer_is_stopped(signed_in: SignedIn, stack: Stack) -> None:
+    async with signed_in("inference") as visitor:
+        page = visitor.page
+        await visitor.open(f"/playground?model={MODEL}&message=Hi&max_tokens=1500")
+        await page.get_by_role("button", name="Run").click()
+        part = side(visitor, "Model")
+        await expect(part.locator("[data-answer]")).not_to_be_empty(timeout=30_000)
+        await page.get_by_role("button", name="Stop").click()
+        await expect(part.locator("[data-state]")).to_contain_text("Stopped")
+        request = figure(part, "Request")
+        await expect(request).to_be_visible(timeout=20_000)
+        request_id = await request.inner_text()
+        with stack.http(stack.key("acme")) as client:
+            events = client.get("/v1/usage/events", params={"limit": 20}).json()["data"]
+        [event] = [event for event in events if event["request_id"] == request_id]
+        assert event["status"] == "cancelled"
+        assert event["completion_tokens"] < 1500
+
+
+async def test_a_batch_is_started_and_its_failed_lines_are_read(signed_in: SignedIn) -> None:
+    async with signed_in("admin") as visitor:
+        page = visitor.page
+        await visitor.open("/batches")
+        await page.get_by_role("link", name="New batch").first.click()
+        await page.get_by_label("New file").set_input_files(
+            {"name": "night.jsonl", "mimeType": "application/jsonl", "buffer": batch_file()}
+        )
+        await page.get_by_label("Name").fill("night shift")
+        await page.get_by_role("button", name="Start the batch").click()
+        await expect(page.get_by_role("heading", level=1)).to_have_text("night shift")
+        # The page follows the batch by itself until it has ended.
+        await expect(page.locator(".badge").first).to_have_text("completed", timeout=45_000)
+        table = page.get_by_role("region", name="Lines that failed")
+        await expect(table.locator("tbody tr")).to_have_count(2)
+        await expect(table.get_by_role("row", name="typo")).to_contain_text("no-such-model")
+        await expect(table.get_by_role("row", name="hot")).to_contain_text("temperature")
+        await visitor.shot("batch-failed-lines")
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name="Download the answers").click()
+        assert '"good"' in Path(await (await download.value).path()).read_text()  # noqa: ASYNC240 (a few bytes)
+
+
+async def test_an_operator_reads_a_cold_start_and_changes_bounds(signed_in: SignedIn, stack: Stack) -> None:
+    await asyncio.to_thread(stack.warm)
+    async with signed_in("operator", viewport={"width": 1280, "height": 900}) as visitor:
+        page = visitor.page
+        await visitor.open("/fleet")
+        await expect(page.get_by_role("region", name="Pools")).to_contain_text("1 ready")
+        await page.get_by_role("region", name="Pools").get_by_role("link", name=MODEL).click()
+        starts = page.get_by_role("region", name="Cold starts")
+        await expect(starts).to_contain_text("first token")
+        await visitor.shot("pool")
+        await page.get_by_label("Replicas, at least").fill("7")
+        visitor.expected = {400}
+        await page.get_by_role("button", name="Change the bounds").click()
+        await expect(page.locator("#f-min_replicas-error")).to_contain_text("max_replicas")
+        await expect(page.get_by_label("Replicas, at least")).to_have_value("7")
+        visitor.expected = set()
+        await page.get_by_label("Replicas, at least").fill("0")
+        await page.get_by_label("Idle time").fill("500")
+        await page.get_by_role("button", name="Change the bounds").click()
+        await expect(page.get_by_role("status").filter(has_text="were changed")).to_be_visible()
+        # A part that is fetched anew leaves what a person has opened as it is.
+        await page.get_by_text("Drain …").click()
+        async with page.expect_response(lambda response: response.request.headers.get("hx-request") == "true"):
+            pass
+        await page.get_by_role("button", name="Drain and stop").click()
+        await expect(page.get_by_role("region", name="Replicas that have ended")).to_be_visible(timeout=20_000)
+
+
+async def test_the_keyboard_alone_signs_in_and_runs_a_message(browser: Browser, stack: Stack, keys: dict[str, str]) -> None:
+    async with visiting(browser, stack.root) as visitor:
+        page, keyboard = visitor.page, visitor.page.keyboard
+
+        async def tab_to(name: str) -> None:
+            """Press Tab until the focus is on the element with this label or text."""
+            for _ in range(40):
+                await keyboard.press("Tab")
+                focused = await page.evaluate(FOCUSED)
+                if focused == name:
+                    # What has the focus shows it.
+                    assert await page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") != "none"
+                    return
+            raise AssertionError(f"Tab never reaches {name!r}")
+
+        await visitor.open("/playground")
+        await tab_to("API key")
+        await keyboard.type(keys["inference"])
+        await keyboard.press("Enter")
+        await expect(page.get_by_role("heading", level=1)).to_have_text("Playground")
+        await tab_to("Skip to the content")
+        await keyboard.press("Enter")
+        await tab_to("Message")
+        await keyboard.type("Hello")
+        await tab_to("Second model")
+        await keyboard.type("json-bot")
+        await keyboard.press("Control+Enter")
+        for label in ("Model", "Second model"):
+            await expect(side(visitor, label).locator("[data-state]")).to_have_text("Done", timeout=30_000)
+        await tab_to("Copy")
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await keyboard.press("Enter")
+        await expect(page.get_by_text("Copied")).to_be_visible()
+        assert "Hello" in str(await page.evaluate("navigator.clipboard.readText()"))
+
+
+async def test_without_javascript_a_message_is_answered(signed_in: SignedIn) -> None:
+    async with signed_in("inference", java_script_enabled=False) as visitor:
+        page = visitor.page
+        await visitor.open("/playground?model=json-bot&message=Hi")
+        await page.get_by_role("button", name="Run").click()
+        await expect(page.get_by_role("region", name="Answer of the model")).not_to_be_empty(timeout=30_000)
+
+
+async def test_a_session_that_has_ended_leads_back_to_where_one_was(browser: Browser, stack: Stack, keys: dict[str, str]) -> None:
+    async with visiting(browser, stack.root) as visitor:
+        page = visitor.page
+        await visitor.sign_in(keys["operator"])
+        await visitor.open("/fleet")
+        visitor.expected = {401}
+        cookies = {cookie["name"]: cookie["value"] for cookie in await page.context.cookies() if cookie["name"] == "lmaas_session"}
+        with stack.http(cookies["lmaas_session"]) as client:
+            assert client.delete("/admin/v1/sessions/current").status_code == 200
+        # The part that is fetched every two seconds notices it.
+        await page.get_by_label("API key").fill(keys["operator"], timeout=20_000)
+        visitor.expected = set()
+        await page.get_by_role("button", name="Sign in").click()
+        await expect(page.get_by_role("heading", level=1)).to_have_text("Fleet")
