@@ -59,6 +59,7 @@ class Settings:
     )
     tenants: Path = setting(Path("tenants"), "Folder of the manifests that `lmaas up` applies.")
     log_level: str = setting("INFO", "Lowest level of log records: `DEBUG`, `INFO`, `WARNING` or `ERROR`.")
+    request_log: bool = setting(True, "Whether gateways and job runners log a line for each request, unless `log_level` is above `INFO`.")
 
     # The default base model
     model: str | None = setting(None, "The default base model: a folder or a hub id.", unset="SmolLM2-135M-Instruct, from a wheel")

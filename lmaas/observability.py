@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
@@ -16,6 +16,10 @@ from prometheus_client.registry import Collector
 #: The fields that a log line may have in addition to its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
 
+#: Returns a count.
+Count = Callable[[], int]
+#: The kinds of what may be dropped.
+KINDS = ("log_line",)
 #: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
 #: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
@@ -104,13 +108,29 @@ class RequestCounts(Collector):
         return requests, tokens, running, queue
 
 
-class GatewayMetrics:
-    """The metrics of one gateway, in a registry of their own."""
+class Dropped(Collector):
+    """What a process could not write about its requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: Mapping[str, Count]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric for Prometheus."""
+        dropped = CounterMetricFamily("lmaas_telemetry_dropped", "Lines of the request log that were dropped.", labels=("kind",))
+        for kind in KINDS:
+            count = self._counts.get(kind)
+            dropped.add_metric((kind,), 0 if count is None else count())
+        return [dropped]
+
+
+class GatewayMetrics:
+    """The metrics of one gateway, in a registry of their own. `dropped` has counts by kind."""
+
+    def __init__(self, dropped: Mapping[str, Count] | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = RequestCounts()
         self.registry.register(self.requests)
+        self.registry.register(Dropped(dropped or {}))
         self.refusals = Counter(
             "lmaas_refusals",
             "Requests that got an error, by its kind and code.",

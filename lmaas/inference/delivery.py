@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -161,8 +162,9 @@ class Delivery:
         return error
 
     async def _begin(self) -> None:
+        if not self.begun:
+            self.begun, self._inference.first_sent = True, time.monotonic()
         await self._sink.start(200, STREAM_HEADERS)
-        self.begun = True
 
     async def _whole(self, response: aiohttp.ClientResponse, answer: Answer) -> bytes:
         text = await response.read()

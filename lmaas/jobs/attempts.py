@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from lmaas.batches.lines import request_body
 from lmaas.errors import InternalError, LmaasError, Unavailable
 from lmaas.http import new_request_id
+from lmaas.inference.observers import Observers
 from lmaas.inference.protocol import AnyInference, AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
@@ -47,6 +48,7 @@ class Attempts:
     commits: Commits
     budgets: Budgets
     metrics: JobMetrics
+    observers: Observers
 
     async def run(self, line: HeldLine) -> None:
         """Try a line until it has ended or is to be given back. Cancelling this leaves it leased."""
@@ -88,12 +90,15 @@ class Attempts:
             inference = line.inference = Inference(request_id, protocol, request, work)
             await self.inferences.serve(principal, inference, sink)
         except PutBack:
+            self._log(line, principal)
             self.metrics.line("put_back")
             self.held.note_put_back(line)
             self.give_back(line)
             return False
         except LmaasError as error:
+            self._log(line, principal, error.error_code)
             return await self._refused(line, principal, error, request_id)
+        self._log(line, principal)
         if not sink.finished:
             self.give_back(line)  # it was told to leave
             return False
@@ -105,6 +110,11 @@ class Attempts:
         state = LineState.DONE if following is Next.DONE else LineState.FAILED
         self._end(line, state, sink.status, sink.body, request_id, inference)
         return False
+
+    def _log(self, line: HeldLine, principal: Principal | None, code: str | None = None) -> None:
+        log, inference = self.observers.requests, line.inference
+        if log is not None and principal is not None and inference is not None:
+            log.attempt("batch_line", principal, inference, line.lease.batch_id, code)
 
     async def _refused(self, line: HeldLine, principal: Principal | None, error: LmaasError, request_id: str) -> bool:
         following = line.tries.refused(error, others_run=self.held.others_run(line))

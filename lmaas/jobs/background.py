@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from lmaas.errors import InternalError, LmaasError, OverLimit, Quarantined, Unauthenticated, Unavailable
 from lmaas.http import parse_json
-from lmaas.inference.protocol import Inference
+from lmaas.inference.observers import Observers
+from lmaas.inference.protocol import AnyInference, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.work import DETACHED
 from lmaas.jobs.event_writer import EventSink, EventWriter
@@ -28,6 +29,7 @@ from lmaas.store import background
 from lmaas.store.background import Ending, Lease, Run
 from lmaas.store.database import Database
 from lmaas.store.runners import LeaseLost
+from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,9 @@ class BackgroundRuns:
         keys: Keys,
         metrics: JobMetrics,
         kept_for: timedelta,
+        observers: Observers,
     ) -> None:
-        self._db, self._inferences, self._protocol = db, inferences, protocol
+        self._db, self._inferences, self._protocol, self._observers = db, inferences, protocol, observers
         self._keys, self._metrics, self._kept_for = keys, metrics, kept_for
         self._running: dict[Lease, asyncio.Task[None]] = {}
         self._sinks: dict[Lease, EventSink] = {}
@@ -214,6 +217,7 @@ class BackgroundRuns:
 
     async def _served(self, lease: Lease, run: Run, sink: EventSink) -> tuple[_Served | None, LmaasError | None]:
         """Serve a response. Returns what was accepted, and the error with which it ended. Both are None if it was cancelled before."""
+        principal = inference = None
         try:
             if run.is_overdue:
                 raise Overdue
@@ -227,11 +231,18 @@ class BackgroundRuns:
             inference = self._inference(lease, run)
             await self._inferences.serve(principal, inference, sink)
         except LmaasError as error:
+            if principal is not None and inference is not None:
+                self._log(lease, principal, inference, error.error_code)
             return None, error
         record, answer = getattr(inference, "record", None), getattr(inference, "answer", None)
         if record is None or not isinstance(answer, BackgroundAnswer):
             return None, None
+        self._log(lease, principal, inference)
         return _Served(record, answer), answer.failure
+
+    def _log(self, lease: Lease, principal: Principal, inference: AnyInference, code: str | None = None) -> None:
+        if self._observers.requests is not None:
+            self._observers.requests.attempt("background", principal, inference, lease.id, code)
 
     def _inference(self, lease: Lease, run: Run) -> Inference[ResponsesRequest]:
         request = self._protocol.read(parse_json(run.request, texts=self._protocol.texts))

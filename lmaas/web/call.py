@@ -22,6 +22,10 @@ class Call(Receiver):
         """The API key in the request's headers. Raises Unauthenticated if it has two different ones."""
         return api_key(self._scope["headers"])
 
+    def note(self, name: str, value: object) -> None:
+        """Leave something in the request's scope for its line in the log."""
+        self._scope[name] = value
+
     @property
     def idempotency_keys(self) -> list[str]:
         """The values of all `Idempotency-Key` headers."""

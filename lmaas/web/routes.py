@@ -16,9 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.config import Settings
 from lmaas.errors import InternalError, LmaasError, Unavailable
-from lmaas.http import JsonResponse, parse_json
+from lmaas.http import PRINCIPAL, JsonResponse, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import AnyProtocol, Inference
+from lmaas.inference.request_log import INFERENCE
 from lmaas.inference.serving import Inferences
 from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.web.auth import Authenticator, tenant_of
@@ -78,9 +79,11 @@ class InferenceEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, protocol = self._gateway, self._protocol
         principal = await gateway.authenticate(call.api_key)
+        call.note(PRINCIPAL, principal)
         tenant_id = tenant_of(principal)
         body = await call.body(gateway.settings.max_body_bytes)
         inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
+        call.note(INFERENCE, inference)
         claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
         if inference.request.background:
             await gateway.background.create(principal, inference, body, call, claim)
@@ -104,6 +107,7 @@ class TokensEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, counting = self._gateway, self._counting
         principal = await gateway.authenticate(call.api_key)
+        call.note(PRINCIPAL, principal)
         tenant_of(principal)
         asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
         answer = await gateway.counts.serve(principal, counting, asked, call)

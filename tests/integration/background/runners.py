@@ -10,6 +10,7 @@ from datetime import timedelta
 from lmaas.app import build_inferences
 from lmaas.errors import Unavailable
 from lmaas.inference.cache import Changes
+from lmaas.inference.observers import Observers
 from lmaas.jobs.background import BackgroundRuns
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
@@ -68,7 +69,7 @@ async def runner(stack: Stack) -> AsyncIterator[Runner]:
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
     protocol = BackgroundResponses(StoredState(db))
-    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH), db)
+    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, Observers()), db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]
         made.tasks = [

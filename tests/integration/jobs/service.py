@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.app import batch_protocols, build_inferences
 from lmaas.errors import NotFound
 from lmaas.inference.cache import Changes
+from lmaas.inference.observers import Observers
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
@@ -131,7 +132,7 @@ async def runner(stack: Stack, texts: Texts, db: Database | None = None, **chang
     protocols = {protocol.path: protocol for protocol in batch_protocols(responses)}
     files: Any = texts
     keys = Keys(services.db, settings.auth_grace_s, known)
-    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s)
+    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s, Observers())
     job = Runner(services.db, [worker], metrics.lost)
     stopping = asyncio.Event()
     async with inferences.client:
