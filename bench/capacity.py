@@ -1,4 +1,4 @@
-"""Measures figures of docs/capacity.md: `python -m bench.capacity`.
+"""Measures figures of docs/how-to/capacity.md: `python -m bench.capacity`.
 
 The figures are CPU times on one core of each server, which other work on the machine changes little. Each is the median of three rounds.
 """

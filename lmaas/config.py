@@ -20,7 +20,7 @@ FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def setting(default: T, text: str, *, unset: str = "") -> T:
-    """Declare a setting. docs/settings.md shows `text`, and `unset` for a default that is None or empty."""
+    """Declare a setting. docs/reference/settings.md shows `text`, and `unset` for a default that is None or empty."""
     return dataclasses.field(default=default, metadata={"text": text, "unset": unset})
 
 
@@ -29,7 +29,7 @@ class Settings:
     """The settings of one stack. A field `queue_deadline_s` is read from `LMAAS_QUEUE_DEADLINE_S`.
 
     Units are in the names: `_s` seconds, `_bytes` bytes. Sizes of an engine (`engine_*`) are defaults for base models that
-    do not set their own. docs/settings.md is generated from this class.
+    do not set their own. docs/reference/settings.md is generated from this class.
     """
 
     # The stack
@@ -42,7 +42,9 @@ class Settings:
     host: str = setting("127.0.0.1", "Address on which the gateway listens.")
     port: int = setting(8080, "Port on which the gateway listens.")
     database_url: str | None = setting(
-        None, "URL of a Postgres server, with the login of this process (docs/tenancy.md) or one for all.", unset="embedded Postgres"
+        None,
+        "URL of a Postgres server, with the login of this process (docs/concepts/tenancy.md) or one for all.",
+        unset="embedded Postgres",
     )
     replica_database_url: str | None = setting(
         None, "URL that a controller gives to the supervisors of its replicas.", unset="the controller's own"
@@ -258,7 +260,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
             continue
         field = name.removeprefix(PREFIX).lower()
         if field not in hints:
-            raise SettingsError(f"{name} is not a setting. Check its spelling in docs/settings.md, or unset it.")
+            raise SettingsError(f"{name} is not a setting. Check its spelling in docs/reference/settings.md, or unset it.")
         if text == "":
             continue
         kind = (get_args(hints[field]) or (hints[field],))[0]

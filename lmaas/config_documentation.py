@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the settings: `python -m lmaas.config_documentation > docs/settings.md`."""
+"""Write docs/reference/settings.md from the settings: `python -m lmaas.config_documentation > docs/reference/settings.md`."""
 
 import dataclasses
 import sys
@@ -22,12 +22,15 @@ _SECTIONS = {
     "url": ("Command line and operator", ""),
     "max_connections": ("Gateways", ""),
     "queue_deadline_s": ("Queue and shutdown", ""),
-    "idle_timeout_s": ("Scaling", "How these work together: [scaling](scaling.md) and [cold starts](cold-start.md)."),
-    "provisioner": ("Controllers and provisioners", "For `LMAAS_RAY_…` see [many machines](ray.md)."),
+    "idle_timeout_s": (
+        "Scaling",
+        "How these work together: [scaling](../concepts/scaling.md) and [cold starts](../concepts/cold-start.md).",
+    ),
+    "provisioner": ("Controllers and provisioners", "For `LMAAS_RAY_…` see [many machines](../how-to/ray.md)."),
     "engine_host": (
         "Engines",
-        "Sizes are defaults for base models that do not set their own ([base models](base-models.md)). The last two variables are "
-        "read inside the engine's processes.",
+        "Sizes are defaults for base models that do not set their own ([base models](../how-to/base-models.md)). The last two variables "
+        "are read inside the engine's processes.",
     ),
 }
 _MIB = 1024 * 1024

@@ -61,7 +61,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The uploaded adapter cannot be served. docs/adapters.md lists the codes."""
+    """The uploaded adapter cannot be served. docs/reference/adapters.md lists the codes."""
 
     kind, code = "invalid_adapter", "invalid_adapter"
 

@@ -20,7 +20,7 @@ from lmaas.simulation.replay import Arrangement, Options, replay
 
 ALWAYS_ON, DEDICATED = "cogs_vs_always_on", "cogs_vs_dedicated_zero"
 NAMES = (ALWAYS_ON, DEDICATED)
-#: An invented day of 50 tenants, which docs/simulation.md describes.
+#: An invented day of 50 tenants, which docs/how-to/simulation.md describes.
 DAY = Day()
 
 

@@ -21,7 +21,7 @@ from lmaas.types import TokenCounts
 class OpenDoor:
     """A ticket that has a lease from the start."""
 
-    settled = False
+    settled = yielded = False
 
     def __init__(self, ticket: Any, usage: Any, lease: Lease) -> None:
         self.ticket, self.usage, self.lease = ticket, usage, lease
@@ -37,6 +37,9 @@ class OpenDoor:
 
     def on_revoked(self, callback: Callable[[], None]) -> None:
         """Do nothing, because no lease is revoked."""
+
+    def on_yielded(self, callback: Callable[[], None]) -> None:
+        """Do nothing, because no slot is taken back."""
 
     async def retry(self, lost: Lease, reason: str) -> None:
         """Raise RuntimeError, because the engine of a benchmark does not fail."""

@@ -73,8 +73,8 @@ def validate(
     """Return the properties of the adapter, if the engine serves it over this base model as PEFT computes it.
 
     Reads the tensors once, in pieces of 4 MiB; call it in a thread. `base_folder` finds the base model's files, and is called only if the
-    upload has copies of base weights to compare. Raises InvalidAdapter with a code for the reason (docs/adapters.md), `invalid_json` for a
-    config that is not a strict JSON object, and TooLarge for a config over 512 KiB.
+    upload has copies of base weights to compare. Raises InvalidAdapter with a code for the reason (docs/reference/adapters.md),
+    `invalid_json` for a config that is not a strict JSON object, and TooLarge for a config over 512 KiB.
     """
     config = read_config(config_bytes, base.max_lora_rank)
     records = read_header(model_path)

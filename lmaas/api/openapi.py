@@ -161,7 +161,7 @@ def _responses(place: Place) -> dict[str, Any]:
     responses: dict[str, Any] = {
         str(status): {"description": words, "headers": headers(), "content": content} for status, words in sorted(done.items())
     }
-    failed = error_response("An error: docs/http.md has the statuses.")
+    failed = error_response("An error: docs/reference/http.md has the statuses.")
     if place.path.startswith(_ANTHROPIC):
         failed["content"] = {"application/json": {"schema": ref("MessageError")}}
     return responses | {"default": failed}

@@ -16,7 +16,7 @@ def apply(context: Context, folder: Path, dry_run: bool) -> None:
     """Make the service match the manifests in FOLDER (or one file).
 
     Values that a manifest does not name become the service's defaults. Nothing is deleted. Everything is checked before the first change,
-    and running it again changes nothing. See docs/manifests.md.
+    and running it again changes nothing. See docs/reference/manifests.md.
     """
     from lmaas.manifests.apply import apply as apply_manifests
     from lmaas.manifests.apply import described

@@ -67,7 +67,8 @@ def simulate(
     """Compute the cost of TRACE with an engine for each tenant, always on or scaled to zero, and with shared engines.
 
     TRACE is a CSV file with a header and the columns time (seconds or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
-    completion_tokens. It may be an Azure LLM inference trace, whose requests are assigned to tenants by the seed. See docs/simulation.md.
+    completion_tokens. It may be an Azure LLM inference trace, whose requests are assigned to tenants by the seed.
+    See docs/how-to/simulation.md.
     """
     from rich.console import Console
 

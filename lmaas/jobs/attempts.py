@@ -56,6 +56,7 @@ class Attempts:
             if line.lease.losses >= MAX_LOST:
                 self._end(line, LineState.FAILED, None, LOST)
                 return
+            await self.commits.room_for(line.leaving)
             while not line.leaving.is_set():
                 again = await self._attempt(line)
                 if not again:

@@ -20,7 +20,7 @@ AT_ONCE = 2
 LOOK_S = 1.0
 #: The pause after a failure. It doubles with each in a row, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
-#: A batch whose validation fails so often on one runner for an unexpected reason has failed.
+#: A batch whose validation fails so often on one runner for an unexpected reason, or with which so many runners were lost, has failed.
 MAX_ATTEMPTS = 5
 #: The most batches whose failures are remembered.
 MAX_LATER = 1_000
@@ -92,6 +92,12 @@ class BatchWorker:
         batch = lease.tenant_id, lease.batch_id
         step = "validate" if status == BatchStatus.VALIDATING else "finalize"
         extra = {"tenant_id": lease.tenant_id, "action": step, "detail": lease.batch_id}
+        if step == "validate" and lease.losses >= MAX_ATTEMPTS:
+            log.error("a batch is not validated again, because several runners were lost meanwhile", extra=extra)
+            self._metrics.step(step, "failed")
+            await self._give_back(lease, give_up=True)
+            self._leased.discard(lease)
+            return
         try:
             await (self._steps.validate if step == "validate" else self._steps.finalize)(lease)
         except LeaseLost:

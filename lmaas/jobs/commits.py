@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lmaas.errors import Unavailable
+from lmaas.jobs.runner import until_set
 from lmaas.states import LineState
 from lmaas.store.batch_lines import EndedLine, end_lines
 from lmaas.store.database import Database
@@ -22,6 +23,10 @@ LINES_AT_ONCE = 512
 BYTES_AT_ONCE = 8 * 1024 * 1024
 #: The pause before a transaction is tried again.
 AGAIN_S = 0.5
+#: While the answers that wait have more bytes than this, because Postgres is slow or away, no more lines are begun.
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+#: How often a line that waits for this looks whether it is to be given back.
+LOOK_S = 0.5
 
 #: The error of a line whose answer cannot be stored.
 UNSTORABLE = b'{"code":"internal_error","message":"The service failed to store the answer of this line. It is not charged."}'
@@ -32,14 +37,16 @@ Item = TypeVar("Item")
 class Commits:
     """Stores how the lines of one runner ended, and gives back those that are to be run again.
 
-    While Postgres is away, they wait: the lines that a runner may lease bound their number. `stored` is called with the lines whose end was
-    stored or given up.
+    While Postgres is away, they wait, and no more lines are begun once their answers have too many bytes. `stored` is called with the lines
+    whose end was stored or given up.
     """
 
     def __init__(self, db: Database, runner_id: str, stored: Callable[[Sequence[EndedLine | LeasedLine]], None]) -> None:
         self._db, self._runner_id, self._stored = db, runner_id, stored
         self._ended: deque[EndedLine] = deque()
         self._back: deque[LeasedLine] = deque()
+        self._bytes = 0
+        self._less = asyncio.Event()
         self._wake, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._hurry = False
@@ -49,7 +56,14 @@ class Commits:
     def end(self, line: EndedLine) -> None:
         """Store how a line ended, soon."""
         self._ended.append(line)
+        self._bytes += line.size_bytes
         self._woken()
+
+    async def room_for(self, leaving: asyncio.Event) -> None:
+        """Wait while the answers that wait have too many bytes, at most until `leaving` is set."""
+        while self._bytes > MAX_WAITING_BYTES and not leaving.is_set():
+            self._less.clear()
+            await until_set(self._less, LOOK_S)
 
     def give_back(self, line: LeasedLine) -> None:
         """Give back a line, soon."""
@@ -83,6 +97,8 @@ class Commits:
     async def _store(self) -> None:
         while ended := _first(self._ended, LINES_AT_ONCE, BYTES_AT_ONCE, lambda line: line.size_bytes):
             await self._end(ended)
+            self._bytes -= sum(line.size_bytes for line in ended)
+            self._less.set()
             self._done(self._ended, ended)
         while back := _first(self._back, LINES_AT_ONCE, LINES_AT_ONCE, lambda _: 1):
             await give_back_lines(self._db, self._runner_id, back)

@@ -10,6 +10,7 @@ from lmaas.inference.protocol import AnyInference
 from lmaas.inference.sink import Collected
 from lmaas.jobs.endings import Tries
 from lmaas.jobs.runner import until_set
+from lmaas.metering.usage import CANCELLED
 from lmaas.store.batch_lines import EndedLine
 from lmaas.store.line_leases import LARGE_BYTES, SUSPECT_LOSSES, LeasedLine, Offer
 
@@ -58,9 +59,12 @@ class HeldLine:
         record = getattr(self.inference, "record", None)
         return not self.ended and record is not None and record.run_ms is not None
 
-    def leave(self) -> None:
-        """Have it given back. The engine ends the attempt that runs."""
+    def leave(self, code: str) -> None:
+        """Have it given back. The engine ends the attempt that runs, which is wasted with this code."""
         self.leaving.set()
+        record = getattr(self.inference, "record", None)
+        if record is not None:
+            record.left = code
         if self.sink is not None:
             self.sink.leave()
 
@@ -164,7 +168,7 @@ class HeldLines:
         """Have those lines of a batch given back that no engine works on."""
         for line in self:
             if line.batch == batch and not line.runs and not line.ended:
-                line.leave()
+                line.leave(CANCELLED)
 
     def note_begun(self, line: HeldLine) -> None:
         """Count a line that an engine has begun, once for each lease."""

@@ -21,6 +21,7 @@ from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import until_set
 from lmaas.jobs.turns import shares
 from lmaas.jobs.window import Room, Window
+from lmaas.metering.usage import CANCELLED, PUT_BACK, STOPPED
 from lmaas.scheduling.client import Scheduler
 from lmaas.store.database import Database
 from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, give_back_lines, leased_lines, stop_batch, stopped
@@ -101,7 +102,7 @@ class LineWorker:
                 found = await stopped(self._db, batches) if batches else {}
                 for line in held:
                     if line.batch in found and not (found[line.batch] and (line.runs or line.ended)):
-                        line.leave()
+                        line.leave(CANCELLED)
             except Unavailable as error:
                 log.warning("batches cannot be read now", extra={"action": "watch", "detail": str(error)})
             await asyncio.sleep(STOP_LOOK_S)
@@ -174,7 +175,7 @@ class Feeder:
             # that drains, or wait again because its engine was lost.
             for line in self._held:
                 if line.pool_id == pool_id and (not line.runs or cold_s > self._drain_s):
-                    line.leave()
+                    line.leave(PUT_BACK)
         wanted = window.wanted(room, count.waiting)
         wanted = min(wanted, MAX_LINES - len(self._held), MAX_POOL_LINES - count.held)
         full = self._held.without_room(pool_id)
@@ -292,6 +293,6 @@ class Feeder:
     async def leave(self) -> None:
         """Have every line given back: engines end what runs, and report its exact usage."""
         for line in self._held:
-            line.leave()
+            line.leave(STOPPED)
         while self._tasks:
             await ended(set(self._tasks), LEAVE_S)

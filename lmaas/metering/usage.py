@@ -48,6 +48,8 @@ class UsageRecord:
     work: WorkClass = WorkClass.INTERACTIVE
     #: Whether the caller stores the result of this attempt and its event together. Until then the attempt counts as wasted.
     durable: bool = False
+    #: The code of a wasted attempt whose caller leaves it.
+    left: str = CANCELLED
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     #: Returns the engine's latest `usage` object while a response is streamed.
     _source: Callable[[], dict[str, Any] | None] | None = None
@@ -110,8 +112,8 @@ class UsageRecord:
     def event(self) -> str:
         """Return the usage event as JSON, with the counts so far. For durable work it is a stand-in for the attempt's own event."""
         if self.durable:
-            # Without an end, its caller has left, because the work was cancelled.
-            return self._event(UsageStatus.WASTED, CANCELLED if self.status is UsageStatus.ABORTED else self.code)
+            # Without an end, its caller has left.
+            return self._event(UsageStatus.WASTED, self.left if self.status is UsageStatus.ABORTED else self.code)
         return self._event(self.status, self.code)
 
     def own_event(self) -> UsageEvent:

@@ -289,11 +289,8 @@ class Scheduler:
 
     async def room(self, pool: str) -> dict[str, Any]:
         """Return the room of a pool for background work: `ready` (replicas that get work), their `slots`, the `room` (slots that background
-        tickets could get now), the background tickets that are `queued`, the slots of those that run (`load`), and the adapters that are
-        `resident` on most replicas."""
-        reply = await self._call_as_seen("room", pool)
-        reply["resident"] = list(reply["resident"])  # the server encodes an empty list as an object
-        return reply
+        tickets could get now), and the background tickets that are `queued`."""
+        return await self._call_as_seen("room", pool)
 
     async def record_event(self, pool: str, event: str) -> None:
         """Pass a usage event to the metering writer."""

@@ -189,20 +189,13 @@ local function set_resident(pool, replica, adapter)
   if redis.call('SADD', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
   replica.has = replica.has + 1
   redis.call('ZADD', pool.key .. ':has:' .. adapter, 0, replica.id)
-  redis.call('ZINCRBY', pool.key .. ':adapters', 1, adapter)
   changed(pool, replica)
-end
-
--- Takes a replica out of the indices of an adapter.
-local function drop_resident(pool, id, adapter)
-  redis.call('ZREM', pool.key .. ':has:' .. adapter, id)
-  if tonumber(redis.call('ZINCRBY', pool.key .. ':adapters', -1, adapter)) <= 0 then redis.call('ZREM', pool.key .. ':adapters', adapter) end
 end
 
 local function unset_resident(pool, replica, adapter)
   if redis.call('SREM', pool.key .. ':resident:' .. replica.id, adapter) == 0 then return end
   replica.has = replica.has - 1
-  drop_resident(pool, replica.id, adapter)
+  redis.call('ZREM', pool.key .. ':has:' .. adapter, replica.id)
   changed(pool, replica)
 end
 
@@ -288,7 +281,7 @@ local function remove_replica(pool, replica)
   pool.dirty[id], pool.moved[id] = true, true
   for _, key in ipairs(stop_loading(pool, replica)) do redis.call('UNLINK', key) end
   for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':running:' .. id)) do redis.call('ZREM', pool.key .. ':runs:' .. adapter, id) end
-  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do drop_resident(pool, id, adapter) end
+  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do redis.call('ZREM', pool.key .. ':has:' .. adapter, id) end
   redis.call('UNLINK', pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id, pool.key .. ':used:' .. id, pool.key .. ':back:' .. id)
   redis.call('ZREM', pool.key .. ':due', id)
   list_as_lost(pool, { pool.key .. ':held:' .. id })

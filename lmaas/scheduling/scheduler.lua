@@ -5,9 +5,6 @@ local function register_always(name, callback)
   redis.register_function({ function_name = name, callback = callback, flags = { 'allow-oom' } })
 end
 
--- Adapters of which `room` reports that they are resident.
-local MAX_RESIDENT = 256
-
 -- Returns the refusal if the tenant's queue or the pool's is full, else nil.
 local function full(pool, ticket, max_queued, max_queued_pool)
   if ticket.background then
@@ -343,8 +340,8 @@ register_always('lmaas_stats', function(keys, args)
   return { head, redis.call('HGETALL', pool.key .. ':replicas'), redis.call('ZRANGE', pool.key .. ':due', 0, -1, 'WITHSCORES') }
 end)
 
--- room(memory) → {memory, ready (replicas that get work), slots (of them), room (slots that background tickets could get now), queued and
--- load (of background tickets), resident: [the adapters that are resident on most replicas]}.
+-- room(memory) → {memory, ready (replicas that get work), slots (of them), room (slots that background tickets could get now), queued
+-- (background tickets)}.
 register_always('lmaas_room', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
@@ -353,7 +350,6 @@ register_always('lmaas_room', function(keys, args)
   local bounds = redis.call('EXISTS', pool.key .. ':queue') == 0 and bounds_of_background(pool)
   return cjson.encode({
     ready = var(pool, 'open', 0), slots = var(pool, 'open_slots', 0), room = bounds and bounds.slots or 0,
-    queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0),
-    resident = redis.call('ZREVRANGE', pool.key .. ':adapters', 0, MAX_RESIDENT - 1), memory = memory(pool),
+    queued = redis.call('ZCARD', pool.background.key .. ':queue'), memory = memory(pool),
   })
 end)

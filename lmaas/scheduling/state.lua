@@ -34,7 +34,6 @@
 --   :starting  zset  replica → since when       :due       zset  replica → when its silence matters next (ms), from which
 --   its last heartbeat follows (see `beat_of`)
 --   :yielding  zset  replica → age of its latest background ticket, of those that get work and on which background tickets hold slots
---   :adapters  zset  adapter → replicas on which it is resident
 -- Tickets whose replica is lost or drains and that no call has reached yet:
 --   :lost      list  numbers n                  :lost:n    zset  ticket id → sequence
 -- What a tenant or a key has used of its limits is in `lmaas:limits:<id>` (see limits.lua), for all pools together. It is valid only for

@@ -12,8 +12,8 @@ from lmaas.errors import SettingsError
 class Profile:
     """Times of one engine, `_s` in seconds, and its sizes.
 
-    The defaults are meant to be this project's development machine (docs/simulation.md says which were measured and which are guesses):
-    2 cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the zygote (`start_s` is 18 without it).
+    The defaults are meant to be this project's development machine (docs/how-to/simulation.md says which were measured and
+    which are guesses): 2 cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the zygote (`start_s` is 18 without it).
     `python -m bench.bill` measures them on another machine.
     """
 

@@ -282,16 +282,16 @@ def _held(lease: Lease) -> tuple[ColumnElement[bool], ...]:
 async def begin(db: Database, lease: Lease) -> Run | None:
     """Return what is to be run. None if the lease is lost, or the response has ended.
 
-    A run that was not given back was lost with its runner, which is counted. Events of an earlier run are removed. Then one number is left
-    out: that of the event which reports the new run to those who follow the log.
+    Events of an earlier run are removed. Then one number is left out: that of the event which reports the new run to those who follow the
+    log.
     """
     query = select(rows, (rows.c.deadline_at <= func.now()).label("is_overdue"))
     async with db.begin(lease.tenant_id) as connection:
         row = (await connection.execute(query.where(*_held(lease), rows.c.ended_at.is_(None)).with_for_update())).first()
         if row is None:
             return None
-        next_event, losses = row.next_event, row.losses + int(lease.attempt > 1 and row.not_before is None)
-        changes: dict[str, Any] = {"not_before": None, "losses": losses}
+        next_event = row.next_event
+        changes: dict[str, Any] = {"not_before": None}
         if next_event > row.first_event:
             next_event += 1
             log = (response_events.c.tenant_id == lease.tenant_id, response_events.c.response_id == lease.id)
@@ -309,7 +309,7 @@ async def begin(db: Database, lease: Lease) -> Run | None:
         row.is_streamed,
         next_event,
         row.failures,
-        losses,
+        row.losses,
         row.is_overdue,
     )
 

@@ -152,7 +152,7 @@ class Database:
         except (InsufficientPrivilege, InvalidParameterValue) as error:
             raise SettingsError(
                 f"The database login {self._login!r} may not act as a role that it needs: {str(error).splitlines()[0]}. Run "
-                "`lmaas migrate` with a login that may grant it, or use the login of the role itself (docs/tenancy.md)."
+                "`lmaas migrate` with a login that may grant it, or use the login of the role itself (docs/concepts/tenancy.md)."
             ) from error
 
     @asynccontextmanager

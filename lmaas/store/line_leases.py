@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sqlalchemy import text
 
 from lmaas.store.database import Database
-from lmaas.store.runners import LOCK_ORDER, BatchLease, hold
+from lmaas.store.runners import COUNT_FREED, LOCK_ORDER, BatchLease, hold
 from lmaas.store.scopes import LEASES
 
 #: The most entries of a backlog that are read at a time.
@@ -24,12 +24,16 @@ MAX_MESSAGE = 1_000
 
 #: A batch whose lines run.
 _RUNS = "batch.status = 'in_progress' AND batch.stop_code IS NULL AND batch.expires_at > now()"
+#: Of each tenant the oldest, so that the batches of one tenant do not hide those of others.
 _BACKLOG = text(
     f"""
-    SELECT pool.tenant_id, pool.batch_id, pool.pool_id, pool.pending, batch.key_id, batch.endpoint, batch.input_file_id, batch.expires_at,
-        CAST(extract(epoch FROM batch.expires_at - now()) AS float8)
-    FROM batches AS batch JOIN batch_pools AS pool ON pool.tenant_id = batch.tenant_id AND pool.batch_id = batch.id
-    WHERE {_RUNS} AND pool.pending > 0 ORDER BY batch.created_at, batch.id LIMIT :count
+    SELECT tenant_id, batch_id, pool_id, pending, key_id, endpoint, input_file_id, expires_at, left_s FROM (
+        SELECT pool.tenant_id, pool.batch_id, pool.pool_id, pool.pending, batch.key_id, batch.endpoint, batch.input_file_id,
+            batch.expires_at, CAST(extract(epoch FROM batch.expires_at - now()) AS float8) AS left_s, batch.created_at,
+            row_number() OVER (PARTITION BY pool.tenant_id, pool.pool_id ORDER BY batch.created_at, batch.id) AS turn
+        FROM batches AS batch JOIN batch_pools AS pool ON pool.tenant_id = batch.tenant_id AND pool.batch_id = batch.id
+        WHERE {_RUNS} AND pool.pending > 0 ORDER BY turn, batch.created_at, batch.id LIMIT :count
+    ) AS offer ORDER BY created_at, batch_id
     """  # noqa: S608 (a condition of ours)
 )
 _CLAIM = text(
@@ -91,11 +95,7 @@ _GIVE_BACK_LINES = text(
         UPDATE batch_lines AS line SET state = 'pending', runner_id = NULL, given_back = given_back + 1
         FROM found WHERE line.ctid = found.place AND line.attempt = found.attempt
         RETURNING line.tenant_id, line.batch_id, line.pool_id, line.tokens
-    ), sums AS (
-        SELECT tenant_id, batch_id, pool_id, count(*) AS lines, sum(tokens) AS tokens FROM freed GROUP BY tenant_id, batch_id, pool_id
-    )
-    UPDATE batch_pools AS pool SET pending = pool.pending + sums.lines, pending_tokens = pool.pending_tokens + sums.tokens
-    FROM sums WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
+    ) {COUNT_FREED}
     """  # noqa: S608 (a condition of ours)
 )
 _LEASED = text(
@@ -115,7 +115,8 @@ _STOPPED = text(
 _UNSETTLED = text(
     """
     SELECT tenant_id, id FROM batches AS batch
-    WHERE (status = 'cancelling' AND finalizing_at IS NULL) OR (status = 'in_progress' AND (stop_code IS NOT NULL OR expires_at <= now()))
+    WHERE ((status = 'cancelling' AND finalizing_at IS NULL) OR (status = 'in_progress' AND (stop_code IS NOT NULL OR expires_at <= now())))
+        AND NOT EXISTS (SELECT FROM batch_lines WHERE tenant_id = batch.tenant_id AND batch_id = batch.id AND state = 'running')
     ORDER BY expires_at LIMIT 100
     """
 )
@@ -156,7 +157,7 @@ _CLAIM_BATCH = text(
         ORDER BY (
             SELECT count(*) FROM batches AS busy WHERE busy.tenant_id = batch.tenant_id AND busy.runner_id IS NOT NULL
         ), created_at, id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
-    ) RETURNING tenant_id, id, attempt, status
+    ) RETURNING tenant_id, id, attempt, losses, status
     """
 )
 _GIVE_BACK_OTHERS = text(
@@ -269,7 +270,7 @@ async def stopped(db: Database, batches: Sequence[tuple[str, str]]) -> dict[tupl
 
 
 async def unsettled(db: Database) -> list[tuple[str, str]]:
-    """Return batches that stop before all of their lines have run, and are not ready to be finalized yet."""
+    """Return batches that stop before all of their lines have run, of which none runs, and that are not ready to be finalized yet."""
     async with db.begin(LEASES) as connection:
         return [(tenant_id, batch_id) for tenant_id, batch_id in await connection.execute(_UNSETTLED)]
 
@@ -304,8 +305,8 @@ async def claim_batch(db: Database, runner_id: str, later: Collection[tuple[str,
         row = (await connection.execute(_CLAIM_BATCH, values)).first()
     if row is None:
         return None
-    tenant_id, batch_id, attempt, status = row
-    return BatchLease(tenant_id, batch_id, runner_id, attempt), status
+    tenant_id, batch_id, attempt, losses, status = row
+    return BatchLease(tenant_id, batch_id, runner_id, attempt, losses), status
 
 
 async def give_back_other_batches(db: Database, runner_id: str, kept: Collection[tuple[str, str]]) -> None:

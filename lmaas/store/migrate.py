@@ -128,7 +128,7 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
         migrator = role_name(prefix, DatabaseRole.MIGRATOR)
         raise SettingsError(
             f"The database login may not migrate: {str(error.orig).splitlines()[0]}. Use the login {migrator}, "
-            "or the one that ran `lmaas migrate` first (docs/tenancy.md)."
+            "or the one that ran `lmaas migrate` first (docs/concepts/tenancy.md)."
         ) from error
     connection.commit()
     command.upgrade(config, to)

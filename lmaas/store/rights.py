@@ -1,7 +1,7 @@
 """Database roles, their rights, and the rows that each of them sees. `lmaas migrate` changes a database to match this module.
 
 A table that is not listed here cannot be used by any process. A new table with a tenant needs an entry whose grants name the tenant's rows;
-a test fails without one. docs/tenancy.md explains the roles.
+a test fails without one. docs/concepts/tenancy.md explains the roles.
 """
 
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
 _LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "given_back", *_LEASE)
-_DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", *_LEASE)
+_DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", "losses", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -175,7 +175,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "batches": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
-        LEASES: (Grant("SELECT", ALL, (*_BATCH, "finalizing_at")), Grant("UPDATE", ALL, _LEASE)),
+        LEASES: (Grant("SELECT", ALL, (*_BATCH, "finalizing_at", "losses")), Grant("UPDATE", ALL, ("losses", *_LEASE))),
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id", "status")), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, ("tenant_id", "id", "status", "expires_at", "created_at")), Grant("DELETE", ENDED_BATCH)),
     },
@@ -193,7 +193,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
     "background_responses": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN)),
-        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, _LEASE)),
+        LEASES: (Grant("SELECT", ALL, _DETACHED), Grant("UPDATE", ALL, ("losses", *_LEASE))),
         OPERATOR: (Grant("SELECT", ALL, _SIZES), Grant("DELETE")),
         CONTROLLER: (Grant("SELECT", ALL, (*_SIZES, "runner_id")), Grant("DELETE")),
     },

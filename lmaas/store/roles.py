@@ -175,7 +175,7 @@ def _run(connection: Connection, statements: list[str], what: str) -> None:
             rest = ";\n".join(each.partition(" PASSWORD ")[0] for each in statements[number:])
             raise SettingsError(
                 f"The database login may not {what} ({str(error.orig).splitlines()[0]}). Run these statements as an administrator of the "
-                f"database, then `lmaas migrate` again (docs/tenancy.md explains them):\n{rest};"
+                f"database, then `lmaas migrate` again (docs/concepts/tenancy.md explains them):\n{rest};"
             ) from error
 
 

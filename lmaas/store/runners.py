@@ -5,7 +5,7 @@ runner's row is gone. So a lease costs nothing while it lasts, and a runner that
 Transactions lock in one order: the runner, then batches by their tenants' and their own ids, then lines, then the rest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -34,23 +34,24 @@ _LOCK_BATCHES = text(
     ) ORDER BY {LOCK_ORDER} FOR NO KEY UPDATE
     """  # noqa: S608 (an order of ours)
 )
+#: Counts lines that wait again: those of the expression `freed` (tenant_id, batch_id, pool_id, tokens).
+COUNT_FREED = """
+    UPDATE batch_pools AS pool SET pending = pool.pending + sums.lines, pending_tokens = pool.pending_tokens + sums.tokens
+    FROM (
+        SELECT tenant_id, batch_id, pool_id, count(*) AS lines, sum(tokens) AS tokens FROM freed GROUP BY tenant_id, batch_id, pool_id
+    ) AS sums WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
+"""
 _FREE_LINES = text(
-    """
+    f"""
     WITH freed AS (
         UPDATE batch_lines SET state = 'pending', runner_id = NULL WHERE runner_id = :runner AND state = 'running'
         RETURNING tenant_id, batch_id, pool_id, tokens
-    ), sums AS (
-        SELECT tenant_id, batch_id, pool_id, count(*) AS lines, sum(tokens) AS tokens FROM freed GROUP BY tenant_id, batch_id, pool_id
-    ), counted AS (
-        UPDATE batch_pools AS pool SET pending = pool.pending + sums.lines, pending_tokens = pool.pending_tokens + sums.tokens
-        FROM sums WHERE pool.tenant_id = sums.tenant_id AND pool.batch_id = sums.batch_id AND pool.pool_id = sums.pool_id
-    )
-    SELECT count(*) FROM freed
-    """
+    ) {COUNT_FREED}
+    """  # noqa: S608 (a statement of ours)
 )
-#: The other tables whose rows have leases.
+#: The other tables whose rows have leases. `lost` is 1 if the runner was lost, 0 if it ended by itself.
 _FREE_ROWS = tuple(
-    text(f"UPDATE {table} SET runner_id = NULL WHERE runner_id = :runner")  # noqa: S608 (names of ours)
+    text(f"UPDATE {table} SET runner_id = NULL, losses = losses + :lost WHERE runner_id = :runner")  # noqa: S608 (names of ours)
     for table in ("batches", "background_responses")
 )
 
@@ -61,12 +62,16 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BatchLease:
-    """A runner's lease of a batch that it validates or finalizes. Every write names it."""
+    """A runner's lease of a batch that it validates or finalizes. Every write names it.
+
+    `losses` is the number of runners that were lost while they leased it.
+    """
 
     tenant_id: str
     batch_id: str
     runner_id: str
     attempt: int
+    losses: int = field(default=0, compare=False)
 
 
 async def register(db: Database) -> str:
@@ -94,7 +99,7 @@ async def end(db: Database, runner_id: str) -> None:
     """Remove a runner that ends, and free what it still leases."""
     async with db.begin(LEASES) as connection:
         if (await connection.execute(_GOING, {"runner": runner_id})).first() is not None:
-            await _free(connection, runner_id)
+            await _free(connection, runner_id, lost=False)
 
 
 async def free_lost(db: Database, lost_s: float = RUNNER_LOST_S) -> str | None:
@@ -102,12 +107,15 @@ async def free_lost(db: Database, lost_s: float = RUNNER_LOST_S) -> str | None:
     async with db.begin(LEASES) as connection:
         runner_id = (await connection.execute(_LOST, {"lost_s": lost_s})).scalar()
         if runner_id is not None:
-            await _free(connection, runner_id)
+            await _free(connection, runner_id, lost=True)
     return runner_id
 
 
-async def _free(connection: AsyncConnection, runner_id: str) -> None:
+async def _free(connection: AsyncConnection, runner_id: str, *, lost: bool) -> None:
     """Free what a runner leases, and remove its row, which this transaction has locked."""
     which = {"runner": runner_id}
-    for statement in (_LOCK_BATCHES, _FREE_LINES, *_FREE_ROWS, _FORGET):
+    for statement in (_LOCK_BATCHES, _FREE_LINES):
         await connection.execute(statement, which)
+    for statement in _FREE_ROWS:
+        await connection.execute(statement, which | {"lost": int(lost)})
+    await connection.execute(_FORGET, which)

@@ -396,8 +396,9 @@ batches = Table(
     Column("expired_at", DateTime(timezone=True)),
     Column("cancelling_at", DateTime(timezone=True)),
     Column("cancelled_at", DateTime(timezone=True)),
-    # The lease of the runner that validates or finalizes it.
+    # The lease of the runner that validates or finalizes it, and how many runners were lost while they leased it.
     *_lease(),
+    Column("losses", Integer, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("tenant_id", "id"),
     Index(None, "status"),
     Index(None, "tenant_id", "created_at"),
@@ -476,7 +477,7 @@ background_responses = Table(
     Column("next_event", Integer, nullable=False, server_default=text("2")),
     # False once there were too many events to log.
     Column("is_log_whole", Boolean, nullable=False, server_default=text("true")),
-    # Runs that failed for a reason that may pass, and runs whose runner died.
+    # Runs that failed for a reason that may pass, and runners that were lost while they leased it.
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("losses", Integer, nullable=False, server_default=text("0")),
     # The time before which it is not tried again. Null before its first run, and while it runs.

@@ -14,6 +14,10 @@ ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.
 FOLDERS = ("lmaas", "docs", "tests", "bench", "loadtest", "tenants", "docker", "deploy", "migrations", "requirements", ".ci")
 TEXT = frozenset({".md", ".py", ".lua", ".cpp", ".toml", ".yaml", ".yml", ".sh", ".cfg", ".in", ".json", ".example", ""})
 README_WORDS = 650
+#: The four kinds of pages, each a folder of docs/.
+KINDS = frozenset({"concepts", "how-to", "tutorials", "reference"})
+ARCHITECTURE = ROOT / "docs" / "concepts" / "architecture.md"
+SETTINGS = ROOT / "docs" / "reference" / "settings.md"
 
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
@@ -66,12 +70,18 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in anchors(target.read_text()), f"{name(page)} links to {name(target)}#{anchor}, which has no such heading"
 
 
+def test_each_page_is_in_a_folder_for_its_kind() -> None:
+    assert [path.name for path in (ROOT / "docs").glob("*.md")] == ["README.md"]
+    assert {path.name for path in (ROOT / "docs").iterdir() if path.is_dir()} == KINDS | {"decisions", "images"}
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "README.md"], ids=name)
 def test_the_indexes_have_links(page: Path) -> None:
     assert len(list(links(page))) > 20
 
 
 def test_every_document_that_is_mentioned_exists() -> None:
+    """Paths begin at the root, at the file that mentions them, or at the folder of the generated pages."""
     present = {path.name for path in pages()} | {"README.md"}
     missing = {
         f"{name(path)}: {document}"
@@ -79,7 +89,7 @@ def test_every_document_that_is_mentioned_exists() -> None:
         if path != Path(__file__)
         for document in (found.lstrip("/") for found in DOCUMENT.findall(path.read_text(errors="replace")))
         if document.rpartition("/")[2] not in present
-        or ("/" in document and not any((folder / document).exists() for folder in (ROOT, path.parent)))
+        or ("/" in document and not any((folder / document).exists() for folder in (ROOT, path.parent, SETTINGS.parent)))
     }
     assert missing == set()
 
@@ -102,14 +112,14 @@ def test_nothing_refers_outside_the_repository() -> None:
 
 
 def test_every_module_of_the_architecture_exists() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = ARCHITECTURE.read_text()
     known = {path.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua")}
     known |= {path.rpartition("/")[2] for path in known}
     assert {module.removeprefix("lmaas/") for module in MODULE.findall(text)} - known == set()
 
 
 def test_every_function_of_the_architecture_exists() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = ARCHITECTURE.read_text()
     sources = "".join(path.read_text() for path in (ROOT / "lmaas").rglob("*") if path.suffix in (".py", ".lua"))
     named = {found.rpartition(".")[2] for found in re.findall(r"[(,] ?`([A-Za-z_.]+)`[),]", text)}
     assert len(named) > 10
@@ -119,7 +129,7 @@ def test_every_function_of_the_architecture_exists() -> None:
 
 
 def test_the_architecture_names_every_folder() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = ARCHITECTURE.read_text()
     folders = {path.parent.relative_to(ROOT / "lmaas").as_posix() for path in (ROOT / "lmaas").rglob("__init__.py")} - {"."}
     assert {folder for folder in folders if f"`{folder}/`" not in text} == set()
 
@@ -129,11 +139,11 @@ def test_every_folder_says_what_it_is_for() -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("folder", ["docs", "docs/decisions"])
+@pytest.mark.parametrize("folder", ["decisions", *sorted(KINDS)])
 def test_every_page_is_in_its_index(folder: str) -> None:
-    index = ROOT / folder / "README.md"
+    index = ROOT / "docs" / (f"{folder}/README.md" if folder == "decisions" else "README.md")
     listed = {target for target, _ in links(index)}
-    assert {name(page) for page in (ROOT / folder).glob("*.md")} - {name(page) for page in listed} - {name(index)} == set()
+    assert {name(page) for page in (ROOT / "docs" / folder).glob("*.md")} - {name(page) for page in listed} - {name(index)} == set()
 
 
 def test_the_readme_is_short() -> None:
@@ -141,7 +151,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_settings_page_is_generated() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == settings_page(), "run: python -m lmaas.config_documentation > docs/settings.md"
+    assert SETTINGS.read_text() == settings_page(), f"run: python -m lmaas.config_documentation > {name(SETTINGS)}"
 
 
 def test_the_licence_is_the_one_that_is_declared() -> None:

@@ -12,7 +12,7 @@ from lmaas.types import MAX_PRICE
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Source = Annotated[str, Meta(max_length=1000, description="A folder, or a model's name on a hub. Its weights say what adapters must fit.")]
 EngineArgs = Annotated[
-    str, Meta(max_length=1000, description="More arguments for the engine: options of an allowlist, in docs/base-models.md.")
+    str, Meta(max_length=1000, description="More arguments for the engine: options of an allowlist, in docs/how-to/base-models.md.")
 ]
 Price = Annotated[int, Meta(ge=0, le=MAX_PRICE, description="Micro-dollars per million tokens.")]
 EnginePrice = Annotated[int, Meta(ge=0, le=MAX_PRICE, description="Micro-dollars per hour of an engine.")]

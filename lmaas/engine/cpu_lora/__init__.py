@@ -1,1 +1,1 @@
-"""A vLLM plugin for LoRA on CPUs: corrects and accelerates vLLM's own LoRA arithmetic (docs/cpu-lora.md)."""
+"""A vLLM plugin for LoRA on CPUs: corrects and accelerates vLLM's own LoRA arithmetic (docs/concepts/cpu-lora.md)."""

@@ -1,4 +1,7 @@
-"""Write docs/parameters.md from the tables: `python -m lmaas.protocols.parameters.documentation > docs/parameters.md`."""
+"""Write docs/reference/parameters.md from the tables.
+
+`python -m lmaas.protocols.parameters.documentation > docs/reference/parameters.md` writes it.
+"""
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """The machinery of tables of request parameters, and the tables of chat completions and completions.
 
-Each protocol has a table, from which its requests are read (`reading.py`), docs/parameters.md is generated, and the OpenAPI document
-follows. To add the table of a protocol:
+Each protocol has a table, from which its requests are read (`reading.py`), docs/reference/parameters.md is generated, and the
+OpenAPI document follows. To add the table of a protocol:
 
 1. Write `TABLE = Table("embeddings", "/v1/embeddings", required=("input",), parameters=(...))` in a module of the protocol, from rows that
    `forwarded`, `accepted` and `refused` make. `model` has no row: every protocol has it.

@@ -17,7 +17,7 @@ from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.runner import Runner
 from lmaas.store.database import Database
 from lmaas.store.line_leases import claim_batch
-from lmaas.store.runners import BatchLease, LeaseLost
+from lmaas.store.runners import BatchLease, LeaseLost, free_lost, register
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import create_tenant
 from tests.support.batches import batch_row, make_batch, some_lines
@@ -147,6 +147,20 @@ async def test_a_batch_that_cannot_be_validated_fails(
         await until(partial(is_free, db, batch_id, "failed"))
     assert steps.calls == [("validate", batch_id)] * batches.MAX_ATTEMPTS + [("internal_error", batch_id)]
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["unexpected error"] * batches.MAX_ATTEMPTS
+
+
+async def test_a_batch_that_ends_its_runners_fails(db: Database, jobs_db: Database, tenant_id: str) -> None:
+    batch_id = await make_batch(db, tenant_id, [], status="validating")
+    for losses in range(batches.MAX_ATTEMPTS):
+        runner_id = await register(jobs_db)
+        claimed = await claim_batch(jobs_db, runner_id)
+        assert claimed is not None
+        assert claimed[0].losses == losses
+        assert await free_lost(jobs_db, 0) == runner_id
+    steps = Steps(db)
+    async with working(jobs_db, steps):
+        await until(partial(is_free, db, batch_id, "failed"))
+    assert steps.calls == [("internal_error", batch_id)]
 
 
 async def test_tries_that_were_postponed_are_no_failures(db: Database, jobs_db: Database, tenant_id: str) -> None:

@@ -177,7 +177,7 @@ async def test_large_lines_do_not_keep_the_lines_of_others_waiting(stack: Stack,
         async def nothing_left() -> bool:
             return not await runs(stack, large, 1)
 
-        await until(nothing_left, timeout_s=10)
+        await until(nothing_left, timeout_s=30)
         assert job.runner.id is not None
     assert Counter(line.state for line in await line_rows(stack.db, large)) == {"pending": 20}
     for batch_id in (same, another):
@@ -203,12 +203,31 @@ async def test_a_cancelled_batch_keeps_what_has_ended(stack: Stack) -> None:
         async def nothing_left() -> bool:
             return not await runs(stack, batch_id, 1) and await replica.running() == 0
 
-        await until(nothing_left, timeout_s=10)
+        await until(nothing_left, timeout_s=30)
     row, rows = await batch_row(stack.db, batch_id), await line_rows(stack.db, batch_id)
     assert Counter(line.state for line in rows) == {"done": 2, "pending": 38}
     assert (row.status, row.completed, row.failed) == ("cancelling", 2, 0)
     assert len(await charged(stack, model, tenant)) == 2
     assert sum(event.completion_tokens for event in await stack.ledger(model, tenant)) == (await replica.counters())[1] - 1
+    assert set(await wasted(stack, batch_id)) == {"cancelled"}
+
+
+async def test_a_runner_that_stops_gives_its_lines_back(stack: Stack) -> None:
+    model, tenant = await stack.model("stops", slots=2), await stack.tenant()
+    replica = await stack.replica(model, "--fake-token-ms 20")
+    texts = Texts()
+    lines = [chat(f"l{number}", "stops", max_tokens=1900, ignore_eos=True) for number in range(2)]
+    batch_id = await batch_of(stack, texts, tenant, model, lines)
+
+    async def both_run() -> bool:
+        return await replica.running() == 2
+
+    async with runner(stack, texts):
+        await until(both_run)
+    assert [line.state for line in await line_rows(stack.db, batch_id)] == ["pending"] * 2
+    assert await charged(stack, model, tenant) == []
+    assert sum(event.completion_tokens for event in await stack.ledger(model, tenant)) == (await replica.counters())[1] - 1
+    assert await wasted(stack, batch_id) == ["runner_stopped"] * 2
 
 
 async def test_lines_that_run_at_the_deadline_are_given_back(stack: Stack) -> None:
@@ -226,7 +245,7 @@ async def test_lines_that_run_at_the_deadline_are_given_back(stack: Stack) -> No
         async def nothing_left() -> bool:
             return not await runs(stack, batch_id, 1) and await replica.running() == 0
 
-        await until(nothing_left, timeout_s=10)
+        await until(nothing_left, timeout_s=30)
     assert [line.state for line in await line_rows(stack.db, batch_id)] == ["pending"] * 3
     assert await charged(stack, model, tenant) == []
 

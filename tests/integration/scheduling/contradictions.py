@@ -134,8 +134,6 @@ def _add_replica(found: Raw, raw: Raw, replica: Any) -> None:
     share = replica["load"] / max(1, replica["slots"])
     for adapter in raw.get(f"resident:{name}", ()):
         found.setdefault(f"has:{adapter}", {})[name] = 0
-        copies = found.setdefault("adapters", {})
-        copies[adapter] = copies.get(adapter, 0) + 1
     if replica["state"] == "starting":
         found.setdefault("starting", {})[name] = replica["since"]
     if replica["state"] != "ready" or replica.get("suspect") or replica.get("stale"):

@@ -129,6 +129,7 @@ async def test_a_lost_lease_changes_nothing(db: Database, gateway_db: Database, 
     assert run is not None
     # The number 5 is that of the event which reports this.
     assert (run.next_event, run.losses) == (6, 1)
+    assert await begin(jobs_db, lease) == run, "a repeated call is no further loss"
     assert await begin(jobs_db, lost) is None
     await add_events(jobs_db, lost.runner_id, {acme.id: [(lost, Piece(5, 5, b"late"))]})
     await add_events(jobs_db, lost.runner_id, {acme.id: [(lost, Piece(6, 6, b"late"))]})

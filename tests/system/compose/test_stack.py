@@ -207,6 +207,7 @@ def test_prometheus_sees_everything(stack: Stack, client: OpenAI) -> None:
             ("controller", "up"),
             ("gateway", "up"),
             ("gateway", "up"),
+            ("jobs", "up"),
         ]
 
     _until(all_up)

@@ -444,29 +444,6 @@ async def test_our_client_probes_it(engine: Engine) -> None:
         assert await client.counted_tokens(engine.process.url) == before + 2
 
 
-async def test_a_dying_engine_never_seems_to_succeed_and_leaves_nothing_behind(engine: Engine) -> None:
-    """Last in this file: afterwards the engine is gone."""
-    family = [psutil.Process(engine.process.pid), *psutil.Process(engine.process.pid).children(recursive=True)]
-    events = Events()
-    stream = asyncio.create_task(engine.stream(CHAT, ask(CHAT, tokens=1800) | STREAM, into=events))
-    plain = asyncio.create_task(engine.post(COMPLETION, ask(COMPLETION, tokens=1800)))
-    await engine.runs(2)
-    # vLLM then either says that its engine has a problem, and `[DONE]` after that, or falls silent until it is killed.
-    await engine.process.stop(grace_s=5)
-    ends = await asyncio.wait_for(asyncio.gather(stream, plain, return_exceptions=True), 30)
-    if b"data: [DONE]" in events.raw:
-        assert events.raw[-2].startswith(b'data: {"error"')
-    else:
-        assert isinstance(ends[0], httpx.TransportError)
-    assert all(event.get("choices") for event in events.parsed if "error" not in event)
-    assert isinstance(ends[1], httpx.TransportError) or (isinstance(ends[1], httpx.Response) and ends[1].status_code == 500)
-
-    def gone() -> bool:
-        return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
-
-    await until(gone)
-
-
 async def test_background_requests_give_way_and_lose_nothing(engine: Engine) -> None:
     long = " ".join(f"Number {number} comes before number {number + 1}." for number in range(20))
 
@@ -491,3 +468,26 @@ async def test_background_requests_give_way_and_lose_nothing(engine: Engine) -> 
     counted = sum(usage["prompt_tokens"] for usage in usages), sum(usage["completion_tokens"] for usage in usages)
     assert counted == (await engine.idle()).since(before), "what is computed again is not counted again"
     assert counted[1] == 8 * 64 + 120 + 2 * 3
+
+
+async def test_a_dying_engine_never_seems_to_succeed_and_leaves_nothing_behind(engine: Engine) -> None:
+    """Last in this file: afterwards the engine is gone."""
+    family = [psutil.Process(engine.process.pid), *psutil.Process(engine.process.pid).children(recursive=True)]
+    events = Events()
+    stream = asyncio.create_task(engine.stream(CHAT, ask(CHAT, tokens=1800) | STREAM, into=events))
+    plain = asyncio.create_task(engine.post(COMPLETION, ask(COMPLETION, tokens=1800)))
+    await engine.runs(2)
+    # vLLM then either says that its engine has a problem, and `[DONE]` after that, or falls silent until it is killed.
+    await engine.process.stop(grace_s=5)
+    ends = await asyncio.wait_for(asyncio.gather(stream, plain, return_exceptions=True), 30)
+    if b"data: [DONE]" in events.raw:
+        assert events.raw[-2].startswith(b'data: {"error"')
+    else:
+        assert isinstance(ends[0], httpx.TransportError)
+    assert all(event.get("choices") for event in events.parsed if "error" not in event)
+    assert isinstance(ends[1], httpx.TransportError) or (isinstance(ends[1], httpx.Response) and ends[1].status_code == 500)
+
+    def gone() -> bool:
+        return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+
+    await until(gone)

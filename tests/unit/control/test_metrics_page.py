@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric of a controller."""
+"""docs/reference/metrics.md lists every metric of a controller."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from lmaas.control.background import BackgroundFigures
 from lmaas.control.status import Ledger, metrics
 from lmaas.store.usage import PoolWaste
 
-PAGE = next(parent for parent in Path(__file__).parents if (parent / "docs").is_dir()) / "docs" / "metrics.md"
+PAGE = next(parent for parent in Path(__file__).parents if (parent / "docs").is_dir()) / "docs" / "reference" / "metrics.md"
 
 
 def test_each_metric_of_a_controller_is_documented() -> None:

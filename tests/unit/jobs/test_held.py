@@ -4,6 +4,7 @@ import asyncio
 from datetime import UTC, datetime
 
 from lmaas.jobs.held import HeldLine, HeldLines
+from lmaas.metering.usage import CANCELLED
 from lmaas.store.line_leases import LARGE_BYTES, SUSPECT_LOSSES, LeasedLine, Offer
 
 #: A large line.
@@ -66,7 +67,7 @@ async def test_a_line_that_waits_for_room_gets_it_or_leaves() -> None:
     first, second, third = [make(held, "a", number) for number in range(3)]
     assert await held.room_for(first)
     waits = [asyncio.create_task(held.room_for(line)) for line in (second, third)]
-    third.leave()
+    third.leave(CANCELLED)
     assert await asyncio.wait_for(waits[1], 5) is False
     held.forget_text(first)
     assert await asyncio.wait_for(waits[0], 5) is True

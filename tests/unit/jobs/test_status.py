@@ -30,7 +30,7 @@ async def test_health_and_metrics() -> None:
 
 
 def test_the_page_of_metrics_names_each() -> None:
-    page = (ROOT / "docs" / "metrics.md").read_text().partition("## Job runners")[2]
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text().partition("## Job runners")[2]
     for family in JobMetrics().collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         assert f"`{name}`" in page

@@ -11,7 +11,7 @@ from lmaas.observability import MAX_CODES, GatewayMetrics
 from lmaas.protocols.text import ChatCompletions
 from lmaas.web.routes import InferenceEndpoint
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
 
 
 def described(registry: CollectorRegistry) -> dict[str, set[str]]:

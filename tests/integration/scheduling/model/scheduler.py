@@ -2,7 +2,6 @@
 epoch.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lmaas.scheduling.client import Beat, Bounds, Seed, Ticket
@@ -250,12 +249,9 @@ class Model(Outlook):
         self.reap(now)
         self.dispatch(now)
         ready = self.open_replicas(now)
-        adapters = Counter(adapter for each in self.replicas.values() for adapter in each.resident)
         return {
             "ready": len(ready),
             "slots": sum(each.slots for each in ready),
             "room": 0 if self.queue() else max(0, self.background_room(now)),
             "queued": len(self.queue(background=True)),
-            "load": self.background_load(),
-            "resident": sorted(adapters, key=lambda each: (adapters[each], each), reverse=True),
         }

@@ -14,8 +14,8 @@ from tests.unit.protocols.parameters.build import refusal
 
 
 def test_the_documentation_is_generated_from_the_tables() -> None:
-    written = Path(__file__).parents[4] / "docs" / "parameters.md"
-    assert written.read_text() == page(), "run: python -m lmaas.protocols.parameters.documentation > docs/parameters.md"
+    written = Path(__file__).parents[4] / "docs" / "reference" / "parameters.md"
+    assert written.read_text() == page(), "run: python -m lmaas.protocols.parameters.documentation > docs/reference/parameters.md"
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.path)
