@@ -62,14 +62,15 @@ async def _beat(db: Database, runner_id: str) -> None:
 
 
 @asynccontextmanager
-async def runner(stack: Stack) -> AsyncIterator[Runner]:
+async def runner(stack: Stack, observers: Observers | None = None) -> AsyncIterator[Runner]:
     """Run a runner with the login of one until the end of the block."""
     db = stack.database(DatabaseRole.JOBS)
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
     protocol = BackgroundResponses(StoredState(db))
-    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, Observers()), db)
+    runs = BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, observers or Observers())
+    made = Runner(await register(db), runs, db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]
         made.tasks = [
