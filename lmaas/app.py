@@ -189,7 +189,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers |
     logs = EventLogs(db)
     deadline = timedelta(seconds=settings.background_deadline_s)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
-    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
+    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings, observers.traces)
     api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
 
     async def ready() -> None:
@@ -252,7 +252,7 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """Run a gateway until it is told to stop."""
-    with observing(settings) as observers:
+    with observing(settings, "gateway") as observers:
         async with connected(settings, DatabaseRole.GATEWAY) as services:
             app, _ = build_gateway(settings, services, observers)
             _raise_file_limit()
@@ -343,7 +343,7 @@ async def run_jobs(settings: Settings) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     # As many as it usually needs at a time: a connection that is opened for one transaction costs Postgres more than the transaction.
-    with observing(settings) as observers:
+    with observing(settings, "jobs") as observers:
         async with connected(settings, DatabaseRole.JOBS, connections=10) as services:
             _raise_file_limit()
             await build_jobs(settings, services, observers).run(stopping)

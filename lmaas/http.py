@@ -31,6 +31,12 @@ _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
 #: Where the scope of a request has its principal, once that is known, and the code of an error response.
 PRINCIPAL, CODE = "lmaas.principal", "lmaas.code"
+#: Where it has the pattern of its path, if traces are on or the management API serves it.
+ROUTE = "lmaas.route"
+#: The longest part of a path that logs and traces show.
+MAX_SHOWN_PATH = 200
+#: Requests of load balancers and of Prometheus, which are logged and traced only if they fail.
+QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 #: Is called when a request has ended, with its scope, the status of its response (0 without one), and the seconds that it took.
 Ended = Callable[[Scope, int, float], None]
 NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."

@@ -19,7 +19,7 @@ FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter
 #: Returns a count.
 Count = Callable[[], int]
 #: The kinds of what may be dropped.
-KINDS = ("log_line",)
+KINDS = ("log_line", "trace")
 #: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
 #: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
@@ -116,7 +116,7 @@ class Dropped(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metric for Prometheus."""
-        dropped = CounterMetricFamily("lmaas_telemetry_dropped", "Lines of the request log that were dropped.", labels=("kind",))
+        dropped = CounterMetricFamily("lmaas_telemetry_dropped", "Lines of the request log and traces that were dropped.", labels=("kind",))
         for kind in KINDS:
             count = self._counts.get(kind)
             dropped.add_metric((kind,), 0 if count is None else count())

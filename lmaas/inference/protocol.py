@@ -14,7 +14,10 @@ from lmaas.inference.request import EngineRequest
 from lmaas.inference.work import INTERACTIVE, Work
 from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
+from lmaas.tracing.trace import Trace
 
+#: Where an endpoint leaves the inference in the scope of its request.
+INFERENCE = "lmaas.inference"
 #: A protocol's own kind of request.
 Request = TypeVar("Request", bound=EngineRequest)
 
@@ -87,6 +90,8 @@ class Inference(Generic[Request]):
     #: When the request had been read, and when the first event of a stream's answer was sent (monotonic seconds).
     began: float = field(default_factory=time.monotonic)
     first_sent: float | None = None
+    #: Its trace, if it is sampled.
+    trace: Trace | None = None
     tenant_id: str = field(init=False)
     model: ServedModel = field(init=False)
     record: UsageRecord = field(init=False)

@@ -11,19 +11,13 @@ from json.encoder import encode_basestring_ascii
 
 from starlette.types import Scope
 
-from lmaas.http import CODE, PRINCIPAL
+from lmaas.http import CODE, MAX_SHOWN_PATH, PRINCIPAL, QUIET
 from lmaas.inference.catalog import ServedModel
-from lmaas.inference.protocol import AnyInference
+from lmaas.inference.protocol import INFERENCE, AnyInference
 from lmaas.types import Principal
 
-#: Where an endpoint leaves the inference in the scope of its request.
-INFERENCE = "lmaas.inference"
 #: The logger's name in the lines.
 LOGGER = "lmaas.requests"
-#: The longest part of a path that is logged.
-MAX_PATH = 200
-#: Requests of load balancers and of Prometheus, which are logged only if they fail.
-QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 
 
 class RequestLog:
@@ -53,7 +47,7 @@ class RequestLog:
             rest = _served(inference)
         self._write(
             f'{self._head("request")}, "request_id": "{scope["request_id"]}", {who}, "method": {_text(scope["method"])}, '
-            f'"path": {_text(path[:MAX_PATH])}, "status": {status or "null"}, "took_ms": {took_s * 1000:.0f}{rest}}}\n'
+            f'"path": {_text(path[:MAX_SHOWN_PATH])}, "status": {status or "null"}, "took_ms": {took_s * 1000:.0f}{rest}}}\n'
         )
 
     def attempt(self, action: str, principal: Principal, inference: AnyInference, belongs_to: str, code: str | None = None) -> None:
@@ -89,12 +83,13 @@ def _served(inference: AnyInference) -> str:
     """Return the fields of an inference that was accepted."""
     record, model = inference.record, inference.model
     run_ms, first_s = record.run_ms, inference.first_s
+    traced = "" if inference.trace is None else f', "trace_id": "{inference.trace.trace_id}"'
     return (
         f', "outcome": "{record.status}", "code": {_text(record.code)}, "model": "{model.shown}", "base_model": "{model.base.name}", '
         f'"stream": {"true" if record.stream else "false"}, "replica_id": {_text(record.replica_id)}, "queue_ms": {record.queued_ms}, '
         f'"load_ms": {record.load_ms}, "ttft_ms": {"null" if first_s is None else round(first_s * 1000)}, '
         f'"run_ms": {"null" if run_ms is None else run_ms}, "prompt_tokens": {record.prompt_tokens}, '
-        f'"cached_tokens": {record.cached_tokens}, "completion_tokens": {record.completion_tokens}'
+        f'"cached_tokens": {record.cached_tokens}, "completion_tokens": {record.completion_tokens}{traced}'
     )
 
 

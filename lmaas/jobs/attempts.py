@@ -89,17 +89,18 @@ class Attempts:
             request = protocol.read(request_body(offer.endpoint, line.text, protocol.texts))
             work = replace(BATCH, deadline_s=max(1.0, offer.left_s))
             inference = line.inference = Inference(request_id, protocol, request, work)
+            self.observers.attempt_began(inference)
             await self.inferences.serve(principal, inference, sink)
         except PutBack:
-            self._log(line, principal)
+            self._note_end(line, principal)
             self.metrics.line("put_back")
             self.held.note_put_back(line)
             self.give_back(line)
             return False
         except LmaasError as error:
-            self._log(line, principal, error.error_code)
+            self._note_end(line, principal, error.error_code)
             return await self._refused(line, principal, error, request_id)
-        self._log(line, principal)
+        self._note_end(line, principal)
         if not sink.finished:
             self.give_back(line)  # it was told to leave
             return False
@@ -112,10 +113,9 @@ class Attempts:
         self._end(line, state, sink.status, sink.body, request_id, inference)
         return False
 
-    def _log(self, line: HeldLine, principal: Principal | None, code: str | None = None) -> None:
-        log, inference = self.observers.requests, line.inference
-        if log is not None and principal is not None and inference is not None:
-            log.attempt("batch_line", principal, inference, line.lease.batch_id, code)
+    def _note_end(self, line: HeldLine, principal: Principal | None, code: str | None = None) -> None:
+        if principal is not None and line.inference is not None:
+            self.observers.attempt_ended("batch_line", principal, line.inference, line.lease.batch_id, code)
 
     async def _refused(self, line: HeldLine, principal: Principal | None, error: LmaasError, request_id: str) -> bool:
         following = line.tries.refused(error, others_run=self.held.others_run(line))

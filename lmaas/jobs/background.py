@@ -13,7 +13,7 @@ from typing import TypeVar
 from lmaas.errors import InternalError, LmaasError, OverLimit, Quarantined, Unauthenticated, Unavailable
 from lmaas.http import parse_json
 from lmaas.inference.observers import Observers
-from lmaas.inference.protocol import AnyInference, Inference
+from lmaas.inference.protocol import Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.work import DETACHED
 from lmaas.jobs.event_writer import EventSink, EventWriter
@@ -29,7 +29,6 @@ from lmaas.store import background
 from lmaas.store.background import Ending, Lease, Run
 from lmaas.store.database import Database
 from lmaas.store.runners import LeaseLost
-from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
 
@@ -229,20 +228,17 @@ class BackgroundRuns:
             if principal is None:
                 raise Unauthenticated("The API key that created this response has been revoked.")
             inference = self._inference(lease, run)
+            self._observers.attempt_began(inference)
             await self._inferences.serve(principal, inference, sink)
         except LmaasError as error:
             if principal is not None and inference is not None:
-                self._log(lease, principal, inference, error.error_code)
+                self._observers.attempt_ended("background", principal, inference, lease.id, error.error_code)
             return None, error
         record, answer = getattr(inference, "record", None), getattr(inference, "answer", None)
         if record is None or not isinstance(answer, BackgroundAnswer):
             return None, None
-        self._log(lease, principal, inference)
+        self._observers.attempt_ended("background", principal, inference, lease.id)
         return _Served(record, answer), answer.failure
-
-    def _log(self, lease: Lease, principal: Principal, inference: AnyInference, code: str | None = None) -> None:
-        if self._observers.requests is not None:
-            self._observers.requests.attempt("background", principal, inference, lease.id, code)
 
     def _inference(self, lease: Lease, run: Run) -> Inference[ResponsesRequest]:
         request = self._protocol.read(parse_json(run.request, texts=self._protocol.texts))

@@ -22,8 +22,14 @@ class Call(Receiver):
         """The API key in the request's headers. Raises Unauthenticated if it has two different ones."""
         return api_key(self._scope["headers"])
 
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The request's headers, with lower-case names."""
+        headers: list[tuple[bytes, bytes]] = self._scope["headers"]
+        return headers
+
     def note(self, name: str, value: object) -> None:
-        """Leave something in the request's scope for its line in the log."""
+        """Leave something in the request's scope for its line in the log and its trace."""
         self._scope[name] = value
 
     @property

@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.config import Settings
 from lmaas.errors import InternalError, LmaasError, Unavailable
-from lmaas.http import PRINCIPAL, JsonResponse, parse_json
+from lmaas.http import PRINCIPAL, ROUTE, JsonResponse, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
-from lmaas.inference.protocol import AnyProtocol, Inference
-from lmaas.inference.request_log import INFERENCE
+from lmaas.inference.protocol import INFERENCE, AnyProtocol, Inference
+from lmaas.inference.request_traces import RequestTraces
 from lmaas.inference.serving import Inferences
 from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.web.auth import Authenticator, tenant_of
@@ -42,6 +42,7 @@ class Gateway:
     protocols: Sequence[AnyProtocol]
     counts: TokenCounts
     countings: Sequence[Counting]
+    traces: RequestTraces | None = None
 
 
 class Endpoint(ABC):
@@ -53,6 +54,8 @@ class Endpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         metrics = self._gateway.metrics
+        if self._gateway.traces is not None:
+            scope[ROUTE] = self._path
         try:
             await self._serve(Call(scope, receive, send))
         except LmaasError as error:
@@ -84,6 +87,8 @@ class InferenceEndpoint(Endpoint):
         body = await call.body(gateway.settings.max_body_bytes)
         inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
         call.note(INFERENCE, inference)
+        if gateway.traces is not None:
+            gateway.traces.begin(inference, call.headers)
         claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
         if inference.request.background:
             await gateway.background.create(principal, inference, body, call, claim)

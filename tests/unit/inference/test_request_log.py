@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lmaas.http import CODE, PRINCIPAL
-from lmaas.inference.request_log import INFERENCE, MAX_PATH, RequestLog
+from lmaas.http import CODE, MAX_SHOWN_PATH, PRINCIPAL
+from lmaas.inference.protocol import INFERENCE
+from lmaas.inference.request_log import RequestLog
 from lmaas.metering.usage import UsageRecord
 from lmaas.states import UsageStatus
 from lmaas.types import Principal, Role
@@ -26,7 +27,7 @@ def record(**fields: Any) -> UsageRecord:
 def inference(**fields: Any) -> Any:
     model = SimpleNamespace(shown="robot@3", base=SimpleNamespace(name="base"))
     protocol = SimpleNamespace(path="/v1/chat/completions")
-    return SimpleNamespace(request_id="req_1", model=model, first_s=None, protocol=protocol, **fields)
+    return SimpleNamespace(request_id="req_1", model=model, first_s=None, trace=None, protocol=protocol, **fields)
 
 
 def logged(status: int, path: str = "/v1/adapters", method: str | None = "GET", **left: Any) -> dict[str, Any] | None:
@@ -120,7 +121,7 @@ def test_a_model_is_named_only_if_it_exists() -> None:
 def test_a_path_may_have_anything(path: str) -> None:
     found = logged(404, path, **{CODE: "not_found"})
     assert found is not None
-    assert found["path"] == path[:MAX_PATH]
+    assert found["path"] == path[:MAX_SHOWN_PATH]
 
 
 def test_bytes_that_are_not_http_have_no_method() -> None:

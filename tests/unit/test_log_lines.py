@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmaas.line_writer import PORTION_BYTES, LineWriter, portions
+from lmaas.log_lines import PORTION_BYTES, line_writer, portions
 from tests.support.conditions import until
 
 
@@ -21,7 +21,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 async def test_lines_arrive_in_order_soon_and_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with path.open("ab") as file, LineWriter(file.fileno()) as lines:
+    with path.open("ab") as file, line_writer(file.fileno()) as lines:
         lines.add("1\n")
         lines.add("2 ü\n")
         await until(lambda: path.read_text() == "1\n2 ü\n")
@@ -33,11 +33,11 @@ async def test_lines_arrive_in_order_soon_and_at_the_end(tmp_path: Path) -> None
 async def test_a_log_that_is_not_read_delays_nothing_and_loses_counted_lines(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmaas.line_writer.EVERY_S", 0.001)
-    monkeypatch.setattr("lmaas.line_writer.CLOSE_S", 0.01)
+    monkeypatch.setattr("lmaas.group_writer.EVERY_S", 0.001)
+    monkeypatch.setattr("lmaas.group_writer.CLOSE_S", 0.01)
     reader, writer = pipe
     full = fill(writer)
-    with LineWriter(writer, max_waiting=50) as lines:
+    with line_writer(writer, max_waiting=50) as lines:
         lines.add("first\n")
         await asyncio.sleep(0.1)  # the thread has it, and cannot write it
         for _ in range(60):
@@ -64,7 +64,7 @@ def fill(pipe: int) -> int:
 async def test_a_file_that_cannot_be_written_costs_the_lines(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.touch()
-    with path.open("rb") as file, LineWriter(file.fileno()) as lines:
+    with path.open("rb") as file, line_writer(file.fileno()) as lines:
         lines.add("1\n")
         lines.add("2\n")
         await until(lambda: lines.dropped == 2)
