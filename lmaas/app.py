@@ -91,6 +91,7 @@ from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
 from lmaas.web.background import Background
+from lmaas.web.console import ConsoleForwarding
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
 from lmaas.web.routes import Gateway, endpoints
@@ -188,6 +189,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers |
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     logs = EventLogs(db)
     deadline = timedelta(seconds=settings.background_deadline_s)
+    console = ConsoleForwarding(settings.console_url)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
     gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings, observers.traces)
     api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
@@ -204,7 +206,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers |
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await asyncio.to_thread(staging.sweep, settings.uploads)
-        async with inferences.client:
+        async with inferences.client, console:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {
@@ -233,7 +235,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers |
                 await asyncio.gather(*keepers, return_exceptions=True)
 
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],
+        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document()), *console.routes()],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
