@@ -43,7 +43,7 @@ from lmaas.inference.catalog import Catalog
 from lmaas.inference.checker_hosts import CheckerHosts
 from lmaas.inference.counting import Counting, PromptReaders, TokenCounts
 from lmaas.inference.grammars import Grammars
-from lmaas.inference.observers import Observers, observing
+from lmaas.inference.observers import UNOBSERVED, Observers, observing
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
@@ -170,9 +170,8 @@ def batch_protocols(responses: Responses) -> list[AnyProtocol]:
     return [ChatCompletions(), Completions(), Embeddings(), Messages(), responses]
 
 
-def build_gateway(settings: Settings, services: Services, observers: Observers | None = None) -> tuple[ASGIApp, Leases]:
+def build_gateway(settings: Settings, services: Services, observers: Observers = UNOBSERVED) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
-    observers = observers or Observers()
     db = services.db
     changes = Changes(functools.partial(change_number, db))
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
@@ -320,9 +319,8 @@ async def run_controller(settings: Settings) -> None:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
-def build_jobs(settings: Settings, services: Services, observers: Observers | None = None) -> Jobs:
+def build_jobs(settings: Settings, services: Services, observers: Observers = UNOBSERVED) -> Jobs:
     """Build a job runner."""
-    observers = observers or Observers()
     db = services.db
     changes = Changes(functools.partial(change_number, db))
     requests, metrics = GatewayMetrics(observers.dropped), JobMetrics()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lmaas.compression import Unpacker
 from lmaas.error_bodies import anthropic_body, anthropic_limit_headers, anthropic_status, openai_body
 from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, SettingsError, TooLarge, Unauthenticated
+from lmaas.observability import exposition
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,12 @@ class JsonResponse(Response):
     def render(self, content: Any) -> bytes:
         """Write `content` as UTF-8 JSON. Half a surrogate pair, which is not text, becomes a question mark."""
         return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode(errors="replace")
+
+
+def metrics_response(registry: CollectorRegistry, request: Request) -> Response:
+    """Return the metrics in the format that the client prefers."""
+    text, content_type = exposition(registry, request.headers.get("accept", ""))
+    return Response(text, media_type=content_type)
 
 
 def error_response(error: LmaasError, scope: Scope) -> JsonResponse:

@@ -55,6 +55,9 @@ class Observers:
             self.traces.attempt_ended(action, principal, inference, belongs_to, code, took_s)
 
 
+UNOBSERVED = Observers()
+
+
 @contextmanager
 def observing(settings: Settings, process: str) -> Iterator[Observers]:
     """Open what the settings ask for, and write at the end what is left. `process` is the name of this kind of process.

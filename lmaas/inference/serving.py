@@ -138,9 +138,12 @@ class Inferences:
                 inference.protocol.path,
                 record.status,
                 queue_s=record.queue_ms / 1000,
+                first_s=inference.first_s,
+                total_s=time.monotonic() - inference.began,
                 prompt=record.prompt_tokens,
                 cached=record.cached_tokens,
                 completion=record.completion_tokens,
+                trace_id="" if inference.trace is None else inference.trace.trace_id,
             )
 
     async def _deliver(self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool) -> bytes:

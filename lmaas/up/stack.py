@@ -147,7 +147,7 @@ class Stack:
     async def _serve(self, logins: Logins, model: BaseModel, operator_key: str, redis: Redis) -> None:
         settings = logins.gateway
         if settings.zygote == "on":
-            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
+            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host, settings.traces_url))
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
         gateway = Child("gateway", replace(logins.gateway, ready_file=ready))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -16,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.config import Settings
 from lmaas.errors import InternalError, LmaasError, Unavailable
-from lmaas.http import PRINCIPAL, ROUTE, JsonResponse, parse_json
+from lmaas.http import PRINCIPAL, ROUTE, JsonResponse, metrics_response, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
 from lmaas.inference.protocol import INFERENCE, AnyProtocol, Inference
 from lmaas.inference.request_traces import RequestTraces
@@ -153,5 +152,5 @@ async def _ready(ready: Callable[[], Any], _: Request) -> Response:
     return JsonResponse({"status": "ready"})
 
 
-async def _metrics(gateway: Gateway, _: Request) -> Response:
-    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def _metrics(gateway: Gateway, request: Request) -> Response:
+    return metrics_response(gateway.metrics.registry, request)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from lmaas.app import build_inferences
 from lmaas.errors import Unavailable
 from lmaas.inference.cache import Changes
-from lmaas.inference.observers import Observers
+from lmaas.inference.observers import UNOBSERVED, Observers
 from lmaas.jobs.background import BackgroundRuns
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
@@ -62,14 +62,14 @@ async def _beat(db: Database, runner_id: str) -> None:
 
 
 @asynccontextmanager
-async def runner(stack: Stack, observers: Observers | None = None) -> AsyncIterator[Runner]:
+async def runner(stack: Stack, observers: Observers = UNOBSERVED) -> AsyncIterator[Runner]:
     """Run a runner with the login of one until the end of the block."""
     db = stack.database(DatabaseRole.JOBS)
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
     protocol = BackgroundResponses(StoredState(db))
-    runs = BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, observers or Observers())
+    runs = BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, observers)
     made = Runner(await register(db), runs, db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.app import batch_protocols, build_inferences
 from lmaas.errors import NotFound
 from lmaas.inference.cache import Changes
-from lmaas.inference.observers import Observers
+from lmaas.inference.observers import UNOBSERVED, Observers
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
@@ -123,7 +123,7 @@ class Mortal(Database):
 
 @asynccontextmanager
 async def runner(
-    stack: Stack, texts: Texts, db: Database | None = None, observers: Observers | None = None, **changes: Any
+    stack: Stack, texts: Texts, db: Database | None = None, observers: Observers = UNOBSERVED, **changes: Any
 ) -> AsyncIterator[Running]:
     """Run a job runner with a worker of lines. One with a database of its own is killed at the end, and not stopped."""
     settings = dataclasses.replace(stack.settings, **changes)
@@ -135,7 +135,7 @@ async def runner(
     files: Any = texts
     keys = Keys(services.db, settings.auth_grace_s, known)
     drain_s = settings.drain_timeout_s
-    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, drain_s, observers or Observers())
+    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, drain_s, observers)
     job = Runner(services.db, [worker], metrics.lost)
     stopping = asyncio.Event()
     async with inferences.client:
