@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from lmaas.adapters.objects import AdapterFiles
@@ -79,6 +80,7 @@ from lmaas.protocols.tokens.counts import CountTokens, InputTokens
 from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
 from lmaas.protocols.tokens.openapi import tokens_paths
 from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
+from lmaas.reference.pages import Reference
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -234,7 +236,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers =
                 await asyncio.gather(*keepers, return_exceptions=True)
 
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document()), *console.routes()],
+        routes=[*gateway_routes(gateway, ready), *_described_routes(api), *console.routes()],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
@@ -243,6 +245,12 @@ def build_gateway(settings: Settings, services: Services, observers: Observers =
     frame = Frame(app, endpoints(gateway), observers.ended)
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
+
+
+def _described_routes(api: Api) -> list[BaseRoute]:
+    """Return the routes of the management API and of what describes the whole API: the OpenAPI document and the pages below /docs."""
+    spec = openapi_document()
+    return [*api_routes(api, spec), *Reference(spec).routes()]
 
 
 def _end_process_on_failure(task: "asyncio.Task[None]") -> None:

@@ -41,7 +41,7 @@ MAX_SHOWN_PATH = 200
 QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
 #: Is called when a request has ended, with its scope, the status of its response (0 without one), and the seconds that it took.
 Ended = Callable[[Scope, int, float], None]
-NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
+NOT_FOUND = "Not found. The paths of this service are listed at /docs and in /openapi.json."
 
 
 def new_request_id() -> str:
