@@ -89,7 +89,7 @@ class Durations:
         """Return the metric for Prometheus."""
         names = [*map(str, map(float, self._bounds)), "+Inf"]
         counts = itertools.accumulate(self._counts)
-        buckets = [(name, count, self._traced.get(index)) for index, (name, count) in enumerate(zip(names, counts, strict=True))]
+        buckets: list[Any] = [(name, count, self._traced.get(index)) for index, (name, count) in enumerate(zip(names, counts, strict=True))]
         return HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
 
 
