@@ -16,6 +16,7 @@ from lmaas.cli.context import Context, pass_context
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.keys import key
+from lmaas.cli.logs import logs
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
@@ -146,6 +147,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
+    "Looking after a service": (logs,),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -155,5 +157,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "model", "replica", "simulate", "tenant"},
+    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant"},
 )
