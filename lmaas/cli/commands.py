@@ -23,6 +23,7 @@ from lmaas.cli.replicas import replica
 from lmaas.cli.shared_options import add_shared_options
 from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
+from lmaas.cli.top import top
 from lmaas.errors import ApiError, LmaasError
 
 #: The latest events that `lmaas usage --events` shows.
@@ -147,7 +148,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
-    "Looking after a service": (logs,),
+    "Looking after a service": (top, logs),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -157,5 +158,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant"},
+    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant", "top"},
 )
