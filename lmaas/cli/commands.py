@@ -10,17 +10,20 @@ from lmaas.api import table
 from lmaas.cli.adapters import adapter
 from lmaas.cli.apply import apply
 from lmaas.cli.batches import batches
+from lmaas.cli.chat import chat
 from lmaas.cli.completion import completion
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.keys import key
+from lmaas.cli.logs import logs
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.shared_options import add_shared_options
 from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
+from lmaas.cli.top import top
 from lmaas.errors import ApiError, LmaasError
 
 #: The latest events that `lmaas usage --events` shows.
@@ -141,9 +144,11 @@ def _wasted(row: dict[str, Any]) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Using a model": (chat,),
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
+    "Looking after a service": (top, logs),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -153,5 +158,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "model", "replica", "simulate", "tenant"},
+    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant", "top"},
 )
