@@ -18,55 +18,28 @@ from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.models import model
+from lmaas.cli.money import BUDGET
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
+from lmaas.cli.reports import cogs, usage
 from lmaas.cli.simulate import simulate
+from lmaas.cli.tables import cell, is_money
 from lmaas.errors import ApiError, LmaasError, SettingsError
 
 if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
 
-#: The latest events that `lmaas usage --events` shows.
-MOST_EVENTS = 100
 #: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
 KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "activated_by", "created_at")
 VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
-TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
-USAGE = ("day", "tenant", "model", "work", "requests", "charge_microusd", *TOKENS, "failed_requests", "run_ms")
-#: What only operators see of a use.
-WASTE = ("wasted_tokens", "wasted")
-EVENT = (
-    "created_at",
-    "model",
-    "status",
-    "prompt_tokens",
-    "completion_tokens",
-    "code",
-    "request_id",
-    "work",
-    "queue_ms",
-    "load_ms",
-    "run_ms",
-)
 LIMIT_OPTIONS = (
-    ("--requests-per-minute", "Requests accepted in any 60 seconds."),
-    ("--tokens-per-minute", "Prompt and completion tokens in any 60 seconds."),
-    ("--max-concurrent", "Requests that wait or run at once."),
-    ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
-    ("--budget-per-month", "Micro-dollars in a calendar month (UTC)."),
-)
-COGS = (
-    "cost_microusd",
-    "charge_microusd",
-    "margin_microusd",
-    "margin_ratio",
-    "busy_s",
-    "background_s",
-    "idle_s",
-    "starting_s",
-    "loading_s",
+    ("--requests-per-minute", int, "Requests accepted in any 60 seconds."),
+    ("--tokens-per-minute", int, "Prompt and completion tokens in any 60 seconds."),
+    ("--max-concurrent", int, "Requests that wait or run at once."),
+    ("--tokens-per-month", int, "Prompt and completion tokens in a calendar month (UTC)."),
+    ("--budget-per-month", BUDGET, "Dollars in a calendar month (UTC), such as 50."),
 )
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -74,8 +47,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 def limit_options(command: Command) -> Command:
     """Add the options for limits of a tenant or a key."""
-    for option, text in reversed(LIMIT_OPTIONS):
-        command = click.option(option, type=int, help=f"{text} 0: no limit of its own.")(command)
+    for option, kind, text in reversed(LIMIT_OPTIONS):
+        command = click.option(option, type=kind, help=f"{text} 0: no limit of its own.")(command)
     return command
 
 
@@ -321,65 +294,16 @@ cli.add_command(files)
 cli.add_command(batches)
 
 
-@cli.command()
-@click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
-@click.option("--until", help="The last day.")
-@click.option("--events", is_flag=True, help="Show the latest requests instead, one line each.")
-@pass_context
-def usage(context: Context, since: str | None, until: str | None, events: bool) -> None:
-    """Show requests, tokens and charges by day, tenant, model and class of work. Operators also see what was wasted."""
-    of_all = context.is_operator()
-    query = {"tenant": context.tenant} if of_all else {}
-    if events:
-        operation = table.LIST_ALL_EVENTS if of_all else table.LIST_EVENTS
-        context.show(context.client().items(operation, most=MOST_EVENTS, query=query), EVENT)
-    else:
-        operation = table.REPORT_ALL_USAGE if of_all else table.REPORT_USAGE
-        rows = context.client().items(operation, query={**query, "since": since, "until": until})
-        context.show(rows if context.as_json else [_wasted(row) for row in rows], (*USAGE, *WASTE) if of_all else USAGE)
-
-
-@cli.command()
-@click.option("--since", help="The first day, such as 2026-11-01 (UTC).")
-@click.option("--until", help="The last day.")
-@click.option("--by", default="day,tenant,adapter", show_default=True, help="Some of day, tenant, adapter and work, separated by commas.")
-@pass_context
-def cogs(context: Context, since: str | None, until: str | None, by: str) -> None:
-    """Compare what engines cost with what tenants are charged, for operators."""
-    answer = context.client().send(table.REPORT_COGS, query={"since": since, "until": until, "by": by})
-    if context.as_json:
-        context.show_one(answer, ())
-        return
-    who = [name for part in answer["by"] for name in {"adapter": ("base_model", "adapter")}.get(part, (part,))]
-    lines = [*answer["data"], dict.fromkeys(who, "") | {who[0]: "total"} | answer["total"]]
-    context.show([_cogs_line(line) for line in lines], (*who, *COGS))
-    spare = answer["idle_capacity"]
-    if spare["used_ms"] > 0:
-        click.echo(
-            f"Background work used {spare['used_ms'] / 1000:,.0f} s of the {spare['ms'] / 1000:,.0f} s in which engines had no other work"
-            f" ({spare['used_ratio']:.1%})."
-        )
-
-
+cli.add_command(usage)
+cli.add_command(cogs)
 cli.add_command(simulate)
-
-
-def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line for people: seconds, and a name for the time that no tenant used."""
-    seconds = {f"{phase}_s": ms / 1000 for phase, ms in line["engine_ms"].items()}
-    return line | seconds | ({"tenant": "(no tenant)"} if line.get("tenant", "") is None else {})
-
-
-def _wasted(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of usage with the reasons of its waste as one text."""
-    return row | {"wasted": ", ".join(f"{code} {tokens}" for code, tokens in row.get("waste", {}).items())}
 
 
 def _limited(row: dict[str, Any]) -> dict[str, Any]:
     """Return the row with its limits as one text: a tenant's with those of its tier, a key's own."""
     limits = row.get("effective_limits", row)
-    names = [option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS]
-    return row | {"limits": ", ".join(f"{name} {limits[name]}" for name in names if limits.get(name) is not None) or "none"}
+    names = [option.removeprefix("--").replace("-", "_") for option, *_ in LIMIT_OPTIONS]
+    return row | {"limits": ", ".join(f"{name} {cell(limits[name], money=is_money(name))}" for name in names if limits.get(name) is not None) or "none"}
 
 
 def _some(options: dict[str, Any]) -> dict[str, Any]:
@@ -390,5 +314,5 @@ def _some(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    names = {option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS}
+    names = {option.removeprefix("--").replace("-", "_") for option, *_ in LIMIT_OPTIONS}
     return {name: None if value == 0 and name in names else value for name, value in options.items() if value is not None}

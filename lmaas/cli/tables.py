@@ -18,6 +18,11 @@ SHORT = {
     "cost_microusd": "cost $",
     "charge_microusd": "charge $",
     "margin_microusd": "margin $",
+    "prompt_price": "prompt $/M",
+    "cached_price": "cached $/M",
+    "completion_price": "completion $/M",
+    "engine_price": "engine $/h",
+    "unpriced_requests": "no price",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
 _WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
@@ -31,13 +36,13 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
     """
     from rich.table import Table
 
-    texts = {column: [_shortened(cell(row.get(column), money=_is_money(column))) for row in rows] for column in columns}
+    texts = {column: [_shortened(cell(row.get(column), money=is_money(column))) for row in rows] for column in columns}
     shown, hidden = list(columns), list[str]()
     while width is not None and len(shown) > 1 and sum(_least_width(column, texts[column]) + 2 for column in shown) - 2 > width:
         hidden.insert(0, heading(shown.pop()))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
-        number = all(isinstance(row.get(column), int | float) for row in rows)
+        number = is_money(column) or all(isinstance(row.get(column), int | float) for row in rows)
         title = heading(column)
         if width is not None:
             title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
@@ -58,8 +63,8 @@ def _least_width(column: str, texts: Sequence[str]) -> int:
 def lines(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
     """Return one row as a line for each column."""
     width = max(len(column) for column in columns)
-    headings = [column.replace("_microusd", " $").replace("_", " ") for column in columns]
-    return [f"{name:<{width}}  {cell(row.get(column), money=_is_money(column))}" for name, column in zip(headings, columns, strict=True)]
+    headings = [SHORT[column] if is_money(column) and column in SHORT else column.replace("_", " ") for column in columns]
+    return [f"{name:<{width}}  {cell(row.get(column), money=is_money(column))}" for name, column in zip(headings, columns, strict=True)]
 
 
 def heading(column: str) -> str:
@@ -71,7 +76,7 @@ def cell(value: Any, *, money: bool) -> str:
     """Return a value as text: micro-dollars as dollars, moments to the second."""
     if value is None:
         return "-"
-    if money:
+    if money and isinstance(value, int):
         dollars, micro = divmod(abs(value), 1_000_000)
         return f"{'-' if value < 0 else ''}{dollars}.{micro:06d}"
     if isinstance(value, list):
@@ -87,5 +92,6 @@ def _shortened(text: str) -> str:
     return text[:12] if len(text) == _HASH_LENGTH and text.isalnum() else text
 
 
-def _is_money(column: str) -> bool:
-    return column.endswith("_microusd")
+def is_money(column: str) -> bool:
+    """Return whether the numbers of a column are micro-dollars."""
+    return column.endswith(("_microusd", "_price")) or column == "budget_per_month"
