@@ -106,6 +106,7 @@ def _create_trigger(name: str, when: str, tables: str, source: str, slot: str) -
         $$
         """
     )
+    op.execute(f"REVOKE EXECUTE ON FUNCTION {name}() FROM PUBLIC")
     op.execute(f"CREATE TRIGGER {name} {when} ON usage_events REFERENCING {tables} FOR EACH STATEMENT EXECUTE FUNCTION {name}()")
 
 
