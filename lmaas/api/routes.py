@@ -9,7 +9,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from lmaas.api import adapters, base_models, batches, conversations, files, message_batches, replicas, responses, table, tenants, usage
+from lmaas.api import (
+    adapters,
+    base_models,
+    batches,
+    conversations,
+    files,
+    message_batches,
+    replicas,
+    responses,
+    sessions,
+    table,
+    tenants,
+    usage,
+)
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
@@ -33,6 +46,12 @@ HANDLERS: Mapping[str, Handler] = {
         (table.CREATE_KEY, tenants.create_key),
         (table.CHANGE_KEY, tenants.change_key),
         (table.REVOKE_KEY, tenants.revoke_key),
+        (table.CREATE_SESSION, sessions.create_session),
+        (table.SHOW_SESSION, sessions.show_session),
+        (table.END_SESSION, sessions.end_session),
+        (table.CREATE_OPERATOR_SESSION, sessions.create_operator_session),
+        (table.SHOW_OPERATOR_SESSION, sessions.show_session),
+        (table.END_OPERATOR_SESSION, sessions.end_session),
         (table.GET_RESPONSE, responses.get_response),
         (table.DELETE_RESPONSE, responses.delete_response),
         (table.CANCEL_RESPONSE, responses.cancel_response),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmaas.cli.context import Context
+from lmaas.cli.money import PRICE
 from lmaas.errors import SettingsError
 
 if TYPE_CHECKING:
