@@ -34,9 +34,7 @@ def wants_csv(call: ApiCall[Any, Any], query: ReportQuery | CogsQuery) -> bool:
     return query.format is Format.CSV or MEDIA in call.request.headers.get("accept", "").lower()
 
 
-async def csv_response(
-    call: ApiCall[Any, Any], filename: str, columns: Columns[Item], portions: AsyncIterator[Sequence[Item]]
-) -> Response:
+async def csv_response(call: ApiCall[Any, Any], filename: str, columns: Columns[Item], portions: AsyncIterator[Sequence[Item]]) -> Response:
     """Return a response with a row for each item. What goes wrong before the first items are there is raised."""
     headers = {"content-disposition": f'attachment; filename="{filename}"', "x-content-type-options": "nosniff"}
     if call.request.method == "HEAD":
@@ -76,19 +74,20 @@ def cell(value: Any) -> str:
     """Return a value as the text of a cell. A text that looks like a formula begins with an apostrophe."""
     match value:
         case None:
-            return ""
-        case bool():
-            return "true" if value else "false"
+            text = ""
         case str():
             return f"'{value}" if value.startswith(_FORMULA) else str(value)
+        case bool():
+            text = "true" if value else "false"
         case datetime() | date():
-            return value.isoformat()
+            text = value.isoformat()
         case Mapping():
-            return cell("; ".join(f"{name} {count}" for name, count in value.items()))
+            text = "; ".join(f"{name} {count}" for name, count in value.items())
         case Decimal():
-            return f"{value:f}"
+            text = f"{value:f}"
         case _:
-            return str(value)
+            text = str(value)
+    return text
 
 
 def dollars(amount: int, digits: int) -> Decimal:

@@ -237,7 +237,7 @@ async def check_usage(api: Api, call: ApiCall[None, CheckQuery]) -> UsageCheck:
     since = call.query.since or until - timedelta(days=1)
     if since > until or (until - since).days >= MAX_CHECKED_DAYS:
         raise InvalidRequest(
-            f"A comparison takes at most {MAX_CHECKED_DAYS} days, and {since} to {until} is not such a period. Ask for fewer days at a time.",
+            f"A comparison takes at most {MAX_CHECKED_DAYS} days, and {since} to {until} is not such a period. Ask for fewer days.",
             code="out_of_range",
             param="since",
         )

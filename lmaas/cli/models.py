@@ -8,8 +8,8 @@ import click
 
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
-from lmaas.cli.tables import plain
 from lmaas.cli.money import PRICE
+from lmaas.cli.tables import plain
 from lmaas.states import PoolKind
 
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
@@ -23,7 +23,7 @@ ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras"
 UNDECIDED = "the controller has not decided yet"
 
 Command = TypeVar("Command", bound=Callable[..., None])
-OPTIONS: tuple[tuple[str, type | click.ParamType, str], ...] = (
+OPTIONS: tuple[tuple[str, type | click.ParamType[int], str], ...] = (
     ("--min-replicas", int, "Replicas that run even without requests."),
     ("--max-replicas", int, "The most replicas of the pool."),
     ("--cpus", float, "CPUs that a replica takes from its machine."),

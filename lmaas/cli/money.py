@@ -13,7 +13,7 @@ MOST_PRICE, MOST_BUDGET = 1_000, 1_000_000
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Dollars(click.ParamType):
+class Dollars(click.ParamType[int]):
     """An amount in dollars with at most six decimals, such as 0.15. Its value is in micro-dollars."""
 
     name = "dollars"

@@ -1,5 +1,6 @@
 """Commands for reports: usage and costs, as tables, JSON or CSV."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -54,11 +55,21 @@ def _names(known: Sequence[str]) -> str:
 @click.option("--events", is_flag=True, help="Show single requests instead, the latest first.")
 @click.option("--status", type=click.Choice([status.value for status in UsageStatus]), help="With --events: only those with this end.")
 @click.option("--request-id", help="With --events: only this request.")
-@click.option("--limit", type=click.IntRange(min=1), help=f"The lines to show, at most. By default {MOST_EVENTS} events, and all of a report.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help=f"The lines to show, at most. By default {MOST_EVENTS} events, and all of a report."
+)
 @click.option("--check", is_flag=True, help="Compare the sums of these days with the ledger instead (operators, at most 31 days).")
 @pass_context
 def usage(
-    context: Context, /, since: str | None, until: str | None, as_csv: bool, events: bool, check: bool, limit: int | None, **asked: str | None
+    context: Context,
+    /,
+    since: str | None,
+    until: str | None,
+    as_csv: bool,
+    events: bool,
+    check: bool,
+    limit: int | None,
+    **asked: str | None,
 ) -> None:
     """Show requests, tokens and charges by day, tenant, model, adapter and class of work. Operators also see what was wasted."""
     period = {"since": since, "until": until}
@@ -117,8 +128,8 @@ def _priced(row: dict[str, Any]) -> dict[str, Any]:
 def _tell_unpriced(requests: int) -> None:
     if requests > 0:
         click.echo(
-            f"{requests:,} requests used tokens and cost nothing, because their model had no price. `lmaas model change` sets prices, which "
-            "hold for later requests."
+            f"{requests:,} requests used tokens and cost nothing, because their model had no price. `lmaas model change` sets prices of "
+            "later requests."
         )
 
 
@@ -145,14 +156,12 @@ def _pairs(values: dict[str, Any]) -> str:
 def _print_csv(context: Context, operation: Operation, query: dict[str, Any]) -> None:
     if context.as_json:
         raise click.UsageError("--json and --csv are two formats. Choose one.")
-    context.client().download(operation, click.get_binary_stream("stdout"), query=query | {"format": "csv"})
+    context.client().download(operation, sys.stdout.buffer, query=query | {"format": "csv"})
 
 
 @click.command()
 @period_options
-@click.option(
-    "--by", default="day,tenant,adapter", show_default=True, help=f"Some of {_names(list(Dimension))}, separated by commas."
-)
+@click.option("--by", default="day,tenant,adapter", show_default=True, help=f"Some of {_names(list(Dimension))}, separated by commas.")
 @pass_context
 def cogs(context: Context, since: str | None, until: str | None, as_csv: bool, by: str) -> None:
     """Compare what engines cost with what tenants are charged, for operators."""

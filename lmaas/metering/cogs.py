@@ -23,8 +23,8 @@ MS_PER_HOUR = 3_600_000
 
 @dataclass(slots=True)
 class Line:
-    """The cost and the charge of one consumer on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars. `unpriced` counts
-    requests that used tokens and cost nothing, because no price was set."""
+    """The cost and the charge of one consumer on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars. `unpriced`
+    counts requests that used tokens and cost nothing, because no price was set."""
 
     ms: dict[EnginePhase, int] = field(default_factory=lambda: dict.fromkeys(EnginePhase, 0))
     cost: int = 0

@@ -126,7 +126,9 @@ def _fill(connection: sa.Connection) -> None:
     """Count the events of each day, and the work that started on it: no request waits for more than a day."""
     day = date.min
     while True:
-        first = sa.text("SELECT min((created_at AT TIME ZONE 'UTC')::date) FROM usage_events WHERE created_at >= CAST(:first AS timestamptz)")
+        first = sa.text(
+            "SELECT min((created_at AT TIME ZONE 'UTC')::date) FROM usage_events WHERE created_at >= CAST(:first AS timestamptz)"
+        )
         arrived = connection.execute(first, {"first": f"{max(day, date.min + A_DAY) - A_DAY} 00:00+00"}).scalar()
         if arrived is None:
             return
@@ -147,8 +149,15 @@ def _counting(day: date) -> str:
           DELETE FROM usage_days WHERE day = '{day}';
           DELETE FROM work_days WHERE day = '{day}';
           {_adding("usage_days", DAY_KEY, DAY_SUMS, DAY_ROW.format(slot="0::smallint"), f"({of_day}) AS event")};
-          {_adding("work_days", WORK_KEY, WORK_SUMS, WORK_ROW.format(slot="0::smallint"),
-                   f"({of_two}) AS event WHERE {IS_WORK} AND {STARTED} = '{day}'")};
+          {
+        _adding(
+            "work_days",
+            WORK_KEY,
+            WORK_SUMS,
+            WORK_ROW.format(slot="0::smallint"),
+            f"({of_two}) AS event WHERE {IS_WORK} AND {STARTED} = '{day}'",
+        )
+    };
           INSERT INTO usage_fill (day) VALUES ('{day}');
         END
         $$

@@ -29,9 +29,7 @@ class Format(StrEnum):
 
 FormatOfReport = Annotated[
     Format,
-    Meta(
-        description="`csv`, or an `Accept` header with `text/csv`, returns the whole report as a file; `limit` and `after` have no effect then."
-    ),
+    Meta(description="`csv`, or `Accept: text/csv`, returns the whole report as a file; `limit` and `after` have no effect then."),
 ]
 
 
@@ -124,8 +122,8 @@ class Usage(Shape, tag_field="object", tag="usage", frozen=True, kw_only=True):
 
 
 class OperatorUsage(Usage, tag_field="object", tag="usage", frozen=True, kw_only=True):
-    """A group's usage with what only operators see: the tokens of attempts without a result, which are not charged, in all and by the reason
-    why there is none."""
+    """A group's usage with what only operators see: the tokens of attempts without a result, which are not charged, in all and by
+    reason."""
 
     wasted_tokens: int
     waste: dict[str, int]

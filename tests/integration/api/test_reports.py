@@ -96,7 +96,9 @@ async def test_a_key_for_inference_sees_only_its_own_usage(stack: Stack, ledger:
         assert [row["requests"] for row in await data(http, f"/v1/usage?by=tenant&key={mine}")] == [2]
 
 
-async def test_versions_of_an_adapter_are_one_adapter(stack: Stack, ledger: dict[Role, tuple[str, str]], operator: httpx.AsyncClient) -> None:
+async def test_versions_of_an_adapter_are_one_adapter(
+    stack: Stack, ledger: dict[Role, tuple[str, str]], operator: httpx.AsyncClient
+) -> None:
     async with as_key(stack, ledger[Role.TENANT_ADMIN][1]) as http:
         rows = await data(http, "/v1/usage?by=adapter")
         assert [(row["adapter"], row["requests"]) for row in rows] == [(None, 2), ("robot", 2)]
@@ -152,7 +154,7 @@ async def test_csv_is_the_whole_report(stack: Stack, ledger: dict[Role, tuple[st
     [probes] = [row for row in rows if not row["tenant_id"]]
     assert (probes["tenant"], probes["key"], probes["requests"]) == ("(probes)", "", "1")
     # A name that looks like a formula is none for a spreadsheet, and its quotes and commas stay in its cell.
-    assert {row["key"] for row in rows if row["key"]} == {"'=cmd(\"inference\"), \"x\"", "'=cmd(\"tenant_admin\"), \"x\""}
+    assert {row["key"] for row in rows if row["key"]} == {'\'=cmd("inference"), "x"', '\'=cmd("tenant_admin"), "x"'}
     events = await table_of(operator, "/admin/v1/usage/events?until=2026-01-31", accept="text/csv")
     assert {row["request_id"] for row in events} == {"r1", "r2", "r4", "r5", "p1"}
     assert {(row["code"], row["charge_usd"]) for row in events if row["request_id"] in ("r1", "r4")} == {

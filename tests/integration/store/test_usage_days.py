@@ -63,9 +63,8 @@ async def test_groups_and_their_figures(db: Database) -> None:
     )
     assert await agree(db) == 7
     rows = await report(db, OPERATOR, list(UsageDimension))
-    assert rows[1] == UsageRow(
-        FRIDAY, date(2026, 1, 1), acme.id, "acme", None, None, "base", None, INTERACTIVE, 2, 1, 0, 20, 8, 10, 600, 2**63 + 1, {}, rows[1].cursor
-    )  # fmt: skip
+    of_acme = (FRIDAY, date(2026, 1, 1), acme.id, "acme", None, None, "base", None, INTERACTIVE)
+    assert rows[1] == UsageRow(*of_acme, 2, 1, 0, 20, 8, 10, 600, 2**63 + 1, {}, rows[1].cursor)
     assert figures(rows, "day", "tenant", "key_id", "adapter", "work", "requests", "failed_requests", "unpriced_requests") == [
         (SATURDAY, "acme", None, None, INTERACTIVE, 1, 1, 0),
         (FRIDAY, "acme", None, None, INTERACTIVE, 2, 1, 0),
@@ -191,7 +190,16 @@ async def test_a_place_in_another_report_is_refused(db: Database) -> None:
         assert (refused.value.error_code, refused.value.param) == ("invalid_cursor", "after")
 
 
-PLACES = ['["day",-1]', '["day",4000000]', '["day",true]', '["day","2026"]', '["day",1,2]', '["day"]', '["model","a\\u0000"]', '["model","\\ud800"]']
+PLACES = [
+    '["day",-1]',
+    '["day",4000000]',
+    '["day",true]',
+    '["day","2026"]',
+    '["day",1,2]',
+    '["day"]',
+    '["model","a\\u0000"]',
+    '["model","\\ud800"]',
+]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -227,7 +235,7 @@ def random_event(chance: random.Random, owners: list[str]) -> UsageEvent:
 
 async def test_sums_stay_exact_whatever_replaces_what_and_whoever_writes(db: Database) -> None:
     """The metering writer and job runners write events of the same requests at the same time. None waits for the other for ever."""
-    chance = random.Random(16)  # noqa: S311 (no secret)
+    chance = random.Random(16)
     owners = [(await tenant(db, f"t{number}")).id for number in range(3)]
 
     async def writer() -> None:
@@ -255,7 +263,7 @@ async def test_an_event_that_is_not_stored_is_not_counted(db: Database) -> None:
     await record_events(db, [usage_event("r1", acme.id)])
     await record_events(db, [usage_event("r1", acme.id, prompt_tokens=1000)])
     await record_events(db, [usage_event("r1", acme.id, status=UsageStatus.WASTED)])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 (the block is what is tested)
         async with db.begin(SYSTEM) as connection:
             await insert_events(connection, [usage_event("r2", acme.id)])
             raise ZeroDivisionError
@@ -301,9 +309,10 @@ async def before(database_url: str) -> AsyncIterator[Database]:
         await connection.execute(
             text("INSERT INTO tenants (id, name, tier, max_queued, max_adapters) VALUES ('ten_acme', 'acme', 'standard', 1, 1)")
         )
-    chance = random.Random(1)  # noqa: S311 (no secret)
+    chance = random.Random(1)
     events = [
-        replace(random_event(chance, ["ten_acme"]), request_id=f"old{number}", created_at=LATE + timedelta(hours=5 * number)) for number in range(40)
+        replace(random_event(chance, ["ten_acme"]), request_id=f"old{number}", created_at=LATE + timedelta(hours=5 * number))
+        for number in range(40)
     ]
     await record_events(db, events)
     yield db
@@ -324,7 +333,7 @@ async def test_the_migration_counts_what_is_there(before: Database, database_url
 async def test_the_running_release_writes_while_the_migration_counts(before: Database, database_url: str) -> None:
     """Its writer goes on, so events arrive before, while and after their day is counted; none is missing, and none counts twice."""
     stop = asyncio.Event()
-    chance = random.Random(2)  # noqa: S311 (no secret)
+    chance = random.Random(2)
 
     async def writer() -> int:
         number = 0
@@ -370,4 +379,3 @@ async def test_a_migration_that_was_stopped_half_way_continues(before: Database,
     assert await agree(before, *DAYS) == 38
     async with before.begin(SYSTEM) as connection:
         assert (await connection.execute(text("SELECT to_regclass('usage_fill')"))).scalar_one() is None
-

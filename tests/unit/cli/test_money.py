@@ -12,7 +12,8 @@ from lmaas.cli.tables import cell, heading, is_money
 @pytest.mark.parametrize(
     ("given", "micro"),
     [
-        ("0", 0), ("0.15", 150_000), ("1", 1_000_000), ("$2.50", 2_500_000), (" 3 ", 3_000_000), ("0.000001", 1), ("999.999999", 999_999_999),
+        ("0", 0), ("0.15", 150_000), ("1", 1_000_000), ("$2.50", 2_500_000), ("0.000001", 1),
+        (" 3 ", 3_000_000), ("999.999999", 999_999_999),
         ("1e-3", 1000), ("0.1500000", 150_000), (0.4, 400_000), ("0.1", 100_000),
     ],
 )  # fmt: skip
@@ -48,7 +49,8 @@ def test_a_budget_may_be_higher_than_a_price() -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "title"), [("prompt_price", "prompt $/M"), ("engine_price", "engine $/h"), ("charge_microusd", "charge $"), ("requests", None)]
+    ("column", "title"),
+    [("prompt_price", "prompt $/M"), ("engine_price", "engine $/h"), ("charge_microusd", "charge $"), ("requests", None)],
 )
 def test_money_is_shown_in_dollars(column: str, title: str | None) -> None:
     assert is_money(column) is (title is not None)
