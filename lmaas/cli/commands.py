@@ -8,6 +8,7 @@ import click
 from lmaas.cli.adapters import adapter
 from lmaas.cli.apply import apply
 from lmaas.cli.batches import batches
+from lmaas.cli.chat import chat
 from lmaas.cli.completion import completion
 from lmaas.cli.context import Context
 from lmaas.cli.errors import Commands, end, is_of_output
@@ -57,6 +58,7 @@ def main() -> None:
 
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Using a model": (chat,),
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
