@@ -61,6 +61,13 @@ class Settings:
     )
     tenants: Path = setting(Path("tenants"), "Folder of the manifests that `lmaas up` applies.")
     log_level: str = setting("INFO", "Lowest level of log records: `DEBUG`, `INFO`, `WARNING` or `ERROR`.")
+    traces_url: str | None = setting(
+        None,
+        "Where gateways, job runners and engines send traces: OTLP over HTTP, such as `http://collector:4318/v1/traces`.",
+        unset="no traces",
+    )
+    traces_ratio: float = setting(1.0, "The share of requests that are traced, unless their clients decide by the header `traceparent`.")
+    request_log: bool = setting(True, "Whether gateways and job runners log a line for each request, unless `log_level` is above `INFO`.")
 
     # The default base model
     model: str | None = setting(None, "The default base model: a folder or a hub id.", unset="SmolLM2-135M-Instruct, from a wheel")

@@ -14,6 +14,7 @@ from lmaas.cli.context import Context
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.keys import key
+from lmaas.cli.logs import logs
 from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
@@ -21,6 +22,7 @@ from lmaas.cli.reports import cogs, usage
 from lmaas.cli.shared_options import add_shared_options
 from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
+from lmaas.cli.top import top
 from lmaas.errors import ApiError, LmaasError
 
 
@@ -62,6 +64,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
+    "Looking after a service": (top, logs),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -71,5 +74,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "model", "replica", "simulate", "tenant"},
+    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant", "top"},
 )

@@ -34,6 +34,7 @@ from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_e
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
+from lmaas.up.logs import trim
 from lmaas.up.roles import Logins, prepare_database
 from lmaas.up.server import Server, is_full
 
@@ -119,7 +120,7 @@ class Stack:
         return task
 
     async def _watch_disk(self) -> None:
-        """Report when the disk of the home folder becomes full, and when it has space again."""
+        """Report when the disk of the home folder becomes full, and when it has space again. Keep the logs small meanwhile."""
         home, was_full = self._settings.home, False
         while True:
             full = is_full(home)
@@ -128,6 +129,7 @@ class Stack:
             elif was_full and not full:
                 self._say(f"The disk of {home} has space again.")
             was_full = full
+            await asyncio.to_thread(trim, home / "logs")
             await asyncio.sleep(DISK_LOOK_S)
 
     def _say(self, text: str, style: str = "") -> None:
@@ -145,7 +147,7 @@ class Stack:
     async def _serve(self, logins: Logins, model: BaseModel, operator_key: str, redis: Redis) -> None:
         settings = logins.gateway
         if settings.zygote == "on":
-            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
+            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host, settings.traces_url))
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
         gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
