@@ -71,10 +71,10 @@ async def answer(visit: Visit) -> Response:
 
 
 async def cost(visit: Visit) -> Response:
-    """Return the usage event of a request, or 404 as long as it is not in the ledger."""
+    """Return the usage event of a request, or 202 as long as it is not in the ledger."""
     event = await _event(visit, visit.query.get("request_id", ""))
     if event is None:
-        return JSONResponse({}, 404)
+        return JSONResponse({}, 202)
     return JSONResponse({name: event[name] for name in ("charge_picousd", "queue_ms", "load_ms", "status")})
 
 

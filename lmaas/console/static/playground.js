@@ -182,7 +182,7 @@
       const place = this.figure("Price", "…");
       for (let poll = 0; poll < POLLS; poll += 1) {
         const response = await fetch(`${form.dataset.costAt}${form.dataset.costAt.includes("?") ? "&" : "?"}request_id=${encodeURIComponent(requestId)}`);
-        if (response.ok) {
+        if (response.status === 200) {
           const event = await response.json();
           if (!place.isConnected) return;
           place.textContent = dollars(event.charge_picousd);
@@ -190,7 +190,7 @@
           if (event.load_ms >= 100) this.figure("Loading the adapter", seconds(event.load_ms));
           break;
         }
-        if (response.status !== 404) break;
+        if (response.status !== 202) break;
         await new Promise((resolve) => { setTimeout(resolve, 500); });
       }
       if (!place.isConnected) return;

@@ -128,6 +128,17 @@ async def test_a_deleted_adapter_is_gone(admin: Browser, console: Console, owner
     assert (await admin.get("/adapters/short-lived")).status_code == 404
 
 
+async def test_an_upload_by_a_script_is_told_where_to_lead(admin: Browser) -> None:
+    token = found_in((await admin.get("")).text, r'name="csrf" value="([0-9a-f]+)"')
+    headers = {"origin": ORIGIN, "x-lmaas-upload": "true"}
+    form = {"csrf": token, "purpose": "user_data"}
+    response = await admin.http.post("/console/upload-file", data=form, files={"file": ("x", b"x")}, headers=headers)
+    assert response.status_code == 200
+    assert "x was uploaded." in (await admin.http.get(response.headers["x-lmaas-redirect"])).text
+    admin.http.cookies.clear()
+    assert (await admin.http.post("/console/upload-file", data=form, files={"file": ("x", b"x")}, headers=headers)).status_code == 401
+
+
 async def test_an_inference_key_sees_adapters_and_changes_none(console: Console, owner: Tenant) -> None:
     browser = await console.signed_in("acme-inference")
     page = (await browser.get("/adapters/robot")).text
@@ -222,14 +233,14 @@ async def test_the_code_follows_the_form(admin: Browser) -> None:
 async def test_the_price_of_an_answer_is_in_the_ledger(admin: Browser, console: Console, model: BaseModel) -> None:
     lines = await answered(admin, model="base", message="Hi", max_tokens=2)
     request_id = json.loads(lines[1].removeprefix("data: "))["request_id"]
-    assert (await admin.get("/playground/cost", params={"request_id": request_id})).status_code == 404
+    assert (await admin.get("/playground/cost", params={"request_id": request_id})).status_code == 202
     await console.stack.ledger(model)
     event = (await admin.get("/playground/cost", params={"request_id": request_id})).json()
     assert event["status"] == "completed"
     assert event["charge_picousd"] == 0
     other = await console.signed_in("globex-admin")
-    assert (await other.get("/playground/cost", params={"request_id": request_id})).status_code == 404
-    assert (await admin.get("/playground/cost")).status_code == 404
+    assert (await other.get("/playground/cost", params={"request_id": request_id})).status_code == 202
+    assert (await admin.get("/playground/cost")).status_code == 202
 
 
 # Files and batches

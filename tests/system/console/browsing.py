@@ -63,7 +63,7 @@ class Visitor:
 
     def check(self) -> None:
         """Fail if the browser has reported errors: of scripts, of the content security policy, or of the server."""
-        assert self.faults == []
+        assert not self.faults, "\n".join(self.faults)
 
 
 @asynccontextmanager

@@ -63,7 +63,7 @@ async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in
         await drop(page.locator(".drop"), FILES)
         await page.get_by_role("button", name="Upload").click()
         await expect(page.get_by_role("heading", level=1)).to_have_text("my-bot")
-        await expect(page.get_by_role("status").first).to_contain_text("my-bot has version 1")
+        await expect(page.get_by_text("my-bot has version 1")).to_be_visible()
         await page.get_by_role("link", name="Compare with the base model").click()
         # The engine is cold: the wait is told as it happens, and then the answers come side by side.
         await page.get_by_label("Message").fill("What is the capital of France?")
