@@ -47,9 +47,10 @@ class Visitor:
             Path(folder).mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 (only while a person looks at pages)
             await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
-    async def violations(self) -> list[str]:
-        """Return what axe finds on the page that is serious or critical."""
-        results = await Axe().run(self.page, options={"resultTypes": ["violations"]})
+    async def violations(self, *rules: str) -> list[str]:
+        """Return what axe finds on the page that is serious or critical, by these rules or by all."""
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        results = await Axe().run(self.page, options=options | ({"runOnly": list(rules)} if rules else {}))
         return [
             f"{found['impact']} {found['id']}: {found['help']}: {node['html'][:200]} {[check['message'] for check in node['any']]}"
             for found in results.response["violations"]

@@ -18,6 +18,7 @@ SETTINGS = {
     "LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine",
     "LMAAS_ENGINE_ARGS": "--fake-token-ms 10 --fake-start-ms 1500",
     "LMAAS_EMBEDDING_MODEL": "none",
+    "LMAAS_BACKGROUND_MAX_WAIT_S": "1",
 }
 PRICES = {"prompt_price": 150_000, "cached_price": 75_000, "completion_price": 600_000, "engine_price": 1_200_000}
 #: One line of a batch that works, one of a model that does not exist, and one that is not valid for its endpoint.

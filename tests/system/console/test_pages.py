@@ -62,7 +62,8 @@ async def test_every_page_is_for_everyone(who: str, signed_in: SignedIn, objects
             await visitor.shot(f"{name}-light")
             faults += [f"{address}: {found}" for found in await visitor.violations()]
             await page.emulate_media(color_scheme="dark")
-            faults += [f"{address}, dark: {found}" for found in await visitor.violations()]
+            # What depends on the colours.
+            faults += [f"{address}, dark: {found}" for found in await visitor.violations("color-contrast", "link-in-text-block")]
             await visitor.shot(f"{name}-dark")
             for width in WIDTHS:
                 await page.set_viewport_size({"width": width, "height": 800})
