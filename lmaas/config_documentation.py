@@ -22,6 +22,7 @@ _SECTIONS = {
     "url": ("Command line and operator", ""),
     "max_connections": ("Gateways", ""),
     "queue_deadline_s": ("Queue and shutdown", ""),
+    "webhook_private_targets": ("Webhooks", "What they are: [webhooks](../how-to/webhooks.md)."),
     "idle_timeout_s": (
         "Scaling",
         "How these work together: [scaling](../concepts/scaling.md) and [cold starts](../concepts/cold-start.md).",

@@ -21,6 +21,7 @@ from lmaas.cli.models import model
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.simulate import simulate
+from lmaas.cli.webhooks import webhooks
 from lmaas.errors import ApiError, LmaasError, SettingsError
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ def adapter_delete(context: Context, name: str, yes: bool) -> None:
 
 cli.add_command(files)
 cli.add_command(batches)
+cli.add_command(webhooks)
 
 
 @cli.command()
