@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# An environment of its own for `make docs`, which needs nothing of the service.
+DOCS := .venv-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The machine decides which build of the engine is installed.
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
@@ -16,7 +18,7 @@ USERS ?= 16
 DURATION ?= 60s
 OPTIONS ?=
 
-.PHONY: up test test-unit test-long test-compose bench loadtest check format lock clean
+.PHONY: up test test-unit test-long test-compose bench loadtest check docs format lock clean
 .DELETE_ON_ERROR:
 
 up: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-chart
@@ -53,6 +55,11 @@ check: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-d
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site of the documentation, in build/docs. A link to a page or a heading that does not exist is an error.
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean
+	@echo "The documentation is in build/docs/index.html."
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -61,11 +68,17 @@ lock:
 	$(PYTHON) requirements/lock.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache lmaas/engine/cpu_lora/_kernel*
+	rm -rf $(VENV) $(DOCS) build/docs .mypy_cache .ruff_cache .pytest_cache lmaas/engine/cpu_lora/_kernel*
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("lmaas needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
+
+$(DOCS)/.installed: requirements/docs.txt
+	@$(PYTHON) -c 'import sys; sys.exit("lmaas needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements/docs.txt
+	@touch $@
 
 $(VENV)/.installed-base: requirements/base.txt requirements/model.txt pyproject.toml lmaas/engine/cpu_lora/kernel.cpp | $(VENV)/bin/python
 	@echo "Installing the control plane ..."

@@ -316,6 +316,8 @@ async def _offline(side: Side, model: Path, log: Path) -> AsyncIterator[Callable
             await told()
             yield run
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await process.wait()
+            # At the end of its input it stops its engine, which would otherwise keep the pipes open.
+            stdin.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(60):
+                    await process.wait()

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from lmaas.adapters.objects import AdapterFiles
@@ -79,6 +80,7 @@ from lmaas.protocols.tokens.counts import CountTokens, InputTokens
 from lmaas.protocols.tokens.openapi import SCHEMAS as TOKENS_SCHEMAS
 from lmaas.protocols.tokens.openapi import tokens_paths
 from lmaas.protocols.tokens.tokenize import Detokenize, Tokenize
+from lmaas.reference.pages import Reference
 from lmaas.replica.supervisor import Supervisor
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.scheduling.leases import Leases
@@ -91,6 +93,7 @@ from lmaas.store.replicas import get_replica
 from lmaas.store.rights import DatabaseRole
 from lmaas.web.auth import Authenticator
 from lmaas.web.background import Background
+from lmaas.web.console import ConsoleForwarding
 from lmaas.web.cors import Cors
 from lmaas.web.idempotency import Idempotency
 from lmaas.web.routes import Gateway, endpoints
@@ -194,6 +197,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     counts = TokenCounts(inferences.catalog, inferences.grammars, PromptReaders(inferences.grammars.hosts))
     logs = EventLogs(db)
     deadline = timedelta(seconds=settings.background_deadline_s)
+    console = ConsoleForwarding(settings.console_url)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
     gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
     api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
@@ -210,7 +214,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await asyncio.to_thread(staging.sweep, settings.uploads)
-        async with inferences.client:
+        async with inferences.client, console:
             keepers = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in {
@@ -239,7 +243,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
                 await asyncio.gather(*keepers, return_exceptions=True)
 
     app = Starlette(
-        routes=[*gateway_routes(gateway, ready), *api_routes(api, openapi_document())],
+        routes=[*gateway_routes(gateway, ready), *_described_routes(api), *console.routes()],
         lifespan=lifespan,
         exception_handlers={HTTPException: on_http_exception, LmaasError: on_error, Exception: on_error},
     )
@@ -248,6 +252,12 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     frame = Frame(app, endpoints(gateway))
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
+
+
+def _described_routes(api: Api) -> list[BaseRoute]:
+    """Return the routes of the management API and of what describes the whole API: the OpenAPI document and the pages below /docs."""
+    spec = openapi_document()
+    return [*api_routes(api, spec), *Reference(spec).routes()]
 
 
 def _end_process_on_failure(task: "asyncio.Task[None]") -> None:

@@ -16,6 +16,8 @@ class Action(StrEnum):
     KEY_CREATE = "key.create"
     KEY_CHANGE = "key.change"
     KEY_REVOKE = "key.revoke"
+    SESSION_CREATE = "session.create"
+    SESSION_END = "session.end"
     ADAPTER_UPLOAD = "adapter.upload"
     ADAPTER_ACTIVATE = "adapter.activate"
     ADAPTER_DELETE = "adapter.delete"

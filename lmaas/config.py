@@ -109,6 +109,18 @@ class Settings:
     )
     auth_grace_s: float = setting(300.0, "Time for which a gateway accepts a key that it knows while Postgres is unreachable.")
 
+    session_lifetime_s: int = setting(8 * 3600, "Time for which a session of the console is valid, unless its request names another one.")
+    console_url: str | None = setting(
+        None, "URL of the console, to which a gateway forwards `/console`. `lmaas up` sets it.", unset="the gateway has no console"
+    )
+
+    # Console
+    console: bool = setting(True, "Whether `lmaas up` starts a console.")
+    console_port: int | None = setting(None, "Port of the console.", unset="8083; `lmaas up` takes a free one")
+    console_api_url: str | None = setting(
+        None, "URL at which the console reaches the gateways, such as `http://gateway:8080`.", unset="the gateway of this machine"
+    )
+
     # Queue and shutdown
     queue_deadline_s: float = setting(300.0, "Time that a request may wait for a lease, cold start included; then 503 with `Retry-After`.")
     pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")

@@ -29,7 +29,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
-NOT_FOUND = "Not found. The paths of this service are listed in /openapi.json."
+NOT_FOUND = "Not found. The paths of this service are listed at /docs and in /openapi.json."
 
 
 def new_request_id() -> str:

@@ -68,7 +68,10 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The authenticated tenant and key. An operator's key has no tenant. Where a tenant's limit is None, that of its tier holds."""
+    """The authenticated tenant and key. An operator's key has no tenant. Where a tenant's limit is None, that of its tier holds.
+
+    A session acts for the key that it was made from: `key_id` is that key's. One that was made for a named person acts for itself.
+    """
 
     key_id: str
     role: Role
@@ -78,6 +81,14 @@ class Principal:
     tier: str = ""
     limits: Limits = Limits()
     key_limits: Limits = Limits()
+    #: When the key ends, in seconds since 1970.
+    expires_at: float | None = None
+    #: The id of the session, if the credential is one.
+    session_id: str | None = None
+
+    def has_expired(self, now: float) -> bool:
+        """Return whether the key has ended at this time, in seconds since 1970."""
+        return self.expires_at is not None and now >= self.expires_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,28 @@ def _responses(place: Place) -> dict[str, Any]:
     responses: dict[str, Any] = {
         str(status): {"description": words, "headers": headers(), "content": content} for status, words in sorted(done.items())
     }
-    failed = error_response("An error: docs/reference/http.md has the statuses.")
+    failed = {status: error_response(words) for status, words in _errors(place).items()}
     if place.path.startswith(_ANTHROPIC):
-        failed["content"] = {"application/json": {"schema": ref("MessageError")}}
-    return responses | {"default": failed}
+        for response in failed.values():
+            response["content"] = {"application/json": {"schema": ref("MessageError")}}
+    return responses | failed
+
+
+def _errors(place: Place) -> dict[str, str]:
+    """Return the statuses of the errors that the operation may have, and what they mean."""
+    operation = place.operation
+    possible = {
+        "400": (
+            operation.body is not None or operation.query is not None,
+            "The request is malformed, or a value is not allowed. `param` names the field.",
+        ),
+        "401": (True, "The API key is missing or not valid (`invalid_api_key`)."),
+        "403": (True, "The role of the key does not allow this (`insufficient_permissions`)."),
+        "404": (bool(place.parameters), "What the path names does not exist, or belongs to another tenant."),
+        "409": (operation.audit is not None, "The present state does not allow the change: for example, the name is taken."),
+        "413": (operation.body is not None, "The body is too large, or a quota is used up."),
+        "503": (True, "A part of the service, such as Postgres or the object store, cannot be reached. Retry later."),
+    }
+    # Anthropic's clients know other statuses.
+    names = {"503": "529"} if place.path.startswith(_ANTHROPIC) else {}
+    return {names.get(status, status): words for status, (does, words) in possible.items() if does} | {"default": "Another error."}

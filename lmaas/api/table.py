@@ -9,7 +9,7 @@ its row.
 """
 
 from lmaas.api.operation import Operation, Permission
-from lmaas.api.shapes import adapters, batches, files, models, responses, tenants, usage, webhooks
+from lmaas.api.shapes import adapters, batches, files, models, responses, sessions, tenants, usage, webhooks
 from lmaas.api.shapes.common import DryRun, List, Page, Paging
 from lmaas.audit import Action
 
@@ -93,6 +93,31 @@ REVOKE_KEY = Operation(
     "Revoke a key. It stops working within a second.",
     tenants.Key,
     audit=Action.KEY_REVOKE,
+)
+CREATE_SESSION = Operation(
+    "create_session",
+    "POST",
+    "/v1/sessions",
+    _ANY,
+    "Create a session: a short-lived key with the rights of this key. Its secret is in this response and nowhere else.",
+    sessions.CreatedSession,
+    body=sessions.NewSession,
+    status=201,
+    audit=Action.SESSION_CREATE,
+    for_operators=False,
+)
+SHOW_SESSION = Operation(
+    "show_session", "GET", "/v1/sessions/current", _ANY, "Show the session of this key.", sessions.Session, for_operators=False
+)
+END_SESSION = Operation(
+    "end_session",
+    "DELETE",
+    "/v1/sessions/current",
+    _ANY,
+    "End the session of this key.",
+    sessions.EndedSession,
+    audit=Action.SESSION_END,
+    for_operators=False,
 )
 REPORT_USAGE = Operation(
     "report_usage",
@@ -525,6 +550,29 @@ REVOKE_OPERATOR_KEY = Operation(
     tenants.Key,
     query=tenants.Revocation,
     audit=Action.KEY_REVOKE,
+)
+CREATE_OPERATOR_SESSION = Operation(
+    "create_operator_session",
+    "POST",
+    "/admin/v1/sessions",
+    _OPERATOR,
+    "Create a session of an operator, or of a tenant for a person who has signed in. Its secret is in this response and nowhere else.",
+    sessions.CreatedSession,
+    body=sessions.NewOperatorSession,
+    status=201,
+    audit=Action.SESSION_CREATE,
+)
+SHOW_OPERATOR_SESSION = Operation(
+    "show_operator_session", "GET", "/admin/v1/sessions/current", _OPERATOR, "Show the session of this key.", sessions.Session
+)
+END_OPERATOR_SESSION = Operation(
+    "end_operator_session",
+    "DELETE",
+    "/admin/v1/sessions/current",
+    _OPERATOR,
+    "End the session of this key.",
+    sessions.EndedSession,
+    audit=Action.SESSION_END,
 )
 LIST_MODELS = Operation(
     "list_base_models", "GET", "/admin/v1/base-models", _OPERATOR, "List the base models, by name.", Page[models.BaseModel], query=Paging

@@ -1,6 +1,7 @@
 """Handlers for tenants and keys."""
 
 from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from msgspec import UNSET, Struct
@@ -30,6 +31,7 @@ from lmaas.store.paging import Part
 from lmaas.types import Limits, Role
 
 _LIMITS = tuple(field.name for field in fields(Limits))
+_EXPIRY = "expires_in_s"
 #: What a new tenant gets unless the operator gives other values, and what null puts back.
 DEFAULTS: dict[str, Any] = {"tier": DEFAULT_TIER, "max_queued": 64, "max_adapters": 20}
 
@@ -49,7 +51,7 @@ def shown_tenant(tenant: rows.Tenant) -> Tenant:
 
 
 def _key_values(key: rows.ApiKey) -> dict[str, Any]:
-    names = ("id", "role", "name", "prefix", "created_at", "revoked_at")
+    names = ("id", "role", "name", "prefix", "created_at", "revoked_at", "expires_at")
     return {name: getattr(key, name) for name in names} | asdict(key.limits)
 
 
@@ -61,6 +63,10 @@ def _given(body: Struct) -> dict[str, Any]:
 
 def _limits(body: NewLimits) -> Limits:
     return Limits(**{name: value for name, value in _given(body).items() if name in _LIMITS})
+
+
+def _expiry(expires_in_s: int | None) -> datetime | None:
+    return datetime.now(UTC) + timedelta(seconds=expires_in_s) if expires_in_s else None
 
 
 async def list_tenants(api: Api, call: ApiCall[None, Paging]) -> Page[Tenant]:
@@ -154,16 +160,18 @@ async def create_key(api: Api, call: ApiCall[NewKey | NewOperatorKey, None]) -> 
     limits = Limits() if isinstance(call.body, NewOperatorKey) else _limits(call.body)
     secret = new_key()
     given = (Role(call.body.role), call.body.name, hash_key(secret), shown_prefix(secret), limits)
-    key = await rows.create_key(api.db, call.owner, *given, audit=call.audit)
+    key = await rows.create_key(api.db, call.owner, *given, expires_at=_expiry(call.body.expires_in_s), audit=call.audit)
     return CreatedKey(key=secret, **_key_values(key))
 
 
 async def change_key(api: Api, call: ApiCall[KeyChange, None]) -> Key:
-    """Change limits of a tenant's key."""
-    limits = _given(call.body)
-    if not limits:
-        raise InvalidRequest(f"Give at least one limit: {', '.join(_LIMITS)}.", code="missing_parameter")
-    return Key(**_key_values(await rows.change_key(api.db, call.tenant_id, call.path["key"], limits, audit=call.audit)))
+    """Change limits and expiry of a tenant's key."""
+    changes = _given(call.body)
+    if not changes:
+        raise InvalidRequest(f"Give at least one limit, or the expiry: {', '.join((*_LIMITS, _EXPIRY))}.", code="missing_parameter")
+    if _EXPIRY in changes:
+        changes["expires_at"] = _expiry(changes.pop(_EXPIRY))
+    return Key(**_key_values(await rows.change_key(api.db, call.tenant_id, call.path["key"], changes, audit=call.audit)))
 
 
 async def revoke_key(api: Api, call: ApiCall[None, Revocation | None]) -> Key:

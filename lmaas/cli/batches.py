@@ -11,6 +11,7 @@ import click
 from lmaas.api import table
 from lmaas.api.shapes.batches import MAX_KEPT_S, MIN_KEPT_S, Endpoint
 from lmaas.cli.context import Context, pass_context
+from lmaas.cli.progress import byte_bar, count_bar
 from lmaas.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def batches_create(
     """Create a batch of REQUESTS: a file of JSON Lines, which is uploaded first, or the id of an uploaded one."""
     pairs = dict(_pair(each) for each in metadata)
     client = context.own_client()
-    file_id = requests if requests.startswith(_FILE_ID) and not Path(requests).exists() else _uploaded(client, Path(requests))
+    file_id = requests if requests.startswith(_FILE_ID) and not Path(requests).exists() else _uploaded(context, client, Path(requests))
     body: dict[str, Any] = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h", "metadata": pairs}
     if results_expire_after is not None:
         body["output_expires_after"] = {"anchor": "created_at", "seconds": results_expire_after}
@@ -99,10 +100,11 @@ def batches_results(context: Context, batch_id: str, errors: bool) -> None:
         client.download(table.GET_FILE_CONTENT, sys.stdout.buffer, file=file_id)
 
 
-def _uploaded(client: "ApiClient", path: Path) -> str:
+def _uploaded(context: Context, client: "ApiClient", path: Path) -> str:
     if not path.is_file():
         raise click.UsageError(f"There is no file {path}. Name a file of JSON Lines, or the id of an uploaded one (file-…).")
-    return str(client.upload_file(path, "batch")["id"])
+    with byte_bar(context, f"Uploading {path.name}", path.stat().st_size) as progress:
+        return str(client.upload_file(path, "batch", progress=progress)["id"])
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -114,20 +116,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _followed(context: Context, client: "ApiClient", batch: dict[str, Any]) -> dict[str, Any]:
     """Show a bar on the terminal until a batch has ended, and return the batch as it is then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=context.as_json) as progress:
-        bar = progress.add_task(_words(batch["status"]), total=None)
+    with count_bar(context, _words(batch["status"])) as show:
         while True:
             counts = batch["request_counts"]
-            progress.update(
-                bar,
-                description=_words(batch["status"]),
-                total=counts["total"] or None,
-                completed=counts["completed"] + counts["failed"],
-            )
+            show(_words(batch["status"]), counts["completed"] + counts["failed"], counts["total"] or None)
             if batch["status"] in ENDED:
                 return batch
             time.sleep(FOLLOW_S)

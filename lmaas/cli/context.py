@@ -1,14 +1,17 @@
 """What the commands share: the client of the service, output, and confirmation."""
 
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lmaas import config
 from lmaas.api import table
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
@@ -19,11 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Context:
-    """The settings and the options that stand before a command."""
+    """The options that all commands share, and the settings."""
 
-    settings: Settings
-    as_json: bool
-    tenant: str | None
+    as_json: bool = False
+    wide: bool = False
+    tenant: str | None = None
+    _settings: Settings | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, read from the environment when a command first needs them. Raises SettingsError."""
+        if self._settings is None:
+            self._settings = config.load()
+        return self._settings
 
     def client(self) -> "ApiClient":
         """Return a client for the service and key of the settings; by default this stack's operator."""
@@ -85,7 +96,8 @@ class Context:
         return True
 
     def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-        """Print a table for people, JSON for programs. On a terminal without room for all columns, the last ones are left out and named."""
+        """Print a table for people, JSON for programs. On a terminal without room for all columns, the last ones are left out and named,
+        unless the output is wide."""
         if self.as_json:
             click.echo(json.dumps(list(rows), indent=2))
             return
@@ -97,12 +109,15 @@ class Context:
         from lmaas.cli.tables import fitting
 
         console = Console()
-        table, hidden = fitting(rows, columns, console.width if console.is_terminal else None)
-        # Where nothing limits the width, a line of the table is one line of the output.
-        unlimited = console.measure(table, options=console.options.update(width=10_000)).maximum
-        Console(width=console.width if console.is_terminal else max(console.width, unlimited)).print(table)
-        if hidden:
-            click.echo(f"Not shown, because the terminal has {console.width} columns: {', '.join(hidden)}. See them with a pipe or --json.")
+        width = console.width if console.is_terminal and not self.wide else None
+        table, hidden = fitting(rows, columns, width)
+        if width is None:
+            # A line of the table is one line of the output, however long.
+            console.width = max(console.width, console.measure(table, options=console.options.update(width=100_000)).maximum)
+        console.print(table, soft_wrap=width is None, crop=False)
+        if hidden and width is not None:
+            note = f"Not shown, because the terminal has {width} columns: {', '.join(hidden)}. Add --wide to see them."
+            click.echo(textwrap.fill(note, width))
 
     def show_one(self, row: dict[str, Any], columns: Sequence[str], remark: str | None = None) -> None:
         """Print one thing: for people a line for each of `columns`, in JSON all of it."""
@@ -111,9 +126,21 @@ class Context:
             return
         from lmaas.cli.tables import lines
 
-        click.echo("\n".join(lines(row, columns)))
+        click.echo("\n".join(lines(row, columns, self._width())))
         if remark:
             click.echo(remark)
+
+    def show_texts(self, texts: Mapping[str, str]) -> None:
+        """Print sentences under their headings. On a terminal, lines break between words."""
+        from lmaas.cli.tables import labelled
+
+        click.echo("\n".join(labelled(texts, self._width())))
+
+    def _width(self) -> int | None:
+        """Return the width in which lines should fit, None if nothing limits it."""
+        if self.wide or not sys.stdout.isatty():
+            return None
+        return shutil.get_terminal_size().columns
 
     def show_done(self, answer: dict[str, Any], sentence: str) -> None:
         """Print that something was done: a sentence for people, the API's answer in JSON."""

@@ -1,7 +1,8 @@
-"""How a command ends that fails: with one line on standard error, and never with a secret."""
+"""The group of all commands: their help, and how one that fails ends, with one line on standard error and never with a secret."""
 
 import errno
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from lmaas.errors import ApiError, LmaasError, SettingsError
 
 #: Commands that run until they are stopped. An unexpected error cannot be repeated at will, so its traceback goes to their log.
-SERVERS = frozenset({"up", "gateway", "controller", "supervise"})
+SERVERS = frozenset({"up", "gateway", "controller", "jobs", "supervise"})
 _EXPECTED = (click.ClickException, click.Abort, click.exceptions.Exit, LmaasError, ApiError)
 
 
@@ -21,7 +22,25 @@ class UnexpectedError(LmaasError):
 
 
 class Commands(click.Group):
-    """A group of commands whose unexpected errors become one line, unless it has the option `--traceback`."""
+    """The group of all commands. An unexpected error becomes one line, unless the option `--traceback` is given.
+
+    `sections` are the headings of the help with the commands below them. A noun may be given in the singular or the plural.
+    """
+
+    sections: Mapping[str, Sequence[str]] = {}
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command with this name, or whose name is its singular or plural."""
+        for name in (cmd_name, f"{cmd_name}s", cmd_name.removesuffix("s"), f"{cmd_name}es"):
+            if (found := super().get_command(ctx, name)) is not None:
+                return found
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in their sections, with the first sentence about each."""
+        for heading, names in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, _first_sentence(self.commands[name])) for name in names])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -40,6 +59,11 @@ class Commands(click.Group):
                 raise
             where = f"{error.filename}: " if error.filename else ""
             raise SettingsError(f"{where}{error.strerror or type(error).__name__}.") from error
+
+
+def _first_sentence(command: click.Command) -> str:
+    text = " ".join((command.help or "").split("\n\n", maxsplit=1)[0].split())
+    return text.partition(". ")[0].rstrip(".") + "."
 
 
 def is_of_output(error: OSError) -> bool:

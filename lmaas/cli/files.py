@@ -12,6 +12,7 @@ import click
 from lmaas.api import table
 from lmaas.api.shapes.files import MAX_EXPIRY_S, MIN_EXPIRY_S, AnyPurpose, UploadPurpose
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.progress import byte_bar
 from lmaas.errors import SettingsError
 
 COLUMNS = ("id", "purpose", "bytes", "filename", "created_at", "expires_at")
@@ -41,7 +42,7 @@ def files_list(context: Context, purpose: str | None) -> None:
 def files_upload(context: Context, path: Path, purpose: str, expires_after: int | None) -> None:
     """Upload a file."""
     client = context.own_client()
-    with _progress(context, f"Uploading {path.name}", path.stat().st_size) as progress:
+    with byte_bar(context, f"Uploading {path.name}", path.stat().st_size) as progress:
         file = client.upload_file(path, purpose, expires_after_s=expires_after, progress=progress)
     _show(context, file)
 
@@ -66,7 +67,7 @@ def files_download(context: Context, file_id: str, target: str | None) -> None:
         return
     file = client.send(table.GET_FILE, file=file_id)
     path = Path(target) if target is not None else Path(_plain(str(file["filename"])))
-    with _progress(context, f"Downloading {path.name}", int(file["bytes"])) as progress, _new(path) as written:
+    with byte_bar(context, f"Downloading {path.name}", int(file["bytes"])) as progress, _new(path) as written:
         client.download(table.GET_FILE_CONTENT, written, progress, file=file_id)
     context.show_done(file, f"The file '{file_id}' is in {path}.")
 
@@ -112,14 +113,3 @@ def _new(path: Path) -> Iterator[BinaryIO]:
         raise SettingsError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(context: Context, what: str, total: int) -> Iterator[Any]:
-    """Show a bar on a terminal during the block, which is given a function that counts bytes."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=context.as_json) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.update(task, advance=count)

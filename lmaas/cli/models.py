@@ -8,6 +8,7 @@ import click
 
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.tables import plain
 from lmaas.states import PoolKind
 
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
@@ -17,6 +18,8 @@ MODEL = (
     *("max_num_seqs", "max_loras", "max_lora_rank", "source"),
 )
 ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras", "max_lora_rank", "kv_cache_bytes", "engine_args")
+
+UNDECIDED = "the controller has not decided yet"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 OPTIONS: tuple[tuple[str, type, str], ...] = (
@@ -73,12 +76,17 @@ def model_show(context: Context, name: str) -> None:
         context.show_one(row, ())
         return
     context.show_one(_flat(row), MODEL)
-    click.echo("engine:    " + ", ".join(f"{field} {row[field]}" for field in ENGINE if row[field] != ""))
     pool = row["pool"]
     running = ", ".join(f"{pool[state]} {state}" for state in ("ready", "starting", "draining") if pool[state]) or "no replica"
-    click.echo(f"pool:      {running}; wanted {pool['wanted']}: {pool['reason'] or 'the controller has not said yet'}")
-    click.echo(f"when idle: {_idle_words(pool['keep_warm'])}")
-    click.echo(f"in the background: {_background_words(pool['background'])}")
+    click.echo()
+    context.show_texts(
+        {
+            "engine": ", ".join(f"{field} {row[field]}" for field in ENGINE if row[field] != ""),
+            "pool": f"{running}; wanted {pool['wanted']}: {plain(pool['reason'] or UNDECIDED)}",
+            "when idle": _idle_words(pool["keep_warm"]),
+            "background": _background_words(pool["background"]),
+        }
+    )
     for line in troubles([row]):
         click.echo(line)
 
@@ -140,7 +148,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def _idle_words(plan: dict[str, Any]) -> str:
     """How long an idle pool stays warm, and what that costs."""
     if plan["until_s"] is None:
-        return "the controller has not said yet"
+        return UNDECIDED
     words = f"warm until {plan['until_s']:.0f} s after the last request"
     if plan["again_from_s"] is not None:
         words += f", and again from {plan['again_from_s']:.0f} to {plan['again_until_s']:.0f} s"

@@ -62,6 +62,20 @@ def jobs(context: Context) -> None:
     uvloop.run(app.run_jobs(context.settings))
 
 
+@click.command()
+@pass_context
+def console(context: Context) -> None:
+    """Run the web console, to which gateways forward /console."""
+    import uvloop
+
+    from lmaas.console.app import run_console
+    from lmaas.observability import configure_logging
+
+    private_files()
+    configure_logging(context.settings.log_level)
+    uvloop.run(run_console(context.settings))
+
+
 @click.command(hidden=True)
 @click.argument("replica_id")
 @pass_context
@@ -104,4 +118,4 @@ def init(context: Context) -> None:
     asyncio.run(initialise(context.settings, Console()))
 
 
-PROCESSES = (up, gateway, controller, jobs, supervise, migrate, init)
+PROCESSES = (up, gateway, controller, jobs, console, supervise, migrate, init)

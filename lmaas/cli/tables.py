@@ -1,6 +1,7 @@
 """Rows of the API as tables for people."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ SHORT = {
     "margin_microusd": "margin $",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
-_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
+_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename", "error", "event_types"})
 _HASH_LENGTH = 64
+#: The beginning of a time in ISO 8601 that is more exact than a second, or has a zone.
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.+Z]")
 
 
 def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int | None) -> tuple["Table", list[str]]:
@@ -30,6 +33,7 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
     Without a `width`, no column is left out, and every row is one line.
     """
     from rich.table import Table
+    from rich.text import Text
 
     texts = {column: [_shortened(cell(row.get(column), money=_is_money(column))) for row in rows] for column in columns}
     shown, hidden = list(columns), list[str]()
@@ -43,7 +47,8 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
             title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
         table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=column not in _WRAPPED)
     for index in range(len(rows)):
-        table.add_row(*(texts[column][index] for column in shown))
+        # A plain string would be read as markup, so that a name such as "[x]" would vanish.
+        table.add_row(*(Text(texts[column][index]) for column in shown))
     return table, hidden
 
 
@@ -55,11 +60,25 @@ def _least_width(column: str, texts: Sequence[str]) -> int:
     return max(len(piece) for piece in pieces)
 
 
-def lines(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """Return one row as a line for each column."""
-    width = max(len(column) for column in columns)
-    headings = [column.replace("_microusd", " $").replace("_", " ") for column in columns]
-    return [f"{name:<{width}}  {cell(row.get(column), money=_is_money(column))}" for name, column in zip(headings, columns, strict=True)]
+def lines(row: dict[str, Any], columns: Sequence[str], width: int | None = None) -> list[str]:
+    """Return one row as a line for each column, broken between words where it would be longer than `width`."""
+    headings = (column.replace("_microusd", " $").replace("_", " ") for column in columns)
+    values = (cell(row.get(column), money=_is_money(column)) for column in columns)
+    return labelled(dict(zip(headings, values, strict=True)), width)
+
+
+def labelled(texts: Mapping[str, str], width: int | None = None) -> list[str]:
+    """Return each text after its heading. A line longer than `width` continues below its text; a word is never broken."""
+    margin = max(map(len, texts)) + 2
+    found = []
+    for name, text in texts.items():
+        label = f"{name:<{margin}}"
+        if width is None or margin + len(text) <= width or not text.strip():
+            found.append(label + text)
+            continue
+        room = max(width, margin + 20)
+        found += wrap(text, room, initial_indent=label, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
+    return found
 
 
 def heading(column: str) -> str:
@@ -68,18 +87,23 @@ def heading(column: str) -> str:
 
 
 def cell(value: Any, *, money: bool) -> str:
-    """Return a value as text: micro-dollars as dollars, moments to the second."""
+    """Return a value as text in one line: micro-dollars as dollars, moments to the second, control characters escaped."""
     if value is None:
         return "-"
     if money:
         dollars, micro = divmod(abs(value), 1_000_000)
         return f"{'-' if value < 0 else ''}{dollars}.{micro:06d}"
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
+        return plain(", ".join(str(item) for item in value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = str(value)
-    return text[:19].replace("T", " ") if len(text) > 19 and text[4:5] == "-" and text[10:11] in "T " else text
+    return text[:19].replace("T", " ") if _MOMENT.match(text) else plain(text)
+
+
+def plain(text: str) -> str:
+    """Return a text without control characters, with which a name could change the terminal or look like another one."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def _shortened(text: str) -> str:

@@ -19,7 +19,14 @@ DELIVERY = ("id", "type", "state", "attempts", "status_code", "error", "created_
 #: How often a delivery is asked for, and how long at most: longer than an attempt takes.
 LOOK_S, MOST_S = 0.5, 30.0
 EVENTS = get_args(EventName)
-_event_option = click.option("--event", "events", multiple=True, type=click.Choice(EVENTS), help="A type of events to send. May be repeated.")
+_event_option = click.option(
+    "--event",
+    "events",
+    multiple=True,
+    metavar="TYPE",
+    type=click.Choice(EVENTS),
+    help=f"A type of events to send: {', '.join(EVENTS)}. May be repeated.",
+)
 
 
 @click.group()
@@ -89,7 +96,9 @@ def webhooks_delete(context: Context, webhook_id: str, yes: bool) -> None:
 
 @webhooks.command("rotate-secret")
 @click.argument("webhook_id")
-@click.option("--overlap", type=click.IntRange(0), default=86_400, show_default=True, help="Seconds for which the earlier secret works too.")
+@click.option(
+    "--overlap", type=click.IntRange(0), default=86_400, show_default=True, help="Seconds for which the earlier secret works too."
+)
 @pass_context
 def webhooks_rotate(context: Context, webhook_id: str, overlap: int) -> None:
     """Replace the secret of a webhook. The new one is shown now and never again."""
@@ -132,7 +141,9 @@ def _followed(context: Context, webhook_id: str, delivery: dict[str, Any]) -> No
     client, attempts, began = context.tenant_client(), delivery["attempts"], time.monotonic()
     while delivery["attempts"] == attempts and delivery["state"] == "pending":
         if time.monotonic() - began > MOST_S:
-            raise SettingsError(f"The event {delivery['id']} was not sent within {MOST_S:g} s. Check that a job runner runs (`lmaas jobs`).")
+            raise SettingsError(
+                f"The event {delivery['id']} was not sent within {MOST_S:g} s. Check that a job runner runs (`lmaas jobs`)."
+            )
         time.sleep(LOOK_S)
         delivery = client.send(table.GET_DELIVERY, webhook=webhook_id, event=delivery["id"])
     context.show_one(delivery, DELIVERY)

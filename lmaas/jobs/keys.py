@@ -1,5 +1,7 @@
 """The principals of the keys whose durable work runs."""
 
+import time
+
 from lmaas.inference.cache import Changes, ReadCache
 from lmaas.store.database import Database
 from lmaas.store.tenants import principal_of_key
@@ -18,5 +20,6 @@ class Keys:
         )
 
     async def __call__(self, tenant_id: str, key_id: str) -> Principal | None:
-        """Return the principal, or None if the key was revoked or its tenant deleted. Raises Unavailable."""
-        return await self._principals.get((tenant_id, key_id))
+        """Return the principal, or None if the key was revoked or has expired, or its tenant was deleted. Raises Unavailable."""
+        principal = await self._principals.get((tenant_id, key_id))
+        return None if principal is None or principal.has_expired(time.time()) else principal

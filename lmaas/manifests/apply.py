@@ -1,18 +1,24 @@
 """Makes the service match manifests, through its API. It may be run again at any time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lmaas.api.table import CREATE_KEY
 from lmaas.errors import ApiError, Conflict, LmaasError
-from lmaas.manifests.client import ApiClient, is_sendable
+from lmaas.manifests.client import ApiClient, Progress, is_sendable
 from lmaas.manifests.folder import Manifests
 from lmaas.manifests.observe import observe
-from lmaas.manifests.plan import Change, Outcome, Send, Upload, plan
+from lmaas.manifests.plan import Change, FieldChange, Outcome, Send, Upload, plan
 
-_PLANNED = {Outcome.CREATED: "would be created", Outcome.CHANGED: "would be changed"}
+_PLANNED = {Outcome.CREATED: "to be created", Outcome.CHANGED: "to be changed"}
+_COUNTED = {Outcome.CREATED: "to create", Outcome.CHANGED: "to change", Outcome.UNCHANGED: "unchanged"}
 #: The keys of a tenant in the credentials file → their roles.
 KEYS = {"api_key": "inference", "admin_key": "tenant_admin"}
+
+
+#: Shows the progress of an upload during a block, which gets a function that counts bytes.
+Uploading = Callable[[Upload], AbstractContextManager[Progress]]
 
 
 class PartlyApplied(LmaasError):
@@ -21,25 +27,33 @@ class PartlyApplied(LmaasError):
     kind, code = "partly_applied", "partly_applied"
 
 
-def apply(manifests: Manifests, client: ApiClient, *, dry_run: bool = False) -> list[Change]:
-    """Make the service match and return what changed; with `dry_run`, change nothing. `client` has an operator's key.
+def apply(manifests: Manifests, client: ApiClient) -> list[Change]:
+    """Make the service match and return what changed. `client` has an operator's key.
 
     Everything is checked first: InvalidRequest and ApiError mean that nothing was changed. Raises PartlyApplied if a change then fails.
     """
     changes = plan(manifests, observe(manifests, client))
-    if not dry_run:
-        execute(changes, client)
+    execute(changes, client)
     return changes
 
 
-def execute(changes: Sequence[Change], client: ApiClient) -> None:
-    """Make the changes of a plan, in its order. Raises PartlyApplied at the first one that fails."""
+def _silent(_: Upload) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda _: None)
+
+
+def execute(
+    changes: Sequence[Change], client: ApiClient, *, report: Callable[[Change], None] = lambda _: None, uploading: Uploading = _silent
+) -> None:
+    """Make the changes of a plan, in its order. Raises PartlyApplied at the first one that fails.
+
+    `report` is called with each change that has been made, and `uploading` for each upload.
+    """
     done: list[str] = []
     for change in changes:
         sent = 0
         try:
             for request in change.requests:
-                _send(request, client)
+                _send(request, client, uploading)
                 sent += 1
         except (ApiError, LmaasError, OSError) as error:
             if sent:
@@ -52,6 +66,7 @@ def execute(changes: Sequence[Change], client: ApiClient) -> None:
             ) from error
         if sent:
             done.append(f"{change.thing} {change.name} {change.outcome}")
+            report(change)
 
 
 def _reason(error: ApiError | LmaasError | OSError) -> str:
@@ -60,21 +75,42 @@ def _reason(error: ApiError | LmaasError | OSError) -> str:
     return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}."
 
 
-def _send(request: Send | Upload, client: ApiClient) -> None:
+def _send(request: Send | Upload, client: ApiClient, uploading: Uploading) -> None:
     if isinstance(request, Send):
         client.send_to(request.operation, request.path, request.body)
         return
     tenant = client.for_tenant(request.tenant)
-    answer = tenant.upload(request.adapter, request.base_model, request.folder, activate=request.activate)
+    with uploading(request) as progress:
+        answer = tenant.upload(request.adapter, request.base_model, request.folder, activate=request.activate, progress=progress)
     if answer["version"] != request.version and not request.activate:
         raise Conflict(f"The folder became version {answer['version']}, not {request.version}, because of another upload at the same time.")
 
 
-def described(change: Change, *, dry_run: bool = False) -> list[str]:
-    """Return a change as lines for people: what happens to which thing, its fields with old and new values, and notes."""
-    outcome = _PLANNED.get(change.outcome, change.outcome) if dry_run else change.outcome
-    fields = [f"  {item.field}: {_word(item.old)} → {_word(item.new)}" for item in change.fields]
+def described(change: Change) -> list[str]:
+    """Return a change that was made as lines for people: what happened to which thing, its fields with old and new values, and notes."""
+    return _lines(change, change.outcome)
+
+
+def planned(change: Change) -> list[str]:
+    """Return a change of a plan as lines for people; none for what stays as it is, unless there is a note."""
+    if change.outcome is Outcome.UNCHANGED and not change.notes:
+        return []
+    return _lines(change, _PLANNED.get(change.outcome, change.outcome))
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """Return a sentence with the numbers of what a plan would do."""
+    counts = {words: sum(change.outcome is outcome for change in changes) for outcome, words in _COUNTED.items()}
+    return f"Plan: {', '.join(f'{count} {words}' for words, count in counts.items() if count)}."
+
+
+def _lines(change: Change, outcome: str) -> list[str]:
+    fields = [f"  {item.field}: {_words(item)}" for item in change.fields]
     return [f"{change.thing} {change.name}: {outcome}", *fields, *(f"  {note}" for note in change.notes)]
+
+
+def _words(item: FieldChange) -> str:
+    return _word(item.new) if item.is_new else f"{_word(item.old)} → {_word(item.new)}"
 
 
 def _word(value: Any) -> str:

@@ -36,7 +36,7 @@ class ApiClient:
         timeout = httpx.Timeout(60, write=600)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=not local)
-        self._tenant = tenant
+        self.tenant = tenant
 
     def for_tenant(self, tenant: str) -> "ApiClient":
         """Return a client of the same operator for a tenant's resources."""
@@ -103,7 +103,7 @@ class ApiClient:
             after = answer["last_id"]
 
     def _address(self, operation: Operation, path: Mapping[str, str]) -> str:
-        owner = {} if self._tenant is None else {"tenant": self._tenant}
+        owner = {} if self.tenant is None else {"tenant": self.tenant}
         named = owner | dict(path)
         of_tenant = operation.operator_path
         return filled(of_tenant if of_tenant is not None and "tenant" in named else operation.path, named)

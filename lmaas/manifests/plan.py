@@ -57,11 +57,12 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """One value that changes; None is a value that is not set."""
+    """One value that changes; None is a value that is not set. With `is_new` it is a value of something that is created."""
 
     field: str
     old: Any
     new: Any
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ def _resource(manifest: ModelManifest | TenantManifest, known: Shown | None, pro
     thing, words = ("base model", models.FIELDS) if isinstance(manifest, ModelManifest) else ("tenant", tenants.FIELDS)
     request = request_for(manifest, exists=known is not None)
     if known is None:
-        return Change(thing, manifest.name, Outcome.CREATED, manifest.path, requests=(request,), notes=notes)
+        given = tuple(FieldChange(word, None, proposed[name], True) for name, word in words.items() if manifest.body[name] is not None)
+        return Change(thing, manifest.name, Outcome.CREATED, manifest.path, given, (request,), notes)
     changed = tuple(FieldChange(word, known[name], proposed[name]) for name, word in words.items() if known[name] != proposed[name])
     if not changed:
         return Change(thing, manifest.name, Outcome.UNCHANGED, manifest.path, notes=notes)

@@ -58,6 +58,7 @@ OWN = f"tenant_id = {TENANT}"
 ITSELF = f"id = {TENANT}"
 THE_KEY = "hash = current_setting('lmaas.key_hash', true)"
 ITS_TENANT = "id = (SELECT api_keys.tenant_id FROM api_keys WHERE api_keys.hash = current_setting('lmaas.key_hash', true))"
+A_SESSION = "parent_id IS NOT NULL"
 ENDED_BATCH = "status IN ('failed', 'completed', 'expired', 'cancelled')"
 ALL = "true"
 NONE = "false"
@@ -79,7 +80,8 @@ def lock(column: str, rows: str = ALL) -> Grant:
 
 
 _LIMITS = tuple(field.name for field in fields(Limits))
-_KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", *_LIMITS)
+_KEY = ("id", "tenant_id", "role", "name", "prefix", "created_at", "revoked_at", "expires_at", "parent_id", *_LIMITS)
+_KEY_CHANGES = ("revoked_at", "expires_at", *_LIMITS)
 _SIZES = ("tenant_id", "id", "size_bytes", "expires_at")
 _FILE_SIZES = ("tenant_id", "id", "size_bytes", "sha256", "expires_at")
 _LEASE = ("runner_id", "attempt")
@@ -104,10 +106,11 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
             # A tenant's own request cannot read a hash or create an operator.
             Grant("SELECT", OWN, _KEY),
             Grant("INSERT", check=f"{OWN} AND role <> 'operator'"),
-            Grant("UPDATE", OWN, ("revoked_at", *_LIMITS)),
+            Grant("UPDATE", OWN, _KEY_CHANGES),
+            Grant("DELETE", f"{OWN} AND {A_SESSION}"),
         ),
         AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
-        OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, ("revoked_at", *_LIMITS))),
+        OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, _KEY_CHANGES), Grant("DELETE", A_SESSION)),
         JOBS: (Grant("SELECT", OWN, _KEY),),
     },
     "adapters": {

@@ -73,7 +73,12 @@ api_keys = Table(
     *_limits(),
     _created(),
     Column("revoked_at", DateTime(timezone=True)),
+    # Null: never.
+    Column("expires_at", DateTime(timezone=True)),
+    # Of a session: the key that it was made from, with which it ends.
+    Column("parent_id", ForeignKey("api_keys.id")),
     Index(None, "tenant_id"),
+    Index("api_keys_sessions", "parent_id", "created_at", postgresql_where=text("parent_id IS NOT NULL")),
 )
 
 base_models = Table(

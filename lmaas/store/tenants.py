@@ -1,11 +1,11 @@
 """Tenants and their API keys."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from lmaas.audit import Audit
@@ -47,6 +47,7 @@ class ApiKey:
     prefix: str
     created_at: datetime
     revoked_at: datetime | None
+    expires_at: datetime | None
     limits: Limits
 
 
@@ -59,7 +60,10 @@ _KEY = (
     api_keys.c.prefix,
     api_keys.c.created_at,
     api_keys.c.revoked_at,
+    api_keys.c.expires_at,
 )
+IS_SESSION = api_keys.c.parent_id.is_not(None)
+IS_VALID = and_(api_keys.c.revoked_at.is_(None), or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > func.now()))
 _TENANT_LIMITS = [tenants.c[field.name] for field in fields(Limits)]
 _KEY_LIMITS = [api_keys.c[field.name] for field in fields(Limits)]
 
@@ -206,6 +210,7 @@ async def create_key(
     prefix: str,
     limits: Limits = NO_LIMITS,
     *,
+    expires_at: datetime | None = None,
     audit: Audit | None = None,
 ) -> ApiKey:
     """Store a new key's hash. `tenant_id` is None for operators only.
@@ -213,7 +218,7 @@ async def create_key(
     Raises Conflict for a hash that exists or was revoked, and NotFound for a tenant that is deleted.
     """
     values = {"id": new_id("key"), "tenant_id": tenant_id, "role": role.value, "name": name, "hash": key_hash, "prefix": prefix}
-    values |= asdict(limits)
+    values |= {"expires_at": expires_at} | asdict(limits)
     try:
         async with db.begin(scope_of(tenant_id)) as connection:
             if tenant_id is not None:
@@ -229,11 +234,11 @@ async def create_key(
 
 
 async def list_keys(db: Database, tenant_id: str | None, part: Part | None = None) -> list[ApiKey]:
-    """Return the keys of a tenant (or of the operators), or a part of them, newest first, revoked ones among them.
+    """Return the keys of a tenant (or of the operators), or a part of them, newest first, revoked ones among them. Sessions are no part.
 
     Raises InvalidRequest for a part after an unknown one.
     """
-    owned = api_keys.c.tenant_id.is_not_distinct_from(tenant_id)
+    owned = and_(api_keys.c.tenant_id.is_not_distinct_from(tenant_id), ~IS_SESSION)
     query = select(*_KEY, *_KEY_LIMITS).where(owned)
     async with db.begin(scope_of(tenant_id)) as connection:
         rows = await rows_of(connection, query, part, api_keys.c.created_at, api_keys.c.id, owned, newest_first=True)
@@ -241,12 +246,12 @@ async def list_keys(db: Database, tenant_id: str | None, part: Part | None = Non
 
 
 def _one_key(tenant_id: str | None, key_id: str) -> Select[Any]:
-    query = select(*_KEY, *_KEY_LIMITS).where(api_keys.c.id == key_id, api_keys.c.tenant_id.is_not_distinct_from(tenant_id))
-    return query.with_for_update()
+    owned = api_keys.c.tenant_id.is_not_distinct_from(tenant_id)
+    return select(*_KEY, *_KEY_LIMITS).where(api_keys.c.id == key_id, owned, ~IS_SESSION).with_for_update()
 
 
 async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force: bool = False, audit: Audit | None = None) -> ApiKey:
-    """Revoke a key of this tenant, or of the operators. A key that has been revoked stays as it is.
+    """Revoke a key of this tenant, or of the operators, and end its sessions. A key that has been revoked stays as it is.
 
     Raises NotFound, and unless `force`, Conflict `last_operator_key` if no operator's key would be left.
     """
@@ -254,7 +259,7 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force:
         if tenant_id is None and not force:
             # All of them are locked, in one order. Of two requests that revoke the last two keys, the second waits here for the first,
             # and then reads what the first has left.
-            working = select(api_keys.c.id).where(api_keys.c.tenant_id.is_(None), api_keys.c.revoked_at.is_(None)).order_by(api_keys.c.id)
+            working = select(api_keys.c.id).where(api_keys.c.tenant_id.is_(None), ~IS_SESSION, IS_VALID).order_by(api_keys.c.id)
             if list((await connection.execute(working.with_for_update())).scalars()) == [key_id]:
                 raise Conflict(
                     "This is the last key of an operator: without it, the service cannot be managed. Make another key first, or set "
@@ -267,39 +272,49 @@ async def revoke_key(db: Database, tenant_id: str | None, key_id: str, *, force:
         if row.revoked_at is None:
             query = update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=func.now()).returning(*_KEY, *_KEY_LIMITS)
             row = (await connection.execute(query)).one()
+            sessions = update(api_keys).where(api_keys.c.parent_id == key_id, api_keys.c.revoked_at.is_(None))
+            await connection.execute(sessions.values(revoked_at=func.now()))
             await record(connection, audit, tenant_id, key_id)
     return _key(row)
 
 
-async def change_key(
-    db: Database, tenant_id: str | None, key_id: str, limits: dict[str, int | None], *, audit: Audit | None = None
-) -> ApiKey:
-    """Change limits of a key of this tenant (None: no limit of its own). Raises NotFound."""
+async def change_key(db: Database, tenant_id: str | None, key_id: str, changes: dict[str, Any], *, audit: Audit | None = None) -> ApiKey:
+    """Change limits of a key of this tenant (None: no limit of its own), and its `expires_at` (None: never). Its sessions get the same
+    limits, and end with it at the latest. Raises NotFound."""
     async with db.begin(scope_of(tenant_id)) as connection:
         row = (await connection.execute(_one_key(tenant_id, key_id))).one_or_none()
         if row is None:
             raise NotFound("The key does not exist.", code="key_not_found")
-        if any(getattr(row, name) != value for name, value in limits.items()):
-            query = update(api_keys).where(api_keys.c.id == key_id).values(limits).returning(*_KEY, *_KEY_LIMITS)
+        if any(getattr(row, name) != value for name, value in changes.items()):
+            query = update(api_keys).where(api_keys.c.id == key_id).values(changes).returning(*_KEY, *_KEY_LIMITS)
             row = (await connection.execute(query)).one()
+            of_sessions = {name: value for name, value in changes.items() if name != "expires_at"}
+            end = func.least(api_keys.c.expires_at, row.expires_at)
+            await connection.execute(update(api_keys).where(api_keys.c.parent_id == key_id).values(of_sessions | {"expires_at": end}))
             await record(connection, audit, tenant_id, key_id)
     return _key(row)
 
 
 async def find_principal(db: Database, key_hash: str) -> Principal | None:
     """Return the principal of the key with this hash, or None if there is none."""
-    return await _principal(db, KeyScope(key_hash), api_keys.c.hash == key_hash)
+    return await _principal(db, KeyScope(key_hash), and_(api_keys.c.hash == key_hash, IS_VALID))
 
 
 async def principal_of_key(db: Database, tenant_id: str, key_id: str) -> Principal | None:
-    """Return the principal of a tenant's key, or None if the key is not valid any more."""
-    return await _principal(db, tenant_id, and_(api_keys.c.tenant_id == tenant_id, api_keys.c.id == key_id))
+    """Return the principal of a tenant's key, whose durable work runs, or None if the key is not valid any more. What a session has begun
+    goes on after its end."""
+    query = and_(api_keys.c.tenant_id == tenant_id, api_keys.c.id == key_id, or_(IS_SESSION, IS_VALID))
+    principal = await _principal(db, tenant_id, query)
+    return principal if principal is None or principal.session_id is None else replace(principal, expires_at=None)
 
 
 async def _principal(db: Database, scope: AnyScope, is_key: ColumnElement[bool]) -> Principal | None:
     query = (
         select(
             api_keys.c.id,
+            api_keys.c.parent_id,
+            api_keys.c.name.label("person"),
+            api_keys.c.expires_at,
             api_keys.c.role,
             api_keys.c.tenant_id,
             tenants.c.name,
@@ -309,7 +324,7 @@ async def _principal(db: Database, scope: AnyScope, is_key: ColumnElement[bool])
             *_KEY_LIMITS,
         )
         .join_from(api_keys, tenants, api_keys.c.tenant_id == tenants.c.id, isouter=True)
-        .where(is_key, api_keys.c.revoked_at.is_(None), tenants.c.deleted_at.is_(None))
+        .where(is_key, tenants.c.deleted_at.is_(None))
     )
     async with db.begin(scope) as connection:
         row = (await connection.execute(query)).first()
@@ -317,4 +332,17 @@ async def _principal(db: Database, scope: AnyScope, is_key: ColumnElement[bool])
         return None
     count = len(_KEY_LIMITS)
     limits, key_limits = Limits(*row[-2 * count : -count]), Limits(*row[-count:])
-    return Principal(row.id, Role(row.role), row.tenant_id, row.name, row.max_queued or 0, row.tier or "", limits, key_limits)
+    # A session of a named person acts for itself, because its key is the console's.
+    key_id = row.id if row.parent_id is None or row.person else row.parent_id
+    return Principal(
+        key_id,
+        Role(row.role),
+        row.tenant_id,
+        row.name,
+        row.max_queued or 0,
+        row.tier or "",
+        limits,
+        key_limits,
+        None if row.expires_at is None else row.expires_at.timestamp(),
+        None if row.parent_id is None else row.id,
+    )

@@ -1,4 +1,4 @@
-"""The gateway, the controller and the job runner of a stack, as child processes."""
+"""The gateway, the controller, the job runner and the console of a stack, as child processes."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ SETTLED_S = 3.0
 
 
 class Child:
-    """A process of this stack: `lmaas gateway`, `lmaas controller` or `lmaas jobs`. It ends with this process, however this one ends."""
+    """A process of this stack, such as `lmaas gateway`. It ends with this process, however this one ends."""
 
     def __init__(self, name: str, settings: Settings, title: str = "") -> None:
         self.name, self.title = name, title or f"The {name}"

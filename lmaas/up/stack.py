@@ -25,6 +25,7 @@ from lmaas.manifests.client import ApiClient
 from lmaas.manifests.folder import Manifests, read_folder
 from lmaas.metering.writer import write_events
 from lmaas.process import private_files
+from lmaas.replica.address import free_port
 from lmaas.scheduling.client import connect
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, list_base_models
@@ -41,6 +42,7 @@ DISK_LOOK_S = 5.0
 #: The time for which background work waits for a warm engine, unless the settings say another. With a stack on one machine, its user is
 #: probably waiting.
 MAX_WAIT_S = 30.0
+LOOPBACK = "127.0.0.1"
 
 
 class Stack:
@@ -65,7 +67,7 @@ class Stack:
             if (zygote := zygote_of(self._settings)) is not None:
                 exits.callback(zygote.stop)
                 await zygote.ensure()  # its imports take longest, so they start first
-            settings, servers = _embedded(self._settings)
+            settings, servers = _embedded(with_console(self._settings))
             for server in servers:
                 exits.callback(server.stop)
             redis = connect(str(settings.redis_url))
@@ -150,12 +152,16 @@ class Stack:
         max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
         controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
+        console = Child("console", of_console(settings)) if settings.console else None
         keepers = []
         try:
             gateway.launch()
             controller.launch()
             jobs.launch()
             keepers += [self._keep(controller), self._keep(jobs)]
+            if console is not None:
+                console.launch()
+                keepers.append(self._keep(console))
             if await self._until_serving(settings, gateway):
                 keepers.append(self._keep(gateway))
                 await asyncio.to_thread(self._apply, settings, operator_key)
@@ -170,7 +176,8 @@ class Stack:
             self._let_go(keepers)
             ready.unlink(missing_ok=True)
             # What the job runner gives back waits for the next start.
-            await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in (gateway, jobs)))
+            drained = [child for child in (gateway, jobs, console) if child is not None]
+            await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in drained))
             # Stop the controller first, so that nothing new is started while the replicas end.
             await controller.stop(5, self._hurry)
             where = LocalProvisioner(replace(settings, zygote="off"))  # it starts nothing new
@@ -221,6 +228,8 @@ class Stack:
 
     def _say_where(self, settings: Settings, model: BaseModel) -> None:
         self._console.print(f"\n[bold green]lmaas is up[/bold green] at {settings.base_url}", soft_wrap=True)
+        if settings.console_url is not None:
+            self._say(f"Console:     {settings.base_url.removesuffix('/v1')}/console")
         self._say("No engine runs until the first request.")
         embedding = f"; {self._embedding} (embeddings)" if self._embedding else ""
         self._say(f"Models:      {model.name}{embedding}")
@@ -245,6 +254,21 @@ KEY=$(python3 -c \\
 curl -N {settings.base_url}/{path} \\
   -H "authorization: Bearer $KEY" -H 'content-type: application/json' \\
   -d '{{"model": "{model}", {more}}}'"""
+
+
+def with_console(settings: Settings) -> Settings:
+    """Return the settings with the port of this stack's console, and its address for the gateway."""
+    if not settings.console:
+        return settings
+    port = settings.console_port or free_port(LOOPBACK)
+    return replace(settings, console_port=port, console_url=f"http://{LOOPBACK}:{port}")
+
+
+def of_console(settings: Settings) -> Settings:
+    """Return the settings of the console. It listens for the gateway only, and gets the addresses of no servers: an empty one replaces that
+    of the environment."""
+    api_url = settings.console_api_url or settings.base_url
+    return replace(settings, host=LOOPBACK, console_api_url=api_url, database_url="", replica_database_url="", redis_url="")
 
 
 def check_port(settings: Settings) -> None:

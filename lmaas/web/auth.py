@@ -1,5 +1,7 @@
 """Finds the principal of an API key."""
 
+import time
+
 from lmaas.errors import Forbidden, Unauthenticated
 from lmaas.inference.cache import Changes, ReadCache
 from lmaas.keys import PREFIX, hash_key
@@ -26,7 +28,8 @@ class Authenticator:
         if key is None or not key.startswith(PREFIX) or len(key) > MAX_KEY_LENGTH:
             raise Unauthenticated
         principal = await self._principals.get(hash_key(key))
-        if principal is None:
+        # A cached principal outlives its key.
+        if principal is None or principal.has_expired(time.time()):
             raise Unauthenticated
         return principal
 

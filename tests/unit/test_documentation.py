@@ -86,7 +86,8 @@ def test_every_document_that_is_mentioned_exists() -> None:
     missing = {
         f"{name(path)}: {document}"
         for path in files()
-        if path != Path(__file__)
+        # This file has examples, and the site has pages that are written when it is built.
+        if path not in (Path(__file__), ROOT / "docs" / "site.py")
         for document in (found.lstrip("/") for found in DOCUMENT.findall(path.read_text(errors="replace")))
         if document.rpartition("/")[2] not in present
         or ("/" in document and not any((folder / document).exists() for folder in (ROOT, path.parent, SETTINGS.parent)))

@@ -73,6 +73,7 @@ class Key(Limits, tag_field="object", tag="key", frozen=True, kw_only=True):
     prefix: str
     created_at: datetime
     revoked_at: datetime | None
+    expires_at: Annotated[datetime | None, Meta(description="When the key stops working; null: never.")]
 
 
 class CreatedKey(Key, tag_field="object", tag="key", frozen=True, kw_only=True):
@@ -81,6 +82,10 @@ class CreatedKey(Key, tag_field="object", tag="key", frozen=True, kw_only=True):
     key: str
 
 
+ExpiresIn = Annotated[
+    int,
+    Meta(ge=0, le=10 * 365 * 86400, description="Seconds from now, after which the key stops working. 0 or null: it does not expire."),
+]
 KeyName = Annotated[str, Meta(max_length=100, description="For people, to tell keys apart.")]
 
 
@@ -89,6 +94,7 @@ class NewKey(NewLimits, frozen=True, kw_only=True):
 
     role: Literal["inference", "tenant_admin"] = "inference"
     name: KeyName = ""
+    expires_in_s: ExpiresIn | None = None
 
 
 class NewOperatorKey(Shape, frozen=True, kw_only=True):
@@ -96,10 +102,13 @@ class NewOperatorKey(Shape, frozen=True, kw_only=True):
 
     role: Literal["operator"] = "operator"
     name: KeyName = ""
+    expires_in_s: ExpiresIn | None = None
 
 
 class KeyChange(NewLimits, frozen=True, kw_only=True):
-    """Limits of a key to set. At least one must be given."""
+    """Limits and expiry of a key to set. At least one must be given."""
+
+    expires_in_s: ExpiresIn | UnsetType | None = UNSET
 
 
 class Revocation(Query, frozen=True, kw_only=True):

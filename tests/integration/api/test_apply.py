@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import pty
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -53,9 +55,9 @@ class Folder:
         (folder / "adapter_model.safetensors").write_bytes(content)
         return folder
 
-    async def apply(self, *, dry_run: bool = False) -> list[Change]:
+    async def apply(self) -> list[Change]:
         """Apply it. The gateway is in this loop, so the client must not be."""
-        return await asyncio.to_thread(lambda: apply(read_folder(self.path), self._client, dry_run=dry_run))
+        return await asyncio.to_thread(lambda: apply(read_folder(self.path), self._client))
 
     async def outcomes(self) -> dict[str, str]:
         """Apply it; return what happened by name."""
@@ -325,10 +327,12 @@ async def test_a_dry_run_shows_the_plan_and_changes_nothing(stack: Stack, folder
     code, out, err = await lmaas(stack, operator_key, "apply", "--dry-run", str(folder.path))
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "base model tiny: would be created",
-        "tenant acme: would be created",
-        "adapter acme/bot: would be created",
+        "base model tiny: to be created",
+        f"  source: {(folder.path.parent / 'tiny').resolve()}",
+        "tenant acme: to be created",
+        "adapter acme/bot: to be created",
         "  live version: none → 1",
+        "Plan: 3 to create.",
         "Nothing was changed (--dry-run).",
     ]
     code, planned, err = await lmaas(stack, operator_key, "--json", "apply", "--dry-run", str(folder.path))
@@ -347,15 +351,41 @@ async def test_a_dry_run_shows_the_plan_and_changes_nothing(stack: Stack, folder
     }
     folder.write("acme.yaml", "name: acme\nlimits: {max_queued: 5}\n" + BOT)
     code, out, err = await lmaas(stack, operator_key, "apply", str(folder.path))
-    assert out.splitlines() == ["tenant acme: changed", "  limits.max_queued: 64 → 5", "2 of 3 unchanged."], err
+    plan = ["tenant acme: to be changed", "  limits.max_queued: 64 → 5", "Plan: 1 to change, 2 unchanged."]
+    assert out.splitlines() == [*plan, "tenant acme: changed", "Done: 1 changed."], err
     code, out, err = await lmaas(stack, operator_key, "apply", str(folder.path))
-    assert (code, out) == (0, "3 of 3 unchanged.\n"), err
+    assert (code, out) == (0, "Plan: 3 unchanged.\n"), err
     folder.write("z.yaml", "name: acme\n")
     code, out, err = await lmaas(stack, operator_key, "apply", str(folder.path))
     assert (code, out) == (1, "")
     assert err.startswith(f"lmaas: {folder.path}/acme.yaml and {folder.path}/z.yaml are both for the tenant 'acme'")
     code, out, err = await lmaas(stack, operator_key, "apply", str(folder.path / "bot"))
     assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize(("answer", "options"), [("n", []), ("y", []), (None, ["--yes"]), ("n", ["--json"])])
+async def test_on_a_terminal_it_asks_after_the_plan(
+    stack: Stack, folder: Folder, operator_key: str, answer: str | None, options: list[str]
+) -> None:
+    folder.write("acme.yaml", "name: acme\n")
+    before = await everything(stack)
+    ours, theirs = pty.openpty()
+    try:
+        if answer is not None:
+            os.write(ours, f"{answer}\n".encode())
+        code, out, err = await lmaas(stack, operator_key, "apply", str(folder.path), *options, stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    plan = out if "--json" not in options else err
+    assert "tenant acme: to be created\nPlan: 2 to create.\n" in plan
+    assert ("Make these changes? [y/N]: " in err) is (answer is not None)
+    if answer == "n":
+        assert (code, await everything(stack)) == (1, before)
+        assert "created\nDone" not in out
+    else:
+        assert (code, out.splitlines()[-1]) == (0, "Done: 2 created.")
+        assert await everything(stack) != before
 
 
 async def test_only_operators_apply(stack: Stack, folder: Folder) -> None:

@@ -211,12 +211,13 @@ async def test_it_is_shown_what_a_pool_does_and_why(stack: Stack, operator: http
     assert (pool["desired"], pool["ready"], pool["failed_starts"]) == (1, 1, None)
 
 
-async def lmaas(stack: Stack, key: str, *arguments: str) -> tuple[int, str, str]:
-    """Run the CLI against the stack."""
+async def lmaas(stack: Stack, key: str, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> tuple[int, str, str]:
+    """Run the CLI against the stack. It has no terminal, unless `stdin` is one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "lmaas", *arguments),
         env=environment | {"LMAAS_URL": stack.url + "/v1", "LMAAS_API_KEY": key, "COLUMNS": "250"},
+        stdin=stdin,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -142,6 +142,7 @@ class Walker:
             async with refusing_log(self.stack):
                 assert (await self._send(place, body, form, query)).is_error, place_id
             assert await everything(self.stack) == before, place_id
+        principal = await find_principal(self.stack.db, hash_key(self.key))
         old = len(await records(self.stack))
         answer = await self._send(place, body, form, query)
         assert answer.status_code == (200 if query.get("dry_run") else operation.status), (place_id, answer.text)
@@ -149,7 +150,6 @@ class Walker:
         assert (await everything(self.stack) != before) == recorded, place_id
         assert len(new) == recorded, place_id
         if recorded:
-            principal = await find_principal(self.stack.db, hash_key(self.key))
             assert principal is not None
             [record] = new
             assert (record.action, record.actor, record.key_id) == (operation.audit, principal.role, principal.key_id), place_id
@@ -185,6 +185,14 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     walk.path |= {"key": (await walk("create_operator_key", {"name": "second"}))["id"]}
     assert {key["role"] for key in (await walk("list_operator_keys"))["data"]} == {"operator"}
     await walk("revoke_operator_key")
+    # Sessions.
+    for suffix, key in (("", admin), ("_operator", operator_key)):
+        walk.key = key
+        session = await walk(f"create{suffix}_session", {})
+        walk.key = session["key"]
+        assert await walk(f"show{suffix}_session") == {name: value for name, value in session.items() if name != "key"}
+        await walk(f"end{suffix}_session")
+    walk.key = operator_key
     # Base models and replicas.
     linears = {name: list(shape) for name, shape in base().linears.items() if "layers" in name}
     folder = write_model(tmp_path / "tiny", linears)

@@ -144,9 +144,7 @@ async def test_a_target_that_was_away_for_a_day_gets_everything_at_once(events: 
         assert {each.due_at - each.attempted_at for each in failed if each.attempted_at} == {timedelta(seconds=120)}
         # To a target that fails, one at a time.
         assert len(events.target.received) == 6
-        await events.execute(
-            f"UPDATE webhook_deliveries SET failures = 6, due_at = now() + interval '10 hours' WHERE webhook_id = '{webhook_id}'"
-        )
+        await events.execute("UPDATE webhook_deliveries SET failures = 6, due_at = now() + interval '10 hours'")
         events.target.answer = status(204)
         await rows.redeliver(events.db, events.tenant_id, webhook_id, failed[3].id)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lmaas.cli import commands, models, replicas
+from lmaas.cli import adapters, commands, keys, models, replicas, tenants
 from lmaas.cli.tables import cell, fitting, heading, lines
 
 ID = "ten_0123456789abcdef0123"
@@ -52,7 +52,7 @@ VALUES = {
     "status": "succeeded", "prefix": "sk-lmaas-abcdef",
 }  # fmt: skip
 TABLES = {
-    "tenants": commands.TENANT, "keys": commands.KEY, "adapters": commands.ADAPTER, "versions": commands.VERSION, "usage": commands.USAGE,
+    "tenants": tenants.TENANT, "keys": keys.KEY, "adapters": adapters.ADAPTER, "versions": adapters.VERSION, "usage": commands.USAGE,
     "events": commands.EVENT, "base models": models.MODEL, "replicas": replicas.REPLICA, "costs": ("day", "tenant", *commands.COGS),
 }  # fmt: skip
 
@@ -74,11 +74,11 @@ def test_no_table_cuts_a_value_on_a_terminal(columns: tuple[str, ...], width: in
 def test_one_thing_is_a_line_for_each_value() -> None:
     row = ROW | {"content_hash": "ab" * 32, "charge_microusd": -1_500_000, "target_modules": ["q_proj", "v_proj"], "live": None}
     assert lines(row, ("name", "content_hash", "charge_microusd", "target_modules", "live")) == [
-        "name             acme",
-        f"content hash     {'ab' * 32}",
-        "charge $         -1.500000",
-        "target modules   q_proj, v_proj",
-        "live             -",
+        "name            acme",
+        f"content hash    {'ab' * 32}",
+        "charge $        -1.500000",
+        "target modules  q_proj, v_proj",
+        "live            -",
     ]
 
 
@@ -93,3 +93,22 @@ def test_values_as_text(value: Any, text: str) -> None:
 def test_a_hash_is_cut_where_the_heading_says_so() -> None:
     text, _ = shown([{"content_hash": "ab" * 32}], ("content_hash",), None)
     assert text == ["content (first 12)", "ab" * 6]
+
+
+def test_a_value_is_shown_as_it_is_without_changing_the_terminal() -> None:
+    text, _ = shown([{"name": "[red]x[/red] \x1b[31m\r\né"}], ("name",), None)
+    assert text == ["name", r"[red]x[/red] \x1b[31m\r\né"]
+    assert lines({"name": "a\x07\u202eb"}, ("name",)) == [r"name  a\x07\u202eb"]
+
+
+def test_a_long_value_of_one_thing_continues_below_itself() -> None:
+    limits = ", ".join(f"limit_{number} 100000" for number in range(8))
+    text = lines({"id": ID, "limits": limits}, ("id", "limits"), 60)
+    assert text[0] == f"id      {ID}"
+    assert text[1].startswith("limits  limit_0 100000,")
+    assert len(text) > 3
+    assert all(line.startswith("        limit_") for line in text[2:])
+    assert all(len(line) <= 60 for line in text)
+    assert " ".join(" ".join(text[1:]).split()) == f"limits {limits}"
+    # A path is never broken, since people copy it.
+    assert lines({"source": "/" + "x" * 80}, ("source",), 40) == ["source  /" + "x" * 80]

@@ -9,7 +9,7 @@ import pytest
 
 from lmaas.api import table
 from lmaas.errors import InvalidRequest
-from lmaas.manifests.apply import described
+from lmaas.manifests.apply import described, planned, summary
 from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
 from lmaas.manifests.plan import Change, FieldChange, KnownAdapter, Observed, Outcome, Send, Upload, plan
@@ -85,7 +85,8 @@ def test_what_a_manifest_does_not_name_becomes_a_default() -> None:
         "  limits.max_adapters: 20 → 7",
         "  limits.tokens_per_month: 9 → none",
     ]
-    assert described(change, dry_run=True)[0] == "tenant acme: would be changed"
+    assert planned(change) == ["tenant acme: to be changed", *described(change)[1:]]
+    assert summary([change]) == "Plan: 1 to change."
 
 
 def test_what_is_as_it_should_be_asks_for_nothing() -> None:
@@ -95,7 +96,9 @@ def test_what_is_as_it_should_be_asks_for_nothing() -> None:
     assert [(change.thing, change.outcome, change.fields, change.requests, change.notes) for change in changes] == [
         (thing, Outcome.UNCHANGED, (), (), ()) for thing in ("base model", "tenant", "adapter")
     ]
-    assert described(changes[2], dry_run=True) == ["adapter acme/bot: unchanged"]
+    assert described(changes[2]) == ["adapter acme/bot: unchanged"]
+    assert planned(changes[2]) == []
+    assert summary(changes) == "Plan: 3 unchanged."
 
 
 def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
@@ -116,6 +119,8 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
     assert described(first)[-1] == "  engine.args: --x → none"
     wanted = dict.fromkeys(MODEL) | {"source": "/tiny", "max_replicas": 3}
     assert first.requests == (Send(table.CHANGE_MODEL, wanted, {"model": "base"}),)
+    assert planned(second) == ["base model new: to be created", "  source: /tiny"]
+    assert summary([first, second, third, fourth]) == "Plan: 3 to create, 1 to change."
     assert second.requests == (Send(table.CREATE_MODEL, {"name": "new"} | dict.fromkeys(MODEL) | {"source": "/new"}),)
     assert third.requests == (Send(table.CREATE_TENANT, {"name": "acme"} | dict.fromkeys(USUAL)),)
     assert fourth.requests == (Upload("acme", "bot", "new", FOLDER, 1, activate=True),)

@@ -1,0 +1,71 @@
+"""Commands for API keys."""
+
+import click
+
+from lmaas.api import table
+from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.limits import given, limit_options, limited, some
+from lmaas.errors import ApiError, SettingsError
+
+#: The most important first: on a narrow terminal the last ones are left out.
+KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
+
+
+@click.group()
+def key() -> None:
+    """Manage API keys: a tenant's, or for an operator without --tenant those of operators."""
+
+
+def _of_operators(context: Context) -> bool:
+    return context.tenant is None and context.is_operator()
+
+
+@key.command("list")
+@pass_context
+def key_list(context: Context) -> None:
+    """List the keys, without their secrets."""
+    operation = table.LIST_OPERATOR_KEYS if _of_operators(context) else table.LIST_KEYS
+    context.show([limited(row) for row in context.client().items(operation)], KEY)
+
+
+@key.command("create")
+@click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
+@click.option("--name", default="", help="A name by which people know the key.")
+@limit_options
+@pass_context
+def key_create(context: Context, /, role: str | None, name: str, **limits: int | None) -> None:
+    """Create a key, with limits of its own if given. The key itself is shown now and never again."""
+    body = {"name": name} | ({"role": role} if role else {}) | given(limits)
+    created = context.client().send(table.CREATE_OPERATOR_KEY if _of_operators(context) else table.CREATE_KEY, body)
+    context.show_one(created, ("id", "role", "name", "key"), "Keep the key: it is not shown again.")
+
+
+@key.command("change")
+@click.argument("key_id")
+@limit_options
+@pass_context
+def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
+    """Change the limits of a tenant's key."""
+    body = some(limits)
+    context.show_one(limited(context.tenant_client().send(table.CHANGE_KEY, body, key=key_id)), KEY)
+
+
+@key.command("revoke")
+@click.argument("key_id")
+@yes_option
+@click.option("--force", is_flag=True, help="Revoke the last operator's key as well, after which no operator can call the service.")
+@pass_context
+def key_revoke(context: Context, key_id: str, yes: bool, force: bool) -> None:
+    """Revoke a key. It stops working within a second."""
+    confirm(f"Revoke the key '{key_id}'? It stops working within a second, and cannot be restored.", yes=yes)
+    operation = table.REVOKE_OPERATOR_KEY if _of_operators(context) else table.REVOKE_KEY
+    try:
+        answer = context.client().send(operation, query={"force": force or None}, key=key_id)
+    except ApiError as error:
+        if error.code != "last_operator_key":
+            raise
+        raise SettingsError(
+            f"'{key_id}' is the last operator's key, without which no operator can call the service. Create another one first "
+            "(`lmaas key create`), or add --force."
+        ) from error
+    context.show_one(limited(answer), KEY)

@@ -1,0 +1,6 @@
+"""The pages of the console, in the order of the navigation. A new page is a module in `lmaas/console/pages` and an entry here."""
+
+from lmaas.console.page import Page
+from lmaas.console.pages import overview
+
+PAGES: tuple[Page, ...] = (overview.PAGE,)
