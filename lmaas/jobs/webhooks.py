@@ -1,6 +1,7 @@
 """Sends events to webhooks: leases deliveries that are due, sends each once, and stores what came of it."""
 
 import asyncio
+import functools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -57,9 +58,12 @@ class WebhookWorker:
                 for lease in found:
                     task = group.create_task(self._attempt(lease), name=f"delivery-{lease.event_id}")
                     self._running[lease] = task
-                    task.add_done_callback(lambda _, lease=lease: self._running.pop(lease, None))
+                    task.add_done_callback(functools.partial(self._ended, lease))
                 waits_for = {stopped, *self._running.values()} if found else {stopped}
                 await asyncio.wait(waits_for, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _ended(self, lease: DeliveryLease, _: "asyncio.Task[None]") -> None:
+        self._running.pop(lease, None)
 
     async def _claim(self, runner_id: str) -> list[DeliveryLease]:
         room = MAX_AT_ONCE - len(self._running)

@@ -91,8 +91,15 @@ async def create_webhook(
     audit: Audit | None = None,
 ) -> Webhook:
     """Add a webhook. `most_of` returns how many a tenant of a tier may have. Raises Conflict, and NotFound if the tenant was deleted."""
-    values = {"tenant_id": tenant_id, "id": new_id("wh"), "name": name, "url": url, "secret": secret.key, "secret_hint": secret.hint}
-    values |= {"event_types": null() if event_types is None else list(event_types)}
+    values: dict[str, Any] = {
+        "tenant_id": tenant_id,
+        "id": new_id("wh"),
+        "name": name,
+        "url": url,
+        "secret": secret.key,
+        "secret_hint": secret.hint,
+    }
+    values["event_types"] = null() if event_types is None else list(event_types)
     async with db.begin(tenant_id) as connection:
         # A deletion of the tenant waits for this transaction and then deletes the webhook, or this one waits for the deletion.
         alive = select(tenants.c.tier).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)).with_for_update(read=True)

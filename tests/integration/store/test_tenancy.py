@@ -93,7 +93,7 @@ async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
     """A row in each table of batches and background responses."""
     now, own = datetime.now(UTC), {"tenant_id": tenant_id}
     batch = {"batch_id": "batch_1", **own}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "batches": {
             "id": "batch_1", "dialect": "openai", "endpoint": "/v1/chat/completions", "key_id": key_id, "completion_window": "24h",
             "metadata": b"{}", "status": "in_progress", "expires_at": now,
