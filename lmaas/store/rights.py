@@ -89,7 +89,6 @@ _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "s
 _LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "given_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", "losses", *_LEASE)
 _WEBHOOK = ("name", "url", "event_types", "secret_hint", "failing_since", "disabled_at", "disabled_reason", "dropped_events")
-_SECRETS = ("secret", "previous_secret", "previous_until")
 _DELIVERY = ("tenant_id", "webhook_id", "id", "state", "due_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
@@ -213,7 +212,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (
             Grant("SELECT", OWN, ("tenant_id", "id", "created_at", "previous_until", *_WEBHOOK)),
             Grant("INSERT", check=OWN),
-            Grant("UPDATE", OWN, (*_WEBHOOK, *_SECRETS)),
+            Grant("UPDATE", OWN, ("secret", "previous_until", *_WEBHOOK)),
             Grant("DELETE", OWN),
         ),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN, ("failing_since", "disabled_at", "disabled_reason", "dropped_events"))),

@@ -529,7 +529,7 @@ webhooks = Table(
     # The key of the signatures, and its beginning, which lists show. Only job runners read the key.
     Column("secret", LargeBinary, nullable=False),
     Column("secret_hint", Text, nullable=False),
-    # The key before the last rotation, with which events are signed too until that time.
+    # The key before the last rotation, which a trigger keeps. Events are signed with it too until that time.
     Column("previous_secret", LargeBinary),
     Column("previous_until", DateTime(timezone=True)),
     # When the first of the attempts failed that have failed in a row. Null: the last one succeeded, or there was none.

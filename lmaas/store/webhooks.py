@@ -179,11 +179,10 @@ async def rotate_secret(
     db: Database, tenant_id: str, webhook_id: str, secret: Secret, overlap: timedelta, *, audit: Audit | None = None
 ) -> Webhook:
     """Replace the secret of a webhook. Events are signed with the earlier one too for this time. Raises NotFound."""
-    earlier = {"previous_secret": webhooks.c.secret, "previous_until": func.now() + overlap}
-    new = {"secret": secret.key, "secret_hint": secret.hint}
-    if not overlap:
-        earlier = {"previous_secret": null(), "previous_until": null()}
-    changing = update(webhooks).where(*_one(tenant_id, webhook_id)).values(new | earlier).returning(*_COLUMNS)
+    # A trigger keeps the earlier secret.
+    until = func.now() + overlap if overlap else null()
+    new = {"secret": secret.key, "secret_hint": secret.hint, "previous_until": until}
+    changing = update(webhooks).where(*_one(tenant_id, webhook_id)).values(new).returning(*_COLUMNS)
     async with db.begin(tenant_id) as connection:
         row = (await connection.execute(changing)).one_or_none()
         if row is None:

@@ -29,6 +29,20 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
         sa.PrimaryKeyConstraint("tenant_id", "id", name="webhooks_pkey"),
     )
+    # Gateways replace the key of signatures without the right to read it, so the earlier one is kept here.
+    op.execute(
+        """
+        CREATE FUNCTION keep_webhook_secret() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+        BEGIN
+          NEW.previous_secret := OLD.secret;
+          RETURN NEW;
+        END
+        $$
+        """
+    )
+    op.execute(
+        "CREATE TRIGGER keep_webhook_secret BEFORE UPDATE OF secret ON webhooks FOR EACH ROW EXECUTE FUNCTION keep_webhook_secret()"
+    )
     op.create_table(
         "webhook_deliveries",
         sa.Column("tenant_id", sa.Text(), nullable=False),
@@ -70,3 +84,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("webhook_deliveries")
     op.drop_table("webhooks")
+    op.execute("DROP FUNCTION keep_webhook_secret()")

@@ -439,6 +439,10 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         await add_version(stack.db, tenant, f"bot{number}", model["id"], content_hash=str(number) * 64, **facts)
         await add_version(stack.db, tenant, "bot0", model["id"], content_hash=str(number) * 64, **facts)
         await make_batch(stack.db, tenant, [], status="completed")
+        made = await operator.post("/admin/v1/tenants/t0/webhooks", json={"url": "https://example.com/"})
+        webhook = made.json()["id"]
+    for _ in range(5):
+        await operator.post(f"/admin/v1/tenants/t0/webhooks/{webhook}/test")
     # All at the same moment: the id decides.
     await record_events(stack.db, [usage_event(f"r{number}", tenant) for number in range(5)])
     lists = {
@@ -451,9 +455,11 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         "/admin/v1/tenants/t0/batches": 5,
         "/admin/v1/tenants/t0/adapters": 5,
         "/admin/v1/tenants/t0/adapters/bot0/versions": 5,
+        "/admin/v1/tenants/t0/webhooks": 5,
+        f"/admin/v1/tenants/t0/webhooks/{webhook}/deliveries": 5,
     }
     assert set(lists) == {
-        filled(place.path, {"tenant": "t0", "name": "bot0"})
+        filled(place.path, {"tenant": "t0", "name": "bot0", "webhook": webhook})
         for place in PLACES
         if place.operation.is_paged and place.path.startswith("/admin")
     }

@@ -49,7 +49,8 @@ class Target:
         self.most_open = max(self.most_open, self.open)
         try:
             if (begin := await reader.readexactly(1)) != b"P":
-                return  # a TLS handshake
+                writer.write(b"HTTP/1.1 400 Words\r\n\r\n")  # to a TLS handshake
+                return
             head = (begin + await reader.readuntil(b"\r\n\r\n")).decode()
             first, *lines = head.strip().split("\r\n")
             fields = [line.split(": ", 1) for line in lines]
