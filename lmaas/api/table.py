@@ -18,7 +18,9 @@ _ADAPTER_FILES = ("adapter_config", "adapter_model")
 _DRY_RUN = {200: "A dry run: what would have been created."}
 
 # A tenant's own resources, and for operators those of any tenant.
-LIST_ADAPTERS = Operation("list_adapters", "GET", "/v1/adapters", _ANY, "List the adapters, by name.", Page[adapters.Adapter], query=Paging)
+LIST_ADAPTERS = Operation(
+    "list_adapters", "GET", "/v1/adapters", _ANY, "List the adapters, by name.", Page[adapters.Adapter], query=adapters.AdapterQuery
+)
 UPLOAD_ADAPTER = Operation(
     "upload_adapter",
     "POST",

@@ -10,6 +10,7 @@ from lmaas.api import table
 from lmaas.cli.adapters import adapter
 from lmaas.cli.apply import apply
 from lmaas.cli.batches import batches
+from lmaas.cli.chat import chat
 from lmaas.cli.completion import completion
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.errors import Commands, end, is_of_output
@@ -141,6 +142,7 @@ def _wasted(row: dict[str, Any]) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Using a model": (chat,),
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,

@@ -102,6 +102,18 @@ class ApiClient:
                 return found
             after = answer["last_id"]
 
+    @contextmanager
+    def streamed(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """Send a request of a client protocol, and provide the lines of its answer as they arrive. Leaving the block ends the request.
+
+        Raises as `send`.
+        """
+        with self._errors(), self._http.stream("POST", self._root + path, json=body) as response:
+            if response.is_error:
+                response.read()
+                self._read(response, None)
+            yield response.iter_lines()
+
     def _address(self, operation: Operation, path: Mapping[str, str]) -> str:
         owner = {} if self.tenant is None else {"tenant": self.tenant}
         named = owner | dict(path)

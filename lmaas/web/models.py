@@ -10,7 +10,7 @@ from starlette.routing import Route
 from lmaas.errors import ModelNotFound
 from lmaas.http import JsonResponse, api_key, speaks_anthropic
 from lmaas.inference.catalog import Catalog, ListedModel
-from lmaas.protocols.models import anthropic_model, anthropic_models, openai_model, openai_models
+from lmaas.protocols.models import anthropic_model, anthropic_models, openai_model, openai_models, with_adapters
 from lmaas.web.auth import Authenticator, tenant_of
 
 
@@ -24,7 +24,7 @@ def model_routes(authenticate: Authenticator, catalog: Catalog) -> list[Route]:
 
 async def _list(authenticate: Authenticator, catalog: Catalog, request: Request) -> Response:
     tenant_id = tenant_of(await authenticate(api_key(request.scope["headers"])))
-    models = await catalog.listed(tenant_id)
+    models = await catalog.listed(tenant_id, adapters=with_adapters(request.query_params))
     return JsonResponse(anthropic_models(models, request.query_params) if speaks_anthropic(request.scope) else openai_models(models))
 
 
