@@ -38,8 +38,9 @@ def named(found: dict[str, Any]) -> str:
 
 
 def one(kind: str, name: str) -> dict[str, Any]:
-    [found] = [each for each in OBJECTS if (each["kind"], each["metadata"]["name"]) == (kind, name)]
-    return found
+    found: list[dict[str, Any]] = [each for each in OBJECTS if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    assert len(found) == 1
+    return found[0]
 
 
 def labels(workload: dict[str, Any]) -> dict[str, str]:
