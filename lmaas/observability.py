@@ -6,22 +6,34 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 #: The fields that a log line may have in addition to its message. Never prompts, completions or keys.
 FIELDS = ("request_id", "tenant_id", "action", "replica_id", "pool_id", "adapter", "code", "status", "detail")
 
+#: Returns a count.
+Count = Callable[[], int]
+#: The kinds of what may be dropped.
+KINDS = ("log_line", "trace")
 #: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
 #: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
 COUNTED = "counted"
-#: The bounds of the histogram of queue times.
+#: The outcome of a request that was answered (UsageStatus.COMPLETED).
+COMPLETED = "completed"
+#: The bounds of the histograms, in seconds: of queue times, of the time to the first event of a stream, of the time per token after it, and
+#: of whole requests.
 QUEUE_BOUNDS_S = (0.005, 0.05, 0.25, 1, 5, 15, 30, 60, 120)
+FIRST_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TOKEN_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1)
+TOTAL_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class JsonFormatter(logging.Formatter):
@@ -53,6 +65,34 @@ def configure_logging(level: str) -> None:
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
+class Durations:
+    """A histogram of durations. For each bucket it keeps the newest request that was traced."""
+
+    __slots__ = ("_bounds", "_counts", "_help", "_name", "_sum", "_traced")
+
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
+        self._name, self._help, self._bounds = name, help_text, bounds
+        #: One number for each bound, and one for those above all bounds.
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        self._traced: dict[int, Exemplar] = {}
+
+    def add(self, seconds: float, trace_id: str) -> None:
+        """Count a duration of a request with this trace, or without one."""
+        index = bisect_left(self._bounds, seconds)
+        self._counts[index] += 1
+        self._sum += seconds
+        if trace_id:
+            self._traced[index] = Exemplar({"trace_id": trace_id}, seconds, time.time())
+
+    def family(self) -> HistogramMetricFamily:
+        """Return the metric for Prometheus."""
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        buckets: list[Any] = [(name, count, self._traced.get(index)) for index, (name, count) in enumerate(zip(names, counts, strict=True))]
+        return HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+
+
 class RequestCounts(Collector):
     """What is counted for every request.
 
@@ -64,20 +104,39 @@ class RequestCounts(Collector):
         self._running = 0
         self._outcomes: dict[tuple[str, str], int] = {}
         self._prompt = self._cached = self._completion = 0
-        #: The requests by queue time: one number for each bound, and one for those above all bounds.
-        self._queued = [0] * (len(QUEUE_BOUNDS_S) + 1)
-        self._queue_s = 0.0
+        self._queue = Durations("lmaas_queue_seconds", "From the request's arrival to its lease.", QUEUE_BOUNDS_S)
+        self._first = Durations("lmaas_first_event_seconds", "From a request's arrival to the first event of its stream.", FIRST_BOUNDS_S)
+        self._token = Durations("lmaas_token_seconds", "The mean time between tokens of a completed stream.", TOKEN_BOUNDS_S)
+        self._total = Durations("lmaas_request_seconds", "From a completed request's arrival to its end.", TOTAL_BOUNDS_S)
 
     def begun(self) -> None:
         """Count a request that was accepted."""
         self._running += 1
 
-    def ended(self, endpoint: str, outcome: str, *, queue_s: float, prompt: int, cached: int, completion: int) -> None:
-        """Count the end of a request that was accepted."""
+    def ended(
+        self,
+        endpoint: str,
+        outcome: str,
+        *,
+        queue_s: float,
+        first_s: float | None,
+        total_s: float,
+        prompt: int,
+        cached: int,
+        completion: int,
+        trace_id: str = "",
+    ) -> None:
+        """Count the end of a request that was accepted. `first_s` is None if no event of a stream was sent, `trace_id` empty without a
+        trace."""
         self._running -= 1
         self.counted(endpoint, outcome)
-        self._queued[bisect_left(QUEUE_BOUNDS_S, queue_s)] += 1
-        self._queue_s += queue_s
+        self._queue.add(queue_s, trace_id)
+        if first_s is not None:
+            self._first.add(first_s, trace_id)
+        if outcome == COMPLETED:
+            self._total.add(total_s, trace_id)
+            if first_s is not None and completion > 1:
+                self._token.add((total_s - first_s) / (completion - 1), trace_id)
         self._prompt += prompt
         self._cached += cached
         self._completion += completion
@@ -96,21 +155,33 @@ class RequestCounts(Collector):
         for kind, count in (("prompt", self._prompt), ("cached", self._cached), ("completion", self._completion)):
             tokens.add_metric((kind,), count)
         running = GaugeMetricFamily("lmaas_requests_in_flight", "Requests that were accepted and have not ended.", value=self._running)
-        bounds = [*map(str, map(float, QUEUE_BOUNDS_S)), "+Inf"]
-        buckets = list(zip(bounds, itertools.accumulate(self._queued), strict=True))
-        queue = HistogramMetricFamily(
-            "lmaas_queue_seconds", "From the request's arrival to its lease.", buckets=buckets, sum_value=self._queue_s
-        )
-        return requests, tokens, running, queue
+        histograms = [each.family() for each in (self._queue, self._first, self._token, self._total)]
+        return requests, tokens, running, *histograms
+
+
+class Dropped(Collector):
+    """What a process could not write about its requests."""
+
+    def __init__(self, counts: Mapping[str, Count]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metric for Prometheus."""
+        dropped = CounterMetricFamily("lmaas_telemetry_dropped", "Lines of the request log and traces that were dropped.", labels=("kind",))
+        for kind in KINDS:
+            count = self._counts.get(kind)
+            dropped.add_metric((kind,), 0 if count is None else count())
+        return [dropped]
 
 
 class GatewayMetrics:
-    """The metrics of one gateway, in a registry of their own."""
+    """The metrics of one gateway, in a registry of their own. `dropped` has counts by kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: Mapping[str, Count] | None = None) -> None:
         self.registry = CollectorRegistry()
         self.requests = RequestCounts()
         self.registry.register(self.requests)
+        self.registry.register(Dropped(dropped or {}))
         self.refusals = Counter(
             "lmaas_refusals",
             "Requests that got an error, by its kind and code.",
@@ -137,3 +208,12 @@ class GatewayMetrics:
         if counter is None:
             counter = self._refusals[labels] = self.refusals.labels(*labels)
         counter.inc()
+
+
+def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """Return the metrics and their content type: OpenMetrics, which has exemplars, for a client that accepts it, otherwise Prometheus's
+    text."""
+    if "application/openmetrics-text" in accept:
+        text: bytes = openmetrics.generate_latest(registry, version="1.0.0")  # type: ignore[no-untyped-call]
+        return text, "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -13,6 +13,7 @@ from lmaas.config import Settings
 from lmaas.scheduling.client import Scheduler, connect
 from lmaas.store.database import Database
 from lmaas.store.rights import DatabaseRole
+from lmaas.store.tenants import create_tenant
 from lmaas.up import embedded
 from lmaas.up.bootstrap import prepare_default_model
 from tests.support.databases import login_url, new_database, prepare
@@ -101,3 +102,9 @@ def model_folder() -> Path:
 def settings(tmp_path: Path, database_url: str, valkey_url: str) -> Settings:
     """The settings of a stack for this test."""
     return Settings(home=tmp_path, database_url=database_url, redis_url=valkey_url)
+
+
+@pytest.fixture
+async def tenant_id(db: Database) -> str:
+    """The id of a tenant."""
+    return (await create_tenant(db, "acme", "standard", 64, 10)).id

@@ -25,6 +25,7 @@ from lmaas.api.shapes.adapters import (
     Activation,
     Adapter,
     AdapterCheck,
+    AdapterQuery,
     AdapterUpload,
     AdapterVersion,
     CheckedAdapter,
@@ -55,10 +56,11 @@ def _adapter_values(adapter: rows.Adapter) -> dict[str, Any]:
     return {name: getattr(adapter, name) for name in rows.Adapter.__slots__}
 
 
-async def list_adapters(api: Api, call: ApiCall[None, Paging]) -> Page[Adapter]:
+async def list_adapters(api: Api, call: ApiCall[None, AdapterQuery]) -> Page[Adapter]:
     """Return a page of the tenant's adapters, by name."""
-    found = await rows.list_adapters(api.db, call.tenant_id, Part(call.query.limit, call.query.after))
-    return page_of([Adapter(**_adapter_values(adapter)) for adapter in found], [adapter.id for adapter in found], call.query.limit)
+    query = call.query
+    found = await rows.list_adapters(api.db, call.tenant_id, Part(query.limit, query.after), search=query.search or "")
+    return page_of([Adapter(**_adapter_values(adapter)) for adapter in found], [adapter.id for adapter in found], query.limit)
 
 
 async def get_adapter(api: Api, call: ApiCall[None, None]) -> Adapter:

@@ -74,6 +74,8 @@ def _shown_pool(
         ready=sum(row.observed == Observed.READY for row in alive),
         draining=sum(row.observed == Observed.DRAINING for row in alive),
         wanted=decision.wanted,
+        queued=decision.queued,
+        running=decision.running,
         reason=decision.reason,
         waits_for_machine=decision.blocked,
         decided_at=state.decided_at if state is not None else None,
@@ -124,6 +126,8 @@ class _Decision(Struct, frozen=True):
     blocked: bool = False
     start_s: float | None = None
     backoff_s: float = 0
+    queued: int = 0
+    running: int = 0
     idle: _Idle = _Idle()
     background: _Background = _Background()
 

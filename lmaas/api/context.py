@@ -15,7 +15,7 @@ from lmaas.audit import Audit
 from lmaas.config import Settings
 from lmaas.errors import Forbidden
 from lmaas.files.service import Files
-from lmaas.http import Authenticate, api_key
+from lmaas.http import PRINCIPAL, Authenticate, api_key
 from lmaas.protocols.responses.event_log import EventLogs
 from lmaas.protocols.responses.stored import StoredState
 from lmaas.store.database import Database
@@ -51,7 +51,7 @@ class Api:
 
         Raises Unauthenticated, Forbidden, or NotFound for a tenant that does not exist.
         """
-        principal = await self.authenticate(api_key(request.scope["headers"]))
+        principal = request.scope[PRINCIPAL] = await self.authenticate(api_key(request.scope["headers"]))
         if place.permission is Permission.OPERATOR:
             if principal.role is not Role.OPERATOR:
                 raise Forbidden("This needs an operator's key.")

@@ -28,7 +28,7 @@ from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
 from lmaas.api.operation import Operation, Place
 from lmaas.audit import Audit
-from lmaas.http import limited, parse_json
+from lmaas.http import ROUTE, limited, parse_json
 from lmaas.types import Principal
 
 MAX_JSON_BYTES = 64 * 1024
@@ -110,6 +110,7 @@ HANDLERS: Mapping[str, Handler] = {
         (table.LIST_EVENTS, usage.list_events),
         (table.REPORT_ALL_USAGE, usage.report_all_usage),
         (table.LIST_ALL_EVENTS, usage.list_all_events),
+        (table.CHECK_USAGE, usage.check_usage),
         (table.REPORT_COGS, usage.report_cogs),
     )
 }
@@ -135,7 +136,9 @@ def routes(api: Api, spec: dict[str, Any]) -> list[BaseRoute]:
 
 async def _dispatch(api: Api, places: Mapping[str, Place], request: Request) -> Response:
     # Starlette adds HEAD to GET.
-    return await serve(api, places["GET" if request.method == "HEAD" else request.method], request)
+    place = places["GET" if request.method == "HEAD" else request.method]
+    request.scope[ROUTE] = place.path
+    return await serve(api, place, request)
 
 
 async def serve(api: Api, place: Place, request: Request) -> Response:

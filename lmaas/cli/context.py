@@ -19,6 +19,9 @@ from lmaas.errors import ApiError, SettingsError
 if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
 
+#: The number of names that a message lists at most.
+MOST_NAMES = 10
+
 
 @dataclass(slots=True)
 class Context:
@@ -61,27 +64,32 @@ class Context:
     def tenant_client(self) -> "ApiClient":
         """Return a client for a tenant's resources. An operator must name the tenant."""
         if self.tenant is None and self.is_operator():
-            raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
+            raise click.UsageError("Name the tenant: --tenant NAME.")
         return self.client()
 
     def own_client(self) -> "ApiClient":
-        """Return a client for what a tenant alone sees, with a key of the tenant's: that of the settings, or the one that `lmaas up` keeps
-        for a tenant of this stack."""
+        """Return a client for what a tenant alone may do, such as calling models, with a key of the tenant's: that of the settings, or the
+        one that `lmaas up` keeps for a tenant of this stack. Without a name, it is the tenant of a stack that has only one."""
         from lmaas.manifests.client import ApiClient
 
         if self.settings.api_key:
             if self.tenant is not None or self.is_operator():
-                raise click.UsageError("Operators do not see a tenant's files. Set LMAAS_URL and LMAAS_API_KEY to a key of the tenant.")
+                raise click.UsageError(
+                    "Only a tenant's own key may do this, not an operator's. Set LMAAS_URL and LMAAS_API_KEY to a key of the tenant."
+                )
             return self.client()
-        if self.tenant is None:
-            raise click.UsageError("Name the tenant before the command: lmaas --tenant NAME …")
         credentials = self._credentials()
-        try:
-            return ApiClient(str(credentials["base_url"]), str(credentials["tenants"][self.tenant]["api_key"]))
-        except (LookupError, TypeError):
+        known = credentials.get("tenants")
+        keys = {name: key["api_key"] for name, key in known.items() if "api_key" in key} if isinstance(known, dict) else {}
+        tenant = next(iter(keys)) if self.tenant is None and len(keys) == 1 else self.tenant
+        if tenant is None:
+            names = f" It is one of {', '.join(sorted(keys)[:MOST_NAMES])}." if keys else ""
+            raise click.UsageError(f"Name the tenant: --tenant NAME.{names}")
+        if tenant not in keys:
             raise SettingsError(
-                f"{self.settings.credentials_path} has no key of the tenant '{self.tenant}'. Set LMAAS_URL and LMAAS_API_KEY to one."
-            ) from None
+                f"{self.settings.credentials_path} has no key of the tenant '{tenant}'. Set LMAAS_URL and LMAAS_API_KEY to one."
+            )
+        return ApiClient(str(credentials["base_url"]), str(keys[tenant]))
 
     def is_operator(self) -> bool:
         """Return whether the key is an operator's: this stack's own is; of another, the service is asked."""

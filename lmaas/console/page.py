@@ -59,6 +59,10 @@ class Fields:
     def __bool__(self) -> bool:
         return bool(self._values)
 
+    def changed(self, **values: str) -> "Fields":
+        """Return these fields with other values for some."""
+        return Fields({**self._values, **values})
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
@@ -155,6 +159,7 @@ class Visit:
         notice = _read_notice(self.request)
         text = self.templates.render(
             template,
+            status=status,
             visit=self,
             person=self.person,
             tenant=self.tenant,

@@ -1,6 +1,13 @@
 """The pages of the console, in the order of the navigation. A new page is a module in `lmaas/console/pages` and an entry here."""
 
 from lmaas.console.page import Page
-from lmaas.console.pages import overview
+from lmaas.console.pages import adapters, batches, files, fleet, overview, playground
 
-PAGES: tuple[Page, ...] = (overview.PAGE,)
+PAGES: tuple[Page, ...] = (
+    overview.PAGE,
+    playground.PAGE,
+    adapters.PAGE,
+    batches.PAGE,
+    files.PAGE,
+    fleet.PAGE,
+)

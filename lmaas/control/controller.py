@@ -41,7 +41,7 @@ METER_S = 0.2
 #: Replicas assume that there is no controller if it has not read their pool for 10 s (PRESENT_MS in state.lua).
 PRESENT_S = 3.0
 #: A decision of which only the reason has changed is saved again after this long.
-SAVE_S = 5.0
+SAVE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,9 @@ class Decision:
     #: The delay after a failed start before the next one may begin.
     backoff_s: float
     background: BackgroundFigures
+    #: The requests that wait, and the slots that interactive requests use.
+    queued: int
+    running: int
 
     @classmethod
     def of(cls, pool: PoolObservation, scale: Scale, share: Share, throughput: Throughput) -> "Decision":
@@ -165,6 +168,8 @@ class Decision:
             demand.start_s,
             backoff_s(pool.failures),
             background,
+            demand.queued,
+            demand.running,
         )
 
     def shown(self) -> dict[str, Any]:

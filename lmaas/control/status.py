@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
@@ -19,7 +19,7 @@ from starlette.routing import Route
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
 from lmaas.errors import Unavailable
-from lmaas.http import JsonResponse
+from lmaas.http import JsonResponse, metrics_response
 from lmaas.private_server import serve_privately
 from lmaas.states import Observed
 from lmaas.store.batches import open_batches
@@ -159,14 +159,14 @@ async def _health(controller: Controller, _: Request) -> Response:
     return JsonResponse({"status": "ok", "role": "leader" if controller.active else "stand-by"})
 
 
-async def _metrics(controller: Controller, db: Database, _: Request) -> Response:
+async def _metrics(controller: Controller, db: Database, request: Request) -> Response:
     ledger = None
     if controller.active:
         with suppress(Unavailable):
             ledger = Ledger(await pool_times(db), await recent_waste(db), await open_batches(db))
     registry = CollectorRegistry()
     registry.register(_Once(metrics(controller, ledger)))
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    return metrics_response(registry, request)
 
 
 async def serve_status(settings: Settings, controller: Controller, db: Database) -> None:

@@ -52,6 +52,12 @@ SECRETS = frozenset(
     }
 )
 
+#: For an engine that sends spans. It begins no traces of its own: probes are not traced, nor is a request that the gateway does not sample.
+TRACING = {
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+    "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+    "OTEL_SERVICE_NAME": "lmaas-engine",
+}
 #: Prefixes of the variables of object stores, which include credentials. Supervisors fetch adapters; engines read only files.
 STORES = ("AWS_", "GOOGLE_", "GCS_", "GCLOUD_", "AZURE_", "AZ_", "S3_", "MINIO_", "FSSPEC_")
 STORE_FILES = frozenset({"CLOUDSDK_CONFIG", "BOTO_CONFIG"})
@@ -80,6 +86,8 @@ class EngineSpec:
     takes_adapters: bool = True
     #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
+    #: Where it sends the spans of requests that are traced; None for nowhere.
+    traces_url: str | None = None
 
 
 def has_cpu_build() -> bool:
@@ -106,6 +114,8 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
     if has_cpu_build():
         # A start with compilation takes three times as long, and LoRA disables compilation anyway.
         command += ["--enforce-eager"]
+    if spec.traces_url is not None:
+        command += ["--otlp-traces-endpoint", spec.traces_url]
     if spec.takes_adapters:
         # Both maxima are set, because with vLLM's defaults (1 and `max_loras`) each switch of adapter reads the disk.
         command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
@@ -147,7 +157,8 @@ def shared_environment() -> dict[str, str]:
 
 def environment(spec: EngineSpec) -> dict[str, str]:
     """Return the environment of one server."""
-    return shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
+    variables = shared_environment() | {VARIABLE: "1"} | ({"HF_HUB_OFFLINE": "1"} if Path(spec.source).is_dir() else {})
+    return variables if spec.traces_url is None else variables | TRACING
 
 
 def zygote_owner(home: Path, idle_s: float) -> ZygoteOwner:
@@ -178,8 +189,9 @@ async def forked_supervisor(home: Path, arguments: list[str], variables: Mapping
         return None
 
 
-def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
-    """Return the specification of an engine in a base model's pool. `module` is its server, `host` its address on its machine."""
+def spec_of(model: BaseModel, module: str, host: str, traces_url: str | None = None) -> EngineSpec:
+    """Return the specification of an engine in a base model's pool. `module` is its server, `host` its address on its machine,
+    `traces_url` the collector of its spans."""
     return EngineSpec(
         module=module,
         source=model.source,
@@ -195,6 +207,7 @@ def spec_of(model: BaseModel, module: str, host: str) -> EngineSpec:
         kind=model.kind,
         takes_adapters=model.takes_adapters,
         host=host,
+        traces_url=traces_url,
     )
 
 

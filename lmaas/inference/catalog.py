@@ -115,10 +115,12 @@ class Catalog:
         source = source_of(tenant_id, found.content_hash)
         return ServedModel(base, adapter, adapter, source, found.version, _seconds(found.created_at), plain)
 
-    async def listed(self, tenant_id: str) -> list[ListedModel]:
-        """Return every model that the tenant may call by its plain name."""
+    async def listed(self, tenant_id: str, *, adapters: bool = True) -> list[ListedModel]:
+        """Return every model that the tenant may call by its plain name, or the base models only."""
         bases = await self._bases.get("") or ()
         listed = [ListedModel(base.name, _seconds(base.created_at), None, base.max_model_len, base.kind) for base in bases]
+        if not adapters:
+            return listed
         by_name = {base.name: base for base in bases}
         for adapter in await list_adapters(self._db, tenant_id):
             # A new base model may not be in the cache yet. Its adapters are listed as soon as it is.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -100,6 +101,8 @@ class Delivery:
         response, complete = None, False
         try:
             headers = {"x-request-id": inference.request_id}
+            if inference.trace is not None:
+                headers |= inference.trace.engine_headers()
             response = await self._client.post(lease.url, inference.protocol.engine_path, body, headers)
             if response.status != 200:
                 raise self._meaning(response.status, await response.read())
@@ -161,8 +164,11 @@ class Delivery:
         return error
 
     async def _begin(self) -> None:
+        if not self.begun:
+            self.begun, self._inference.first_sent = True, time.monotonic()
+            if self._inference.trace is not None:
+                self._inference.trace.mark("first_token")
         await self._sink.start(200, STREAM_HEADERS)
-        self.begun = True
 
     async def _whole(self, response: aiohttp.ClientResponse, answer: Answer) -> bytes:
         text = await response.read()

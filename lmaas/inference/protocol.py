@@ -1,5 +1,6 @@
 """What the path of a request needs from a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from lmaas.inference.request import EngineRequest
 from lmaas.inference.work import INTERACTIVE, Work
 from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
+from lmaas.tracing.trace import Trace
 
+#: Where an endpoint leaves the inference in the scope of its request.
+INFERENCE = "lmaas.inference"
 #: A protocol's own kind of request.
 Request = TypeVar("Request", bound=EngineRequest)
 
@@ -83,6 +87,11 @@ class Inference(Generic[Request]):
     protocol: "Protocol[Request]"
     request: Request
     work: Work = INTERACTIVE
+    #: When the request had been read, and when the first event of a stream's answer was sent (monotonic seconds).
+    began: float = field(default_factory=time.monotonic)
+    first_sent: float | None = None
+    #: Its trace, if it is sampled.
+    trace: Trace | None = None
     tenant_id: str = field(init=False)
     model: ServedModel = field(init=False)
     record: UsageRecord = field(init=False)
@@ -93,6 +102,11 @@ class Inference(Generic[Request]):
     def engine_name(self) -> str:
         """The engine's name for the model."""
         return self.model.engine_name
+
+    @property
+    def first_s(self) -> float | None:
+        """The seconds until the first event of a stream's answer was sent; None if there was none."""
+        return None if self.first_sent is None else self.first_sent - self.began
 
     @property
     def facts(self) -> dict[str, str]:

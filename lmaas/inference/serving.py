@@ -20,6 +20,7 @@ from lmaas.inference.delivery import Delivery
 from lmaas.inference.engine_errors import EngineLost
 from lmaas.inference.grammars import Grammars, unavailable
 from lmaas.inference.protocol import AnyInference
+from lmaas.inference.request_traces import operation
 from lmaas.inference.sink import STREAM_HEADERS, ReceiverGone, Sink
 from lmaas.inference.wait_reasons import COMMENT_EVERY_S, FIRST_COMMENT_S, WaitReasons, comments
 from lmaas.inference.work import PutBack
@@ -28,6 +29,7 @@ from lmaas.observability import GatewayMetrics
 from lmaas.scheduling.client import Bounds, Ticket
 from lmaas.scheduling.leases import Lease, Leases, OpenTicket
 from lmaas.states import UsageStatus, WorkClass
+from lmaas.tracing.trace import Attributes, Kind, Trace
 from lmaas.types import Principal
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Inferences:
             if opened.left:
                 sink.add_to_head(protocol.limit_lines(opened.left))
             self.metrics.requests.begun()
+            if inference.trace is not None:
+                inference.trace.enter("queue")
             await self._run_accepted(principal, inference, sink, opened, is_checked=is_checked)
 
     async def check(self, principal: Principal, inference: AnyInference, sink: Sink) -> bool:
@@ -134,9 +138,12 @@ class Inferences:
                 inference.protocol.path,
                 record.status,
                 queue_s=record.queue_ms / 1000,
+                first_s=inference.first_s,
+                total_s=time.monotonic() - inference.began,
                 prompt=record.prompt_tokens,
                 cached=record.cached_tokens,
                 completion=record.completion_tokens,
+                trace_id="" if inference.trace is None else inference.trace.trace_id,
             )
 
     async def _deliver(self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool) -> bytes:
@@ -157,6 +164,8 @@ class Inferences:
                 is_checked = True
             record.start(lease.replica, lease.queue_ms, lease.load_ms)
             began = time.monotonic()
+            if inference.trace is not None:
+                _trace_delivery(inference.trace, inference, lease)
             try:
                 rest = await delivery.attempt(lease, opened)
             except EngineLost as lost:
@@ -177,6 +186,8 @@ class Inferences:
                     # The engine may have stalled on the request's grammar, so the request is not sent to another engine.
                     raise EngineFailed("The engine stalled on this request. Simplify its schema or its tools before you retry.") from lost
                 inference.answer = inference.protocol.answer(inference)
+                if inference.trace is not None:
+                    inference.trace.enter("queue", failed=EngineFailed.code)
                 await opened.retry(lease, lost.reason)
             else:
                 if sink.gone.is_set():
@@ -243,6 +254,15 @@ class Inferences:
             background=work.work_class is WorkClass.BACKGROUND,
             durable=work.durable,
         )
+
+
+def _trace_delivery(trace: Trace, inference: AnyInference, lease: Lease) -> None:
+    """Begin the stage of the engine's work. The last part of the wait was for the adapter, if it had to be loaded."""
+    replica: Attributes = {"lmaas.replica.id": lease.replica}
+    if lease.load_ms:
+        trace.enter("load", replica, began_s=lease.load_ms / 1000)
+    named: Attributes = {"gen_ai.operation.name": operation(inference.protocol.path), "gen_ai.provider.name": "vllm"}
+    trace.enter("delivery", {**replica, **named, "gen_ai.request.model": inference.model.shown}, kind=Kind.CLIENT)
 
 
 def _failed(inference: AnyInference, status: UsageStatus, code: str) -> None:

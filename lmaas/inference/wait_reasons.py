@@ -40,7 +40,7 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
     """Return the comments of a stream that waits at `now` (monotonic seconds): its position, and what keeps its engine from starting.
 
     The first is `queued position=<n> estimated_wait_s=<s>`, followed by ` late_s=<s>` if the start or the turn takes longer than usual,
-    and by ` start=unknown` if no start of this model has been seen yet.
+    ` start=unknown` if no start of this model has been seen yet, and ` cold_start=yes` while no engine of it is ready.
     """
     silent_s = now - standing.heard
     if silent_s > SILENT_S:
@@ -57,6 +57,8 @@ def comments(standing: Standing, reason: str, now: float) -> list[str]:
         text += f" late_s={late_s:.0f}"
     if standing.assumed:
         text += " start=unknown"
+    if standing.phase in (WaitPhase.STARTING, WaitPhase.ASKED):
+        text += " cold_start=yes"
     return [text, *([reason] if reason else [])]
 
 

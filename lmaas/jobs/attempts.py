@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from lmaas.batches.lines import request_body
 from lmaas.errors import InternalError, LmaasError, Unavailable
 from lmaas.http import new_request_id
+from lmaas.inference.observers import Observers
 from lmaas.inference.protocol import AnyInference, AnyProtocol, Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.sink import Collected
@@ -47,6 +48,7 @@ class Attempts:
     commits: Commits
     budgets: Budgets
     metrics: JobMetrics
+    observers: Observers
 
     async def run(self, line: HeldLine) -> None:
         """Try a line until it has ended or is to be given back. Cancelling this leaves it leased."""
@@ -87,14 +89,18 @@ class Attempts:
             request = protocol.read(request_body(offer.endpoint, line.text, protocol.texts))
             work = replace(BATCH, deadline_s=max(1.0, offer.left_s))
             inference = line.inference = Inference(request_id, protocol, request, work)
+            self.observers.attempt_began(inference)
             await self.inferences.serve(principal, inference, sink)
         except PutBack:
+            self._note_end(line, principal)
             self.metrics.line("put_back")
             self.held.note_put_back(line)
             self.give_back(line)
             return False
         except LmaasError as error:
+            self._note_end(line, principal, error.error_code)
             return await self._refused(line, principal, error, request_id)
+        self._note_end(line, principal)
         if not sink.finished:
             self.give_back(line)  # it was told to leave
             return False
@@ -106,6 +112,10 @@ class Attempts:
         state = LineState.DONE if following is Next.DONE else LineState.FAILED
         self._end(line, state, sink.status, sink.body, request_id, inference)
         return False
+
+    def _note_end(self, line: HeldLine, principal: Principal | None, code: str | None = None) -> None:
+        if principal is not None and line.inference is not None:
+            self.observers.attempt_ended("batch_line", principal, line.inference, line.lease.batch_id, code)
 
     async def _refused(self, line: HeldLine, principal: Principal | None, error: LmaasError, request_id: str) -> bool:
         following = line.tries.refused(error, others_run=self.held.others_run(line))

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lmaas.errors import InternalError, LmaasError, OverLimit, Quarantined, Unauthenticated, Unavailable
 from lmaas.http import parse_json
+from lmaas.inference.observers import Observers
 from lmaas.inference.protocol import Inference
 from lmaas.inference.serving import Inferences
 from lmaas.inference.work import DETACHED
@@ -119,8 +120,9 @@ class BackgroundRuns:
         keys: Keys,
         metrics: JobMetrics,
         kept_for: timedelta,
+        observers: Observers,
     ) -> None:
-        self._db, self._inferences, self._protocol = db, inferences, protocol
+        self._db, self._inferences, self._protocol, self._observers = db, inferences, protocol, observers
         self._keys, self._metrics, self._kept_for = keys, metrics, kept_for
         self._running: dict[Lease, asyncio.Task[None]] = {}
         self._sinks: dict[Lease, EventSink] = {}
@@ -214,6 +216,7 @@ class BackgroundRuns:
 
     async def _served(self, lease: Lease, run: Run, sink: EventSink) -> tuple[_Served | None, LmaasError | None]:
         """Serve a response. Returns what was accepted, and the error with which it ended. Both are None if it was cancelled before."""
+        principal = inference = None
         try:
             if run.is_overdue:
                 raise Overdue
@@ -225,12 +228,16 @@ class BackgroundRuns:
             if principal is None:
                 raise Unauthenticated("The API key that created this response has been revoked.")
             inference = self._inference(lease, run)
+            self._observers.attempt_began(inference)
             await self._inferences.serve(principal, inference, sink)
         except LmaasError as error:
+            if principal is not None and inference is not None:
+                self._observers.attempt_ended("background", principal, inference, lease.id, error.error_code)
             return None, error
         record, answer = getattr(inference, "record", None), getattr(inference, "answer", None)
         if record is None or not isinstance(answer, BackgroundAnswer):
             return None, None
+        self._observers.attempt_ended("background", principal, inference, lease.id)
         return _Served(record, answer), answer.failure
 
     def _inference(self, lease: Lease, run: Run) -> Inference[ResponsesRequest]:

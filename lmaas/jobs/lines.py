@@ -9,6 +9,7 @@ from typing import Any
 
 from lmaas.errors import LmaasError, NotFound, Unavailable
 from lmaas.files.service import Files
+from lmaas.inference.observers import Observers
 from lmaas.inference.protocol import AnyProtocol
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.attempts import Attempts, ended
@@ -63,8 +64,10 @@ class LineWorker:
         keys: Keys,
         metrics: JobMetrics,
         drain_s: float,
+        observers: Observers,
     ) -> None:
         self._db, self._files, self._scheduler, self._inferences = db, files, scheduler, inferences
+        self._observers = observers
         self._protocols, self._keys, self._metrics, self._drain_s = protocols, keys, metrics, drain_s
 
     async def run(self, runner_id: str, stopping: asyncio.Event) -> None:
@@ -72,7 +75,7 @@ class LineWorker:
         held = HeldLines()
         commits = Commits(self._db, runner_id, held.remove)
         budgets = Budgets(self._inferences.months)
-        attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, budgets, self._metrics)
+        attempts = Attempts(self._db, self._inferences, self._protocols, self._keys, held, commits, budgets, self._metrics, self._observers)
         feeder = Feeder(runner_id, self._db, self._files, self._scheduler, held, attempts, self._drain_s + COLD_S)
         self._metrics.holds(held, commits, feeder.windows)
         try:

@@ -2,13 +2,13 @@
 
 import functools
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lmaas.http import JsonResponse
+from lmaas.http import JsonResponse, metrics_response
 from lmaas.jobs.runner import Runner
 from lmaas.private_server import serve_privately
 
@@ -24,8 +24,8 @@ async def _health(runner: Runner, _: Request) -> Response:
     return JsonResponse({"status": "ok", "runner": runner.id})
 
 
-async def _metrics(registry: CollectorRegistry, _: Request) -> Response:
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+async def _metrics(registry: CollectorRegistry, request: Request) -> Response:
+    return metrics_response(registry, request)
 
 
 async def serve_status(runner: Runner, registry: CollectorRegistry, host: str, port: int) -> None:

@@ -87,15 +87,15 @@ def _send(request: Send | Upload, client: ApiClient, uploading: Uploading) -> No
 
 
 def described(change: Change) -> list[str]:
-    """Return a change that was made as lines for people: what happened to which thing, its fields with old and new values, and notes."""
-    return _lines(change, change.outcome)
+    """Return a change that was made as lines for people: what happened to which thing, its old and new values, and notes."""
+    return _lines(change, change.outcome, [item for item in change.fields if not item.is_new])
 
 
 def planned(change: Change) -> list[str]:
     """Return a change of a plan as lines for people; none for what stays as it is, unless there is a note."""
     if change.outcome is Outcome.UNCHANGED and not change.notes:
         return []
-    return _lines(change, _PLANNED.get(change.outcome, change.outcome))
+    return _lines(change, _PLANNED.get(change.outcome, change.outcome), change.fields)
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -104,9 +104,9 @@ def summary(changes: Sequence[Change]) -> str:
     return f"Plan: {', '.join(f'{count} {words}' for words, count in counts.items() if count)}."
 
 
-def _lines(change: Change, outcome: str) -> list[str]:
-    fields = [f"  {item.field}: {_words(item)}" for item in change.fields]
-    return [f"{change.thing} {change.name}: {outcome}", *fields, *(f"  {note}" for note in change.notes)]
+def _lines(change: Change, outcome: str, fields: Sequence[FieldChange]) -> list[str]:
+    values = [f"  {item.field}: {_words(item)}" for item in fields]
+    return [f"{change.thing} {change.name}: {outcome}", *values, *(f"  {note}" for note in change.notes)]
 
 
 def _words(item: FieldChange) -> str:

@@ -102,6 +102,18 @@ class ApiClient:
                 return found
             after = answer["last_id"]
 
+    @contextmanager
+    def streamed(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+        """Send a request of a client protocol, and provide the lines of its answer as they arrive. Leaving the block ends the request.
+
+        Raises as `send`.
+        """
+        with self._errors(), self._http.stream("POST", self._root + path, json=body) as response:
+            if response.is_error:
+                response.read()
+                self._read(response, None)
+            yield response.iter_lines()
+
     def _address(self, operation: Operation, path: Mapping[str, str]) -> str:
         owner = {} if self.tenant is None else {"tenant": self.tenant}
         named = owner | dict(path)
@@ -214,9 +226,18 @@ class ApiClient:
             files = {"file": (path.name, _Counted(path, file, progress or (lambda _: None)), "application/octet-stream")}
             return self._checked(CREATE_FILE, {}, data=fields, files=files)
 
-    def download(self, operation: Operation, target: BinaryIO, progress: Progress | None = None, **path: str) -> None:
+    def download(
+        self,
+        operation: Operation,
+        target: BinaryIO,
+        progress: Progress | None = None,
+        *,
+        query: Mapping[str, Any] | None = None,
+        **path: str,
+    ) -> None:
         """Write the answer of an operation to a file, as it comes. Raises as `send`, and SettingsError if the answer breaks off."""
-        with self._errors(), self._http.stream(operation.method, self._root + self._address(operation, path)) as response:
+        params = {name: _text(value) for name, value in (query or {}).items() if value is not None}
+        with self._errors(), self._http.stream(operation.method, self._root + self._address(operation, path), params=params) as response:
             if response.is_error:
                 response.read()
                 self._read(response, None)

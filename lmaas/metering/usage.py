@@ -86,6 +86,11 @@ class UsageRecord:
         self._ended = time.monotonic()
 
     @property
+    def queued_ms(self) -> int:
+        """Milliseconds from the acceptance to the lease, or until now without one."""
+        return self.queue_ms if self._started is not None else round((time.monotonic() - self._accepted) * 1000)
+
+    @property
     def run_ms(self) -> int | None:
         """Milliseconds from the lease to the end, or None without a lease."""
         if self._started is None:
@@ -127,10 +132,9 @@ class UsageRecord:
                 f'"cached_price": {self.cached_price}, "completion_price": {self.completion_price}, '
                 f'"created_at": "{self.created_at.isoformat()}", "work": "{self.work}"'
             )
-        queue_ms = self.queue_ms if self._started is not None else round((time.monotonic() - self._accepted) * 1000)
         return (
             f'{self._head}, "status": "{status}", "code": {_text(code)}, "prompt_tokens": {self.prompt_tokens}, '
-            f'"cached_tokens": {self.cached_tokens}, "completion_tokens": {self.completion_tokens}, "queue_ms": {queue_ms}, '
+            f'"cached_tokens": {self.cached_tokens}, "completion_tokens": {self.completion_tokens}, "queue_ms": {self.queued_ms}, '
             f'"load_ms": {self.load_ms}, "run_ms": {self.run_ms or 0}, "replica_id": {_text(self.replica_id)}}}'
         )
 

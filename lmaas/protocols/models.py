@@ -15,6 +15,14 @@ from lmaas.states import PoolKind
 PAGE, MAX_PAGE = 20, 1000
 
 
+def with_adapters(query: Mapping[str, str]) -> bool:
+    """Return whether a list has adapters besides base models. Raises InvalidRequest for a value that is neither true nor false."""
+    given = query.get("adapters", "true")
+    if given not in ("true", "false"):
+        raise out_of_range("adapters", "true or false")
+    return given == "true"
+
+
 def openai_model(model: ListedModel) -> dict[str, Any]:
     """Return OpenAI's object of a model, with vLLM's `parent` and `max_model_len`, and its kind."""
     owner = "lmaas" if model.parent is None else "tenant"
@@ -132,16 +140,22 @@ def models_paths(headers: Schema, error: Any) -> dict[str, Any]:
         return {"get": operation | {"parameters": [_VERSION, *parameters], "responses": {"200": done} | errors}}
 
     def query(name: str, schema: Schema, words: str) -> Schema:
-        return {"name": name, "in": "query", "required": False, "schema": schema, "description": f"In Anthropic's shape: {words}."}
+        return {"name": name, "in": "query", "required": False, "schema": schema, "description": words}
 
+    of_anthropic = "In Anthropic's shape:"
     return {
         "/v1/models": path(
             "list_models",
             "List the models that this tenant may call.",
             ("ModelList", "AnthropicModelList"),
-            query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE}, "the size of a page"),
-            query("after_id", TEXT, "the page after this model"),
-            query("before_id", TEXT, "the page before this model"),
+            query(
+                "limit",
+                {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE},
+                f"{of_anthropic} the size of a page.",
+            ),
+            query("after_id", TEXT, f"{of_anthropic} the page after this model."),
+            query("before_id", TEXT, f"{of_anthropic} the page before this model."),
+            query("adapters", {"type": "boolean", "default": True}, "Whether the list has the tenant's adapters, or base models only."),
         ),
         "/v1/models/{model}": path(
             "get_model",

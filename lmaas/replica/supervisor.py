@@ -110,7 +110,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")
         # An address instead of a name, so that gateways reach the engine even while a name server is down or busy.
-        spec = spec_of(self._model, self._settings.engine_module, await address_of(self._settings.engine_host))
+        settings = self._settings
+        spec = spec_of(self._model, settings.engine_module, await address_of(settings.engine_host), settings.traces_url)
         port = free_port(spec.host)
         url = url_of(spec.host, port)
         async with self._sheet.kept(), AsyncExitStack() as stack:

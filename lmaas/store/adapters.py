@@ -87,11 +87,15 @@ def _adapters(tenant_id: str) -> Select[Any]:
     )
 
 
-async def list_adapters(db: Database, tenant_id: str, part: Part | None = None) -> list[Adapter]:
-    """Return the tenant's adapters, or a part of them, by name. Raises InvalidRequest for a part after an unknown one."""
+async def list_adapters(db: Database, tenant_id: str, part: Part | None = None, search: str = "") -> list[Adapter]:
+    """Return the tenant's adapters whose names contain `search`, or a part of them, by name. Raises InvalidRequest for a part after an
+    unknown one."""
     async with db.begin(tenant_id) as connection:
         owned = adapters.c.tenant_id == tenant_id
-        return [Adapter(*row) for row in await rows_of(connection, _adapters(tenant_id), part, adapters.c.name, adapters.c.id, owned)]
+        query = _adapters(tenant_id)
+        if search:
+            query = query.where(adapters.c.name.contains(search, autoescape=True))
+        return [Adapter(*row) for row in await rows_of(connection, query, part, adapters.c.name, adapters.c.id, owned)]
 
 
 async def get_adapter(db: Database, tenant_id: str, name: str) -> Adapter:

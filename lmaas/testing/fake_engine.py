@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lmaas.engine.cpu_lora.plugin import ACTIVE_MARK
 from lmaas.engine.grammars.verdict import DETOKENIZE, Prompt, Tokens
@@ -34,6 +34,7 @@ from lmaas.states import PoolKind
 from lmaas.testing.answer import Answer, compact
 from lmaas.testing.generation import Engine, Sequence, called, prompt_blocks, write
 from lmaas.testing.pooling import Pooling, PoolingAnswer
+from lmaas.testing.traced import Traced
 from lmaas.testing.truth import TruthLog
 
 log = logging.getLogger("lmaas.testing.fake_engine")
@@ -371,6 +372,7 @@ def main() -> None:
     parser.add_argument("--fake-start-ms", type=float, default=0.0, help="time until the port opens")
     parser.add_argument("--fake-poison", default="", help="a word in a request that the engine does not survive")
     parser.add_argument("--fake-truth", type=Path, default=None, help="a file that gets a line for each token; see lmaas.testing.truth")
+    parser.add_argument("--otlp-traces-endpoint", default=None)
     given, _ = parser.parse_known_args()
     logging.basicConfig(level=logging.INFO)
     log.info("%s: there is no model here to keep apart", ACTIVE_MARK)
@@ -381,8 +383,11 @@ def main() -> None:
         engine.truth = TruthLog(given.fake_truth)
     matryoshka = bool(given.hf_overrides.get("is_matryoshka"))
     pooling = Pooling(engine, Refused, matryoshka=matryoshka) if given.runner == "pooling" else None
+    app: ASGIApp = build(engine, given.fake_accept_ms / 1000, given.fake_poison.encode(), pooling)
+    if given.otlp_traces_endpoint is not None:
+        app = Traced(app, given.otlp_traces_endpoint)
     config = uvicorn.Config(
-        build(engine, given.fake_accept_ms / 1000, given.fake_poison.encode(), pooling),
+        app,
         host=given.host,
         port=given.port,
         log_level="warning",

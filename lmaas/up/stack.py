@@ -30,10 +30,18 @@ from lmaas.scheduling.client import connect
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.store.rights import DatabaseRole
-from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_embedding_model, register_model, write_credentials
+from lmaas.up.bootstrap import (
+    ensure_console_key,
+    ensure_operator_key,
+    read_credentials,
+    register_embedding_model,
+    register_model,
+    write_credentials,
+)
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
+from lmaas.up.logs import trim
 from lmaas.up.roles import Logins, prepare_database
 from lmaas.up.server import Server, is_full
 
@@ -54,6 +62,7 @@ class Stack:
         self._hurry = asyncio.Event()
         self._keepers: list[asyncio.Task[NoReturn]] = []
         self._embedding = ""
+        self._console_key: str | None = None
 
     async def run(self) -> None:
         """Start everything, print the addresses, and stop everything on SIGINT, SIGTERM or SIGHUP. A second signal skips the drain."""
@@ -102,6 +111,7 @@ class Stack:
             model = await register_model(settings, db, self._console, self._stop.is_set)
             if (embedding := await register_embedding_model(settings, db, self._console)) is not None:
                 self._embedding = embedding.name
+            self._console_key = await ensure_console_key(settings, db)
             return logins, model, await ensure_operator_key(settings, db)
         finally:
             await db.close()
@@ -119,7 +129,7 @@ class Stack:
         return task
 
     async def _watch_disk(self) -> None:
-        """Report when the disk of the home folder becomes full, and when it has space again."""
+        """Report when the disk of the home folder becomes full, and when it has space again. Keep the logs small meanwhile."""
         home, was_full = self._settings.home, False
         while True:
             full = is_full(home)
@@ -128,6 +138,7 @@ class Stack:
             elif was_full and not full:
                 self._say(f"The disk of {home} has space again.")
             was_full = full
+            await asyncio.to_thread(trim, home / "logs")
             await asyncio.sleep(DISK_LOOK_S)
 
     def _say(self, text: str, style: str = "") -> None:
@@ -145,14 +156,14 @@ class Stack:
     async def _serve(self, logins: Logins, model: BaseModel, operator_key: str, redis: Redis) -> None:
         settings = logins.gateway
         if settings.zygote == "on":
-            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host))
+            expect(settings.home, spec_of(model, settings.engine_module, settings.engine_host, settings.traces_url))
         ready = settings.home / "ready"
         ready.unlink(missing_ok=True)
         gateway = Child("gateway", replace(logins.gateway, ready_file=ready))
         max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
         controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
-        console = Child("console", of_console(settings)) if settings.console else None
+        console = Child("console", replace(of_console(settings), console_key=self._console_key)) if settings.console else None
         keepers = []
         try:
             gateway.launch()

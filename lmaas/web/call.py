@@ -23,6 +23,16 @@ class Call(Receiver):
         return api_key(self._scope["headers"])
 
     @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The request's headers, with lower-case names."""
+        headers: list[tuple[bytes, bytes]] = self._scope["headers"]
+        return headers
+
+    def note(self, name: str, value: object) -> None:
+        """Leave something in the request's scope for its line in the log and its trace."""
+        self._scope[name] = value
+
+    @property
     def idempotency_keys(self) -> list[str]:
         """The values of all `Idempotency-Key` headers."""
         return [value.decode("latin-1") for name, value in self._scope["headers"] if name == b"idempotency-key"]

@@ -8,9 +8,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lmaas.errors import ModelNotFound
-from lmaas.http import JsonResponse, api_key, speaks_anthropic
+from lmaas.http import PRINCIPAL, JsonResponse, api_key, speaks_anthropic
 from lmaas.inference.catalog import Catalog, ListedModel
-from lmaas.protocols.models import anthropic_model, anthropic_models, openai_model, openai_models
+from lmaas.protocols.models import anthropic_model, anthropic_models, openai_model, openai_models, with_adapters
 from lmaas.web.auth import Authenticator, tenant_of
 
 
@@ -23,15 +23,20 @@ def model_routes(authenticate: Authenticator, catalog: Catalog) -> list[Route]:
 
 
 async def _list(authenticate: Authenticator, catalog: Catalog, request: Request) -> Response:
-    tenant_id = tenant_of(await authenticate(api_key(request.scope["headers"])))
-    models = await catalog.listed(tenant_id)
+    tenant_id = await _tenant(authenticate, request)
+    models = await catalog.listed(tenant_id, adapters=with_adapters(request.query_params))
     return JsonResponse(anthropic_models(models, request.query_params) if speaks_anthropic(request.scope) else openai_models(models))
 
 
 async def _show(authenticate: Authenticator, catalog: Catalog, request: Request) -> Response:
-    tenant_id = tenant_of(await authenticate(api_key(request.scope["headers"])))
+    tenant_id = await _tenant(authenticate, request)
     model = await _find(catalog, tenant_id, request.path_params["model"])
     return JsonResponse(anthropic_model(model) if speaks_anthropic(request.scope) else openai_model(model))
+
+
+async def _tenant(authenticate: Authenticator, request: Request) -> str:
+    principal = request.scope[PRINCIPAL] = await authenticate(api_key(request.scope["headers"]))
+    return tenant_of(principal)
 
 
 async def _find(catalog: Catalog, tenant_id: str, name: str) -> ListedModel:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -16,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from lmaas.config import Settings
 from lmaas.errors import InternalError, LmaasError, Unavailable
-from lmaas.http import JsonResponse, parse_json
+from lmaas.http import PRINCIPAL, ROUTE, JsonResponse, metrics_response, parse_json
 from lmaas.inference.counting import Counting, TokenCounts
-from lmaas.inference.protocol import AnyProtocol, Inference
+from lmaas.inference.protocol import INFERENCE, AnyProtocol, Inference
+from lmaas.inference.request_traces import RequestTraces
 from lmaas.inference.serving import Inferences
 from lmaas.observability import COUNTED, GatewayMetrics
 from lmaas.web.auth import Authenticator, tenant_of
@@ -41,6 +41,7 @@ class Gateway:
     protocols: Sequence[AnyProtocol]
     counts: TokenCounts
     countings: Sequence[Counting]
+    traces: RequestTraces | None = None
 
 
 class Endpoint(ABC):
@@ -52,6 +53,8 @@ class Endpoint(ABC):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         metrics = self._gateway.metrics
+        if self._gateway.traces is not None:
+            scope[ROUTE] = self._path
         try:
             await self._serve(Call(scope, receive, send))
         except LmaasError as error:
@@ -78,9 +81,13 @@ class InferenceEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, protocol = self._gateway, self._protocol
         principal = await gateway.authenticate(call.api_key)
+        call.note(PRINCIPAL, principal)
         tenant_id = tenant_of(principal)
         body = await call.body(gateway.settings.max_body_bytes)
         inference = Inference(call.request_id, protocol, protocol.read(parse_json(body, texts=protocol.texts)))
+        call.note(INFERENCE, inference)
+        if gateway.traces is not None:
+            gateway.traces.begin(inference, call.headers)
         claim = gateway.idempotency.wanted(call, tenant_id, protocol.path, body)
         if inference.request.background:
             await gateway.background.create(principal, inference, body, call, claim)
@@ -104,6 +111,7 @@ class TokensEndpoint(Endpoint):
     async def _serve(self, call: Call) -> None:
         gateway, counting = self._gateway, self._counting
         principal = await gateway.authenticate(call.api_key)
+        call.note(PRINCIPAL, principal)
         tenant_of(principal)
         asked = counting.read(parse_json(await call.body(gateway.settings.max_body_bytes), texts=counting.texts))
         answer = await gateway.counts.serve(principal, counting, asked, call)
@@ -144,5 +152,5 @@ async def _ready(ready: Callable[[], Any], _: Request) -> Response:
     return JsonResponse({"status": "ready"})
 
 
-async def _metrics(gateway: Gateway, _: Request) -> Response:
-    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def _metrics(gateway: Gateway, request: Request) -> Response:
+    return metrics_response(gateway.metrics.registry, request)

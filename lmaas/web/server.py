@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lmaas.config import Settings
 from lmaas.errors import InvalidRequest, LmaasError
-from lmaas.http import error_response, new_request_id
+from lmaas.http import Ended, error_response, new_request_id
 from lmaas.web.slow_clients import SlowClientProtocol, client_bounds
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -101,6 +101,10 @@ class BoundedProtocol(SlowClientProtocol):
     _header_bytes = 0
     _on_lost: Callable[[], None] | None = None
     _stall: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, refused: Ended | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._refused = refused
 
     def on_message_begin(self) -> None:
         """Handle the beginning of a request."""
@@ -227,11 +231,14 @@ class BoundedProtocol(SlowClientProtocol):
         if self.cycle is None or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.response_started):
             request_id = new_request_id()
             path, headers = self.url.partition(b"?")[0].decode("latin-1"), self.headers or []
-            response = error_response(error, {"path": path, "headers": headers, "request_id": request_id})
+            scope = {"method": None, "path": path, "headers": headers, "request_id": request_id}
+            response = error_response(error, scope)
             lines = [b"%b: %b" % line for line in response.raw_headers]
             head = [f"HTTP/1.1 {response.status_code} {_phrase(response.status_code)}".encode(), *lines]
             head += [f"x-request-id: {request_id}".encode(), b"connection: close"]
             self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + bytes(response.body))
+            if self._refused is not None:
+                self._refused(scope, response.status_code, 0.0)
         self.transport.close()
 
 
@@ -242,9 +249,12 @@ def _phrase(status: int) -> str:
         return "Overloaded"  # Anthropic's 529, the only status that HTTP does not know
 
 
-def server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
-    """Make an HTTP server for the application. On SIGTERM it accepts nothing new and gives streams `drain_timeout_s` to end."""
-    protocol: Any = functools.partial(BoundedProtocol, bounds=client_bounds(settings))
+def server(app: ASGIApp, settings: Settings, refused: Ended | None = None) -> uvicorn.Server:
+    """Make an HTTP server for the application. On SIGTERM it accepts nothing new and gives streams `drain_timeout_s` to end.
+
+    `refused` is called for each request that does not reach the application.
+    """
+    protocol: Any = functools.partial(BoundedProtocol, bounds=client_bounds(settings), refused=refused)
     config = uvicorn.Config(
         app,
         host=settings.host,

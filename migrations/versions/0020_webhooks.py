@@ -5,7 +5,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0020"
-down_revision = "0018"
+down_revision = "0019"
 branch_labels = None
 depends_on = None
 
@@ -40,9 +40,7 @@ def upgrade() -> None:
         $$
         """
     )
-    op.execute(
-        "CREATE TRIGGER keep_webhook_secret BEFORE UPDATE OF secret ON webhooks FOR EACH ROW EXECUTE FUNCTION keep_webhook_secret()"
-    )
+    op.execute("CREATE TRIGGER keep_webhook_secret BEFORE UPDATE OF secret ON webhooks FOR EACH ROW EXECUTE FUNCTION keep_webhook_secret()")
     op.create_table(
         "webhook_deliveries",
         sa.Column("tenant_id", sa.Text(), nullable=False),

@@ -5,12 +5,18 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
-from lmaas.api.shapes.common import Name, Shape
+from lmaas.api.shapes.common import Name, Paging, Shape
 
 Flag = Literal["true", "false"]
 Sha256 = Annotated[str, Meta(description="SHA-256 of adapter_model in hex; checked if given.")]
 ConfigFile = Annotated[bytes, Meta(extra_json_schema={"contentMediaType": "application/json"})]
 ModelFile = Annotated[bytes, Meta(extra_json_schema={"contentMediaType": "application/octet-stream"})]
+
+
+class AdapterQuery(Paging, frozen=True, kw_only=True):
+    """Which adapters are listed."""
+
+    search: Annotated[str, Meta(max_length=63, description="Adapters whose names contain this text.")] | None = None
 
 
 class AdapterVersion(Shape, tag_field="object", tag="adapter.version", frozen=True, kw_only=True):

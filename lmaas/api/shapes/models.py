@@ -101,6 +101,8 @@ class Pool(Shape, frozen=True, kw_only=True):
     ready: int
     draining: int
     wanted: Annotated[int, Meta(description="By the autoscaler; fewer are desired where the machines are full.")]
+    queued: Annotated[int, Meta(description="Requests that wait for a slot, as the controller saw them last.")]
+    running: Annotated[int, Meta(description="Slots that requests use; background work is not counted.")]
     reason: str | None
     waits_for_machine: bool
     decided_at: datetime | None

@@ -127,3 +127,22 @@ async def test_a_config_may_be_as_large_as_a_pattern_for_each_module_makes_it(up
     assert seen(await upload(tensors(), config().ljust(MAX_CONFIG_BYTES))) == (201, 1, 1, 1)
     answer = await upload(tensors(), config().ljust(MAX_CONFIG_BYTES + 1))
     assert (answer.status_code, answer.json()["error"]["param"]) == (413, "adapter_config")
+
+
+async def test_adapters_are_found_by_a_part_of_their_name(upload: Upload, operator: httpx.AsyncClient, owner: Tenant) -> None:
+    for name in ("acme-bot", "acme_bot", "bot-2", "cat"):
+        await upload(tensors(), name=name)
+    list_url = f"/admin/v1/tenants/{owner.id}/adapters"
+
+    async def found(**query: Any) -> tuple[list[str], bool]:
+        page = (await operator.get(list_url, params=query)).json()
+        return [adapter["name"] for adapter in page["data"]], page["has_more"]
+
+    assert await found(search="bot") == (["acme-bot", "acme_bot", "bot-2"], False)
+    first = (await operator.get(list_url, params={"search": "bot", "limit": 1})).json()
+    assert await found(search="bot", limit=1, after=first["last_id"]) == (["acme_bot"], True)
+    # Characters with a meaning in patterns have none here.
+    assert await found(search="e_b") == (["acme_bot"], False)
+    assert [await found(search=text) for text in ("%", "\\", "BOT", "nothing")] == [([], False)] * 4
+    assert await found(search="") == (["acme-bot", "acme_bot", "bot-2", "cat"], False)
+    assert (await operator.get(list_url, params={"search": "x" * 64})).json()["error"]["param"] == "search"

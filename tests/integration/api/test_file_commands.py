@@ -54,7 +54,7 @@ async def test_files(stack: Stack, operator_key: str, tmp_path: Path, monkeypatc
     # Operators do not see files.
     for options in ((), ("--tenant", "acme")):
         code, _, err = await lmaas(stack, operator_key, *options, "files", "list")
-        assert (code, "Operators do not see a tenant's files" in err) == (2, True)
+        assert (code, "Only a tenant's own key may do this" in err) == (2, True)
 
 
 async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> None:
@@ -79,4 +79,4 @@ async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> 
     code, _, err = await run("--tenant", "globex", "files", "list")
     assert (code, "has no key of the tenant 'globex'" in err) == (1, True)
     code, _, err = await run("files", "list")
-    assert (code, "Name the tenant before the command" in err) == (2, True)
+    assert (code, "Name the tenant: --tenant NAME." in err) == (2, True)

@@ -56,7 +56,7 @@ async def test_a_key_says_whose_resources_are_meant(stack: Stack, operator_key: 
         done, out, err = await lmaas(stack, key, "--json", *arguments)
         assert done == code, err
         if code == 2:
-            assert "Name the tenant before the command" in err
+            assert "Name the tenant: --tenant NAME." in err
         elif code == 1:
             assert "This needs a key of the role tenant_admin." in err
         elif arguments[-2:] == ["key", "list"]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from lmaas.app import build_inferences
 from lmaas.errors import Unavailable
 from lmaas.inference.cache import Changes
+from lmaas.inference.observers import UNOBSERVED, Observers
 from lmaas.jobs.background import BackgroundRuns
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.metrics import JobMetrics
@@ -61,14 +62,15 @@ async def _beat(db: Database, runner_id: str) -> None:
 
 
 @asynccontextmanager
-async def runner(stack: Stack) -> AsyncIterator[Runner]:
+async def runner(stack: Stack, observers: Observers = UNOBSERVED) -> AsyncIterator[Runner]:
     """Run a runner with the login of one until the end of the block."""
     db = stack.database(DatabaseRole.JOBS)
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)
 
     protocol = BackgroundResponses(StoredState(db))
-    made = Runner(await register(db), BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH), db)
+    runs = BackgroundRuns(db, inferences, protocol, Keys(db, 1, changes), JobMetrics(), MONTH, observers)
+    made = Runner(await register(db), runs, db)
     async with inferences.client:
         keepers = [asyncio.create_task(inferences.leases.run()), asyncio.create_task(changes.run())]
         made.tasks = [

@@ -24,6 +24,7 @@ from lmaas.app import Services, build_gateway, connected
 from lmaas.config import Settings
 from lmaas.engine.client import EngineClient
 from lmaas.engine.grammars.service import serve_checks
+from lmaas.inference.observers import UNOBSERVED, Observers
 from lmaas.keys import hash_key, new_key, shown_prefix
 from lmaas.metering.writer import write_events
 from lmaas.replica.supervisor import Supervisor
@@ -226,11 +227,11 @@ class Stack:
         return Replica(replica_id, url, await asyncio.to_thread(_pid_of, url), task)
 
     @asynccontextmanager
-    async def gateway(self, **changes: Any) -> AsyncIterator["Gateway"]:
+    async def gateway(self, observers: Observers = UNOBSERVED, **changes: Any) -> AsyncIterator["Gateway"]:
         """Run another gateway with other settings until the end of the block."""
         settings = dataclasses.replace(self.settings, port=free_port(), **changes)
-        app, leases = build_gateway(settings, dataclasses.replace(self.services, db=self.database(DatabaseRole.GATEWAY)))
-        serving = server(app, settings)
+        app, leases = build_gateway(settings, dataclasses.replace(self.services, db=self.database(DatabaseRole.GATEWAY)), observers)
+        serving = server(app, settings, observers.ended)
         task = asyncio.create_task(serving.serve(), name="gateway")
         await until(lambda: serving.started or task.done(), every_s=0.01)
         gateway = Gateway(f"http://127.0.0.1:{settings.port}", serving.__setattr__, leases, task)
@@ -320,12 +321,13 @@ class Gateway:
 async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
     """Run a stack with an empty database, an empty Valkey and a gateway. `changes` are other settings."""
     with new_database(postgres_url) as database_url:
-        async with _running(database_url, valkey_url, home, **changes) as stack:
+        async with running_on(database_url, valkey_url, home, **changes) as stack:
             yield stack
 
 
 @asynccontextmanager
-async def _running(database_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
+async def running_on(database_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
+    """Run a stack with this database, an empty Valkey and a gateway."""
     settings = Settings(
         home=home,
         database_url=database_url,

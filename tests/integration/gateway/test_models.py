@@ -46,6 +46,16 @@ async def test_openais_client_lists_models_with_their_kinds(service: Service) ->
         assert (await client.models.retrieve("robot@1")).model_dump()["kind"] == "generate"
 
 
+async def test_base_models_are_listed_alone(service: Service) -> None:
+    async with service.stack.client(service.tenant) as http:
+        found = (await http.get("/v1/models?adapters=false")).json()["data"]
+        assert [(model["id"], model["parent"]) for model in found] == [("base", None), ("embedder", None)]
+        assert len((await http.get("/v1/models?adapters=true")).json()["data"]) == 3
+        for refused in ("", "no", "False"):
+            response = await http.get(f"/v1/models?adapters={refused}")
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "adapters")
+
+
 async def test_anthropics_client_lists_models_page_by_page(service: Service) -> None:
     async with AsyncAnthropic(base_url=service.stack.url, api_key=service.tenant.key, max_retries=0) as client:
         first = await client.models.list(limit=2)

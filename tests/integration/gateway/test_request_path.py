@@ -226,7 +226,7 @@ async def test_a_stream_hears_of_the_queue_while_no_engine_is_ready(service: Ser
     plain = asyncio.create_task(service.post(tenant, COMPLETION, ask(COMPLETION, "warming-up")))
     assert first.comments[0].startswith(": queued position=1 estimated_wait_s=")
     assert second.comments[0].startswith(": queued position=2 estimated_wait_s=")
-    assert re.fullmatch(r": queued position=1 estimated_wait_s=[1-9]\d*( start=unknown)?", first.comments[0])
+    assert re.fullmatch(r": queued position=1 estimated_wait_s=[1-9]\d*( start=unknown)? cold_start=yes", first.comments[0])
     assert not first.raw
     await service.stack.replica(pool)
     await asyncio.gather(*tasks)

@@ -73,7 +73,7 @@ async def test_the_first_comment_comes_after_a_second_and_the_next_ones_later(st
     before, _, event = text.partition(b"data: ")
     lines = before.splitlines(keepends=True)
     assert 2 <= len(lines) <= 5
-    found = [re.fullmatch(rb": queued position=1 estimated_wait_s=(\d+) start=unknown\n", line) for line in lines]
+    found = [re.fullmatch(rb": queued position=1 estimated_wait_s=(\d+) start=unknown cold_start=yes\n", line) for line in lines]
     waits = [int(each[1]) for each in found if each is not None]
     assert len(waits) == len(lines), "no empty line"
     assert waits == sorted(waits, reverse=True)

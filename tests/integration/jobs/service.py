@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lmaas.app import batch_protocols, build_inferences
 from lmaas.errors import NotFound
 from lmaas.inference.cache import Changes
+from lmaas.inference.observers import UNOBSERVED, Observers
 from lmaas.inference.serving import Inferences
 from lmaas.jobs.keys import Keys
 from lmaas.jobs.lines import LineWorker
@@ -121,7 +122,9 @@ class Mortal(Database):
 
 
 @asynccontextmanager
-async def runner(stack: Stack, texts: Texts, db: Database | None = None, **changes: Any) -> AsyncIterator[Running]:
+async def runner(
+    stack: Stack, texts: Texts, db: Database | None = None, observers: Observers = UNOBSERVED, **changes: Any
+) -> AsyncIterator[Running]:
     """Run a job runner with a worker of lines. One with a database of its own is killed at the end, and not stopped."""
     settings = dataclasses.replace(stack.settings, **changes)
     services = dataclasses.replace(stack.services, db=db or stack.database(DatabaseRole.JOBS))
@@ -131,7 +134,8 @@ async def runner(stack: Stack, texts: Texts, db: Database | None = None, **chang
     protocols = {protocol.path: protocol for protocol in batch_protocols(responses)}
     files: Any = texts
     keys = Keys(services.db, settings.auth_grace_s, known)
-    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s)
+    drain_s = settings.drain_timeout_s
+    worker = LineWorker(services.db, files, services.scheduler, inferences, protocols, keys, metrics, drain_s, observers)
     job = Runner(services.db, [worker], metrics.lost)
     stopping = asyncio.Event()
     async with inferences.client:

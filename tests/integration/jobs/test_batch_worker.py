@@ -19,7 +19,6 @@ from lmaas.store.database import Database
 from lmaas.store.line_leases import claim_batch
 from lmaas.store.runners import BatchLease, LeaseLost, free_lost, register
 from lmaas.store.scopes import SYSTEM
-from lmaas.store.tenants import create_tenant
 from tests.support.batches import batch_row, make_batch, some_lines
 from tests.support.conditions import until
 
@@ -76,12 +75,6 @@ async def working(jobs_db: Database, steps: Steps) -> AsyncIterator[asyncio.Even
     stopping.set()
     async with asyncio.timeout(10):
         await task
-
-
-@pytest.fixture
-async def tenant_id(db: Database) -> str:
-    """A tenant."""
-    return (await create_tenant(db, "acme", "standard", 64, 10)).id
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ from sqlalchemy import text
 
 from lmaas.errors import Unavailable
 from lmaas.http import new_request_id
+from lmaas.inference.observers import Observers
+from lmaas.inference.request_log import RequestLog
 from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import Scheduler, gateway_channel
@@ -55,7 +57,8 @@ async def test_every_line_has_one_result_and_one_charge(stack: Stack) -> None:
     lines[9] = chat("l9", "unknown")
     lines[11] = b'{"custom_id": "l11", "body": 5}'
     batch_id = await batch_of(stack, texts, tenant, model, lines)
-    async with runner(stack, texts):
+    logged: list[str] = []
+    async with runner(stack, texts, observers=Observers(RequestLog(logged.append))):
         await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
     row, rows = await batch_row(stack.db, batch_id), await line_rows(stack.db, batch_id)
     assert (row.completed, row.failed) == (47, 3)
@@ -72,6 +75,12 @@ async def test_every_line_has_one_result_and_one_charge(stack: Stack) -> None:
     assert row.completion_tokens == sum(event.completion_tokens for event in events) == completion - 1, "the probe is no tenant's"
     assert row.prompt_tokens == sum(event.prompt_tokens for event in events)
     assert await wasted(stack, batch_id) == []
+    # The log has a line for each attempt whose request could be read.
+    attempts = [json.loads(line) for line in logged]
+    assert {each["request_id"] for each in attempts} == {line.request_id for line in rows if line.position not in (7, 11)}
+    outcomes = Counter((each["outcome"], each["code"]) for each in attempts)
+    assert outcomes == {("completed", None): 47, ("refused", "model_not_found"): 1}
+    assert {(each["action"], each["belongs_to"], each["tenant_id"]) for each in attempts} == {("batch_line", batch_id, tenant.id)}
 
 
 async def test_a_line_whose_slot_is_taken_back_runs_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

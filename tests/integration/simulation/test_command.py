@@ -28,7 +28,7 @@ def test_a_table_for_people_has_all_three_arrangements(trace: Path) -> None:
 
 
 def test_json_for_programs_has_all_figures(trace: Path) -> None:
-    done = run("--json", "simulate", trace, "--idle-timeout-s", "60", "--engine-price", "3600000")
+    done = run("--json", "simulate", trace, "--idle-timeout-s", "60", "--engine-price", "3.6")
     always, zero, shared = json.loads(done.stdout)
     assert always["engine_s"] == pytest.approx(2 * 900, rel=0.01)
     assert always["cost_microusd"] == pytest.approx(2 * 900 * 1000, rel=0.01)
@@ -82,6 +82,22 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     ]
     [shared] = json.loads(run("--json", "simulate", path, "--only", "shared", *named).stdout)
     assert shared["completed"] == 1
+
+
+def test_a_part_of_a_trace_that_is_too_much_is_simulated_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "burst.jsonl"
+    lines = [{"timestamp": number, "input_length": 5000 if number == 150 else 1500, "output_length": 900} for number in range(800)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    page = tmp_path / "page.html"
+    options = ("--slice", "0.1s:", "--context", "2048", "--max-replicas", "1", "--tenants", "1", "--chart", page)
+    done = run("simulate", path, *options)
+    assert done.exit_code == 0, done.output
+    assert "699 requests of 1 tenants" in done.stderr
+    assert "1 requests are left out: their prompts do not fit a context of 2,048 tokens." in done.stderr
+    assert "Warning: shared:" in done.stderr
+    text = page.read_text()
+    for words in ("had no answer within 300 s", "given up after waiting too long", "refused because the queue was full"):
+        assert words in text
 
 
 def test_charts_are_written(trace: Path, tmp_path: Path) -> None:

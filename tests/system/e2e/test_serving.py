@@ -37,7 +37,9 @@ def test_from_zero_to_an_answer_and_back_to_zero(stack: Stack) -> None:
         lines.extend((time.monotonic(), line) for line in response.iter_lines() if line)
     comments = [(at, line) for at, line in lines if line.startswith(":")]
     assert comments, "a cold start takes longer than a second"
-    assert all(re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=unknown)?", line) for _, line in comments)
+    assert all(
+        re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=\w+)? cold_start=yes", line) for _, line in comments
+    )
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(comments)]
     assert all(gap < 20 for gap in gaps), "about every ten seconds"
     events = [json.loads(line.removeprefix("data: ")) for _, line in lines if line.startswith("data: {")]

@@ -96,4 +96,4 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], complaint: str) -> Non
 def test_an_operator_names_the_tenant() -> None:
     done = CliRunner().invoke(cli, ["adapter", "list"], env={"LMAAS_URL": None, "LMAAS_API_KEY": None})
     assert done.exit_code == 2
-    assert "Name the tenant before the command: lmaas --tenant NAME" in done.output
+    assert "Name the tenant: --tenant NAME." in done.output

@@ -199,7 +199,7 @@ def test_the_images_settings_mean_something() -> None:
 def known_metrics() -> set[str]:
     """Every sample's name that gateways and controllers show."""
     gateway = GatewayMetrics()
-    gateway.requests.ended("chat", "ok", queue_s=0.1, prompt=1, cached=0, completion=1)
+    gateway.requests.ended("chat", "completed", queue_s=0.1, first_s=0.1, total_s=2, prompt=1, cached=0, completion=2)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
     controller.file_sweeper = Mock(stored=(1, 1))

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from lmaas.observability import MAX_CODES, GatewayMetrics
+from lmaas.observability import MAX_CODES, GatewayMetrics, exposition
 from lmaas.protocols.text import ChatCompletions
 from lmaas.web.routes import InferenceEndpoint
 
@@ -44,7 +46,7 @@ def test_requests_are_counted_by_outcome_tokens_and_queue_time() -> None:
 
     for queue_s in (0, 0.005, 0.006, 1.5, 500):
         metrics.requests.begun()
-        metrics.requests.ended("/v1/x", "completed", queue_s=queue_s, prompt=10, cached=4, completion=2)
+        metrics.requests.ended("/v1/x", "completed", queue_s=queue_s, first_s=None, total_s=600, prompt=10, cached=4, completion=2)
     metrics.requests.begun()
     metrics.requests.counted("/v1/y", "counted")
     assert value("lmaas_requests_total", endpoint="/v1/x", outcome="completed") == 5
@@ -55,6 +57,50 @@ def test_requests_are_counted_by_outcome_tokens_and_queue_time() -> None:
     assert {bound: value("lmaas_queue_seconds_bucket", le=bound) for bound in bounds} == bounds
     assert value("lmaas_queue_seconds_count") == 5
     assert value("lmaas_queue_seconds_sum") == pytest.approx(501.511)
+
+
+def test_the_times_of_streams_are_counted() -> None:
+    metrics = GatewayMetrics()
+
+    def ended(outcome: str, first_s: float | None, total_s: float, completion: int, trace_id: str = "") -> None:
+        metrics.requests.begun()
+        counts = {"prompt": 1, "cached": 0, "completion": completion}
+        metrics.requests.ended("/v1/x", outcome, queue_s=0, first_s=first_s, total_s=total_s, trace_id=trace_id, **counts)
+
+    def value(name: str) -> list[float | None]:
+        return [metrics.registry.get_sample_value(f"lmaas_{name}_{part}") for part in ("count", "sum")]
+
+    ended("completed", 0.2, 1.2, 11)
+    ended("completed", 0.2, 0.2, 1)  # one token has no time between tokens
+    ended("completed", None, 3, 5)  # an answer in one piece
+    ended("aborted", 0.4, 9, 5)  # the client left, so its times are not those of a request
+    ended("expired", None, 300, 0)
+    assert value("first_event_seconds") == [3, pytest.approx(0.8)]
+    assert value("token_seconds") == [1, pytest.approx(0.1)]
+    assert value("request_seconds") == [3, pytest.approx(4.4)]
+
+
+def test_exemplars_name_the_newest_trace_of_each_bucket() -> None:
+    metrics = GatewayMetrics()
+    for queue_s, trace_id in ((0.1, "a" * 32), (0.1, "b" * 32), (0.1, ""), (500, "c" * 32)):
+        metrics.requests.begun()
+        counts = {"prompt": 1, "cached": 0, "completion": 1}
+        metrics.requests.ended("/v1/x", "completed", queue_s=queue_s, first_s=None, total_s=0, trace_id=trace_id, **counts)
+    text, content_type = exposition(metrics.registry, "text/html,application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.1")
+    assert content_type.startswith("application/openmetrics-text")
+    parsed: Any = text_string_to_metric_families
+    families = {family.name: family for family in parsed(text.decode())}
+    found = {
+        sample.labels["le"]: sample.exemplar.labels["trace_id"] for sample in families["lmaas_queue_seconds"].samples if sample.exemplar
+    }
+    assert found == {"0.25": "b" * 32, "+Inf": "c" * 32}
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", "text/plain;version=0.0.4", "nonsense;;;=,"])
+def test_other_clients_get_plain_text(accept: str) -> None:
+    text, content_type = exposition(GatewayMetrics().registry, accept)
+    assert content_type.startswith("text/plain; version=")
+    assert b"# TYPE lmaas_requests_in_flight gauge" in text
 
 
 def test_codes_without_end_are_not_kept_apart() -> None:
