@@ -18,7 +18,7 @@ from sqlalchemy import make_url, text
 
 from bench.frame import Bar, Say, attempted, summary
 from lmaas.states import UsageStatus
-from lmaas.store import idempotency, tenants, usage
+from lmaas.store import idempotency, tenants, usage, usage_days
 from lmaas.store.adapters import find_served
 from lmaas.store.database import Database, driver_url
 from lmaas.store.idempotency import Claim
@@ -78,7 +78,7 @@ HOT: dict[str, Callable[[Place, int], Awaitable[object]]] = {
     "resolution of an adapter": lambda place, number: find_served(place.gateway, f"ten_{number % TENANTS}", "bot-3", None),
     "claim of an idempotency key": _claim,
     "usage event": _event,
-    "a month's use": lambda place, number: usage.month_total(
+    "a month's use": lambda place, number: usage_days.month_total(
         place.gateway, f"ten_{number % TENANTS}", datetime.now(UTC).year, datetime.now(UTC).month
     ),
 }

@@ -60,11 +60,25 @@ class EnginePhase(StrEnum):
 
 
 class Dimension(StrEnum):
-    """The fields by which the lines of a cost report may be grouped. An adapter is named within its tenant. `work` is interactive or
-    background."""
+    """The fields by which the lines of a cost report may be grouped. An adapter is named within its tenant. Days and months are UTC.
+    `work` is interactive or background."""
 
     DAY = "day"
+    MONTH = "month"
     TENANT = "tenant"
+    MODEL = "model"
+    ADAPTER = "adapter"
+    WORK = "work"
+
+
+class UsageDimension(StrEnum):
+    """The fields by which the lines of a usage report may be grouped, in the order of their columns."""
+
+    DAY = "day"
+    MONTH = "month"
+    TENANT = "tenant"
+    KEY = "key"
+    MODEL = "model"
     ADAPTER = "adapter"
     WORK = "work"
 

@@ -1,4 +1,4 @@
-"""Reads from the ledger what tenants and keys have used this month, for when Redis has lost these figures."""
+"""Reads from the ledger's daily sums what tenants and keys have used this month, for when Redis has lost these figures."""
 
 import asyncio
 import functools
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lmaas.scheduling.client import Seed
 from lmaas.store.database import Database
-from lmaas.store.usage import month_total
+from lmaas.store.usage_days import month_total
 
 
 class Months:

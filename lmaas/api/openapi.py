@@ -15,7 +15,7 @@ Schema = dict[str, Any]
 #: The paths of Anthropic's clients, whose errors have another shape. The protocol describes it.
 _ANTHROPIC = "/v1/messages/"
 _REF = "#/components/schemas/{name}"
-_GENERIC = re.compile(r"(Page|List)_(\w+)_")
+_GENERIC = re.compile(r"Page_(\w+)_")
 _CALLERS = {
     Permission.OPERATOR: "an operator's key",
     Permission.TENANT_ADMIN: "a key of the role tenant_admin",
@@ -108,7 +108,7 @@ def _schemas(types: Iterable[type]) -> dict[str, Schema]:
 
 def _plain_name(name: str) -> str:
     """Return `TenantPage` for msgspec's `Page_Tenant_`."""
-    return _GENERIC.sub(r"\2\1", name)
+    return _GENERIC.sub(r"\1Page", name)
 
 
 def _tidied(value: Any) -> Any:
@@ -155,6 +155,8 @@ def _name(kind: Any) -> str:
 def _responses(place: Place) -> dict[str, Any]:
     operation = place.operation
     content: Schema = {operation.media: {} if operation.answer is None else {"schema": ref(_plain_name(_name(operation.answer)))}}
+    if operation.csv:
+        content["text/csv"] = {"schema": {"type": "string", "description": "The whole report, a row for each line."}}
     if operation.events:
         content["text/event-stream"] = {"schema": {"type": "string", "description": operation.events}}
     done = {operation.status: "Created." if operation.status == 201 else "Done."} | dict(operation.also)

@@ -44,6 +44,7 @@ class Operation:
     `texts` are the fields of the body whose strings are for a model: then the body may be as large as that of an inference request.
     With `reads_body` the handler reads the body itself, as a form's always does. `media` is the type of the answer; with another than JSON
     the handler returns a response, and `answer` describes what is in it, if it is JSON too.
+    A report with `csv` is also served as CSV, if it is asked for.
     `also` describes further statuses of success. `events` describes the server-sent events that it may answer with instead.
     """
 
@@ -64,6 +65,7 @@ class Operation:
     media: str = "application/json"
     for_operators: bool = True
     events: str = ""
+    csv: bool = False
 
     @property
     def is_paged(self) -> bool:

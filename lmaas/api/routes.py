@@ -99,6 +99,7 @@ HANDLERS: Mapping[str, Handler] = {
         (table.LIST_EVENTS, usage.list_events),
         (table.REPORT_ALL_USAGE, usage.report_all_usage),
         (table.LIST_ALL_EVENTS, usage.list_all_events),
+        (table.CHECK_USAGE, usage.check_usage),
         (table.REPORT_COGS, usage.report_cogs),
     )
 }

@@ -10,7 +10,7 @@ its row.
 
 from lmaas.api.operation import Operation, Permission
 from lmaas.api.shapes import adapters, batches, files, models, responses, sessions, tenants, usage
-from lmaas.api.shapes.common import DryRun, List, Page, Paging
+from lmaas.api.shapes.common import DryRun, Page, Paging
 from lmaas.audit import Action
 
 _OPERATOR, _ADMIN, _ANY = Permission.OPERATOR, Permission.TENANT_ADMIN, Permission.TENANT
@@ -126,9 +126,10 @@ REPORT_USAGE = Operation(
     "GET",
     "/v1/usage",
     _ANY,
-    "Report requests, tokens and charges by day and model.",
-    List[usage.Usage],
-    query=usage.Period,
+    "Report requests, tokens and charges by day, model, adapter and class of work, or by other fields. A key for inference sees its own.",
+    Page[usage.Usage],
+    query=usage.UsageQuery,
+    csv=True,
     for_operators=False,
 )
 LIST_EVENTS = Operation(
@@ -136,9 +137,10 @@ LIST_EVENTS = Operation(
     "GET",
     "/v1/usage/events",
     _ANY,
-    "List the events of the ledger, one for each request, newest first.",
+    "List the events of the ledger, one for each request, newest first. A key for inference sees its own.",
     Page[usage.UsageEvent],
-    query=Paging,
+    query=usage.EventQuery,
+    csv=True,
     for_operators=False,
 )
 
@@ -563,9 +565,11 @@ REPORT_ALL_USAGE = Operation(
     "GET",
     "/admin/v1/usage",
     _OPERATOR,
-    "Report requests, tokens and charges by day, tenant, model and class of work, and the tokens that were wasted.",
-    List[usage.OperatorUsage],
-    query=usage.OperatorPeriod,
+    "Report requests, tokens and charges by day, tenant, model, adapter and class of work, or by other fields, and the tokens that were "
+    "wasted.",
+    Page[usage.OperatorUsage],
+    query=usage.OperatorUsageQuery,
+    csv=True,
 )
 LIST_ALL_EVENTS = Operation(
     "list_all_events",
@@ -574,16 +578,27 @@ LIST_ALL_EVENTS = Operation(
     _OPERATOR,
     "List the events of the ledger, one for each request, newest first.",
     Page[usage.OperatorUsageEvent],
-    query=usage.OperatorEvents,
+    query=usage.OperatorEventQuery,
+    csv=True,
+)
+CHECK_USAGE = Operation(
+    "check_usage",
+    "GET",
+    "/admin/v1/usage/check",
+    _OPERATOR,
+    "Compare the daily sums from which reports are made with the ledger.",
+    usage.UsageCheck,
+    query=usage.CheckQuery,
 )
 REPORT_COGS = Operation(
     "report_cogs",
     "GET",
     "/admin/v1/cogs",
     _OPERATOR,
-    "Report engine time, its cost, the charge and the margin, by day, tenant and adapter, or only some of these.",
+    "Report engine time, its cost, the charge and the margin, by day, tenant and adapter, or by other fields.",
     usage.Cogs,
     query=usage.CogsQuery,
+    csv=True,
 )
 
 OPERATIONS = tuple(value for value in tuple(globals().values()) if isinstance(value, Operation))

@@ -5,29 +5,33 @@ from typing import Any, TypeVar
 
 import click
 
+from lmaas.cli.money import BUDGET
+from lmaas.cli.tables import cell, is_money
+
 LIMIT_OPTIONS = (
-    ("--requests-per-minute", "Requests accepted in any 60 seconds."),
-    ("--tokens-per-minute", "Prompt and completion tokens in any 60 seconds."),
-    ("--max-concurrent", "Requests that wait or run at once."),
-    ("--tokens-per-month", "Prompt and completion tokens in a calendar month (UTC)."),
-    ("--budget-per-month", "Micro-dollars in a calendar month (UTC): 5000000 is 5 $."),
+    ("--requests-per-minute", int, "Requests accepted in any 60 seconds."),
+    ("--tokens-per-minute", int, "Prompt and completion tokens in any 60 seconds."),
+    ("--max-concurrent", int, "Requests that wait or run at once."),
+    ("--tokens-per-month", int, "Prompt and completion tokens in a calendar month (UTC)."),
+    ("--budget-per-month", BUDGET, "Dollars in a calendar month (UTC), such as 50."),
 )
-LIMITS = tuple(option.removeprefix("--").replace("-", "_") for option, _ in LIMIT_OPTIONS)
+LIMITS = tuple(option.removeprefix("--").replace("-", "_") for option, *_ in LIMIT_OPTIONS)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def limit_options(command: Command) -> Command:
     """Add the options for limits of a tenant or a key."""
-    for option, text in reversed(LIMIT_OPTIONS):
-        command = click.option(option, type=int, help=f"{text} 0: no limit of its own.")(command)
+    for option, kind, text in reversed(LIMIT_OPTIONS):
+        command = click.option(option, type=kind, help=f"{text} 0: no limit of its own.")(command)
     return command
 
 
 def limited(row: dict[str, Any]) -> dict[str, Any]:
     """Return the row with its limits as one text: a tenant's with those of its tier, a key's own."""
     limits = row.get("effective_limits", row)
-    return row | {"limits": ", ".join(f"{name} {limits[name]}" for name in LIMITS if limits.get(name) is not None) or "none"}
+    texts = [f"{name} {cell(limits[name], money=is_money(name))}" for name in LIMITS if limits.get(name) is not None]
+    return row | {"limits": ", ".join(texts) or "none"}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

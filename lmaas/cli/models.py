@@ -8,6 +8,7 @@ import click
 
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.money import PRICE
 from lmaas.cli.tables import plain
 from lmaas.states import PoolKind
 
@@ -22,7 +23,7 @@ ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras"
 UNDECIDED = "the controller has not decided yet"
 
 Command = TypeVar("Command", bound=Callable[..., None])
-OPTIONS: tuple[tuple[str, type, str], ...] = (
+OPTIONS: tuple[tuple[str, type | click.ParamType[int], str], ...] = (
     ("--min-replicas", int, "Replicas that run even without requests."),
     ("--max-replicas", int, "The most replicas of the pool."),
     ("--cpus", float, "CPUs that a replica takes from its machine."),
@@ -36,10 +37,10 @@ OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("--kv-cache-bytes", int, "Memory of an engine for the context of running sequences."),
     ("--dtype", str, "float32, bfloat16, float16 or auto."),
     ("--engine-args", str, "More arguments for the engine, in one text."),
-    ("--prompt-price", int, "Micro-dollars per million prompt tokens: 150000 is 0.15 $."),
-    ("--cached-price", int, "Micro-dollars per million prompt tokens that were in the engine's prefix cache."),
-    ("--completion-price", int, "Micro-dollars per million completion tokens."),
-    ("--engine-price", int, "Cost of an engine in micro-dollars per hour."),
+    ("--prompt-price", PRICE, "Dollars per million prompt tokens, such as 0.15."),
+    ("--cached-price", PRICE, "Dollars per million prompt tokens that were in the engine's prefix cache."),
+    ("--completion-price", PRICE, "Dollars per million completion tokens."),
+    ("--engine-price", PRICE, "Cost of an engine in dollars per hour."),
 )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmaas.cli.context import Context
+from lmaas.cli.money import PRICE
 from lmaas.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--slots", type=click.IntRange(1), help="Sequences that an engine runs at once.  [default: LMAAS_ENGINE_MAX_NUM_SEQS]")
 @click.option("--idle-timeout-s", type=click.FloatRange(0), help="Idle time before an engine stops.  [default: LMAAS_IDLE_TIMEOUT_S]")
 @click.option("--max-replicas", type=click.IntRange(1), default=8, show_default=True, help="The most engines of the shared pool.")
-@click.option("--engine-price", type=click.IntRange(0), default=400_000, show_default=True, help="Micro-dollars per hour of an engine.")
+@click.option("--engine-price", type=PRICE, default="0.4", show_default=True, help="Dollars per hour of an engine.")
 @click.make_pass_decorator(Context)
 def simulate(
     context: Context,

@@ -19,6 +19,10 @@ SHORT = {
     "cost_microusd": "cost $",
     "charge_microusd": "charge $",
     "margin_microusd": "margin $",
+    "prompt_price": "prompt $/M",
+    "cached_price": "cached $/M",
+    "completion_price": "completion $/M",
+    "engine_price": "engine $/h",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
 _WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
@@ -35,13 +39,13 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
     from rich.table import Table
     from rich.text import Text
 
-    texts = {column: [_shortened(cell(row.get(column), money=_is_money(column))) for row in rows] for column in columns}
+    texts = {column: [_shortened(cell(row.get(column), money=is_money(column))) for row in rows] for column in columns}
     shown, hidden = list(columns), list[str]()
     while width is not None and len(shown) > 1 and sum(_least_width(column, texts[column]) + 2 for column in shown) - 2 > width:
         hidden.insert(0, heading(shown.pop()))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
-        number = all(isinstance(row.get(column), int | float) for row in rows)
+        number = is_money(column) or all(isinstance(row.get(column), int | float) for row in rows)
         title = heading(column)
         if width is not None:
             title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
@@ -62,8 +66,8 @@ def _least_width(column: str, texts: Sequence[str]) -> int:
 
 def lines(row: dict[str, Any], columns: Sequence[str], width: int | None = None) -> list[str]:
     """Return one row as a line for each column, broken between words where it would be longer than `width`."""
-    headings = (column.replace("_microusd", " $").replace("_", " ") for column in columns)
-    values = (cell(row.get(column), money=_is_money(column)) for column in columns)
+    headings = (heading(column) if is_money(column) else column.replace("_", " ") for column in columns)
+    values = (cell(row.get(column), money=is_money(column)) for column in columns)
     return labelled(dict(zip(headings, values, strict=True)), width)
 
 
@@ -90,7 +94,7 @@ def cell(value: Any, *, money: bool) -> str:
     """Return a value as text in one line: micro-dollars as dollars, moments to the second, control characters escaped."""
     if value is None:
         return "-"
-    if money:
+    if money and isinstance(value, int):
         dollars, micro = divmod(abs(value), 1_000_000)
         return f"{'-' if value < 0 else ''}{dollars}.{micro:06d}"
     if isinstance(value, list):
@@ -111,5 +115,6 @@ def _shortened(text: str) -> str:
     return text[:12] if len(text) == _HASH_LENGTH and text.isalnum() else text
 
 
-def _is_money(column: str) -> bool:
-    return column.endswith("_microusd")
+def is_money(column: str) -> bool:
+    """Return whether the numbers of a column are micro-dollars."""
+    return column.endswith(("_microusd", "_price")) or column == "budget_per_month"

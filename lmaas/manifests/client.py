@@ -226,9 +226,18 @@ class ApiClient:
             files = {"file": (path.name, _Counted(path, file, progress or (lambda _: None)), "application/octet-stream")}
             return self._checked(CREATE_FILE, {}, data=fields, files=files)
 
-    def download(self, operation: Operation, target: BinaryIO, progress: Progress | None = None, **path: str) -> None:
+    def download(
+        self,
+        operation: Operation,
+        target: BinaryIO,
+        progress: Progress | None = None,
+        *,
+        query: Mapping[str, Any] | None = None,
+        **path: str,
+    ) -> None:
         """Write the answer of an operation to a file, as it comes. Raises as `send`, and SettingsError if the answer breaks off."""
-        with self._errors(), self._http.stream(operation.method, self._root + self._address(operation, path)) as response:
+        params = {name: _text(value) for name, value in (query or {}).items() if value is not None}
+        with self._errors(), self._http.stream(operation.method, self._root + self._address(operation, path), params=params) as response:
             if response.is_error:
                 response.read()
                 self._read(response, None)

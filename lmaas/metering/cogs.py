@@ -23,11 +23,13 @@ MS_PER_HOUR = 3_600_000
 
 @dataclass(slots=True)
 class Line:
-    """The cost and the charge of one consumer on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars."""
+    """The cost and the charge of one consumer on one day. `cost` is in 1/3,600,000 micro-dollars, `charge` in picodollars. `unpriced`
+    counts requests that used tokens and cost nothing, because no price was set."""
 
     ms: dict[EnginePhase, int] = field(default_factory=lambda: dict.fromkeys(EnginePhase, 0))
     cost: int = 0
     charge: int = 0
+    unpriced: int = 0
 
     def add(self, other: "Line") -> None:
         """Add another line to this one."""
@@ -35,6 +37,7 @@ class Line:
             self.ms[phase] += ms
         self.cost += other.cost
         self.charge += other.charge
+        self.unpriced += other.unpriced
 
     @property
     def total_ms(self) -> int:
@@ -44,13 +47,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A line for display, with money in micro-dollars. Fields that the lines are not grouped by are None."""
+    """A line for display, with money in micro-dollars. Fields that the lines are not grouped by are None. A month is its first day."""
 
     day: date | None
     consumer: Consumer | None
     ms: dict[EnginePhase, int]
     cost_microusd: int
     charge_microusd: int
+    unpriced_requests: int = 0
 
     @property
     def margin_microusd(self) -> int:
@@ -163,11 +167,13 @@ def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[
     lines = allocate(times, work)
     unallocated_ms = sum(line.total_ms for (_, consumer), line in lines.items() if consumer.tenant_id is None)
     for charge in charges:
-        lines.setdefault((charge.day, charge.consumer), Line()).charge += charge.picousd
+        line = lines.setdefault((charge.day, charge.consumer), Line())
+        line.charge += charge.picousd
+        line.unpriced += charge.unpriced
     by = frozenset(by)
     groups: dict[tuple[date | None, Consumer | None], Line] = defaultdict(Line)
     for (day, consumer), line in lines.items():
-        groups[day if Dimension.DAY in by else None, _grouped(consumer, by)].add(line)
+        groups[_period(day, by), _grouped(consumer, by)].add(line)
     keys = sorted(groups, key=lambda key: (-key[0].toordinal() if key[0] else 0, *_order(key[1])))
     costs = rounded([groups[key].cost for key in keys], MS_PER_HOUR)
     paid = rounded([groups[key].charge for key in keys], PICOUSD_PER_MICROUSD)
@@ -175,8 +181,8 @@ def report(times: Sequence[EngineTime], work: Iterable[Work], charges: Iterable[
     for line in groups.values():
         whole.add(line)
     return Report(
-        [Shown(*key, groups[key].ms, cost, charge) for key, cost, charge in zip(keys, costs, paid, strict=True)],
-        Shown(None, None, whole.ms, sum(costs), sum(paid)),
+        [Shown(*key, groups[key].ms, cost, charge, groups[key].unpriced) for key, cost, charge in zip(keys, costs, paid, strict=True)],
+        Shown(None, None, whole.ms, sum(costs), sum(paid), whole.unpriced),
         engine_ms=sum(time.ms for time in times),
         allocated_ms=whole.total_ms - unallocated_ms,
         unallocated_ms=unallocated_ms,
@@ -192,14 +198,22 @@ def rounded(values: Sequence[int], divisor: int) -> list[int]:
     return parts
 
 
+def _period(day: date, by: frozenset[Dimension]) -> date | None:
+    """Return the day, the first day of its month, or None, whichever lines are grouped by."""
+    if Dimension.DAY in by:
+        return day
+    return day.replace(day=1) if Dimension.MONTH in by else None
+
+
 def _grouped(consumer: Consumer, by: frozenset[Dimension]) -> Consumer | None:
     """Return the consumer without what lines are not grouped by, None if they are grouped by nothing of it."""
     work = consumer.work if Dimension.WORK in by else None
     if Dimension.ADAPTER in by:
         return replace(consumer, work=work)
+    model = consumer.base_model if Dimension.MODEL in by else ""
     if Dimension.TENANT in by:
-        return Consumer(consumer.tenant_id, consumer.tenant, "", None, work)
-    return Consumer(None, None, "", None, work) if Dimension.WORK in by else None
+        return Consumer(consumer.tenant_id, consumer.tenant, model, None, work)
+    return Consumer(None, None, model, None, work) if Dimension.MODEL in by or Dimension.WORK in by else None
 
 
 def _order(consumer: Consumer | None) -> tuple[Any, ...]:

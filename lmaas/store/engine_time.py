@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Any
 
-from sqlalchemy import ColumnElement, Date, Select, case, cast, func, select
+from sqlalchemy import ColumnElement, Select, Table, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from lmaas.states import EnginePhase, WorkClass
 from lmaas.store.database import Database
 from lmaas.store.scopes import OPERATOR, SYSTEM
-from lmaas.store.tables import base_models, engine_time, replicas, tenants, usage_events
+from lmaas.store.tables import base_models, engine_time, tenants, usage_days, work_days
 
-#: The longest time that a request waits for its replica.
-LONGEST_WAIT = timedelta(days=1)
 MS_PER_HOUR = 3_600_000
 
 
@@ -59,11 +57,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """The charge of a consumer for the requests that arrived on one day (UTC), in picodollars."""
+    """The charge of a consumer for the requests that arrived on one day (UTC), in picodollars. `unpriced` is the number of requests that
+    used tokens and cost nothing, because no price was set."""
 
     day: date
     consumer: Consumer
     picousd: int
+    unpriced: int = 0
 
 
 async def record_engine_time(db: Database, replica_id: str, base_model_id: str, spans: Mapping[tuple[date, EnginePhase, int], int]) -> None:
@@ -121,18 +121,17 @@ async def pool_times(db: Database) -> list[PoolTime]:
 
 async def list_work(db: Database, *, since: date | None = None, until: date | None = None) -> list[Work]:
     """Return the work of all tenants' requests on the engines that existed on these days, including their work on other days."""
-    columns = usage_events.c
+    columns = work_days.c
     there = _within(select(engine_time.c.replica_id), engine_time.c.day, since, until)
-    first = select(func.min(replicas.c.created_at) - LONGEST_WAIT).where(replicas.c.id.in_(there)).scalar_subquery()
-    began = columns.created_at + func.make_interval(0, 0, 0, 0, 0, 0, (columns.queue_ms + columns.load_ms) / 1000)
-    day = cast(func.timezone("UTC", began), Date)
-    consumer = _consumer()
+    consumer = _consumer(work_days)
+    run_ms, load_ms = func.sum(columns.run_ms), func.sum(columns.load_ms)
     query = (
-        select(columns.replica_id, day, *consumer, func.sum(columns.run_ms), func.sum(columns.load_ms))
-        .join_from(usage_events, tenants)
-        # The second condition follows from the first. The ledger has an index on times, and none on replicas.
-        .where(columns.replica_id.in_(there), columns.created_at >= first)
-        .group_by(columns.replica_id, day, *consumer)
+        select(columns.replica_id, columns.day, *consumer, run_ms, load_ms)
+        .join_from(work_days, tenants, columns.tenant_id == tenants.c.id)
+        .where(columns.replica_id.in_(there))
+        .group_by(columns.replica_id, columns.day, *consumer)
+        # Of attempts that were all replaced, zeros are left.
+        .having((run_ms != 0) | (load_ms != 0))
     )
     async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
@@ -141,22 +140,19 @@ async def list_work(db: Database, *, since: date | None = None, until: date | No
 
 async def list_charges(db: Database, *, since: date | None = None, until: date | None = None) -> list[Charge]:
     """Return the charges of all tenants for the requests of these days, both inclusive."""
-    columns = usage_events.c
-    day = cast(func.timezone("UTC", columns.created_at), Date)
-    consumer = _consumer()
-    query = select(day, *consumer, func.sum(columns.charge_picousd)).join_from(usage_events, tenants)
-    query = _within(query, day, since, until).where(columns.charge_picousd != 0).group_by(day, *consumer)
+    columns = usage_days.c
+    consumer = _consumer(usage_days)
+    charge, unpriced = func.sum(columns.charge_picousd), func.sum(columns.unpriced)
+    query = select(columns.day, *consumer, charge, unpriced).join_from(usage_days, tenants, columns.tenant_id == tenants.c.id)
+    query = _within(query, columns.day, since, until).group_by(columns.day, *consumer).having((charge != 0) | (unpriced != 0))
     async with db.begin(OPERATOR) as connection:
         rows = (await connection.execute(query)).all()
-    return [Charge(row[0], _read_consumer(row[1:6]), int(row[6])) for row in rows]
+    return [Charge(row[0], _read_consumer(row[1:6]), int(row[6]), int(row[7])) for row in rows]
 
 
-def _consumer() -> list[ColumnElement[Any]]:
-    """Return the fields of a Consumer. A tenant may have requested `name@version`. The column `adapter` is the engine's name of one
-    upload."""
-    columns = usage_events.c
-    adapter = case((columns.adapter.is_not(None), func.split_part(columns.model, "@", 1)))
-    return [tenants.c.id, tenants.c.name, columns.base_model, adapter, columns.work]
+def _consumer(table: Table) -> list[ColumnElement[Any]]:
+    """Return the fields of a Consumer."""
+    return [tenants.c.id, tenants.c.name, table.c.base_model, table.c.adapter, table.c.work]
 
 
 def _read_consumer(values: Sequence[Any]) -> Consumer:

@@ -132,6 +132,9 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE", "status IN ('lost', 'wasted')", check=ALL)),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", f"{OWN} AND status IN ('lost', 'wasted')", check=OWN)),
     },
+    # The ledger's sums. Only triggers write them, as the owner.
+    "usage_days": {GATEWAY: (Grant("SELECT", OWN),), JOBS: (Grant("SELECT", OWN),), OPERATOR: (Grant("SELECT"),)},
+    "work_days": {GATEWAY: (Grant("SELECT", OWN),), OPERATOR: (Grant("SELECT"),)},
     "idempotency": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         CLAIMS: (Grant("SELECT", ALL, ("tenant_id", "key", "request_id", "state")), Grant("UPDATE", ALL, ("seen_at",))),

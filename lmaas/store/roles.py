@@ -24,6 +24,8 @@ ATTEMPTS = 20
 
 #: The tables and sequences to manage. Other objects in the schema are not changed.
 _OURS = [*TABLES, *SEQUENCES]
+#: The functions of triggers.
+_FUNCTIONS = ["note_change", "count_usage", "recount_usage"]
 
 _ROLES = text("SELECT rolname, rolcanlogin, rolinherit, rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = ANY(:names)")
 #: Since Postgres 16, the creator of a role is a member of it, but may not act as it.
@@ -38,7 +40,7 @@ _OBJECTS = text(
       AND NOT (relkind = 'S' AND EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype IN ('a', 'i')))
     UNION ALL
     SELECT 'FUNCTION', quote_ident(proname) || '(' || pg_get_function_identity_arguments(oid) || ')' FROM pg_proc
-    WHERE pronamespace = 'public'::regnamespace AND proname = 'note_change' AND pg_get_userbyid(proowner) <> :owner
+    WHERE pronamespace = 'public'::regnamespace AND proname = ANY(:functions) AND pg_get_userbyid(proowner) <> :owner
     ORDER BY 1, 2
     """
 )
@@ -78,7 +80,7 @@ def prepare_roles(connection: Connection, prefix: str, passwords: Mapping[Databa
 def adopt(connection: Connection, prefix: str) -> None:
     """Give every table to the owner's role."""
     owner = role_name(prefix, DatabaseRole.OWNER)
-    objects = {"owner": owner, "names": _OURS}
+    objects = {"owner": owner, "names": _OURS, "functions": _FUNCTIONS}
     database = connection.execute(text("SELECT quote_ident(current_database())")).scalar_one()
     needs = [(name, "has_schema_privilege(:role, 'public', 'USAGE')", "USAGE ON SCHEMA public") for name in _names(prefix)]
     needs += [(owner, "has_schema_privilege(:role, 'public', 'CREATE')", "CREATE ON SCHEMA public")]

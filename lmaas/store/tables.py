@@ -15,7 +15,9 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -227,6 +229,65 @@ usage_events = Table(
     Column("work", Text, nullable=False, server_default=text("'interactive'")),
     Index(None, "tenant_id", "created_at"),
     Index(None, "created_at"),
+)
+
+# The ledger's sums, from which reports are made. Triggers on `usage_events` keep both tables exact in the transaction that stores an event,
+# and nothing else writes them (migration 0019). A group has a row for each `slot`, whose sum counts: writers that lock rows in different
+# orders use different slots.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    # Null for probes.
+    Column("tenant_id", Text),
+    # The day of arrival (UTC).
+    Column("day", Date, nullable=False),
+    Column("key_id", Text),
+    Column("base_model", Text, nullable=False),
+    # The adapter's name without a version. Null: the base model itself.
+    Column("adapter", Text),
+    Column("work", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    # Why an attempt was wasted. Null for other statuses.
+    Column("code", Text),
+    Column("slot", SmallInteger, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    # Requests of a charged status that used tokens and cost nothing, because no price was set.
+    Column("unpriced", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("run_ms", BigInteger, nullable=False),
+    # The sum of events may exceed 64 bits.
+    Column("charge_picousd", Numeric, nullable=False),
+    Index(
+        "usage_days_key",
+        *("tenant_id", "day", "key_id", "base_model", "adapter", "work", "status", "code", "slot"),
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+    ),
+    Index(None, "day"),
+)
+
+# The work of tenants' requests on each replica, for the allocation of engine time.
+work_days = Table(
+    "work_days",
+    metadata,
+    Column("replica_id", Text, nullable=False),
+    # The day (UTC) on which the requests started to run.
+    Column("day", Date, nullable=False),
+    Column("tenant_id", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("adapter", Text),
+    Column("work", Text, nullable=False),
+    Column("slot", SmallInteger, nullable=False),
+    Column("run_ms", BigInteger, nullable=False),
+    Column("load_ms", BigInteger, nullable=False),
+    Index(
+        "work_days_key",
+        *("replica_id", "day", "tenant_id", "base_model", "adapter", "work", "slot"),
+        unique=True,
+        postgresql_nulls_not_distinct=True,
+    ),
 )
 
 idempotency = Table(

@@ -1,11 +1,9 @@
-"""The usage ledger: exactly one event per request."""
+"""The usage ledger: exactly one event per request. Triggers keep its sums by day (`lmaas.store.usage_days`) in the same transaction."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
 
-from sqlalchemy import ColumnElement, Date, Select, cast, func, select, text
+from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -13,7 +11,7 @@ from lmaas.states import STAND_INS, UsageStatus, WorkClass
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
-from lmaas.store.tables import tenants, usage_events
+from lmaas.store.tables import usage_events
 
 #: The time within which `recent_waste` looks, so that it reads few events.
 RECENT = timedelta(minutes=10)
@@ -48,37 +46,10 @@ class UsageEvent:
     charge_picousd: int = 0
     work: WorkClass = WorkClass.INTERACTIVE
 
-
-@dataclass(frozen=True, slots=True)
-class UsageRow:
-    """One line of a usage report: a tenant's usage of one model on one day (UTC), by the class of the work. `tenant` is None for probes."""
-
-    day: date
-    tenant: str | None
-    model: str
-    work: WorkClass
-    requests: int
-    failed_requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    run_ms: int
-    charge_picousd: int
-
-
-@dataclass(frozen=True, slots=True)
-class Waste:
-    """Attempts without a result, of one tenant with one model on one day (UTC), by the class of the work and the reason (None while an
-    attempt has not ended). Their tokens are not charged, and are not part of a usage report."""
-
-    day: date
-    tenant: str | None
-    model: str
-    work: WorkClass
-    code: str | None
-    attempts: int
-    tokens: int
-    run_ms: int
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter's name without a version, None for a base model."""
+        return None if self.adapter is None else self.model.partition("@")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,37 +114,6 @@ async def insert_events(connection: AsyncConnection, events: list[UsageEvent]) -
     await connection.execute(_INSERT, {name: [getattr(event, name) for event in ordered] for name in EVENT_COLUMNS})
 
 
-async def report(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[UsageRow]:
-    """Return usage by day, tenant, model and class of work, newest day first: for one tenant by its id, or with OPERATOR for all, including
-    probes. Wasted attempts are left out.
-
-    Days are UTC, both inclusive.
-    """
-    columns = usage_events.c
-    figures = [
-        func.count(),
-        func.count().filter(columns.status.in_((UsageStatus.FAILED, UsageStatus.EXPIRED))),
-        *map(func.sum, (columns.prompt_tokens, columns.cached_tokens, columns.completion_tokens, columns.run_ms, columns.charge_picousd)),
-    ]
-    query, group = _report(scope, since, until, figures)
-    query = query.where(columns.status != UsageStatus.WASTED).group_by(*group)
-    async with db.begin(scope) as connection:
-        rows = [tuple(row) for row in await connection.execute(query)]
-    return [UsageRow(row[0], row[1], row[2], WorkClass(row[3]), *(int(value) for value in row[4:])) for row in rows]
-
-
-async def list_waste(db: Database, scope: AnyScope, *, since: date | None = None, until: date | None = None) -> list[Waste]:
-    """Return the wasted attempts of these days (UTC, both inclusive), newest day first, of one tenant by its id, or with OPERATOR of
-    all."""
-    columns = usage_events.c
-    tokens = func.sum(columns.prompt_tokens + columns.completion_tokens)
-    query, group = _report(scope, since, until, [columns.code, func.count(), tokens, func.sum(columns.run_ms)])
-    query = query.where(columns.status == UsageStatus.WASTED).group_by(*group, columns.code).order_by(columns.code)
-    async with db.begin(scope) as connection:
-        rows = [tuple(row) for row in await connection.execute(query)]
-    return [Waste(row[0], row[1], row[2], WorkClass(row[3]), row[4], *(int(value) for value in row[5:])) for row in rows]
-
-
 async def recent_waste(db: Database) -> list[PoolWaste]:
     """Return what was wasted by attempts that began within RECENT. Attempts without a reason are left out, because their results may be
     about to be stored."""
@@ -188,56 +128,55 @@ async def recent_waste(db: Database) -> list[PoolWaste]:
         return [PoolWaste(row[0], row[1], int(row[2])) for row in await connection.execute(query)]
 
 
-def _report(
-    scope: AnyScope, since: date | None, until: date | None, figures: Sequence[ColumnElement[Any]]
-) -> tuple[Select[Any], list[ColumnElement[Any]]]:
-    """Return a query for figures by day, tenant, model and class of work, and what to group it by."""
-    columns = usage_events.c
-    day = cast(func.timezone("UTC", columns.created_at), Date)
-    query = (
-        select(day, tenants.c.name, columns.model, columns.work, *figures)
-        .join_from(usage_events, tenants, columns.tenant_id == tenants.c.id, isouter=True)
-        .order_by(day.desc(), tenants.c.name.asc().nulls_last(), columns.model, columns.work.desc())
-    )
-    if isinstance(scope, str):
-        query = query.where(columns.tenant_id == scope)
-    if since is not None:
-        query = query.where(day >= since)
-    if until is not None:
-        query = query.where(day <= until)
-    return query, [day, tenants.c.id, tenants.c.name, columns.model, columns.work]
+@dataclass(frozen=True, slots=True)
+class EventFilter:
+    """Which events of the ledger are asked for; None: all. Days are those of arrival (UTC), both inclusive. `adapter` is a name without a
+    version, `model` that of a base model."""
+
+    since: date | None = None
+    until: date | None = None
+    key_id: str | None = None
+    model: str | None = None
+    adapter: str | None = None
+    work: WorkClass | None = None
+    status: UsageStatus | None = None
+    request_id: str | None = None
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """Return the conditions on `usage_events`."""
+        columns = usage_events.c
+        found = []
+        if self.since is not None:
+            found.append(columns.created_at >= _midnight(self.since))
+        if self.until is not None and self.until < date.max:
+            found.append(columns.created_at < _midnight(self.until + timedelta(days=1)))
+        if self.adapter is not None:
+            found += [columns.adapter.is_not(None), func.split_part(columns.model, "@", 1) == self.adapter]
+        equal = {"key_id": self.key_id, "base_model": self.model, "work": self.work, "status": self.status, "request_id": self.request_id}
+        return found + [columns[name] == value for name, value in equal.items() if value is not None]
 
 
-async def month_total(db: Database, tenant_id: str, year: int, month: int, *, key_id: str | None = None) -> tuple[int, int]:
-    """Return the tokens and picodollars that a tenant, or one of its keys, has used in a calendar month (UTC), without wasted attempts."""
-    columns = usage_events.c
-    begin, end = datetime(year, month, 1, tzinfo=UTC), datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
-    query = select(
-        func.coalesce(func.sum(columns.prompt_tokens + columns.completion_tokens), 0), func.coalesce(func.sum(columns.charge_picousd), 0)
-    ).where(
-        columns.tenant_id == tenant_id,
-        columns.created_at >= begin,
-        columns.created_at < end,
-        columns.status != UsageStatus.WASTED,
-    )
-    if key_id is not None:
-        query = query.where(columns.key_id == key_id)
-    async with db.begin(tenant_id) as connection:
-        tokens, cost = (await connection.execute(query)).one()
-    return int(tokens), int(cost)
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
-async def list_events(db: Database, scope: AnyScope, part: Part | None = None, *, with_waste: bool = True) -> list[UsageEvent]:
-    """Return the events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all. Wasted attempts are left out
-    unless they are asked for.
+#: All events.
+EVERY = EventFilter()
 
-    Raises InvalidRequest for a part after an unknown one.
+
+async def list_events(
+    db: Database, scope: AnyScope, part: Part | None = None, *, wanted: EventFilter = EVERY, with_waste: bool = True
+) -> list[UsageEvent]:
+    """Return the wanted events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all. Wasted attempts are left
+    out unless they are asked for.
+
+    Raises InvalidRequest for a part after an event that is not one of the list.
     """
     columns = usage_events.c
     owned = [columns.tenant_id == scope] if isinstance(scope, str) else []
     if not with_waste:
         owned.append(columns.status != UsageStatus.WASTED)
-    query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned)
+    query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned, *wanted.conditions())
     async with db.begin(scope) as connection:
         rows = await rows_of(connection, query, part, columns.created_at, columns.request_id, *owned, newest_first=True)
     return [UsageEvent(*row) for row in rows]

@@ -45,12 +45,6 @@ class Page(Shape, Generic[Item], tag_field="object", tag="list", frozen=True, kw
     has_more: bool
 
 
-class List(Shape, Generic[Item], tag_field="object", tag="list", frozen=True, kw_only=True):
-    """A list that is always whole, such as a report."""
-
-    data: list[Item]
-
-
 #: What ends a pattern: in Python, `$` alone also matches before a line's end.
 END = "$(?!\\n)"
 

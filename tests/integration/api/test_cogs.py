@@ -184,7 +184,7 @@ async def test_cost_charge_and_margin_reconcile(stack: Stack, operator: httpx.As
     bills = {line["tenant"]: line["charge_microusd"] for line in (await operator.get("/admin/v1/cogs?by=tenant")).json()["data"]}
     for tenant in (acme, globex):
         async with stack.client(tenant) as http:
-            usage = (await http.get("/v1/usage")).json()["data"]
+            usage = (await http.get("/v1/usage?by=tenant,model,adapter")).json()["data"]
         assert abs(bills[usage[0]["tenant"]] - sum(line["charge_microusd"] for line in usage)) <= len(usage)
     assert (await operator.get("/admin/v1/cogs?since=2100-01-01")).json()["data"] == []
     assert (await operator.get("/admin/v1/cogs?by=day&until=2100-01-01")).json()["total"] == found["total"]
@@ -200,14 +200,14 @@ async def test_background_work_and_waste_are_kept_apart(stack: Stack, operator: 
     await add_replica(stack.db, "rep_1", model.id)
     spans = {EnginePhase.STARTING: 1000, EnginePhase.BUSY: 1000, EnginePhase.BACKGROUND: 3000, EnginePhase.IDLE: 5000}
     await record_engine_time(stack.db, "rep_1", model.id, {(now.date(), phase, 3_600_000_000): ms for phase, ms in spans.items()})
-    of_lines = {"created_at": now, "work": WorkClass.BACKGROUND, "run_ms": 2000}
+    of_lines = {"created_at": now, "key_id": acme.key_id, "work": WorkClass.BACKGROUND, "run_ms": 2000}
     await record_events(
         stack.db,
         [
-            usage_event("r1", acme.id, created_at=now, run_ms=1000, charge_picousd=4_000_000),
+            usage_event("r1", acme.id, key_id=acme.key_id, created_at=now, run_ms=1000, charge_picousd=4_000_000),
             usage_event("l1", acme.id, **of_lines, charge_picousd=2_000_000),
             usage_event("l2", acme.id, **of_lines, status=UsageStatus.WASTED, code="put_back"),
-            usage_event("l3", acme.id, **of_lines, status=UsageStatus.WASTED, model="other"),
+            usage_event("l3", acme.id, **of_lines, status=UsageStatus.WASTED, model="other@3", adapter="a"),
         ],
     )
     async with stack.client(acme) as http:
@@ -220,10 +220,10 @@ async def test_background_work_and_waste_are_kept_apart(stack: Stack, operator: 
         events = (await http.get("/v1/usage/events")).json()["data"]
         assert {(event["request_id"], event["work"]) for event in events} == {("r1", "interactive"), ("l1", "background")}
     everything = (await operator.get("/admin/v1/usage")).json()["data"]
-    assert [(line["model"], line["work"], line["requests"], line["waste"]) for line in everything] == [
-        ("base", "interactive", 1, {}),
-        ("base", "background", 1, {"put_back": 15}),
-        ("other", "background", 0, {"unfinished": 15}),
+    assert [(line["model"], line["adapter"], line["work"], line["requests"], line["waste"]) for line in everything] == [
+        ("base", None, "interactive", 1, {}),
+        ("base", None, "background", 1, {"put_back": 15}),
+        ("base", "other", "background", 0, {"unfinished": 15}),
     ]
     assert [line["wasted_tokens"] for line in everything] == [0, 15, 15]
     assert (await operator.get("/admin/v1/usage", params={"tenant": acme.id})).json()["data"] == everything
@@ -265,6 +265,6 @@ async def test_the_command_prints_what_the_api_says(stack: Stack, operator: http
     assert f"-{(cost - found['total']['charge_microusd']) // 10**6}." in lines[-1]
     by_tenant = (await lmaas("cogs", "--by", "tenant", "--since", "2026-01-01")).splitlines()
     assert len(by_tenant) == 1 + 3 + 1
-    model = json.loads(await lmaas("--json", "model", "change", "base", "--prompt-price", "7", "--engine-price", "8"))
-    assert (model["prompt_price"], model["cached_price"], model["engine_price"]) == (7, 15_000, 8)
+    model = json.loads(await lmaas("--json", "model", "change", "base", "--prompt-price", "0.000007", "--engine-price", "8"))
+    assert (model["prompt_price"], model["cached_price"], model["engine_price"]) == (7, 15_000, 8_000_000)
     assert "charge $" in await lmaas("--tenant", found["data"][0]["tenant"], "usage")

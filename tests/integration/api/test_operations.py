@@ -222,18 +222,21 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await walk("revoke_key")
     events = [usage_event("r1", acme["id"], adapter="ada", replica_id="rep_1"), usage_event("r2", None)]
     await record_events(stack.db, events)
-    [line] = (await walk("report_usage", since="2026-01-02", until="2026-01-02"))["data"]
+    [line] = (await walk("report_usage", since="2026-01-02", until="2026-01-02", by="day,tenant"))["data"]
     assert (line["tenant"], line["requests"]) == ("acme", 1)
     [event] = (await walk("list_events"))["data"]
     assert event["request_id"] == "r1"
-    assert event.keys() & {"adapter", "replica_id"} == set()
+    assert event["adapter"] == "base"
+    assert event.keys() & {"engine_adapter", "replica_id"} == set()
     await _walk_stored(walk, acme["id"])
     await _walk_files(walk)
     await _walk_batches(walk, acme["id"], operator_key)
     walk.key = operator_key
     assert len((await walk("report_all_usage"))["data"]) == 2
     [event] = (await walk("list_all_events", tenant="acme"))["data"]
-    assert (event["adapter"], event["replica_id"]) == ("ada", "rep_1")
+    assert (event["adapter"], event["engine_adapter"], event["replica_id"]) == ("base", "ada", "rep_1")
+    checked = await walk("check_usage", since="2026-01-01", until="2026-01-02")
+    assert (checked["events"], checked["differences"]) == (2, [])
     await walk("report_cogs", by="day,adapter")
     await walk("delete_base_model")
     await walk("delete_tenant")
@@ -398,13 +401,14 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         await add_version(stack.db, tenant, "bot0", model["id"], content_hash=str(number) * 64, **facts)
         await make_batch(stack.db, tenant, [], status="completed")
     # All at the same moment: the id decides.
-    await record_events(stack.db, [usage_event(f"r{number}", tenant) for number in range(5)])
+    await record_events(stack.db, [usage_event(f"r{number}", tenant, base_model=f"m{number}") for number in range(5)])
     lists = {
         "/admin/v1/tenants": 5,
         "/admin/v1/tenants/t0/keys": 5,
         "/admin/v1/keys": 6,
         "/admin/v1/base-models": 5,
         "/admin/v1/replicas": 5,
+        "/admin/v1/usage": 5,
         "/admin/v1/usage/events": 5,
         "/admin/v1/tenants/t0/batches": 5,
         "/admin/v1/tenants/t0/adapters": 5,

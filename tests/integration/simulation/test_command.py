@@ -28,7 +28,7 @@ def test_a_table_for_people_has_all_three_arrangements(trace: Path) -> None:
 
 
 def test_json_for_programs_has_all_figures(trace: Path) -> None:
-    done = run("--json", "simulate", trace, "--idle-timeout-s", "60", "--engine-price", "3600000")
+    done = run("--json", "simulate", trace, "--idle-timeout-s", "60", "--engine-price", "3.6")
     always, zero, shared = json.loads(done.stdout)
     assert always["engine_s"] == pytest.approx(2 * 900, rel=0.01)
     assert always["cost_microusd"] == pytest.approx(2 * 900 * 1000, rel=0.01)

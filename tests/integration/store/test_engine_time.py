@@ -118,7 +118,7 @@ async def test_charges_are_those_of_the_day_of_arrival_also_of_a_deleted_tenant(
     )
     await delete_tenant(db, acme.id)
     consumer = Consumer(acme.id, "acme", "base", None)
-    friday, saturday = Charge(FRIDAY, consumer, 2**63), Charge(SATURDAY, consumer, 1)
+    friday, saturday = Charge(FRIDAY, consumer, 2**63, unpriced=1), Charge(SATURDAY, consumer, 1)
     assert sorted(await list_charges(db), key=lambda charge: charge.day) == [friday, saturday]
     assert await list_charges(db, until=FRIDAY) == [friday]
     assert await list_charges(db, since=SATURDAY) == [saturday]

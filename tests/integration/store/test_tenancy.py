@@ -18,7 +18,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnEleme
 
 from lmaas.audit import Action, Audit
 from lmaas.errors import Conflict, InvalidRequest
-from lmaas.states import Dialect
+from lmaas.states import Dialect, UsageDimension
 from lmaas.store import (
     adapters,
     audit,
@@ -33,6 +33,7 @@ from lmaas.store import (
     sessions,
     tenants,
     usage,
+    usage_days,
 )
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
@@ -208,6 +209,8 @@ FORBIDDEN = {
     "tenants": {"update", "delete"},
     "adapter_versions": {"update", "delete"},
     "usage_events": {"update", "delete"},
+    "usage_days": {"update", "delete"},
+    "work_days": {"update", "delete"},
     "responses": {"update"},
     "conversation_items": {"update"},
     "files": {"update"},
@@ -257,7 +260,7 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
     column = str(_tenant_column(table)).partition(".")[2]
     async with both.gateway.begin(both.mine.id) as connection:
         await connection.execute(text("SET LOCAL enable_seqscan = off"))
-        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first") if name in table.c)
+        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first", "day") if name in table.c)
         plan = "\n".join((await connection.execute(text(f"EXPLAIN SELECT {one} FROM {table.name}"))).scalars())  # noqa: S608
     assert f"Index Cond: ({column} = current_setting('lmaas.tenant'::text, true))" in plan
 
@@ -485,10 +488,9 @@ CASES: dict[str, Case] = {
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
-    "usage.report": lambda both: usage.report(both.gateway, both.mine.id),
-    "usage.list_waste": lambda both: usage.list_waste(both.gateway, both.mine.id),
+    "usage_days.report": lambda both: usage_days.report(both.gateway, both.mine.id, list(UsageDimension), with_waste=True),
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
-    "usage.month_total": lambda both: usage.month_total(both.gateway, both.mine.id, 2026, 1),
+    "usage_days.month_total": lambda both: usage_days.month_total(both.gateway, both.mine.id, 2026, 1),
 }
 #: Functions that name a tenant and are not a tenant's: an operator's own, or an insert, which has no WHERE.
 NO_TENANTS = {
@@ -533,6 +535,7 @@ def test_every_store_function_of_a_tenant_is_tried() -> None:
         sessions,
         tenants,
         usage,
+        usage_days,
     ):
         for name, function in _functions(module):
             if {"tenant_id", "claim", "scope"} & set(inspect.signature(function).parameters):

@@ -77,8 +77,44 @@ async def test_prices_are_bounded_whole_numbers(operator: httpx.AsyncClient, nam
 
 
 @pytest.mark.parametrize(
-    ("query", "param"), [("since=x", "since"), ("until=2026-13-01", "until"), ("by=", "by"), ("by=model", "by"), ("by=day,", "by")]
+    ("query", "param"),
+    [("since=x", "since"), ("until=2026-13-01", "until"), ("by=", "by"), ("by=key", "by"), ("by=day,", "by"), ("format=xml", "format")],
 )
 async def test_what_a_cost_report_refuses(operator: httpx.AsyncClient, query: str, param: str) -> None:
     response = await operator.get(f"/admin/v1/cogs?{query}")
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("since=2026-02-30", "since"),
+        ("until=yesterday", "until"),
+        ("since=2026-02-01&until=2026-01-31", "since"),
+        ("by=", "by"),
+        ("by=nothing", "by"),
+        ("by=day;tenant", "by"),
+        ("work=hard", "work"),
+        ("format=xml", "format"),
+        ("after=none", "after"),
+        ("key=" + 101 * "k", "key"),
+    ],
+)
+async def test_what_a_usage_report_refuses(operator: httpx.AsyncClient, query: str, param: str) -> None:
+    response = await operator.get(f"/admin/v1/usage?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "query", ["since=2026-02-01&until=2026-01-31", "since=2026-01-01&until=2026-02-01", "until=2026-01-01&since=2026-01-02"]
+)
+async def test_what_a_comparison_with_the_ledger_refuses(operator: httpx.AsyncClient, query: str) -> None:
+    response = await operator.get(f"/admin/v1/usage/check?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "since")
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/v1/usage/events"])
+async def test_a_key_for_inference_does_not_ask_for_the_usage_of_another(gateway: UnreachableGateway, path: str) -> None:
+    async with gateway.client(INFERENCE) as client:
+        response = await client.get(path, params={"key": "key_other"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "insufficient_permissions")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lmaas.cli import adapters, commands, keys, models, replicas, tenants
+from lmaas.cli import adapters, keys, models, replicas, reports, tenants
 from lmaas.cli.tables import cell, fitting, heading, lines
 
 ID = "ten_0123456789abcdef0123"
@@ -52,8 +52,8 @@ VALUES = {
     "status": "succeeded", "prefix": "sk-lmaas-abcdef",
 }  # fmt: skip
 TABLES = {
-    "tenants": tenants.TENANT, "keys": keys.KEY, "adapters": adapters.ADAPTER, "versions": adapters.VERSION, "usage": commands.USAGE,
-    "events": commands.EVENT, "base models": models.MODEL, "replicas": replicas.REPLICA, "costs": ("day", "tenant", *commands.COGS),
+    "tenants": tenants.TENANT, "keys": keys.KEY, "adapters": adapters.ADAPTER, "versions": adapters.VERSION, "usage": reports.USAGE,
+    "events": reports.EVENT, "base models": models.MODEL, "replicas": replicas.REPLICA, "costs": ("day", "tenant", *reports.COGS),
 }  # fmt: skip
 
 
