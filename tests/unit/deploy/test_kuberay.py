@@ -187,9 +187,11 @@ def test_secrets_come_by_reference() -> None:
     secret = re.compile("URL|KEY|PASSWORD|TOKEN|SECRET")
     open_ones = {"LMAAS_CONSOLE_URL", "LMAAS_CONSOLE_API_URL"}  # addresses without passwords
     for container in containers():
-        assert not [each for each in container.get("env", []) if secret.search(each["name"]) and "value" in each and each["name"] not in open_ones]
-    plain = one("ConfigMap", "lmaas-settings")["data"]
-    assert {name for name in plain if secret.search(name)} == {"LMAAS_OBJECT_STORE_URL"}
+        assert not [
+            each for each in container.get("env", []) if secret.search(each["name"]) and "value" in each and each["name"] not in open_ones
+        ]
+    settings = one("ConfigMap", "lmaas-settings")["data"]
+    assert {name for name in settings if secret.search(name)} == {"LMAAS_OBJECT_STORE_URL"}
     assert not [each for each in objects() if each["kind"] == "Secret"]
 
 
