@@ -186,7 +186,7 @@
     async price(requestId) {
       const place = this.figure("Price", "…");
       for (let poll = 0; poll < POLLS; poll += 1) {
-        const response = await fetch(`${form.dataset.costAt}${form.dataset.costAt.includes("?") ? "&" : "?"}request_id=${encodeURIComponent(requestId)}`);
+        const response = await fetch(`${form.dataset.costAt}?request_id=${encodeURIComponent(requestId)}`);
         if (response.status === 200) {
           const event = await response.json();
           if (!place.isConnected) return;
@@ -200,7 +200,7 @@
       }
       if (!place.isConnected) return;
       if (place.textContent === "…") place.textContent = "not in the ledger yet";
-      this.figure("Request", requestId, `${form.dataset.requestsAt}${form.dataset.requestsAt.includes("?") ? "&" : "?"}request_id=${encodeURIComponent(requestId)}`);
+      this.figure("Request", requestId, `${form.dataset.requestsAt}/${encodeURIComponent(requestId)}`);
     }
   }
 

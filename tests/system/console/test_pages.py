@@ -36,7 +36,7 @@ def addresses(who: str, objects: dict[str, str]) -> Iterator[str]:
     """Return the addresses of all pages that this role may see."""
     for page in PAGES:
         if ROLES[who] in page.roles:
-            yield from (route.path for route in page.routes if route.method == "GET" and "{" not in route.path)
+            yield from (route.path for route in page.routes if route.method == "GET" and "{" not in route.path and ".csv" not in route.path)
     yield from (path.format(**objects) for path in OBJECTS[who])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from playwright.async_api import Browser, Locator, expect
 
+from tests.support.conditions import until
 from tests.system.console.browsing import Visitor, visiting
 from tests.system.console.conftest import SignedIn, batch_file
 from tests.system.e2e.conftest import MODEL, ROOT, Stack
@@ -80,6 +81,56 @@ async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in
         assert all(texts)
         assert texts[0] != texts[1]
         await expect(page.locator("#code pre").first).to_contain_text("What is the capital of France?")
+
+
+async def test_the_first_key_is_created_and_used(signed_in: SignedIn, stack: Stack) -> None:
+    async with signed_in("admin") as visitor:
+        page = visitor.page
+        await visitor.open("/keys")
+        await page.get_by_label("Name", exact=True).fill("my first program")
+        await page.get_by_role("button", name="Create the key").click()
+        shown = page.locator("#new-key")
+        key = (await shown.inner_text()).strip()
+        with stack.http(key) as client:
+            assert client.get("/v1/models").status_code == 200
+        row = page.get_by_role("row", name="my first program")
+        await expect(row).to_contain_text(key[:8])
+        # It is shown once.
+        await visitor.open("/keys")
+        await expect(page.get_by_role("row", name="my first program")).to_be_visible()
+        assert key not in await page.content()
+        await page.get_by_role("row", name="my first program").get_by_text("Revoke", exact=True).click()
+        await page.get_by_role("button", name="Revoke the key").click()
+        await expect(page.get_by_role("row", name="my first program")).to_contain_text("revoked")
+        with stack.http(key) as client:
+            await until(lambda: client.get("/v1/models").status_code == 401, timeout_s=10)
+
+
+async def test_a_request_is_found_and_a_bill_is_exported(signed_in: SignedIn) -> None:
+    async with signed_in("admin") as visitor:
+        page = visitor.page
+        await visitor.open("/playground?model=json-bot&message=Hi&max_tokens=7")
+        await page.get_by_role("button", name="Run").click()
+        request = figure(side(visitor, "Model"), "Request")
+        await expect(request).to_be_visible(timeout=30_000)
+        request_id = await request.inner_text()
+        # From the sums of the month to the day's requests, and to the single one.
+        await visitor.open("/usage?by=model,adapter")
+        row = page.get_by_role("row", name="json-bot")
+        await expect(row).to_contain_text("$")
+        await expect(page.locator("figure.chart canvas").first).to_be_visible()
+        await visitor.shot("usage")
+        async with page.expect_download() as download:
+            await page.get_by_role("link", name="Export as CSV").click()
+        bill = Path(await (await download.value).path()).read_text().splitlines()  # noqa: ASYNC240 (a few bytes)
+        assert any("json-bot" in line for line in bill[1:])
+        await page.get_by_role("link", name="Single requests").click()
+        await page.get_by_label("Request id").fill(request_id)
+        await page.get_by_role("button", name="Show", exact=True).click()
+        await page.get_by_role("link", name=request_id).click()
+        await expect(page.get_by_role("heading", level=1)).to_have_text(request_id)
+        await expect(page.locator("main")).to_contain_text("Where its time went")
+        assert "Hi" not in (await page.locator("main").inner_text()).split()
 
 
 async def test_a_running_answer_is_stopped(signed_in: SignedIn, stack: Stack) -> None:
