@@ -45,7 +45,7 @@ class Visitor:
         folder = os.environ.get(SCREENSHOTS)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 (only while a person looks at pages)
-            await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+            await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True, timeout=60_000)
 
     async def violations(self, *rules: str) -> list[str]:
         """Return what axe finds on the page that is serious or critical, by these rules or by all."""

@@ -13,10 +13,10 @@ from tests.system.console.browsing import Visitor, visiting
 from tests.system.console.chromium import executable
 from tests.system.e2e.conftest import MODEL, Stack, start, stop
 
-#: Engines make a token every 10 ms, and open their port so late that people see a cold start.
+#: Engines make a token every 30 ms, and open their port so late that people see a cold start.
 SETTINGS = {
     "LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine",
-    "LMAAS_ENGINE_ARGS": "--fake-token-ms 10 --fake-start-ms 1500",
+    "LMAAS_ENGINE_ARGS": "--fake-token-ms 30 --fake-start-ms 1500",
     "LMAAS_EMBEDDING_MODEL": "none",
     "LMAAS_BACKGROUND_MAX_WAIT_S": "1",
 }
