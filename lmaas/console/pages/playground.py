@@ -75,7 +75,9 @@ async def cost(visit: Visit) -> Response:
     event = await _event(visit, visit.query.get("request_id", ""))
     if event is None:
         return JSONResponse({}, 202)
-    return JSONResponse({name: event[name] for name in ("charge_picousd", "queue_ms", "load_ms", "status")})
+    shown = {name: event[name] for name in ("charge_picousd", "queue_ms", "load_ms", "status")}
+    # Tokens are free only where no price is set.
+    return JSONResponse(shown | {"is_priced": event["charge_picousd"] > 0 or event["prompt_tokens"] == 0})
 
 
 async def _events(visit: Visit, asked: Asked) -> AsyncIterator[bytes]:

@@ -190,7 +190,7 @@
         if (response.status === 200) {
           const event = await response.json();
           if (!place.isConnected) return;
-          place.textContent = dollars(event.charge_picousd);
+          place.textContent = event.is_priced ? dollars(event.charge_picousd) : "none is set";
           if (event.queue_ms >= 100) this.figure("In the queue", seconds(event.queue_ms));
           if (event.load_ms >= 100) this.figure("Loading the adapter", seconds(event.load_ms));
           break;
