@@ -244,8 +244,13 @@ async def test_rare_events_are_found_on_their_days(db: Database) -> None:
     def is_wanted(event: UsageEvent, wanted: EventFilter) -> bool:
         day = event.created_at.date()
         within = (wanted.since is None or day >= wanted.since) and (wanted.until is None or day <= wanted.until)
-        pairs = ((wanted.key_id, event.key_id), (wanted.adapter, event.adapter_name), (wanted.status, event.status))
-        pairs += ((wanted.work, event.work), (wanted.model, event.base_model))
+        pairs = [
+            (wanted.key_id, event.key_id),
+            (wanted.adapter, event.adapter_name),
+            (wanted.status, event.status),
+            (wanted.work, event.work),
+            (wanted.model, event.base_model),
+        ]
         return within and all(value is None or value == actual for value, actual in pairs)
 
     for name, wanted in NARROW.items():
