@@ -268,7 +268,7 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
     column = str(_tenant_column(table)).partition(".")[2]
     async with both.gateway.begin(both.mine.id) as connection:
         await connection.execute(text("SET LOCAL enable_seqscan = off"))
-        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first", "day") if name in table.c)
+        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first", "day", "month") if name in table.c)
         plan = "\n".join((await connection.execute(text(f"EXPLAIN SELECT {one} FROM {table.name}"))).scalars())  # noqa: S608
     assert f"Index Cond: ({column} = current_setting('lmaas.tenant'::text, true))" in plan
 
