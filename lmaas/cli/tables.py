@@ -25,7 +25,7 @@ SHORT = {
     "engine_price": "engine $/h",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
-_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
+_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename", "error", "event_types"})
 #: Columns of names, which may be long. With fewer columns than this, they are folded, so that more fit beside them.
 _NAMES = frozenset({"name", "base_model", "model", "adapter", "tenant", "filename"})
 FEWEST_COLUMNS = 3
