@@ -67,6 +67,7 @@ class Settings:
         unset="no traces",
     )
     traces_ratio: float = setting(1.0, "The share of requests that are traced, unless their clients decide by the header `traceparent`.")
+    metrics_by_tenant: bool = setting(False, "Whether gateways and job runners also count requests and tokens by tenant.")
     request_log: bool = setting(True, "Whether gateways and job runners log a line for each request, unless `log_level` is above `INFO`.")
 
     # The default base model
