@@ -21,7 +21,7 @@ while IFS= read -r line || [ -n "$line" ]; do
     name=${line%%=*}
     ! grep -q "^$name=" "$new" || continue
     case $line in
-    LMAAS_OPERATOR_KEY=) line="LMAAS_OPERATOR_KEY=sk-lmaas-$(random)" ;;
+    LMAAS_*_KEY=) line="${line}sk-lmaas-$(random)" ;;
     *_PASSWORD=) line="$line$(random)" ;;
     esac
     printf '%s\n' "$line" >>"$new"

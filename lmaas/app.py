@@ -299,8 +299,9 @@ def provisioner(settings: Settings) -> Provisioner:
 
 
 def for_replicas(settings: Settings) -> Settings:
-    """Return the settings of replicas' supervisors: with a database login of their own if there is one."""
+    """Return the settings of replicas' supervisors: with a login of their own if there is one, and without the console's secrets."""
     url = settings.replica_database_url or settings.database_url
+    settings = replace(settings, console_key=None, console_oidc_client_secret=None)
     return replace(settings, database_url=url, replica_database_url=None, database_passwords="")
 
 

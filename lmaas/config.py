@@ -128,6 +128,22 @@ class Settings:
         None, "URL at which the console reaches the gateways, such as `http://gateway:8080`.", unset="the gateway of this machine"
     )
 
+    console_public_url: str | None = setting(
+        None, "URL of the service for browsers, such as `https://llm.example.com`, to which OIDC leads back.", unset="that of the request"
+    )
+    console_key: str | None = setting(
+        None, "Operator key with which the console makes sessions for people who sign in with OIDC. `lmaas up` makes its own."
+    )
+    console_oidc_issuer: str | None = setting(None, "Issuer of the OIDC provider, as its discovery document names it.", unset="no OIDC")
+    console_oidc_client_id: str | None = setting(None, "Client id at the OIDC provider.")
+    console_oidc_client_secret: str | None = setting(None, "Client secret at the OIDC provider.", unset="a public client, with PKCE alone")
+    console_oidc_scopes: str = setting("openid profile email", "Scopes that are asked for, separated by spaces.")
+    console_oidc_groups_claim: str = setting("groups", "Claim with the person's groups. `a.b` is the field `b` of the claim `a`.")
+    console_oidc_roles: str = setting(
+        "", "Roles of groups: `GROUP=operator` or `GROUP=tenant_admin@TENANT`, separated by semicolons.", unset="no group has a role"
+    )
+    console_oidc_label: str = setting("single sign-on", "Name of the OIDC provider on the sign-in page.")
+
     # Queue and shutdown
     queue_deadline_s: float = setting(300.0, "Time that a request may wait for a lease, cold start included; then 503 with `Retry-After`.")
     pool_max_queued: int = setting(20_000, "Requests that may wait for one base model; above it 503. Tenants have `max_queued` besides.")

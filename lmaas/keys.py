@@ -31,12 +31,12 @@ _GIVEN = re.compile(re.escape(PREFIX) + r"([A-Za-z0-9_-]{32,})")
 MIN_DIFFERENT = 10
 
 
-def check_given_key(key: str) -> str:
+def check_given_key(key: str, setting: str = "LMAAS_OPERATOR_KEY") -> str:
     """Return an operator key that a person chose. Raises SettingsError if it could be guessed: a placeholder, or a short key."""
     found = _GIVEN.fullmatch(key)
     if found is None or len(set(found[1].lower())) < MIN_DIFFERENT:
         raise SettingsError(
-            f"LMAAS_OPERATOR_KEY must be '{PREFIX}' and at least 32 random letters, digits, '-' or '_'. "
+            f"{setting} must be '{PREFIX}' and at least 32 random letters, digits, '-' or '_'. "
             f"`python3 -c 'import secrets; print(\"{PREFIX}\" + secrets.token_urlsafe(32))'` prints one."
         )
     return key

@@ -11,6 +11,7 @@ from lmaas.cli.batches import batches
 from lmaas.cli.chat import chat
 from lmaas.cli.completion import completion
 from lmaas.cli.context import Context
+from lmaas.cli.doctor.command import doctor
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.keys import key
@@ -64,7 +65,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "A tenant's resources": (adapter, files, batches, key, usage),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
-    "Looking after a service": (top, logs),
+    "Looking after a service": (doctor, top, logs),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -74,5 +75,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant", "top"},
+    of_operators={"apply", "cogs", "doctor", "logs", "model", "replica", "simulate", "tenant", "top"},
 )

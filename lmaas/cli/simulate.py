@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,21 @@ import click
 
 from lmaas.cli.context import Context
 from lmaas.cli.money import PRICE
+from lmaas.cli.progress import count_bar
 from lmaas.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from lmaas.simulation.generate import Day
     from lmaas.simulation.profile import Profile
-    from lmaas.simulation.trace import Columns, Trace
+    from lmaas.simulation.reading import Columns
+    from lmaas.simulation.trace import Trace
 
 COLUMN_NAMES = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
+UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -30,8 +36,10 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--tenants", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Generated tenants.")
 @click.option("--adapters", type=click.IntRange(0, 1000), default=1, show_default=True, help="Adapters of each. 0: the base model.")
 @click.option("--bursts", type=click.FloatRange(1), default=1500, show_default=True, help="Bursts of all tenants in a generated day.")
-@click.option("--azure", is_flag=True, help="Read the columns of Azure LLM inference traces, which are usually recognised.")
 @click.option("--column", "named", multiple=True, metavar="NAME=HEADING", help=f"The heading of a column: {', '.join(COLUMN_NAMES)}.")
+@click.option("--slice", "window", metavar="FROM:TO", help="Only this part of the trace, such as 2h:3h or :30m, from its first request on.")
+@click.option("--sample", type=click.FloatRange(0, 1, min_open=True), help="Only this part of the requests, chosen by the seed.")
+@click.option("--context", "context_tokens", type=click.IntRange(2), help="Context length.  [default: LMAAS_ENGINE_MAX_MODEL_LEN]")
 @click.option("--chart", "charts", multiple=True, type=FILE, help="Draw a chart into this file: .png, .svg or .html. May be repeated.")
 @click.option(
     "--only",
@@ -54,8 +62,10 @@ def simulate(
     tenants: int,
     adapters: int,
     bursts: float,
-    azure: bool,
     named: tuple[str, ...],
+    window: str | None,
+    sample: float | None,
+    context_tokens: int | None,
     charts: tuple[Path, ...],
     only: tuple[str, ...],
     profile: Path | None,
@@ -68,7 +78,8 @@ def simulate(
     """Compute the cost of TRACE with an engine for each tenant, always on or scaled to zero, and with shared engines.
 
     TRACE is a CSV file with a header and the columns time (seconds or ISO 8601), tenant, adapter (empty: the base model), prompt_tokens and
-    completion_tokens. It may be an Azure LLM inference trace, whose requests are assigned to tenants by the seed.
+    completion_tokens, or a file with such a JSON object in each line. The public traces of Azure, BurstGPT and Mooncake are recognised;
+    their requests are assigned to tenants by the seed.
     See docs/how-to/simulation.md.
     """
     from rich.console import Console
@@ -84,13 +95,19 @@ def simulate(
         return
     from lmaas.simulation.chart import check_chart, write_chart
     from lmaas.simulation.queue import server
+    from lmaas.simulation.reading import Assignment, read_trace
     from lmaas.simulation.replay import Arrangement, Options, replay
-    from lmaas.simulation.report import COLUMNS, rows
-    from lmaas.simulation.trace import Assignment, read_trace
+    from lmaas.simulation.report import COLUMNS, rows, warnings
 
     for chart in charts:
         check_chart(chart)
-    requests = read_trace(trace, _columns(azure, named), Assignment(tenants, adapters, seed))
+    begin_s, end_s = _window(window)
+    requests = read_trace(trace, _columns(named), Assignment(tenants, adapters, seed))
+    if window is not None:
+        requests = requests.part(begin_s, end_s)
+    if sample is not None:
+        requests = requests.sample(sample, seed)
+    requests = requests.within(context_tokens or context.settings.engine_max_model_len)
     options = Options(
         profile=_profile(context, profile, start_s, slots),
         idle_timeout_s=context.settings.idle_timeout_s if idle_timeout_s is None else idle_timeout_s,
@@ -107,12 +124,15 @@ def simulate(
     with server() as redis:
         for arrangement in Arrangement:
             if not only or str(arrangement).split(" ", maxsplit=1)[0] in only:
-                with console.status(f"{arrangement} ..."):
-                    results.append(replay(requests, arrangement, options, redis))
+                with count_bar(context, str(arrangement)) as bar:
+                    results.append(replay(requests, arrangement, options, redis, _shown_by(bar, str(arrangement), len(requests))))
     shown = rows(results)
     context.show(shown, [name for name in COLUMNS if any(line[name] is not None for line in shown)])
+    warned = warnings(results, max_replicas, options.deadline_s)
+    for warning in warned:
+        console.print(f"Warning: {warning}", style="yellow", highlight=False)
     for chart in charts:
-        write_chart(results, chart, title, notes)
+        write_chart(results, chart, title, notes, warned)
         console.print(f"Written to {chart}")
 
 
@@ -129,18 +149,44 @@ def _generate(path: Path, day: Day, console: Console) -> None:
     console.print(f"{_title(made)}: written to {path}", highlight=False)
 
 
-def _columns(azure: bool, named: tuple[str, ...]) -> Columns | None:
-    from lmaas.simulation.trace import AZURE, Columns
+def _shown_by(bar: Callable[[str, int, int | None], None], name: str, total: int) -> Callable[[int], None]:
+    """Return a function that shows a number of requests on the bar."""
+    return lambda count: bar(name, count, total)
+
+
+def _window(text: str | None) -> tuple[float, float]:
+    """Return the beginning and the end of a slice, in seconds after the first request."""
+    if text is None:
+        return 0.0, math.inf
+    begin, colon, end = text.partition(":")
+    try:
+        found = _seconds(begin) if begin else 0.0, _seconds(end) if end else math.inf
+    except (ValueError, KeyError):
+        colon = ""
+    if not colon or not found[0] < found[1]:
+        raise click.BadParameter(
+            f"{text!r} is not FROM:TO with times such as 90, 30m, 2h or 1d, the first before the second.", param_hint="--slice"
+        )
+    return found
+
+
+def _seconds(text: str) -> float:
+    number = text.rstrip("smhd")
+    return float(number) * UNITS_S[text[len(number) :]]
+
+
+def _columns(named: tuple[str, ...]) -> Columns | None:
+    from lmaas.simulation.reading import Columns
 
     if not named:
-        return AZURE if azure else None
-    given: dict[str, str] = {}
+        return None
+    given: dict[str, Any] = {}
     for pair in named:
         name, equals, heading = pair.partition("=")
         if name not in COLUMN_NAMES or not equals:
             raise click.BadParameter(f"{pair!r} is not NAME=HEADING with one of {', '.join(COLUMN_NAMES)}.", param_hint="--column")
         given[name] = heading
-    columns = replace(AZURE if azure else Columns(), **given)
+    columns = replace(Columns(), **given)
     # An empty heading: there is no such column, and the seed says who asked.
     return replace(columns, tenant=columns.tenant or None, adapter=columns.adapter or None)
 

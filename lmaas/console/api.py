@@ -25,6 +25,8 @@ class Unread:
     """Data that could not be read. A page shows the message, with a link to try again (`ui.unreadable`)."""
 
     message: str
+    #: The parameter that is wrong, if one is.
+    param: str | None = None
 
 
 class ApiConnections:
@@ -90,7 +92,7 @@ class ApiClient:
         found: dict[str, Any] = {}
         for name, result in zip(calls, results, strict=True):
             if isinstance(result, ApiError) and result.status != 401:
-                found[name] = Unread(result.message)
+                found[name] = Unread(result.message, result.param)
             elif isinstance(result, BaseException):
                 raise result
             else:

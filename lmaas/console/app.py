@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -17,9 +17,11 @@ from lmaas.config import Settings
 from lmaas.console.api import ApiConnections
 from lmaas.console.assets import Assets
 from lmaas.console.metrics import ConsoleMetrics, Measured
+from lmaas.console.oidc_sign_in import START as OIDC_START
+from lmaas.console.oidc_sign_in import OidcSignIn
 from lmaas.console.registry import PAGES
 from lmaas.console.rendering import Templates
-from lmaas.console.security import SecurityHeaders
+from lmaas.console.security import SecurityHeaders, safe_next
 from lmaas.console.session import PATH, Sessions
 from lmaas.console.sign_in import SignIn
 from lmaas.console.site import Site
@@ -32,17 +34,26 @@ _UNEXPECTED = "The console failed to make this page. Its log says why. Try again
 
 
 def build_console(settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> ASGIApp:
-    """Build the console's ASGI application. `transport` replaces the network in tests."""
+    """Build the console's ASGI application. `transport` replaces the network in tests.
+
+    Raises SettingsError for settings of OIDC that do not work.
+    """
     connections = ApiConnections(settings.console_api_url or settings.base_url, transport)
     metrics, assets = ConsoleMetrics(), Assets(f"{PATH}/static")
+    uses_oidc = settings.console_oidc_issuer is not None
     site = Site(PAGES, Templates(assets.url), connections, Sessions(connections))
+    sign_in = SignIn(site, ((settings.console_oidc_label, OIDC_START),) if uses_oidc else ())
+    oidc = OidcSignIn(settings, site, sign_in).routes() if uses_oidc else []
 
     async def metrics_text(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def http_error(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        if not request.url.path.startswith(PATH):
+        path = request.url.path
+        if status == 404 and path.endswith("/") and path.startswith(f"{PATH}/"):
+            return RedirectResponse(safe_next(path.rstrip("/")), 307)
+        if not path.startswith(PATH):
             return PlainTextResponse("Not found. The console is at /console.", status)
         return site.plain(_NOT_FOUND if status == 404 else "This address does not take such a request.", status)
 
@@ -60,7 +71,8 @@ def build_console(settings: Settings, transport: httpx.AsyncBaseTransport | None
             Route("/healthz", _alive),
             Route("/metrics", metrics_text),
             assets.route,
-            *SignIn(site).routes(),
+            *sign_in.routes(),
+            *oidc,
             *site.routes(),
         ],
         lifespan=lifespan,

@@ -1,7 +1,7 @@
 """The pages of the console, in the order of the navigation. A new page is a module in `lmaas/console/pages` and an entry here."""
 
 from lmaas.console.page import Page
-from lmaas.console.pages import adapters, batches, files, fleet, overview, playground
+from lmaas.console.pages import adapters, batches, files, fleet, keys, overview, playground, usage
 
 PAGES: tuple[Page, ...] = (
     overview.PAGE,
@@ -9,5 +9,7 @@ PAGES: tuple[Page, ...] = (
     adapters.PAGE,
     batches.PAGE,
     files.PAGE,
+    keys.PAGE,
+    usage.PAGE,
     fleet.PAGE,
 )

@@ -1,6 +1,6 @@
 """Templates, and how they write numbers, times and money."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,17 @@ class Templates:
         )
         self._environment.globals["asset"] = asset
         self._environment.tests["unread"] = lambda value: isinstance(value, Unread)
+        self._environment.tests["expired"] = is_expired
         self._environment.filters.update(number=number, usd=usd, time=shown_time, size=size, duration=duration, percent=percent)
 
     def render(self, template: str, **context: Any) -> str:
         """Return the text that a template makes."""
         return self._environment.get_template(template).render(context)
+
+
+def is_expired(key: Mapping[str, Any]) -> bool:
+    """Return whether a key has expired."""
+    return key["expires_at"] is not None and datetime.fromisoformat(key["expires_at"]) <= datetime.now(UTC)
 
 
 def number(value: float | None) -> str:

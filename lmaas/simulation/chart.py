@@ -39,13 +39,13 @@ def check_chart(path: Path) -> None:
         raise SettingsError("Charts need matplotlib: pip install 'lmaas[chart]'.")
 
 
-def write_chart(results: Sequence[Result], path: Path, title: str, notes: Sequence[str]) -> None:
+def write_chart(results: Sequence[Result], path: Path, title: str, notes: Sequence[str], warnings: Sequence[str] = ()) -> None:
     """Draw the results in the format of the file's suffix: .png, .svg or .html. Raises SettingsError if that is not possible."""
     check_chart(path)
     figure = _figure(results, title)
     try:
         if path.suffix == ".html":
-            path.write_text(_page(results, figure, title, notes), encoding="utf-8")
+            path.write_text(_page(results, figure, title, notes, warnings), encoding="utf-8")
         else:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
@@ -143,7 +143,6 @@ def _draw_waits(axes: "Axes", results: Sequence[Result]) -> None:
 
 
 HEADINGS = {
-    "arrangement": "arrangement",
     "engine_s": "engine-seconds",
     "cost_microusd": "cost",
     "of_always_on": "÷ always-on",
@@ -155,19 +154,26 @@ HEADINGS = {
     "ttft_p95_s": "TTFT p95, s",
     "ttft_p99_s": "TTFT p99, s",
     "completed": "completed",
-    "expired": "given up",
+    "expired": "given up after waiting too long",
+    "refused": "refused because the queue was full",
 }
 
 
-def _page(results: Sequence[Result], figure: "Figure", title: str, notes: Sequence[str]) -> str:
+def _page(results: Sequence[Result], figure: "Figure", title: str, notes: Sequence[str], warnings: Sequence[str]) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
     svg = picture.getvalue()
     svg = svg[svg.index("<svg") :]  # without the document's head
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS.values())
-    body = "".join("<tr>" + "".join(f"<td>{_cell(name, line[name])}</td>" for name in HEADINGS) + "</tr>" for line in rows(results))
+    # A column for each arrangement, so that the table fits any window.
+    lines = rows(results)
+    head = "".join(f'<th scope="col">{_cell("arrangement", line["arrangement"])}</th>' for line in lines)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(heading)}</th>' + "".join(f"<td>{_cell(name, line[name])}</td>" for line in lines) + "</tr>"
+        for name, heading in HEADINGS.items()
+    )
+    warned = "".join(f'<p class="warning" role="alert">{html.escape(warning)}</p>' for warning in warnings)
     said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return PAGE.format(title=html.escape(title), svg=svg, head=head, body=body, notes=said)
+    return PAGE.format(title=html.escape(title), svg=svg, head=head, body=body, notes=said, warnings=warned)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -189,10 +195,12 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; ma
 h1 {{ font-size: 1.3em }} svg {{ width: 100%; height: auto }} .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd }}
-th {{ font-weight: 600; vertical-align: bottom }} th:first-child, td:first-child {{ text-align: left; white-space: nowrap }}
+th {{ font-weight: 600; vertical-align: bottom }} tbody th {{ font-weight: 400; text-align: left }}
+.warning {{ border-left: 4px solid #D55E00; background: #fdf1ea; padding: .6em 1em }}
 </style></head><body>
 <h1>{title}</h1>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{warnings}
+<div class="wide"><table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {svg}
 <ul>{notes}</ul>
 </body></html>

@@ -17,6 +17,8 @@ from lmaas.simulation.tally import Tally, percentile
 from lmaas.simulation.trace import Request, Trace
 
 MS_PER_HOUR = 3_600_000
+#: Progress is reported once for so many requests.
+REPORT_EVERY = 100
 
 
 class Arrangement(StrEnum):
@@ -68,8 +70,11 @@ class Result:
         return percentile(self.ttft_s, percent)
 
 
-def replay(trace: Trace, arrangement: Arrangement, options: Options, redis: Redis) -> Result:
-    """Replay every request of the trace at its time, with an empty queue."""
+def replay(
+    trace: Trace, arrangement: Arrangement, options: Options, redis: Redis, progress: Callable[[int], None] = lambda _: None
+) -> Result:
+    """Replay every request of the trace at its time, with an empty queue. `progress` is called with the number of requests submitted so
+    far."""
     redis.flushall()
     clock, tally = Clock(), Tally()
     queue = Queue(redis, lambda: clock.now_s)
@@ -77,10 +82,12 @@ def replay(trace: Trace, arrangement: Arrangement, options: Options, redis: Redi
     pools: dict[str, Pool] = {}
     if arrangement is Arrangement.ALWAYS_ON:
         pools = {tenant: open_pool(tenant) for tenant in trace.tenants}
-    _feed(iter(trace), 0, clock, partial(_submit, pools, open_pool, arrangement))
+    _feed(iter(trace), 0, clock, partial(_submit, pools, open_pool, arrangement), progress)
     clock.run()
     for pool in pools.values():
-        pool.close(max(trace.span_s, tally.last_s))
+        # An engine that is always on is paid for the trace's own time, however long its last requests wait. A trace of one request has
+        # none.
+        pool.close(trace.span_s or tally.last_s)
     return Result(arrangement, tally, options.engine_price, sorted(tally.ttft_s))
 
 
@@ -96,7 +103,9 @@ def _submit(pools: dict[str, Pool], open_pool: Callable[[str], Pool], arrangemen
     pools[name].submit(str(number), request)
 
 
-def _feed(requests: Iterator[Request], number: int, clock: Clock, submit: Callable[[int, Request], None]) -> None:
+def _feed(
+    requests: Iterator[Request], number: int, clock: Clock, submit: Callable[[int, Request], None], progress: Callable[[int], None]
+) -> None:
     """Submit the next request at its time, and only then read the one after it."""
     request = next(requests, None)
     if request is None:
@@ -104,6 +113,8 @@ def _feed(requests: Iterator[Request], number: int, clock: Clock, submit: Callab
 
     def come() -> None:
         submit(number, request)
-        _feed(requests, number + 1, clock, submit)
+        if number % REPORT_EVERY == 0:
+            progress(number)
+        _feed(requests, number + 1, clock, submit, progress)
 
     clock.at(request.at_s, come)

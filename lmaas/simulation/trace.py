@@ -1,22 +1,15 @@
-"""Traces of requests (time, tenant, adapter, tokens), read from CSV line by line."""
+"""Traces of requests: time, tenant, adapter, tokens. lmaas/simulation/reading.py reads them from files."""
 
 import csv
-import math
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TextIO
 
 from lmaas.errors import LmaasError
 
-#: A number of tokens that no request has and no engine accepts.
-MAX_TOKENS = 10_000_000
-#: The latest valid time (the year 5138). Far larger numbers lose the precision of a millisecond.
-MAX_TIME_S = 1e11
 WRITTEN = ("time", "tenant", "adapter", "prompt_tokens", "completion_tokens")
 
 
@@ -24,41 +17,6 @@ class TraceError(LmaasError):
     """The file is not a valid trace. The message names the line and the problem."""
 
     kind, status, type, code = "invalid_trace", 400, "invalid_request_error", "invalid_trace"
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """The headings of the columns. Without a column of tenants or adapters, `Assignment` chooses them."""
-
-    time: str = "time"
-    tenant: str | None = "tenant"
-    adapter: str | None = "adapter"
-    prompt_tokens: str = "prompt_tokens"
-    completion_tokens: str = "completion_tokens"
-
-    def names(self) -> list[str]:
-        """The required headings."""
-        return [name for field in fields(self) if (name := getattr(self, field.name)) is not None]
-
-
-#: The Azure LLM inference traces of 2023 and 2024 (Azure/AzurePublicDataset).
-AZURE = Columns("TIMESTAMP", None, None, "ContextTokens", "GeneratedTokens")
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The rule that assigns requests to tenants and adapters if a trace does not contain them.
-
-    The seed decides which tenants are active in each slot of time. A request belongs to one of the active tenants, with more popular ones
-    more often (the n-th with 1/n^`zipf`). A tenant uses one adapter, again the popular ones more often.
-    """
-
-    tenants: int = 50
-    adapters: int = 1
-    seed: int = 0
-    zipf: float = 1.0
-    slot_s: float = 600.0
-    present: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +72,48 @@ class Trace:
         result.remarks = [*self.remarks, *([f"{late} requests came before the one above them: sorted by time."] if late else [])]
         return result
 
+    def part(self, begin_s: float, end_s: float) -> "Trace":
+        """Return the requests from `begin_s` until before `end_s`. Raises TraceError if there are none."""
+        return self._chosen(lambda request: request if begin_s <= request.at_s < end_s else None)
+
+    def sample(self, part: float, seed: int) -> "Trace":
+        """Return each request with the probability `part`, by the seed. Raises TraceError if none is chosen."""
+        chance = random.Random(seed)  # noqa: S311 (a sample, not a secret)
+        return self._chosen(lambda request: request if chance.random() < part else None)
+
+    def within(self, context_tokens: int) -> "Trace":
+        """Return the requests as an engine with this context length treats them: a prompt that leaves no room for a token is refused, and
+        a completion ends where the context does. Raises TraceError if no request fits."""
+        refused = cut = 0
+
+        def fit(request: Request) -> Request | None:
+            nonlocal refused, cut
+            room = context_tokens - request.prompt_tokens
+            if room < 1:
+                refused += 1
+                return None
+            if request.completion_tokens > room:
+                cut += 1
+                return replace(request, completion_tokens=room)
+            return request
+
+        made = self._chosen(fit)
+        if refused:
+            made.remarks.append(f"{refused:,} requests are left out: their prompts do not fit a context of {context_tokens:,} tokens.")
+        if cut:
+            made.remarks.append(f"{cut:,} completions end at the context length of {context_tokens:,} tokens.")
+        return made
+
+    def _chosen(self, choose: Callable[[Request], Request | None]) -> "Trace":
+        made = Trace()
+        for request in self:
+            if (chosen := choose(request)) is not None:
+                made.add(chosen.at_s, chosen.tenant, chosen.adapter, chosen.prompt_tokens, chosen.completion_tokens)
+        made.remarks = list(self.remarks)
+        if not len(made):
+            raise TraceError("No request of the trace is left. Choose a longer slice, a larger sample or a longer context.")
+        return made.ordered()
+
     def __len__(self) -> int:
         return len(self._at_s)
 
@@ -140,127 +140,6 @@ class Trace:
     def tokens(self) -> tuple[int, int]:
         """The total numbers of prompt tokens and of completion tokens."""
         return sum(self._prompt_tokens), sum(self._completion_tokens)
-
-
-class _Assigned:
-    """Assigns requests by the rule of `Assignment`."""
-
-    def __init__(self, rule: Assignment) -> None:
-        self._rule = rule
-        self._chance = random.Random(rule.seed)  # noqa: S311 (a rule, not a secret)
-        self._slot: int | None = None
-        self._present: list[int] = []
-        self._weights: list[float] = []
-
-    def tenant(self, at_s: float) -> str:
-        rule = self._rule
-        slot = math.floor(at_s / rule.slot_s)
-        if slot != self._slot:
-            # Depends on the slot only, so that the order of lines does not change which tenants are active.
-            there = random.Random(f"{rule.seed}/{slot}")  # noqa: S311
-            self._slot, self._present = slot, [number for number in range(rule.tenants) if there.random() < rule.present] or [0]
-            self._weights = [(number + 1) ** -rule.zipf for number in self._present]
-        return f"tenant-{self._chance.choices(self._present, self._weights)[0] + 1:02}"
-
-    def adapter(self) -> str:
-        weights = [(number + 1) ** -self._rule.zipf for number in range(self._rule.adapters)]
-        return f"adapter-{self._chance.choices(range(self._rule.adapters), weights)[0] + 1}" if weights else ""
-
-
-def read_trace(path: Path, columns: Columns | None = None, rule: Assignment | None = None) -> Trace:
-    """Read a trace from a CSV file with a header line. Without `columns`, the default headings are used, or Azure's if the header has
-    those.
-
-    Times are seconds, or dates with times in ISO 8601. Raises TraceError.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return _read(file, columns, rule or Assignment())
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{path} is not a CSV file: it is not UTF-8 text ({error.reason}).") from error
-    except TraceError as error:
-        raise TraceError(f"{path}: {error.message}") from None
-
-
-def _read(file: TextIO, columns: Columns | None, rule: Assignment) -> Trace:
-    rows = csv.reader(file, strict=True)
-    header = [name.strip() for name in _next(rows) or []]
-    if not header:
-        raise TraceError("The trace is empty: it has no header line.")
-    if columns is None:
-        columns = AZURE if set(AZURE.names()) <= set(header) else Columns()
-        if columns.tenant not in header and columns.adapter not in header:
-            columns = Columns(columns.time, None, None, columns.prompt_tokens, columns.completion_tokens)
-    at = _places(columns, header)
-    assigned, trace, raised = _Assigned(rule), Trace(), 0
-    dates: bool | None = None
-    while (row := _next(rows)) is not None:
-        if not row:
-            continue  # an empty line
-        line = rows.line_num
-        if len(row) != len(header):
-            raise TraceError(f"line {line} has {len(row)} fields, but the header has {len(header)}.")
-        at_s, date = _time(row[at[columns.time]], line)
-        if dates is not None and date != dates:
-            raise TraceError(f"line {line}: {row[at[columns.time]]!r} is a {'date' if date else 'number'}, unlike the times above it.")
-        dates = date
-        prompt, completion = (_tokens(row[at[name]], name, line) for name in (columns.prompt_tokens, columns.completion_tokens))
-        tenant = assigned.tenant(at_s) if columns.tenant is None else row[at[columns.tenant]].strip()
-        if not tenant:
-            raise TraceError(f"line {line} names no tenant.")
-        adapter = assigned.adapter() if columns.adapter is None else row[at[columns.adapter]].strip()
-        # An adapter belongs to its tenant. Two tenants' adapters of the same name are different.
-        trace.add(at_s, tenant, f"{tenant}/{adapter}" if adapter else "", max(1, prompt), max(1, completion))
-        raised += prompt == 0 or completion == 0
-    if raised:
-        trace.remarks.append(f"{raised} requests without a prompt or a completion token: taken for one token.")
-    return trace.ordered()
-
-
-def _next(rows: "Iterator[list[str]]") -> list[str] | None:
-    try:
-        return next(rows, None)
-    except csv.Error as error:
-        raise TraceError(f"line {getattr(rows, 'line_num', 0)} is not CSV: {error}.") from error
-
-
-def _places(columns: Columns, header: list[str]) -> dict[str, int]:
-    wanted = columns.names()
-    if missing := [name for name in wanted if name not in header]:
-        raise TraceError(f"The header has no column {', '.join(map(repr, missing))}. It has: {', '.join(header)[:500]}.")
-    if double := [name for name in wanted if header.count(name) > 1]:
-        raise TraceError(f"The header has the column {double[0]!r} twice.")
-    return {name: header.index(name) for name in wanted}
-
-
-def _time(text: str, line: int) -> tuple[float, bool]:
-    """Return the time in seconds, and whether it was a date."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            date = datetime.fromisoformat(text.strip())
-        except ValueError:
-            raise TraceError(f"line {line}: {text[:50]!r} is not a time (seconds, or a date and time in ISO 8601).") from None
-        return (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp(), True
-    if not -MAX_TIME_S < seconds < MAX_TIME_S:
-        raise TraceError(f"line {line}: {text[:50]!r} is not a time.")
-    return seconds, False
-
-
-def _tokens(text: str, name: str, line: int) -> int:
-    try:
-        # Some tools write whole numbers as 12.0.
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not number.is_integer():
-        raise TraceError(f"line {line}: {name} is {text[:50]!r}, which is not a whole number.")
-    if not 0 <= number <= MAX_TOKENS:
-        raise TraceError(f"line {line}: {name} is {text[:50]}, which is not between 0 and {MAX_TOKENS}.")
-    return int(number)
 
 
 def write_trace(requests: Iterable[Request], file: TextIO) -> None:

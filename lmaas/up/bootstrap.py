@@ -155,6 +155,26 @@ def write_credentials(settings: Settings, credentials: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+async def ensure_console_key(settings: Settings, db: Database) -> str | None:
+    """Return the key with which this stack's console makes sessions of people, as a file of the home has it. Without OIDC there is none.
+
+    Raises SettingsError if the file cannot be read or written.
+    """
+    if settings.console_oidc_issuer is None or settings.console_key is not None:
+        return settings.console_key
+    path = settings.home / "console-key"
+    try:
+        key = path.read_text().strip() if path.exists() else ""
+        principal = await find_principal(db, hash_key(key))
+        if principal is None or principal.role is not Role.OPERATOR:
+            key = new_key()
+            await create_key(db, None, Role.OPERATOR, "console", hash_key(key), shown_prefix(key), audit=Audit(Action.KEY_CREATE))
+            path.write_text(key)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be used: {error.strerror or error}.") from error
+    return key
+
+
 async def ensure_operator_key(settings: Settings, db: Database) -> str:
     """Return the operator's key of this stack: the one in the credentials file if it works, otherwise a new one."""
     credentials = read_credentials(settings)

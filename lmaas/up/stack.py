@@ -30,7 +30,14 @@ from lmaas.scheduling.client import connect
 from lmaas.states import PoolKind
 from lmaas.store.models import BaseModel, list_base_models
 from lmaas.store.rights import DatabaseRole
-from lmaas.up.bootstrap import ensure_operator_key, read_credentials, register_embedding_model, register_model, write_credentials
+from lmaas.up.bootstrap import (
+    ensure_console_key,
+    ensure_operator_key,
+    read_credentials,
+    register_embedding_model,
+    register_model,
+    write_credentials,
+)
 from lmaas.up.children import Child
 from lmaas.up.home import held
 from lmaas.up.keeping import LOOK_EVERY_S, Kept, keep_running
@@ -55,6 +62,7 @@ class Stack:
         self._hurry = asyncio.Event()
         self._keepers: list[asyncio.Task[NoReturn]] = []
         self._embedding = ""
+        self._console_key: str | None = None
 
     async def run(self) -> None:
         """Start everything, print the addresses, and stop everything on SIGINT, SIGTERM or SIGHUP. A second signal skips the drain."""
@@ -103,6 +111,7 @@ class Stack:
             model = await register_model(settings, db, self._console, self._stop.is_set)
             if (embedding := await register_embedding_model(settings, db, self._console)) is not None:
                 self._embedding = embedding.name
+            self._console_key = await ensure_console_key(settings, db)
             return logins, model, await ensure_operator_key(settings, db)
         finally:
             await db.close()
@@ -154,7 +163,7 @@ class Stack:
         max_wait_s = settings.background_max_wait_s or MAX_WAIT_S
         controller = Child("controller", replace(logins.controller, ready_file=ready, background_max_wait_s=max_wait_s))
         jobs = Child("jobs", replace(logins.jobs, ready_file=ready), "The job runner")
-        console = Child("console", of_console(settings)) if settings.console else None
+        console = Child("console", replace(of_console(settings), console_key=self._console_key)) if settings.console else None
         keepers = []
         try:
             gateway.launch()

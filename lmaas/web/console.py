@@ -54,13 +54,13 @@ class ConsoleForwarding:
         if self._session is None:
             raise NotFound("This service has no console. Set LMAAS_CONSOLE_URL to the address of one, which `lmaas console` runs.")
         query = request.scope["query_string"].decode("latin-1")
-        address = f"{self._url}{request.scope.get('raw_path', request.url.path.encode()).decode('latin-1').partition('?')[0]}"
+        # As the client has encoded it, except for slashes at its end, which the gateway ignores everywhere.
+        path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1").partition("?")[0].rstrip("/")
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         try:
             response = await self._session.request(
                 request.method,
-                # As the client has encoded it.
-                URL(address + (f"?{query}" if query else ""), encoded=True),
+                URL(f"{self._url}{path}" + (f"?{query}" if query else ""), encoded=True),
                 headers=[*_passed(request), ("x-forwarded-proto", _scheme(request))],
                 data=_body(request) if has_body else None,
                 allow_redirects=False,

@@ -321,12 +321,13 @@ class Gateway:
 async def running(postgres_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
     """Run a stack with an empty database, an empty Valkey and a gateway. `changes` are other settings."""
     with new_database(postgres_url) as database_url:
-        async with _running(database_url, valkey_url, home, **changes) as stack:
+        async with running_on(database_url, valkey_url, home, **changes) as stack:
             yield stack
 
 
 @asynccontextmanager
-async def _running(database_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
+async def running_on(database_url: str, valkey_url: str, home: Path, **changes: Any) -> AsyncIterator[Stack]:
+    """Run a stack with this database, an empty Valkey and a gateway."""
     settings = Settings(
         home=home,
         database_url=database_url,

@@ -84,6 +84,22 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     assert shared["completed"] == 1
 
 
+def test_a_part_of_a_trace_that_is_too_much_is_simulated_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "burst.jsonl"
+    lines = [{"timestamp": number, "input_length": 5000 if number == 150 else 1500, "output_length": 900} for number in range(800)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    page = tmp_path / "page.html"
+    options = ("--slice", "0.1s:", "--context", "2048", "--max-replicas", "1", "--tenants", "1", "--chart", page)
+    done = run("simulate", path, *options)
+    assert done.exit_code == 0, done.output
+    assert "699 requests of 1 tenants" in done.stderr
+    assert "1 requests are left out: their prompts do not fit a context of 2,048 tokens." in done.stderr
+    assert "Warning: shared:" in done.stderr
+    text = page.read_text()
+    for words in ("had no answer within 300 s", "given up after waiting too long", "refused because the queue was full"):
+        assert words in text
+
+
 def test_charts_are_written(trace: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     png, svg, page = (tmp_path / f"chart.{kind}" for kind in ("png", "svg", "html"))

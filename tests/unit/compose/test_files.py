@@ -34,7 +34,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(line.split("=", 1) for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
 PROXY = (ROOT / "docker/haproxy.cfg").read_text()
 LOGINS = ("DATABASE_GATEWAY_PASSWORD", "DATABASE_CONTROLLER_PASSWORD", "DATABASE_REPLICA_PASSWORD", "DATABASE_JOBS_PASSWORD")
-SECRETS = ("LMAAS_OPERATOR_KEY", "POSTGRES_PASSWORD", *LOGINS, "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
+SECRETS = ("LMAAS_OPERATOR_KEY", "LMAAS_CONSOLE_KEY", "POSTGRES_PASSWORD", *LOGINS, "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
 ONE_SHOTS = {"migrate", "init", "init-gpu", "tenants", "cli"}
 PUBLISHED = {"proxy", "prometheus", "grafana"}
 #: What Prometheus itself adds.
@@ -95,7 +95,8 @@ def test_networks(name: str) -> None:
     for port in service.get("ports", ()):
         # Prometheus asks nobody for a password: who publishes the service does not publish that.
         assert port.startswith(f"${{{'BIND' if name == 'proxy' else 'MONITORING'}_ADDRESS:-127.0.0.1}}:${{")
-    if name not in PUBLISHED | {"init", "init-gpu"}:
+    # `init` fetches models, and the console asks an OIDC provider.
+    if name not in PUBLISHED | {"init", "init-gpu", "console"}:
         assert list(service["networks"]) == ["backend"]
     assert COMPOSE["networks"]["backend"] == {"internal": True}
 
@@ -159,7 +160,8 @@ def test_env_sh(tmp_path: Path) -> None:
     assert {name for name in made if made[name] != EXAMPLE[name]} == set(SECRETS)
     assert check_given_key(made["LMAAS_OPERATOR_KEY"])
     assert len({made[secret] for secret in SECRETS}) == len(SECRETS)
-    assert all(re.fullmatch("[0-9a-f]{64}", made[secret]) for secret in SECRETS[1:])
+    assert check_given_key(made["LMAAS_CONSOLE_KEY"])
+    assert all(re.fullmatch("[0-9a-f]{64}", made[secret]) for secret in SECRETS[2:])
     subprocess.run(run, check=True, capture_output=True)
     assert (tmp_path / ".env").read_text() == text, "a second run must keep the secrets"
     # What an older release has written keeps its values, and gets the secrets that it lacks.
@@ -276,14 +278,14 @@ def test_prometheus_has_the_alerts_and_keeps_exemplars() -> None:
 def test_prometheus_asks_where_the_services_listen() -> None:
     jobs = {job["job_name"]: job for job in yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())["scrape_configs"]}
     ports = {name: job["dns_sd_configs"][0]["port"] for name, job in jobs.items()}
-    own = {name: int(SERVICES[name]["environment"][f"LMAAS_{name.upper()}_PORT"]) for name in ("controller", "jobs")}
+    own = {name: int(SERVICES[name]["environment"][f"LMAAS_{name.upper()}_PORT"]) for name in ("controller", "jobs", "console")}
     assert ports == {"gateway": 8080} | own
 
 
 def test_the_proxy_keeps_gateways_that_lack_a_database() -> None:
     """/readyz asks Postgres and Redis, which are the same for all: none would be left to serve the keys that they know."""
     checks = [line.split() for line in PROXY.splitlines() if line.split()[:2] == ["http-check", "send"]]
-    assert [check[check.index("uri") + 1] for check in checks] == ["/healthz"]
+    assert [check[check.index("uri") + 1] for check in checks] == ["/healthz"] * 2
     for needed in ("option redispatch", "retry-on conn-failure"):
         assert needed in PROXY, "a gateway that stops is not ready either"
 

@@ -7,6 +7,9 @@ import pytest
 from lmaas.errors import SettingsError
 from lmaas.simulation.chart import check_chart
 from lmaas.simulation.profile import Profile, read_profile, write_profile
+from lmaas.simulation.replay import Arrangement, Result
+from lmaas.simulation.report import warnings
+from lmaas.simulation.tally import Tally
 from lmaas.simulation.trace import TraceError
 from tests.support.command import SMALL_TRACE, run
 
@@ -25,6 +28,12 @@ def trace(tmp_path: Path) -> Path:
         (("--column", "when=at"), "is not NAME=HEADING"),
         (("--slots", "0"), "--slots"),
         (("--only", "none"), "--only"),
+        (("--slice", "2h"), "is not FROM:TO"),
+        (("--slice", "2h:1h"), "the first before the second"),
+        (("--slice", "1w:2w"), "is not FROM:TO"),
+        (("--slice", "nan:2"), "is not FROM:TO"),
+        (("--sample", "0"), "--sample"),
+        (("--context", "1"), "--context"),
     ],
 )
 def test_wrong_options_are_explained(trace: Path, arguments: tuple[str, ...], says: str) -> None:
@@ -77,3 +86,15 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(SettingsError, match="profile"):
         read_profile(path)
+
+
+def test_a_report_warns_when_a_tenth_of_the_requests_had_no_answer() -> None:
+    def result(arrangement: Arrangement, completed: int, expired: int, refused: int) -> Result:
+        return Result(arrangement, Tally(completed=completed, expired=expired, refused=refused), 1, [])
+
+    fine = result(Arrangement.SCALE_TO_ZERO, 91, 5, 4)
+    assert warnings([fine, result(Arrangement.SHARED, 0, 0, 0)], 8, 300) == []
+    [always, shared] = warnings([result(Arrangement.ALWAYS_ON, 90, 5, 5), fine, result(Arrangement.SHARED, 500, 500, 0)], 8, 300)
+    assert "always-on per tenant: 10 of 100 requests (10.0%) had no answer within 300 s, because one engine for each tenant" in always
+    assert "shared: 500 of 1,000 requests (50.0%)" in shared
+    assert "Raise --max-replicas" in shared

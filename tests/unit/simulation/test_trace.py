@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lmaas.simulation.generate import DAY_S, Day, generate
-from lmaas.simulation.trace import AZURE, Assignment, Columns, Request, TraceError, read_trace, write_trace
+from lmaas.simulation.reading import AZURE, MAX_LINE, Assignment, Columns, read_trace
+from lmaas.simulation.trace import Request, TraceError, write_trace
 
 HEADER = "time,tenant,adapter,prompt_tokens,completion_tokens\n"
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -51,6 +52,69 @@ def test_the_columns_of_the_azure_traces_are_known(file: Path, columns: Columns 
     assert (first.prompt_tokens, first.completion_tokens, second.completion_tokens) == (374, 44, 109)
     [later] = read(file, AZURE_HEADER + "2024-05-10 00:00:00.009930+00:00,2162,5\n", columns)
     assert later.prompt_tokens == 2162
+
+
+def test_the_columns_of_burstgpt_are_known(file: Path) -> None:
+    header = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    first, second = read(file, header + "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,87,0,87,API log\n")
+    assert (first.at_s, first.prompt_tokens, first.completion_tokens) == (0, 472, 18)
+    assert (second.at_s, second.prompt_tokens, second.completion_tokens) == (40, 87, 1)
+
+
+def test_the_json_lines_of_mooncake_are_known(file: Path) -> None:
+    text = '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]}\n\n'
+    first, second = read(file, text + '{"timestamp": 30535, "input_length": 6472, "output_length": 26, "hash_ids": [46]}')
+    assert second.at_s == pytest.approx(3.053)
+    assert (first.prompt_tokens, first.completion_tokens, second.prompt_tokens) == (6955, 52, 6472)
+
+
+def test_json_lines_may_have_our_names(file: Path) -> None:
+    text = '{"time": "2026-01-01T00:00:00Z", "tenant": "acme", "adapter": "bot", "prompt_tokens": 12.0, "completion_tokens": 3}\n'
+    assert read(file, "\ufeff" + text) == [Request(0.0, "acme", "acme/bot", 12, 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n{"timestamp": 2}\n', "line 2 has no number or text 'input_length'"),
+        ('{"timestamp": true, "input_length": 1, "output_length": 1}\n', "line 1 has no number or text 'timestamp'"),
+        ('{"timestamp": 1, "input_length": [1], "output_length": 1}\n', "line 1 has no number or text 'input_length'"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n[1]\n', "line 2 is no JSON object"),
+        ('{"timestamp": 1, "input_length"\n', "line 1 is not JSON"),
+        ('{"at": 1}\n', "line 1 has no number or text 'time'. It has: at"),
+        ('{"at": "' + "x" * MAX_LINE, "line 1 has more than 1,000,000 characters"),
+        ("{" * 100_000, "line 1 is not JSON"),
+    ],
+)
+def test_what_is_wrong_in_json_lines_is_said_with_its_line(file: Path, text: str, says: str) -> None:
+    with pytest.raises(TraceError) as raised:
+        read(file, text)
+    assert says in raised.value.message
+
+
+def test_a_slice_and_a_sample_begin_at_their_first_request(file: Path) -> None:
+    file.write_text(HEADER + "".join(f"{second},a,,1,1\n" for second in range(1000)))
+    trace = read_trace(file)
+    part = trace.part(100, 200)
+    assert (len(part), part.span_s, next(iter(part)).at_s) == (100, 99, 0)
+    some = trace.sample(0.1, seed=1)
+    assert 60 < len(some) < 140
+    assert list(some) == list(trace.sample(0.1, seed=1)) != list(trace.sample(0.1, seed=2))
+    assert len(trace.sample(1, seed=1)) == 1000
+    with pytest.raises(TraceError, match="No request of the trace is left"):
+        trace.part(2000, 3000)
+
+
+def test_a_context_refuses_prompts_and_ends_completions(file: Path) -> None:
+    file.write_text(HEADER + "1,a,,100,5\n2,a,,99,5\n3,a,,90,50\n4,a,,90,10\n")
+    trace = read_trace(file).within(100)
+    assert [(request.prompt_tokens, request.completion_tokens) for request in trace] == [(99, 1), (90, 10), (90, 10)]
+    assert trace.remarks == [
+        "1 requests are left out: their prompts do not fit a context of 100 tokens.",
+        "2 completions end at the context length of 100 tokens.",
+    ]
+    with pytest.raises(TraceError, match="a longer context"):
+        trace.within(10)
 
 
 def test_who_asked_is_made_up_by_the_seed(file: Path) -> None:
