@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
+_HTTP_URL = re.compile(r"https?://[^\s/?#]+(?:[/?#]\S*)?")
 _ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators", "background_worth_starts"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -248,6 +249,10 @@ class Settings:
                 f"LMAAS_DATABASE_ROLE_PREFIX is {self.database_role_prefix!r}. Use 1 to 40 lower-case letters, digits or '_', beginning "
                 "with a letter."
             )
+        if self.traces_url is not None and _HTTP_URL.fullmatch(self.traces_url) is None:
+            raise SettingsError(f"LMAAS_TRACES_URL must be an address such as http://collector:4318/v1/traces, not {self.traces_url!r}.")
+        if self.traces_ratio > 1:
+            raise SettingsError(f"LMAAS_TRACES_RATIO must be greater than 0 and at most 1, not {self.traces_ratio}.")
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
