@@ -24,6 +24,7 @@ from lmaas.cli.shared_options import add_shared_options
 from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
 from lmaas.cli.top import top
+from lmaas.cli.webhooks import webhooks
 from lmaas.errors import ApiError, LmaasError
 
 
@@ -62,7 +63,7 @@ def main() -> None:
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Using a model": (chat,),
-    "A tenant's resources": (adapter, files, batches, key, usage),
+    "A tenant's resources": (adapter, files, batches, key, usage, webhooks),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
     "Looking after a service": (doctor, top, logs),
