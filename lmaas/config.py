@@ -258,10 +258,7 @@ class Settings:
                 f"LMAAS_DATABASE_ROLE_PREFIX is {self.database_role_prefix!r}. Use 1 to 40 lower-case letters, digits or '_', beginning "
                 "with a letter."
             )
-        if self.traces_url is not None and _HTTP_URL.fullmatch(self.traces_url) is None:
-            raise SettingsError(f"LMAAS_TRACES_URL must be an address such as http://collector:4318/v1/traces, not {self.traces_url!r}.")
-        if self.traces_ratio > 1:
-            raise SettingsError(f"LMAAS_TRACES_RATIO must be greater than 0 and at most 1, not {self.traces_ratio}.")
+        self._check_traces()
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
@@ -279,6 +276,12 @@ class Settings:
             zero = field.name in _MAY_BE_ZERO and value == 0
             if isinstance(value, int | float) and not isinstance(value, bool) and not zero and not 0 < value < float("inf"):
                 raise SettingsError(f"{PREFIX}{field.name.upper()} must be a number greater than 0, not {value}.")
+
+    def _check_traces(self) -> None:
+        if self.traces_url is not None and _HTTP_URL.fullmatch(self.traces_url) is None:
+            raise SettingsError(f"LMAAS_TRACES_URL must be an address such as http://collector:4318/v1/traces, not {self.traces_url!r}.")
+        if self.traces_ratio > 1:
+            raise SettingsError(f"LMAAS_TRACES_RATIO must be greater than 0 and at most 1, not {self.traces_ratio}.")
 
     @property
     def cors_origin_list(self) -> list[str]:
