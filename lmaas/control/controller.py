@@ -14,6 +14,7 @@ from lmaas.cancellation import unswallowed
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Scale, ScalingState, decide
 from lmaas.control.background import BackgroundFigures, Throughput
+from lmaas.control.budgets import BudgetEvents
 from lmaas.control.idleness import Idleness, IdleTimes
 from lmaas.control.observation import Replicas
 from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
@@ -116,6 +117,7 @@ class Controller:
                     group.create_task(self._present_forever(), name="presence")
                     group.create_task(self._meter_forever(), name="metering-writer")
                     group.create_task(self.sweeper.run(), name="sweeper")
+                    group.create_task(BudgetEvents(self._db).run(), name="budget-events")
                     if self.file_sweeper is not None:
                         group.create_task(self.file_sweeper.run(), name="file-sweeper")
             except* LostLead as lost:
