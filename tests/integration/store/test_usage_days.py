@@ -441,7 +441,8 @@ async def test_a_migration_that_was_stopped_half_way_continues(before: Database,
 
 
 async def test_a_transaction_that_writes_events_is_waited_for(before: Database, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await record_events(before, [usage_event(f"day{number}", "ten_acme", created_at=NIGHT + timedelta(days=number)) for number in range(60)])
+    more = [usage_event(f"day{number}", "ten_acme", created_at=NIGHT + timedelta(days=number)) for number in range(60)]
+    await record_events(before, more)
     monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.05)
     pauses: list[float] = []
     monkeypatch.setattr("lmaas.store.migrate.time.sleep", pauses.append)
