@@ -59,7 +59,8 @@ async def drop(area: Locator, paths: tuple[Path, ...]) -> None:
         await area.dispatch_event(event, {"dataTransfer": transfer})
 
 
-async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in: SignedIn) -> None:
+async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in: SignedIn, stack: Stack) -> None:
+    await asyncio.to_thread(stack.cool)
     async with signed_in("admin") as visitor:
         page = visitor.page
         await visitor.open("/adapters")
@@ -156,7 +157,8 @@ async def test_a_chart_is_drawn_beside_its_table(signed_in: SignedIn) -> None:
         data = html.escape(json.dumps(figures))
         chart = f'<figure class="chart" hidden data-chart="{data}"><figcaption>Charge by day</figcaption><div class="plot"></div></figure>'
         text = (await response.text()).replace("</head>", f"{head}</head>").replace("</main>", f"{chart}</main>")
-        await route.fulfill(response=response, body=text)
+        headers = {name: value for name, value in response.headers.items() if name not in ("content-length", "content-encoding")}
+        await route.fulfill(status=response.status, headers=headers, body=text)
 
     async with signed_in("admin") as visitor:
         page = visitor.page
@@ -168,7 +170,7 @@ async def test_a_chart_is_drawn_beside_its_table(signed_in: SignedIn) -> None:
         drawn = "(canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value > 0)"
         assert await chart.locator("canvas").evaluate(drawn)
         # It follows the window and the colours.
-        before = await chart.locator("canvas").evaluate("(canvas) => canvas.style.width")
+        before = await chart.locator("canvas").evaluate("(canvas) => getComputedStyle(canvas).width")
         await page.set_viewport_size({"width": 700, "height": 700})
         await page.emulate_media(color_scheme="dark")
         await expect(chart.locator("canvas")).not_to_have_css("width", before)
