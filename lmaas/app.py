@@ -55,6 +55,7 @@ from lmaas.jobs.lines import LineWorker
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.jobs.process import Jobs
 from lmaas.jobs.runner import Runner, Worker
+from lmaas.jobs.webhooks import WebhookWorker
 from lmaas.observability import GatewayMetrics
 from lmaas.protocols.messages.openapi import SCHEMAS as MESSAGES_SCHEMAS
 from lmaas.protocols.messages.openapi import messages_paths
@@ -99,6 +100,8 @@ from lmaas.web.idempotency import Idempotency
 from lmaas.web.routes import Gateway, endpoints
 from lmaas.web.routes import routes as gateway_routes
 from lmaas.web.server import server
+from lmaas.webhooks.sending import Sender
+from lmaas.webhooks.targets import Targets, networks
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +168,11 @@ def build_inferences(settings: Settings, services: Services, changes: Changes, m
     leases = Leases(services.scheduler, new_id("gw"))
     grammars = Grammars(CheckerHosts(services.redis, client), metrics)
     return Inferences(settings, Months(db), Catalog(db, changes), leases, grammars, client, metrics, WaitReasons(db))
+
+
+def webhook_targets(settings: Settings) -> Targets:
+    """Return the rules for the targets of webhooks."""
+    return Targets(networks(settings.webhook_private_targets))
 
 
 def batch_protocols(responses: Responses) -> list[AnyProtocol]:
@@ -343,6 +351,7 @@ def build_jobs(settings: Settings, services: Services, observers: Observers = UN
         BatchWorker(db, work, metrics),
         LineWorker(db, files, services.scheduler, inferences, protocols, keys, metrics, settings.drain_timeout_s, observers),
         BackgroundRuns(db, inferences, BackgroundResponses(state), keys, metrics, kept_for, observers),
+        WebhookWorker(db, Sender(webhook_targets(settings)), metrics, timedelta(seconds=settings.webhook_off_after_s)),
     ]
     return Jobs(settings, Runner(db, workers, metrics.lost), inferences, changes, requests)
 

@@ -1,6 +1,7 @@
 """All settings, read once from the variables `LMAAS_*` into one frozen object. Nothing else reads the environment."""
 
 import dataclasses
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -151,6 +152,14 @@ class Settings:
     # Job runners
     jobs_port: int | None = setting(None, "Port of a job runner's `/healthz` and `/metrics`.", unset="not served")
 
+    # Webhooks
+    webhook_private_targets: str = setting(
+        "",
+        "Networks of private addresses that tenants' webhooks may call, also without TLS, separated by commas: `127.0.0.0/8,10.1.0.0/16`.",
+        unset="only public addresses",
+    )
+    webhook_off_after_s: int = setting(5 * 86400, "Time after which a webhook is switched off whose every attempt has failed.")
+
     # Scaling
     idle_timeout_s: float = setting(
         300.0, "Time after which an idle pool stops its last replica. A base model can have its own (`lmaas model change`)."
@@ -252,6 +261,13 @@ class Settings:
                 raise SettingsError(
                     f"LMAAS_CORS_ORIGINS contains {origin!r}, which is not an origin. Write it without a path, such as https://app.example.com."
                 )
+        for network in self.webhook_private_targets.split(","):
+            try:
+                _ = network.strip() and ipaddress.ip_network(network.strip())
+            except ValueError as error:
+                raise SettingsError(
+                    f"LMAAS_WEBHOOK_PRIVATE_TARGETS contains {network.strip()!r}, which is no network ({error}). Write it like 10.1.0.0/16."
+                ) from None
         for field in fields(self):
             value = getattr(self, field.name)
             zero = field.name in _MAY_BE_ZERO and value == 0

@@ -23,6 +23,7 @@ _SECTIONS = {
     "max_connections": ("Gateways", ""),
     "console": ("Console", "How people sign in, and what the settings of OIDC do: [the console](../how-to/console.md)."),
     "queue_deadline_s": ("Queue and shutdown", ""),
+    "webhook_private_targets": ("Webhooks", "What they are: [webhooks](../how-to/webhooks.md)."),
     "idle_timeout_s": (
         "Scaling",
         "How these work together: [scaling](../concepts/scaling.md) and [cold starts](../concepts/cold-start.md).",

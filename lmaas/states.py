@@ -182,6 +182,35 @@ def batch_sources(target: BatchStatus) -> list[BatchStatus]:
     return [status for status, targets in BATCH_TRANSITIONS.items() if target in targets]
 
 
+class EventType(StrEnum):
+    """The type of an event that webhooks report. All but the last two are OpenAI's."""
+
+    BATCH_COMPLETED = "batch.completed"
+    BATCH_FAILED = "batch.failed"
+    BATCH_EXPIRED = "batch.expired"
+    BATCH_CANCELLED = "batch.cancelled"
+    #: Of responses in the background.
+    RESPONSE_COMPLETED = "response.completed"
+    RESPONSE_INCOMPLETE = "response.incomplete"
+    RESPONSE_FAILED = "response.failed"
+    RESPONSE_CANCELLED = "response.cancelled"
+    #: A part of a limit per month is used.
+    BUDGET_THRESHOLD = "budget.threshold"
+    #: Sent on request, to one webhook, whatever its event types.
+    WEBHOOK_TEST = "webhook.test"
+
+
+class DeliveryState(StrEnum):
+    """The state of the delivery of an event to a webhook. One that has ended may be sent again on request."""
+
+    #: It is to be sent, now or later.
+    PENDING = "pending"
+    #: The target has accepted it.
+    DELIVERED = "delivered"
+    #: Every attempt failed, or the webhook was switched off.
+    FAILED = "failed"
+
+
 class Dialect(StrEnum):
     """The API with which a batch was created, and which alone shows it."""
 

@@ -12,7 +12,8 @@ class Tier:
     """The share and limits of a tenant. Tenants that wait at the same time are served in proportion to their shares.
 
     `max_files` and `max_file_bytes` are of all files that the tenant uploads, together. `max_batches` have not ended at once, and
-    `max_batch_lines` of their lines wait. `max_background_responses` is the most responses in the background that have not ended.
+    `max_batch_lines` of their lines wait. `max_background_responses` is the most responses in the background that have not ended,
+    `max_webhooks` that of webhooks.
     """
 
     share: float
@@ -22,6 +23,7 @@ class Tier:
     max_batches: int
     max_batch_lines: int
     max_background_responses: int
+    max_webhooks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ TIERS = {
         max_batches=5,
         max_batch_lines=50_000,
         max_background_responses=20,
+        max_webhooks=5,
     ),
     "standard": Tier(
         4.0,
@@ -52,6 +55,7 @@ TIERS = {
         max_batches=100,
         max_batch_lines=1_000_000,
         max_background_responses=200,
+        max_webhooks=20,
     ),
     "premium": Tier(
         16.0,
@@ -61,6 +65,7 @@ TIERS = {
         max_batches=500,
         max_batch_lines=5_000_000,
         max_background_responses=1_000,
+        max_webhooks=50,
     ),
 }
 DEFAULT_TIER = "standard"

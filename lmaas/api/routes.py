@@ -22,6 +22,7 @@ from lmaas.api import (
     table,
     tenants,
     usage,
+    webhooks,
 )
 from lmaas.api.context import Api, ApiCall, Handler, WithStatus
 from lmaas.api.decoding import decode
@@ -80,6 +81,16 @@ HANDLERS: Mapping[str, Handler] = {
         (table.CANCEL_MESSAGE_BATCH, message_batches.cancel_message_batch),
         (table.DELETE_MESSAGE_BATCH, message_batches.delete_message_batch),
         (table.MESSAGE_BATCH_RESULTS, message_batches.message_batch_results),
+        (table.LIST_WEBHOOKS, webhooks.list_webhooks),
+        (table.CREATE_WEBHOOK, webhooks.create_webhook),
+        (table.GET_WEBHOOK, webhooks.get_webhook),
+        (table.CHANGE_WEBHOOK, webhooks.change_webhook),
+        (table.DELETE_WEBHOOK, webhooks.delete_webhook),
+        (table.ROTATE_WEBHOOK_SECRET, webhooks.rotate_secret),
+        (table.TEST_WEBHOOK, webhooks.send_test),
+        (table.LIST_DELIVERIES, webhooks.list_deliveries),
+        (table.GET_DELIVERY, webhooks.get_delivery),
+        (table.REDELIVER, webhooks.redeliver),
         (table.LIST_OPERATOR_KEYS, tenants.list_keys),
         (table.CREATE_OPERATOR_KEY, tenants.create_key),
         (table.REVOKE_OPERATOR_KEY, tenants.revoke_key),

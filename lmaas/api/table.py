@@ -9,7 +9,7 @@ its row.
 """
 
 from lmaas.api.operation import Operation, Permission
-from lmaas.api.shapes import adapters, batches, files, models, responses, sessions, tenants, usage
+from lmaas.api.shapes import adapters, batches, files, models, responses, sessions, tenants, usage, webhooks
 from lmaas.api.shapes.common import DryRun, Page, Paging
 from lmaas.audit import Action
 
@@ -394,6 +394,100 @@ MESSAGE_BATCH_RESULTS = Operation(
     batches.MessageResult,
     media="application/x-jsonl",
     for_operators=False,
+)
+
+# Where a tenant's events are reported.
+LIST_WEBHOOKS = Operation(
+    "list_webhooks",
+    "GET",
+    "/v1/webhooks",
+    _ADMIN,
+    "List the webhooks, oldest first, without their secrets.",
+    Page[webhooks.Webhook],
+    query=Paging,
+)
+CREATE_WEBHOOK = Operation(
+    "create_webhook",
+    "POST",
+    "/v1/webhooks",
+    _ADMIN,
+    "Create a webhook. Its secret is in this response and nowhere else.",
+    webhooks.WebhookWithSecret,
+    body=webhooks.NewWebhook,
+    status=201,
+    audit=Action.WEBHOOK_CREATE,
+)
+GET_WEBHOOK = Operation(
+    "get_webhook",
+    "GET",
+    "/v1/webhooks/{webhook}",
+    _ADMIN,
+    "Show a webhook.",
+    webhooks.Webhook,
+)
+CHANGE_WEBHOOK = Operation(
+    "change_webhook",
+    "PATCH",
+    "/v1/webhooks/{webhook}",
+    _ADMIN,
+    "Change a webhook, or switch it on or off.",
+    webhooks.Webhook,
+    body=webhooks.WebhookChange,
+    audit=Action.WEBHOOK_CHANGE,
+)
+DELETE_WEBHOOK = Operation(
+    "delete_webhook",
+    "DELETE",
+    "/v1/webhooks/{webhook}",
+    _ADMIN,
+    "Delete a webhook with its deliveries.",
+    webhooks.DeletedWebhook,
+    audit=Action.WEBHOOK_DELETE,
+)
+ROTATE_WEBHOOK_SECRET = Operation(
+    "rotate_webhook_secret",
+    "POST",
+    "/v1/webhooks/{webhook}/rotate_secret",
+    _ADMIN,
+    "Replace the secret of a webhook. The new one is in this response and nowhere else.",
+    webhooks.WebhookWithSecret,
+    body=webhooks.SecretRotation,
+    audit=Action.WEBHOOK_ROTATE,
+)
+TEST_WEBHOOK = Operation(
+    "test_webhook",
+    "POST",
+    "/v1/webhooks/{webhook}/test",
+    _ADMIN,
+    "Send a test event to a webhook.",
+    webhooks.Delivery,
+    audit=Action.WEBHOOK_TEST,
+)
+LIST_DELIVERIES = Operation(
+    "list_deliveries",
+    "GET",
+    "/v1/webhooks/{webhook}/deliveries",
+    _ADMIN,
+    "List the deliveries of events to a webhook, newest first.",
+    Page[webhooks.Delivery],
+    query=webhooks.DeliveryQuery,
+)
+GET_DELIVERY = Operation(
+    "get_delivery",
+    "GET",
+    "/v1/webhooks/{webhook}/deliveries/{event}",
+    _ADMIN,
+    "Show the delivery of an event to a webhook.",
+    webhooks.Delivery,
+)
+REDELIVER = Operation(
+    "redeliver",
+    "POST",
+    "/v1/webhooks/{webhook}/deliveries/{event}/redeliver",
+    _ADMIN,
+    "Send an event to a webhook again, under the same id.",
+    webhooks.Delivery,
+    audit=Action.WEBHOOK_REDELIVER,
 )
 
 # For operators.

@@ -11,6 +11,7 @@ from lmaas.cli.batches import batches
 from lmaas.cli.chat import chat
 from lmaas.cli.completion import completion
 from lmaas.cli.context import Context
+from lmaas.cli.doctor.command import doctor
 from lmaas.cli.errors import Commands, end, is_of_output
 from lmaas.cli.files import files
 from lmaas.cli.keys import key
@@ -23,6 +24,7 @@ from lmaas.cli.shared_options import add_shared_options
 from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
 from lmaas.cli.top import top
+from lmaas.cli.webhooks import webhooks
 from lmaas.errors import ApiError, LmaasError
 
 
@@ -61,10 +63,10 @@ def main() -> None:
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Using a model": (chat,),
-    "A tenant's resources": (adapter, files, batches, key, usage),
+    "A tenant's resources": (adapter, files, batches, key, usage, webhooks),
     "For operators": (apply, tenant, model, replica, cogs, simulate),
     "Running a service": PROCESSES,
-    "Looking after a service": (top, logs),
+    "Looking after a service": (doctor, top, logs),
     "This command": (completion,),
 }
 for commands in SECTIONS.values():
@@ -74,5 +76,5 @@ cli.sections = {heading: [str(each.name) for each in commands if not each.hidden
 add_shared_options(
     cli,
     without={*(str(process.name) for process in PROCESSES), "completion"},
-    of_operators={"apply", "cogs", "logs", "model", "replica", "simulate", "tenant", "top"},
+    of_operators={"apply", "cogs", "doctor", "logs", "model", "replica", "simulate", "tenant", "top"},
 )

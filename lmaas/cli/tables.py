@@ -25,7 +25,7 @@ SHORT = {
     "engine_price": "engine $/h",
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
-_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename"})
+_WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename", "error", "event_types"})
 _HASH_LENGTH = 64
 #: The beginning of a time in ISO 8601 that is more exact than a second, or has a zone.
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.+Z]")

@@ -8,6 +8,7 @@ from lmaas.errors import Unavailable
 from lmaas.files.service import Files
 from lmaas.store.batches import delete_old_batches
 from lmaas.store.database import Database
+from lmaas.store.deliveries import delete_old_deliveries
 from lmaas.store.idempotency import delete_old, delete_surplus
 from lmaas.store.retention import delete_expired, delete_oldest, stored_bytes, table_bytes
 
@@ -36,7 +37,7 @@ class Sweeper:
             try:
                 while await delete_old(self._db) or await delete_surplus(self._db) or await delete_expired(self._db):
                     pass
-                while await delete_old_batches(self._db):
+                while await delete_old_batches(self._db) or await delete_old_deliveries(self._db):
                     pass
                 size = await table_bytes(self._db)
                 if time.monotonic() - counted_at >= COUNT_S or size - counted_size >= self._max_stored_bytes * GROWTH:

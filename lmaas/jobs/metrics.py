@@ -18,6 +18,7 @@ class JobMetrics(Collector):
         self._lines: Counter[str] = Counter()
         self._steps: Counter[tuple[str, str]] = Counter()
         self._responses: Counter[str] = Counter()
+        self._webhooks: Counter[str] = Counter()
         self._lost = 0
         self._held: HeldLines | None = None
         self._windows: Mapping[str, Window] = {}
@@ -36,6 +37,11 @@ class JobMetrics(Collector):
     def response(self, outcome: str) -> None:
         """Count the end of a run of a response in the background: the status with which the response ended, `retried` or `aborted`."""
         self._responses[outcome] += 1
+
+    def webhook(self, event: str) -> None:
+        """Count an attempt to send an event to a webhook: `delivered`, `retried` later, or `failed` for good. Or count a webhook that was
+        `switched_off` because it keeps failing."""
+        self._webhooks[event] += 1
 
     def lost(self) -> None:
         """Count a loss of all leases."""
@@ -60,6 +66,13 @@ class JobMetrics(Collector):
         )
         for outcome, count in self._responses.items():
             responses.add_metric([outcome], count)
+        webhooks = CounterMetricFamily(
+            "lmaas_webhook_attempts", "Attempts to send events to webhooks by what came of them.", labels=["outcome"]
+        )
+        switched_off = CounterMetricFamily("lmaas_webhooks_switched_off", "Webhooks that were switched off because they kept failing.")
+        switched_off.add_metric([], self._webhooks["switched_off"])
+        for event in ("delivered", "retried", "failed"):
+            webhooks.add_metric([event], self._webhooks[event])
         lost = CounterMetricFamily("lmaas_job_leases_lost", "How often this runner was declared lost and began anew.", value=self._lost)
         groups = self._commits_before + (self._commits.count if self._commits is not None else 0)
         commits = CounterMetricFamily("lmaas_batch_commits", "Transactions that stored ends of lines.", value=groups)
@@ -73,4 +86,4 @@ class JobMetrics(Collector):
         window = GaugeMetricFamily("lmaas_batch_lines_ahead", "Lines that should wait ahead of a pool's engines.", labels=["pool"])
         for pool, each in list(self._windows.items()):
             window.add_metric([pool], each.ahead)
-        return [lines, steps, responses, lost, commits, held, window]
+        return [lines, steps, responses, webhooks, switched_off, lost, commits, held, window]

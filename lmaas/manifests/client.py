@@ -140,16 +140,16 @@ class ApiClient:
         except ValueError as error:
             raise InvalidRequest(f"This cannot be sent: {error}") from error
         except httpx.InvalidURL as error:
-            raise SettingsError(f"The address {self._shown} is not valid: {error}. Correct LMAAS_URL.") from error
+            raise SettingsError(f"The address {self.address} is not valid: {error}. Correct LMAAS_URL.") from error
         except httpx.LocalProtocolError:
             # Its text has the headers, and so the key.
             raise SettingsError("The request has a header that cannot be sent. Check LMAAS_API_KEY and LMAAS_URL.") from None
         except httpx.TransportError as error:
             raise SettingsError(
-                f"The service at {self._shown} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
+                f"The service at {self.address} cannot be reached ({error}). Start it with `lmaas up`, or set LMAAS_URL and LMAAS_API_KEY."
             ) from error
         except httpx.RequestError as error:
-            raise SettingsError(f"The answer of the service at {self._shown} cannot be read ({error}). Check LMAAS_URL.") from error
+            raise SettingsError(f"The answer of the service at {self.address} cannot be read ({error}). Check LMAAS_URL.") from error
 
     def _read(self, response: httpx.Response, kind: type[Struct] | None) -> Any:
         """Return the JSON of an answer. Raises ApiError for an error, and for what is not an answer of the service."""
@@ -168,14 +168,14 @@ class ApiClient:
         raise ApiError(response.status_code, said["message"], str(said.get("code") or ""), request_id, said.get("param"))
 
     @property
-    def _shown(self) -> str:
-        """The address for messages, without a user and a password."""
+    def address(self) -> str:
+        """The address of the service without a path, a user and a password."""
         scheme, separator, rest = self._root.rpartition("://")
         host, slash, path = rest.partition("/")
         return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
     def _foreign(self, status: int) -> ApiError:
-        message = f"The service at {self._shown} answered with something that is not lmaas (status {status}). Check LMAAS_URL."
+        message = f"The service at {self.address} answered with something that is not lmaas (status {status}). Check LMAAS_URL."
         return ApiError(status, message, "", "")
 
     def upload(

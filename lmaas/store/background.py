@@ -15,10 +15,11 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import InProgress, OverLimit, Unauthenticated
-from lmaas.states import BackgroundStatus
+from lmaas.states import BackgroundStatus, EventType
 from lmaas.store import conversations
 from lmaas.store.database import Database
 from lmaas.store.event_logs import FIRST_EVENT, Piece
+from lmaas.store.events import add_event
 from lmaas.store.idempotency import Answer, Claim, keep_in
 from lmaas.store.responses import ROW_BYTES, Response, owned
 from lmaas.store.runners import hold
@@ -31,6 +32,15 @@ from lmaas.store.usage import UsageEvent, insert_events
 LOG_KEPT_FOR = timedelta(minutes=10)
 #: The bytes that the unfinished responses of one tenant may take.
 MAX_OPEN_BYTES = 256 * 1024 * 1024
+
+#: The events of the ends of responses. A client that deletes a response needs none.
+_EVENTS = {
+    BackgroundStatus.COMPLETED: EventType.RESPONSE_COMPLETED,
+    BackgroundStatus.INCOMPLETE: EventType.RESPONSE_INCOMPLETE,
+    BackgroundStatus.FAILED: EventType.RESPONSE_FAILED,
+    BackgroundStatus.CANCELLED: EventType.RESPONSE_CANCELLED,
+}
+_NO_VALUES: Mapping[str, Any] = {}
 
 #: Leases rows that no runner has leased. A tenant's oldest ones come first, but those that it has running come before them in its turn, so
 #: that tenants take turns. The rows are chosen before they are looked up one by one: joined as a whole, they take quadratic time.
@@ -216,19 +226,25 @@ async def cancel(db: Database, tenant_id: str, response: Response, kept_for: tim
     async with db.begin(tenant_id) as connection:
         if not await conversations.hold_tenant(connection, tenant_id):
             return False
-        row = await _end(connection, _one(tenant_id, response.id), {"status": BackgroundStatus.CANCELLED.value})
+        row = await _end(connection, _one(tenant_id, response.id), BackgroundStatus.CANCELLED)
         if row is None:
             return False
         return await conversations.add_turn(connection, tenant_id, response, row.conversation_id, (), kept_for)
 
 
-async def _end(connection: AsyncConnection, which: Sequence[ColumnElement[bool]], values: Mapping[str, Any]) -> Row[Any] | None:
-    """End a row. Returns it, or None if it has ended already. Its lease stays, so that its runner can charge what it used."""
+async def _end(
+    connection: AsyncConnection, which: Sequence[ColumnElement[bool]], status: BackgroundStatus, values: Mapping[str, Any] = _NO_VALUES
+) -> Row[Any] | None:
+    """End a row with the event of that. Returns it, or None if it has ended already. Its lease stays, so that its runner can charge what it
+    used."""
     empty = dict.fromkeys(("request", "input", "body"), b"")
     text_bytes = func.octet_length(rows.c.request) + func.octet_length(rows.c.input) + func.octet_length(rows.c.body)
     changes = {"ended_at": func.now(), "expires_at": func.now() + LOG_KEPT_FOR, "size_bytes": rows.c.size_bytes - text_bytes}
-    ending = update(rows).where(*which, rows.c.ended_at.is_(None)).values(changes | empty | dict(values))
-    ended: Row[Any] | None = (await connection.execute(ending.returning(rows.c.conversation_id))).first()
+    ending = update(rows).where(*which, rows.c.ended_at.is_(None)).values({"status": status.value} | changes | empty | dict(values))
+    returned = (rows.c.tenant_id, rows.c.id, rows.c.conversation_id)
+    ended: Row[Any] | None = (await connection.execute(ending.returning(*returned))).first()
+    if ended is not None and (type_ := _EVENTS.get(status)) is not None:
+        await add_event(connection, ended.tenant_id, type_, {"id": ended.id})
     return ended
 
 
@@ -241,7 +257,7 @@ async def delete_response(db: Database, tenant_id: str, response_id: str) -> boo
     log = delete(response_events).where(response_events.c.tenant_id == tenant_id, response_events.c.response_id == response_id)
     async with db.begin(tenant_id) as connection:
         # First the row, as those that end it do: whichever comes first.
-        ended = await _end(connection, _one(tenant_id, response_id), {"status": BackgroundStatus.DELETED.value})
+        ended = await _end(connection, _one(tenant_id, response_id), BackgroundStatus.DELETED)
         found = (await connection.execute(stored)).first() is not None or ended is not None
         if found:
             await connection.execute(log)
@@ -334,11 +350,11 @@ async def finish(db: Database, lease: Lease, ending: Ending, kept_for: timedelta
     Returns False if the lease is lost, the response has ended, or the tenant was deleted: then nothing was stored.
     """
     tenant_id, log_bytes = lease.tenant_id, sum(len(piece.events) for piece in ending.pieces)
-    changes = {"status": ending.status.value, "next_event": ending.next_event, "is_log_whole": ending.is_log_whole}
+    changes = {"next_event": ending.next_event, "is_log_whole": ending.is_log_whole}
     async with db.begin(tenant_id) as connection:
         if not await conversations.hold_tenant(connection, tenant_id):
             return False
-        row = await _end(connection, _held(lease), changes)
+        row = await _end(connection, _held(lease), ending.status, changes)
         if row is None:
             return False
         await connection.execute(update(rows).where(*_held(lease)).values(runner_id=None, size_bytes=rows.c.size_bytes + log_bytes))

@@ -10,9 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.audit import Audit
 from lmaas.errors import Conflict, NotFound, OverLimit
-from lmaas.states import OPEN_BATCHES, BatchStatus, Dialect, batch_sources
+from lmaas.states import OPEN_BATCHES, BatchStatus, Dialect, EventType, batch_sources
 from lmaas.store.audit import record
 from lmaas.store.database import Database
+from lmaas.store.events import add_event
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.runners import BatchLease, LeaseLost, hold
 from lmaas.store.scopes import OPERATOR, SYSTEM
@@ -94,6 +95,13 @@ class NewBatch:
     total: int = 0
 
 
+#: The events of the ends of batches.
+_EVENTS = {
+    BatchStatus.COMPLETED: EventType.BATCH_COMPLETED,
+    BatchStatus.FAILED: EventType.BATCH_FAILED,
+    BatchStatus.EXPIRED: EventType.BATCH_EXPIRED,
+    BatchStatus.CANCELLED: EventType.BATCH_CANCELLED,
+}
 _COLUMNS = tuple(batches.c[name] for name in Batch.__slots__)
 #: Of one tenant at a time, so that two creations cannot both find room for one.
 _LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('batches of ' || :tenant, 0))")
@@ -264,7 +272,7 @@ async def leased_batch(db: Database, lease: BatchLease, *statuses: BatchStatus) 
 
 
 async def move_leased(connection: AsyncConnection, lease: BatchLease, target: BatchStatus, **values: object) -> Batch:
-    """Move the batch of a runner's lease to another state, with the time of that and these values.
+    """Move the batch of a runner's lease to another state, with the time of that and these values. If it ends, add the event of its end.
 
     The runner cannot be declared lost until the end of the transaction. Raises LeaseLost if it was, if another runner has the batch, or if
     the batch has left the states from which `target` can be reached.
@@ -276,7 +284,10 @@ async def move_leased(connection: AsyncConnection, lease: BatchLease, target: Ba
         .values(status=target, **{f"{target.value}_at": func.now()}, **values)
         .returning(*_COLUMNS)
     )
-    return _found((await connection.execute(changing)).one_or_none(), lease)
+    batch = _found((await connection.execute(changing)).one_or_none(), lease)
+    if (type_ := _EVENTS.get(target)) is not None:
+        await add_event(connection, lease.tenant_id, type_, {"id": batch.id})
+    return batch
 
 
 async def refusal_of_lines(connection: AsyncConnection, tenant_id: str, more: int, limits_of: Callable[[str], BatchLimits]) -> str | None:

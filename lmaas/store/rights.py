@@ -88,6 +88,8 @@ _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
 _LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "given_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", "losses", *_LEASE)
+_WEBHOOK = ("name", "url", "event_types", "secret_hint", "failing_since", "disabled_at", "disabled_reason", "dropped_events")
+_DELIVERY = ("tenant_id", "webhook_id", "id", "state", "due_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
 
 #: Tables whose rows belong to tenants.
@@ -208,9 +210,28 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("DELETE", OWN)),
     },
+    # The keys of signatures are read by job runners alone.
+    "webhooks": {
+        GATEWAY: (
+            Grant("SELECT", OWN, ("tenant_id", "id", "created_at", "previous_until", *_WEBHOOK)),
+            Grant("INSERT", check=OWN),
+            Grant("UPDATE", OWN, ("secret", "previous_until", *_WEBHOOK)),
+            Grant("DELETE", OWN),
+        ),
+        JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN, ("failing_since", "disabled_at", "disabled_reason", "dropped_events"))),
+        LEASES: (Grant("SELECT", ALL, ("tenant_id", "id", "failing_since")),),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
+    },
+    "webhook_deliveries": {
+        GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN)),
+        JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
+        LEASES: (Grant("SELECT", ALL, _DELIVERY), Grant("UPDATE", ALL, _LEASE)),
+        CONTROLLER: (Grant("SELECT", ALL, _DELIVERY), Grant("DELETE", "state <> 'pending'")),
+    },
     "audit_log": {
         # Records can be added, and never changed.
         GATEWAY: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
+        JOBS: (Grant("INSERT", check=OWN), Grant("SELECT", OWN, ("id",))),
         OPERATOR: (Grant("SELECT"), Grant("INSERT")),
     },
 }
@@ -256,7 +277,7 @@ SHARED: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
 #: Tables without tenants that have row-level security, because some roles may lock their rows but not change them.
 LOCKED_ONLY = frozenset({"base_models"})
 #: Sequences behind the columns that these roles insert into.
-SEQUENCES: Mapping[str, tuple[DatabaseRole, ...]] = {"audit_log_id_seq": (GATEWAY, OPERATOR)}
+SEQUENCES: Mapping[str, tuple[DatabaseRole, ...]] = {"audit_log_id_seq": (GATEWAY, OPERATOR, JOBS)}
 
 TABLES: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {**TENANTS, **SHARED}
 GUARDED = frozenset({*TENANTS, *LOCKED_ONLY})

@@ -54,6 +54,7 @@ _FREE_ROWS = tuple(
     text(f"UPDATE {table} SET runner_id = NULL, losses = losses + :lost WHERE runner_id = :runner")  # noqa: S608 (names of ours)
     for table in ("batches", "background_responses")
 )
+_FREE_DELIVERIES = text("UPDATE webhook_deliveries SET runner_id = NULL WHERE runner_id = :runner")
 
 
 class LeaseLost(Exception):
@@ -114,7 +115,7 @@ async def free_lost(db: Database, lost_s: float = RUNNER_LOST_S) -> str | None:
 async def _free(connection: AsyncConnection, runner_id: str, *, lost: bool) -> None:
     """Free what a runner leases, and remove its row, which this transaction has locked."""
     which = {"runner": runner_id}
-    for statement in (_LOCK_BATCHES, _FREE_LINES):
+    for statement in (_LOCK_BATCHES, _FREE_LINES, _FREE_DELIVERIES):
         await connection.execute(statement, which)
     for statement in _FREE_ROWS:
         await connection.execute(statement, which | {"lost": int(lost)})

@@ -24,7 +24,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from lmaas.types import Limits
 
@@ -575,6 +575,69 @@ response_events = Table(
     Column("events", LargeBinary, nullable=False),
     PrimaryKeyConstraint("tenant_id", "response_id", "first"),
     ForeignKeyConstraint(["tenant_id", "response_id"], ["background_responses.tenant_id", "background_responses.id"], ondelete="CASCADE"),
+)
+
+# Where a tenant's events are reported.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    # Null: events of all types, also those of later releases.
+    Column("event_types", ARRAY(Text)),
+    # The key of the signatures, and its beginning, which lists show. Only job runners read the key.
+    Column("secret", LargeBinary, nullable=False),
+    Column("secret_hint", Text, nullable=False),
+    # The key before the last rotation, which a trigger keeps. Events are signed with it too until that time.
+    Column("previous_secret", LargeBinary),
+    Column("previous_until", DateTime(timezone=True)),
+    # When the first of the attempts failed that have failed in a row. Null: the last one succeeded, or there was none.
+    Column("failing_since", DateTime(timezone=True)),
+    # Null: it is switched on.
+    Column("disabled_at", DateTime(timezone=True)),
+    Column("disabled_reason", Text),
+    # Events that were not kept for it, because too many waited.
+    Column("dropped_events", BigInteger, nullable=False, server_default=text("0")),
+    _created(),
+    PrimaryKeyConstraint("tenant_id", "id"),
+)
+
+# One row for each event and webhook that reports it.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("tenant_id", Text, nullable=False),
+    Column("webhook_id", Text, nullable=False),
+    # The id of the event, which is the same for each webhook and each attempt.
+    Column("id", Text, nullable=False),
+    # An EventType.
+    Column("type", Text, nullable=False),
+    # The event as it is sent, as JSON.
+    Column("body", LargeBinary, nullable=False),
+    # A DeliveryState.
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    # The attempts that have failed since it was created, or since it was last asked to be sent again.
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    # All attempts, and what came of the last one.
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("attempted_at", DateTime(timezone=True)),
+    Column("status_code", Integer),
+    Column("duration_ms", Integer),
+    Column("error", Text),
+    # When it is sent, while it is pending.
+    Column("due_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("ended_at", DateTime(timezone=True)),
+    *_lease(),
+    _created(),
+    PrimaryKeyConstraint("tenant_id", "webhook_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "webhook_id"], ["webhooks.tenant_id", "webhooks.id"], ondelete="CASCADE"),
+    Index("webhook_deliveries_pending_idx", "tenant_id", "webhook_id", "due_at", postgresql_where=text("state = 'pending'")),
+    Index("webhook_deliveries_due_idx", "due_at", postgresql_where=text("state = 'pending' AND runner_id IS NULL")),
+    Index("webhook_deliveries_leased_idx", "runner_id", postgresql_where=text("runner_id IS NOT NULL")),
+    Index(None, "tenant_id", "webhook_id", "created_at"),
+    Index("webhook_deliveries_ended_idx", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
 )
 
 # Triggers increase the sum of these numbers with every change of a tenant, a key, a base model or an adapter (migration 0005).

@@ -17,7 +17,7 @@ from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.retention import delete_state
 from lmaas.store.scopes import OPERATOR, AnyScope, KeyScope, scope_of
-from lmaas.store.tables import adapters, api_keys, idempotency, tenants
+from lmaas.store.tables import adapters, api_keys, idempotency, tenants, webhooks
 from lmaas.types import Limits, Principal, Role
 
 NO_LIMITS = Limits()
@@ -180,8 +180,8 @@ async def list_tenants(db: Database, part: Part | None = None) -> list[Tenant]:
 
 
 async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = None) -> None:
-    """Delete a tenant, its keys, its adapters' rows and all stored responses, conversations and batches, and let its files expire. Its
-    usage stays in the ledger.
+    """Delete a tenant, its keys, its webhooks, its adapters' rows and all stored responses, conversations and batches, and let its files
+    expire. Its usage stays in the ledger.
 
     Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, the rest cannot be
     read by anyone, and goes when it expires.
@@ -201,6 +201,8 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         )
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         await connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant_id))
+        # Their deliveries go with them.
+        await connection.execute(delete(webhooks).where(webhooks.c.tenant_id == tenant_id))
         await expire_files(connection, tenant_id)
         await record(connection, audit, tenant_id, row.name)
     # In transactions of their own, because there may be millions. None is added any more.

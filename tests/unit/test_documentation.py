@@ -11,7 +11,7 @@ import pytest
 from lmaas.config_documentation import page as settings_page
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
-FOLDERS = ("lmaas", "docs", "tests", "bench", "loadtest", "tenants", "docker", "deploy", "migrations", "requirements", ".ci")
+FOLDERS = ("lmaas", "docs", "tests", "bench", "loadtest", "tenants", "docker", "deploy", "examples", "migrations", "requirements", ".ci")
 TEXT = frozenset({".md", ".py", ".lua", ".cpp", ".toml", ".yaml", ".yml", ".sh", ".cfg", ".in", ".json", ".example", ""})
 README_WORDS = 650
 #: The four kinds of pages, each a folder of docs/.
@@ -23,7 +23,7 @@ LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
-QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|requirements)/[\w./*-]+)`")
+QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|examples|requirements)/[\w./*-]+)`")
 #: What commands write, and what users may add.
 WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/", "tenants/models/*.yaml"})
 MODULE = re.compile(r"[\w/]+\.(?:py|lua)\b")

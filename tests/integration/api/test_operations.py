@@ -76,7 +76,19 @@ async def records(stack: Stack) -> list[Any]:
 
 
 #: What operations change.
-TABLES = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions", "replicas", "batches", "files", "content_checks")
+TABLES = (
+    "webhooks",
+    "webhook_deliveries",
+    "tenants",
+    "api_keys",
+    "base_models",
+    "adapters",
+    "adapter_versions",
+    "replicas",
+    "batches",
+    "files",
+    "content_checks",
+)
 
 
 async def everything(stack: Stack) -> dict[str, list[str]]:
@@ -233,6 +245,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await _walk_stored(walk, acme["id"])
     await _walk_files(walk)
     await _walk_batches(walk, acme["id"], operator_key)
+    await _walk_webhooks(walk, operator_key)
     walk.key = operator_key
     assert len((await walk("report_all_usage"))["data"]) == 2
     [event] = (await walk("list_all_events", tenant="acme"))["data"]
@@ -313,6 +326,35 @@ async def _walk_batches(walk: Walker, tenant_id: str, operator_key: str) -> None
         await connection.execute(text(ended), {"file": file.id, "id": made["id"]})
     assert await walk("message_batch_results") == {"custom_id": "a", "result": {"type": "expired"}}
     assert await walk("delete_message_batch") == {"id": made["id"], "type": "message_batch_deleted"}
+
+
+async def _walk_webhooks(walk: Walker, operator_key: str) -> None:
+    """Call the operations on webhooks, without a job runner that sends events."""
+    admin = walk.key
+    for suffix, key in (("_of_tenant", operator_key), ("", admin)):
+        walk.key = key
+        made = await walk(f"create_webhook{suffix}", {"url": "https://example.com/events", "event_types": ["batch.completed"]})
+        secret = made.pop("signing_secret")
+        assert secret.startswith(made["signing_secret_hint"][:-1])
+        walk.path["webhook"] = made["id"]
+        assert await walk(f"get_webhook{suffix}") == made
+        assert made in (await walk(f"list_webhooks{suffix}"))["data"]
+        sent = await walk(f"test_webhook{suffix}")
+        walk.path["event"] = sent["id"]
+        assert (sent["type"], sent["state"], sent["attempts"]) == ("webhook.test", "pending", 0)
+        assert await walk(f"get_delivery{suffix}") == sent
+        assert (await walk(f"list_deliveries{suffix}", state="pending"))["data"] == [sent]
+        assert (await walk(f"redeliver{suffix}"))["id"] == sent["id"]
+        rotated = await walk(f"rotate_webhook_secret{suffix}", {"overlap_s": 60})
+        assert rotated["signing_secret"] != secret
+        assert rotated["previous_secret_until"] is not None
+        change = {"url": "https://example.org/", "name": "mine", "event_types": None, "enabled": False}
+        changed = await walk(f"change_webhook{suffix}", change)
+        assert {name: changed[name] for name in change} == change
+        await walk(f"change_webhook{suffix}", change, changes=False)
+        [failed] = (await walk(f"list_deliveries{suffix}"))["data"]
+        assert (failed["state"], failed["next_attempt_at"]) == ("failed", None)
+        assert await walk(f"delete_webhook{suffix}") == {"object": "webhook.deleted", "id": made["id"], "deleted": True}
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.id)
@@ -410,6 +452,10 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         await add_version(stack.db, tenant, f"bot{number}", model["id"], content_hash=str(number) * 64, **facts)
         await add_version(stack.db, tenant, "bot0", model["id"], content_hash=str(number) * 64, **facts)
         await make_batch(stack.db, tenant, [], status="completed")
+        made = await operator.post("/admin/v1/tenants/t0/webhooks", json={"url": "https://example.com/"})
+        webhook = made.json()["id"]
+    for _ in range(5):
+        await operator.post(f"/admin/v1/tenants/t0/webhooks/{webhook}/test")
     # All at the same moment: the id decides.
     await record_events(stack.db, [usage_event(f"r{number}", tenant, base_model=f"m{number}") for number in range(5)])
     lists = {
@@ -423,9 +469,11 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         "/admin/v1/tenants/t0/batches": 5,
         "/admin/v1/tenants/t0/adapters": 5,
         "/admin/v1/tenants/t0/adapters/bot0/versions": 5,
+        "/admin/v1/tenants/t0/webhooks": 5,
+        f"/admin/v1/tenants/t0/webhooks/{webhook}/deliveries": 5,
     }
     assert set(lists) == {
-        filled(place.path, {"tenant": "t0", "name": "bot0"})
+        filled(place.path, {"tenant": "t0", "name": "bot0", "webhook": webhook})
         for place in PLACES
         if place.operation.is_paged and place.path.startswith("/admin")
     }

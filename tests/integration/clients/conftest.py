@@ -1,8 +1,13 @@
 """One gateway, a job runner and fake engines for all clients, a tenant, and a recording of what each test's clients send and receive."""
 
 import asyncio
+import hashlib
+import shutil
+import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,10 @@ from lmaas.store.rights import DatabaseRole
 from tests.integration.clients.checks import check_exchange
 from tests.integration.clients.tap import Exchange, Tap, tapped
 from tests.integration.gateway.stack import Stack, Tenant, running
+
+NODE = Path(__file__).with_name("node")
+#: The newest releases of libraries for Node ask for Node 22 and run on 20 too.
+OLDEST = 20
 
 
 @dataclass(frozen=True)
@@ -71,3 +80,32 @@ def environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     }.items():
         monkeypatch.setenv(name, value)
     return service
+
+
+@pytest.fixture(scope="session")
+def packages() -> Path:
+    """The folder with the packages of `package-lock.json`, which npm fills once for each machine."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("Node is not installed.")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.lstrip("v").partition(".")[0]) < OLDEST:
+        pytest.skip(f"Node {version} is older than {OLDEST}.")
+    lock = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()[:16]
+    cache = Path.home() / ".cache" / "lmaas" / "node-clients" / lock
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as name:
+            folder = Path(name) / "packages"
+            folder.mkdir()
+            for file in ("package.json", "package-lock.json"):
+                shutil.copy(NODE / file, folder)
+            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode != 0:
+                # A lock file that does not fit package.json is a mistake of ours, not an unreachable registry.
+                assert "EUSAGE" not in done.stderr, done.stderr
+                pytest.skip(f"npm cannot install the packages: {done.stderr[-500:]}")
+            if not cache.exists():
+                folder.rename(cache)
+    return cache / "node_modules"

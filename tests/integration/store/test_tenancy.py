@@ -26,6 +26,7 @@ from lmaas.store import (
     batches,
     conversations,
     event_logs,
+    events,
     files,
     idempotency,
     responses,
@@ -34,6 +35,7 @@ from lmaas.store import (
     tenants,
     usage,
     usage_days,
+    webhooks,
 )
 from lmaas.store.database import Database
 from lmaas.store.idempotency import Answer, Claim
@@ -50,6 +52,7 @@ from tests.support.databases import login_url
 AUDIT = Audit(Action.KEY_CREATE, "tenant_admin", "key", "req")
 ANSWER = Answer(200, "application/json", b"theirs")
 MONTH = timedelta(days=30)
+SECRET = webhooks.Secret(b"mine", "mine")
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -91,7 +94,7 @@ async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
     """A row in each table of batches and background responses."""
     now, own = datetime.now(UTC), {"tenant_id": tenant_id}
     batch = {"batch_id": "batch_1", **own}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "batches": {
             "id": "batch_1", "dialect": "openai", "endpoint": "/v1/chat/completions", "key_id": key_id, "completion_window": "24h",
             "metadata": b"{}", "status": "in_progress", "expires_at": now,
@@ -105,6 +108,8 @@ async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
             "is_streamed": True, "size_bytes": 1, "deadline_at": now, "expires_at": now + MONTH,
         },
         "response_events": {"response_id": "resp_b", "first": 0, "last": 0, "events": f"events-{tenant_id}".encode()},
+        "webhooks": {"id": "wh_1", "name": "", "url": f"url-{tenant_id}", "secret": f"secret-{tenant_id}".encode(), "secret_hint": ""},
+        "webhook_deliveries": {"webhook_id": "wh_1", "id": "evt_1", "type": "batch.failed", "body": f"event-{tenant_id}".encode()},
     }  # fmt: skip
     async with db.begin(SYSTEM) as connection:
         for table, row in rows.items():
@@ -137,7 +142,7 @@ class Both:
         theirs = self.theirs
         things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
         things |= {"item-other", "metadata-other", "input-other", "body-other", "file-of-other", "content-other", theirs.file}
-        things |= {f"body-{theirs.id}", f"events-{theirs.id}"}
+        things |= {f"body-{theirs.id}", f"events-{theirs.id}", f"url-{theirs.id}", f"secret-{theirs.id}", f"event-{theirs.id}"}
         return {thing for thing in things if thing in repr(result)}
 
 
@@ -218,6 +223,7 @@ FORBIDDEN = {
     "batch_lines": {"update", "delete"},
     "batch_pools": {"update", "delete"},
     "response_events": {"update"},
+    "webhook_deliveries": {"delete"},
     "audit_log": {"update", "delete"},
 }
 
@@ -278,6 +284,8 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
         "conversation_items",
         "files",
         "content_checks",
+        "webhooks",
+        "webhook_deliveries",
     ],
 )
 async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str) -> None:
@@ -489,6 +497,18 @@ CASES: dict[str, Case] = {
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),
+    "webhooks.get_webhook": lambda both: webhooks.get_webhook(both.gateway, both.mine.id, "wh_1"),
+    "webhooks.list_webhooks": lambda both: webhooks.list_webhooks(both.gateway, both.mine.id),
+    "webhooks.change_webhook": lambda both: webhooks.change_webhook(both.gateway, both.mine.id, "wh_1", {"enabled": False}, audit=AUDIT),
+    "webhooks.fail_waiting": lambda both: _in_scope(both, lambda connection: webhooks.fail_waiting(connection, both.mine.id, "wh_1")),
+    "webhooks.rotate_secret": lambda both: webhooks.rotate_secret(
+        both.gateway, both.mine.id, "wh_1", SECRET, timedelta(days=1), audit=AUDIT
+    ),
+    "webhooks.delete_webhook": lambda both: webhooks.delete_webhook(both.gateway, both.mine.id, "wh_1", audit=AUDIT),
+    "webhooks.send_test": lambda both: webhooks.send_test(both.gateway, both.mine.id, "wh_1", audit=AUDIT),
+    "webhooks.redeliver": lambda both: webhooks.redeliver(both.gateway, both.mine.id, "wh_1", "evt_1", audit=AUDIT),
+    "webhooks.get_delivery": lambda both: webhooks.get_delivery(both.gateway, both.mine.id, "wh_1", "evt_1"),
+    "webhooks.list_deliveries": lambda both: webhooks.list_deliveries(both.gateway, both.mine.id, "wh_1", Part(9)),
     "usage_days.report": lambda both: usage_days.report(both.gateway, both.mine.id, list(UsageDimension), with_waste=True),
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
     "usage_days.month_total": lambda both: usage_days.month_total(both.gateway, both.mine.id, 2026, 1),
@@ -499,6 +519,8 @@ NO_TENANTS = {
     "tenants.delete_tenant",
     "tenants.create_key",
     "audit.record",
+    "events.add_event",
+    "webhooks.create_webhook",
     "responses.save",
     "responses.save_in",
     "responses.owned",
@@ -529,6 +551,7 @@ def test_every_store_function_of_a_tenant_is_tried() -> None:
         batches,
         conversations,
         event_logs,
+        events,
         files,
         idempotency,
         responses,
@@ -536,6 +559,7 @@ def test_every_store_function_of_a_tenant_is_tried() -> None:
         sessions,
         tenants,
         usage,
+        webhooks,
         usage_days,
     ):
         for name, function in _functions(module):

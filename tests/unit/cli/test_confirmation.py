@@ -21,6 +21,7 @@ DELETIONS = [
     ["--tenant", "acme", "adapter", "delete", "bot"],
     ["key", "revoke", "key_1"],
     ["files", "delete", "file-1"],
+    ["--tenant", "acme", "webhooks", "delete", "wh_1"],
     ["--tenant", "acme", "key", "revoke", "key_1", "--force"],
 ]
 

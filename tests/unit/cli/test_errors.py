@@ -198,7 +198,7 @@ def test_every_command_says_that_another_server_is_at_the_address(tmp_path: Path
                 elif parameter.required:
                     arguments += [parameter.opts[0], "some"]
             if path[-1] == "change":
-                arguments += ["--min-replicas" if path[0] == "model" else "--tokens-per-minute", "1"]
+                arguments += [{"model": "--min-replicas", "webhooks": "--name"}.get(path[0], "--tokens-per-minute"), "1"]
             done = CliRunner().invoke(cli, arguments, env=NOWHERE | {"LMAAS_URL": url})
             assert isinstance(done.exception, ApiError), (arguments, done.output, done.exception)
             assert line in done.exception.message
