@@ -23,6 +23,7 @@ from bench import (
     grammars,
     lora,
     protocols,
+    reports,
     rest,
     serving,
     tenancy,
@@ -33,7 +34,24 @@ from lmaas.config import Settings
 from lmaas.up.bootstrap import prepare_default_model
 
 RESULTS = Path(__file__).parent / "results.json"
-GROUPS = (gateway, protocols, grammars, rest, tenancy, fleet, serving, background, embedding, fairness, lora, cold, bill, wakes, batch_cost)
+GROUPS = (
+    gateway,
+    protocols,
+    grammars,
+    rest,
+    reports,
+    tenancy,
+    fleet,
+    serving,
+    background,
+    embedding,
+    fairness,
+    lora,
+    cold,
+    bill,
+    wakes,
+    batch_cost,
+)
 
 
 @click.command(help=__doc__)

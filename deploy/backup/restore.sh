@@ -10,7 +10,7 @@
 set -eu
 folder=${1:?"say which folder has the backup"}
 : "${DATABASE_URL:?"set DATABASE_URL"}"
-query() { psql --no-psqlrc --no-password --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 --dbname="$DATABASE_URL" --command="$1"; }
+query() { PGOPTIONS=--client-min-messages=warning psql --no-psqlrc --no-password --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 --dbname="$DATABASE_URL" --command="$1"; }
 migrate() { LMAAS_DATABASE_URL=$DATABASE_URL ${LMAAS:-lmaas} migrate; }
 
 if [ -n "${OBJECTS:-}" ] && [ -n "$(ls -A "$OBJECTS" 2>/dev/null)" ]; then

@@ -10,6 +10,7 @@ from lmaas.cli.progress import byte_bar
 
 #: The most important first: on a narrow terminal the last ones are left out.
 ADAPTER = ("name", "base_model", "live_version", "latest_version", "activated_by", "created_at")
+EMPTY = "There are no adapters. Upload one: lmaas adapter upload NAME FOLDER --base-model MODEL"
 VERSION = ("version", "rank", "size_bytes", "content_hash", "created_at", "target_modules")
 
 
@@ -22,7 +23,7 @@ def adapter() -> None:
 @pass_context
 def adapter_list(context: Context) -> None:
     """List the adapters."""
-    context.show(context.tenant_client().items(table.LIST_ADAPTERS), ADAPTER)
+    context.show(context.tenant_client().items(table.LIST_ADAPTERS), ADAPTER, EMPTY)
 
 
 @adapter.command("upload")

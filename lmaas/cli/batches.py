@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: The most important first: on a narrow terminal the last ones are left out.
 LISTED = ("id", "status", "total", "completed", "failed", "endpoint", "created_at", "ended_at")
 SHOWN = (*LISTED, "expires_at", "input_file_id", "output_file_id", "error_file_id", "input_tokens", "output_tokens", "metadata")
+EMPTY = "There are no batches. Create one from a file of requests: lmaas batches create requests.jsonl"
 FAULT = ("line", "code", "message")
 ENDED = ("failed", "completed", "expired", "cancelled")
 ENDPOINTS = get_args(get_args(Endpoint)[0])
@@ -40,7 +41,7 @@ def batches() -> None:
 def batches_list(context: Context, most: int) -> None:
     """List the batches, newest first."""
     found = context.tenant_client().items(table.LIST_BATCHES, most=most)
-    context.show(found if context.as_json else [_for_people(batch) for batch in found], LISTED)
+    context.show(found if context.as_json else [_for_people(batch) for batch in found], LISTED, EMPTY)
 
 
 @batches.command("create")

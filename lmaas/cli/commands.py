@@ -25,7 +25,12 @@ from lmaas.cli.simulate import simulate
 from lmaas.cli.tenants import tenant
 from lmaas.cli.top import top
 from lmaas.cli.webhooks import webhooks
-from lmaas.errors import ApiError, LmaasError
+from lmaas.errors import ApiError, LmaasError, Unauthenticated
+
+WRONG_KEY = (
+    "The service does not accept the API key. Set LMAAS_API_KEY to a valid one. Without it, commands use the key in "
+    "LMAAS_HOME/credentials.json."
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,7 +57,8 @@ def main() -> None:
     try:
         cli(prog_name="lmaas")
     except ApiError as error:
-        end(f"{error.message}{f' ({error.code}, {error.request_id})' if error.request_id else ''}")
+        message = WRONG_KEY if error.code == Unauthenticated.code else error.message
+        end(f"{message}{f' ({error.code}, {error.request_id})' if error.request_id else ''}")
     except LmaasError as error:
         end(error.message)
     except OSError as error:

@@ -103,14 +103,14 @@ class Context:
             return False
         return True
 
-    def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    def show(self, rows: Sequence[dict[str, Any]], columns: Sequence[str], empty: str = "There is nothing to show.") -> None:
         """Print a table for people, JSON for programs. On a terminal without room for all columns, the last ones are left out and named,
-        unless the output is wide."""
+        unless the output is wide. `empty` is the sentence for no rows: that there are none, and how the first one comes."""
         if self.as_json:
             click.echo(json.dumps(list(rows), indent=2))
             return
         if not rows:
-            click.echo("Nothing to show.")
+            self.say(empty)
             return
         from rich.console import Console
 
@@ -124,8 +124,7 @@ class Context:
             console.width = max(console.width, console.measure(table, options=console.options.update(width=100_000)).maximum)
         console.print(table, soft_wrap=width is None, crop=False)
         if hidden and width is not None:
-            note = f"Not shown, because the terminal has {width} columns: {', '.join(hidden)}. Add --wide to see them."
-            click.echo(textwrap.fill(note, width))
+            self.say(f"Not shown, because the terminal has {width} columns: {', '.join(hidden)}. Add --wide to see them.")
 
     def show_one(self, row: dict[str, Any], columns: Sequence[str], remark: str | None = None) -> None:
         """Print one thing: for people a line for each of `columns`, in JSON all of it."""
@@ -143,6 +142,11 @@ class Context:
         from lmaas.cli.tables import labelled
 
         click.echo("\n".join(labelled(texts, self._width())))
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence for people. On a terminal, it breaks between words."""
+        width = self._width()
+        click.echo(sentence if width is None else textwrap.fill(sentence, width, break_long_words=False, break_on_hyphens=False))
 
     def _width(self) -> int | None:
         """Return the width in which lines should fit, None if nothing limits it."""

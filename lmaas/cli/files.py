@@ -16,6 +16,7 @@ from lmaas.cli.progress import byte_bar
 from lmaas.errors import SettingsError
 
 COLUMNS = ("id", "purpose", "bytes", "filename", "created_at", "expires_at")
+EMPTY = "There are no files. Upload one: lmaas files upload PATH"
 #: The target of a download to standard output.
 STDOUT = "-"
 
@@ -31,7 +32,7 @@ def files() -> None:
 def files_list(context: Context, purpose: str | None) -> None:
     """List the files, newest first."""
     found = context.own_client().items(table.LIST_FILES, query={"purpose": purpose})
-    context.show(found if context.as_json else [_for_people(file) for file in found], COLUMNS)
+    context.show(found if context.as_json else [_for_people(file) for file in found], COLUMNS, EMPTY)
 
 
 @files.command("upload")

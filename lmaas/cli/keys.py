@@ -9,6 +9,7 @@ from lmaas.errors import ApiError, SettingsError
 
 #: The most important first: on a narrow terminal the last ones are left out.
 KEY = ("id", "role", "revoked_at", "name", "limits", "prefix", "created_at")
+EMPTY = "There are no keys. Create one: lmaas key create --role inference"
 
 
 @click.group()
@@ -25,11 +26,11 @@ def _of_operators(context: Context) -> bool:
 def key_list(context: Context) -> None:
     """List the keys, without their secrets."""
     operation = table.LIST_OPERATOR_KEYS if _of_operators(context) else table.LIST_KEYS
-    context.show([limited(row) for row in context.client().items(operation)], KEY)
+    context.show([limited(row) for row in context.client().items(operation)], KEY, EMPTY)
 
 
 @key.command("create")
-@click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]))
+@click.option("--role", type=click.Choice(["inference", "tenant_admin", "operator"]), help="What the key may do.")
 @click.option("--name", default="", help="A name by which people know the key.")
 @limit_options
 @pass_context

@@ -12,8 +12,8 @@ from lmaas.cli.tables import plain
 
 #: The levels, the least important first.
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-#: What servers call a level that has another name here. Other words of Postgres, such as LOG, are INFO.
-_POSTGRES = {"WARNING": "WARNING", "ERROR": "ERROR", "FATAL": "CRITICAL", "PANIC": "CRITICAL"}
+#: What servers call a level that has another name here. Postgres' FATAL ends one session only; its other words, such as LOG, are INFO.
+_POSTGRES = {"WARNING": "WARNING", "ERROR": "ERROR", "FATAL": "ERROR", "PANIC": "CRITICAL"}
 _VALKEY = {".": "DEBUG", "-": "DEBUG", "*": "INFO", "#": "WARNING"}
 _VLLM_LINE = re.compile(r"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
 _PYTHON_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s*(.*)")

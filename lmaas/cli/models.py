@@ -18,6 +18,7 @@ MODEL = (
     *("name", "desired", "ready", "min_replicas", "max_replicas", "idle_timeout_s", "kind", "dtype", "cpus", "accelerators", *PRICES),
     *("max_num_seqs", "max_loras", "max_lora_rank", "source"),
 )
+EMPTY = "There are no base models. Add one: lmaas model add NAME SOURCE"
 ENGINE = ("dtype", "max_model_len", "max_num_seqs", "max_loras", "max_cpu_loras", "max_lora_rank", "kv_cache_bytes", "engine_args")
 
 UNDECIDED = "the controller has not decided yet"
@@ -61,10 +62,10 @@ def model() -> None:
 def model_list(context: Context) -> None:
     """List the base models."""
     rows = context.client().items(table.LIST_MODELS)
-    context.show([_flat(row) for row in rows], MODEL)
+    context.show([_flat(row) for row in rows], MODEL, EMPTY)
     if not context.as_json:
         for line in troubles(rows):
-            click.echo(line)
+            context.say(line)
 
 
 @model.command("show")
@@ -89,7 +90,7 @@ def model_show(context: Context, name: str) -> None:
         }
     )
     for line in troubles([row]):
-        click.echo(line)
+        context.say(line)
 
 
 @model.command("add")

@@ -12,6 +12,8 @@ MOST_ENDED = 100
 #: The most important first: on a narrow terminal the last ones are left out.
 REPLICA = ("id", "base_model", "desired", "observed", "reason", "created_at", "ready_at", "url")
 
+EMPTY = "There are no replicas. One starts with the first request to a model."
+
 
 @click.group()
 def replica() -> None:
@@ -24,10 +26,10 @@ def replica() -> None:
 def replica_list(context: Context, ended: bool) -> None:
     """List the replicas that exist."""
     client = context.client()
-    context.show(client.items(table.LIST_REPLICAS, most=MOST_ENDED if ended else None, query={"ended": ended}), REPLICA)
+    context.show(client.items(table.LIST_REPLICAS, most=MOST_ENDED if ended else None, query={"ended": ended}), REPLICA, EMPTY)
     if not context.as_json:
         for line in troubles(client.items(table.LIST_MODELS)):
-            click.echo(line)
+            context.say(line)
 
 
 @replica.command("show")

@@ -97,7 +97,7 @@ def usage(
     else:
         by = asked["by"] or (OperatorUsageQuery() if of_all else UsageQuery()).by
         context.show([_usage_line(row) for row in rows], (*_groups(by, rows), *FIGURES, *(WASTE if of_all else ())))
-        _tell_unpriced(sum(row["unpriced_requests"] for row in rows))
+        _tell_unpriced(context, sum(row["unpriced_requests"] for row in rows))
 
 
 def _groups(by: str, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -125,9 +125,9 @@ def _priced(row: dict[str, Any]) -> dict[str, Any]:
     return row | ({"charge_microusd": NO_PRICE} if row["charge_microusd"] == 0 and row["unpriced_requests"] > 0 else {})
 
 
-def _tell_unpriced(requests: int) -> None:
+def _tell_unpriced(context: Context, requests: int) -> None:
     if requests > 0:
-        click.echo(
+        context.say(
             f"{requests:,} requests used tokens and cost nothing, because their model had no price. `lmaas model change` sets prices of "
             "later requests."
         )
@@ -179,11 +179,11 @@ def cogs(context: Context, since: str | None, until: str | None, as_csv: bool, b
     context.show([_cogs_line(line) for line in lines], (*who, *COGS))
     spare = answer["idle_capacity"]
     if spare["used_ms"] > 0:
-        click.echo(
+        context.say(
             f"Background work used {spare['used_ms'] / 1000:,.0f} s of the {spare['ms'] / 1000:,.0f} s in which engines had no other work"
             f" ({spare['used_ratio']:.1%})."
         )
-    _tell_unpriced(answer["total"]["unpriced_requests"])
+    _tell_unpriced(context, answer["total"]["unpriced_requests"])
 
 
 def _cogs_line(line: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,11 @@ SHORT = {
 }
 #: Columns of words, which may take several lines. What people copy stays in one piece.
 _WRAPPED = frozenset({"reason", "target_modules", "source", "limits", "name", "filename", "error", "event_types"})
+#: Columns of names, which may be long. With fewer columns than this, they are folded, so that more fit beside them.
+_NAMES = frozenset({"name", "base_model", "model", "adapter", "tenant", "filename"})
+FEWEST_COLUMNS = 3
+#: The narrowest column of folded names.
+FOLDED_WIDTH = 22
 _HASH_LENGTH = 64
 #: The beginning of a time in ISO 8601 that is more exact than a second, or has a zone.
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[.+Z]")
@@ -40,25 +45,42 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
     from rich.text import Text
 
     texts = {column: [_shortened(cell(row.get(column), money=is_money(column))) for row in rows] for column in columns}
-    shown, hidden = list(columns), list[str]()
-    while width is not None and len(shown) > 1 and sum(_least_width(column, texts[column]) + 2 for column in shown) - 2 > width:
-        hidden.insert(0, heading(shown.pop()))
+    shown, hidden = _fitting_columns(columns, texts, width, folded=False)
+    folded = len(shown) < min(FEWEST_COLUMNS, len(columns))
+    if folded:
+        # Long names take several lines, so that something is shown beside them.
+        shown, hidden = _fitting_columns(columns, texts, width, folded=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
         number = is_money(column) or all(isinstance(row.get(column), int | float) for row in rows)
         title = heading(column)
         if width is not None:
             title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
-        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=column not in _WRAPPED)
+        may_wrap = column in _WRAPPED or (folded and column in _NAMES)
+        least = None if width is None else min(width, _least_width(column, texts[column], folded))
+        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=not may_wrap, min_width=least)
     for index in range(len(rows)):
         # A plain string would be read as markup, so that a name such as "[x]" would vanish.
         table.add_row(*(Text(texts[column][index]) for column in shown))
     return table, hidden
 
 
-def _least_width(column: str, texts: Sequence[str]) -> int:
-    """Return how narrow a column may be: words of prose and of headings stay whole, and so does every other value."""
+def _fitting_columns(
+    columns: Sequence[str], texts: Mapping[str, Sequence[str]], width: int | None, *, folded: bool
+) -> tuple[list[str], list[str]]:
+    """Return the first columns for which there is room, and the headings of the others."""
+    shown, hidden = list(columns), list[str]()
+    while width is not None and len(shown) > 1 and sum(_least_width(each, texts[each], folded) + 2 for each in shown) - 2 > width:
+        hidden.insert(0, heading(shown.pop()))
+    return shown, hidden
+
+
+def _least_width(column: str, texts: Sequence[str], folded: bool) -> int:
+    """Return how narrow a column may be: words of prose and of headings stay whole, and so does every other value. With `folded`, names may
+    be narrower."""
     pieces = heading(column).split()
+    if folded and column in _NAMES:
+        texts = [text[:FOLDED_WIDTH] for text in texts]
     for text in texts:
         pieces += text.split() if column in _WRAPPED else [text]
     return max(len(piece) for piece in pieces)

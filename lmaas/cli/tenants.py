@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: The most important first: on a narrow terminal the last ones are left out.
 TENANT = ("name", "id", "tier", "max_queued", "max_adapters", "limits", "created_at")
+EMPTY = "There are no tenants. Create one: lmaas tenant create NAME"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -38,7 +39,7 @@ def tenant() -> None:
 @pass_context
 def tenant_list(context: Context) -> None:
     """List the tenants."""
-    context.show([limited(row) for row in context.client().items(table.LIST_TENANTS)], TENANT)
+    context.show([limited(row) for row in context.client().items(table.LIST_TENANTS)], TENANT, EMPTY)
 
 
 @tenant.command("create")

@@ -14,6 +14,7 @@ from lmaas.cancellation import unswallowed
 from lmaas.config import Settings
 from lmaas.control.autoscaler import Scale, ScalingState, decide
 from lmaas.control.background import BackgroundFigures, Throughput
+from lmaas.control.budgets import BudgetEvents
 from lmaas.control.idleness import Idleness, IdleTimes
 from lmaas.control.observation import Replicas
 from lmaas.control.plan import STOP_GRACE_S, Action, PlanLimits, Verb, plan
@@ -23,7 +24,7 @@ from lmaas.control.sharing import SharingRules, WaitingSince, share
 from lmaas.control.sweeper import FileSweeper, Sweeper
 from lmaas.errors import Unavailable
 from lmaas.files.service import Files
-from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
+from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, waiting_events, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
 from lmaas.store.backlog import done_tokens, waiting_lines
@@ -85,6 +86,12 @@ class Controller:
         self.file_sweeper = None if files is None else FileSweeper(files)
         self._forget()
 
+    async def waiting_events(self) -> dict[str, int]:
+        """Return the usage events of each pool, by its base model's name, that are not in the ledger yet. Raises RedisError."""
+        statuses = dict(self.statuses)
+        counts = await waiting_events(self._scheduler.redis, statuses)
+        return {statuses[pool_id].model: count for pool_id, count in counts.items()}
+
     def _forget(self) -> None:
         #: The time at which all pools were last read.
         self._read_at = float("-inf")
@@ -116,6 +123,7 @@ class Controller:
                     group.create_task(self._present_forever(), name="presence")
                     group.create_task(self._meter_forever(), name="metering-writer")
                     group.create_task(self.sweeper.run(), name="sweeper")
+                    group.create_task(BudgetEvents(self._db).run(), name="budget-events")
                     if self.file_sweeper is not None:
                         group.create_task(self.file_sweeper.run(), name="file-sweeper")
             except* LostLead as lost:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -159,6 +159,5 @@ def parse_event(text: str) -> UsageEvent:
     # An older release does not write the class.
     fields["work"] = WorkClass(fields.get("work", WorkClass.INTERACTIVE))
     prices = Prices(*(int(fields.pop(name, 0)) for name in ("prompt_price", "cached_price", "completion_price")))
-    event = UsageEvent(**{name: fields[name] for name in _EVENT_FIELDS if name in fields})
-    charge = charge_picousd(prices, event.status, event.prompt_tokens, event.cached_tokens, event.completion_tokens)
-    return replace(event, charge_picousd=charge)
+    charge = charge_picousd(prices, fields["status"], *(fields[name] for name in ("prompt_tokens", "cached_tokens", "completion_tokens")))
+    return UsageEvent(**{name: fields[name] for name in _EVENT_FIELDS if name in fields}, charge_picousd=charge)

@@ -88,6 +88,7 @@ _LEASE = ("runner_id", "attempt")
 _BATCH = ("tenant_id", "id", "key_id", "endpoint", "input_file_id", "status", "stop_code", "total", "created_at", "expires_at", *_LEASE)
 _LINE = ("ctid", "tenant_id", "batch_id", "position", "byte_offset", "byte_length", "pool_id", "tokens", "state", "given_back", *_LEASE)
 _DETACHED = ("tenant_id", "id", "size_bytes", "created_at", "not_before", "deadline_at", "ended_at", "losses", *_LEASE)
+_MONTHLY = ("tokens_per_month", "budget_per_month")
 _WEBHOOK = ("name", "url", "event_types", "secret_hint", "failing_since", "disabled_at", "disabled_reason", "dropped_events")
 _DELIVERY = ("tenant_id", "webhook_id", "id", "state", "due_at", "ended_at", *_LEASE)
 _OBSERVED = ("observed", "url", "reason", "ready_at", "ended_at", "start")
@@ -99,6 +100,8 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         AUTHENTICATOR: (Grant("SELECT", ITS_TENANT),),
         OPERATOR: (Grant("SELECT"), Grant("INSERT"), Grant("UPDATE")),
         JOBS: (Grant("SELECT", ITSELF), lock("id", ITSELF)),
+        # Events of budgets.
+        CONTROLLER: (Grant("SELECT", ALL, ("id", "tier", "deleted_at", *_MONTHLY)),),
     },
     "api_keys": {
         GATEWAY: (
@@ -111,6 +114,7 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         AUTHENTICATOR: (Grant("SELECT", THE_KEY),),
         OPERATOR: (Grant("SELECT", ALL, _KEY), Grant("INSERT"), Grant("UPDATE", ALL, _KEY_CHANGES), Grant("DELETE", A_SESSION)),
         JOBS: (Grant("SELECT", OWN, _KEY),),
+        CONTROLLER: (Grant("SELECT", ALL, ("id", "tenant_id", "revoked_at", *_MONTHLY)),),
     },
     "adapters": {
         GATEWAY: (
@@ -135,7 +139,12 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", f"{OWN} AND status IN ('lost', 'wasted')", check=OWN)),
     },
     # The ledger's sums. Only triggers write them, as the owner.
-    "usage_days": {GATEWAY: (Grant("SELECT", OWN),), JOBS: (Grant("SELECT", OWN),), OPERATOR: (Grant("SELECT"),)},
+    "usage_days": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        JOBS: (Grant("SELECT", OWN),),
+        OPERATOR: (Grant("SELECT"),),
+        CONTROLLER: (Grant("SELECT"),),
+    },
     "work_days": {GATEWAY: (Grant("SELECT", OWN),), OPERATOR: (Grant("SELECT"),)},
     "idempotency": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
@@ -220,13 +229,22 @@ TENANTS: Mapping[str, Mapping[DatabaseRole, tuple[Grant, ...]]] = {
         ),
         JOBS: (Grant("SELECT", OWN), Grant("UPDATE", OWN, ("failing_since", "disabled_at", "disabled_reason", "dropped_events"))),
         LEASES: (Grant("SELECT", ALL, ("tenant_id", "id", "failing_since")),),
+        CONTROLLER: (
+            Grant("SELECT", ALL, ("tenant_id", "id", "event_types", "disabled_at", "dropped_events")),
+            Grant("UPDATE", ALL, ("dropped_events",)),
+        ),
         OPERATOR: (Grant("SELECT", ALL, ("tenant_id", "id")), Grant("DELETE")),
     },
     "webhook_deliveries": {
         GATEWAY: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN)),
         JOBS: (Grant("SELECT", OWN), Grant("INSERT", check=OWN), Grant("UPDATE", OWN), Grant("DELETE", OWN)),
         LEASES: (Grant("SELECT", ALL, _DELIVERY), Grant("UPDATE", ALL, _LEASE)),
-        CONTROLLER: (Grant("SELECT", ALL, _DELIVERY), Grant("DELETE", "state <> 'pending'")),
+        CONTROLLER: (Grant("SELECT", ALL, _DELIVERY), Grant("INSERT"), Grant("DELETE", "state <> 'pending'")),
+    },
+    "budget_notices": {
+        GATEWAY: (Grant("SELECT", OWN),),
+        OPERATOR: (Grant("SELECT", ALL, ("tenant_id",)), Grant("DELETE")),
+        CONTROLLER: (Grant("SELECT"), Grant("INSERT"), Grant("DELETE")),
     },
     "audit_log": {
         # Records can be added, and never changed.

@@ -604,6 +604,22 @@ webhooks = Table(
     PrimaryKeyConstraint("tenant_id", "id"),
 )
 
+# The parts of limits per month that were used, each of which is reported once a month.
+budget_notices = Table(
+    "budget_notices",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    # The tenant or a key of it.
+    Column("owner_id", Text, nullable=False),
+    # The first day of the month (UTC).
+    Column("month", Date, nullable=False),
+    # `tokens_per_month` or `budget_per_month`.
+    Column("limit", Text, nullable=False),
+    Column("percent", Integer, nullable=False),
+    _created(),
+    PrimaryKeyConstraint("tenant_id", "owner_id", "month", "limit", "percent"),
+)
+
 # One row for each event and webhook that reports it.
 webhook_deliveries = Table(
     "webhook_deliveries",

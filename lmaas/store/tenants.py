@@ -17,7 +17,7 @@ from lmaas.store.files import expire_files
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.retention import delete_state
 from lmaas.store.scopes import OPERATOR, AnyScope, KeyScope, scope_of
-from lmaas.store.tables import adapters, api_keys, idempotency, tenants, webhooks
+from lmaas.store.tables import adapters, api_keys, budget_notices, idempotency, tenants, webhooks
 from lmaas.types import Limits, Principal, Role
 
 NO_LIMITS = Limits()
@@ -202,7 +202,8 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
         await connection.execute(delete(adapters).where(adapters.c.tenant_id == tenant_id))
         await connection.execute(delete(idempotency).where(idempotency.c.tenant_id == tenant_id))
         # Their deliveries go with them.
-        await connection.execute(delete(webhooks).where(webhooks.c.tenant_id == tenant_id))
+        for table in (webhooks, budget_notices):
+            await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
         await expire_files(connection, tenant_id)
         await record(connection, audit, tenant_id, row.name)
     # In transactions of their own, because there may be millions. None is added any more.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, select, text
+from sqlalchemy import ColumnElement, Date, cast, false, func, or_, select, text
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -11,7 +11,7 @@ from lmaas.states import STAND_INS, UsageStatus, WorkClass
 from lmaas.store.database import Database
 from lmaas.store.paging import Part, rows_of
 from lmaas.store.scopes import SYSTEM, AnyScope
-from lmaas.store.tables import usage_events
+from lmaas.store.tables import usage_days, usage_events
 
 #: The time within which `recent_waste` looks, so that it reads few events.
 RECENT = timedelta(minutes=10)
@@ -142,6 +142,11 @@ class EventFilter:
     status: UsageStatus | None = None
     request_id: str | None = None
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether events may be rare among those of the same days, and are not found by their id."""
+        return self.request_id is None and any((self.key_id, self.model, self.adapter, self.work, self.status))
+
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on `usage_events`."""
         columns = usage_events.c
@@ -178,5 +183,41 @@ async def list_events(
         owned.append(columns.status != UsageStatus.WASTED)
     query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned, *wanted.conditions())
     async with db.begin(scope) as connection:
+        if part is not None and wanted.is_narrow:
+            # Of one moment, so that the days have what their sums say.
+            await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+            query = query.where(await _on_days(connection, scope, part, wanted, with_waste=with_waste))
         rows = await rows_of(connection, query, part, columns.created_at, columns.request_id, *owned, newest_first=True)
     return [UsageEvent(*row) for row in rows]
+
+
+async def _on_days(
+    connection: AsyncConnection, scope: AnyScope, part: Part, wanted: EventFilter, *, with_waste: bool
+) -> ColumnElement[bool]:
+    """Return the condition that events are of days that have enough of the wanted ones for a part, by the daily sums. So few events that
+    are not wanted are read, however rare the wanted ones are."""
+    sums = usage_days.c
+    equal = {"key_id": wanted.key_id, "base_model": wanted.model, "adapter": wanted.adapter, "work": wanted.work, "status": wanted.status}
+    conditions = [sums[name] == value for name, value in equal.items() if value is not None]
+    conditions += [sums.tenant_id == scope] if isinstance(scope, str) else []
+    conditions += [] if with_waste else [sums.status != UsageStatus.WASTED]
+    conditions += [sums.day >= wanted.since] if wanted.since is not None else []
+    conditions += [sums.day <= wanted.until] if wanted.until is not None else []
+    if part.after is not None:
+        # If there is no such event, the list says so.
+        of_place = select(cast(func.timezone("UTC", usage_events.c.created_at), Date)).where(usage_events.c.request_id == part.after)
+        conditions.append(sums.day <= of_place.scalar_subquery())
+    requests = func.sum(sums.requests)
+    query = select(sums.day, requests).where(*conditions).group_by(sums.day).having(requests != 0).order_by(sums.day.desc())
+    spans: list[tuple[date, date]] = []
+    found = 0
+    for number, (day, count) in enumerate((await connection.execute(query)).all()):
+        # Days that follow each other are one span.
+        last = spans.pop()[1] if spans and spans[-1][0] - day == timedelta(days=1) else day
+        spans.append((day, last))
+        # Some events of the first day may be before the place.
+        found += int(count) if number > 0 or part.after is None else 0
+        if found > part.limit:
+            break
+    times = usage_events.c.created_at
+    return or_(false(), *((times >= _midnight(first)) & (times < _midnight(last + timedelta(days=1))) for first, last in spans))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Date, Subquery, case, cast, func, literal, select, text, tuple_
+from sqlalchemy import ColumnElement, Date, FromClause, Subquery, case, cast, func, literal, select, text, tuple_
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from lmaas.errors import InvalidRequest
 from lmaas.states import UsageDimension, UsageStatus, WorkClass
@@ -22,6 +23,8 @@ UNFINISHED = "unfinished"
 #: The differences that a comparison lists, at most.
 MAX_DIFFERENCES = 100
 _LAST_DAY = date(9999, 12, 31)
+#: The days that are read at first for a part of a report by day. Each time that they are not enough, four times as many are read.
+FEW_DAYS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +115,48 @@ async def report(
     if not with_waste:
         conditions.append(usage_days.c.status != UsageStatus.WASTED)
     place = None if part is None or part.after is None else _read_cursor(part.after, by)
-    if place is not None and by[0] is UsageDimension.DAY:
-        # It follows from the place, and leaves out the days of earlier pages.
-        conditions.append(usage_days.c.day <= _LAST_DAY - timedelta(days=place[0]))
+    async with db.begin(scope) as connection:
+        if part is None or by[0] is not UsageDimension.DAY:
+            limit = None if part is None else part.limit + 1
+            return await _read(connection, by, conditions, place, limit)
+        # The newest days come first, so a part needs only some of them.
+        if place is not None:
+            conditions.append(usage_days.c.day <= _LAST_DAY - timedelta(days=place[0]))
+        first, last = (await connection.execute(select(func.min(usage_days.c.day), func.max(usage_days.c.day)).where(*conditions))).one()
+        rows: list[UsageRow] = []
+        days = FEW_DAYS
+        while last is not None and last >= first and len(rows) <= part.limit:
+            begin = max(first, last - timedelta(days=min(days, (last - first).days + 1) - 1))
+            within = [*conditions, usage_days.c.day >= begin, usage_days.c.day <= last]
+            rows += await _read(connection, by, within, place, part.limit + 1 - len(rows))
+            last, days = begin - timedelta(days=1), 4 * days
+        return rows
+
+
+async def _read(
+    connection: AsyncConnection,
+    by: Sequence[UsageDimension],
+    conditions: Sequence[ColumnElement[bool]],
+    place: list[Any] | None,
+    limit: int | None,
+) -> list[UsageRow]:
+    """Return the lines of a report after a place, at most `limit`."""
     grouped = _grouped(by, conditions)
     order = [expression for dimension in by for expression in _order(dimension, grouped)]
+    has_tenant, has_key = UsageDimension.TENANT in by, UsageDimension.KEY in by
     names = [
-        tenants.c.name if UsageDimension.TENANT in by else literal(None),
-        api_keys.c.name if UsageDimension.KEY in by else literal(None),
+        (tenants.c.name if has_tenant else literal(None)).label("tenant"),
+        (api_keys.c.name if has_key else literal(None)).label("key"),
     ]
-    source = grouped
-    joined = select(grouped, *(name.label(label) for name, label in zip(names, ("tenant", "key"), strict=True)), *order)
-    if UsageDimension.TENANT in by:
-        source = source.outerjoin(tenants, grouped.c.tenant_id == tenants.c.id)  # type: ignore[assignment]
-    if UsageDimension.KEY in by:
-        source = source.outerjoin(api_keys, grouped.c.key_id == api_keys.c.id)  # type: ignore[assignment]
-    query = joined.select_from(source).order_by(*order)
+    source: FromClause = grouped
+    if has_tenant:
+        source = source.outerjoin(tenants, grouped.c.tenant_id == tenants.c.id)
+    if has_key:
+        source = source.outerjoin(api_keys, grouped.c.key_id == api_keys.c.id)
+    query = select(grouped, *names, *order).select_from(source).order_by(*order).limit(limit)
     if place is not None:
         query = query.where(tuple_(*order) > tuple_(*place))
-    if part is not None:
-        query = query.limit(part.limit + 1)
-    async with db.begin(scope) as connection:
-        rows = (await connection.execute(query)).all()
+    rows = (await connection.execute(query)).all()
     return [_row(row._mapping, by, list(row[-len(order) :])) for row in rows]
 
 

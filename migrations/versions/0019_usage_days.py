@@ -14,27 +14,29 @@ DAY_KEY = ("tenant_id", "day", "key_id", "base_model", "adapter", "work", "statu
 DAY_SUMS = ("requests", "unpriced", "prompt_tokens", "cached_tokens", "completion_tokens", "run_ms", "charge_picousd")
 WORK_KEY = ("replica_id", "day", "tenant_id", "base_model", "adapter", "work", "slot")
 WORK_SUMS = ("run_ms", "load_ms")
-#: Each expression is of `event`, a row of the ledger with a `sign`: -1 for a row that was replaced.
+#: The columns of the sums, of rows of the ledger called `event`. `times` is empty, or multiplies by their `sign`: -1 for a row that was
+#: replaced.
 DAY_ROW = """
     event.tenant_id, (event.created_at AT TIME ZONE 'UTC')::date AS day, event.key_id, event.base_model,
     CASE WHEN event.adapter IS NOT NULL THEN split_part(event.model, '@', 1) END AS adapter, event.work, event.status,
-    CASE WHEN event.status = 'wasted' THEN event.code END AS code, {slot} AS slot, sum(event.sign) AS requests,
-    sum(event.sign) FILTER (
+    CASE WHEN event.status = 'wasted' THEN event.code END AS code, {slot} AS slot, sum({times} 1) AS requests,
+    sum({times} 1) FILTER (
         WHERE event.charge_picousd = 0 AND event.prompt_tokens + event.completion_tokens > 0
         AND event.status IN ('completed', 'aborted', 'failed', 'lost')
     ) AS unpriced,
-    sum(event.sign * event.prompt_tokens) AS prompt_tokens, sum(event.sign * event.cached_tokens) AS cached_tokens,
-    sum(event.sign * event.completion_tokens) AS completion_tokens, sum(event.sign * event.run_ms) AS run_ms,
-    sum(event.sign * event.charge_picousd::numeric) AS charge_picousd
+    sum({times} event.prompt_tokens) AS prompt_tokens, sum({times} event.cached_tokens) AS cached_tokens,
+    sum({times} event.completion_tokens) AS completion_tokens, sum({times} event.run_ms) AS run_ms,
+    sum({times} event.charge_picousd) AS charge_picousd
 """
 STARTED = "((event.created_at + (event.queue_ms + event.load_ms) * interval '1 millisecond') AT TIME ZONE 'UTC')::date"
 WORK_ROW = f"""
     event.replica_id, {STARTED} AS day, event.tenant_id, event.base_model,
     CASE WHEN event.adapter IS NOT NULL THEN split_part(event.model, '@', 1) END AS adapter, event.work, {{slot}} AS slot,
-    sum(event.sign * event.run_ms) AS run_ms, sum(event.sign * event.load_ms) AS load_ms
+    sum({{times}} event.run_ms) AS run_ms, sum({{times}} event.load_ms) AS load_ms
 """
 IS_WORK = "event.replica_id IS NOT NULL AND event.tenant_id IS NOT NULL"
-ADDED = "(SELECT 1 AS sign, * FROM added) AS event"
+ADDED = "added AS event"
+BY_SIGN, ONCE = "event.sign *", ""
 CHANGED = "(SELECT 1 AS sign, * FROM added UNION ALL SELECT -1, * FROM removed) AS event"
 #: The slots. A transaction in the scope of a tenant, such as a job runner's, may hold the sums of one tenant while it waits for an event of
 #: the next, so it uses other rows than the metering writer, which stores the events of all tenants before any sum. New and replaced
@@ -87,11 +89,11 @@ def _create() -> None:
         op.create_index(f"{table}_key", table, key, unique=True, postgresql_nulls_not_distinct=True)
     op.create_index("usage_days_day_idx", "usage_days", ["day"])
     op.create_table("usage_fill", sa.Column("day", sa.Date(), nullable=False))
-    _create_trigger("count_usage", "AFTER INSERT", "NEW TABLE AS added", ADDED, SLOT.format(0, 2))
-    _create_trigger("recount_usage", "AFTER UPDATE", "OLD TABLE AS removed NEW TABLE AS added", CHANGED, SLOT.format(1, 3))
+    _create_trigger("count_usage", "AFTER INSERT", "NEW TABLE AS added", ADDED, ONCE, SLOT.format(0, 2))
+    _create_trigger("recount_usage", "AFTER UPDATE", "OLD TABLE AS removed NEW TABLE AS added", CHANGED, BY_SIGN, SLOT.format(1, 3))
 
 
-def _create_trigger(name: str, when: str, tables: str, source: str, slot: str) -> None:
+def _create_trigger(name: str, when: str, tables: str, source: str, times: str, slot: str) -> None:
     op.execute(
         f"""
         CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
@@ -99,8 +101,8 @@ def _create_trigger(name: str, when: str, tables: str, source: str, slot: str) -
           IF NOT EXISTS (SELECT FROM added) THEN
             RETURN NULL;
           END IF;
-          {_adding("usage_days", DAY_KEY, DAY_SUMS, DAY_ROW.format(slot=slot), source)};
-          {_adding("work_days", WORK_KEY, WORK_SUMS, WORK_ROW.format(slot=slot), f"{source} WHERE {IS_WORK}")};
+          {_adding("usage_days", DAY_KEY, DAY_SUMS, DAY_ROW.format(times=times, slot=slot), source)};
+          {_adding("work_days", WORK_KEY, WORK_SUMS, WORK_ROW.format(times=times, slot=slot), f"{source} WHERE {IS_WORK}")};
           RETURN NULL;
         END
         $$
@@ -140,7 +142,7 @@ def _fill(connection: sa.Connection) -> None:
 
 def _counting(day: date) -> str:
     """Return the statement that counts the events of one day anew. Until it has ended, new events wait."""
-    arrived = "SELECT 1 AS sign, * FROM usage_events WHERE created_at >= '{} 00:00+00' AND created_at < '{} 00:00+00'"
+    arrived = "SELECT * FROM usage_events WHERE created_at >= '{} 00:00+00' AND created_at < '{} 00:00+00'"
     of_day, of_two = arrived.format(day, day + A_DAY), arrived.format(day - A_DAY, day + A_DAY)
     return f"""
         DO $$
@@ -148,13 +150,13 @@ def _counting(day: date) -> str:
           LOCK TABLE usage_events IN SHARE MODE;
           DELETE FROM usage_days WHERE day = '{day}';
           DELETE FROM work_days WHERE day = '{day}';
-          {_adding("usage_days", DAY_KEY, DAY_SUMS, DAY_ROW.format(slot="0::smallint"), f"({of_day}) AS event")};
+          {_adding("usage_days", DAY_KEY, DAY_SUMS, DAY_ROW.format(times=ONCE, slot="0::smallint"), f"({of_day}) AS event")};
           {
         _adding(
             "work_days",
             WORK_KEY,
             WORK_SUMS,
-            WORK_ROW.format(slot="0::smallint"),
+            WORK_ROW.format(times=ONCE, slot="0::smallint"),
             f"({of_two}) AS event WHERE {IS_WORK} AND {STARTED} = '{day}'",
         )
     };

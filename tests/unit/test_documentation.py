@@ -22,6 +22,7 @@ SETTINGS = ROOT / "docs" / "reference" / "settings.md"
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^(\|.*\|)\n\| *-", re.MULTILINE)
 DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
 QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|examples|requirements)/[\w./*-]+)`")
 #: What commands write, and what users may add.
@@ -145,6 +146,24 @@ def test_every_page_is_in_its_index(folder: str) -> None:
     index = ROOT / "docs" / (f"{folder}/README.md" if folder == "decisions" else "README.md")
     listed = {target for target, _ in links(index)}
     assert {name(page) for page in (ROOT / "docs" / folder).glob("*.md")} - {name(page) for page in listed} - {name(index)} == set()
+
+
+def test_every_column_of_a_table_has_a_heading() -> None:
+    """Except the first, whose cells may be headings of the rows."""
+    without = {
+        f"{name(page)}: {row}"
+        for page in pages()
+        if page.is_relative_to(ROOT / "docs")
+        for row in TABLE.findall(CODE_BLOCK.sub("", page.read_text()))
+        if not all(cell.strip() for cell in row.strip().strip("|").split("|")[1:])
+    }
+    assert without == set()
+
+
+def test_pages_have_no_html_links_and_load_nothing() -> None:
+    """The site checks links in Markdown only, and its theme would load the library for diagrams from another server."""
+    text = {name(page): CODE_BLOCK.sub(lambda block: block[0].split("\n", 1)[0], page.read_text()) for page in pages()}
+    assert {page for page, found in text.items() if re.search(r"<a |<img |<script|^```mermaid", found, re.MULTILINE)} == set()
 
 
 def test_the_readme_is_short() -> None:

@@ -75,6 +75,8 @@ def check_service(context: Context, *, is_running: bool) -> Iterator[Finding]:
         yield _clock(client.address)
     except httpx.HTTPError as error:
         yield wrong("service", f"{client.address} stopped answering: {error}.", "Run this command again.")
+    except SettingsError as error:
+        yield wrong("service", error.message, "Check that it runs, and that this machine can reach it.")
     except (ApiError, LmaasError) as error:
         yield wrong("service", error.message, "Look at its logs: `lmaas logs --level warning`, on its machine.")
     finally:

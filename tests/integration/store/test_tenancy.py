@@ -109,6 +109,7 @@ async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
         },
         "response_events": {"response_id": "resp_b", "first": 0, "last": 0, "events": f"events-{tenant_id}".encode()},
         "webhooks": {"id": "wh_1", "name": "", "url": f"url-{tenant_id}", "secret": f"secret-{tenant_id}".encode(), "secret_hint": ""},
+        "budget_notices": {"owner_id": tenant_id, "month": now.date(), "limit": "tokens_per_month", "percent": 50},
         "webhook_deliveries": {"webhook_id": "wh_1", "id": "evt_1", "type": "batch.failed", "body": f"event-{tenant_id}".encode()},
     }  # fmt: skip
     async with db.begin(SYSTEM) as connection:
@@ -224,6 +225,7 @@ FORBIDDEN = {
     "batch_pools": {"update", "delete"},
     "response_events": {"update"},
     "webhook_deliveries": {"delete"},
+    "budget_notices": {"update", "delete"},
     "audit_log": {"update", "delete"},
 }
 
@@ -266,7 +268,7 @@ async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
     column = str(_tenant_column(table)).partition(".")[2]
     async with both.gateway.begin(both.mine.id) as connection:
         await connection.execute(text("SET LOCAL enable_seqscan = off"))
-        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first", "day") if name in table.c)
+        one = next(name for name in ("id", "request_id", "key", "position", "pool_id", "first", "day", "month") if name in table.c)
         plan = "\n".join((await connection.execute(text(f"EXPLAIN SELECT {one} FROM {table.name}"))).scalars())  # noqa: S608
     assert f"Index Cond: ({column} = current_setting('lmaas.tenant'::text, true))" in plan
 
@@ -385,7 +387,7 @@ async def test_other_processes_cannot_become_operators(database_url: str, role: 
         "SET ROLE lmaas_operator",
         "SET ROLE lmaas_owner",
         "SET ROLE lmaas_gateway",
-        "SELECT FROM tenants" if role is not DatabaseRole.JOBS else "SELECT hash FROM api_keys",
+        "SELECT name FROM tenants" if role is not DatabaseRole.JOBS else "SELECT hash FROM api_keys",
         "CREATE TABLE t ()",
     ):
         with pytest.raises(ProgrammingError, match="permission denied"):

@@ -21,7 +21,7 @@ from lmaas.store.migrate import upgrade
 from lmaas.store.paging import Part
 from lmaas.store.scopes import OPERATOR, SYSTEM, AnyScope
 from lmaas.store.tenants import delete_tenant
-from lmaas.store.usage import UsageEvent, insert_events, record_events
+from lmaas.store.usage import EventFilter, UsageEvent, insert_events, list_events, record_events
 from lmaas.store.usage_days import UsageFilter, UsageRow, compare, month_total, report
 from tests.integration.store.build import tenant, usage_event
 
@@ -208,6 +208,64 @@ async def test_a_place_that_was_made_up_is_refused(db: Database, place: str) -> 
     for by in ([DAY], [MODEL]):
         with pytest.raises(InvalidRequest, match="'after'"):
             await report(db, OPERATOR, by, Part(5, cursor))
+
+
+NARROW = {
+    "none": EventFilter(),
+    "a key": EventFilter(key_id="key_1"),
+    "an adapter": EventFilter(adapter="bot"),
+    "an end": EventFilter(status=UsageStatus.FAILED),
+    "waste": EventFilter(status=UsageStatus.WASTED),
+    "a model": EventFilter(model="base"),
+    "days": EventFilter(since=date(2026, 1, 9), until=date(2026, 2, 2), work=BACKGROUND),
+    "several": EventFilter(key_id="key_1", status=UsageStatus.FAILED, until=date(2026, 2, 10)),
+    "nothing": EventFilter(key_id="key_2"),
+}
+
+
+async def test_rare_events_are_found_on_their_days(db: Database) -> None:
+    acme, other = await tenant(db, "acme"), await tenant(db, "other")
+    events = [
+        usage_event(
+            f"r{number:03}",
+            (acme if number % 3 else other).id,
+            # Several a day, and days without any.
+            created_at=NIGHT + timedelta(hours=7 * number + (60 if number % 17 == 0 else 0)),
+            key_id="key_1" if number % 10 == 1 else None,
+            model="bot@1" if number % 7 == 0 else "base",
+            adapter="a" if number % 7 == 0 else None,
+            status=(UsageStatus.FAILED, UsageStatus.WASTED, UsageStatus.COMPLETED, UsageStatus.COMPLETED)[number % 4],
+            work=BACKGROUND if number % 5 == 0 else INTERACTIVE,
+        )
+        for number in range(200)
+    ]
+    await record_events(db, events)
+
+    def is_wanted(event: UsageEvent, wanted: EventFilter) -> bool:
+        day = event.created_at.date()
+        within = (wanted.since is None or day >= wanted.since) and (wanted.until is None or day <= wanted.until)
+        pairs = [
+            (wanted.key_id, event.key_id),
+            (wanted.adapter, event.adapter_name),
+            (wanted.status, event.status),
+            (wanted.work, event.work),
+            (wanted.model, event.base_model),
+        ]
+        return within and all(value is None or value == actual for value, actual in pairs)
+
+    for name, wanted in NARROW.items():
+        for scope, owner in ((OPERATOR, None), (acme.id, acme.id)):
+            expected = [event for event in events if is_wanted(event, wanted) and owner in (None, event.tenant_id)]
+            expected.sort(key=lambda event: (event.created_at, event.request_id), reverse=True)
+            for limit in (1, 7, 1000):
+                found, after = [], None
+                while True:
+                    rows = await list_events(db, scope, Part(limit, after), wanted=wanted)
+                    found += rows[:limit]
+                    if len(rows) <= limit:
+                        break
+                    after = found[-1].request_id
+                assert found == expected, (name, owner, limit)
 
 
 def random_event(chance: random.Random, owners: list[str]) -> UsageEvent:

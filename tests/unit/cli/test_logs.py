@@ -29,7 +29,8 @@ def local(text: str) -> float:
     [
         (STRUCTURED, NOON + 0.25, "WARNING", "it failed"),
         ("2026-11-30 12:00:00.500 UTC [19358] LOG:  checkpoint", NOON + 0.5, "INFO", "checkpoint"),
-        ("2026-11-30 12:00:00.500 UTC [19358] FATAL:  no memory", NOON + 0.5, "CRITICAL", "no memory"),
+        ("2026-11-30 12:00:00.500 UTC [19358] FATAL:  no memory", NOON + 0.5, "ERROR", "no memory"),
+        ("2026-11-30 12:00:00.500 UTC [19358] PANIC:  no disk", NOON + 0.5, "CRITICAL", "no disk"),
         ("2026-11-30 12:00:00.500 UTC [19358] user@db ERROR:  bad", NOON + 0.5, "ERROR", "bad"),
         ("19353:M 30 Nov 2026 13:22:38.250 * Ready", local("2026-11-30 13:22:38") + 0.25, "INFO", "Ready"),
         ("19353:M 30 Nov 2026 13:22:38.250 # WARNING overcommit", local("2026-11-30 13:22:38") + 0.25, "WARNING", "WARNING overcommit"),

@@ -49,7 +49,8 @@ def test_the_tenant_may_stand_before_or_after_the_command(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ApiClient, "items", items)
     done = run(*arguments)
-    assert (done.output, done.exit_code, asked) == ("Nothing to show.\n", 0, ["acme"])
+    assert (done.exit_code, asked) == (0, ["acme"])
+    assert done.output == "There are no adapters. Upload one: lmaas adapter upload NAME FOLDER --base-model MODEL\n"
 
 
 def test_every_command_for_the_api_has_them() -> None:

@@ -101,6 +101,19 @@ def test_a_value_is_shown_as_it_is_without_changing_the_terminal() -> None:
     assert lines({"name": "a\x07\u202eb"}, ("name",)) == [r"name  a\x07\u202eb"]
 
 
+def test_a_long_name_is_folded_where_nothing_would_fit_beside_it() -> None:
+    row = ROW | {"name": "n" * 63}
+    text, hidden = shown([row], ("name", "id", "limits", "created_at"), 80)
+    assert hidden == ["created at"]
+    assert all(len(line) <= 80 for line in text)
+    assert "".join(text).count("n") >= 63
+    assert any(ID in line for line in text)
+    # Where enough fits, a name stays in one piece.
+    text, hidden = shown([row], ("name", "id", "limits", "created_at"), 120)
+    assert any("n" * 63 in line for line in text)
+    assert hidden == ["created at"]
+
+
 def test_a_long_value_of_one_thing_continues_below_itself() -> None:
     limits = ", ".join(f"limit_{number} 100000" for number in range(8))
     text = lines({"id": ID, "limits": limits}, ("id", "limits"), 60)
