@@ -23,6 +23,8 @@ from lmaas.types import Role
 MAX_FORM_BYTES = 4 * 1024 * 1024
 MAX_FIELDS = 200
 MAX_FILES = 10
+#: The header of uploads that a script sends, and the one that tells it where to lead.
+UPLOAD, REDIRECT = "x-lmaas-upload", "x-lmaas-redirect"
 #: The cookie with a message for the next page, such as "The key was revoked."
 NOTICE = "lmaas_notice"
 MAX_NOTICE = 500
@@ -181,7 +183,10 @@ class Visit:
 
     def redirect(self, path: str, notice: str = "", **query: Any) -> Response:
         """Lead to a page after a change, with a message that the page shows."""
-        response = RedirectResponse(self.href(path, **query), 303)
+        target = self.href(path, **query)
+        # A script would follow a redirect by itself, and so read the message in the place of the page that it leads to.
+        by_script = UPLOAD in self.request.headers
+        response = Response(headers={REDIRECT: target}) if by_script else RedirectResponse(target, 303)
         if notice:
             text = base64.urlsafe_b64encode(notice[:MAX_NOTICE].encode()).decode()
             response.set_cookie(NOTICE, text, max_age=60, path=PATH, httponly=True, samesite="strict")
