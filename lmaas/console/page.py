@@ -29,6 +29,7 @@ UPLOAD, REDIRECT = "x-lmaas-upload", "x-lmaas-redirect"
 NOTICE = "lmaas_notice"
 MAX_NOTICE = 500
 
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 OPERATORS = frozenset({Role.OPERATOR})
 ADMINS = frozenset({Role.TENANT_ADMIN, Role.OPERATOR})
 EVERYONE = frozenset(Role)
@@ -138,6 +139,8 @@ class Visit:
 
     async def json(self) -> Any:
         """Return the JSON that a script has sent. Raises InvalidRequest and TooLarge."""
+        if _media_type(self.request) in _FORMS:
+            raise InvalidRequest("The body is a form. Send JSON, with the content type application/json.", code="invalid_json")
         receive = limited(self.request.receive, self.request.scope, MAX_FORM_BYTES)
         try:
             return msgspec.json.decode(await Request(self.request.scope, receive).body())
@@ -243,14 +246,17 @@ async def read_form(request: Request, max_bytes: int) -> FormData:
 
     The caller closes it.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+    if _media_type(request) not in _FORMS:
         return FormData()
     try:
         bounded = Request(request.scope, limited(request.receive, request.scope, max_bytes))
         return await bounded.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FORM_BYTES)
     except TooLarge as error:
         raise ApiError(413, error.message, error.error_code, "") from None
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _read_notice(request: Request) -> str:
