@@ -17,7 +17,14 @@ WIDTHS = (NARROW["width"], 768, WIDE["width"])
 #: Pages about one object, by the role that opens them. `{…}` is an object of the fixture `objects`.
 OBJECTS = {
     "admin": ["/adapters/json-bot", "/files/{file}", "/batches/{batch}", "/playground?model=json-bot&second={model}&message=Hi"],
-    "operator": ["/fleet/{model}", "/adapters?tenant=acme", "/adapters/json-bot?tenant=acme", "/batches?tenant=acme"],
+    "operator": [
+        "/fleet/{model}",
+        "/adapters?tenant=acme",
+        "/adapters/json-bot?tenant=acme",
+        "/tenants/acme",
+        "/keys?tenant=acme",
+        "/usage?tenant=acme",
+    ],
 }
 ROLES = {"admin": Role.TENANT_ADMIN, "operator": Role.OPERATOR}
 

@@ -105,6 +105,7 @@ async def test_the_first_key_is_created_and_used(signed_in: SignedIn, stack: Sta
         await page.get_by_role("button", name="Create the key").click()
         shown = page.locator("#new-key")
         key = (await shown.inner_text()).strip()
+        assert await visitor.violations() == []
         with stack.http(key) as client:
             assert client.get("/v1/models").status_code == 200
         row = page.get_by_role("row", name="my first program")
@@ -143,6 +144,7 @@ async def test_a_request_is_found_and_a_bill_is_exported(signed_in: SignedIn) ->
         await page.get_by_role("link", name=request_id).click()
         await expect(page.get_by_role("heading", level=1)).to_have_text(request_id)
         await expect(page.locator("main")).to_contain_text("Where its time went")
+        assert await visitor.violations() == []
         assert "Hi" not in (await page.locator("main").inner_text()).split()
 
 
