@@ -1,6 +1,7 @@
 """The main job of each page, as a person does it."""
 
 import asyncio
+import base64
 import html
 import json
 import re
@@ -46,11 +47,13 @@ def figure(part: Locator, label: str) -> Locator:
 
 async def drop(area: Locator, paths: tuple[Path, ...]) -> None:
     """Drop files on an area, as from a file manager."""
-    contents = [(path.name, list(path.read_bytes())) for path in paths]
+    contents = [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths]
     transfer = await area.page.evaluate_handle(
         """(files) => {
             const transfer = new DataTransfer();
-            for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name));
+            for (const [name, coded] of files) {
+                transfer.items.add(new File([Uint8Array.from(atob(coded), (character) => character.charCodeAt(0))], name));
+            }
             return transfer;
         }""",
         contents,
