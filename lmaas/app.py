@@ -185,7 +185,7 @@ def build_gateway(settings: Settings, services: Services, observers: Observers =
     db = services.db
     changes = Changes(functools.partial(change_number, db))
     authenticate = Authenticator(db, settings.auth_grace_s, changes)
-    metrics = GatewayMetrics(observers.dropped)
+    metrics = GatewayMetrics(observers.dropped, by_tenant=settings.metrics_by_tenant)
     idempotency = Idempotency(db, metrics, settings.max_kept_answer_bytes)
     inferences = build_inferences(settings, services, changes, metrics)
     leases = inferences.leases
@@ -340,7 +340,7 @@ def build_jobs(settings: Settings, services: Services, observers: Observers = UN
     """Build a job runner."""
     db = services.db
     changes = Changes(functools.partial(change_number, db))
-    requests, metrics = GatewayMetrics(observers.dropped), JobMetrics()
+    requests, metrics = GatewayMetrics(observers.dropped, by_tenant=settings.metrics_by_tenant), JobMetrics()
     requests.registry.register(metrics)
     inferences = build_inferences(settings, services, changes, requests)
     state, kept_for = StoredState(db), timedelta(seconds=settings.response_retention_s)

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 PREFIX = "LMAAS_"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
+_HTTP_URL = re.compile(r"https?://[^\s/?#]+(?:[/?#]\S*)?")
 _ROLE_PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MAY_BE_ZERO = frozenset({"local_accelerators", "engine_accelerators", "background_worth_starts"})
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -68,6 +69,7 @@ class Settings:
         unset="no traces",
     )
     traces_ratio: float = setting(1.0, "The share of requests that are traced, unless their clients decide by the header `traceparent`.")
+    metrics_by_tenant: bool = setting(False, "Whether gateways and job runners also count requests and tokens by tenant.")
     request_log: bool = setting(True, "Whether gateways and job runners log a line for each request, unless `log_level` is above `INFO`.")
 
     # The default base model
@@ -256,6 +258,7 @@ class Settings:
                 f"LMAAS_DATABASE_ROLE_PREFIX is {self.database_role_prefix!r}. Use 1 to 40 lower-case letters, digits or '_', beginning "
                 "with a letter."
             )
+        self._check_traces()
         for origin in self.cors_origin_list:
             if origin != "*" and _ORIGIN.fullmatch(origin) is None:
                 raise SettingsError(
@@ -273,6 +276,12 @@ class Settings:
             zero = field.name in _MAY_BE_ZERO and value == 0
             if isinstance(value, int | float) and not isinstance(value, bool) and not zero and not 0 < value < float("inf"):
                 raise SettingsError(f"{PREFIX}{field.name.upper()} must be a number greater than 0, not {value}.")
+
+    def _check_traces(self) -> None:
+        if self.traces_url is not None and _HTTP_URL.fullmatch(self.traces_url) is None:
+            raise SettingsError(f"LMAAS_TRACES_URL must be an address such as http://collector:4318/v1/traces, not {self.traces_url!r}.")
+        if self.traces_ratio > 1:
+            raise SettingsError(f"LMAAS_TRACES_RATIO must be greater than 0 and at most 1, not {self.traces_ratio}.")
 
     @property
     def cors_origin_list(self) -> list[str]:

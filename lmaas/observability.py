@@ -24,6 +24,9 @@ Count = Callable[[], int]
 KINDS = ("log_line", "trace")
 #: The maximum number of series of refusals by kind and code. Later codes are counted as `other`.
 MAX_CODES = 300
+#: The maximum number of tenants that are counted apart, and the name of the rest, which no tenant can have.
+MAX_TENANTS = 1_000
+OTHER = "(other)"
 #: The outcome of requests for the tokens of a prompt. Others have the status of their usage event.
 COUNTED = "counted"
 #: The outcome of a request that was answered (UsageStatus.COMPLETED).
@@ -93,6 +96,44 @@ class Durations:
         return HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
 
 
+class TenantCounts(Collector):
+    """What is counted for each tenant, if an operator has asked for that. Beyond MAX_TENANTS, tenants are counted as `other`."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[str, dict[str, int]] = {}
+        #: By tenant: prompt, cached and completion tokens, seconds in the queue, streams, and seconds to their first events.
+        self._sums: dict[str, list[float]] = {}
+
+    def ended(self, tenant: str, outcome: str, queue_s: float, first_s: float | None, tokens: tuple[int, int, int]) -> None:
+        """Count the end of a request of this tenant. `tokens` are those of the prompt, the cached ones of these, and the completion's."""
+        if tenant not in self._sums and len(self._sums) >= MAX_TENANTS:
+            tenant = OTHER
+        outcomes = self._outcomes.setdefault(tenant, {})
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        sums = self._sums.setdefault(tenant, [0.0] * 6)
+        is_stream = first_s is not None
+        for index, value in enumerate((*tokens, queue_s, float(is_stream), first_s or 0.0)):
+            sums[index] += value
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics for Prometheus."""
+        requests = CounterMetricFamily("lmaas_tenant_requests", "Requests by tenant and outcome.", labels=("tenant", "outcome"))
+        tokens = CounterMetricFamily("lmaas_tenant_tokens", "Tokens by tenant and kind.", labels=("tenant", "kind"))
+        queue = CounterMetricFamily("lmaas_tenant_queue_seconds", "Time of a tenant's requests in the queue.", labels=("tenant",))
+        streams = CounterMetricFamily("lmaas_tenant_streams", "Streams of a tenant that had an event.", labels=("tenant",))
+        first = CounterMetricFamily("lmaas_tenant_first_event_seconds", "Time to the first events of these streams.", labels=("tenant",))
+        for tenant, outcomes in self._outcomes.items():
+            for outcome, count in outcomes.items():
+                requests.add_metric((tenant, outcome), count)
+        for tenant, (prompt, cached, completion, queue_s, with_event, first_s) in self._sums.items():
+            for kind, value in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+                tokens.add_metric((tenant, kind), value)
+            queue.add_metric((tenant,), queue_s)
+            streams.add_metric((tenant,), with_event)
+            first.add_metric((tenant,), first_s)
+        return requests, tokens, queue, streams, first
+
+
 class RequestCounts(Collector):
     """What is counted for every request.
 
@@ -100,7 +141,8 @@ class RequestCounts(Collector):
     threads, took a twentieth of the CPU time of a request. Only the thread of the event loop may count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: TenantCounts | None = None) -> None:
+        self._tenants = tenants
         self._running = 0
         self._outcomes: dict[tuple[str, str], int] = {}
         self._prompt = self._cached = self._completion = 0
@@ -125,9 +167,10 @@ class RequestCounts(Collector):
         cached: int,
         completion: int,
         trace_id: str = "",
+        tenant: str = "",
     ) -> None:
         """Count the end of a request that was accepted. `first_s` is None if no event of a stream was sent, `trace_id` empty without a
-        trace."""
+        trace, `tenant` the tenant's name."""
         self._running -= 1
         self.counted(endpoint, outcome)
         self._queue.add(queue_s, trace_id)
@@ -140,6 +183,8 @@ class RequestCounts(Collector):
         self._prompt += prompt
         self._cached += cached
         self._completion += completion
+        if self._tenants is not None:
+            self._tenants.ended(tenant, outcome, queue_s, first_s, (prompt, cached, completion))
 
     def counted(self, endpoint: str, outcome: str) -> None:
         """Count a request by its outcome alone."""
@@ -177,9 +222,12 @@ class Dropped(Collector):
 class GatewayMetrics:
     """The metrics of one gateway, in a registry of their own. `dropped` has counts by kind."""
 
-    def __init__(self, dropped: Mapping[str, Count] | None = None) -> None:
+    def __init__(self, dropped: Mapping[str, Count] | None = None, *, by_tenant: bool = False) -> None:
         self.registry = CollectorRegistry()
-        self.requests = RequestCounts()
+        tenants = TenantCounts() if by_tenant else None
+        if tenants is not None:
+            self.registry.register(tenants)
+        self.requests = RequestCounts(tenants)
         self.registry.register(self.requests)
         self.registry.register(Dropped(dropped or {}))
         self.refusals = Counter(

@@ -57,7 +57,8 @@ def fitting(rows: Sequence[dict[str, Any]], columns: Sequence[str], width: int |
         if width is not None:
             title = "\n".join(wrap(title, max(map(len, (*title.split(), *texts[column])))))
         may_wrap = column in _WRAPPED or (folded and column in _NAMES)
-        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=not may_wrap)
+        least = None if width is None else min(width, _least_width(column, texts[column], folded))
+        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=not may_wrap, min_width=least)
     for index in range(len(rows)):
         # A plain string would be read as markup, so that a name such as "[x]" would vanish.
         table.add_row(*(Text(texts[column][index]) for column in shown))

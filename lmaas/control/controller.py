@@ -24,7 +24,7 @@ from lmaas.control.sharing import SharingRules, WaitingSince, share
 from lmaas.control.sweeper import FileSweeper, Sweeper
 from lmaas.errors import Unavailable
 from lmaas.files.service import Files
-from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, write_events
+from lmaas.metering.writer import EVENTS_AT_ONCE, take_back, waiting_events, write_events
 from lmaas.scheduling.client import CONTROL_CHANNEL, Scheduler
 from lmaas.states import Observed
 from lmaas.store.backlog import done_tokens, waiting_lines
@@ -85,6 +85,12 @@ class Controller:
         #: None for a controller without an object store, whose files another one deletes.
         self.file_sweeper = None if files is None else FileSweeper(files)
         self._forget()
+
+    async def waiting_events(self) -> dict[str, int]:
+        """Return the usage events of each pool, by its base model's name, that are not in the ledger yet. Raises RedisError."""
+        statuses = dict(self.statuses)
+        counts = await waiting_events(self._scheduler.redis, statuses)
+        return {statuses[pool_id].model: count for pool_id, count in counts.items()}
 
     def _forget(self) -> None:
         #: The time at which all pools were last read.

@@ -4,13 +4,16 @@ The metrics name pools and no tenants. Even so, the endpoints belong in a privat
 """
 
 import functools
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from redis.exceptions import RedisError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +28,7 @@ from lmaas.states import Observed
 from lmaas.store.batches import open_batches
 from lmaas.store.database import Database
 from lmaas.store.engine_time import PoolTime, pool_times
+from lmaas.store.replicas import PoolFailures, failures_by_pool
 from lmaas.store.usage import PoolWaste, recent_waste
 
 MICROUSD_PER_USD = 1_000_000
@@ -32,23 +36,36 @@ MICROUSD_PER_USD = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the database says: engine time of all days, what was wasted lately, and the number of batches in each state that is no end."""
+    """What the database says: engine time of all days, what was wasted lately, the number of batches in each state that is no end, and the
+    replicas that failed lately."""
 
     times: Iterable[PoolTime]
     waste: Iterable[PoolWaste]
     batches: Mapping[str, int]
+    failures: Iterable[PoolFailures]
 
 
-def metrics(controller: Controller, ledger: Ledger | None) -> list[Metric]:
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The disk of a controller's home folder, in bytes."""
+
+    size: int
+    free: int
+
+
+def metrics(controller: Controller, disk: Disk, ledger: Ledger | None, waiting: Mapping[str, int] | None) -> list[Metric]:
     """Return the metrics. Only the active controller reports pools, so that a sum over all controllers counts each pool once.
 
-    `ledger` is None while the database is away; the metrics from it are then absent, not zero.
+    `ledger` is None while the database is away, and `waiting`, the usage events that are not in the ledger yet, while the queue is. The
+    metrics from them are then absent, not zero.
     """
     leader = GaugeMetricFamily("lmaas_controller_leader", "1 for the active controller, 0 for one that stands by.")
     leader.add_metric([], float(controller.active))
     moved = CounterMetricFamily("lmaas_usage_events_moved", "Usage events that this controller moved to the ledger.")
     moved.add_metric([], controller.moved)
-    found: list[Metric] = [leader, moved]
+    size = GaugeMetricFamily("lmaas_disk_bytes", "Size of the disk of this controller's home folder.", value=disk.size)
+    free = GaugeMetricFamily("lmaas_disk_free_bytes", "Free space of this disk.", value=disk.free)
+    found: list[Metric] = [leader, moved, size, free]
     if not controller.active:
         return found
     queued = GaugeMetricFamily("lmaas_pool_queued", "Requests that wait for a lease.", labels=["pool"])
@@ -77,7 +94,10 @@ def metrics(controller: Controller, ledger: Ledger | None) -> list[Metric]:
         count, size_bytes = controller.file_sweeper.stored
         file_count.add_metric([], count)
         file_bytes.add_metric([], size_bytes)
-    found += [queued, running, desired, replicas, start, stored, file_count, file_bytes]
+    behind = GaugeMetricFamily("lmaas_usage_events_waiting", "Usage events that are not in the ledger yet.", labels=["pool"])
+    for name, count in (waiting or {}).items():
+        behind.add_metric([name], count)
+    found += [queued, running, desired, replicas, start, stored, file_count, file_bytes, behind]
     return found + (_bill(ledger) if ledger is not None else [])
 
 
@@ -131,7 +151,13 @@ def _bill(ledger: Ledger) -> list[Metric]:
     batches = GaugeMetricFamily("lmaas_batches", "Batches that have not ended, by status.", labels=["status"])
     for status, count in ledger.batches.items():
         batches.add_metric([status], count)
-    return [seconds, cost, wasted, batches]
+    failed = GaugeMetricFamily(
+        "lmaas_replicas_failed", "Replicas that failed in the last ten minutes, `starting` or `running`.", labels=["pool", "stage"]
+    )
+    for failures in ledger.failures:
+        failed.add_metric([failures.base_model, "starting"], failures.starting)
+        failed.add_metric([failures.base_model, "running"], failures.running)
+    return [seconds, cost, wasted, batches, failed]
 
 
 class _Once(Collector):
@@ -145,12 +171,12 @@ class _Once(Collector):
         return self._found
 
 
-def status_app(controller: Controller, db: Database) -> Starlette:
-    """Return the application with `/healthz` and `/metrics` of a controller."""
+def status_app(controller: Controller, db: Database, home: Path) -> Starlette:
+    """Return the application with `/healthz` and `/metrics` of a controller with this home folder."""
     return Starlette(
         routes=[
             Route("/healthz", functools.partial(_health, controller)),
-            Route("/metrics", functools.partial(_metrics, controller, db)),
+            Route("/metrics", functools.partial(_metrics, controller, db, home)),
         ]
     )
 
@@ -159,16 +185,19 @@ async def _health(controller: Controller, _: Request) -> Response:
     return JsonResponse({"status": "ok", "role": "leader" if controller.active else "stand-by"})
 
 
-async def _metrics(controller: Controller, db: Database, request: Request) -> Response:
-    ledger = None
+async def _metrics(controller: Controller, db: Database, home: Path, request: Request) -> Response:
+    ledger = waiting = None
     if controller.active:
         with suppress(Unavailable):
-            ledger = Ledger(await pool_times(db), await recent_waste(db), await open_batches(db))
+            ledger = Ledger(await pool_times(db), await recent_waste(db), await open_batches(db), await failures_by_pool(db))
+        with suppress(RedisError):
+            waiting = await controller.waiting_events()
+    usage = shutil.disk_usage(home)
     registry = CollectorRegistry()
-    registry.register(_Once(metrics(controller, ledger)))
+    registry.register(_Once(metrics(controller, Disk(usage.total, usage.free), ledger, waiting)))
     return metrics_response(registry, request)
 
 
 async def serve_status(settings: Settings, controller: Controller, db: Database) -> None:
     """Serve the endpoints on `controller_port` until cancelled."""
-    await serve_privately(status_app(controller, db), settings.host, settings.controller_port or 0)
+    await serve_privately(status_app(controller, db, settings.home), settings.host, settings.controller_port or 0)

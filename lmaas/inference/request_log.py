@@ -42,7 +42,7 @@ class RequestLog:
         else:
             who = f'"tenant_id": {_text(principal.tenant_id)}, "key_id": "{principal.key_id}"'
         if inference is None or code is not None or getattr(inference, "record", None) is None:
-            rest = _not_served(inference, "refused" if code else "ok" if status else "left", code)
+            rest = _not_served(inference, "refused" if code or status >= 400 else "ok" if status else "left", code)
         else:
             rest = _served(inference)
         self._write(

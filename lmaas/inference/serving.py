@@ -144,6 +144,7 @@ class Inferences:
                 cached=record.cached_tokens,
                 completion=record.completion_tokens,
                 trace_id="" if inference.trace is None else inference.trace.trace_id,
+                tenant=principal.tenant_name or "",
             )
 
     async def _deliver(self, principal: Principal, inference: AnyInference, sink: Sink, opened: OpenTicket, *, is_checked: bool) -> bytes:

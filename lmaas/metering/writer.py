@@ -1,6 +1,7 @@
 """The metering writer: moves usage events from the pools' streams in Redis to the ledger in Postgres."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -46,6 +47,11 @@ async def write_events(redis: Redis, db: Database, pool_id: str) -> int:
                 await _set_aside(redis, stream, fields | {"why": "unrecordable"}, error)
     await redis.xdel(stream, *(entry for entry, _ in entries))
     return len(entries)
+
+
+async def waiting_events(redis: Redis, pool_ids: Iterable[str]) -> dict[str, int]:
+    """Return the number of events in each pool's stream. Raises RedisError."""
+    return {pool_id: int(await redis.xlen(f"lmaas:{{{pool_id}}}:usage")) for pool_id in pool_ids}
 
 
 async def take_back(redis: Redis, pool_id: str) -> int:

@@ -149,6 +149,31 @@ async def recent_failures(db: Database, base_model_id: str, within_s: float = FA
 
 
 @dataclass(frozen=True, slots=True)
+class PoolFailures:
+    """The replicas of a base model that failed lately: while they started, and after they had become ready."""
+
+    base_model: str
+    starting: int
+    running: int
+
+
+async def failures_by_pool(db: Database, within_s: float = 600.0) -> list[PoolFailures]:
+    """Return the replicas that failed within so many seconds, for each base model that has any."""
+    ready = func.count(replicas.c.ready_at)
+    query = (
+        select(base_models.c.name, func.count() - ready, ready)
+        .join_from(replicas, base_models)
+        .where(
+            replicas.c.observed.in_((Observed.FAILED, Observed.LOST)),
+            replicas.c.ended_at > func.now() - func.make_interval(0, 0, 0, 0, 0, 0, within_s),
+        )
+        .group_by(base_models.c.name)
+    )
+    async with db.begin(SYSTEM) as connection:
+        return [PoolFailures(row[0], int(row[1]), int(row[2])) for row in await connection.execute(query)]
+
+
+@dataclass(frozen=True, slots=True)
 class FailedStarts:
     """A pool's consecutive failed starts: their number, the reason of the last one, and the time since then."""
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> 
     """With the key that `lmaas up` keeps for it."""
     acme, home = await stack.tenant(), tmp_path / "home"
     home.mkdir()
-    credentials = {"base_url": f"{stack.url}/v1", "operator_key": "sk-none", "tenants": {"acme": {"api_key": acme.key}}}
+    credentials: dict[str, Any] = {"base_url": f"{stack.url}/v1", "operator_key": "sk-none", "tenants": {"acme": {"api_key": acme.key}}}
     (home / "credentials.json").write_text(json.dumps(credentials))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")} | {"LMAAS_HOME": str(home)}
 
@@ -78,5 +79,9 @@ async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> 
     assert await run("--json", "--tenant", "acme", "files", "list") == (0, "[]\n", "")
     code, _, err = await run("--tenant", "globex", "files", "list")
     assert (code, "has no key of the tenant 'globex'" in err) == (1, True)
+    # The only tenant of a stack need not be named; of several, one must be.
+    assert await run("--json", "files", "list") == (0, "[]\n", "")
+    credentials["tenants"]["globex"] = {"api_key": "sk-lmaas-x"}
+    (home / "credentials.json").write_text(json.dumps(credentials))
     code, _, err = await run("files", "list")
-    assert (code, "Name the tenant: --tenant NAME." in err) == (2, True)
+    assert (code, "Name the tenant: --tenant NAME. It is one of acme, globex." in err) == (2, True)

@@ -1,14 +1,20 @@
 """Responses in the background over HTTP, as OpenAI's client uses them."""
 
 import asyncio
+import json
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 
+from lmaas.inference.observers import Observers
+from lmaas.inference.request_log import RequestLog
+from lmaas.inference.request_traces import RequestTraces
 from lmaas.states import UsageStatus
 from lmaas.store.tenants import update_tenant
+from lmaas.tracing.context import OWN_PREFIX
+from lmaas.tracing.trace import Span
 from tests.integration.background.runners import Runner, runner
 from tests.integration.background.service import RESPONSES, Service, create, ended, log_of
 from tests.integration.gateway.stack import Tenant
@@ -21,7 +27,9 @@ async def test_a_response_is_queued_and_completes(service: Service, tenant: Tena
     assert (queued.status, queued.background, queued.output, queued.usage) == ("queued", True, [], None)
     assert (await client.responses.retrieve(queued.id)).to_dict() == queued.to_dict()
     own = await client.responses.input_items.list(queued.id)
-    async with runner(service.stack):
+    lines: list[str] = []
+    traces: list[list[Span]] = []
+    async with runner(service.stack, Observers(RequestLog(lines.append), RequestTraces(traces.append, 1.0))):
         done = await ended(client, queued.id)
     assert done.status == "incomplete" if done.incomplete_details else done.status == "completed"
     assert done.output_text
@@ -32,6 +40,17 @@ async def test_a_response_is_queued_and_completes(service: Service, tenant: Tena
     assert event.status == UsageStatus.COMPLETED
     assert event.request_id == f"req_{queued.id.removeprefix('resp_')}"
     assert (event.prompt_tokens, event.completion_tokens) == (done.usage.input_tokens, done.usage.output_tokens)
+    # Its run is logged, and traced in the trace of the request that created it.
+    (line,) = [json.loads(line) for line in lines]
+    assert (line["action"], line["belongs_to"], line["request_id"], line["outcome"]) == (
+        "background",
+        queued.id,
+        event.request_id,
+        "completed",
+    )
+    ((root, *stages),) = traces
+    assert (root.name, root.trace_id) == ("background response", OWN_PREFIX + queued.id.removeprefix("resp_"))
+    assert (root.attributes["lmaas.response.id"], [span.name for span in stages]) == (queued.id, ["admission", "queue", "delivery"])
     following = await client.responses.create(model="base", input="And?", previous_response_id=queued.id, max_output_tokens=4)
     assert following.usage.input_tokens > done.usage.input_tokens
 

@@ -1,6 +1,7 @@
 """What a controller tells about itself over HTTP."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,14 +12,16 @@ from lmaas.control.background import BackgroundFigures
 from lmaas.control.controller import Controller, PoolStatus
 from lmaas.control.status import status_app
 from lmaas.scheduling.client import Scheduler
-from lmaas.states import EnginePhase, UsageStatus
+from lmaas.states import EnginePhase, Observed, UsageStatus
 from lmaas.store.database import Database
 from lmaas.store.engine_time import record_engine_time
 from lmaas.store.models import BaseModel, change_base_model, put_base_model
-from lmaas.store.replicas import add_replica
+from lmaas.store.replicas import add_replica, observe
 from lmaas.store.usage import record_events
 from tests.integration.store.build import tenant, usage_event
 from tests.support.provisioners import Nowhere
+
+HOME = Path(__file__).parent
 
 
 @pytest.fixture
@@ -29,15 +32,17 @@ def controller(settings: Settings, controller_db: Database, scheduler: Scheduler
 
 async def samples(controller: Controller, db: Database) -> dict[tuple[str, ...], float]:
     """Every sample: its name and the values of its labels → value."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db)), base_url="http://c") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db, HOME)), base_url="http://c") as client:
         text = (await client.get("/metrics")).text
     families = text_string_to_metric_families(text)
-    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    found = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert 0 < found.pop(("lmaas_disk_free_bytes",)) < found.pop(("lmaas_disk_bytes",))
+    return found
 
 
 async def health(controller: Controller, db: Database) -> tuple[int, dict[str, str]]:
     """The answer of /healthz."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db)), base_url="http://c") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db, HOME)), base_url="http://c") as client:
         answer = await client.get("/healthz")
     return answer.status_code, answer.json()
 
@@ -49,12 +54,23 @@ async def test_standing_by(controller: Controller, controller_db: Database) -> N
     assert await samples(controller, controller_db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
 
 
-async def test_leading(controller: Controller, db: Database, controller_db: Database) -> None:
+async def test_leading(controller: Controller, db: Database, controller_db: Database, scheduler: Scheduler) -> None:
     values = {"source": "/m", "dtype": "float32", "linears": {}, "max_lora_rank": 8, "max_loras": 2, "max_cpu_loras": 2}
     values |= {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1, "engine_args": ""}
     model = await put_base_model(db, BaseModel(id="", name="tiny", **values))  # type: ignore[arg-type]
     await change_base_model(db, "tiny", {"engine_price": 3_600_000})
     await add_replica(db, "rep_1", model.id)
+    for replica_id, states in {
+        "rep_2": (Observed.FAILED,),
+        "rep_3": (Observed.READY, Observed.LOST),
+        "rep_4": (Observed.READY, Observed.FAILED),
+        "rep_5": (Observed.READY, Observed.DRAINING, Observed.STOPPED),
+    }.items():
+        await add_replica(db, replica_id, model.id)
+        for state in states:
+            await observe(db, replica_id, state)
+    for _ in range(3):
+        await scheduler.record_event(model.id, "{}")
     day = datetime.now(UTC).date()
     await record_engine_time(
         db, "rep_1", model.id, {(day, EnginePhase.BUSY, 3_600_000): 2000, (day, EnginePhase.IDLE, 0): 500, (day, EnginePhase.BUSY, 0): 250}
@@ -101,6 +117,9 @@ async def test_leading(controller: Controller, db: Database, controller_db: Data
         ("lmaas_engine_seconds_total", "busy", "tiny"): 2.25,
         ("lmaas_engine_seconds_total", "idle", "tiny"): 0.5,
         ("lmaas_engine_cost_usd_total", "tiny"): 0.002,
+        ("lmaas_usage_events_waiting", "tiny"): 3,
+        ("lmaas_replicas_failed", "tiny", "starting"): 1,
+        ("lmaas_replicas_failed", "tiny", "running"): 2,
     }
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from lmaas.admission.tiers import file_quota
 from lmaas.config import Settings
 from lmaas.control.controller import Controller
-from lmaas.control.status import metrics
+from lmaas.control.status import Disk, metrics
 from lmaas.control.sweeper import Sweeper
 from lmaas.files.service import Files, Purpose
 from lmaas.scheduling.client import Scheduler
@@ -141,7 +141,7 @@ async def test_expired_files_go_and_are_counted(
     running = asyncio.create_task(controller.run())
     try:
         await until(lambda: controller.file_sweeper is not None and controller.file_sweeper.stored == (3, 3))
-        found = {family.name: family.samples[0].value for family in metrics(controller, None) if "file" in family.name}
+        found = {family.name: family.samples[0].value for family in metrics(controller, Disk(2, 1), None, None) if "file" in family.name}
         assert found == {"lmaas_files": 3, "lmaas_file_bytes": 3}
         async with db.begin(SYSTEM) as connection:
             await connection.execute(text("UPDATE files SET expires_at = now() WHERE id <> :id"), {"id": added[0].id})

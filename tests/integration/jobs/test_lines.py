@@ -14,6 +14,7 @@ from lmaas.errors import Unavailable
 from lmaas.http import new_request_id
 from lmaas.inference.observers import Observers
 from lmaas.inference.request_log import RequestLog
+from lmaas.inference.request_traces import RequestTraces
 from lmaas.jobs.endings import MAX_REFUSALS
 from lmaas.jobs.held import HeldLines
 from lmaas.scheduling.client import Scheduler, gateway_channel
@@ -22,6 +23,8 @@ from lmaas.store.line_leases import LARGE_BYTES, LeasedLine, claim_lines, stop_b
 from lmaas.store.models import change_base_model
 from lmaas.store.scopes import SYSTEM
 from lmaas.store.tenants import revoke_key, update_tenant
+from lmaas.tracing.context import OWN_PREFIX
+from lmaas.tracing.trace import Span
 from tests.integration.gateway.stack import Stack, running
 from tests.integration.jobs.service import Texts, batch_of, charged, chat, has_status, runner
 from tests.support.batches import batch_row, line_rows, pending
@@ -58,7 +61,8 @@ async def test_every_line_has_one_result_and_one_charge(stack: Stack) -> None:
     lines[11] = b'{"custom_id": "l11", "body": 5}'
     batch_id = await batch_of(stack, texts, tenant, model, lines)
     logged: list[str] = []
-    async with runner(stack, texts, observers=Observers(RequestLog(logged.append))):
+    traces: list[list[Span]] = []
+    async with runner(stack, texts, observers=Observers(RequestLog(logged.append), RequestTraces(traces.append, 1.0))):
         await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=30)
     row, rows = await batch_row(stack.db, batch_id), await line_rows(stack.db, batch_id)
     assert (row.completed, row.failed) == (47, 3)
@@ -81,6 +85,12 @@ async def test_every_line_has_one_result_and_one_charge(stack: Stack) -> None:
     outcomes = Counter((each["outcome"], each["code"]) for each in attempts)
     assert outcomes == {("completed", None): 47, ("refused", "model_not_found"): 1}
     assert {(each["action"], each["belongs_to"], each["tenant_id"]) for each in attempts} == {("batch_line", batch_id, tenant.id)}
+    # Each has a trace too, whose id is that of the attempt.
+    assert {trace[0].trace_id for trace in traces} == {OWN_PREFIX + each["request_id"].removeprefix("req_") for each in attempts}
+    served = [trace for trace in traces if trace[0].attributes.get("lmaas.outcome") == "completed"]
+    assert len(served) == 47
+    assert {span.name for trace in served for span in trace} == {"batch line", "admission", "queue", "delivery"}
+    assert {trace[0].attributes["lmaas.batch.id"] for trace in traces} == {batch_id}
 
 
 async def test_a_line_whose_slot_is_taken_back_runs_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,16 @@ import pytest
 import yaml
 
 from lmaas import config
+from lmaas.control.background import BackgroundFigures
 from lmaas.control.controller import Controller, PoolStatus
-from lmaas.control.status import Ledger, metrics
+from lmaas.control.status import Disk, Ledger, metrics
 from lmaas.errors import SettingsError
+from lmaas.jobs.metrics import JobMetrics
 from lmaas.keys import check_given_key
 from lmaas.observability import GatewayMetrics
 from lmaas.states import EnginePhase
 from lmaas.store.engine_time import PoolTime
+from lmaas.store.replicas import PoolFailures
 from lmaas.store.usage import PoolWaste
 
 ROOT = Path(__file__).parents[3]
@@ -199,32 +202,77 @@ def test_the_images_settings_mean_something() -> None:
 
 
 def known_metrics() -> set[str]:
-    """Every sample's name that gateways and controllers show."""
-    gateway = GatewayMetrics()
+    """Every sample's name that gateways, controllers and job runners show."""
+    gateway, jobs = GatewayMetrics(by_tenant=True), JobMetrics()
+    gateway.refused("chat", "odd", "code")
+    jobs.line("done")
+    jobs.response("completed")
     gateway.requests.ended("chat", "completed", queue_s=0.1, first_s=0.1, total_s=2, prompt=1, cached=0, completion=2)
     controller = Controller.__new__(Controller)
     controller.active, controller.moved, controller.sweeper = True, 1, Mock(stored_bytes=1)
     controller.file_sweeper = Mock(stored=(1, 1))
-    controller.statuses = {"mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500})}
-    ledger = Ledger([PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)], {"validating": 1})
-    families = [*gateway.registry.collect(), *metrics(controller, ledger)]
+    controller.statuses = {
+        "mod_1": PoolStatus("tiny", 1, 2, 1, ("ready",), {"total_ms": 1500}, BackgroundFigures(due_s=1, tokens_per_s=1.0))
+    }
+    ledger = Ledger(
+        [PoolTime("tiny", EnginePhase.BUSY, 1000, 1.0)], [PoolWaste("tiny", "put_back", 1)], {"validating": 1}, [PoolFailures("tiny", 1, 1)]
+    )
+    families = [*gateway.registry.collect(), *jobs.collect(), *metrics(controller, Disk(2, 1), ledger, {"tiny": 1})]
     return {sample.name for family in families for sample in family.samples}
 
 
-def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    dashboard = json.loads((ROOT / "docker/grafana/dashboards/lmaas.json").read_text())
+def asked_metrics(expression: str) -> set[str]:
+    """Return the metrics that a query asks for."""
+    return set(re.findall(r"\b(?:lmaas_\w+|up)\b", re.sub(r'"[^"]*"', "", expression)))
+
+
+@pytest.mark.parametrize("name", ["lmaas", "lmaas-tenant"])
+def test_a_dashboard_asks_for_metrics_that_exist(name: str) -> None:
+    dashboard = json.loads((ROOT / f"docker/grafana/dashboards/{name}.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert len(expressions) > 10
+    assert len(expressions) >= 8
     known = known_metrics() | BUILT_IN
     for expression in expressions:
-        asked = set(re.findall(r"\b(?:lmaas_\w+|up)\b", re.sub(r'"[^"]*"', "", expression)))
-        assert asked, expression
-        assert asked <= known, expression
+        assert asked_metrics(expression), expression
+        assert asked_metrics(expression) <= known, expression
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     source = yaml.safe_load((ROOT / "docker/grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][0]
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}
     provider = yaml.safe_load((ROOT / "docker/grafana/provisioning/dashboards/lmaas.yaml").read_text())["providers"][0]
     assert f"./docker/grafana/dashboards:{provider['options']['path']}:ro" in SERVICES["grafana"]["volumes"]
+
+
+def test_tenants_are_a_label_only_on_their_own_dashboard() -> None:
+    assert "tenant" not in (ROOT / "docker/grafana/dashboards/lmaas.json").read_text()
+    queries = [
+        target["expr"]
+        for panel in json.loads((ROOT / "docker/grafana/dashboards/lmaas-tenant.json").read_text())["panels"]
+        for target in panel["targets"]
+    ]
+    for query in queries:
+        selectors = re.findall(r"lmaas_\w+(\{[^}]*\})?", query)
+        assert all('tenant="$tenant"' in selector for selector in selectors), query
+
+
+ALERTS = yaml.safe_load((ROOT / "docker/alerts.yml").read_text())["groups"][0]["rules"]
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
+def test_an_alert_asks_for_metrics_that_exist_and_has_a_runbook(rule: dict[str, Any]) -> None:
+    assert asked_metrics(rule["expr"])
+    assert asked_metrics(rule["expr"]) <= known_metrics() | BUILT_IN
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    headings = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert anchor == rule["alert"].lower()
+    assert rule["alert"] in headings
+    assert len(headings) == len(ALERTS)
+    assert rule["labels"]["severity"] in ("critical", "warning", "info")
+
+
+def test_prometheus_has_the_alerts_and_keeps_exemplars() -> None:
+    assert yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
+    assert "./docker/alerts.yml:/etc/prometheus/alerts.yml:ro" in SERVICES["prometheus"]["volumes"]
+    assert "--enable-feature=exemplar-storage" in SERVICES["prometheus"]["command"]
 
 
 def test_prometheus_asks_where_the_services_listen() -> None:
@@ -277,7 +325,10 @@ def test_a_gpu_image_can_compile_kernels() -> None:
 
 def test_the_public_port_shows_no_metrics() -> None:
     assert "path,url_dec -m beg /metrics" in PROXY
-    gateway = GatewayMetrics()
+    gateway, jobs = GatewayMetrics(by_tenant=True), JobMetrics()
+    gateway.refused("chat", "odd", "code")
+    jobs.line("done")
+    jobs.response("completed")
     labels = {label for family in gateway.registry.collect() for sample in family.samples for label in sample.labels}
     assert not labels & {"tenant", "tenant_id", "adapter", "model", "key"}
 

@@ -92,6 +92,7 @@ def test_a_request_that_was_accepted_and_failed() -> None:
         pytest.param(200, {PRINCIPAL: OPERATOR}, {"tenant_id": None, "key_id": "key_2", "outcome": "ok"}, id="operator"),
         pytest.param(401, {CODE: "invalid_api_key"}, {"tenant_id": None, "key_id": None, "outcome": "refused"}, id="no key"),
         pytest.param(404, {PRINCIPAL: TENANT, CODE: "not_found"}, {"key_id": "key_1", "code": "not_found"}, id="not found"),
+        pytest.param(502, {}, {"outcome": "refused", "code": None}, id="an error of another process"),
         pytest.param(0, {PRINCIPAL: TENANT}, {"status": None, "outcome": "left"}, id="the client left"),
         pytest.param(
             429,

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from lmaas.observability import MAX_CODES, GatewayMetrics, exposition
+from lmaas.observability import MAX_CODES, MAX_TENANTS, OTHER, GatewayMetrics, exposition
 from lmaas.protocols.text import ChatCompletions
 from lmaas.web.routes import InferenceEndpoint
 
@@ -38,6 +38,32 @@ def test_each_documented_metric_exists_and_each_metric_is_documented() -> None:
     assert documented("Gateways") == described(metrics.registry)
 
 
+def test_tenants_are_counted_only_if_an_operator_wishes_it() -> None:
+    metrics = GatewayMetrics(by_tenant=True)
+
+    def ended(tenant: str, first_s: float | None = None) -> None:
+        metrics.requests.begun()
+        metrics.requests.ended(
+            "/v1/x", "completed", queue_s=0.5, first_s=first_s, total_s=2, prompt=10, cached=4, completion=2, tenant=tenant
+        )
+
+    ended("acme")
+    ended("acme", 0.25)
+    plain = described(GatewayMetrics().registry)
+    assert {name: labels for name, labels in described(metrics.registry).items() if name not in plain} == documented("Tenants")
+
+    def value(name: str, tenant: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"lmaas_tenant_{name}_total", {"tenant": tenant} | labels)
+
+    assert value("requests", "acme", outcome="completed") == 2
+    assert [value("tokens", "acme", kind=kind) for kind in ("prompt", "cached", "completion")] == [20, 8, 4]
+    assert [value(name, "acme") for name in ("queue_seconds", "streams", "first_event_seconds")] == [1, 1, 0.25]
+    for number in range(MAX_TENANTS + 5):
+        ended(f"tenant-{number}")
+    assert value("requests", OTHER, outcome="completed") == 6
+    assert value("requests", "acme", outcome="completed") == 2
+
+
 def test_requests_are_counted_by_outcome_tokens_and_queue_time() -> None:
     metrics = GatewayMetrics()
 
@@ -64,8 +90,9 @@ def test_the_times_of_streams_are_counted() -> None:
 
     def ended(outcome: str, first_s: float | None, total_s: float, completion: int, trace_id: str = "") -> None:
         metrics.requests.begun()
-        counts = {"prompt": 1, "cached": 0, "completion": completion}
-        metrics.requests.ended("/v1/x", outcome, queue_s=0, first_s=first_s, total_s=total_s, trace_id=trace_id, **counts)
+        metrics.requests.ended(
+            "/v1/x", outcome, queue_s=0, first_s=first_s, total_s=total_s, trace_id=trace_id, prompt=1, cached=0, completion=completion
+        )
 
     def value(name: str) -> list[float | None]:
         return [metrics.registry.get_sample_value(f"lmaas_{name}_{part}") for part in ("count", "sum")]
@@ -84,8 +111,9 @@ def test_exemplars_name_the_newest_trace_of_each_bucket() -> None:
     metrics = GatewayMetrics()
     for queue_s, trace_id in ((0.1, "a" * 32), (0.1, "b" * 32), (0.1, ""), (500, "c" * 32)):
         metrics.requests.begun()
-        counts = {"prompt": 1, "cached": 0, "completion": 1}
-        metrics.requests.ended("/v1/x", "completed", queue_s=queue_s, first_s=None, total_s=0, trace_id=trace_id, **counts)
+        metrics.requests.ended(
+            "/v1/x", "completed", queue_s=queue_s, first_s=None, total_s=0, trace_id=trace_id, prompt=1, cached=0, completion=1
+        )
     text, content_type = exposition(metrics.registry, "text/html,application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.1")
     assert content_type.startswith("application/openmetrics-text")
     parsed: Any = text_string_to_metric_families
