@@ -58,7 +58,7 @@ check: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-d
 # The site of the documentation, in build/docs. A link to a page or a heading that does not exist is an error.
 docs: $(DOCS)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean
-	@echo "The documentation is in build/docs/index.html."
+	@echo "Read it at http://127.0.0.1:8000 with: python3 -m http.server --bind 127.0.0.1 --directory build/docs 8000"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
