@@ -43,7 +43,7 @@ EVENTS = """
         completion_tokens, queue_ms, load_ms, run_ms, replica_id, created_at, charge_picousd)
     SELECT 'req_' || n, 'ten_1', 'key_' || n % 3, 'base-' || n % 2, CASE WHEN n % 5 = 0 THEN 'base-' || n % 2 ELSE 'bot-' || n % 5 END,
         CASE WHEN n % 5 <> 0 THEN 'bot' END, CASE WHEN n % 50 = 0 THEN 'failed' ELSE 'completed' END, false, 100, 10, 50, 1, 0, 900,
-        'rep_' || n % 40, timestamptz '2026-01-01Z' + n % 365 * interval '1 day' + n % 86399 * interval '1 second', 1000
+        'rep_' || n % 40, timestamptz '2026-01-01Z' + n * (interval '365 days' / CAST(:events AS int)), 1000
     FROM generate_series(CAST(:first AS int), CAST(:last AS int)) n
 """
 
@@ -98,7 +98,7 @@ async def _database(exits: AsyncExitStack, url: str, events: int) -> tuple[Datab
         async with admin.begin(SYSTEM) as connection:
             await connection.execute(text("SET LOCAL statement_timeout = '10min'"))
             first = (number - 1) * AT_ONCE
-            values = {"first": first, "last": first + min(AT_ONCE, events) - 1} if number else {}
+            values = {"first": first, "last": first + min(AT_ONCE, events) - 1, "events": events} if number else {}
             await connection.execute(text(statement), values)
     began = time.perf_counter()
     await asyncio.to_thread(upgrade, shown, passwords=dict.fromkeys(LOGINS, PASSWORD))

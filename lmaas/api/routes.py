@@ -47,6 +47,7 @@ HANDLERS: Mapping[str, Handler] = {
         (table.CREATE_KEY, tenants.create_key),
         (table.CHANGE_KEY, tenants.change_key),
         (table.REVOKE_KEY, tenants.revoke_key),
+        (table.GET_OWN_TENANT, tenants.get_own_tenant),
         (table.CREATE_SESSION, sessions.create_session),
         (table.SHOW_SESSION, sessions.show_session),
         (table.END_SESSION, sessions.end_session),

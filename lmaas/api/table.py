@@ -96,6 +96,9 @@ REVOKE_KEY = Operation(
     tenants.Key,
     audit=Action.KEY_REVOKE,
 )
+GET_OWN_TENANT = Operation(
+    "get_own_tenant", "GET", "/v1/tenant", _ANY, "Show the tenant of this key, with its limits.", tenants.Tenant, for_operators=False
+)
 CREATE_SESSION = Operation(
     "create_session",
     "POST",

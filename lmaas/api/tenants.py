@@ -89,6 +89,11 @@ async def get_tenant(api: Api, call: ApiCall[None, None]) -> Tenant:
     return shown_tenant(await rows.get_tenant(api.db, call.path["tenant"]))
 
 
+async def get_own_tenant(api: Api, call: ApiCall[None, None]) -> Tenant:
+    """Return the tenant of the key."""
+    return shown_tenant(await rows.get_own_tenant(api.db, call.tenant_id))
+
+
 async def change_tenant(api: Api, call: ApiCall[TenantChange, DryRun]) -> Tenant:
     """Change values of a tenant. Null puts a default back."""
     tenant = await rows.get_tenant(api.db, call.path["tenant"])

@@ -20,10 +20,11 @@ def adapter() -> None:
 
 
 @adapter.command("list")
+@click.option("--search", help="Only adapters whose names contain this text.")
 @pass_context
-def adapter_list(context: Context) -> None:
+def adapter_list(context: Context, search: str | None) -> None:
     """List the adapters."""
-    context.show(context.tenant_client().items(table.LIST_ADAPTERS), ADAPTER, EMPTY)
+    context.show(context.tenant_client().items(table.LIST_ADAPTERS, query={"search": search}), ADAPTER, EMPTY)
 
 
 @adapter.command("upload")

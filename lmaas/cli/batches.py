@@ -132,7 +132,11 @@ def _show_or_follow(context: Context, client: "ApiClient", batch: dict[str, Any]
     if not follow:
         _show(context, batch)
         return
-    batch = _followed(context, client, batch)
+    try:
+        batch = _followed(context, client, batch)
+    except KeyboardInterrupt:
+        click.echo(f"The batch goes on. To follow it again: lmaas batches show {batch['id']} --follow", err=True)
+        raise click.exceptions.Exit(1) from None
     _show(context, batch)
     if batch["status"] != "completed":
         raise SettingsError(f"The batch ended as {batch['status']}, not as completed.")

@@ -42,7 +42,7 @@ def _described(command: click.Command, name: str) -> Iterator[str]:
     yield f"\n#### `{' '.join([name, *arguments])}`\n\n{_text(command.help or '')}\n"
     options = [each for each in command.params if isinstance(each, click.Option) and not _SHARED & set(each.opts) and not each.hidden]
     if options:
-        yield "\n| option | |\n| --- | --- |\n"
+        yield "\n| option | effect |\n| --- | --- |\n"
         for option in options:
             yield f"| {_names(command, option)} | {_meaning(option)} |\n"
 

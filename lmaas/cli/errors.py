@@ -11,7 +11,7 @@ import click
 from lmaas.errors import ApiError, LmaasError, SettingsError
 
 #: Commands that run until they are stopped. An unexpected error cannot be repeated at will, so its traceback goes to their log.
-SERVERS = frozenset({"up", "gateway", "controller", "jobs", "supervise"})
+SERVERS = frozenset({"up", "gateway", "controller", "jobs", "console", "supervise"})
 _EXPECTED = (click.ClickException, click.Abort, click.exceptions.Exit, LmaasError, ApiError)
 
 

@@ -122,7 +122,7 @@ def shown(line: LogLine, today: date) -> str:
     clock = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"
     day = "" if moment.date() == today else f"{moment:%Y-%m-%d} "
     hidden = _SHOWN if line.replica is None else _SHOWN | {"replica_id"}
-    fields = "".join(f" {name}={value}" for name, value in line.fields.items() if name not in hidden)
+    fields = "".join(f" {name}={value}" for name, value in line.fields.items() if name not in hidden and value is not None)
     text = f"{day}{clock} {line.level:<8} {line.source:<17} {plain(line.text)}{plain(fields)}"
     exception = str(line.fields.get("exception") or "")
     return "\n".join([text, *(f"    {plain(each)}" for each in exception.splitlines())])

@@ -96,11 +96,12 @@ def supervise(context: Context, replica_id: str) -> None:
 def migrate(context: Context) -> None:
     """Bring the database of LMAAS_DATABASE_URL to the newest schema, with its roles and their rights."""
     if context.settings.database_url is None:
-        raise click.UsageError("Set LMAAS_DATABASE_URL.")
+        raise click.UsageError("Set LMAAS_DATABASE_URL to the URL of the Postgres server. `lmaas up` migrates its own by itself.")
     from lmaas.store.migrate import parse_passwords, upgrade
 
     settings = context.settings
     upgrade(str(settings.database_url), prefix=settings.database_role_prefix, passwords=parse_passwords(settings.database_passwords))
+    click.echo("The database has the newest schema.")
 
 
 @click.command()

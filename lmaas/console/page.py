@@ -23,10 +23,13 @@ from lmaas.types import Role
 MAX_FORM_BYTES = 4 * 1024 * 1024
 MAX_FIELDS = 200
 MAX_FILES = 10
+#: The header of uploads that a script sends, and the one that tells it where to lead.
+UPLOAD, REDIRECT = "x-lmaas-upload", "x-lmaas-redirect"
 #: The cookie with a message for the next page, such as "The key was revoked."
 NOTICE = "lmaas_notice"
 MAX_NOTICE = 500
 
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 OPERATORS = frozenset({Role.OPERATOR})
 ADMINS = frozenset({Role.TENANT_ADMIN, Role.OPERATOR})
 EVERYONE = frozenset(Role)
@@ -136,6 +139,8 @@ class Visit:
 
     async def json(self) -> Any:
         """Return the JSON that a script has sent. Raises InvalidRequest and TooLarge."""
+        if _media_type(self.request) in _FORMS:
+            raise InvalidRequest("The body is a form. Send JSON, with the content type application/json.", code="invalid_json")
         receive = limited(self.request.receive, self.request.scope, MAX_FORM_BYTES)
         try:
             return msgspec.json.decode(await Request(self.request.scope, receive).body())
@@ -178,7 +183,10 @@ class Visit:
 
     def redirect(self, path: str, notice: str = "", **query: Any) -> Response:
         """Lead to a page after a change, with a message that the page shows."""
-        response = RedirectResponse(self.href(path, **query), 303)
+        target = self.href(path, **query)
+        # A script would follow a redirect by itself, and so read the message in the place of the page that it leads to.
+        by_script = UPLOAD in self.request.headers
+        response = Response(headers={REDIRECT: target}) if by_script else RedirectResponse(target, 303)
         if notice:
             text = base64.urlsafe_b64encode(notice[:MAX_NOTICE].encode()).decode()
             response.set_cookie(NOTICE, text, max_age=60, path=PATH, httponly=True, samesite="strict")
@@ -238,14 +246,17 @@ async def read_form(request: Request, max_bytes: int) -> FormData:
 
     The caller closes it.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+    if _media_type(request) not in _FORMS:
         return FormData()
     try:
         bounded = Request(request.scope, limited(request.receive, request.scope, max_bytes))
         return await bounded.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FORM_BYTES)
     except TooLarge as error:
         raise ApiError(413, error.message, error.error_code, "") from None
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _read_notice(request: Request) -> str:

@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from lmaas.api.table import LIST_TENANTS
 from lmaas.console.api import ApiConnections
-from lmaas.console.page import Page, PageRoute, Visit, read_form
+from lmaas.console.page import UPLOAD, Page, PageRoute, Visit, read_form
 from lmaas.console.rendering import Templates
 from lmaas.console.security import arrives_from_elsewhere, is_foreign, safe_next
 from lmaas.console.session import COOKIE, PATH, Person, Sessions
@@ -94,7 +94,7 @@ class Site:
         """Lead to the sign-in page, which leads back."""
         if arrives_from_elsewhere(request) and COOKIE not in request.cookies and request.method == "GET":
             return self.once_more(_address(request))
-        if request.headers.get("hx-request") == "true" or "x-csrf-token" in request.headers:
+        if request.headers.get("hx-request") == "true" or "x-csrf-token" in request.headers or UPLOAD in request.headers:
             return self.plain("Your session has ended. Sign in again.", 401)
         back = _address(request) if request.method in ("GET", "HEAD") else _page_before(request, page)
         return RedirectResponse(f"{SIGN_IN}?{urlencode({'next': back})}", 303)

@@ -22,6 +22,8 @@ TITLES = {
     "batches": "Batches",
     "message-batches": "Message batches",
     "keys": "API keys",
+    "sessions": "Sessions",
+    "webhooks": "Webhooks",
     "usage": "Usage and costs",
     "tenants": "Tenants",
     "base-models": "Base models",

@@ -145,6 +145,17 @@ async def get_tenant(db: Database, id_or_name: str) -> Tenant:
     return _tenant(row[:-1])
 
 
+async def get_own_tenant(db: Database, tenant_id: str) -> Tenant:
+    """Return the tenant whose scope it is. Raises NotFound if it was deleted."""
+    async with db.begin(tenant_id) as connection:
+        row = (
+            await connection.execute(select(*_TENANT, *_TENANT_LIMITS).where(tenants.c.id == tenant_id, tenants.c.deleted_at.is_(None)))
+        ).one_or_none()
+    if row is None:
+        raise _not_found()
+    return _tenant(row)
+
+
 async def get_deleted_tenant(db: Database, id_or_name: str) -> Tenant:
     """Return a deleted tenant by its id, or the last deleted one of this name. Raises NotFound."""
     is_id = tenants.c.id == id_or_name

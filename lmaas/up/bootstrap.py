@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmaas.api.base_models import defined_model
 from lmaas.api.shapes.models import NewBaseModel
@@ -44,7 +44,7 @@ def prepare_default_model(settings: Settings, console: Console, stopped: Callabl
         raise SettingsError(f"The cache folder {settings.cache} cannot be used: {why}. Set LMAAS_CACHE to a folder of your own.") from error
     command = [sys.executable, "-W", "ignore", "-m", default_model.__name__, str(folder)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -52,7 +52,7 @@ def prepare_default_model(settings: Settings, console: Console, stopped: Callabl
         ) as process,
         Progress(*columns, console=console) as progress,
     ):
-        task = progress.add_task(f"Preparing the base model {default_model.NAME} (once)", total=100)
+        task = progress.add_task("Preparing the base model (once)", total=100)
         for line in process.stdout or ():
             with contextlib.suppress(ValueError):
                 progress.update(task, completed=float(line))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
 
 REACH_S = 5
-LEAST_POSTGRES = 14
+LEAST_POSTGRES = 15
 #: The owner's permission bits are the only ones that a file of keys should have.
 OTHERS = 0o077
 _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8, to_regclass('alembic_version') IS NOT NULL"

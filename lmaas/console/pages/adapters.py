@@ -30,7 +30,7 @@ async def show_list(visit: Visit) -> Response:
     search, after = visit.query.get("search", "").strip()[:63], visit.query.get("after")
     query = {"search": search, "after": after, "limit": PAGE_SIZE}
     found = await visit.api.read_all(adapters=visit.api.send(LIST_ADAPTERS, query=query))
-    shown = command(visit, "adapter", "list")
+    shown = command(visit, "adapter", "list", *(["--search", search] if search else []))
     return visit.render("adapters.html", search=search, after=after, command=shown, may_change=_may_change(visit), **found)
 
 

@@ -37,12 +37,13 @@ _TIMES = (
 async def show_list(visit: Visit) -> Response:
     """Show a page of the batches, newest first; for htmx their table only."""
     after = visit.query.get("after")
-    found = await visit.api.read_all(batches=visit.api.send(LIST_BATCHES, query={"after": after, "limit": PAGE_SIZE}))
+    reading = visit.api.send(LIST_BATCHES, query={"after": after, "limit": PAGE_SIZE})
+    # If a part cannot be read, that is an error, so that the page keeps what it shows.
+    found = {"batches": await reading} if visit.is_part else await visit.api.read_all(batches=reading)
     lines = [] if isinstance(found["batches"], Unread) else found["batches"]["data"]
     template = "batches_table.html" if visit.is_part else "batches.html"
-    status = 503 if visit.is_part and isinstance(found["batches"], Unread) else 200
     live = any(batch["status"] in RUNNING for batch in lines)
-    return visit.render(template, status=status, after=after, kinds=KINDS, live=live, command=command(visit, "batches", "list"), **found)
+    return visit.render(template, after=after, kinds=KINDS, live=live, command=command(visit, "batches", "list"), **found)
 
 
 async def show(visit: Visit) -> Response:

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from lmaas.api.operation import Operation
 from lmaas.api.table import CHANGE_KEY, CREATE_KEY, CREATE_OPERATOR_KEY, LIST_KEYS, LIST_OPERATOR_KEYS, REVOKE_KEY, REVOKE_OPERATOR_KEY
 from lmaas.console.command import command
+from lmaas.console.numbers import number_or_text
 from lmaas.console.page import ADMINS, NO_FIELDS, Fields, Page, Section, Visit, errors_of, get, post
 from lmaas.errors import ApiError
 
@@ -76,15 +77,9 @@ def _command(visit: Visit, *words: str) -> str:
     return command(visit, *tenant, *words)
 
 
-def _number(text: str) -> int | str:
-    """Return a whole number, or what was typed, for the API to explain."""
-    plain = text.replace(",", "").replace(" ", "")
-    return int(plain) if plain.isascii() and plain.isdigit() and len(plain) < 20 else text
-
-
 def _body(visit: Visit) -> dict[str, Any]:
     numbers = ("expires_in_s", *(name for name, _ in LIMITS))
-    return {name: _number(text) for name, text in visit.typed(*numbers).items()}
+    return {name: number_or_text(text) for name, text in visit.typed(*numbers).items()}
 
 
 async def create(visit: Visit) -> Response:

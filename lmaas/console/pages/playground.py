@@ -71,11 +71,13 @@ async def answer(visit: Visit) -> Response:
 
 
 async def cost(visit: Visit) -> Response:
-    """Return the usage event of a request, or 404 as long as it is not in the ledger."""
+    """Return the usage event of a request, or 202 as long as it is not in the ledger."""
     event = await _event(visit, visit.query.get("request_id", ""))
     if event is None:
-        return JSONResponse({}, 404)
-    return JSONResponse({name: event[name] for name in ("charge_picousd", "queue_ms", "load_ms", "status")})
+        return JSONResponse({}, 202)
+    shown = {name: event[name] for name in ("charge_picousd", "queue_ms", "load_ms", "status")}
+    # Tokens are free only where no price is set.
+    return JSONResponse(shown | {"is_priced": event["charge_picousd"] > 0 or event["prompt_tokens"] == 0})
 
 
 async def _events(visit: Visit, asked: Asked) -> AsyncIterator[bytes]:
@@ -119,13 +121,14 @@ async def _event(visit: Visit, request_id: str) -> dict[str, Any] | None:
 
 async def _suggestions(visit: Visit, search: str) -> dict[str, Any]:
     found = await visit.api.read_all(bases=base_models(visit), adapters=adapter_names(visit.api, search))
+    unread = ""
     for name in ("bases", "adapters"):
         if isinstance(found[name], Unread):
-            found[name] = []
+            unread, found[name] = found[name].message, []
     bases = [model["id"] for model in found["bases"] if model["kind"] == GENERATE and search in model["id"]]
     generating = {model["id"] for model in found["bases"] if model["kind"] == GENERATE}
     adapters = [(name, base) for name, base in found["adapters"] if not generating or base in generating]
-    return {"bases": bases, "adapters": adapters}
+    return {"bases": bases, "adapters": adapters, "unread": unread}
 
 
 async def _page(

@@ -48,8 +48,10 @@
       words.textContent = share < 1 ? `${Math.floor(share * 100)} %, about ${left} s left` : "Checking the files …";
     };
     request.onload = () => {
-      if (new URL(request.responseURL).pathname !== new URL(form.action).pathname || request.status < 400) {
-        location.href = request.responseURL;
+      const target = request.getResponseHeader("x-lmaas-redirect");
+      if (target || request.status === 401) {
+        // Without a session, the page itself leads to the sign-in page and back.
+        location.assign(target ?? location.href);
         return;
       }
       const page = new DOMParser().parseFromString(request.responseText, "text/html");
@@ -73,6 +75,7 @@
     };
     request.onerror = () => over("The connection was lost. Try again.");
     request.open("POST", form.action);
+    request.setRequestHeader("x-lmaas-upload", "true");
     request.send(new FormData(form));
   };
 

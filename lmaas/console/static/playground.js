@@ -18,33 +18,38 @@
     return `$${amount >= 0.01 ? amount.toFixed(4) : amount.toPrecision(3).replace(/e.*/, "")}`;
   };
 
-  // What a comment of a waiting stream says, in words. Null for a comment that is about nothing else than keeping the connection open.
+  // What a comment of a waiting stream says, in words, and the seconds that are left if it says so.
   const wait = (comment) => {
-    const queued = /^queued position=(\d+) estimated_wait_s=(\d+)(?: late_s=(\d+))?( start=unknown)?/.exec(comment);
-    if (!queued) return comment.startsWith("loading") ? { words: "The engine loads the adapter" } : { words: comment };
-    const [, position, left, late, unknown] = queued;
-    const words = `Position ${position} in the queue`;
-    if (late) return { words: `${words}, ${late} s later than usual`, left: Number(left) };
-    return { words: unknown ? `${words}, the first start of this model` : words, left: Number(left) };
+    if (comment.startsWith("loading")) return { words: "The engine loads the adapter" };
+    if (!comment.startsWith("queued position=")) return { words: comment };
+    const facts = Object.fromEntries(comment.split(" ").slice(1).map((fact) => fact.split("=")));
+    const words = [
+      `Position ${facts.position} in the queue`,
+      ...(facts.cold_start ? ["an engine starts"] : []),
+      ...(facts.start ? ["for the first time"] : []),
+      ...(facts.late_s ? [`${facts.late_s} s later than usual`] : []),
+    ];
+    return { words: words.join(", "), left: Number(facts.estimated_wait_s) };
   };
 
   // Yields the events and comments of a stream: {name, data} or {comment}.
   async function* events(response) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
+    let event = { name: "", data: "" };
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      const blocks = (rest + value).split(/\r?\n\r?\n/);
-      rest = blocks.pop();
-      for (const block of blocks) {
-        const event = { name: "", data: "" };
-        for (const line of block.split(/\r?\n/)) {
-          if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
-          else if (line.startsWith("event:")) event.name = line.slice(6).trim();
-          else if (line.startsWith("data:")) event.data += line.slice(5).trim();
+      const lines = (rest + value).split(/\r?\n/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
+        else if (line.startsWith("event:")) event.name = line.slice(6).trim();
+        else if (line.startsWith("data:")) event.data += line.slice(5).trim();
+        else if (!line) {
+          if (event.data) yield event;
+          event = { name: "", data: "" };
         }
-        if (event.data) yield event;
       }
     }
   }
@@ -181,21 +186,21 @@
     async price(requestId) {
       const place = this.figure("Price", "…");
       for (let poll = 0; poll < POLLS; poll += 1) {
-        const response = await fetch(`${form.dataset.costAt}${form.dataset.costAt.includes("?") ? "&" : "?"}request_id=${encodeURIComponent(requestId)}`);
-        if (response.ok) {
+        const response = await fetch(`${form.dataset.costAt}?request_id=${encodeURIComponent(requestId)}`);
+        if (response.status === 200) {
           const event = await response.json();
           if (!place.isConnected) return;
-          place.textContent = dollars(event.charge_picousd);
+          place.textContent = event.is_priced ? dollars(event.charge_picousd) : "none is set";
           if (event.queue_ms >= 100) this.figure("In the queue", seconds(event.queue_ms));
           if (event.load_ms >= 100) this.figure("Loading the adapter", seconds(event.load_ms));
           break;
         }
-        if (response.status !== 404) break;
+        if (response.status !== 202) break;
         await new Promise((resolve) => { setTimeout(resolve, 500); });
       }
       if (!place.isConnected) return;
       if (place.textContent === "…") place.textContent = "not in the ledger yet";
-      this.figure("Request", requestId, `${form.dataset.requestsAt}${form.dataset.requestsAt.includes("?") ? "&" : "?"}request_id=${encodeURIComponent(requestId)}`);
+      this.figure("Request", requestId, `${form.dataset.requestsAt}/${encodeURIComponent(requestId)}`);
     }
   }
 

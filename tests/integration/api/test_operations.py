@@ -185,6 +185,8 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     walk.path |= {"key": (await walk("create_operator_key", {"name": "second"}))["id"]}
     assert {key["role"] for key in (await walk("list_operator_keys"))["data"]} == {"operator"}
     await walk("revoke_operator_key")
+    walk.key = admin
+    assert await walk("get_own_tenant") == await _as_operator(walk, operator_key)
     # Sessions.
     for suffix, key in (("", admin), ("_operator", operator_key)):
         walk.key = key
@@ -254,6 +256,14 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await walk("delete_base_model")
     await walk("delete_tenant")
     assert walk.walked == set(BY_ID)
+
+
+async def _as_operator(walk: Walker, operator_key: str) -> dict[str, Any]:
+    """Return the tenant as an operator sees it, and go on with the same key."""
+    own, walk.key = walk.key, operator_key
+    shown = await walk("get_tenant")
+    walk.key = own
+    return shown
 
 
 async def _walk_stored(walk: Walker, tenant_id: str) -> None:

@@ -75,10 +75,12 @@ async def alive(app: ASGIApp) -> AsyncIterator[None]:
     task = asyncio.create_task(run(), name="lifespan")
     await told.put({"type": "lifespan.startup"})
     assert (await said.get())["type"] == "lifespan.startup.complete"
-    yield
-    await told.put({"type": "lifespan.shutdown"})
-    assert (await said.get())["type"] == "lifespan.shutdown.complete"
-    await task
+    try:
+        yield
+    finally:
+        await told.put({"type": "lifespan.shutdown"})
+        assert (await said.get())["type"] == "lifespan.shutdown.complete"
+        await task
 
 
 @asynccontextmanager

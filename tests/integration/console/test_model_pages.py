@@ -1,5 +1,6 @@
 """The pages of models and work, as a browser without JavaScript sees them: playground, adapters, files, batches, fleet."""
 
+import dataclasses
 import json
 import re
 from collections.abc import AsyncIterator
@@ -8,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from lmaas.console.app import build_console
 from lmaas.store.models import BaseModel
 from lmaas.store.tenants import get_tenant
-from tests.integration.console.conftest import ORIGIN, Browser, Console, found_in
+from tests.integration.console.conftest import ORIGIN, Browser, Console, alive, browser_of, found_in
 from tests.integration.gateway.stack import Tenant
 
 LINE = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "base", "messages": []}}
@@ -126,6 +128,17 @@ async def test_a_deleted_adapter_is_gone(admin: Browser, console: Console, owner
     assert (await admin.get("/adapters/short-lived")).status_code == 404
 
 
+async def test_an_upload_by_a_script_is_told_where_to_lead(admin: Browser) -> None:
+    token = found_in((await admin.get("")).text, r'name="csrf" value="([0-9a-f]+)"')
+    headers = {"origin": ORIGIN, "x-lmaas-upload": "true"}
+    form = {"csrf": token, "purpose": "user_data"}
+    response = await admin.http.post("/console/upload-file", data=form, files={"file": ("x", b"x")}, headers=headers)
+    assert response.status_code == 200
+    assert "x was uploaded." in (await admin.http.get(response.headers["x-lmaas-redirect"])).text
+    admin.http.cookies.clear()
+    assert (await admin.http.post("/console/upload-file", data=form, files={"file": ("x", b"x")}, headers=headers)).status_code == 401
+
+
 async def test_an_inference_key_sees_adapters_and_changes_none(console: Console, owner: Tenant) -> None:
     browser = await console.signed_in("acme-inference")
     page = (await browser.get("/adapters/robot")).text
@@ -220,14 +233,14 @@ async def test_the_code_follows_the_form(admin: Browser) -> None:
 async def test_the_price_of_an_answer_is_in_the_ledger(admin: Browser, console: Console, model: BaseModel) -> None:
     lines = await answered(admin, model="base", message="Hi", max_tokens=2)
     request_id = json.loads(lines[1].removeprefix("data: "))["request_id"]
-    assert (await admin.get("/playground/cost", params={"request_id": request_id})).status_code == 404
+    assert (await admin.get("/playground/cost", params={"request_id": request_id})).status_code == 202
     await console.stack.ledger(model)
     event = (await admin.get("/playground/cost", params={"request_id": request_id})).json()
     assert event["status"] == "completed"
-    assert event["charge_picousd"] == 0
+    assert (event["charge_picousd"], event["is_priced"]) == (0, False)
     other = await console.signed_in("globex-admin")
-    assert (await other.get("/playground/cost", params={"request_id": request_id})).status_code == 404
-    assert (await admin.get("/playground/cost")).status_code == 404
+    assert (await other.get("/playground/cost", params={"request_id": request_id})).status_code == 202
+    assert (await admin.get("/playground/cost")).status_code == 202
 
 
 # Files and batches
@@ -320,3 +333,70 @@ async def test_bounds_are_changed_and_refused_beside_their_field(operator: Brows
 async def test_replicas_that_do_not_exist_are_not_found(operator: Browser) -> None:
     assert (await operator.post("/fleet/base/stop", {"replica": "rep_none"})).status_code == 404
     assert (await operator.get("/fleet/none-such")).status_code == 404
+
+
+# What cannot be read
+
+
+class Broken(httpx.AsyncBaseTransport):
+    """The network to the gateway, on which requests to some paths fail."""
+
+    def __init__(self) -> None:
+        self._network = httpx.AsyncHTTPTransport()
+        self.paths: tuple[str, ...] = ()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request, or fail."""
+        if request.url.path in self.paths:
+            raise httpx.ConnectError("refused", request=request)
+        return await self._network.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._network.aclose()
+
+
+@pytest.mark.parametrize(
+    ("who", "page", "broken", "shown"),
+    [
+        ("acme-admin", "/adapters?search=x", "/v1/adapters", 'href="/console/adapters?search=x">Try again'),
+        ("acme-admin", "/adapters/robot", "/v1/adapters/robot/versions", "robot"),
+        ("acme-admin", "/upload-adapter", "/v1/models", "cannot be read"),
+        ("acme-admin", "/playground", "/v1/models", 'name="message"'),
+        ("acme-admin", "/files", "/v1/files", "Try again"),
+        ("acme-admin", "/batches", "/v1/batches", "Try again"),
+        ("acme-admin", "/new-batch", "/v1/files", "The list of files cannot be read"),
+        ("operator", "/fleet", "/admin/v1/base-models", "Replicas"),
+        ("operator", "/fleet/base", "/admin/v1/replicas", "Change the bounds"),
+    ],
+)
+async def test_a_page_says_what_it_cannot_read_and_shows_the_rest(
+    console: Console, owner: Tenant, who: str, page: str, broken: str, shown: str
+) -> None:
+    network = Broken()
+    app = build_console(dataclasses.replace(console.stack.settings, console_api_url=console.stack.url), network)
+    async with alive(app):
+        browser = browser_of(app)
+        await browser.sign_in(console.keys[who])
+        network.paths = (broken,)
+        response = await browser.get(page)
+        assert response.status_code == 200
+        assert "The service cannot be reached." in response.text
+        assert shown in response.text
+        network.paths = ()
+        assert "cannot be reached" not in (await browser.get(page)).text
+
+
+@pytest.mark.parametrize(
+    ("who", "part", "broken"), [("acme-admin", "/batches", "/v1/batches"), ("operator", "/fleet", "/admin/v1/base-models")]
+)
+async def test_a_part_that_cannot_be_read_is_an_error_so_that_the_page_keeps_what_it_has(
+    console: Console, owner: Tenant, who: str, part: str, broken: str
+) -> None:
+    network = Broken()
+    app = build_console(dataclasses.replace(console.stack.settings, console_api_url=console.stack.url), network)
+    async with alive(app):
+        browser = browser_of(app)
+        await browser.sign_in(console.keys[who])
+        network.paths = (broken,)
+        assert (await browser.get(part, headers={"hx-request": "true"})).status_code == 503

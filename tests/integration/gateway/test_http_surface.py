@@ -46,6 +46,18 @@ class Service:
             writer.close()
 
 
+async def test_the_reference_of_the_api_needs_no_key(service: Service) -> None:
+    async with service.client() as http:
+        for path in ("/docs", "/docs/", "/docs/keys", "/docs/style.css"):
+            answer = await http.get(path)
+            assert answer.status_code == 200, path
+            assert answer.headers["content-type"].startswith("text/"), path
+        missing = await http.get("/docs/nothing")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+        assert (await http.head("/docs/keys")).status_code == 200
+        assert (await http.post("/docs/keys")).status_code == 405
+
+
 @pytest.fixture(scope="module")
 async def service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     folder: Path = tmp_path_factory.mktemp("stack")

@@ -495,6 +495,7 @@ CASES: dict[str, Case] = {
     "background.delete_response": lambda both: background.delete_response(both.gateway, both.mine.id, "resp_b"),
     "sessions.get_session": lambda both: _of_session(both, sessions.get_session),
     "sessions.end_session": lambda both: _of_session(both, sessions.end_session),
+    "tenants.get_own_tenant": lambda both: tenants.get_own_tenant(both.gateway, both.mine.id),
     "tenants.list_keys": lambda both: tenants.list_keys(both.gateway, both.mine.id),
     "tenants.revoke_key": lambda both: tenants.revoke_key(both.gateway, both.mine.id, both.mine.key_id, audit=AUDIT),
     "tenants.change_key": lambda both: tenants.change_key(both.gateway, both.mine.id, both.mine.key_id, {"max_concurrent": 1}, audit=AUDIT),

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DataError
 from lmaas.errors import InvalidRequest
 from lmaas.metering.usage import CANCELLED, PUT_BACK
 from lmaas.states import UsageDimension, UsageStatus, WorkClass
-from lmaas.store import usage_days
+from lmaas.store import migrate, usage_days
 from lmaas.store.database import Database, driver_url
 from lmaas.store.migrate import upgrade
 from lmaas.store.paging import Part
@@ -24,6 +24,7 @@ from lmaas.store.tenants import delete_tenant
 from lmaas.store.usage import EventFilter, UsageEvent, insert_events, list_events, record_events
 from lmaas.store.usage_days import UsageFilter, UsageRow, compare, month_total, report
 from tests.integration.store.build import tenant, usage_event
+from tests.support.conditions import until
 
 DAY, MONTH, TENANT, KEY, MODEL, ADAPTER, WORK = UsageDimension
 INTERACTIVE, BACKGROUND = WorkClass
@@ -437,3 +438,25 @@ async def test_a_migration_that_was_stopped_half_way_continues(before: Database,
     assert await agree(before, *DAYS) == 38
     async with before.begin(SYSTEM) as connection:
         assert (await connection.execute(text("SELECT to_regclass('usage_fill')"))).scalar_one() is None
+
+
+async def test_a_transaction_that_writes_events_is_waited_for(before: Database, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [usage_event(f"day{number}", "ten_acme", created_at=NIGHT + timedelta(days=number)) for number in range(60)]
+    await record_events(before, more)
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.05)
+    pauses: list[float] = []
+    monkeypatch.setattr("lmaas.store.migrate.time.sleep", pauses.append)
+
+    async def counted() -> bool:
+        async with before.begin(SYSTEM) as connection:
+            exists = (await connection.execute(text("SELECT to_regclass('usage_fill')"))).scalar_one() is not None
+            return exists and bool((await connection.execute(text("SELECT count(*) FROM usage_fill"))).scalar_one())
+
+    migrating = asyncio.create_task(asyncio.to_thread(upgrade, database_url))
+    await until(counted, every_s=0.002)
+    async with before.begin(SYSTEM) as connection:
+        await insert_events(connection, [usage_event("held", "ten_acme")])
+        await until(lambda: len(pauses) > 0 or migrating.done(), every_s=0.002)
+        assert not migrating.done(), "it had ended before the transaction began"
+    await migrating
+    assert await agree(before, FRIDAY, *[SATURDAY + timedelta(days=number) for number in range(60)]) == 40 + 60 + 1

@@ -1,7 +1,7 @@
 """A browser that visits the console, what it must never report, and screenshots for people."""
 
 import os
-import re
+import shlex
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Response
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Response, ViewportSize
 
 #: A folder for screenshots of all pages, if set.
 SCREENSHOTS = "LMAAS_SCREENSHOTS"
-WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 320, "height": 640}
+WIDE, NARROW = ViewportSize(width=1280, height=800), ViewportSize(width=320, height=800)
 #: axe's impacts that fail a test.
 SERIOUS = ("serious", "critical")
 Scheme = Literal["light", "dark"]
@@ -45,11 +45,12 @@ class Visitor:
         folder = os.environ.get(SCREENSHOTS)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 (only while a person looks at pages)
-            await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+            await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True, timeout=60_000)
 
-    async def violations(self) -> list[str]:
-        """Return what axe finds on the page that is serious or critical."""
-        results = await Axe().run(self.page, options={"resultTypes": ["violations"]})
+    async def violations(self, *rules: str) -> list[str]:
+        """Return what axe finds on the page that is serious or critical, by these rules or by all."""
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        results = await Axe().run(self.page, options=options | ({"runOnly": list(rules)} if rules else {}))
         return [
             f"{found['impact']} {found['id']}: {found['help']}: {node['html'][:200]} {[check['message'] for check in node['any']]}"
             for found in results.response["violations"]
@@ -63,7 +64,7 @@ class Visitor:
 
     def check(self) -> None:
         """Fail if the browser has reported errors: of scripts, of the content security policy, or of the server."""
-        assert self.faults == []
+        assert not self.faults, "\n".join(self.faults)
 
 
 @asynccontextmanager
@@ -96,4 +97,4 @@ def _note_status(visitor: Visitor, response: Response) -> None:
 
 def commands_of(texts: Iterable[str]) -> list[list[str]]:
     """Return the words of the commands in these texts, one command a line."""
-    return [re.split(r"\s+", line.strip()) for text in texts for line in text.splitlines() if line.strip()]
+    return [shlex.split(line) for text in texts for line in text.splitlines() if line.strip()]

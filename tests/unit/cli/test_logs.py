@@ -86,6 +86,9 @@ def test_a_line_for_people_and_one_for_programs() -> None:
     assert shown(line, date(2026, 11, 30)) == text
     assert shown(line, date(2026, 12, 1)) == f"2026-11-30 {text}"
     assert json.loads(as_json(line)) == json.loads(STRUCTURED) | {"process": "supervisor"}
+    assert shown(LogLine(NOON, "INFO", "gateway", None, "request", {"code": None, "status": 200}), date(2026, 11, 30)).endswith(
+        "request status=200"
+    )
     # The controller's lines are about replicas, too.
     assert f"replica_id={REPLICA}" in shown(read_line(STRUCTURED, "controller", None, None, NOON), date(2026, 11, 30))
     assert shown(LogLine(NOON, "INFO", "engine", None, "a\x1b[1m"), date(2026, 11, 30)).endswith(r"a\x1b[1m")

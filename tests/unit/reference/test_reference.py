@@ -15,6 +15,9 @@ import jsonschema
 import pytest
 from starlette.applications import Starlette
 
+from lmaas.api.decoding import decode
+from lmaas.api.operation import Place
+from lmaas.api.table import PLACES
 from lmaas.app import openapi_document
 from lmaas.reference.fields import Field, Treatment, field_of, fields_of
 from lmaas.reference.pages import Reference
@@ -82,6 +85,10 @@ def test_links_resolve(address: str) -> None:
 def test_pages_load_nothing_but_their_style_and_run_nothing(address: str) -> None:
     page = PARSED[address]
     assert page.loaded == ["/docs/style.css"]
+    # What may be wider than the window can be scrolled with the keyboard.
+    assert len(re.findall(r'<div class="wide"|<pre', PAGES[address])) == len(
+        re.findall(r'<div class="wide" tabindex="0"|<pre tabindex="0"', PAGES[address])
+    )
     assert not page.tags & {"script", "style", "iframe", "img", "form"}
     assert "url(" not in (Path(__file__).parents[3] / "lmaas" / "reference" / "static" / "style.css").read_text()
 
@@ -98,6 +105,16 @@ def test_examples_are_valid(schema: dict[str, Any], body: dict[str, Any]) -> Non
     """If this fails for a new operation, give its fields values in lmaas/reference/examples.py."""
     jsonschema.Draft202012Validator({**schema, "components": SPEC["components"]}).validate(body)
     assert body
+
+
+@pytest.mark.parametrize(
+    "place", [place for place in PLACES if place.operation.body is not None and not place.operation.files], ids=lambda place: place.id
+)
+def test_the_api_reads_the_examples(place: Place) -> None:
+    call = next(each for each in CALLS if place.path in (each.path, each.operator_path) and each.method == place.operation.method)
+    assert place.operation.body is not None
+    assert call.example.body is not None
+    decode(place.operation.body, call.example.body)
 
 
 @dataclass
