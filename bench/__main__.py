@@ -15,6 +15,7 @@ from bench import (
     batch_cost,
     bill,
     cold,
+    console,
     embedding,
     fairness,
     fleet,
@@ -40,6 +41,7 @@ GROUPS = (
     grammars,
     rest,
     reports,
+    console,
     tenancy,
     fleet,
     serving,
@@ -60,22 +62,22 @@ def main(bars: tuple[str, ...]) -> None:
     names = [name for group in GROUPS for name in group.NAMES]
     if unknown := set(bars) - set(names):
         raise click.UsageError(f"no such bar: {', '.join(sorted(unknown))}. There are: {', '.join(names)}")
-    console = Console(stderr=True)
-    model = prepare_default_model(Settings(), console)
-    measured = asyncio.run(_measure(model, bars or tuple(names), console))
+    out = Console(stderr=True)
+    model = prepare_default_model(Settings(), out)
+    measured = asyncio.run(_measure(model, bars or tuple(names), out))
     Console().print(frame.table(measured))
-    console.print(f"Written to {RESULTS}")
+    out.print(f"Written to {RESULTS}")
     sys.exit(any(bar.value is None for bar in measured))
 
 
-async def _measure(model: Path, wanted: tuple[str, ...], console: Console) -> list[Bar]:
+async def _measure(model: Path, wanted: tuple[str, ...], out: Console) -> list[Bar]:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # servers are stopped as after Ctrl-C
     measured: list[Bar] = []
 
     def add(bar: Bar) -> None:
-        console.log(f"{bar.name}: {bar.detail['why'] if bar.value is None else round(bar.value, 3)}")
+        out.log(f"{bar.name}: {bar.detail['why'] if bar.value is None else round(bar.value, 3)}")
         measured.append(bar)
         frame.write(measured, RESULTS)  # written after each bar, because measuring all takes long
 
@@ -84,10 +86,10 @@ async def _measure(model: Path, wanted: tuple[str, ...], console: Console) -> li
         why = "it was not reached"
         with tempfile.TemporaryDirectory(prefix="lmaas-bench-") as folder:
             try:
-                async for bar in group.measure(model, Path(folder), mine, console.log):
+                async for bar in group.measure(model, Path(folder), mine, out.log):
                     add(bar)
             except Exception as error:  # noqa: BLE001 (the other groups' bars can still be measured)
-                console.print_exception()
+                out.print_exception()
                 why = f"{type(error).__name__}: {error}"
         for name in mine:
             if name not in {bar.name for bar in measured}:
