@@ -34,7 +34,7 @@ LOADED_AT_ONCE = 128
 LOADED_BETWEEN_BEATS = 2000
 #: The length of a window. Heartbeats and leases stay valid for longer.
 WINDOW_S = 1.0
-#: A silent replica is removed after GONE_MS (state.lua), which is a second less.
+#: A silent replica is removed after GONE_MS (layout.lua), which is a second less.
 SILENT_S = 31.0
 #: The number of calls after the death of a replica that are looked at.
 CALLS_AFTER = 200

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 METER_S = 0.2
-#: Replicas assume that there is no controller if it has not read their pool for 10 s (PRESENT_MS in state.lua).
+#: Replicas assume that there is no controller if it has not read their pool for 10 s (PRESENT_MS in layout.lua).
 PRESENT_S = 3.0
 #: A decision of which only the reason has changed is saved again after this long.
 SAVE_S = 2.0

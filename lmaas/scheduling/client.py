@@ -26,17 +26,35 @@ from lmaas.types import TokenCounts
 log = logging.getLogger(__name__)
 
 #: The parts of the function library, in the order in which they are joined.
-PARTS = ("state", "limits", "fairness", "reserve", "fleet", "placement", "yielding", "dispatch", "endings", "outlook", "scheduler")
+PARTS = (
+    "layout",
+    "state",
+    "limits",
+    "fairness",
+    "reserve",
+    "fleet",
+    "placement",
+    "yielding",
+    "dispatch",
+    "endings",
+    "outlook",
+    "scheduler",
+)
 #: The channel on which the scheduler asks for replicas.
 CONTROL_CHANNEL = "lmaas:control"
-#: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in state.lua).
+#: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in layout.lua).
 FIRST_START_MS = 20_000
 _ENCODE = msgspec.json.Encoder().encode
+_PACK = msgspec.msgpack.Encoder().encode
+#: The numbers in the second line of a stored replica.
+_NUMBERS = ("load", "back", "latest", "runs", "has", "slots", "adapter_slots", "life", "since")
+#: White space at the end of texts, by which Lua tells them apart quickly (`tail_of` in layout.lua).
+_TAILS = tuple(" " * (number // 4) + " \t\n\r"[number % 4] for number in range(64))
 _DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-class LimitedScope(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A tenant or a key (`scope` is `tenant` or `key`) and its limits. None means no limit and is not sent. The budget is in
+class LimitedScope(msgspec.Struct, frozen=True, array_like=True):
+    """A tenant or a key (`scope` is `tenant` or `key`) and its limits. None means no limit. The budget is in
     micro-dollars."""
 
     id: str
@@ -77,9 +95,36 @@ class Ticket(msgspec.Struct, frozen=True):
     #: If its process dies, its usage event has the status UsageStatus.WASTED instead of LOST.
     durable: bool = False
 
-    def sent(self, waited_ms: int, attempts: int, more: bytes = b"") -> bytes:
-        """Return its JSON with how long it has waited and how often it was delivered. `more` has further fields."""
-        return b'%b,"waited_ms":%d,"attempts":%d%b}' % (_ENCODE(self)[:-1], waited_ms, attempts, more)
+    def sent(self) -> bytes:
+        """Return the part that the scheduler stores as it is (`ticket_from` in layout.lua). Its last byte differs from that of most other
+        tickets, for the reason that `tail_of` in layout.lua gives."""
+        prompt, cached, completion = self.prices
+        return _PACK(
+            (
+                self.id,
+                self.tenant,
+                self.gateway,
+                self.adapter,
+                self.source,
+                self.weight,
+                self.share,
+                self.head_start,
+                self.prompt_tokens,
+                self.completion_tokens,
+                prompt,
+                cached,
+                completion,
+                self.background,
+                self.durable,
+                self.event,
+                _tail(self.id),
+            )
+        )
+
+    def terms(self, waited_ms: int, attempts: int, bounds: "Bounds") -> bytes:
+        """Return the part that only one call needs: how long the ticket has waited, how often it was delivered, and its limits (`terms_of`
+        in scheduler.lua)."""
+        return _PACK((waited_ms, attempts, bounds.max_queued, bounds.max_queued_pool, self.limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +133,10 @@ class Bounds:
 
     max_queued: int
     max_queued_pool: int
+
+
+#: The bounds of a ticket that is not refused.
+NO_BOUNDS = Bounds(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +253,8 @@ class Scheduler:
         as of its `month`.
         """
         told = {scope: (seed.month, seed.tokens, seed.cost_picousd) for scope, seed in seeds.items()} if seeds else None
-        sent = ticket.sent(waited_ms, attempts)
-        reply = _DECODE(
-            await self.call("submit", ticket.pool, sent, bounds.max_queued, bounds.max_queued_pool, "" if told is None else _ENCODE(told))
-        )
+        terms = ticket.terms(waited_ms, attempts, bounds)
+        reply = _DECODE(await self.call("submit", ticket.pool, ticket.sent(), terms, "" if told is None else _ENCODE(told)))
         if memory := reply.pop("memory", ""):
             self.saw(ticket.pool, memory)
         return reply
@@ -218,12 +265,13 @@ class Scheduler:
         Returns False if the scheduler no longer had the ticket.
         """
         ran = "" if run_ms is None else run_ms
-        return self.released(ticket, await self.call("release", ticket.pool, ticket.id, event, ran, _counts(used)))
+        return self.released(ticket, await self.call("release", ticket.pool, ticket.id, _told_apart(ticket, event), ran, _counts(used)))
 
     def send_release(self, ticket: Ticket, event: str, run_ms: int | None, used: TokenCounts | None) -> "asyncio.Future[Any]":
         """Send a release once, without waiting. The future gets a reply for `released`, or a RedisError."""
         name, key = f"{self._prefix}_release", f"lmaas:{{{ticket.pool}}}"
-        return self._pipelined.send("FCALL", name, 1, key, ticket.id, event, "" if run_ms is None else run_ms, _counts(used))
+        ran = "" if run_ms is None else run_ms
+        return self._pipelined.send("FCALL", name, 1, key, ticket.id, _told_apart(ticket, event), ran, _counts(used))
 
     def released(self, ticket: Ticket, reply: Any) -> bool:
         """Read the reply to a release. Returns False if the scheduler no longer had the ticket."""
@@ -242,8 +290,8 @@ class Scheduler:
 
     async def restore(self, ticket: Ticket, replica: str, *, waited_ms: int, attempts: int) -> bool:
         """Put back a running ticket that the scheduler has lost. Returns False while its replica is not back."""
-        sent = ticket.sent(waited_ms, attempts, b',"replica":' + _ENCODE(replica))
-        return bool(await self.call("restore", ticket.pool, sent))
+        terms = ticket.terms(waited_ms, attempts, NO_BOUNDS)
+        return bool(await self.call("restore", ticket.pool, ticket.sent(), terms, replica))
 
     async def heartbeat(self, pool: str, replica: str, beat: Beat) -> dict[str, Any]:
         """Report that a replica lives. Returns its state and the adapters that it should load."""
@@ -281,7 +329,7 @@ class Scheduler:
         self.saw(pool, reply.pop("memory"), told)
         due_at = dict(zip(due[::2], due[1::2], strict=True))
         reply["replicas"] = {
-            name: _seen(stored_replica(text), float(due_at[name]), reply) for name, text in zip(replicas[::2], replicas[1::2], strict=True)
+            name: _seen(_facts(text), float(due_at[name]), reply) for name, text in zip(replicas[::2], replicas[1::2], strict=True)
         }
         for name in ("now", "stale_after", "gone_after"):
             del reply[name]
@@ -320,9 +368,27 @@ class Scheduler:
                 await asyncio.sleep(0.5)
 
 
+def _tail(name: str) -> int:
+    """Return a number below 64 that differs between names."""
+    return hash(name) & 63
+
+
+def _told_apart(ticket: Ticket, event: str) -> str:
+    """Return the event with white space at its end, by which Lua tells it apart from others quickly (`tail_of` in layout.lua)."""
+    return event and event + _TAILS[_tail(ticket.id)]
+
+
 def stored_replica(text: str) -> dict[str, Any]:
     """Decode a replica as the function library stores it (`text_of_replica` in fleet.lua)."""
-    return _DECODE(text[text.rindex("\n") + 1 :] if "\n" in text else text)
+    names = _DECODE("{" + text.split("\n", 3)[3] + "}")
+    return {**_facts(text), "id": names["replica"], "url": names["url"]}
+
+
+def _facts(text: str) -> dict[str, Any]:
+    """Decode all of a stored replica but its names."""
+    _, facts, rest, _ = text.split("\n", 3)
+    *numbers, state = facts.split()
+    return {**dict(zip(_NUMBERS, map(int, numbers), strict=True)), "state": state, **(_DECODE(rest) if rest else {})}
 
 
 def _seen(replica: dict[str, Any], due: float, reply: Mapping[str, Any]) -> dict[str, Any]:

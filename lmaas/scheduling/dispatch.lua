@@ -16,30 +16,36 @@ local MAX_VISITS = 512    -- tickets visited in one round
 local PORTION = 16        -- tenants or tickets that are read at once, but first only FEW: mostly the first one fits
 local FEW = 2
 
--- Lets a ticket's gateway have its slot. Returns what it is told.
+-- Lets a ticket's gateway have its slot.
 local function grant(pool, ticket)
   ticket.state, ticket.granted = TICKET.GRANTED, pool.now
   put(pool, ticket)
+end
+
+-- Returns what a gateway is told of a granted ticket.
+local function lease_of(pool, ticket)
   return {
-    replica = ticket.replica, url = replica_of(pool, ticket.replica).url,
-    queue_ms = ticket.placed - ticket.submitted, load_ms = ticket.granted - ticket.placed,
+    replica = ticket.replica, url = url_of(replica_of(pool, ticket.replica)), queue_ms = ticket.placed - ticket.submitted,
+    load_ms = ticket.granted - ticket.placed,
   }
 end
 
--- Places a ticket that is not in the queue (any more) on a replica. With `paid`, it has been charged for its prompt.
-local function place(pool, ticket, replica, caller, paid)
+-- Places a ticket that is not in the queue (any more) on a replica. With `paid`, it has been charged for its prompt; with `resident`, its
+-- adapter is known to be there.
+local function place(pool, ticket, replica, caller, paid, resident)
   next_of(pool, line_of(pool, ticket).placed)
   ticket.placed = pool.now
   if not paid then charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens) end
   hold(pool, ticket, replica)
-  if ticket.adapter == '' or is_resident(pool, replica, ticket.adapter) then
-    local fields = grant(pool, ticket)
-    if ticket.id ~= caller then tell(ticket, TICKET.GRANTED, fields) end
+  if ticket.adapter == '' or resident or is_resident(pool, replica, ticket.adapter) then
+    grant(pool, ticket)
+    if ticket.id ~= caller then tell(ticket, TICKET.GRANTED, lease_of(pool, ticket)) end
     return
   end
   ticket.state = TICKET.LOADING
   put(pool, ticket)
   if redis.call('HSETNX', pool.key .. ':loading:' .. replica.id, ticket.adapter, ticket.source) == 1 then
+    set_var(pool, 'loading', pool.vars.loading + 1)
     redis.call('PUBLISH', 'lmaas:replica:' .. replica.id, SIGNAL.LOAD)
   end
   redis.call('ZADD', waits_on(pool, replica.id, ticket.adapter), ticket.sequence, ticket.id)
@@ -57,8 +63,8 @@ local function in_portions(key, most, visit)
   return nil
 end
 
--- Calls `visit` for the tickets of a queue in the order of service, until it returns something: first tickets that came back, then tenant by
--- tenant. Its arguments are the ticket's id, its needs, how many tickets had been placed when it was first passed over (nil: never), and
+-- Calls `visit` for the tickets of a queue in the order of service, until it returns something: first tickets that came back, then tenant
+-- by tenant. Its arguments are the ticket's id, its needs, how many tickets had been placed when it was first passed over (nil: never), and
 -- after how many placements in fair turns its tenant would have no waiting ticket (at most MAX_TURNS).
 local function each_waiting(line, visit)
   local visits, turns = 0, 0
@@ -131,7 +137,7 @@ end
 local function has_room(pool)
   sweep(pool)
   index(pool)
-  return redis.call('EXISTS', pool.key .. ':free', pool.key .. ':yielding') > 0
+  return redis.call('EXISTS', pool.at.free, pool.at.yielding) > 0
 end
 
 -- Returns whether a replica may have room for a background ticket.
@@ -144,21 +150,22 @@ end
 -- Grants every slot that can be granted: to background tickets if no interactive one waits.
 local function dispatch(pool, caller)
   if nothing_waits(pool) then return end
-  for _ = 1, redis.call('ZCARD', pool.interactive.key .. ':queue') do
+  for _ = 1, pool.vars.queued do
     if not has_room(pool) or not place_next(pool, pool.interactive, caller) then return end
   end
-  for _ = 1, math.min(MAX_BACKGROUND_PLACED, redis.call('ZCARD', pool.background.key .. ':queue')) do
+  for _ = 1, math.min(MAX_BACKGROUND_PLACED, pool.vars.background_queued) do
     if not has_room_for_background(pool) or not place_next(pool, pool.background, caller) then return end
   end
 end
 
--- Places a new interactive ticket if none waits and there is room, with the same result as queueing and dispatching it. Returns false otherwise.
+-- Places a new interactive ticket if none waits and there is room, with the same result as queueing and dispatching it. Returns false
+-- otherwise.
 local function place_at_once(pool, ticket)
-  if ticket.background or not (nothing_waits(pool) or redis.call('EXISTS', pool.key .. ':queue') == 0) then return false end
-  local replica = choose(pool, ticket.weight, ticket.adapter, NOTHING_KEPT)
+  if ticket.background or pool.vars.queued > 0 then return false end
+  local replica, resident = choose(pool, ticket.weight, ticket.adapter, NOTHING_KEPT)
   if not replica then return false end
   pass_through(pool, ticket)
-  place(pool, ticket, replica, ticket.id, true)
+  place(pool, ticket, replica, ticket.id, true, resident)
   return true
 end
 

@@ -14,8 +14,8 @@ local function forget(pool, ticket, used)
   end
   settle(pool, ticket, used)
   drop(pool, ticket)
-  if not bare then redis.call('HDEL', pool.key .. ':progress', ticket.id) end
-  redis.call('ZREM', pool.key .. ':expiry', ticket.id)
+  if not bare then redis.call('HDEL', pool.at.progress, ticket.id) end
+  redis.call('ZREM', pool.at.expiry, ticket.id)
   if not ticket.background then set_var(pool, 'active', pool.now) end
 end
 
@@ -23,7 +23,7 @@ end
 -- given back, since its client has received nothing.
 local function requeue(pool, ticket, delivered)
   charge(pool, ticket, -charged(pool, ticket))
-  redis.call('HDEL', pool.key .. ':progress', ticket.id)
+  redis.call('HDEL', pool.at.progress, ticket.id)
   let_go(pool, ticket)
   if delivered then
     ticket.attempts = ticket.attempts + 1
@@ -53,14 +53,14 @@ end
 
 -- Takes back tickets that are listed as lost, those that came first first, as many as this call may.
 local function take_back_lost(pool)
-  while pool.budget > 0 and var(pool, 'lost', 0) > 0 do
+  while pool.budget > 0 and pool.vars.lost > 0 do
     local number = redis.call('LINDEX', pool.key .. ':lost', 0)
     local found = redis.call('ZPOPMIN', pool.key .. ':lost:' .. number, pool.budget)
     for i = 1, #found, 2 do get(pool, found[i]) end
     pool.budget = pool.budget - #found / 2
     if redis.call('EXISTS', pool.key .. ':lost:' .. number) == 0 then
       redis.call('LPOP', pool.key .. ':lost')
-      set_var(pool, 'lost', var(pool, 'lost', 0) - 1)
+      set_var(pool, 'lost', pool.vars.lost - 1)
     end
   end
 end
@@ -76,10 +76,10 @@ end
 -- Ends tickets of gateways that are gone, charged at their last checkpoint, and removes replicas that are gone. Returns whether there
 -- were any, since others may have a turn then.
 local function reap(pool)
-  local gone, found = sweep(pool), var(pool, 'lost', 0) > 0
+  local gone, found = sweep(pool), pool.vars.lost > 0
   take_back_lost(pool)
-  if is_calm(pool) or pool.now < var(pool, 'spare', 0) then return found end
-  local expired = redis.call('ZRANGEBYSCORE', pool.key .. ':expiry', '-inf', pool.now, 'LIMIT', 0, pool.budget)
+  if is_calm(pool) or pool.now < pool.vars.spare then return found end
+  local expired = redis.call('ZRANGEBYSCORE', pool.at.expiry, '-inf', pool.now, 'LIMIT', 0, pool.budget)
   for _, id in ipairs(expired) do
     local ticket = get(pool, id)
     if ticket then
@@ -87,7 +87,7 @@ local function reap(pool)
       -- The attempt of durable work is wasted, and its tokens do not count for limits.
       forget(pool, ticket, not ticket.durable and used or nil)
     else
-      redis.call('ZREM', pool.key .. ':expiry', id)
+      redis.call('ZREM', pool.at.expiry, id)
     end
   end
   pool.budget = pool.budget - #expired

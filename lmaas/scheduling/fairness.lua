@@ -17,7 +17,7 @@ local function line_of(pool, ticket)
 end
 
 local function counter_of(line, tenant)
-  return tonumber(redis.call('ZSCORE', line.key .. ':counters', tenant) or 0)
+  return tonumber(redis.call('ZSCORE', line.counters, tenant) or 0)
 end
 
 -- Returns the least counter that a tenant has when it begins to wait.
@@ -25,16 +25,16 @@ local function floor_of(pool, line)
   local smallest = redis.call('ZRANGE', line.key .. ':waiting', 0, 0, 'WITHSCORES')
   if smallest[2] then return tonumber(smallest[2]) end
   local last = text_of(pool, line.last)
-  return math.max(var(pool, line.floor, 0), last and counter_of(line, last) or 0)
+  return math.max(var(pool, line.floor, 0), last ~= '' and counter_of(line, last) or 0)
 end
 
 local function charge(pool, ticket, units)
   if units == 0 then return end
   local line = line_of(pool, ticket)
-  local counter = tonumber(redis.call('ZINCRBY', line.key .. ':counters', units / ticket.share, ticket.tenant))
+  local counter = tonumber(redis.call('ZINCRBY', line.counters, units / ticket.share, ticket.tenant))
   if counter < 0 then
     counter = 0
-    redis.call('ZADD', line.key .. ':counters', 0, ticket.tenant)
+    redis.call('ZADD', line.counters, 0, ticket.tenant)
   end
   if not nothing_waits(pool) then redis.call('ZADD', line.key .. ':waiting', 'XX', counter, ticket.tenant) end
 end
@@ -54,13 +54,13 @@ end
 -- Drops the counters below the floor, whose tenants would be lifted to it anyway.
 local function drop_counters(pool, line, floor)
   set_var(pool, line.floor, floor)
-  redis.call('ZREMRANGEBYSCORE', line.key .. ':counters', '-inf', '(' .. string.format('%.17g', floor))
+  redis.call('ZREMRANGEBYSCORE', line.counters, '-inf', '(' .. string.format('%.17g', floor))
 end
 
 -- Lifts the counter of a tenant that begins to wait to the least of those that wait, plus `behind`.
 local function lift(pool, line, tenant, behind)
-  redis.call('ZADD', line.key .. ':counters', math.max(counter_of(line, tenant), floor_of(pool, line) + behind), tenant)
-  if redis.call('ZCARD', line.key .. ':counters') > MAX_COUNTERS then drop_counters(pool, line, floor_of(pool, line)) end
+  redis.call('ZADD', line.counters, math.max(counter_of(line, tenant), floor_of(pool, line) + behind), tenant)
+  if redis.call('ZCARD', line.counters) > MAX_COUNTERS then drop_counters(pool, line, floor_of(pool, line)) end
 end
 
 -- Lets a tenant begin to wait.
@@ -72,14 +72,15 @@ end
 
 -- Leaves the same state as if the ticket had been queued, dequeued and charged: no interactive ticket waits, so its turn comes at once.
 local function pass_through(pool, ticket)
-  local counters, last = pool.key .. ':counters', text_of(pool, 'last')
+  local vars, counters, tenant = pool.vars, pool.interactive.counters, ticket.tenant
+  local last = vars.last
   ticket.sequence = next_of(pool, 'seq')
-  local found = redis.call('ZMSCORE', counters, ticket.tenant, last or ticket.tenant)
-  local floor = math.max(var(pool, 'floor', 0), last and tonumber(found[2] or 0) or 0)
+  local found = redis.call('ZMSCORE', counters, tenant, last)
+  local floor = math.max(vars.floor, tonumber(found[2] or 0))
   local counter = math.max(tonumber(found[1] or 0), floor)
-  redis.call('ZADD', counters, counter + PROMPT_COST * ticket.prompt_tokens / ticket.share, ticket.tenant)
-  if redis.call('ZCARD', counters) > MAX_COUNTERS then drop_counters(pool, pool.interactive, last == ticket.tenant and counter or floor) end
-  set_var(pool, 'last', ticket.tenant)
+  redis.call('ZADD', counters, counter + PROMPT_COST * ticket.prompt_tokens / ticket.share, tenant)
+  if redis.call('ZCARD', counters) > MAX_COUNTERS then drop_counters(pool, pool.interactive, last == tenant and counter or floor) end
+  set_var(pool, 'last', tenant)
 end
 
 -- Queues a ticket. With `front`, it came back and goes before all that did not, in the order in which they came back.
@@ -95,7 +96,7 @@ local function enqueue(pool, ticket, front)
   end
   ticket.state, ticket.placed, ticket.granted, ticket.revoked = TICKET.QUEUED, nil, nil, nil
   put(pool, ticket)
-  pool.idle = false
+  set_var(pool, line.queued, var(pool, line.queued) + 1)
   redis.call('ZADD', line.key .. ':queue', ticket.sequence, ticket.id)
   redis.call('HSET', line.key .. ':needs', ticket.id, needs_of(ticket))
 end
@@ -104,6 +105,7 @@ local function dequeue(pool, ticket)
   local line = line_of(pool, ticket)
   local queue = line.key .. ':queue:' .. ticket.tenant
   redis.call('ZREM', line.key .. ':queue', ticket.id)
+  set_var(pool, line.queued, var(pool, line.queued) - 1)
   redis.call('HDEL', line.key .. ':needs', ticket.id)
   redis.call('HDEL', line.key .. ':passed', ticket.id)
   if redis.call('ZREM', line.key .. ':front', ticket.id) == 1 then return end

@@ -1,31 +1,34 @@
 -- Replicas: facts about each, and the indices by which a call finds one among thousands.
 --
--- The facts of a replica are its JSON (url, slots, adapter_slots, state, suspect, since, left, late; `life`, a number that no other
--- replica had; `load`, the slots in use, and `back`, those of background tickets; `latest`, the age of its latest background ticket; `runs` and `has`, the numbers of adapters that run and are resident; `stale`, that it was found
--- silent) and four small keys of its own about adapters and tickets. A call reads the JSON of the few replicas that it considers.
--- `index` derives the sorted sets and the sums of the pool from the JSON, before they are read and when the call ends.
+-- The facts of a replica are its text (see `text_of_replica`) and four small keys of its own about adapters and tickets. A call reads the
+-- text of the few replicas that it considers. `index` derives the sorted sets and the sums of the pool from it, before they are read and
+-- when the call ends.
 
 local MAX_CANDIDATES = 16 -- replicas that one search considers
 local MAX_DUE = 16        -- silent replicas that one call notices
 local MAX_GONE = 4        -- replicas that one call removes because they are silent
 local NONE = {}           -- the empty list, to be read only
 
--- What the indices have of a replica: its scores in the sorted sets, false where it is in none, and what it adds to the sums in `:vars`.
+-- What the indices have of a replica: its scores in the sorted sets, false where it is in none, and what it adds to the sums of the pool.
 -- These are lists, because a table with names would cost several times as much.
 local SETS = { 'free', 'spare', 'crowded', 'starting', 'yielding' }
 local SUMS = { 'slots', 'load', 'back', 'able', 'open', 'open_slots', 'room', 'adapters' }
 local NOTHING = { false, false, false, false, false, 0, 0, 0, 0, 0, 0, 0, 0 }
+-- The share of its slots that a replica has in use is a whole number of these parts, since a fraction costs ten times as much to write.
+-- There are enough of them that different shares of up to a million slots stay different.
+local PARTS_OF_SHARE = 2 ^ 40
 
 local function entries_of(replica)
-  local ready, load, slots = replica.state == REPLICA.READY, replica.load, replica.slots
+  local load, slots, runs, free_adapters = replica.load, replica.slots, replica.runs, replica.adapter_slots - replica.runs
+  local ready = replica.state == REPLICA.READY
   local open = ready and not replica.suspect and not replica.stale
-  local share, spare = load / math.max(1, slots), replica.runs < replica.adapter_slots
+  local share = math.floor(load * PARTS_OF_SHARE / math.max(1, slots))
   local free = open and load < slots
   return {
-    free and share, free and spare and share, open and not spare and replica.runs > 0 and share,
-    replica.state == REPLICA.STARTING and replica.since, open and replica.back > 0 and replica.latest,
-    ready and slots or 0, load, replica.back, replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0,
-    open and 1 or 0, open and slots or 0, free and slots - load or 0, open and math.max(0, replica.adapter_slots - replica.runs) or 0,
+    free and share, free and free_adapters > 0 and share, open and free_adapters <= 0 and runs > 0 and share,
+    replica.state == REPLICA.STARTING and replica.since, open and replica.back > 0 and replica.latest, ready and slots or 0, load,
+    replica.back, replica.state ~= REPLICA.DRAINING and not replica.suspect and 1 or 0, open and 1 or 0, open and slots or 0,
+    free and slots - load or 0, open and math.max(0, free_adapters) or 0,
   }
 end
 
@@ -36,59 +39,87 @@ local function pairs_of(stored)
   return found
 end
 
--- A replica is stored as its JSON. If its next heartbeat changes nothing when it is the same as the last one, then before the JSON are two
--- lines: that heartbeat (`said`), and what the reply to it says of the replica. See `beat_again`.
-local function text_of_replica(replica)
-  local said = replica.said
-  if not said or replica.state == REPLICA.STARTING or replica.suspect or replica.stale then
-    replica.said = nil
-    return cjson.encode(replica)
+-- A replica is stored as four lines:
+-- 1. what its last heartbeat said (`said`), if the next one changes nothing when it says the same; see `beat_again`
+-- 2. load, back (the slots in use, and those of background tickets), latest (the age of its latest background ticket), runs, has (the
+-- numbers
+--    of adapters that run and are resident), slots, adapter_slots, life (a number that no other replica had), since, state
+-- 3. JSON {suspect, stale (it was found silent), left, late}, or nothing if it has none of them, as mostly
+-- 4. its id and URL in JSON (`names`), as replies have them
+-- To write and to read this costs half of what JSON of all costs.
+local function text_of_replica(replica, number)
+  local said, rest = replica.said, ''
+  if not said or replica.state == REPLICA.STARTING or replica.suspect or replica.stale then said = '' end
+  if replica.suspect or replica.stale or replica.left or replica.late then
+    rest = cjson.encode({ suspect = replica.suspect, stale = replica.stale, left = replica.left, late = replica.late })
   end
-  replica.said = nil
-  local text = said .. '\n{"state":"' .. replica.state .. '","load":' .. replica.load .. ',"background":' .. replica.back .. ',"suspect":false,\n'
-    .. cjson.encode(replica)
-  replica.said = said
-  return text
+  return string.format(
+    '%s\n%d %d %d %d %d %d %d %d %d %s\n%s\n%s%s', said, replica.load, replica.back, replica.latest, replica.runs, replica.has,
+    replica.slots, replica.adapter_slots, replica.life, replica.since, replica.state, rest, replica.names, tail_of(number)
+  )
 end
 
 -- Reads what `text_of_replica` wrote.
-local function parsed(stored)
-  local first = string.find(stored, '\n', 1, true)
-  if not first then return cjson.decode(stored) end
-  local replica = cjson.decode(string.sub(stored, string.find(stored, '\n', first + 1, true) + 1))
-  replica.said = string.sub(stored, 1, first - 1)
+local function parsed(id, stored)
+  local said, load, back, latest, runs, has, slots, adapter_slots, life, since, state, rest, names = string.match(
+    stored, '^([^\n]*)\n(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%l+)\n([^\n]*)\n(.-)%s*$'
+  )
+  local replica = {
+    id = id, load = tonumber(load), back = tonumber(back), latest = tonumber(latest), runs = tonumber(runs), has = tonumber(has),
+    slots = tonumber(slots), adapter_slots = tonumber(adapter_slots), life = tonumber(life), since = tonumber(since), state = state,
+    names = names, said = said ~= '' and said or nil, suspect = nil, stale = nil, left = nil, late = nil, entries = nil, is_moved = false,
+    is_dirty = false, is_gone = false,
+  }
+  if rest ~= '' then
+    local found = cjson.decode(rest)
+    replica.suspect, replica.stale, replica.left, replica.late = found.suspect, found.stale, found.left, found.late
+  end
   return replica
 end
 
--- Returns a replica, or nil.
-local function replica_of(pool, id)
-  local known = pool.replicas[id]
-  if known == nil then
-    local stored = redis.call('HGET', pool.key .. ':replicas', id)
-    known = stored and parsed(stored) or false
-    pool.replicas[id] = known
-    if known then pool.was[id] = entries_of(known) end
-  end
-  return known or nil
+local function names_of(id, url)
+  return '"replica":' .. cjson.encode(id) .. ',"url":' .. cjson.encode(url)
 end
 
--- Notes that a replica's JSON has changed.
+local function url_of(replica)
+  return cjson.decode('{' .. replica.names .. '}').url
+end
+
+-- Returns a replica, or nil. It is read once in a call.
+local function replica_of(pool, id)
+  local known = pool.replicas[id]
+  if known then return not known.is_gone and known or nil end
+  local stored = redis.call('HGET', pool.at.replicas, id)
+  if not stored then return nil end
+  known = parsed(id, stored)
+  known.entries = entries_of(known)
+  pool.replicas[id] = known
+  return known
+end
+
+-- Notes that a replica has changed.
 local function changed(pool, replica)
-  pool.dirty[replica.id], pool.moved[replica.id] = true, true
+  if not replica.is_moved then
+    replica.is_moved, pool.moves = true, pool.moves + 1
+    pool.moved[pool.moves] = replica
+  end
+  if not replica.is_dirty then
+    replica.is_dirty, pool.dirties = true, pool.dirties + 1
+    pool.dirty[pool.dirties] = replica
+  end
 end
 
 -- Moves the replicas that have changed to where they belong in the indices.
 local function index(pool)
-  if not next(pool.moved) then return end
-  for id in pairs(pool.moved) do
-    local replica = pool.replicas[id]
-    local was, is = pool.was[id] or NOTHING, replica and entries_of(replica) or NOTHING
+  for number = 1, pool.moves do
+    local replica = pool.moved[number]
+    local was, is = replica.entries, replica.is_gone and NOTHING or entries_of(replica)
     for i = 1, #SETS do
       if is[i] ~= was[i] then
         if is[i] then
-          redis.call('ZADD', pool.key .. ':' .. SETS[i], is[i], id)
+          redis.call('ZADD', pool.at[SETS[i]], is[i], replica.id)
         else
-          redis.call('ZREM', pool.key .. ':' .. SETS[i], id)
+          redis.call('ZREM', pool.at[SETS[i]], replica.id)
         end
       end
     end
@@ -96,23 +127,24 @@ local function index(pool)
       local difference = is[#SETS + i] - was[#SETS + i]
       if difference ~= 0 then set_var(pool, SUMS[i], var(pool, SUMS[i], 0) + difference) end
     end
-    pool.was[id] = is
+    replica.entries, replica.is_moved = is, false
   end
-  pool.moved = {}
+  pool.moves = 0
 end
 
 -- Writes what a call has changed.
 local function close(pool)
   index(pool)
-  for id in pairs(pool.dirty) do
-    local replica = pool.replicas[id]
-    if replica then
-      redis.call('HSET', pool.key .. ':replicas', id, text_of_replica(replica))
+  for number = 1, pool.dirties do
+    local replica = pool.dirty[number]
+    if replica.is_gone then
+      redis.call('HDEL', pool.at.replicas, replica.id)
     else
-      redis.call('HDEL', pool.key .. ':replicas', id)
+      replica.is_dirty = false
+      redis.call('HSET', pool.at.replicas, replica.id, text_of_replica(replica, pool.vars.mark))
     end
   end
-  pool.dirty = {}
+  pool.dirties = 0
   write_rest(pool)
 end
 
@@ -125,7 +157,7 @@ end
 local function add_replica(pool, id)
   local replica = {
     id = id, life = next_of(pool, 'lives'), since = pool.now, state = REPLICA.STARTING, load = 0, back = 0, latest = 0, runs = 0, has = 0,
-    slots = 0, adapter_slots = 0,
+    slots = 0, adapter_slots = 0, names = names_of(id, ''), entries = NOTHING, is_moved = false, is_dirty = false, is_gone = false,
   }
   pool.replicas[id] = replica
   return replica
@@ -133,7 +165,7 @@ end
 
 -- Returns when the replica sent its last heartbeat.
 local function beat_of(pool, replica)
-  return tonumber(redis.call('ZSCORE', pool.key .. ':due', replica.id)) - (replica.stale and GONE_MS + 1 or STALE_MS)
+  return tonumber(redis.call('ZSCORE', pool.at.due, replica.id)) - (replica.stale and GONE_MS + 1 or STALE_MS)
 end
 
 -- Returns whether a replica gets new work. The call has swept.
@@ -145,14 +177,14 @@ end
 -- Notes that a replica has been silent for too long. Its next heartbeat brings it back.
 local function set_stale(pool, replica)
   if replica.stale then return end
-  redis.call('ZADD', pool.key .. ':due', beat_of(pool, replica) + GONE_MS + 1, replica.id)
+  redis.call('ZADD', pool.at.due, beat_of(pool, replica) + GONE_MS + 1, replica.id)
   replica.stale = true
   changed(pool, replica)
 end
 
 -- Returns whether neither replicas nor tickets have been silent for too long. Mostly this is known without looking.
 local function is_calm(pool)
-  return pool.now < var(pool, 'calm', 0)
+  return pool.now < pool.vars.calm
 end
 
 -- Notes which replicas have been silent for too long, once in a call. Returns those that are gone. `unswept`: there may be more.
@@ -160,7 +192,7 @@ local function sweep(pool)
   if pool.gone then return pool.gone end
   if is_calm(pool) then return NONE end
   pool.gone = {}
-  local found = redis.call('ZRANGEBYSCORE', pool.key .. ':due', '-inf', pool.now, 'LIMIT', 0, MAX_DUE)
+  local found = redis.call('ZRANGEBYSCORE', pool.at.due, '-inf', pool.now, 'LIMIT', 0, MAX_DUE)
   for _, id in ipairs(found) do
     local replica = replica_of(pool, id)
     if pool.now - beat_of(pool, replica) > GONE_MS then pool.gone[#pool.gone + 1] = id end
@@ -174,8 +206,8 @@ end
 -- what comes from now on is due later than STALE_MS.
 local function note_calm(pool)
   local calm = pool.now + math.min(STALE_MS, LEASE_MS)
-  for _, name in ipairs({ ':due', ':expiry' }) do
-    local first = redis.call('ZRANGE', pool.key .. name, 0, 0, 'WITHSCORES')[2]
+  for _, key in ipairs({ pool.at.due, pool.at.expiry }) do
+    local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
     if first then calm = math.min(calm, tonumber(first)) end
   end
   set_var(pool, 'calm', calm)
@@ -262,14 +294,17 @@ local function list_as_lost(pool, keys)
   end
   if redis.call('EXISTS', target) == 1 then
     redis.call('RPUSH', pool.key .. ':lost', string.sub(target, #pool.key + 7))
-    set_var(pool, 'lost', var(pool, 'lost', 0) + 1)
+    set_var(pool, 'lost', pool.vars.lost + 1)
   end
 end
 
 -- Ends the loading of all adapters on a replica.
 local function stop_loading(pool, replica)
   local keys = {}
-  for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':loading:' .. replica.id)) do keys[#keys + 1] = waits_on(pool, replica.id, adapter) end
+  for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':loading:' .. replica.id)) do
+    keys[#keys + 1] = waits_on(pool, replica.id, adapter)
+  end
+  set_var(pool, 'loading', pool.vars.loading - #keys)
   redis.call('DEL', pool.key .. ':loading:' .. replica.id)
   return keys
 end
@@ -277,13 +312,14 @@ end
 -- Removes a replica and all facts about it. Its tickets have lost their place.
 local function remove_replica(pool, replica)
   local id = replica.id
-  pool.replicas[id] = false
-  pool.dirty[id], pool.moved[id] = true, true
+  replica.is_gone = true
+  changed(pool, replica)
   for _, key in ipairs(stop_loading(pool, replica)) do redis.call('UNLINK', key) end
-  for _, adapter in ipairs(redis.call('HKEYS', pool.key .. ':running:' .. id)) do redis.call('ZREM', pool.key .. ':runs:' .. adapter, id) end
-  for _, adapter in ipairs(redis.call('SMEMBERS', pool.key .. ':resident:' .. id)) do redis.call('ZREM', pool.key .. ':has:' .. adapter, id) end
-  redis.call('UNLINK', pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id, pool.key .. ':used:' .. id, pool.key .. ':back:' .. id)
-  redis.call('ZREM', pool.key .. ':due', id)
+  local running, resident = pool.key .. ':running:' .. id, pool.key .. ':resident:' .. id
+  for _, adapter in ipairs(redis.call('HKEYS', running)) do redis.call('ZREM', pool.key .. ':runs:' .. adapter, id) end
+  for _, adapter in ipairs(redis.call('SMEMBERS', resident)) do redis.call('ZREM', pool.key .. ':has:' .. adapter, id) end
+  redis.call('UNLINK', running, resident, pool.key .. ':used:' .. id, pool.key .. ':back:' .. id)
+  redis.call('ZREM', pool.at.due, id)
   list_as_lost(pool, { pool.key .. ':held:' .. id })
 end
 
@@ -302,14 +338,14 @@ end
 
 -- Returns the least loaded replica in the index `name` for which `fits` is true, or nil. It considers the first `window` of the index.
 local function least_loaded(pool, name, fits, window)
-  local first = first_that_fits(pool, redis.call('ZRANGE', pool.key .. ':' .. name, 0, 0), fits)
+  local first = first_that_fits(pool, redis.call('ZRANGE', pool.at[name], 0, 0), fits)
   if first then return first end
-  return first_that_fits(pool, redis.call('ZRANGE', pool.key .. ':' .. name, 0, window - 1), fits, 2)
+  return first_that_fits(pool, redis.call('ZRANGE', pool.at[name], 0, window - 1), fits, 2)
 end
 
 -- Returns the same among the replicas that are in the set `members` too. If these are more than `window`, it considers the first of either.
 local function least_loaded_of(pool, name, members, fits, window)
-  local top = redis.call('ZRANGE', pool.key .. ':' .. name, 0, 0)
+  local top = redis.call('ZRANGE', pool.at[name], 0, 0)
   if #top == 0 then return nil end
   if redis.call('ZSCORE', members, top[1]) then
     local first = first_that_fits(pool, top, fits)
@@ -318,7 +354,7 @@ local function least_loaded_of(pool, name, members, fits, window)
   local ids = redis.call('ZRANGE', members, 0, window - 1)
   if #ids == 0 then return nil end
   if #ids == window then
-    local least, found = redis.call('ZRANGE', pool.key .. ':' .. name, 0, window - 1), {}
+    local least, found = redis.call('ZRANGE', pool.at[name], 0, window - 1), {}
     for i, score in ipairs(redis.call('ZMSCORE', members, unpack(least))) do
       if score then found[#found + 1] = least[i] end
     end
@@ -326,7 +362,7 @@ local function least_loaded_of(pool, name, members, fits, window)
     if first then return first end
   end
   local shares, found = {}, {}
-  for i, score in ipairs(redis.call('ZMSCORE', pool.key .. ':' .. name, unpack(ids))) do
+  for i, score in ipairs(redis.call('ZMSCORE', pool.at[name], unpack(ids))) do
     if score then
       found[#found + 1] = ids[i]
       shares[ids[i]] = tonumber(score)

@@ -10,7 +10,7 @@ end
 -- start, it considers the oldest.
 local function next_start(pool, usual)
   local best = nil
-  for _, id in ipairs(redis.call('ZRANGE', pool.key .. ':starting', 0, MAX_CANDIDATES - 1)) do
+  for _, id in ipairs(redis.call('ZRANGE', pool.at.starting, 0, MAX_CANDIDATES - 1)) do
     local replica = replica_of(pool, id)
     local left, late = left_of(usual, pool.now - replica.since)
     if replica.left then
@@ -25,7 +25,7 @@ end
 local function outlook(pool)
   local slots = var(pool, 'slots', 0)
   if slots > 0 then
-    local left, late = left_of(var(pool, 'run_ms', TURN_MS), pool.now - var(pool, 'turn', pool.now))
+    local left, late = left_of(pool.vars.run_ms, pool.vars.turn > 0 and pool.now - pool.vars.turn or 0)
     return { left = left, late = late, phase = PHASE.BUSY, slots = slots, assumed = false }
   end
   local known = var(pool, 'start_ms', nil)
@@ -35,7 +35,7 @@ local function outlook(pool)
   -- No supervisor reports yet. An engine was asked for when the first ticket came.
   local first = redis.call('ZRANGE', pool.key .. ':queue', 0, 0)[1]
   local left, late = left_of(usual, first and pool.now - get(pool, first).submitted or 0)
-  local delay = var(pool, 'delay_ms', 0) - (pool.now - var(pool, 'controller', 0))
+  local delay = var(pool, 'delay_ms', 0) - (pool.now - pool.vars.controller)
   if delay > 0 then left, late = delay + usual, 0 end
   return { left = left, late = late, phase = PHASE.ASKED, slots = 16, assumed = not known }
 end
@@ -50,7 +50,7 @@ local function estimate(pool, position)
   end
   local next_turn = pool.outlook
   return {
-    wait_ms = math.floor(next_turn.left + (math.ceil(position / next_turn.slots) - 1) * var(pool, 'run_ms', TURN_MS)),
+    wait_ms = math.floor(next_turn.left + (math.ceil(position / next_turn.slots) - 1) * pool.vars.run_ms),
     late_ms = next_turn.late, phase = next_turn.phase, assumed = next_turn.assumed,
   }
 end
@@ -103,18 +103,16 @@ local function report(pool, ticket)
     return reply
   end
   if ticket.state == TICKET.GRANTED then
-    return {
-      state = TICKET.GRANTED, attempts = ticket.attempts, replica = ticket.replica,
-      url = replica_of(pool, ticket.replica).url,
-      queue_ms = ticket.placed - ticket.submitted, load_ms = ticket.granted - ticket.placed,
-    }
+    local lease = lease_of(pool, ticket)
+    lease.state, lease.attempts = TICKET.GRANTED, ticket.attempts
+    return lease
   end
   return { state = ticket.state, attempts = ticket.attempts }
 end
 
 -- Wakes the controller if a ticket waits and no replica is ready or starting. It notices other changes of demand by itself.
 local function ask_for_replica(pool)
-  if redis.call('EXISTS', pool.key .. ':queue') == 0 then return end
+  if pool.vars.queued == 0 then return end
   index(pool)
   if var(pool, 'able', 0) == 0 then redis.call('PUBLISH', 'lmaas:control', SIGNAL.DEMAND) end
 end

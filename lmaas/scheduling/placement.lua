@@ -26,8 +26,8 @@ end
 
 -- Returns the replica for a ticket: first where its adapter runs, then where it is resident, then where an adapter slot is free; among
 -- equals the least loaded, then the first by name. Of an adapter that is on more than MAX_CANDIDATES replicas, and of replicas with
--- different numbers of slots, it may not see the very best one. `bounds` are those of a background ticket: the `slots` that it may take,
--- and whether only the adapters that run may be used (`runs_only`).
+-- different numbers of slots, it may not see the very best one. It also returns true if the adapter is known to be resident there. `bounds`
+-- are those of a background ticket: the `slots` that it may take, and whether only the adapters that run may be used (`runs_only`).
 local function choose(pool, weight, adapter, kept, bounds)
   sweep(pool)
   index(pool)
@@ -41,7 +41,9 @@ local function choose(pool, weight, adapter, kept, bounds)
   local found = least_loaded_of(pool, 'free', pool.key .. ':runs:' .. adapter, fits, window)
   if found or (bounds and bounds.runs_only) then return found end
   runs = false
-  return least_loaded_of(pool, 'spare', pool.key .. ':has:' .. adapter, fits, window) or least_loaded(pool, 'spare', fits, window)
+  found = least_loaded_of(pool, 'spare', pool.key .. ':has:' .. adapter, fits, window)
+  if found then return found, true end
+  return least_loaded(pool, 'spare', fits, window)
 end
 
 local function keep(kept, id)
@@ -57,7 +59,7 @@ end
 -- {replica id, adapter, tickets}.
 local function victims_of(pool)
   local found = {}
-  for _, id in ipairs(redis.call('ZRANGE', pool.key .. ':crowded', 0, MAX_CROWDED - 1)) do
+  for _, id in ipairs(redis.call('ZRANGE', pool.at.crowded, 0, MAX_CROWDED - 1)) do
     local running = redis.call('HGETALL', pool.key .. ':running:' .. id)
     for i = 1, #running, 2 do found[#found + 1] = { id, running[i], tonumber(running[i + 1]) } end
   end
@@ -89,7 +91,7 @@ end
 -- Keeps a whole replica free: the least loaded one.
 local function keep_replica(pool, kept)
   if kept.keeps >= MAX_KEPT then return end
-  for _, id in ipairs(redis.call('ZRANGE', pool.key .. ':free', 0, kept.count)) do
+  for _, id in ipairs(redis.call('ZRANGE', pool.at.free, 0, kept.count)) do
     if not (kept.at[id] and kept.at[id].whole) then
       keep(kept, id).whole = true
       return

@@ -6,8 +6,7 @@ local BOOST_MS = 60000   -- in this time, half of what was put back is forgotten
 
 -- Returns whether interactive tickets came lately.
 local function is_busy(pool)
-  local arrived = var(pool, 'arrived', nil)
-  return arrived ~= nil and pool.now - arrived < TRAFFIC_MS
+  return pool.vars.arrived > 0 and pool.now - pool.vars.arrived < TRAFFIC_MS
 end
 
 -- Returns how many slots were put back lately.

@@ -1,4 +1,4 @@
--- The functions. See state.lua for the keys that they use.
+-- The functions. See layout.lua for the keys that they use.
 
 -- Registers a function that is accepted by a server that has no memory left, because it frees memory or leads to that.
 local function register_always(name, callback)
@@ -8,43 +8,74 @@ end
 -- Returns the refusal if the tenant's queue or the pool's is full, else nil.
 local function full(pool, ticket, max_queued, max_queued_pool)
   if ticket.background then
-    if redis.call('ZCARD', pool.background.key .. ':queue') < MAX_BACKGROUND_QUEUED then return nil end
-    return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = var(pool, 'run_ms', TURN_MS) }
+    if pool.vars.background_queued < MAX_BACKGROUND_QUEUED then return nil end
+    return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = pool.vars.run_ms }
   end
-  local queued = nothing_waits(pool) and 0 or redis.call('ZCARD', pool.key .. ':queue')
+  local queued = pool.vars.queued
   local own = queued > 0 and redis.call('ZCARD', pool.key .. ':queue:' .. ticket.tenant) or 0
   if own >= max_queued then return { state = NO_TICKET.REFUSED } end
   if queued >= max_queued_pool then return { state = NO_TICKET.REFUSED_BY_POOL, wait_ms = estimate(pool, queued).wait_ms } end
   return nil
 end
 
--- submit(ticket JSON, max queued of the tenant, of the pool, seeds JSON {scope → [month, tokens, cost]} or '') → report, with what is
--- left of the limits. Submitting a ticket again changes nothing.
+-- Returns what a client sends with a ticket for this call only (`Ticket.terms` in client.py): how long it has waited, how often it was
+-- delivered, how many tickets may wait (of the tenant, in the pool), and the limits. It is a MessagePack array whose last value is the
+-- array of the limits, each of which is an array.
+local function terms_of(text)
+  local at, waited_ms, attempts, max_queued, max_queued_pool = cmsgpack.unpack_limit(text, 4, 1)
+  local limits = {}
+  for i = 1, string.byte(text, at + 1) - 144 do -- 144 is the head of an empty array; at most 15 are so short
+    local next_at, id, scope, requests, tokens, concurrent, month, budget = cmsgpack.unpack_limit(text, 7, at + 2)
+    limits[i] = {
+      id = id, scope = scope, requests_per_minute = requests, tokens_per_minute = tokens, max_concurrent = concurrent,
+      tokens_per_month = month, budget_per_month = budget,
+    }
+    at = next_at - 1
+  end
+  return waited_ms, attempts, max_queued, max_queued_pool, limits
+end
+
+-- Returns what is left of the limits as JSON, as a field of a reply.
+local function text_of_left(left)
+  local requests, tokens = left[LIMIT.REQUESTS], left[LIMIT.TOKENS]
+  return string.format(
+    ',"left":{%s%s%s}',
+    requests and string.format('"%s":[%.0f,%.0f,%.0f]', LIMIT.REQUESTS, requests[1], requests[2], requests[3]) or '',
+    requests and tokens and ',' or '',
+    tokens and string.format('"%s":[%.0f,%.0f,%.0f]', LIMIT.TOKENS, tokens[1], tokens[2], tokens[3]) or ''
+  )
+end
+
+-- submit(ticket, terms (see `terms_of`), seeds JSON {scope → [month, tokens, cost]} or '') → report, with what is left of the limits.
+-- Submitting a ticket again changes nothing.
 redis.register_function('lmaas_submit', function(keys, args)
   local pool = open(keys[1])
   if reap(pool) then dispatch(pool) end
-  local ticket = decoded(args[1])
+  local ticket = ticket_from(args[1], 0)
   -- The tickets with a lease are those that exist.
-  local is_new = redis.call('ZADD', pool.key .. ':expiry', 'NX', pool.now + LEASE_MS, ticket.id) == 1
+  local is_new = redis.call('ZADD', pool.at.expiry, 'NX', pool.now + LEASE_MS, ticket.id) == 1
   local known, left = not is_new and get(pool, ticket.id), nil
   if not known then
+    local waited_ms, attempts, max_queued, max_queued_pool, limits = terms_of(args[2])
     -- A ticket that has waited already was accepted before this server lost its memory.
-    local accepted = ticket.waited_ms > 0
-    if args[4] ~= '' then take_seeds(pool, cjson.decode(args[4])) end
-    local refused = not accepted and full(pool, ticket, tonumber(args[2]), tonumber(args[3])) or nil
-    if not refused then refused, left = reserve(pool, ticket, accepted) end
+    local accepted = waited_ms > 0
+    if args[3] ~= '' then take_seeds(pool, cjson.decode(args[3])) end
+    local refused = not accepted and full(pool, ticket, max_queued, max_queued_pool) or nil
+    if not refused then refused, left = reserve(pool, ticket, limits, accepted) end
     if refused then
-      redis.call('ZREM', pool.key .. ':expiry', ticket.id)
+      redis.call('ZREM', pool.at.expiry, ticket.id)
       close(pool)
       return cjson.encode(refused)
     end
     -- A ticket that is submitted again after the server lost its memory has waited, and perhaps been delivered, before.
-    ticket.submitted = pool.now - ticket.waited_ms
+    ticket.attempts, ticket.submitted = attempts, pool.now - waited_ms
     if not ticket.background then
       set_var(pool, 'active', pool.now)
       set_var(pool, 'arrived', pool.now)
     end
-    if not place_at_once(pool, ticket) then
+    if place_at_once(pool, ticket) then
+      dispatch(pool) -- background tickets may wait
+    else
       enqueue(pool, ticket, false)
       dispatch(pool, ticket.id)
       ask_for_replica(pool)
@@ -52,6 +83,15 @@ redis.register_function('lmaas_submit', function(keys, args)
     known = ticket
   else
     dispatch(pool, ticket.id)
+  end
+  if known.state == TICKET.GRANTED then
+    local names = replica_of(pool, known.replica).names
+    close(pool)
+    return string.format(
+      '{"state":"%s","attempts":%d,%s,"queue_ms":%.0f,"load_ms":%.0f,"epoch":"%s","memory":"%s"%s}%s', known.state, known.attempts, names,
+      known.placed - known.submitted, known.granted - known.placed, pool.epoch, memory(pool), left and text_of_left(left) or '',
+      tail_of(pool.vars.mark)
+    )
   end
   local reply = report(pool, known)
   close(pool)
@@ -68,7 +108,7 @@ register_always('lmaas_release', function(keys, args)
   if not pool then return { 0, '' } end
   local ticket = get(pool, args[1])
   if ticket then
-    if args[3] ~= '' and not ticket.background then average(pool, 'run_ms', tonumber(args[3]), TURN_MS) end
+    if args[3] ~= '' and not ticket.background then set_var(pool, 'run_ms', average(pool.vars.run_ms, tonumber(args[3]))) end
     forget(pool, ticket, tokens_of(args[4]))
   end
   reap(pool)
@@ -112,12 +152,12 @@ register_always('lmaas_renew', function(keys, args)
     local ticket = get(pool, args[i])
     active = active or not (ticket and ticket.background)
     if ticket then
-      redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
+      redis.call('ZADD', pool.at.expiry, pool.now + LEASE_MS, ticket.id)
       -- A checkpoint of an earlier delivery may come late: a ticket that waits or loads has not run.
       local may_run = ticket.state == TICKET.GRANTED or ticket.state == TICKET.REVOKED or ticket.state == TICKET.YIELDED
       if args[i + 1] ~= '' and may_run then
         local before = charged(pool, ticket)
-        redis.call('HSET', pool.key .. ':progress', ticket.id, args[i + 1])
+        redis.call('HSET', pool.at.progress, ticket.id, args[i + 1])
         if ticket.placed and ticket.state ~= TICKET.YIELDED then charge(pool, ticket, units(tokens_of(args[i + 1])) - before) end
       end
     end
@@ -133,24 +173,26 @@ register_always('lmaas_renew', function(keys, args)
   return cjson.encode({ epoch = pool.epoch, memory = memory(pool), tickets = reports })
 end)
 
--- restore(ticket JSON) → 1, or 0 while its replica is not back. After the server has lost its memory, a gateway puts back what runs.
+-- restore(ticket, terms (see `terms_of`), replica id) → 1, or 0 while its replica is not back. After the server has lost its memory, a
+-- gateway puts back what runs.
 redis.register_function('lmaas_restore', function(keys, args)
   local pool = open(keys[1])
-  local ticket = decoded(args[1])
-  local replica = replica_of(pool, ticket.replica)
+  local ticket = ticket_from(args[1], 0)
+  local replica = replica_of(pool, args[3])
   local done = 0
   if get(pool, ticket.id) then
     dispatch(pool)
     done = 1
   elseif replica then
-    ticket.state, ticket.submitted = TICKET.GRANTED, pool.now - ticket.waited_ms
+    local waited_ms, attempts, _, _, limits = terms_of(args[2])
+    ticket.state, ticket.attempts, ticket.submitted = TICKET.GRANTED, attempts, pool.now - waited_ms
     ticket.placed, ticket.granted = pool.now, pool.now
     if not ticket.background then set_var(pool, 'arrived', pool.now) end
-    reserve(pool, ticket, true)
+    reserve(pool, ticket, limits, true)
     charge(pool, ticket, PROMPT_COST * ticket.prompt_tokens)
     hold(pool, ticket, replica)
     put(pool, ticket)
-    redis.call('ZADD', pool.key .. ':expiry', pool.now + LEASE_MS, ticket.id)
+    redis.call('ZADD', pool.at.expiry, pool.now + LEASE_MS, ticket.id)
     -- A waiting ticket may share its adapter slot.
     dispatch(pool)
     done = 1
@@ -162,33 +204,36 @@ end)
 -- Does the work of a heartbeat that is the same as the replica's last one and finds nothing to do, as nearly all are: no ticket waits, no
 -- adapter is to be loaded, and the pool is calm. Returns the reply, or nil if `lmaas_heartbeat` has to do it; then nothing has changed.
 -- The result is the same in either case, but this costs little, in a fleet whose heartbeats are most of its calls.
-local function beat_again(prefix, id, said, seen)
-  local last = seen_last[prefix]
-  local stored = last and redis.call('HGET', prefix .. ':replicas', id)
-  if not stored or string.find(stored, said .. '\n', 1, true) ~= 1 then return nil end
-  local vars = redis.call('HMGET', prefix .. ':vars', 'mark', 'reaped', 'offset', 'calm', 'lost', 'controller')
-  local mark, reaped = tonumber(vars[1]), tonumber(vars[2])
-  local run, seen_mark = string.match(seen, '^(%w+) (%d+)$')
-  if mark ~= last.mark or run ~= process or tonumber(seen_mark) > mark then return nil end
-  local time = redis.call('TIME')
-  local wall = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-  local now = wall + tonumber(vars[3] or 0)
-  if wall < reaped or wall - reaped > AWAY_MS or now >= tonumber(vars[4] or 0) or tonumber(vars[5] or 0) > 0 then return nil end
-  if redis.call('EXISTS', prefix .. ':queue', prefix .. ':background:queue', prefix .. ':loading:' .. id) > 0 then return nil end
-  last.mark = mark + 1
-  redis.call('HSET', prefix .. ':vars', 'mark', last.mark, 'reaped', wall)
-  redis.call('ZADD', prefix .. ':due', now + STALE_MS, id)
-  local first = #said + 2
-  return string.sub(stored, first, string.find(stored, '\n', first, true) - 1) .. '"epoch":"' .. last.epoch .. '","memory":"' .. process .. ' '
-    .. string.format('%.0f', last.mark) .. '","loads":{},"running":{},"used":{},"controller":'
-    .. (now - tonumber(vars[6] or 0) < PRESENT_MS and 'true}' or 'false}')
+local function beat_again(prefix, id, said, seen_text)
+  local seen = seen_last[prefix]
+  local stored = seen and redis.call('HGET', names[prefix].replicas, id)
+  if not stored or string.find(stored, said, 1, true) ~= 1 or string.byte(stored, #said + 1) ~= 10 then return nil end -- 10 is '\n'
+  local key, vars = names[prefix].vars, the_pool.vars
+  local figures = redis.call('HGET', key, FIGURES_FIELD)
+  if not figures then return nil end
+  read_figures(vars, figures)
+  local run, seen_mark = string.match(seen_text, '^(%w+) (%d+)$')
+  if vars.mark ~= seen.mark or run ~= process or tonumber(seen_mark) > vars.mark then return nil end
+  local wall = time_now()
+  local now = wall + vars.offset
+  if wall < vars.reaped or wall - vars.reaped > AWAY_MS or now >= vars.calm or vars.lost > 0 then return nil end
+  if vars.queued > 0 or vars.background_queued > 0 or vars.loading > 0 then return nil end
+  seen.mark, vars.mark, vars.reaped = vars.mark + 1, vars.mark + 1, wall
+  write_figures(key, vars, seen)
+  redis.call('ZADD', names[prefix].due, now + STALE_MS, id)
+  local load, back, state = string.match(stored, '^(%d+) (%d+) [%d ]+ (%l+)\n', #said + 2)
+  return string.format(
+    '{"state":"%s","load":%s,"background":%s,"suspect":false,"epoch":"%s","memory":"%s %.0f","loads":{},"running":{},"used":{},'
+      .. '"controller":%s}%s',
+    state, load, back, seen.epoch, process, vars.mark, tostring(now - vars.controller < PRESENT_MS), tail_of(vars.mark)
+  )
 end
 
 -- heartbeat(replica id, JSON {url, slots, adapter_slots, state, cleared, suspect, start_ms, left_ms, late_ms}, memory, JSON of the resident
--- adapters) → {state, load, background (the slots of background tickets, of the load), suspect, epoch, memory, loads: {adapter → source}, warm: {adapter → source}, running: {adapter of `loads` →
--- tickets that wait for it}, used: {adapter → ms ago}}. `warm` are the adapters that the queue needs first, for an engine that starts.
--- `used` is reported if there is something to load, since another adapter may have to make room. The resident adapters are read only when
--- the scheduler does not know them.
+-- adapters) → {state, load, background (the slots of background tickets, of the load), suspect, epoch, memory, loads: {adapter → source},
+-- warm: {adapter → source}, running: {adapter of `loads` → tickets that wait for it}, used: {adapter → ms ago}}. `warm` are the adapters
+-- that the queue needs first, for an engine that starts. `used` is reported if there is something to load, since another adapter may have
+-- to make room. The resident adapters are read only when the scheduler does not know them.
 redis.register_function('lmaas_heartbeat', function(keys, args)
   local again = beat_again(keys[1], args[1], args[2], args[3])
   if again then return again end
@@ -207,12 +252,12 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   end
   -- A drain is decided here, and a heartbeat that was already on its way does not undo it.
   if replica.state ~= REPLICA.DRAINING then replica.state = beat.state end
-  replica.url, replica.slots, replica.adapter_slots = beat.url, beat.slots, beat.adapter_slots
+  replica.names, replica.slots, replica.adapter_slots = names_of(replica.id, beat.url), beat.slots, beat.adapter_slots
   replica.said = not beat.start_ms and not string.find(args[2], '\n', 1, true) and args[2] or nil
   replica.left, replica.late, replica.stale = beat.left_ms, beat.late_ms, nil
   if beat.cleared then replica.suspect = nil end
   if beat.suspect then replica.suspect = true end
-  redis.call('ZADD', pool.key .. ':due', pool.now + STALE_MS, replica.id)
+  redis.call('ZADD', pool.at.due, pool.now + STALE_MS, replica.id)
   changed(pool, replica)
   reap(pool)
   dispatch(pool)
@@ -224,8 +269,9 @@ redis.register_function('lmaas_heartbeat', function(keys, args)
   local warm = replica.state == REPLICA.STARTING and awaited(pool, replica.adapter_slots) or nil
   close(pool)
   return cjson.encode({
-    state = replica.state, load = replica.load, background = replica.back, suspect = replica.suspect or false, epoch = pool.epoch, memory = memory(pool),
-    loads = loads, warm = warm, running = running, used = used, controller = pool.now - var(pool, 'controller', 0) < PRESENT_MS,
+    state = replica.state, load = replica.load, background = replica.back, suspect = replica.suspect or false, epoch = pool.epoch,
+    memory = memory(pool), loads = loads, warm = warm, running = running, used = used,
+    controller = pool.now - pool.vars.controller < PRESENT_MS,
   })
 end)
 
@@ -237,7 +283,7 @@ local function loading_ended(pool, replica, adapter)
     if ticket and ticket.state == TICKET.LOADING then tickets[#tickets + 1] = ticket end
   end
   redis.call('DEL', key)
-  redis.call('HDEL', pool.key .. ':loading:' .. replica.id, adapter)
+  set_var(pool, 'loading', pool.vars.loading - redis.call('HDEL', pool.key .. ':loading:' .. replica.id, adapter))
   return tickets
 end
 
@@ -249,7 +295,10 @@ redis.register_function('lmaas_loaded', function(keys, args)
   if replica then
     set_resident(pool, replica, args[2])
     tickets = loading_ended(pool, replica, args[2])
-    for _, ticket in ipairs(tickets) do tell(ticket, TICKET.GRANTED, grant(pool, ticket)) end
+    for _, ticket in ipairs(tickets) do
+      grant(pool, ticket)
+      tell(ticket, TICKET.GRANTED, lease_of(pool, ticket))
+    end
   end
   close(pool)
   return #tickets
@@ -316,28 +365,28 @@ redis.register_function('lmaas_deregister', function(keys, args)
 end)
 
 -- stats(memory, delay_ms, first_ms), called by the controller, which shows that there is one. `delay_ms` is by how much longer than usual
--- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, stale_after, gone_after, queued, load, idle_ms,
--- run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued, load, yields, reserve}},
--- [replica id, its text (see `text_of_replica`), …], [replica id, when its silence matters next, …]}. idle_ms is null if there was no
--- interactive ticket in this memory. Its client decodes the replicas, since they may be thousands.
+-- a start takes at present, `first_ms` how long one takes if none of this pool is known. → {JSON {memory, now, stale_after, gone_after,
+-- queued, load, idle_ms, run_ms, start_ms (the usual times of a request and a start), all of interactive tickets, and background: {queued,
+-- load, yields, reserve}}, [replica id, its text (see `text_of_replica`), …], [replica id, when its silence matters next, …]}. idle_ms is
+-- null if there was no interactive ticket in this memory. Its client decodes the replicas, since they may be thousands.
 register_always('lmaas_stats', function(keys, args)
   local pool = open_as_seen(keys[1], args[1])
   reap(pool)
   dispatch(pool)
   set_var(pool, 'controller', pool.now)
-  set_var(pool, 'delay_ms', args[2])
-  set_var(pool, 'first_ms', args[3])
+  set_var(pool, 'delay_ms', tonumber(args[2]))
+  set_var(pool, 'first_ms', tonumber(args[3]))
   close(pool)
   local head = cjson.encode({
-    queued = redis.call('ZCARD', pool.key .. ':queue'), load = var(pool, 'load', 0) - var(pool, 'back', 0), now = pool.now, memory = memory(pool),
-    stale_after = STALE_MS, gone_after = GONE_MS + 1, run_ms = var(pool, 'run_ms', TURN_MS), start_ms = var(pool, 'start_ms', START_MS),
-    idle_ms = text_of(pool, 'active') and pool.now - var(pool, 'active') or cjson.null,
+    queued = pool.vars.queued, load = pool.vars.load - pool.vars.back, now = pool.now, memory = memory(pool),
+    stale_after = STALE_MS, gone_after = GONE_MS + 1, run_ms = pool.vars.run_ms, start_ms = var(pool, 'start_ms', START_MS),
+    idle_ms = pool.vars.active > 0 and pool.now - pool.vars.active or cjson.null,
     background = {
-      queued = redis.call('ZCARD', pool.background.key .. ':queue'), load = var(pool, 'back', 0), yields = var(pool, 'yields', 0),
+      queued = pool.vars.background_queued, load = pool.vars.back, yields = var(pool, 'yields', 0),
       reserve = reserve_of(pool),
     },
   })
-  return { head, redis.call('HGETALL', pool.key .. ':replicas'), redis.call('ZRANGE', pool.key .. ':due', 0, -1, 'WITHSCORES') }
+  return { head, redis.call('HGETALL', pool.at.replicas), redis.call('ZRANGE', pool.at.due, 0, -1, 'WITHSCORES') }
 end)
 
 -- room(memory) → {memory, ready (replicas that get work), slots (of them), room (slots that background tickets could get now), queued
@@ -347,9 +396,9 @@ register_always('lmaas_room', function(keys, args)
   reap(pool)
   dispatch(pool)
   close(pool)
-  local bounds = redis.call('EXISTS', pool.key .. ':queue') == 0 and bounds_of_background(pool)
+  local bounds = pool.vars.queued == 0 and bounds_of_background(pool)
   return cjson.encode({
     ready = var(pool, 'open', 0), slots = var(pool, 'open_slots', 0), room = bounds and bounds.slots or 0,
-    queued = redis.call('ZCARD', pool.background.key .. ':queue'), memory = memory(pool),
+    queued = pool.vars.background_queued, memory = memory(pool),
   })
 end)

@@ -1,6 +1,6 @@
 """The states of tickets, and the other words that the functions in Redis share with their clients.
 
-`state.lua` has the same words under the same names, and a test compares the two.
+`layout.lua` has the same words under the same names, and a test compares the two.
 """
 
 from enum import StrEnum

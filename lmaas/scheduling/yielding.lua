@@ -1,10 +1,10 @@
 -- Background work gives way. A background ticket is placed only on slots that are free, beyond the reserve, and only while no interactive
--- ticket waits. If an interactive ticket finds no free slot, it is placed beside background tickets all the same: the engine pauses or preempts
--- background requests for it, which wastes nothing (lmaas/engine/hooks/background.py). So interactive tickets take at most the slots of a
--- replica, and all tickets together may be more. An engine cannot run more adapters than it has adapter slots, so the background tickets
--- that hold the adapter slot which an interactive ticket needs are put back: the latest ones, since they lose least. They hold nothing any
--- more and do not wait again by themselves; their owners are told, and submit new tickets for the work. A background ticket is never put
--- back for another one. Those on a replica that drains are put back as well.
+-- ticket waits. If an interactive ticket finds no free slot, it is placed beside background tickets all the same: the engine pauses or
+-- preempts background requests for it, which wastes nothing (lmaas/engine/hooks/background.py). So interactive tickets take at most the
+-- slots of a replica, and all tickets together may be more. An engine cannot run more adapters than it has adapter slots, so the background
+-- tickets that hold the adapter slot which an interactive ticket needs are put back: the latest ones, since they lose least. They hold
+-- nothing any more and do not wait again by themselves; their owners are told, and submit new tickets for the work. A background ticket is
+-- never put back for another one. Those on a replica that drains are put back as well.
 
 local MAX_BACKGROUND_QUEUED = 10000 -- background tickets that may wait in a pool
 local MAX_BACKGROUND_PLACED = 32    -- background tickets that one call places
@@ -12,10 +12,10 @@ local MAX_TRIES = 4                 -- kinds of needs for which one call looks f
 
 -- Returns what a background ticket may take now, as bounds for `choose`; nil for nothing.
 local function bounds_of_background(pool)
-  local slots = var(pool, 'room', 0) - reserve_of(pool)
+  local slots = pool.vars.room - reserve_of(pool)
   if slots <= 0 then return nil end
   -- While interactive work is recent, one adapter slot stays free for it.
-  return { slots = slots, runs_only = is_busy(pool) and var(pool, 'adapters', 0) < 2 }
+  return { slots = slots, runs_only = is_busy(pool) and pool.vars.adapters < 2 }
 end
 
 -- Takes its slot from a background ticket. Its owner has yet to end it.
@@ -41,7 +41,8 @@ local function sharing_an_adapter(pool, replica, ids)
   end
   for _, id in ipairs(ids) do
     local adapter = get(pool, id).adapter
-    if adapter ~= '' and tonumber(redis.call('HGET', pool.key .. ':running:' .. replica.id, adapter)) == #of[adapter] then return of[adapter] end
+    local runs = adapter ~= '' and tonumber(redis.call('HGET', pool.key .. ':running:' .. replica.id, adapter))
+    if runs and runs == #of[adapter] then return of[adapter] end
   end
   return nil
 end
@@ -65,11 +66,11 @@ end
 -- Returns a replica where an interactive ticket fits beside background tickets, or nil, and puts back those that hold the adapter slot that
 -- it needs. It considers the replicas with the latest background tickets; among equals, the one with the least interactive load.
 local function make_room(pool, weight, adapter, kept)
-  if pool.yields <= 0 or var(pool, 'back', 0) == 0 then return nil end
-  pool.tries = (pool.tries or 0) + 1
+  if pool.yields <= 0 or pool.vars.back == 0 then return nil end
+  pool.tries = pool.tries + 1
   if pool.tries > MAX_TRIES then return nil end
   local best, best_rank, best_share, at, state = nil, nil, nil, nil, { emptied = 0 }
-  for _, id in ipairs(redis.call('ZREVRANGE', pool.key .. ':yielding', 0, MAX_CANDIDATES - 1)) do
+  for _, id in ipairs(redis.call('ZREVRANGE', pool.at.yielding, 0, MAX_CANDIDATES - 1)) do
     local replica = replica_of(pool, id)
     local found, rank = in_the_way(pool, replica, weight, adapter, kept, state)
     if found then

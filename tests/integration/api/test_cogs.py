@@ -25,6 +25,7 @@ from lmaas.types import MAX_PRICE, TokenCounts
 from tests.integration.gateway.stack import CHAT, Stack, Stream, Tenant, running
 from tests.integration.store.build import usage_event
 from tests.support.conditions import until
+from tests.support.figures import add_to_figure
 
 PRICES = {"prompt_price": 150_000, "cached_price": 15_000, "completion_price": 600_000, "engine_price": 3_600_000_000}
 
@@ -129,7 +130,7 @@ async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: 
     await stack.scheduler.submit(Ticket("r", model.id, acme.id, "gw_gone", "", "", 1, record.event()), Bounds(10, 10_000))
     await stack.scheduler.renew(model.id, [("r", TokenCounts(100, 20, 30))])
     await stack.redis.zadd(f"lmaas:{{{model.id}}}:expiry", {"r": 1})
-    await stack.redis.hdel(f"lmaas:{{{model.id}}}:vars", "calm")  # which says that no lease has expired
+    await add_to_figure(stack.redis, model.id, "calm", -60_000)  # which says that no lease has expired
     await stack.scheduler.stats(model.id)
     (event,) = await stack.ledger(model, acme)
     assert (event.status, event.completion_tokens) == (UsageStatus.LOST, 30)

@@ -26,6 +26,7 @@ from lmaas.store.usage import list_events
 from lmaas.types import Resources
 from tests.integration.store.build import base_model, tenant
 from tests.support.conditions import until
+from tests.support.figures import add_to_figure
 
 
 class Names:
@@ -267,9 +268,7 @@ async def test_a_supervisor_that_cannot_be_started_is_a_failure(stack: Stack) ->
 
 async def idle_for(stack: Stack, seconds: int) -> None:
     """Let the pool's last request be so long ago."""
-    key = f"lmaas:{{{stack.model.id}}}:vars"
-    active = int(str(await stack.scheduler.redis.hget(key, "active")))
-    await stack.scheduler.redis.hset(key, "active", active - seconds * 1000)
+    await add_to_figure(stack.scheduler.redis, stack.model.id, "active", -seconds * 1000)
 
 
 async def test_an_idle_replica_is_asked_to_stop(stack: Stack) -> None:

@@ -23,6 +23,7 @@ from lmaas.types import Resources
 from tests.integration.control.test_controller import Clock, Names
 from tests.integration.store.build import base_model
 from tests.support.databases import login_url
+from tests.support.figures import add_to_figure
 
 
 class World:
@@ -162,8 +163,7 @@ async def test_idle_times_outlive_a_controller(world: World) -> None:
     pool = world.models["a"].id
 
     async def active_ago(seconds: int) -> None:
-        active = int(str(await world.scheduler.redis.hget(f"lmaas:{{{pool}}}:vars", "active")))
-        await world.scheduler.redis.hset(f"lmaas:{{{pool}}}:vars", "active", active - seconds * 1000)
+        await add_to_figure(world.scheduler.redis, pool, "active", -seconds * 1000)
 
     await world.submit("r1", "a")
     await world.finish("r1", "a")

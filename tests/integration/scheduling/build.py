@@ -72,7 +72,7 @@ class Pool:
 
     async def tickets(self) -> dict[str, dict[str, Any]]:
         """Return every ticket by id."""
-        stored: Any = await self.redis.hgetall(f"{KEY}:tickets")
+        stored = read(await cast("Awaitable[str]", self.redis.eval(READ_POOL, 1, KEY))).get("tickets", {})
         return {name: json.loads(text) for name, text in stored.items()}
 
     async def replicas(self) -> dict[str, dict[str, Any]]:

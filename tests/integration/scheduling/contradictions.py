@@ -5,21 +5,41 @@ from collections import Counter
 from typing import Any
 
 from lmaas.scheduling.client import stored_replica
+from tests.support.figures import STORED
 
-#: A script that returns all keys of a pool as JSON: what follows the prefix → type and content. The stream of events is left out.
-READ_POOL = """
-local all = {}
+#: A script that returns all keys of a pool as JSON: what follows the prefix → type and content. The stream of events is left out. Tickets
+#: are JSON, and the pool's figures are fields of their own.
+READ_POOL = f"""{STORED}
+local all = {{}}
 for _, key in ipairs(redis.call('KEYS', KEYS[1] .. ':*')) do
-  local kind = redis.call('TYPE', key).ok
+  local kind, name = redis.call('TYPE', key).ok, string.sub(key, #KEYS[1] + 2)
   local content = nil
   if kind == 'hash' then content = redis.call('HGETALL', key) end
   if kind == 'zset' then content = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES') end
   if kind == 'set' then content = redis.call('SMEMBERS', key) end
   if kind == 'list' then content = redis.call('LRANGE', key, 0, -1) end
-  if content then all[string.sub(key, #KEYS[1] + 2)] = { kind, content } end
+  for i = 2, name == 'tickets' and #content or 0, 2 do
+    local ticket = ticket_of(content[i])
+    ticket.event, ticket.text, ticket.reserved = event_of(ticket), nil, nil
+    content[i] = cjson.encode(ticket)
+  end
+  for i = 1, name == 'vars' and #content or 0, 2 do
+    if string.sub(content[i], 1, 7) == 'figures' then
+      local vars = {{}}
+      read_figures(vars, content[i + 1])
+      content[i + 1] = ''
+      for field, value in pairs(vars) do
+        content[#content + 1] = field
+        content[#content + 1] = type(value) == 'number' and string.format('%.17g', value) or value
+      end
+    end
+  end
+  if content then all[name] = {{ kind, content }} end
 end
 return cjson.encode(all)
 """
+#: The parts of a replica's share in the index (PARTS_OF_SHARE in fleet.lua).
+PARTS_OF_SHARE = 2**40
 HOLDING = ("granted", "loading")
 #: How the names of a queue's keys begin: that of interactive tickets, and that of background tickets.
 LINES = ("", "background:")
@@ -131,7 +151,7 @@ def _add_lost(found: Raw, raw: Raw, name: str) -> None:
 
 def _add_replica(found: Raw, raw: Raw, replica: Any) -> None:
     name, runs = replica["id"], len(found.get(f"running:{replica['id']}", {}))
-    share = replica["load"] / max(1, replica["slots"])
+    share = replica["load"] * PARTS_OF_SHARE // max(1, replica["slots"])
     for adapter in raw.get(f"resident:{name}", ()):
         found.setdefault(f"has:{adapter}", {})[name] = 0
     if replica["state"] == "starting":
@@ -178,6 +198,9 @@ def _figures(raw: Raw) -> list[str]:
     same("slots", numbers.get("slots"), sum(each["slots"] for each in replicas.values() if each["state"] == "ready"))
     same("able", numbers.get("able"), sum(each["state"] != "draining" and not each.get("suspect") for each in replicas.values()))
     same("lost", numbers.get("lost"), len(raw.get("lost", ())))
+    same("loading", numbers.get("loading"), sum(len(content) for name, content in raw.items() if name.startswith("loading:")))
+    same("queued", numbers.get("queued"), len(raw.get("queue", ())))
+    same("background_queued", numbers.get("background_queued"), len(raw.get("background:queue", ())))
     if set(raw.get("due", {})) != set(replicas):
         lines.append(f"due: {sorted(raw.get('due', {}))}, derived {sorted(replicas)}")
     if not set(raw.get("progress", {})) <= set(tickets):

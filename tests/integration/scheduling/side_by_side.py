@@ -1,6 +1,7 @@
 """The scheduler's functions in a real Valkey beside the model: one call goes to both, then everything that is stored is compared."""
 
 import json
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,19 +38,30 @@ UNTOLD = (
     "room",
     "adapters",
     "calm",
+    "figures4",
+    "queued",
+    "background_queued",
+    "loading",
 )
 #: What a stored scope is, in words that Python reads.
 READ_SCOPE = """
 local found = redis.call('GET', KEYS[1])
 if not found then return nil end
-local _, window, _, _, running, month, tokens, cost, seeded = cmsgpack.unpack(found)
+local memory = LAYOUT .. '/' .. (redis.call('GET', 'lmaas:limits') or '')
+local _, wrapped = cmsgpack.unpack_one(found)
+if string.sub(wrapped, 1, #memory) ~= memory then return nil end
+local seeded, _, _, _, month, tokens, _, second, _, _, _, running, cost, newest_tokens, newest, at
+  = struct.unpack(HEAD, wrapped, #memory + 1)
 local scope = { running = running, month = month, tokens = tokens, cost = cost, seeded = seeded, seconds = {} }
-for at = 1, #window, 24 do
-  local second, requests, tokens = struct.unpack('<ddd', window, at)
+for start = at, #wrapped, 24 do
+  local second, requests, tokens = struct.unpack('<ddd', wrapped, start)
   scope.seconds[#scope.seconds + 1] = { second, requests, tokens }
 end
+if second > 0 then scope.seconds[#scope.seconds + 1] = { second, newest, newest_tokens } end
 return cjson.encode(scope)
 """
+for _constant in ("LAYOUT", "HEAD"):
+    READ_SCOPE = re.search(rf"^local {_constant} = .*$", library(), re.MULTILINE)[0] + "\n" + READ_SCOPE  # type: ignore[index]
 
 
 class Direct(Scheduler):
@@ -372,7 +384,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Those that say something: not the defaults."""
     usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS, "first_ms": Rules.START_MS}
     found = {name: value if value is None or name.endswith("last") else float(value) for name, value in values.items()}
-    return {name: value for name, value in found.items() if value not in (None, usual.get(name, 0))}
+    return {name: value for name, value in found.items() if value not in (None, "", usual.get(name, 0))}
 
 
 def _held(held: Held) -> dict[str, Any]:

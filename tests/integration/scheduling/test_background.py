@@ -383,3 +383,13 @@ async def test_a_ticket_that_was_put_back_is_not_restored_after_the_server_lost_
         await pool.beat(slots=1)
         await runner.renew()
         assert await pool.tickets() == {}
+
+
+def test_lines_that_one_call_left_waiting_are_placed_by_the_next_request(desk: Desk) -> None:
+    """A call places 32 lines at most, and a request that gets its slot at once is such a next call."""
+    lines = [line(number) for number in range(1, 37)]
+    desk.submit(*lines)
+    desk.beat(slots=40)
+    assert desk.state(*range(1, 37)).count("queued") == 4
+    assert desk.submit(ticket(99)) == ["granted"]
+    assert desk.state(*range(1, 37)).count("queued") == 0

@@ -21,6 +21,7 @@ from lmaas.scheduling.client import Bounds, LimitedScope, Scheduler, connect, li
 from lmaas.scheduling.leases import Leases
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY, Pool, Used, opened, quick, ticket
+from tests.integration.scheduling.side_by_side import READ_SCOPE
 from tests.support.conditions import until
 
 
@@ -76,7 +77,8 @@ LIMITS = (LimitedScope("t", "tenant", max_concurrent=2, tokens_per_month=1000),)
 
 async def running(client: Redis) -> Any:
     """How many requests the tenant has, by its limits."""
-    return await client.eval("local s = redis.call('GET', 'lmaas:limits:t'); return s and select(5, cmsgpack.unpack(s))", 0)
+    stored: Any = client.eval(READ_SCOPE, 1, "lmaas:limits:t")
+    return json.loads(await stored)["running"]
 
 
 @pytest.mark.parametrize("others", [0, 50], ids=["at once", "after many calls of others"])

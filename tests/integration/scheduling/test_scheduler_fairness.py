@@ -8,7 +8,6 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +18,7 @@ from lmaas.scheduling.client import Beat, Bounds, Ticket
 from lmaas.states import Observed
 from lmaas.types import TokenCounts
 from tests.integration.scheduling.build import KEY
+from tests.integration.scheduling.contradictions import READ_POOL, read
 from tests.integration.scheduling.model.data import Rules, units
 from tests.integration.scheduling.side_by_side import POOL, Direct, answer, library_with
 from tests.support.effort import tries
@@ -40,7 +40,7 @@ class Served:
     completions: dict[str, int] = field(default_factory=dict)
 
     def states(self) -> dict[str, str]:
-        stored: Any = self.scheduler.client.hgetall(f"{KEY}:tickets")
+        stored = read(str(self.scheduler.client.eval(READ_POOL, 1, KEY))).get("tickets", {})
         return {name: json.loads(text)["state"] for name, text in stored.items()}
 
     def submit(self, tenant: str) -> None:

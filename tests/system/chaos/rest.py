@@ -32,7 +32,7 @@ async def _requests_in(redis: Any) -> list[str]:
         kind = await redis.type(key)
         match kind:
             case "hash":
-                text = str(await redis.hgetall(key))
+                text = str(await redis.hkeys(key))  # some values are bytes
             case "zset":
                 text = str(await redis.zrange(key, 0, -1))
             case "stream":

@@ -64,7 +64,11 @@ def test_lua_uses_a_word_by_its_name_only() -> None:
     assert re.findall(r"\b(?:tell|refuse)\([^()']*'\w+'", text) == []
     used = set(re.findall(rf"\b({'|'.join(IN_LUA)})\.(\w+)", text))
     assert used == {(name, word) for name, words in IN_LUA.items() for word in words}
-    assert len(PARTS) == 11
+    assert len(PARTS) == 12
+
+
+def test_the_lines_of_the_library_are_as_short_as_those_of_python() -> None:
+    assert [line for line in library().splitlines() if len(line) > 140] == []
 
 
 def test_every_state_has_its_transitions_and_the_terminal_ones_have_none() -> None:
