@@ -1,6 +1,5 @@
 """Commands for batches, in OpenAI's form."""
 
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from lmaas.api import table
 from lmaas.api.shapes.batches import MAX_KEPT_S, MIN_KEPT_S, Endpoint
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.progress import byte_bar, count_bar
+from lmaas.cli.streams import binary_output
 from lmaas.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def batches_results(context: Context, batch_id: str, errors: bool) -> None:
     if batch["status"] == "failed":
         raise SettingsError("The batch failed, and none of its requests ran: lmaas batches show lists what is wrong with its input file.")
     if file_id is not None:
-        client.download(table.GET_FILE_CONTENT, sys.stdout.buffer, file=file_id)
+        client.download(table.GET_FILE_CONTENT, binary_output(), file=file_id)
 
 
 def _uploaded(context: Context, client: "ApiClient", path: Path) -> str:

@@ -95,7 +95,7 @@ class Model(Outlook):
             self.active = now
         return {
             "tickets": [
-                self.report(now, self.tickets[name]) if name in self.tickets else {"state": NoTicket.UNKNOWN} for name, _ in progress
+                self.report(now, held) if (held := self.get(name)) is not None else {"state": NoTicket.UNKNOWN} for name, _ in progress
             ]
         }
 
