@@ -5,6 +5,7 @@ import click
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.limits import given, limit_options, limited, some
+from lmaas.cli.names import KEYS
 from lmaas.errors import ApiError, SettingsError
 
 #: The most important first: on a narrow terminal the last ones are left out.
@@ -42,7 +43,7 @@ def key_create(context: Context, /, role: str | None, name: str, **limits: int |
 
 
 @key.command("change")
-@click.argument("key_id")
+@click.argument("key_id", shell_complete=KEYS)
 @limit_options
 @pass_context
 def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
@@ -52,7 +53,7 @@ def key_change(context: Context, /, key_id: str, **limits: int | None) -> None:
 
 
 @key.command("revoke")
-@click.argument("key_id")
+@click.argument("key_id", shell_complete=KEYS)
 @yes_option
 @click.option("--force", is_flag=True, help="Revoke the last operator's key as well, after which no operator can call the service.")
 @pass_context
