@@ -111,7 +111,7 @@ def test_the_version_needs_no_right_setting(arguments: list[str]) -> None:
 def test_a_wide_table_has_every_column(arguments: list[str]) -> None:
     done = run("key", "list", *arguments, COLUMNS="40", FORCE_COLOR="1")  # which makes the output of the test a terminal
     words = " ".join(done.output.split())
-    said = "Not shown, because the terminal has 40 columns: prefix, created at. Add --wide to see them."
+    said = "Not shown, because the terminal has 40 columns: prefix, created at, expires at. Add --wide to see them."
     assert (said in words) is (not arguments)
     assert ("sk-lmaas-abc" in words) is bool(arguments)
 
