@@ -66,6 +66,8 @@ async def test_deliveries_are_kept_for_a_time_and_in_a_number(
     assert len(left) in (4, 5), "what waits stays, however old it is"
     assert [each.state for each in left].count("pending") == 1
     assert await deliveries.delete_old_deliveries(controller_db) == 0
+    assert await deliveries.overdue_s(controller_db) < 3600
     await events.pass_time(8)
+    assert 0 <= await deliveries.overdue_s(controller_db) - 8 * 86400 < 3600
     assert await deliveries.delete_old_deliveries(controller_db) == len(left) - 1
     assert [each.state for each in await events.deliveries(webhook_id)] == ["pending"]
