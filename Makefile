@@ -45,7 +45,7 @@ bench: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-d
 	$(BIN)/python -W ignore -m bench $(BARS)
 
 # Load tests against the service of `make up` in another terminal: make loadtest SCENARIO=noisy USERS=32 DURATION=3m OPTIONS="--tenants 4"
-loadtest: $(VENV)/.installed-base $(VENV)/.installed-$(ENGINE) $(VENV)/.installed-dev
+loadtest: $(VENV)/.installed-base $(VENV)/.installed-loadtest
 	$(BIN)/python -m locust -f loadtest/$(SCENARIO).py --headless --only-summary --users $(USERS) --spawn-rate $(USERS) \
 		--run-time $(DURATION) --stop-timeout 60 --html loadtest/report.html $(OPTIONS)
 
@@ -124,6 +124,12 @@ $(VENV)/.installed-chart: requirements/chart.txt | $(VENV)/.installed-$(ENGINE)
 $(VENV)/.installed-dev: requirements/dev.txt requirements/agents.txt | $(VENV)/.installed-chart
 	@echo "Installing the development tools ..."
 	@$(PIP) install --no-deps -r requirements/dev.txt -r requirements/agents.txt
+	@touch $@
+
+# Needs neither an engine nor Ray.
+$(VENV)/.installed-loadtest: requirements/loadtest.txt | $(VENV)/.installed-base
+	@echo "Installing what load tests need ..."
+	@$(PIP) install --no-deps -r requirements/loadtest.txt
 	@touch $@
 
 # Not for `make up`: only LMAAS_PROVISIONER=ray needs it. On CPUs its dependencies are installed already; upstream's engine may lack some.

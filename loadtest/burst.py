@@ -45,6 +45,7 @@ class BurstUser(ChatUser):
     """Sends one request in each burst."""
 
     starts_warm = False
+    needs_operator = True
     gate: ClassVar[Gate]
 
     @task

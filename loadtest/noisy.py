@@ -28,6 +28,7 @@ class NoisyUser(ChatUser):
     """Base class of both kinds of users: the time at which the flood begins."""
 
     abstract = True
+    least_tenants = 2
 
     def on_start(self) -> None:
         """Note the start, which is the same for all users."""

@@ -4,12 +4,12 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lmaas.adapters.config import CONFIG_FILE
 from lmaas.adapters.safetensors import MODEL_FILE, base_model_shapes
@@ -21,6 +21,10 @@ RANK = 8
 LEAVES = ("q_proj", "v_proj")
 #: The names of tenants that load tests create.
 NAME = re.compile(r"load-\d{3,}")
+#: The tenant of a key that is not an operator's.
+OWN = "own"
+#: The tenants of an existing service that a run calls, at most.
+MAX_TENANTS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,46 @@ class Population:
         return sorted({target.tenant for target in self.targets})
 
 
-def found(service: Service) -> list[Target]:
-    """Return the models of the tenants in the credentials file. Raises SettingsError if there are none."""
+def found(service: Service, undo: ExitStack) -> list[Target]:
+    """Return the models that exist: of the given tenant's key, of the tenants in the credentials file, or, with an operator's key, of the
+    tenants with adapters. These get keys for the run, which `undo` revokes. Raises SettingsError if there are none.
+    """
+    keys = service.keys
+    if not service.is_operator:
+        keys = {OWN: service.key}
+    elif not keys:
+        keys = dict(_temporary_keys(service, undo))
     targets = []
-    for tenant, key in service.keys.items():
-        adapters = [row["name"] for row in service.operator.items(table.LIST_ADAPTERS, tenant=tenant)]
-        targets += [Target(tenant, key, adapter, is_adapter=True) for adapter in adapters]
+    for tenant, key in keys.items():
+        targets += [Target(tenant, key, adapter, is_adapter=True) for adapter in _adapters(service, tenant, key)]
         targets.append(Target(tenant, key, service.model, is_adapter=False))
     if not targets:
-        raise SettingsError("The credentials file has no tenants. Have some made: --tenants 8.")
+        raise SettingsError("The service has no tenants with adapters. Have some made: --tenants 8.")
     return targets
+
+
+def _adapters(service: Service, tenant: str, key: str) -> list[str]:
+    """Return the names of a tenant's adapters that can be called."""
+    if not service.is_operator:
+        rows = [(row["id"], row["parent"]) for row in service.models(key) if row["parent"] is not None]
+    else:
+        listed = service.operator.items(table.LIST_ADAPTERS, tenant=tenant)
+        rows = [(row["name"], row["base_model"]) for row in listed if row["live_version"] is not None]
+    return [name for name, parent in rows if not service.is_named or parent == service.model]
+
+
+def _temporary_keys(service: Service, undo: ExitStack) -> Iterator[tuple[str, str]]:
+    """Create a key for each tenant with adapters, of MAX_TENANTS at most."""
+    count = 0
+    for row in service.operator.items(table.LIST_TENANTS):
+        if count == MAX_TENANTS:
+            return
+        owner = service.operator.for_tenant(row["id"])
+        if owner.items(table.LIST_ADAPTERS, most=1):
+            made = owner.send(table.CREATE_KEY, {"role": "inference", "name": "load test"})
+            undo.callback(owner.send, table.REVOKE_KEY, key=made["id"])
+            count += 1
+            yield row["name"], made["key"]
 
 
 def make(service: Service, tenants: int, adapters: int) -> list[Target]:
@@ -113,8 +147,23 @@ def _written(model: Path, scratch: Path, count: int) -> Iterator[Path]:
         folder = scratch / f"adapter-{number}"
         folder.mkdir()
         (folder / CONFIG_FILE).write_text(json.dumps(config))
-        save_file(tensors, folder / MODEL_FILE, {"format": "pt"})
+        save_tensors(tensors, folder / MODEL_FILE)
         yield folder
+
+
+def save_tensors(tensors: "Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]", path: Path) -> None:
+    """Write tensors in the format safetensors, whose library comes only with an engine."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.tobytes())
 
 
 def _normal(chance: np.random.Generator, shape: tuple[int, int]) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":

@@ -22,6 +22,7 @@ class Stream:
     done: bool = False
     #: The code and text of an error event.
     error: str | None = None
+    code: str | None = None
 
     def read(self, line: bytes, now: float) -> None:
         """Read one line of the stream, which arrived at `now`. Raises ValueError if it is not a line of OpenAI's API."""
@@ -34,7 +35,8 @@ class Stream:
             return
         event = json.loads(line[6:])
         if "error" in event:
-            self.error = f"{event['error']['code']}: {event['error']['message']}"
+            self.code = str(event["error"]["code"])
+            self.error = f"{self.code}: {event['error']['message']}"
             return
         if event.get("usage"):
             self.tokens = event["usage"]["completion_tokens"]

@@ -16,15 +16,19 @@ from locust.env import Environment
 from locust.runners import LocalRunner
 
 from lmaas import config
-from lmaas.errors import ApiError, LmaasError
+from lmaas.errors import ApiError, LmaasError, SettingsError
 from loadtest import population, report
+from loadtest.batch import background_batch
 from loadtest.population import Population, Target
 from loadtest.service import Service, connect
 from loadtest.stream import Stream
+from loadtest.tally import Tally
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
+#: The tenants that are made unless the run has other ones.
+NEW_TENANTS = 8
 #: The silence after which a stream counts as dead. A request may wait for a cold start as long as the service allows.
 SILENCE_S = 330.0
 PROMPT_WORDS = (8, 120)
@@ -44,10 +48,16 @@ class ChatUser(User):
     abstract = True
     service: ClassVar[Service]
     population: ClassVar[Population]
+    #: What Locust's statistics do not keep.
+    tally: ClassVar[Tally]
     #: True if the scenario exceeds its limits on purpose.
     expects_429: ClassVar[bool] = False
     #: True if an engine must run at the beginning, so that the figures contain no cold start.
     starts_warm: ClassVar[bool] = True
+    #: True if the scenario stops engines.
+    needs_operator: ClassVar[bool] = False
+    #: The tenants without which the scenario makes no sense.
+    least_tenants: ClassVar[int] = 1
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -65,23 +75,27 @@ class ChatUser(User):
         body = json.dumps(question(target.model, self.chance))
         headers = {"authorization": f"Bearer {target.key}", "content-type": "application/json"}
         url = f"{self.service.root}/v1/chat/completions"
-        stream, refused, problem, ended = Stream(time.perf_counter()), None, None, False
+        stream, refused, problem, code, ended = Stream(time.perf_counter()), None, None, "", False
         try:
             with (
                 gevent.Timeout(cut_after_s, False),
                 self._http.post(url, data=body, headers=headers, stream=True, timeout=(CONNECT_S, SILENCE_S)) as response,
             ):
                 if response.status_code == 200:
+                    self.tally.sent(response.headers.get("x-request-id", ""), name)
                     # requests returns each chunk when it arrives. Locust's faster client waits for 1024 bytes, so it cannot measure TTFT.
                     for line in response.iter_lines():
                         stream.read(line, time.perf_counter())
                     problem = stream.error or (None if stream.done else "the stream ended without [DONE]")
+                    code = "" if problem is None else f"in the stream: {stream.code or 'no [DONE]'}"
                 else:
                     refused = response.status_code
-                    problem = f"HTTP {refused} {response.json()['error']['code']}"
+                    problem = code = f"HTTP {refused} {response.json()['error']['code']}"
                 ended = True
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem, code = f"{type(error).__name__}: {error}", type(error).__name__
+        if problem is not None:
+            self.tally.errors[name, code] += 1
         took_s = time.perf_counter() - stream.sent_at
         if refused == 429 and self.expects_429:
             self._figure("429", name, took_s * 1000)
@@ -129,8 +143,12 @@ def warm(service: Service, target: Target) -> None:
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: LocustArgumentParser) -> None:
     """Add the options of a run to Locust's own."""
-    parser.add_argument("--tenants", type=int, default=8, help="tenants to make for the run; 0: those of the credentials file")
+    parser.add_argument("--url", help="address of the service; by default LMAAS_URL, or the service of `make up`")
+    parser.add_argument("--key", help="key of an operator or a tenant; by default LMAAS_API_KEY", is_secret=True)
+    parser.add_argument("--model", help="base model under load, and only adapters of it; by default the first one that generates text")
+    parser.add_argument("--tenants", type=int, help="tenants to make for the run; 0: call what exists. By default 8 with an operator's key")
     parser.add_argument("--adapters", type=int, default=2, help="adapters to make for each of them")
+    parser.add_argument("--batch-lines", type=int, default=0, help="lines of a batch that runs as background load; 0: no batch")
     parser.add_argument("--zipf", type=float, default=1.0, help="how uneven popularity is: the target of rank r is called as 1/r**zipf")
 
 
@@ -145,15 +163,24 @@ def prepare(environment: Environment, runner: object, **_: object) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         with ExitStack() as undo:
-            service = ChatUser.service = connect(config.load())
-            if options.tenants:
-                log.info("Making %d tenants with %d adapters each ...", options.tenants, options.adapters)
+            service = ChatUser.service = connect(config.load(), options.url, options.key, options.model)
+            users = [user for user in environment.user_classes if issubclass(user, ChatUser)]
+            if any(user.needs_operator for user in users):
+                service.operator.check_ready()
+            options.tenants = tenants = options.tenants if options.tenants is not None else NEW_TENANTS if service.is_operator else 0
+            if tenants:
+                log.info("Making %d tenants with %d adapters each ...", tenants, options.adapters)
                 undo.callback(population.remove, service)
-                targets = population.make(service, options.tenants, options.adapters)
+                targets = population.make(service, tenants, options.adapters)
             else:
-                targets = population.found(service)
-            ChatUser.population = Population(targets, options.zipf)
-            if all(user.starts_warm for user in environment.user_classes if issubclass(user, ChatUser)):
+                targets = population.found(service, undo)
+            ChatUser.population, ChatUser.tally = Population(targets, options.zipf), Tally()
+            least = max((user.least_tenants for user in users), default=1)
+            if len(ChatUser.population.tenants) < least:
+                raise SettingsError(f"This scenario needs {least} tenants. Have some made with an operator's key: --tenants 8.")
+            if options.batch_lines:
+                undo.enter_context(background_batch(service, targets[-1], options.batch_lines))
+            if all(user.starts_warm for user in users):
                 log.info("Waiting for an engine ...")
                 warm(service, targets[-1])
             at_end = undo.pop_all()
@@ -163,7 +190,8 @@ def prepare(environment: Environment, runner: object, **_: object) -> None:
 
     def finish(**_: object) -> None:
         with at_end:
-            report.show(environment.stats, options.html_file)
+            ChatUser.tally.add_queue_times(service, {target.key for target in targets}, environment.stats)
+            report.show(environment.stats, ChatUser.tally.errors, options.html_file)
 
     # At that time no user runs any more, and Locust has printed its tables and written its HTML.
     environment.events.quit.add_listener(finish)

@@ -11,6 +11,7 @@ import click
 from lmaas.cli.adapters import weights_size
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.progress import byte_bar
+from lmaas.cli.streams import is_terminal
 
 if TYPE_CHECKING:
     from lmaas.manifests.client import ApiClient
@@ -38,7 +39,7 @@ def apply(context: Context, folder: Path, dry_run: bool, yes: bool) -> None:
         raise click.UsageError(f"There are no manifests (*.yaml or *.yml) in {folder}.")
     client = context.client()
     changes = plan(manifests, observe(manifests, client))
-    asks = not dry_run and not yes and sys.stdin is not None and sys.stdin.isatty()
+    asks = not dry_run and not yes and is_terminal(sys.stdin)
     has_changes = any(change.outcome is not Outcome.UNCHANGED for change in changes)
     if not context.as_json or (asks and has_changes):
         # The plan is no part of the JSON on standard output.

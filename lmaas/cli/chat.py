@@ -13,6 +13,8 @@ import click
 
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.conversation import PATH, Conversation, Ended, Text, Timing, Tokens, Waiting, events, summary
+from lmaas.cli.names import MODELS
+from lmaas.cli.streams import is_terminal
 from lmaas.errors import ApiError, LmaasError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ PROMPT = "> "
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=MODELS)
 @click.argument("message", required=False)
 @click.option("--system", help="Instructions for the model, before the conversation.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The most tokens of an answer.")
@@ -41,7 +43,7 @@ def chat(context: Context, model: str, message: str | None, system: str | None, 
     """
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
     talk = _Talk(context, context.own_client(), Conversation(model, system, parameters))
-    if message is None and sys.stdin is not None and sys.stdin.isatty():
+    if message is None and is_terminal(sys.stdin):
         talk.converse()
         return
     talk.answer(message if message is not None else _piped())
@@ -62,7 +64,7 @@ def _piped() -> str:
 
 def _typed() -> str:
     """Return the next line from the terminal. Raises EOFError at its end. The prompt is no part of an output that goes elsewhere."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         return input(PROMPT)
     click.echo(PROMPT, nl=False, err=True)
     return input()
@@ -143,14 +145,14 @@ class _Talk:
             first_s = None if timing.first is None else round(timing.first - timing.sent, 3)
             found = {"model": self.conversation.model, "answer": answer, "finish_reason": ended, "tokens": usage, "first_token_s": first_s}
             click.echo(json.dumps(found | {"total_s": round(time.monotonic() - timing.sent, 3)}))
-        elif sys.stderr is not None and sys.stderr.isatty():
+        elif is_terminal(sys.stderr):
             from rich.console import Console
 
             Console(stderr=True).print(summary(timing, tokens, ended), style="dim", highlight=False, markup=False)
 
     def _print(self, text: str) -> None:
         if not self.context.as_json:
-            click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
+            click.echo(harmless(text) if is_terminal(sys.stdout) else text, nl=False)
 
 
 def harmless(text: str) -> str:

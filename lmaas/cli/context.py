@@ -13,6 +13,7 @@ import click
 
 from lmaas import config
 from lmaas.api import table
+from lmaas.cli.streams import is_terminal
 from lmaas.config import Settings
 from lmaas.errors import ApiError, SettingsError
 
@@ -150,7 +151,7 @@ class Context:
 
     def _width(self) -> int | None:
         """Return the width in which lines should fit, None if nothing limits it."""
-        if self.wide or not sys.stdout.isatty():
+        if self.wide or not is_terminal(sys.stdout):
             return None
         return shutil.get_terminal_size().columns
 
@@ -167,6 +168,6 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is deleted, unless `yes`. Ends the command if the answer is no, and if there is no terminal to ask."""
     if yes:
         return
-    if sys.stdin is None or not sys.stdin.isatty():  # None if it was closed
+    if not is_terminal(sys.stdin):
         raise click.UsageError("This command asks for confirmation, and there is no terminal. Add --yes to confirm.")
     click.confirm(question, abort=True, err=True)

@@ -1,6 +1,5 @@
 """Commands for files, which are a tenant's own."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from lmaas.api import table
 from lmaas.api.shapes.files import MAX_EXPIRY_S, MIN_EXPIRY_S, AnyPurpose, UploadPurpose
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.progress import byte_bar
+from lmaas.cli.streams import binary_output
 from lmaas.errors import SettingsError
 
 COLUMNS = ("id", "purpose", "bytes", "filename", "created_at", "expires_at")
@@ -64,7 +64,7 @@ def files_download(context: Context, file_id: str, target: str | None) -> None:
     """Download a file to TARGET, by default under its own name in this folder; `-` is standard output."""
     client = context.own_client()
     if target == STDOUT:
-        client.download(table.GET_FILE_CONTENT, sys.stdout.buffer, file=file_id)
+        client.download(table.GET_FILE_CONTENT, binary_output(), file=file_id)
         return
     file = client.send(table.GET_FILE, file=file_id)
     path = Path(target) if target is not None else Path(_plain(str(file["filename"])))

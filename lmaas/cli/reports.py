@@ -1,6 +1,5 @@
 """Commands for reports: usage and costs, as tables, JSON or CSV."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from lmaas.api import table
 from lmaas.api.operation import Operation
 from lmaas.api.shapes.usage import PROBES, OperatorUsageQuery, UsageQuery
 from lmaas.cli.context import Context, pass_context
+from lmaas.cli.streams import binary_output
 from lmaas.states import Dimension, UsageDimension, UsageStatus, WorkClass
 
 #: The latest events that `lmaas usage --events` shows.
@@ -156,7 +156,7 @@ def _pairs(values: dict[str, Any]) -> str:
 def _print_csv(context: Context, operation: Operation, query: dict[str, Any]) -> None:
     if context.as_json:
         raise click.UsageError("--json and --csv are two formats. Choose one.")
-    context.client().download(operation, sys.stdout.buffer, query=query | {"format": "csv"})
+    context.client().download(operation, binary_output(), query=query | {"format": "csv"})
 
 
 @click.command()

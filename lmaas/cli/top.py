@@ -14,6 +14,7 @@ import click
 from lmaas.api import table
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import troubles
+from lmaas.cli.streams import is_terminal
 from lmaas.cli.tables import plain
 from lmaas.errors import ApiError, SettingsError
 
@@ -56,7 +57,7 @@ def top(context: Context, once: bool, interval: float) -> None:
             while not once:
                 time.sleep(interval)
                 click.echo(json.dumps(asdict(_look(client))))
-    elif once or not sys.stdout.isatty():
+    elif once or not is_terminal(sys.stdout):
         _print(context, first)
     else:
         with suppress(KeyboardInterrupt):

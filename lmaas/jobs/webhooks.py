@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from lmaas.errors import Unavailable
+from lmaas.jobs.attempts import ended
 from lmaas.jobs.metrics import JobMetrics
 from lmaas.store import deliveries
 from lmaas.store.database import Database
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 #: The deliveries that one runner sends at a time.
 MAX_AT_ONCE = 128
+#: How long a runner that stops waits for attempts: longer than one takes.
+GRACE_S = 20.0
 #: The pause before something is stored again that Postgres did not take.
 AGAIN_S = 1.0
 #: The attempts after which the deliveries of a webhook that have ended are trimmed: about, since the last attempt says which webhook.
@@ -61,6 +64,8 @@ class WebhookWorker:
                     task.add_done_callback(functools.partial(self._ended, lease))
                 waits_for = {stopped, *self._running.values()} if found else {stopped}
                 await asyncio.wait(waits_for, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            # While Postgres is away, what was sent cannot be recorded. Then another runner sends it again.
+            await ended(set(self._running.values()), GRACE_S)
 
     def _ended(self, lease: DeliveryLease, _: "asyncio.Task[None]") -> None:
         self._running.pop(lease, None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +40,11 @@ class Sender:
 
     async def __aenter__(self) -> "Sender":
         self._lookups = ThreadPoolExecutor(LOOKUPS, "lookup")
-        # A connection serves one attempt, because the next one checks the address anew.
+        # A connection serves one attempt, because the next one checks the address anew. The certificates are those of the system, or of
+        # SSL_CERT_FILE.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=ssl.create_default_context())
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"user-agent": "lmaas-webhooks/1", "content-type": "application/json", "accept": "*/*"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lmaas.cli.context import Context, pass_context
+from lmaas.cli.streams import is_terminal
 from lmaas.config import Settings
 from lmaas.errors import SettingsError
 
@@ -86,7 +87,7 @@ def _show(finding: "Finding") -> None:
 
     from lmaas.cli.tables import labelled, plain
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
     label = f"{finding.level:<8} {finding.check:<13}"
     texts = labelled({label: plain(finding.says)}, width)
     if finding.do:

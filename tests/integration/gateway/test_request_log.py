@@ -12,6 +12,7 @@ import pytest
 
 from lmaas.inference.observers import Observers
 from lmaas.inference.request_log import RequestLog
+from lmaas.store.models import BaseModel
 from lmaas.store.tenants import update_tenant
 from tests.integration.gateway.stack import CHAT, COMPLETION, Stack, Tenant, running
 from tests.support.conditions import until
@@ -26,6 +27,8 @@ class Logged:
     stack: Stack
     url: str
     tenant: Tenant
+    #: A model without an engine.
+    cold: BaseModel
     written: list[str] = field(default_factory=list)
 
     async def line(self, request_id: str) -> dict[str, Any]:
@@ -50,12 +53,12 @@ class Logged:
 async def logged(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Logged]:
     async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("stack")) as stack:
         base, tenant = await stack.model("base"), await stack.tenant()
-        await stack.model("cold")
+        cold = await stack.model("cold")
         await stack.adapter(tenant, "robot", base)
         await stack.replica(base)
         written: list[str] = []
         async with stack.gateway(Observers(RequestLog(written.append)), queue_deadline_s=1.5) as gateway:
-            yield Logged(stack, gateway.url, tenant, written)
+            yield Logged(stack, gateway.url, tenant, cold, written)
         assert SECRET not in "".join(written)
         assert tenant.key not in "".join(written)
 
@@ -139,7 +142,11 @@ async def test_a_client_that_leaves(logged: Logged) -> None:
     async with httpx.AsyncClient(base_url=logged.url, headers=logged.tenant.headers) as http:
         asking = asyncio.create_task(http.post(CHAT, json=chat("cold")))
         before = len(logged.written)
-        await asyncio.sleep(0.3)
+
+        async def waits() -> bool:
+            return bool((await logged.stack.scheduler.stats(logged.cold.id))["queued"])
+
+        await until(waits)
         asking.cancel()
         with suppress(asyncio.CancelledError):
             await asking

@@ -61,7 +61,9 @@ def loadtest(environment: dict[str, str], folder: Path, scenario: str, seconds: 
     said = done.stdout + done.stderr
     if not report.exists():
         return Run(done.returncode, said, {}, "")
-    page, _, ours = report.read_text().partition('<section id="lmaas">')
+    head, _, rest = report.read_text().partition('<section id="lmaas">')
+    assert "window.templateArgs" not in head.partition("<body")[2], "our section is the first of the page"
+    ours, _, page = rest.partition("</section>")
     # Locust's page draws its tables from this.
     data, _ = json.JSONDecoder().raw_decode(page.partition("window.templateArgs = ")[2])
     rows = {(row["name"], row["method"] or ""): row for row in data["requests_statistics"]}
@@ -96,6 +98,9 @@ def test_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
     # Our own table.
     assert f"<td>steady adapter</td><td>{run.count('steady adapter', 'E2E')}</td><td>0</td>" in run.ours
     assert "TTFT p50" in run.ours
+    assert "No request failed" in run.ours
+    # The service's own queue times.
+    assert "<td>-</td>" not in run.ours
     assert "tok/s all" in run.said
 
     # Every answer is in the ledger, with the tokens that its client saw.
@@ -158,6 +163,26 @@ def test_failures_are_told(fake_stack: Stack, tmp_path: Path) -> None:
     assert "HTTP 401 invalid_api_key" in run.said
     assert run.count("steady adapter", "TTFT") == run.count("steady adapter", "E2E") - failed
     assert f"<td>{run.count('steady adapter', 'TTFT')}</td><td>{failed}</td>" in run.ours
+    assert f"<td>steady adapter</td><td>HTTP 401 invalid_api_key</td><td>{failed}</td>" in run.ours
+
+
+def test_any_service_with_adapters(fake_stack: Stack, tmp_path: Path) -> None:
+    """With an operator's key and no credentials file, tenants get keys for the run; with a tenant's key, its own models are called."""
+    address = ("--url", str(fake_stack.credentials["base_url"]), "--tenants", "0", "--batch-lines", "20")
+    environment = fake_stack.environment | {"LMAAS_HOME": str(tmp_path)}
+    of_operator = loadtest(environment, tmp_path, "steady", 4, 8, *address, "--key", str(fake_stack.credentials["operator_key"]))
+    assert of_operator.code == 0, of_operator.said
+    assert of_operator.count("steady adapter", "E2E") > 3
+    assert "of 20 lines completed" in of_operator.said
+    keys = [key for key in fake_stack.cli("--tenant", "acme", "key", "list") if key["name"] == "load test"]
+    assert keys
+    assert all(key["revoked_at"] for key in keys)
+    own = loadtest(environment, tmp_path, "steady", 4, 4, *address, "--key", fake_stack.credentials["tenants"]["acme"]["api_key"])
+    assert own.code == 0, own.said
+    assert own.count("steady adapter", "E2E") > 1
+    refused = loadtest(environment, tmp_path, "burst", 4, 4, *address, "--key", fake_stack.credentials["tenants"]["acme"]["api_key"])
+    assert refused.code != 0
+    assert "needs an operator's key" in refused.said
 
 
 def test_no_service_no_run(tmp_path: Path) -> None:

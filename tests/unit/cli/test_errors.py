@@ -45,6 +45,9 @@ def lmaas(*arguments: str | bytes, redirect: str = "", **environment: str) -> tu
         (["tenant", "create", b"\xff"], "", 1, "lmaas: A value has characters that are not valid text (UTF-8), so it cannot be sent.\n"),
         (["tenant", "list"], "2>/dev/full", 1, ""),
         (["tenant", "list"], ">&-", 1, "lmaas: The service at http://127.0.0.1:1 cannot be reached"),
+        (["top"], ">&-", 1, "lmaas: The service at http://127.0.0.1:1 cannot be reached"),
+        (["doctor"], ">&-", 1, ""),
+        (["chat", "bot"], "<&-", 1, "lmaas: The service at http://127.0.0.1:1 cannot be reached"),
     ],
 )
 def test_of_a_whole_process(arguments: list[str | bytes], redirect: str, code: int, says: str) -> None:
@@ -53,6 +56,7 @@ def test_of_a_whole_process(arguments: list[str | bytes], redirect: str, code: i
     assert says in err
     assert "Traceback" not in err
     assert "Exception ignored" not in err
+    assert "unexpected" not in err
 
 
 def test_a_full_disk_is_said_of_an_answer_too(tmp_path: Path) -> None:
