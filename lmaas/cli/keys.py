@@ -7,6 +7,7 @@ import click
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.limits import given, limit_options, limited, some
+from lmaas.cli.names import KEYS
 from lmaas.errors import ApiError, SettingsError
 
 #: The most important first: on a narrow terminal the last ones are left out.
@@ -54,7 +55,7 @@ def key_create(context: Context, /, role: str | None, name: str, expires_in_days
 
 
 @key.command("change")
-@click.argument("key_id")
+@click.argument("key_id", shell_complete=KEYS)
 @expiry_option
 @limit_options
 @pass_context
@@ -65,7 +66,7 @@ def key_change(context: Context, /, key_id: str, expires_in_days: int | None, **
 
 
 @key.command("revoke")
-@click.argument("key_id")
+@click.argument("key_id", shell_complete=KEYS)
 @yes_option
 @click.option("--force", is_flag=True, help="Revoke the last operator's key as well, after which no operator can call the service.")
 @pass_context
