@@ -6,6 +6,7 @@ import click
 
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
+from lmaas.cli.names import ADAPTERS, BASE_MODELS
 from lmaas.cli.progress import byte_bar
 
 #: The most important first: on a narrow terminal the last ones are left out.
@@ -28,9 +29,9 @@ def adapter_list(context: Context, search: str | None) -> None:
 
 
 @adapter.command("upload")
-@click.argument("name")
+@click.argument("name", shell_complete=ADAPTERS)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--base-model", required=True, help="The base model that the adapter was trained on.")
+@click.option("--base-model", required=True, shell_complete=BASE_MODELS, help="The base model that the adapter was trained on.")
 @click.option("--no-activate", is_flag=True, help="Do not make the version live.")
 @pass_context
 def adapter_upload(context: Context, name: str, folder: Path, base_model: str, no_activate: bool) -> None:
@@ -42,7 +43,7 @@ def adapter_upload(context: Context, name: str, folder: Path, base_model: str, n
 
 
 @adapter.command("versions")
-@click.argument("name")
+@click.argument("name", shell_complete=ADAPTERS)
 @pass_context
 def adapter_versions(context: Context, name: str) -> None:
     """List the versions of an adapter."""
@@ -50,7 +51,7 @@ def adapter_versions(context: Context, name: str) -> None:
 
 
 @adapter.command("activate")
-@click.argument("name")
+@click.argument("name", shell_complete=ADAPTERS)
 @click.argument("version", type=int)
 @pass_context
 def adapter_activate(context: Context, name: str, version: int) -> None:
@@ -59,7 +60,7 @@ def adapter_activate(context: Context, name: str, version: int) -> None:
 
 
 @adapter.command("delete")
-@click.argument("name")
+@click.argument("name", shell_complete=ADAPTERS)
 @yes_option
 @pass_context
 def adapter_delete(context: Context, name: str, yes: bool) -> None:

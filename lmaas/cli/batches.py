@@ -10,6 +10,7 @@ import click
 from lmaas.api import table
 from lmaas.api.shapes.batches import MAX_KEPT_S, MIN_KEPT_S, Endpoint
 from lmaas.cli.context import Context, pass_context
+from lmaas.cli.names import BATCHES
 from lmaas.cli.progress import byte_bar, count_bar
 from lmaas.cli.streams import binary_output
 from lmaas.errors import SettingsError
@@ -65,7 +66,7 @@ def batches_create(
 
 
 @batches.command("show")
-@click.argument("batch_id")
+@click.argument("batch_id", shell_complete=BATCHES)
 @_follow_option
 @pass_context
 def batches_show(context: Context, batch_id: str, follow: bool) -> None:
@@ -75,7 +76,7 @@ def batches_show(context: Context, batch_id: str, follow: bool) -> None:
 
 
 @batches.command("cancel")
-@click.argument("batch_id")
+@click.argument("batch_id", shell_complete=BATCHES)
 @pass_context
 def batches_cancel(context: Context, batch_id: str) -> None:
     """Cancel a batch. Requests that have ended are kept."""
@@ -83,7 +84,7 @@ def batches_cancel(context: Context, batch_id: str) -> None:
 
 
 @batches.command("results")
-@click.argument("batch_id")
+@click.argument("batch_id", shell_complete=BATCHES)
 @click.option("--errors", is_flag=True, help="The requests that failed or did not run, instead of the answers.")
 @pass_context
 def batches_results(context: Context, batch_id: str, errors: bool) -> None:

@@ -13,6 +13,7 @@ import click
 
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.conversation import PATH, Conversation, Ended, Text, Timing, Tokens, Waiting, events, summary
+from lmaas.cli.names import MODELS
 from lmaas.cli.streams import is_terminal
 from lmaas.errors import ApiError, LmaasError
 
@@ -28,7 +29,7 @@ PROMPT = "> "
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=MODELS)
 @click.argument("message", required=False)
 @click.option("--system", help="Instructions for the model, before the conversation.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The most tokens of an answer.")

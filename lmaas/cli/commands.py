@@ -17,6 +17,7 @@ from lmaas.cli.files import files
 from lmaas.cli.keys import key
 from lmaas.cli.logs import logs
 from lmaas.cli.models import model
+from lmaas.cli.names import TENANTS
 from lmaas.cli.processes import PROCESSES
 from lmaas.cli.replicas import replica
 from lmaas.cli.reports import cogs, usage
@@ -36,7 +37,9 @@ WRONG_KEY = (
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--wide", is_flag=True, help="Show all columns, also beyond the terminal.")
-@click.option("--tenant", "-t", metavar="NAME", help="For operators: the tenant whose resources the command is about.")
+@click.option(
+    "--tenant", "-t", metavar="NAME", shell_complete=TENANTS, help="For operators: the tenant whose resources the command is about."
+)
 @click.option("--traceback", is_flag=True, help="Of an unexpected error, show where it comes from. This may show secrets.")
 @click.version_option(package_name="lmaas", prog_name="lmaas", message="%(prog)s %(version)s")
 @click.pass_context

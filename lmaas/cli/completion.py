@@ -10,7 +10,7 @@ SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComple
 @click.argument("shell", type=click.Choice(list(SHELLS)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that completes commands and options in SHELL.
+    """Print the script that completes commands, options and names in SHELL.
 
     \b
     bash: add to ~/.bashrc    eval "$(lmaas completion bash)"

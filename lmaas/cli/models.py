@@ -9,6 +9,7 @@ import click
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.money import PRICE
+from lmaas.cli.names import BASE_MODELS
 from lmaas.cli.tables import plain
 from lmaas.states import PoolKind
 
@@ -69,7 +70,7 @@ def model_list(context: Context) -> None:
 
 
 @model.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=BASE_MODELS)
 @pass_context
 def model_show(context: Context, name: str) -> None:
     """Show how a base model is run, what its pool does now, and why."""
@@ -108,7 +109,7 @@ def model_add(context: Context, /, name: str, source: str, **values: Any) -> Non
 
 
 @model.command("change")
-@click.argument("name")
+@click.argument("name", shell_complete=BASE_MODELS)
 @click.option("--source", help="Another source. Only while there are neither adapters nor replicas, as for --dtype and --max-lora-rank.")
 @model_options
 @pass_context
@@ -120,7 +121,7 @@ def model_change(context: Context, /, name: str, **values: Any) -> None:
 
 
 @model.command("delete")
-@click.argument("name")
+@click.argument("name", shell_complete=BASE_MODELS)
 @yes_option
 @pass_context
 def model_delete(context: Context, name: str, yes: bool) -> None:

@@ -5,6 +5,7 @@ import click
 from lmaas.api import table
 from lmaas.cli.context import Context, pass_context
 from lmaas.cli.models import troubles
+from lmaas.cli.names import REPLICAS
 from lmaas.states import START_PHASES
 
 #: The latest replicas that `lmaas replica list --ended` shows.
@@ -33,7 +34,7 @@ def replica_list(context: Context, ended: bool) -> None:
 
 
 @replica.command("show")
-@click.argument("replica_id")
+@click.argument("replica_id", shell_complete=REPLICAS)
 @pass_context
 def replica_show(context: Context, replica_id: str) -> None:
     """Show a replica, and where the time of its start went."""
@@ -45,7 +46,7 @@ def replica_show(context: Context, replica_id: str) -> None:
 
 
 @replica.command("stop")
-@click.argument("replica_id")
+@click.argument("replica_id", shell_complete=REPLICAS)
 @pass_context
 def replica_stop(context: Context, replica_id: str) -> None:
     """Drain a replica and stop it. Its requests finish; if there is demand, another starts."""

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from lmaas.cli.context import Context
+from lmaas.cli.names import TENANT, TENANTS
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -13,6 +14,8 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
     shared = context.find_object(Context)
     if value and shared is not None and parameter.name is not None:
         setattr(shared, parameter.name, value)
+    elif value and parameter.name == "tenant":
+        context.meta[TENANT] = value  # while a shell completes a command, which then does not run
 
 
 def output_options() -> list[click.Option]:
@@ -28,9 +31,10 @@ def tenant_option() -> click.Option:
     return click.Option(
         ["--tenant", "-t"],
         metavar="NAME",
+        shell_complete=TENANTS,
         expose_value=False,
         callback=_keep,
-        help="For operators: the tenant whose resources the command is about.",
+        help="For operators: the tenant that the command is about.",
     )
 
 

@@ -10,6 +10,7 @@ from lmaas.admission.tiers import TIERS
 from lmaas.api import table
 from lmaas.cli.context import Context, confirm, pass_context, yes_option
 from lmaas.cli.limits import given, limit_options, limited, some
+from lmaas.cli.names import TENANTS
 from lmaas.errors import ApiError, SettingsError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def tenant_create(context: Context, /, name: str, **limits: Any) -> None:
 
 
 @tenant.command("change")
-@click.argument("name")
+@click.argument("name", shell_complete=TENANTS)
 @tenant_options
 @pass_context
 def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
@@ -63,7 +64,7 @@ def tenant_change(context: Context, /, name: str, **limits: Any) -> None:
 
 
 @tenant.command("delete")
-@click.argument("name")
+@click.argument("name", shell_complete=TENANTS)
 @yes_option
 @pass_context
 def tenant_delete(context: Context, name: str, yes: bool) -> None:

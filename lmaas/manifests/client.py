@@ -62,6 +62,10 @@ class ApiClient:
         """Raise ApiError unless the service is ready."""
         self._call("GET", "/readyz")
 
+    def set_timeout(self, seconds: float) -> None:
+        """Wait only for so long from now on."""
+        self._http.timeout = httpx.Timeout(seconds)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()

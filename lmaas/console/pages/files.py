@@ -1,11 +1,9 @@
 """Files: the list, uploads, downloads."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 from starlette.responses import Response, StreamingResponse
 
 from lmaas.api.shapes.files import ANCHOR, SECONDS
@@ -55,16 +53,13 @@ async def show(visit: Visit) -> Response:
 async def download(visit: Visit) -> Response:
     """Send the content of a file as a download, as it arrives."""
     file = await visit.api.send(GET_FILE, file=visit.path["file"])
-    exits = AsyncExitStack()
-    address = visit.api.address(GET_FILE_CONTENT, {"file": file["id"]})
-    upstream = await exits.enter_async_context(visit.api.stream("GET", address))
     name = quote(file["filename"].rpartition("/")[2] or file["id"], safe="")
     headers = {
         "content-type": "application/octet-stream",
         "content-length": str(file["bytes"]),
         "content-disposition": f"attachment; filename*=UTF-8''{name}",
     }
-    return StreamingResponse(_content(upstream, exits), headers=headers)
+    return StreamingResponse(_content(visit, file["id"]), headers=headers)
 
 
 async def delete(visit: Visit) -> Response:
@@ -105,8 +100,9 @@ def _form(visit: Visit, typed: Fields, errors: Fields | None = None, status: int
     return visit.render("file_upload.html", status=status, **context)
 
 
-async def _content(upstream: httpx.Response, exits: AsyncExitStack) -> AsyncIterator[bytes]:
-    async with exits:
+async def _content(visit: Visit, file_id: str) -> AsyncIterator[bytes]:
+    # Opened when the browser reads, so that a browser that goes before leaves nothing open.
+    async with visit.api.stream("GET", visit.api.address(GET_FILE_CONTENT, {"file": file_id})) as upstream:
         async for chunk in upstream.aiter_bytes():
             yield chunk
 

@@ -86,7 +86,7 @@ async def _shown(
     )
     alive = found["alive"] if isinstance(found["alive"], Unread) else _of(found["alive"], name)
     ended = found["all"] if isinstance(found["all"], Unread) else [row for row in _of(found["all"], name) if row["ended_at"]]
-    present = Fields({bound: f"{model[bound]:g}" if bound == "idle_timeout_s" else str(model[bound]) for bound in BOUNDS})
+    present = Fields({bound: str(model[bound]).removesuffix(".0") for bound in BOUNDS})
     bounds = [part for bound in BOUNDS for part in (f"--{bound.replace('_', '-')}", present[bound])]
     return visit.render(
         "pool_part.html" if visit.is_part else "pool.html",

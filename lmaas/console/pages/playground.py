@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -53,9 +52,11 @@ async def suggest(visit: Visit) -> Response:
 async def code(visit: Visit) -> Response:
     """Return the request of the form as code."""
     typed = {name: visit.form[name] for name in _NAMES}
-    with suppress(InvalidRequest):
-        return visit.render("playground_code.html", code=code_for(_asked(typed, complete=False), _origin(visit)))
-    return Response(status_code=204)
+    try:
+        shown = code_for(_asked(typed, complete=False), _origin(visit))
+    except InvalidRequest:
+        return Response(status_code=204)
+    return visit.render("playground_code.html", code=shown)
 
 
 async def answer(visit: Visit) -> Response:
@@ -142,23 +143,17 @@ async def _page(
     suggestions = await _suggestions(visit, "")
     first = next(iter(suggestions["bases"]), "")
     filled = {"model": first, "max_tokens": "256"} | {name: text for name, text in typed.items() if text}
-    with suppress(InvalidRequest):
-        return visit.render(
-            "playground.html",
-            status=status,
-            typed={name: filled.get(name, "") for name in _NAMES},
-            answers=answers or [],
-            errors=Fields(errors),
-            code=code_for(_asked(filled, complete=False), _origin(visit)),
-            **suggestions,
-        )
+    try:
+        code = code_for(_asked(filled, complete=False), _origin(visit))
+    except InvalidRequest:
+        code = []
     return visit.render(
         "playground.html",
         status=status,
         typed={name: filled.get(name, "") for name in _NAMES},
-        answers=[],
+        answers=answers or [],
         errors=Fields(errors),
-        code=[],
+        code=code,
         **suggestions,
     )
 

@@ -6,6 +6,11 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  // The distances of labels on the axis of time: figures are sums of whole days.
+  const DAYS = [1, 2, 7, 14, 30, 91, 365].map((days) => days * 86400);
+
+  const day = (seconds) => new Date(seconds * 1000).toISOString().slice(0, 10);
+
   const shown = (unit) => (value) => {
     if (value === null || value === undefined) return "–";
     const text = value.toLocaleString("en-US", { maximumFractionDigits: unit === "$" ? 4 : 2 });
@@ -22,9 +27,9 @@
       height: Math.max(160, place.clientHeight - 30 * (data.series.length > 1)),
       scales: { x: { time: true }, y: { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] } },
       tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "UTC"),
-      axes: [axis, { ...axis, size: 64, values: (_, values) => values.map(shown(data.unit)) }],
+      axes: [{ ...axis, incrs: DAYS, values: (_, splits) => splits.map((seconds) => day(seconds).slice(5)) }, { ...axis, size: 64, values: (_, values) => values.map(shown(data.unit)) }],
       series: [
-        { value: (_, seconds) => (seconds === null ? "–" : new Date(seconds * 1000).toISOString().slice(0, 10)) },
+        { value: (_, seconds) => (seconds === null ? "–" : day(seconds)) },
         ...data.series.map((series, index) => ({
           label: series.label,
           stroke: colour(`--series-${(index % 6) + 1}`),

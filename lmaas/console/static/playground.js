@@ -15,7 +15,8 @@
   const dollars = (picodollars) => {
     const amount = picodollars / 1e12;
     if (amount === 0) return "$0";
-    return `$${amount >= 0.01 ? amount.toFixed(4) : amount.toPrecision(3).replace(/e.*/, "")}`;
+    // Three digits that are not zero, however small the amount is.
+    return `$${amount.toFixed(amount >= 0.01 ? 4 : Math.min(12, Math.ceil(-Math.log10(amount)) + 2))}`;
   };
 
   // What a comment of a waiting stream says, in words, and the seconds that are left if it says so.

@@ -4,7 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lmaas.states import UsageStatus
+from lmaas.states import EnginePhase, UsageStatus
+from lmaas.store.engine_time import record_engine_time
+from lmaas.store.replicas import add_replica
 from lmaas.store.tenants import get_tenant, update_tenant
 from lmaas.store.usage import record_events
 from tests.integration.console.conftest import Console, found_in
@@ -66,6 +68,29 @@ async def test_tenants_are_created_changed_and_deleted(console: Console) -> None
     gone = await browser.post("/tenants/initech/delete", {"confirmed": "initech"})
     assert gone.headers["location"] == "/console/tenants"
     assert (await browser.get("/tenants/initech")).status_code == 404
+
+
+async def test_money_names_costs_margins_and_who_caused_idle_time(console: Console) -> None:
+    stack = console.stack
+    model = await stack.model("base")
+    acme = await get_tenant(stack.db, console.tenants["acme"])
+    await add_replica(stack.db, "rep_1", model.id)
+    now = datetime.now(UTC)
+    hour = 3_600_000
+    spans = {(now.date(), phase, 1_000_000): ms for phase, ms in ((EnginePhase.BUSY, hour), (EnginePhase.IDLE, 3 * hour))}
+    await record_engine_time(stack.db, "rep_1", model.id, spans)
+    paid = usage_event("req_paid", acme.id, base_model="base", created_at=now, run_ms=hour, charge_picousd=2_000_000_000_000)
+    await record_events(stack.db, [paid])
+    browser = await console.signed_in("operator")
+    page = (await browser.get("/money")).text
+    assert found_in(page, r"<dt>Cost</dt><dd>([^<]+)</dd>") == "$4.00"
+    assert "4 h 0 min <small>3 h 0 min idle</small>" in page
+    causes = page[page.index("Idle time, and who caused it") :]
+    assert "$3.00" in causes
+    assert console.tenants["acme"] in causes or "(no tenant)" in causes
+    assert "The figures of the charts" not in page
+    by_model = (await browser.get("/money", params={"by": "model"})).text
+    assert ">base<" in "".join(by_model.split())
 
 
 @pytest.mark.parametrize("by", ["tenant", "tenant,adapter", "model", "day", "month", "work"])

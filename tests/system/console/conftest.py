@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import pytest
 from playwright.async_api import Browser, async_playwright
 
+from tests.support.debian import program
 from tests.system.console.browsing import Visitor, visiting
-from tests.system.console.chromium import executable
 from tests.system.e2e.conftest import MODEL, Stack, start, stop
 
 #: Engines make a token every 30 ms, and open their port so late that people see a cold start.
@@ -56,7 +56,7 @@ def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory, model_folder:
 @pytest.fixture(scope="package")
 def chromium() -> str:
     """The path of Chromium. Without one, the tests are skipped before they start anything."""
-    return executable()
+    return program("chromium", ("chromium", "fonts-dejavu-core"), "the pages of the console")
 
 
 @pytest.fixture(scope="package")

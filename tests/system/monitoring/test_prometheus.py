@@ -30,9 +30,9 @@ from lmaas.tracing.context import OWN_PREFIX
 from tests.integration.gateway.stack import CHAT, Stack, Tenant, running
 from tests.integration.store.build import usage_event
 from tests.support.conditions import until
+from tests.support.debian import program
 from tests.support.processes import free_port
 from tests.support.provisioners import Nowhere
-from tests.system.monitoring.debian import program
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 DASHBOARDS = sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))
@@ -96,7 +96,7 @@ async def prometheus(tmp_path: Path, ports: dict[str, int]) -> AsyncIterator[htt
     }
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     command = [
-        program("prometheus"),
+        program("prometheus", ("prometheus",), "the dashboards"),
         f"--config.file={tmp_path / 'prometheus.yml'}",
         f"--storage.tsdb.path={tmp_path / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}",
@@ -123,7 +123,7 @@ async def ask(client: httpx.AsyncClient, path: str, **parameters: str) -> Any:
 
 
 async def test_every_query_has_an_answer(postgres_url: str, valkey_url: str, tmp_path: Path) -> None:
-    program("prometheus")
+    program("prometheus", ("prometheus",), "the dashboards")
     async with (
         running(postgres_url, valkey_url, tmp_path) as stack,
         serving(stack, tmp_path) as (ports, tenant),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.system.monitoring.debian import program
+from tests.support.debian import program
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 CASES = Path(__file__).with_name("alerts.test.yml")
@@ -23,7 +23,14 @@ def folder(tmp_path: Path) -> Path:
 
 def promtool(folder: Path, *arguments: str) -> str:
     """Run a command of promtool, which must succeed."""
-    done = subprocess.run([program("promtool"), *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [program("promtool", ("prometheus",), "the alert rules"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

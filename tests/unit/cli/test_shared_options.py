@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from lmaas.cli.commands import SECTIONS, cli
 from lmaas.cli.processes import PROCESSES
 from lmaas.manifests.client import ApiClient
+from tests.support.foreign_server import serving
 from tests.unit.cli.test_confirmation import NOWHERE, commands
 
 ROW = {"id": "key_1", "name": "mine", "role": "inference", "revoked_at": None, "prefix": "sk-lmaas-abc", "created_at": "2026-11-30"}
@@ -110,7 +111,7 @@ def test_the_version_needs_no_right_setting(arguments: list[str]) -> None:
 def test_a_wide_table_has_every_column(arguments: list[str]) -> None:
     done = run("key", "list", *arguments, COLUMNS="40", FORCE_COLOR="1")  # which makes the output of the test a terminal
     words = " ".join(done.output.split())
-    said = "Not shown, because the terminal has 40 columns: prefix, created at. Add --wide to see them."
+    said = "Not shown, because the terminal has 40 columns: prefix, created at, expires at. Add --wide to see them."
     assert (said in words) is (not arguments)
     assert ("sk-lmaas-abc" in words) is bool(arguments)
 
@@ -122,9 +123,43 @@ def test_the_script_of_a_shell_needs_no_right_setting(shell: str) -> None:
     assert f"_LMAAS_COMPLETE={shell}_complete" in done.output
 
 
+def completed(words: str, **environment: str) -> list[str]:
+    """Return what bash would offer for the last of these words."""
+    with_words = {"_LMAAS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
+    done = subprocess.run([sys.executable, "-m", "lmaas"], env=own | with_words | environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line]
+
+
 @pytest.mark.parametrize(("words", "offered"), [("lmaas ada", "adapter"), ("lmaas key re", "revoke"), ("lmaas key list --wi", "--wide")])
 def test_commands_and_options_are_completed(words: str, offered: str) -> None:
-    with_words = {"_LMAAS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "LMAAS_PORT": "x"}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")} | with_words
-    done = subprocess.run([sys.executable, "-m", "lmaas"], env=environment, capture_output=True, text=True, check=True)
-    assert f"plain,{offered}" in done.stdout.splitlines()
+    assert offered in completed(words, LMAAS_PORT="x")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("lmaas tenant change ac", ["acme"]),
+        ("lmaas tenant change ", ["acme", "globex"]),
+        ("lmaas adapter list --tenant g", ["globex"]),
+        ("lmaas --tenant a", ["acme"]),
+        ("lmaas adapter versions --tenant acme a", ["acme"]),
+        ("lmaas replica show ten_2", ["ten_2"]),
+        ("lmaas tenant create ac", []),
+    ],
+)
+def test_names_are_completed_from_the_service(words: str, offered: list[str]) -> None:
+    """Every list of this server is that of two tenants."""
+    rows = [{"id": "ten_1", "name": "acme"}, {"id": "ten_2", "name": "globex"}]
+    kept = dict.fromkeys(("base_model", "desired", "observed", "url", "reason", "created_at", "ready_at", "ended_at", "start"))
+    more = dict.fromkeys(("tier", "max_queued", "max_adapters", "live_version", "latest_version", "activated_by", "effective_limits"))
+    limits = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "max_concurrent", "tokens_per_month", "budget_per_month"))
+    page = {"object": "list", "data": [row | kept | more | limits for row in rows], "first_id": None, "last_id": None, "has_more": False}
+    with serving(200, json.dumps(page).encode()) as url:
+        assert completed(words, LMAAS_URL=f"{url}/v1", LMAAS_API_KEY="sk-lmaas-x") == offered
+
+
+@pytest.mark.parametrize("environment", [NOWHERE, {"LMAAS_PORT": "x"}, {"LMAAS_URL": "http://x"}])
+def test_without_a_service_no_name_is_completed(environment: dict[str, str]) -> None:
+    assert completed("lmaas tenant change ac", **environment) == []
