@@ -35,11 +35,14 @@ async def show(visit: Visit) -> Response:
     """Show costs, charges and margins of a period."""
     query = _query(visit)
     days = period(visit)
-    found = await visit.api.read_all(
-        report=visit.api.send(REPORT_COGS, query=query),
-        daily=visit.api.send(REPORT_COGS, query=days | {"by": "day"}),
-        idle=visit.api.send(REPORT_COGS, query=days | {"by": "tenant,model"}),
-    )
+    calls = {
+        "report": visit.api.send(REPORT_COGS, query=query),
+        "idle": visit.api.send(REPORT_COGS, query=days | {"by": "tenant,model"}),
+    }
+    if query["by"] != "day":
+        calls["daily"] = visit.api.send(REPORT_COGS, query=days | {"by": "day"})
+    found = await visit.api.read_all(**calls)
+    found.setdefault("daily", found["report"])
     errors = Fields({each.param: each.message for each in found.values() if isinstance(each, Unread) and each.param in query})
     return visit.render(
         "money.html",
