@@ -36,7 +36,7 @@ async def show(visit: Visit) -> Response:
     for it (`whole`)."""
     query = _query(visit)
     shown = command(visit, "cogs", *(word for name in ("since", "until", "by") if query[name] for word in (f"--{name}", query[name])))
-    frame = {"query": query, "groups": GROUPS, "command": shown}
+    frame: dict[str, Any] = {"query": query, "groups": GROUPS, "command": shown}
     if not visit.query.get("whole"):
         return visit.render("money.html", whole=False, errors=NO_FIELDS, **frame)
     days = period(visit)
