@@ -30,8 +30,12 @@ def limit_options(command: Command) -> Command:
 def limited(row: dict[str, Any]) -> dict[str, Any]:
     """Return the row with its limits as one text: a tenant's with those of its tier, a key's own."""
     limits = row.get("effective_limits", row)
-    texts = [f"{name} {cell(limits[name], money=is_money(name))}" for name in LIMITS if limits.get(name) is not None]
+    texts = [f"{name} {_amount(name, limits[name])}" for name in LIMITS if limits.get(name) is not None]
     return row | {"limits": ", ".join(texts) or "none"}
+
+
+def _amount(name: str, limit: int) -> str:
+    return f"{cell(limit, money=True)} $" if is_money(name) else str(limit)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lmaas.private_server import serve_privately
 from lmaas.states import Observed
 from lmaas.store.batches import open_batches
 from lmaas.store.database import Database
+from lmaas.store.deliveries import overdue_s
 from lmaas.store.engine_time import PoolTime, pool_times
 from lmaas.store.replicas import PoolFailures, failures_by_pool
 from lmaas.store.usage import PoolWaste, recent_waste
@@ -43,6 +44,8 @@ class Ledger:
     waste: Iterable[PoolWaste]
     batches: Mapping[str, int]
     failures: Iterable[PoolFailures]
+    #: For how long the oldest event has waited that is due at a webhook.
+    webhooks_overdue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,9 @@ def _bill(ledger: Ledger) -> list[Metric]:
     for failures in ledger.failures:
         failed.add_metric([failures.base_model, "starting"], failures.starting)
         failed.add_metric([failures.base_model, "running"], failures.running)
-    return [seconds, cost, wasted, batches, failed]
+    overdue = GaugeMetricFamily("lmaas_webhooks_overdue_seconds", "For how long the oldest event has waited that is due at a webhook.")
+    overdue.add_metric([], ledger.webhooks_overdue_s)
+    return [seconds, cost, wasted, batches, failed, overdue]
 
 
 class _Once(Collector):
@@ -189,7 +194,9 @@ async def _metrics(controller: Controller, db: Database, home: Path, request: Re
     ledger = waiting = None
     if controller.active:
         with suppress(Unavailable):
-            ledger = Ledger(await pool_times(db), await recent_waste(db), await open_batches(db), await failures_by_pool(db))
+            ledger = Ledger(
+                await pool_times(db), await recent_waste(db), await open_batches(db), await failures_by_pool(db), await overdue_s(db)
+            )
         with suppress(RedisError):
             waiting = await controller.waiting_events()
     usage = shutil.disk_usage(home)

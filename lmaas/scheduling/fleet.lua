@@ -62,7 +62,7 @@ end
 -- Reads what `text_of_replica` wrote.
 local function parsed(id, stored)
   local said, load, back, latest, runs, has, slots, adapter_slots, life, since, state, rest, names = string.match(
-    stored, '^([^\n]*)\n(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%l+)\n([^\n]*)\n(.-)%s*$'
+    stored, '^([^\n]*)\n(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%S+)\n([^\n]*)\n(.-)%s*$'
   )
   local replica = {
     id = id, load = tonumber(load), back = tonumber(back), latest = tonumber(latest), runs = tonumber(runs), has = tonumber(has),

@@ -221,7 +221,7 @@ local function beat_again(prefix, id, said, seen_text)
   seen.mark, vars.mark, vars.reaped = vars.mark + 1, vars.mark + 1, wall
   write_figures(key, vars, seen)
   redis.call('ZADD', names[prefix].due, now + STALE_MS, id)
-  local load, back, state = string.match(stored, '^(%d+) (%d+) [%d ]+ (%l+)\n', #said + 2)
+  local load, back, state = string.match(stored, '^(%d+) (%d+) [%d ]+ (%S+)\n', #said + 2)
   return string.format(
     '{"state":"%s","load":%s,"background":%s,"suspect":false,"epoch":"%s","memory":"%s %.0f","loads":{},"running":{},"used":{},'
       .. '"controller":%s}%s',

@@ -241,6 +241,14 @@ async def trim(db: Database, tenant_id: str, webhook_id: str) -> None:
         await connection.execute(delete(rows).where(*own, *old))
 
 
+async def overdue_s(db: Database) -> float:
+    """Return for how long the oldest delivery has been due that no runner has leased, for a controller; 0 if there is none."""
+    waiting = (rows.c.state == DeliveryState.PENDING, rows.c.runner_id.is_(None), rows.c.due_at <= func.now())
+    query = select(func.coalesce(func.extract("epoch", func.now() - func.min(rows.c.due_at)), 0)).where(*waiting)
+    async with db.begin(SYSTEM) as connection:
+        return float((await connection.execute(query)).scalar_one())
+
+
 async def delete_old_deliveries(db: Database) -> int:
     """Delete some deliveries of all tenants that ended KEPT ago, for a controller. Returns their number."""
     key = (rows.c.tenant_id, rows.c.webhook_id, rows.c.id)

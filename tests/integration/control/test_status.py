@@ -120,6 +120,7 @@ async def test_leading(controller: Controller, db: Database, controller_db: Data
         ("lmaas_usage_events_waiting", "tiny"): 3,
         ("lmaas_replicas_failed", "tiny", "starting"): 1,
         ("lmaas_replicas_failed", "tiny", "running"): 2,
+        ("lmaas_webhooks_overdue_seconds",): 0,
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import click
 import pytest
 
+from lmaas.cli.limits import limited
 from lmaas.cli.money import BUDGET, PRICE
 from lmaas.cli.tables import cell, heading, is_money
 
@@ -56,3 +57,8 @@ def test_money_is_shown_in_dollars(column: str, title: str | None) -> None:
     assert is_money(column) is (title is not None)
     assert cell(150_000, money=is_money(column)) == ("0.150000" if title else "150000")
     assert title is None or heading(column) == title
+
+
+def test_a_budget_is_shown_in_dollars() -> None:
+    shown = limited({"tokens_per_minute": 100_000, "budget_per_month": 5_500_000, "max_concurrent": None})
+    assert shown["limits"] == "tokens_per_minute 100000, budget_per_month 5.500000 $"

@@ -18,39 +18,40 @@ class Placement(Endings):
         loaded. Of each, the first few are considered."""
         adapter, free, window = held.ticket.adapter, self.free(now), self.rules.MAX_CANDIDATES + len(kept.at)
 
-        def first(replicas: list[Replica]) -> Replica | None:
-            return next((each for each in replicas if self.fits(now, held, each, kept)), None)
+        def first(replicas: list[Replica], *, runs: bool = False) -> Replica | None:
+            return next((each for each in replicas if self.fits(now, held, each, kept, runs=runs)), None)
 
-        def least_of(replicas: list[Replica], members: set[str]) -> Replica | None:
+        def least_of(replicas: list[Replica], members: set[str], *, runs: bool = False) -> Replica | None:
             some = sorted(members)[:window]
             least = [each for each in replicas[:window] if each.id in members] if len(some) == window else []
-            return first(least) or first([each for each in replicas if each.id in some])
+            return first(least, runs=runs) or first([each for each in replicas if each.id in some], runs=runs)
 
         if not adapter:
             return first(free[:window])
-        found = least_of(free, {name for name, each in self.replicas.items() if adapter in self.running(each)})
+        found = least_of(free, {name for name, each in self.replicas.items() if adapter in self.running(each)}, runs=True)
         if held.ticket.background and self.reserve.is_busy(now) and self.adapter_room(now) < 2:
             return found
         spare = [each for each in free if len(self.running(each)) < each.adapter_slots]
         return (
             found
             or least_of(spare, {name for name, each in self.replicas.items() if adapter in each.resident})
-            or first([each for each in spare[:window] if adapter not in self.running(each)])
+            # The adapter may run on one of these, if it runs on more replicas than were considered.
+            or first(spare[:window])
         )
 
-    def fits(self, now: int, held: Held, replica: Replica, kept: Kept) -> bool:
+    def fits(self, now: int, held: Held, replica: Replica, kept: Kept, *, runs: bool) -> bool:
         """Return whether a replica has the slots for a ticket, and none of them is kept for others."""
         slots = min(held.ticket.weight, replica.slots)
         if self.load(replica) + slots > replica.slots or (held.ticket.background and slots > self.background_room(now)):
             return False
-        return self.is_left(held.ticket.adapter, replica, kept)
+        return self.is_left(held.ticket.adapter, replica, kept, runs=runs)
 
-    def is_left(self, adapter: str, replica: Replica, kept: Kept) -> bool:
-        """Return whether nothing that a ticket needs is kept for others."""
+    def is_left(self, adapter: str, replica: Replica, kept: Kept, *, runs: bool) -> bool:
+        """Return whether nothing that a ticket needs is kept for others. `runs`: its adapter is known to run there."""
         here = kept.at.get(replica.id, Here())
         if here.whole:
             return False
-        if adapter in self.running(replica):
+        if runs:
             return adapter not in here.victims
         return not adapter or not here.holders or adapter in here.holders
 
@@ -98,7 +99,7 @@ class Placement(Endings):
     def is_in_reach(self, held: Held, replica: Replica, kept: Kept) -> bool:
         """Return whether an interactive ticket fits on a replica beside its background tickets."""
         fits = self.front(replica) + min(held.ticket.weight, replica.slots) <= replica.slots
-        return fits and self.is_left(held.ticket.adapter, replica, kept)
+        return fits and self.is_left(held.ticket.adapter, replica, kept, runs=held.ticket.adapter in self.running(replica))
 
     def lacks_adapter_slot(self, held: Held, replica: Replica) -> bool:
         running = self.running(replica)
