@@ -188,7 +188,9 @@ async def _weight(url: str, keys: dict[Role, str]) -> Bar:
     for role, key in keys.items():
         async with _signed_in(url, key) as client:
             for path in pages(role):
-                sizes[f"{role}: {path}"] = len((await client.get(path)).content)
+                # With what the page of money asks for once it is shown.
+                whole = path + ("&" if "?" in path else "?") + "whole=1"
+                sizes[f"{role}: {path}"] = len((await client.get(whole)).content)
     largest = max(sizes, key=lambda name: sizes[name])
     return Bar(
         WEIGHT,

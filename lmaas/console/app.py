@@ -19,6 +19,7 @@ from lmaas.console.assets import Assets
 from lmaas.console.metrics import ConsoleMetrics, Measured
 from lmaas.console.oidc_sign_in import START as OIDC_START
 from lmaas.console.oidc_sign_in import OidcSignIn
+from lmaas.console.page import MAX_FORM_BYTES
 from lmaas.console.registry import PAGES
 from lmaas.console.rendering import Templates
 from lmaas.console.security import SecurityHeaders, safe_next
@@ -40,8 +41,10 @@ def build_console(settings: Settings, transport: httpx.AsyncBaseTransport | None
     """
     connections = ApiConnections(settings.console_api_url or settings.base_url, transport)
     metrics, assets = ConsoleMetrics(), Assets(f"{PATH}/static")
+    # The gateway refuses larger files. The rest is for the other fields.
+    max_upload_bytes = max(settings.max_adapter_bytes, settings.max_file_bytes) + MAX_FORM_BYTES
     uses_oidc = settings.console_oidc_issuer is not None
-    site = Site(PAGES, Templates(assets.url), connections, Sessions(connections))
+    site = Site(PAGES, Templates(assets.url), connections, Sessions(connections), max_upload_bytes)
     sign_in = SignIn(site, ((settings.console_oidc_label, OIDC_START),) if uses_oidc else ())
     oidc = OidcSignIn(settings, site, sign_in).routes() if uses_oidc else []
 

@@ -29,6 +29,8 @@ class Site:
     templates: Templates
     connections: ApiConnections
     sessions: Sessions
+    #: The largest body of a form with files, whatever its page takes.
+    max_upload_bytes: int
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes of all pages."""
@@ -72,7 +74,7 @@ class Site:
             if visit.page.of_tenant and visit.tenant is None:
                 return await _choose_tenant(visit)
             return await route.handler(visit)
-        form = await read_form(visit.request, route.max_bytes)
+        form = await read_form(visit.request, min(route.max_bytes, self.max_upload_bytes))
         try:
             token = visit.request.headers.get("x-csrf-token") or form.get("csrf")
             if not isinstance(token, str) or not visit.person.sent(token):

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from lmaas.api.table import REPORT_COGS
 from lmaas.console.api import Unread
 from lmaas.console.command import command
-from lmaas.console.page import OPERATORS, Fields, Page, Section, Visit, get
+from lmaas.console.page import NO_FIELDS, OPERATORS, Fields, Page, Section, Visit, get
 from lmaas.console.reports import MICROUSD, chart, csv, period
 
 PATH = "/money"
@@ -21,7 +21,7 @@ GROUPS = (
     ("work", "kind of work"),
 )
 #: The most lines that the page shows, those with the highest cost. The CSV has all.
-MAX_LINES = 200
+MAX_LINES = 100
 #: The most tenants of the table of idle time.
 MAX_IDLE = 20
 
@@ -32,26 +32,33 @@ def _query(visit: Visit) -> dict[str, str]:
 
 
 async def show(visit: Visit) -> Response:
-    """Show costs, charges and margins of a period."""
+    """Show costs, charges and margins of a period. The report takes seconds for many tenants and adapters, so the page comes first and asks
+    for it (`whole`)."""
     query = _query(visit)
+    shown = command(visit, "cogs", *(word for name in ("since", "until", "by") if query[name] for word in (f"--{name}", query[name])))
+    frame: dict[str, Any] = {"query": query, "groups": GROUPS, "command": shown}
+    if not visit.query.get("whole"):
+        return visit.render("money.html", whole=False, errors=NO_FIELDS, **frame)
     days = period(visit)
-    found = await visit.api.read_all(
-        report=visit.api.send(REPORT_COGS, query=query),
-        daily=visit.api.send(REPORT_COGS, query=days | {"by": "day"}),
-        idle=visit.api.send(REPORT_COGS, query=days | {"by": "tenant,model"}),
-    )
+    calls = {
+        "report": visit.api.send(REPORT_COGS, query=query),
+        "idle": visit.api.send(REPORT_COGS, query=days | {"by": "tenant,model"}),
+    }
+    if query["by"] != "day":
+        calls["daily"] = visit.api.send(REPORT_COGS, query=days | {"by": "day"})
+    found = await visit.api.read_all(**calls)
+    found.setdefault("daily", found["report"])
     errors = Fields({each.param: each.message for each in found.values() if isinstance(each, Unread) and each.param in query})
     return visit.render(
-        "money.html",
+        "money_part.html" if visit.is_part else "money.html",
         status=400 if errors else 200,
-        query=query,
+        whole=True,
         errors=errors,
-        groups=GROUPS,
         lines=_lines(found["report"], query["by"]),
         most=MAX_LINES,
         causes=_causes(found["idle"]),
         chart=_chart(found["daily"]),
-        command=command(visit, "cogs", *(word for name in ("since", "until", "by") if query[name] for word in (f"--{name}", query[name]))),
+        **frame,
         **found,
     )
 

@@ -86,3 +86,14 @@ async def test_limits_of_a_key_hold_for_its_sessions(stack: Stack, operator: htt
     assert (principal.key_id, principal.key_limits.requests_per_minute) == (key["id"], 2)
     assert principal.expires_at is not None
     assert principal.expires_at <= time.time() + 121
+
+
+async def test_of_one_key_and_person_the_last_sessions_are_kept(stack: Stack, operator: httpx.AsyncClient) -> None:
+    await operator.post("/admin/v1/tenants", json={"name": "acme"})
+    made = {}
+    for person in ("ada", "bob"):
+        body = {"role": "inference", "tenant": "acme", "subject": person}
+        made[person] = [(await operator.post("/admin/v1/sessions", json=body)).json()["key"] for _ in range(22 if person == "ada" else 1)]
+    found = [await find_principal(stack.db, hash_key(key)) is not None for key in made["ada"]]
+    assert found == [False] * 2 + [True] * 20
+    assert await find_principal(stack.db, hash_key(made["bob"][0])) is not None

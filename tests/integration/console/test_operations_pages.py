@@ -82,25 +82,29 @@ async def test_money_names_costs_margins_and_who_caused_idle_time(console: Conso
     paid = usage_event("req_paid", acme.id, base_model="base", created_at=now, run_ms=hour, charge_picousd=2_000_000_000_000)
     await record_events(stack.db, [paid])
     browser = await console.signed_in("operator")
-    page = (await browser.get("/money")).text
+    frame = (await browser.get("/money")).text
+    assert 'hx-get="/console/money?whole=1" hx-trigger="load"' in frame
+    part = await browser.get("/money?whole=1", headers={"hx-request": "true"})
+    assert part.text.lstrip().startswith('<div id="report"')
+    page = (await browser.get("/money?whole=1")).text
     assert found_in(page, r"<dt>Cost</dt><dd>([^<]+)</dd>") == "$4.00"
     assert "4 h 0 min <small>3 h 0 min idle</small>" in page
     causes = page[page.index("Idle time, and who caused it") :]
     assert "$3.00" in causes
     assert console.tenants["acme"] in causes or "(no tenant)" in causes
     assert "The figures of the charts" not in page
-    by_model = (await browser.get("/money", params={"by": "model"})).text
+    by_model = (await browser.get("/money", params={"by": "model", "whole": "1"})).text
     assert ">base<" in "".join(by_model.split())
 
 
 @pytest.mark.parametrize("by", ["tenant", "tenant,adapter", "model", "day", "month", "work"])
 async def test_money(console: Console, by: str) -> None:
     browser = await console.signed_in("operator")
-    page = await browser.get("/money", params={"by": by})
+    page = await browser.get("/money", params={"by": by, "whole": "1"})
     assert page.status_code == 200
     report = await browser.http.get(found_in(page.text, r'href="(/console/money\.csv[^"]*)"'))
     assert report.headers["content-type"].startswith("text/csv")
-    wrong = await browser.get("/money", params={"since": "x"})
+    wrong = await browser.get("/money", params={"since": "x", "whole": "1"})
     assert wrong.status_code == 400
     assert "'since' must be a day" in found_in(wrong.text, r'id="f-since-error">([^<]+)<')
     assert (await (await console.signed_in("acme-admin")).get("/money")).status_code == 403

@@ -152,6 +152,24 @@ async def test_every_response_has_the_security_headers(console: Console) -> None
             assert response.headers["cache-control"] == "no-store"
 
 
+async def test_uploads_are_bounded_by_the_settings(console: Console) -> None:
+    settings = dataclasses.replace(
+        console.stack.settings, console_api_url=console.stack.url, max_adapter_bytes=1_000_000, max_file_bytes=500_000
+    )
+    async with console_of(settings) as app:
+        browser = browser_of(app)
+        assert (await browser.sign_in(console.keys["acme-admin"])).status_code == 303
+        token = found_in((await browser.get()).text, r'name="csrf" value="([0-9a-f]+)"')
+        response = await browser.http.post(
+            "/console/upload-adapter",
+            data={"csrf": token, "name": "bot"},
+            files={"files": ("adapter_model.safetensors", b"x" * 6_000_000)},
+            headers={"origin": "http://console.test"},
+        )
+        assert response.status_code == 413
+        assert "exceeds 5194304 bytes" in response.text
+
+
 async def test_an_unknown_address_is_not_found(console: Console) -> None:
     for path, says in (("/console/nothing", "There is no such page"), ("/", "The console is at /console.")):
         response = await console.browser().http.get(path)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 
 from lmaas.config import Settings
 from lmaas.engine.launch import EngineProcess, EngineSpec
+from tests.support.collector import Collector, collector
 from tests.support.conditions import until
 from tests.system.engine.running import running
 from tests.system.engine.zygote.place import zygote_in
@@ -133,11 +134,21 @@ def vllm_args() -> str:
     return ""
 
 
+@pytest.fixture(scope="module")
+def collected() -> Iterator[Collector]:
+    """A collector, to which the engines send their spans."""
+    with collector() as collected:
+        yield collected
+
+
 @pytest.fixture(scope="module", params=["fake", "vllm"])
-async def engine(vllm_args: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+async def engine(
+    vllm_args: str, collected: Collector, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Engine]:
     """A running engine with 8 slots. vLLM is forked by a zygote, as in a service. Other tests cover plain starts (README.md)."""
     fake = request.param == "fake"
     spec = EngineSpec(
+        traces_url=collected.url,
         module="lmaas.testing.fake_engine" if fake else Settings().engine_module,
         source="no-model" if fake else str(request.getfixturevalue("model_folder")),
         name=BASE,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lmaas.inference.protocol import Inference
 from lmaas.protocols.messages.protocol import Messages
 from lmaas.protocols.sse import Rewriter, rewrite_whole
 from tests.support.anthropic_stream import check_message, check_stream
+from tests.support.collector import Collector
 from tests.support.conditions import until
 from tests.system.engine.conftest import (
     ADAPTER,
@@ -79,6 +81,30 @@ async def test_completion_stream_has_the_shape_that_the_relay_rewrites(engine: E
     assert events.finish_reasons() == {0: "length"}
     assert events.raw[-1] == b"data: [DONE]"
     assert (await engine.idle()).since(before) == total(usage["usage"])
+
+
+@PATHS
+async def test_a_request_continues_the_trace_that_it_is_sent_with(engine: Engine, collected: Collector, path: str) -> None:
+    words, before = "the-secret-word", len(collected.spans)
+    sampled, other, last = (secrets.token_hex(16) for _ in range(3))
+    for request_id, headers in {
+        "traced": {"traceparent": f"00-{sampled}-b7ad6b7169203331-01", "tracestate": "a=1"},
+        "not-sampled": {"traceparent": f"00-{other}-b7ad6b7169203331-00"},
+        "without": {},
+        "last": {"traceparent": f"00-{last}-b7ad6b7169203331-01"},
+    }.items():
+        body = ask(path, words, tokens=3)
+        response = await engine.http.post(path, json=body, headers={"x-request-id": request_id, **headers})
+        assert response.status_code == 200
+    await until(lambda: collected.trace(last) and collected.trace(sampled))
+    (span,) = collected.trace(sampled).values()
+    assert (span.name, span.parent_id, span.service, span.kind) == ("llm_request", "b7ad6b7169203331", "lmaas-engine", 2)
+    assert "traced" in span.attributes["gen_ai.request.id"]
+    assert 0 < span.end_ns - span.start_ns < 60e9
+    # An engine begins no traces: neither for the request without one, nor for what it does by itself, such as its start.
+    assert {span.trace_id for span in collected.spans[before:]} == {sampled, last}
+    assert {span.name for span in collected.spans} == {"llm_request"}
+    assert words.encode() not in collected.raw
 
 
 @PATHS
