@@ -108,7 +108,7 @@ async def test_a_node_dies_under_load_and_no_queued_request_is_lost(fleet: Fleet
         assert home is not nodes[other], "it is on the free node"
     broken = [stream for stream in load.streams if not completed(stream, TOKENS)]
     assert broken, "the node was busy"
-    assert all(stream.tokens > 0 and stream.error is not None for stream in broken), "those requests ran, and their clients received an error"
+    assert all(stream.tokens > 0 and stream.error is not None for stream in broken), "they ran, and their clients received an error"
     ledger = await caller.ledger(*(stream.headers["x-request-id"] for stream in load.streams))
     assert {event.status for event in ledger.values()} == {"completed", "failed"}
     assert sum(1 for event in ledger.values() if event.status == "failed") == len(broken)
