@@ -34,7 +34,7 @@ BEGINNING = ["response.created", "response.in_progress"]
 
 
 def items(response: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The type, the status and the text of each item."""
+    """Return the type, the status and the text of each item."""
     found = []
     for item in response["output"]:
         parts = item.get("content")
