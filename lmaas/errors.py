@@ -45,7 +45,7 @@ class InternalError(LmaasError):
 
 
 class InvalidRequest(LmaasError):
-    """The request is malformed, or asks for something that the service does not offer."""
+    """The request is malformed, or needs something that the service does not offer."""
 
     kind, status, type, code = "invalid_request", HTTPStatus.BAD_REQUEST, "invalid_request_error", "invalid_request"
 
@@ -75,7 +75,7 @@ class Unauthenticated(LmaasError):
         super().__init__(message)
 
     def headers(self) -> dict[str, str]:
-        """Add the challenge that HTTP asks for."""
+        """Add the challenge that HTTP requires."""
         return super().headers() | {"www-authenticate": "Bearer"}
 
 

@@ -93,7 +93,7 @@ def _id(path: Mapping[str, str]) -> str:
 async def create_message_batch(api: Api, call: ApiCall[NewMessageBatch, None]) -> MessageBatch:
     """Create a batch. Its requests stream into an input file of the tenant, which is added together with the batch."""
     limits = batch_limits(call.principal.tier)
-    # What is refused in any case is refused before its requests are sent.
+    # A batch that the limits do not allow is refused before its requests are read.
     await rows.check_limits(api.db, call.tenant_id, limits)
     await api.files.check_room(call.tenant_id, max(announced_bytes(call.request) - _MAX_SPACE, 0))
     reader = RequestReader(api.settings.max_body_bytes, _FORM.lines)

@@ -24,7 +24,7 @@ _THINGS = {"name": "adapter", "model": "base model"}
 
 
 class Permission(StrEnum):
-    """Which keys may call an operation. An operator names the tenant in the path, where the operation is about a tenant's resources."""
+    """The keys that may call an operation. An operator names the tenant in the path, where the operation is about a tenant's resources."""
 
     #: An operator's key.
     OPERATOR = "operator"
@@ -69,12 +69,12 @@ class Operation:
 
     @property
     def is_paged(self) -> bool:
-        """Whether the answer is a list in pages."""
+        """True if the answer is a list in pages."""
         return self.query is not None and issubclass(self.query, Paging)
 
     @property
     def places(self) -> tuple["Place", ...]:
-        """Where the operation is served."""
+        """The places where the operation is served."""
         places = [Place(self, self.id, self.path, self.permission)]
         if self.operator_path is not None:
             places.append(Place(self, f"{self.id}_of_tenant", self.operator_path, Permission.OPERATOR))
@@ -120,7 +120,7 @@ def _segment(parameter: str, value: str) -> str:
 
 
 def page_of(rows: list[Any], ids: list[str], limit: int) -> Page[Any]:
-    """Return a page of at most `limit` of these rows, of which one more than `limit` says that there is another page."""
+    """Return a page of at most `limit` of these rows. One row more than `limit` shows that there is another page."""
     shown = ids[:limit]
     first, last = (shown[0], shown[-1]) if shown else (None, None)
     return Page(data=rows[:limit], first_id=first, last_id=last, has_more=len(rows) > limit)

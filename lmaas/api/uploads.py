@@ -32,7 +32,7 @@ class UploadForm:
 
 
 def announced_bytes(request: Request) -> int:
-    """Return the length of the body that the request announces, 0 if it does not say, or if the body will be unpacked."""
+    """Return the length of the body that the request declares; 0 if it declares none, or if the body will be unpacked."""
     length = request.headers.get("content-length", "")
     return int(length) if length.isdigit() and len(length) < 20 and "content-encoding" not in request.headers else 0
 

@@ -1,4 +1,4 @@
-"""What the commands share: the client of the service, output, and confirmation."""
+"""The common parts of the commands: the client of the service, output, and confirmation."""
 
 import json
 import shutil

@@ -42,7 +42,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which lines are shown: those of these processes or replicas, from this level on, and about this request. None: of any."""
+    """The lines that are shown: those of these processes or replicas, from this level on, and about this request. None: of any."""
 
     processes: frozenset[str] = frozenset()
     level: str | None = None

@@ -101,7 +101,7 @@ def usage(
 
 
 def _groups(by: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns that lines are grouped by, of which an answer may have more than were asked for."""
+    """Return the columns that lines are grouped by. A response may have more of them than were requested."""
     fields = {"key": ("key_id", "key")}
     asked = {name.strip() for name in by.split(",")} | ({"tenant"} if rows and "tenant" in rows[0] else set())
     return [field for name in UsageDimension if name in asked for field in fields.get(name, (name.value,))]

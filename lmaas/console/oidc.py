@@ -40,7 +40,7 @@ class SignInError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who has signed in at the provider."""
+    """A person who has signed in at the provider."""
 
     name: str
     groups: tuple[str, ...]
@@ -48,7 +48,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What the browser keeps while the person is at the provider."""
+    """The data that the browser keeps while the person is at the provider."""
 
     state: str
     nonce: str

@@ -48,7 +48,7 @@ def number(value: float | None) -> str:
 
 
 def usd(microusd: float | None) -> str:
-    """Return micro-dollars as dollars. Small amounts keep the digits that tell them from zero."""
+    """Return micro-dollars as dollars. Small amounts keep enough digits to differ from zero."""
     if microusd is None:
         return NOTHING
     dollars = abs(microusd) / MICROUSD

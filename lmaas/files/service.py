@@ -38,7 +38,7 @@ _ID = re.compile(r"file-[0-9a-f]{24}")
 
 
 class Purpose(StrEnum):
-    """What a file is for, in OpenAI's words."""
+    """The purpose of a file, in OpenAI's words."""
 
     BATCH = "batch"
     FINE_TUNE = "fine-tune"
@@ -75,7 +75,7 @@ class Files:
         self.max_bytes, self._quota_of = max_bytes, quota_of
         self._uploads = Slots(UPLOADS_AT_ONCE, "uploads", "too_many_uploads")
         self._downloads = Slots(DOWNLOADS_AT_ONCE, "downloads", "too_many_downloads")
-        #: Each holds a connection to the database while it talks to the object store.
+        #: Each holds a connection to the database while it waits for the object store.
         self._additions, self._settlements = asyncio.Semaphore(ADDITIONS_AT_ONCE), asyncio.Semaphore(SETTLEMENTS_AT_ONCE)
         self._settling: set[asyncio.Task[bool]] = set()
 
@@ -186,7 +186,7 @@ class Files:
             raise not_found() from None
 
     async def stream(self, file: File) -> AsyncIterator[bytes]:
-        """Provide the content of a file in pieces, each of which is fetched when it is asked for. Raises as `read`."""
+        """Provide the content of a file in pieces, each of which is fetched when it is needed. Raises as `read`."""
         try:
             async for piece in self._objects.stream(file.key, file.size_bytes):
                 yield piece

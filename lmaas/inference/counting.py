@@ -34,7 +34,7 @@ class PromptRequest:
     """A checked request for the tokens of a prompt. `path` and `parameters` are those of the engine's request that has this prompt.
 
     `request` is that request, if the prompt is one of a request to generate; then `parameters` are its own, which `expand` may change.
-    `ids` and `strings` say whether the tokens themselves are wanted beside their number.
+    `ids` and `strings` are whether the tokens themselves are wanted beside their number.
     """
 
     model: str

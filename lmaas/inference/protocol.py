@@ -1,4 +1,4 @@
-"""What the path of a request needs from a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
+"""The interface between the path of a request and a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
 
 import time
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class Answer(ABC):
 
     @property
     def usage_if_left(self) -> dict[str, Any]:
-        """What the engine has counted of a request whose receiver went away.
+        """Return the engine's count for a request whose receiver went away.
 
         The engine reports the prompt's tokens of a request that was cut before its first token, but has not finished or counted them.
         """
@@ -147,7 +147,8 @@ class Protocol(ABC, Generic[Request]):
         """
 
     async def keep(self, inference: Inference[Request]) -> None:
-        """Store what outlives the request, before the client receives the end of its answer. Called only for complete answers."""
+        """Store everything that outlives the request, before the client receives the end of its answer. Called only for complete
+        answers."""
 
     def error_body(self, error: LmaasError, request_id: str) -> dict[str, Any]:
         """Return the body of an error response in the protocol's own shape."""

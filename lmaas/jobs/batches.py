@@ -27,7 +27,7 @@ MAX_LATER = 1_000
 
 
 class BatchSteps(Protocol):
-    """What is done with a whole batch. Each step may be repeated. It raises LeaseLost if another runner may have the batch."""
+    """The steps of a whole batch. Each step may be repeated. It raises LeaseLost if another runner may have the batch."""
 
     async def validate(self, lease: BatchLease) -> None:
         """Read the input file, and store its lines or what is wrong with it."""

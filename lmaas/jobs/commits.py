@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 class Commits:
-    """Stores how the lines of one runner ended, and gives back those that are to be run again.
+    """Stores the ends of one runner's lines, and gives back those that are to be run again.
 
     While Postgres is away, they wait, and no more lines are begun once their answers have too many bytes. `stored` is called with the lines
     whose end was stored or given up.

@@ -24,7 +24,7 @@ _END = b"\n\n"
 class EventSink(Receiver):
     """The sink of one run. Its events are numbered from the run's first on, and logged if the response was created with a stream.
 
-    Nothing but whole events is written to it, because it is never asked to start.
+    Only whole events are written to it, because `start` is never called.
     """
 
     #: The errors of a run are events of its answer.

@@ -55,7 +55,7 @@ class HeldLine:
 
     @property
     def runs(self) -> bool:
-        """Whether an engine works on it."""
+        """True if an engine works on it."""
         record = getattr(self.inference, "record", None)
         return not self.ended and record is not None and record.run_ms is not None
 

@@ -153,7 +153,7 @@ class Feeder:
         for pool_id in self.windows.keys() - pools.keys() - counts.keys():
             del self.windows[pool_id]
         none = PoolCount()
-        # Those with the fewest lines first, because the bound of all lines may not be enough for all pools.
+        # Pools with the fewest lines come first, because the bound of all lines may not be enough for all pools.
         for pool_id in sorted(pools.keys() | counts.keys(), key=lambda pool_id: counts.get(pool_id, none).held):
             window, count = self.windows.setdefault(pool_id, Window()), counts.get(pool_id, none)
             window.observe(count.begun, count.put_back, now)

@@ -83,7 +83,7 @@ class Runner:
                 log.warning("runner lost its leases; it begins anew", extra={"action": "lease", "detail": runner_id})
             finally:
                 self.id = None
-            # What it still leases is free at once, and not only when it counts as lost.
+            # Its remaining leases are free at once, and not only when it counts as lost.
             with suppress(Unavailable):
                 await end(self._db, runner_id)
 

@@ -27,9 +27,9 @@ MAX_AT_ONCE = 128
 GRACE_S = 20.0
 #: The pause before something is stored again that Postgres did not take.
 AGAIN_S = 1.0
-#: The attempts after which the deliveries of a webhook that have ended are trimmed: about, since the last attempt says which webhook.
+#: The approximate number of attempts after which a webhook's ended deliveries are trimmed. The last attempt determines the webhook.
 TRIM_EVERY = 100
-#: The status with which a target says that it wants no more events.
+#: The status with which a target ends its subscription.
 GONE = 410
 
 T = TypeVar("T")

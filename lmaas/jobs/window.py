@@ -1,4 +1,5 @@
-"""How many lines of a pool a runner leases: what its engines have room for, and a few ahead, so that no engine waits for a runner. Pure."""
+"""The number of lines of a pool that a runner leases: as many as its engines have room for, and a few ahead, so that no engine waits for a
+runner. Pure."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -191,7 +191,7 @@ class EndedLine:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes of memory."""
+        """Its size in memory."""
         return len(self.answer) + (0 if self.turn is None else self.turn.size_bytes)
 
 

@@ -49,7 +49,7 @@ _BY_INDEX = " -c enable_seqscan=off -c jit=off"
 
 
 class Writes(Protocol):
-    """Where something may be written: the database, or the connection that proves who may write."""
+    """The object through which a function may write: the database, or the connection that proves the right to write."""
 
     def begin(self, scope: AnyScope) -> AbstractAsyncContextManager[AsyncConnection]:
         """Provide a connection for the block. Its statements hold, all or each, once the block has ended without an error."""

@@ -92,7 +92,7 @@ class DeliveryLease:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What is sent: the body, signed with these keys. `failures` are the attempts that failed before."""
+    """The message to send: the body, signed with these keys. `failures` are the attempts that failed before."""
 
     url: str
     keys: tuple[bytes, ...]
@@ -103,9 +103,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an attempt: success without an `error`. Of a failure, `retry_in_s` says when it is tried again; None means not again.
+    """The outcome of an attempt: success without an `error`. For a failure, `retry_in_s` is the time until the next attempt; None means no
+    further one.
 
-    `is_gone` says that the target wants no more events.
+    `is_gone` is true if the target wants no more events.
     """
 
     duration_ms: int

@@ -186,7 +186,7 @@ class Offer(NamedTuple):
 
 
 class LeasedLine(NamedTuple):
-    """A line that a runner leases, and where its bytes are in the input file. `attempt` is the number of the lease, from 1."""
+    """A line that a runner leases, and the position of its bytes in the input file. `attempt` is the number of the lease, from 1."""
 
     tenant_id: str
     batch_id: str

@@ -121,7 +121,7 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
     connection.execute(text("RESET ROLE"))
     connection.commit()
     adopt(connection, prefix)
-    # What is made from here on belongs to the owner.
+    # Tables that are created from here on belong to the owner.
     try:
         connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
     except ProgrammingError as error:

@@ -62,7 +62,7 @@ class BaseModel:
 
     @property
     def takes_adapters(self) -> bool:
-        """Whether its engines apply LoRA adapters. Of models that embed text, those do of which modules are known that take them."""
+        """True if its engines apply LoRA adapters. Of models that embed text, only those do whose adaptable modules are known."""
         return self.kind is PoolKind.GENERATE or bool(self.linears)
 
     @property

@@ -51,7 +51,7 @@ class Response:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the database."""
+        """Its size in the database."""
         return len(self.input) + len(self.body) + ROW_BYTES
 
 

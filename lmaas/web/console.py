@@ -54,7 +54,7 @@ class ConsoleForwarding:
         if self._session is None:
             raise NotFound("This service has no console. Set LMAAS_CONSOLE_URL to the address of one, which `lmaas console` runs.")
         query = request.scope["query_string"].decode("latin-1")
-        # As the client has encoded it, except for slashes at its end, which the gateway ignores everywhere.
+        # Encoded by the client, except for slashes at its end, which the gateway ignores everywhere.
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1").partition("?")[0].rstrip("/")
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         try:

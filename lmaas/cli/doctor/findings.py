@@ -1,4 +1,4 @@
-"""What the checks find. The judgements are pure: facts in, a finding out."""
+"""Findings of the checks. The judgements are pure: facts in, a finding out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MOST_NAMES = 5
 
 
 class Level(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     OK = "ok"
     #: It works, but less well, or not for long.
@@ -28,7 +28,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found: a sentence, and unless all is well, what to do."""
+    """The result of one check: a sentence, and unless all is well, a remedy."""
 
     level: Level
     check: str

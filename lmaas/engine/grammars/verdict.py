@@ -52,7 +52,7 @@ class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
     """A prompt whose tokens are wanted: the endpoint's path (`/v1/chat/completions`, `/v1/completions` with one text, or DETOKENIZE), and
     the parameters of the engine's request. DETOKENIZE takes `tokens`.
 
-    `ids` and `strings` say whether the tokens themselves are wanted beside their number.
+    `ids` and `strings` are whether the tokens themselves are wanted beside their number.
     """
 
     path: str

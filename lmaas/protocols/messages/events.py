@@ -51,7 +51,7 @@ class MessageStream(Answer):
         self._call = -1
         self._calls = 0
         self._arguments: list[str] = []
-        #: Whether those are an object, as far as their first character tells; None before it has come.
+        #: True if those are an object, as far as their first character shows it; None before it has arrived.
         self._is_object: bool | None = None
         self._finish: str | None = None
         self._stop: int | str | None = None

@@ -44,7 +44,7 @@ class MessagesRequest(EngineRequest):
 
     #: Whether the client wants to see what the model thinks.
     shows_thinking: bool
-    #: The limit that the client asked for, 0 for a request that only counts tokens.
+    #: The client's limit, 0 for a request that only counts tokens.
     max_tokens: int
 
     def check(self, model: BaseModel) -> None:

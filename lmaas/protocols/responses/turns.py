@@ -37,8 +37,8 @@ class Turns:
     async def take(self, tenant_id: str, reading: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Read when it is the tenant's turn, and return the result.
 
-        Raises OverLimit if too many of the tenant's requests wait, and Unavailable if it takes too long. A reading that Postgres does not
-        answer cannot be ended: it goes on without the request, and the turn is over with it.
+        Raises OverLimit if too many of the tenant's requests wait, and Unavailable if it takes too long. A reading to which Postgres does
+        not respond cannot be ended: it continues without the request, and the turn is over with it.
         """
         tenant = self._tenants.setdefault(tenant_id, _Tenant())
         if tenant.waiting >= MAX_WAITING:
