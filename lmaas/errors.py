@@ -30,7 +30,7 @@ class LmaasError(Exception):
         self.retry_after_s = min(retry_after_s, 120.0) if retry_after_s is not None else None
 
     def headers(self) -> dict[str, str]:
-        """Return the response headers that tell a client whether and when to retry."""
+        """Return the response headers that state whether and when a client should retry."""
         headers = {"x-should-retry": "true" if self.retryable else "false"}
         if self.retryable and self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))

@@ -32,7 +32,8 @@ from lmaas.store import models, pools, replicas
 from lmaas.store.paging import Part
 from lmaas.types import AUTO
 
-#: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
+#: Fields about the running of an engine, for replicas that start after the change, and about the validation of adapters. The defaults are
+#: settings.
 _FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
 _WORDS = ("source", "dtype", "engine_args")
 #: The least default of `max_num_seqs` for a model that embeds: texts are short, and take no KV cache or only for one step.

@@ -38,7 +38,7 @@ _FORM = FORMS[Dialect.ANTHROPIC]
 _ID = re.compile(r"msgbatch_[0-9a-f]{20}")
 #: The largest body that creates a batch.
 MAX_BODY_BYTES = _FORM.file_bytes
-#: What a body may have besides its requests until it counts for the tenant's quota before it was read.
+#: The bytes that a body may have besides its requests. Any more count for the tenant's quota before the body is read.
 _MAX_SPACE = 1024 * 1024
 JSON_LINES = "application/x-jsonl"
 

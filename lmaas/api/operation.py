@@ -16,10 +16,10 @@ from lmaas.errors import InvalidRequest
 _TENANTS = "/v1"
 _OPERATORS = "/admin/v1/tenants/{tenant}"
 _PARAMETER = re.compile(r"{(\w+)}")
-#: What is not one segment of a path to every server, proxy and client on the way: an empty value, `.` and `..`, and whatever has a
-#: slash, a backslash, a percent sign (it would be decoded once more), a control character or half of a surrogate pair.
+#: Values that are not one segment of a path to every server, proxy and client on the way: an empty value, `.` and `..`, and any value with
+#: a slash, a backslash, a percent sign (it would be decoded once more), a control character or half of a surrogate pair.
 _NO_SEGMENT = re.compile(r"\.{0,2}|.*[/\\%\x00-\x1f\x7f\ud800-\udfff].*", re.DOTALL)
-#: What a parameter names, where that is another word.
+#: The thing that a parameter names, where that is another word.
 _THINGS = {"name": "adapter", "model": "base model"}
 
 

@@ -16,7 +16,7 @@ from lmaas.http import limited
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-#: What a form may have besides its file: text fields of this many bytes, and the headers and boundaries of its parts.
+#: The part of a form besides its file: text fields of at most this many bytes, and the headers and boundaries of its parts.
 MAX_TEXT_BYTES = 4096
 FORM_OVERHEAD_BYTES = 256 * 1024
 MAX_FILENAME = 255

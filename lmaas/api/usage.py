@@ -210,7 +210,7 @@ async def _events(api: Api, call: ApiCall[None, Any], scope: AnyScope, key_id: s
     return page_of([_shown_event(row, kind) for row in found], [row.request_id for row in found], asked.limit)
 
 
-#: Where the names of the API and of the ledger differ.
+#: Fields whose names differ between the API and the ledger.
 _OF_LEDGER = {"adapter": "adapter_name", "engine_adapter": "adapter"}
 
 

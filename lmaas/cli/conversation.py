@@ -14,7 +14,7 @@ _QUEUED = re.compile(r"queued position=(\d+) estimated_wait_s=(\d+)((?: \w+=\w+)
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The request waits. `words` say for what, and how long."""
+    """The request waits. `words` name the reason and the expected time."""
 
     words: str
 

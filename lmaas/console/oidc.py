@@ -24,7 +24,7 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 FRESH_S = 3600.0
 AGAIN_S = 30.0
 TIMEOUT_S = 10.0
-#: How far the provider's clock may be off.
+#: The maximum deviation of the provider's clock.
 LEEWAY_S = 60
 MAX_BYTES = 1024 * 1024
 MAX_NAME = 100

@@ -19,7 +19,7 @@ from lmaas.errors import ApiError, InvalidRequest, TooLarge
 from lmaas.http import limited
 from lmaas.types import Role
 
-#: What a form may have, and a body of JSON, in bytes. Prompts of the playground are the longest.
+#: The maximum size of a form, and of a body of JSON, in bytes. Prompts of the playground are the longest.
 MAX_FORM_BYTES = 4 * 1024 * 1024
 MAX_FIELDS = 200
 MAX_FILES = 10
@@ -96,7 +96,7 @@ class Visit:
     pages: tuple["Page", ...]
     #: The tenant that the page is about: the person's own, or the one that an operator has chosen, if any.
     tenant: str | None
-    #: What was sent with a POST: the fields of the form, files among them.
+    #: The data of a POST: the fields of the form, files among them.
     form_data: FormData = field(default_factory=FormData)
 
     @property

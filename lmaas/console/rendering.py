@@ -11,7 +11,7 @@ from lmaas.console.api import Unread
 
 FOLDER = Path(__file__).parent / "templates"
 MICROUSD = 1_000_000
-#: What stands for a value that there is not.
+#: The text in place of a missing value.
 NOTHING = "-"
 
 

@@ -86,7 +86,7 @@ class EngineSpec:
     takes_adapters: bool = True
     #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
-    #: Where it sends the spans of requests that are traced; None for nowhere.
+    #: The URL to which it sends the spans of requests that are traced; None for no spans.
     traces_url: str | None = None
 
 
@@ -232,7 +232,7 @@ class EngineProcess:
         self.url = url_of(host, port)
         self._log = engine_log
         self._marks_path, self._compiling_path = marks_path, compiling_path
-        #: How the engine was started: forked by the zygote, or plainly.
+        #: The way in which the engine was started: forked by the zygote, or plainly.
         self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
         #: The start of the process, by time.monotonic().
         self.began = time.monotonic()

@@ -22,7 +22,7 @@ from lmaas.types import Quota
 
 log = logging.getLogger(__name__)
 
-#: How often a content is stored again that a deletion has removed before its file was added.
+#: The number of attempts to store a content that a deletion has removed before its file was added.
 TRIES = 3
 #: The uploads of a tenant that a process reads at the same time.
 UPLOADS_AT_ONCE = 16
@@ -30,9 +30,9 @@ UPLOADS_AT_ONCE = 16
 DOWNLOADS_AT_ONCE = 32
 #: Of a process: additions and settlements that hold a connection to the database at the same time, and settlements that wait or run.
 ADDITIONS_AT_ONCE, SETTLEMENTS_AT_ONCE, SETTLING_AT_ONCE = 2, 2, 64
-#: How long a request waits for the deletion of bytes.
+#: The time for which a request waits for the deletion of bytes.
 SETTLE_S = 5.0
-#: How long the object store may take to report whether it has a content, while others wait for the lock of the content.
+#: The time in which the object store must report whether it has a content, while others wait for the lock of the content.
 LOOK_S = 10.0
 _ID = re.compile(r"file-[0-9a-f]{24}")
 

@@ -25,7 +25,7 @@ from lmaas.types import Principal
 
 #: The maximum number of a tenant's prompts that one gateway has read in a minute.
 MAX_PROMPTS = 600
-#: How long a request waits for its tokens at most. Proxies close connections that are silent for a minute.
+#: The maximum time for which a request waits for its tokens. Proxies close connections that are silent for a minute.
 WAIT_S = 50.0
 
 

@@ -7,17 +7,17 @@ from lmaas.errors import InvalidRequest, RequestFailed
 from lmaas.inference.request import EngineRequest, context_exceeded
 from lmaas.scheduling.states import RetryReason
 
-#: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
+#: vLLM's messages when the whole engine has failed, and when it gave up a sequence. Another 500 is about one request.
 _ENGINE_FAILED = ("EngineCore encountered an issue", "Internal server error", "Request failed; please retry", "Client disconnected")
-#: What vLLM appends to the message of an error with a parameter.
+#: The text that vLLM appends to the message of an error with a parameter.
 _SUFFIX = re.compile(r"\s*\(parameter=.*\)\s*$", re.DOTALL)
 _VALIDATOR = re.compile(r"\d+ validation errors?\b")
 _PROMPT_TOO_LONG = re.compile(r"This model's maximum context length is|Input length \(\d+\) exceeds|max_tokens must be at least 1, got 0")
-#: How messages about a grammar begin or what they name, whichever library of vLLM's writes them.
+#: The beginnings or contents of messages about a grammar, for all of vLLM's grammar libraries.
 _GRAMMAR = re.compile(
     r"grammar|regex|regular expression|json schema|structured.output|structural.tag|xgrammar|guidance|lark", re.IGNORECASE
 )
-#: How vLLM's sampling parameters begin their messages, for which it names no parameter.
+#: The beginning of the messages of vLLM's sampling parameters, for which it names no parameter.
 _RULE = re.compile(r"`?(\w+)`? (?:must|cannot)\b")
 #: vLLM's messages about `dimensions`, for which it names no parameter, and about an input in which its tokenizer finds no tokens.
 _FIXED_LENGTH = "does not support Matryoshka embeddings"

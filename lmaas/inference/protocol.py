@@ -16,7 +16,7 @@ from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
 from lmaas.tracing.trace import Trace
 
-#: Where an endpoint leaves the inference in the scope of its request.
+#: The key under which an endpoint leaves the inference in the scope of its request.
 INFERENCE = "lmaas.inference"
 #: A protocol's own kind of request.
 Request = TypeVar("Request", bound=EngineRequest)
@@ -31,9 +31,9 @@ class Answer(ABC):
     has returned. `feed`, `close` and `take` raise ValueError for bytes that are no answer of an engine.
     """
 
-    #: Whether the usage of the whole request has come. Without it the end is no success, because a dying engine ends its stream too.
+    #: True if the usage of the whole request has arrived. Without it the end is not a success, because a dying engine ends its stream too.
     complete = False
-    #: Whether the end of the engine's stream has come.
+    #: True if the end of the engine's stream has arrived.
     done = False
     #: The JSON of the engine's error event, if one has come.
     error: bytes | None = None

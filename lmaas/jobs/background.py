@@ -32,7 +32,7 @@ from lmaas.store.runners import LeaseLost
 
 log = logging.getLogger(__name__)
 
-#: How often a runner looks for new responses, and for those of its own that were cancelled.
+#: The interval at which a runner looks for new responses, and for those of its own that were cancelled.
 LOOK_S = 0.5
 #: The responses that one runner runs at a time, and about the bytes of them, which it holds in memory.
 MAX_RESPONSES = 256
@@ -82,7 +82,7 @@ class _Failure:
 
     error: LmaasError
     pause_s: float | None = None
-    #: Whether the response itself may be the reason, so that it is not tried without end.
+    #: True if the response itself may be the reason, so that it is not tried without end.
     counts: bool = False
 
 

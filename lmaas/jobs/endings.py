@@ -35,7 +35,7 @@ class Tries:
     tries: int = 0
     failures: int = 0
     refusals: int = 0
-    #: How often the ledger had less than the refusals said.
+    #: The number of times that the ledger had less than the refusals reported.
     only_reserved: int = 0
 
     @property

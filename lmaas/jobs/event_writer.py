@@ -34,7 +34,7 @@ class EventSink(Receiver):
         super().__init__()
         self.lease = lease
         self._is_logged = run.is_streamed
-        #: Whether an engine has begun to write, and whether that has been recorded.
+        #: True if an engine has begun to write, and true if that has been recorded.
         self._has_begun = self._is_recorded = False
         #: The piece that is being logged, which stays as it is until that has succeeded, and the events that follow it.
         self._piece: Piece | None = None

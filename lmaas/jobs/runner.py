@@ -14,7 +14,7 @@ from lmaas.store.runners import RUNNER_LOST_S, LeaseLost, end, free_lost, regist
 
 log = logging.getLogger(__name__)
 
-#: How often a runner renews its row, and looks for runners that are lost. Several of these fit into RUNNER_LOST_S.
+#: The interval at which a runner renews its row, and looks for runners that are lost. Several of these fit into RUNNER_LOST_S.
 BEAT_S = 2.0
 #: The pause before a runner tries again to register itself.
 AGAIN_S = 1.0

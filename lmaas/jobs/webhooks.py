@@ -19,11 +19,11 @@ from lmaas.webhooks.sending import Sender, Sent
 
 log = logging.getLogger(__name__)
 
-#: How often a runner looks for deliveries that are due.
+#: The interval at which a runner looks for deliveries that are due.
 LOOK_S = 1.0
 #: The deliveries that one runner sends at a time.
 MAX_AT_ONCE = 128
-#: How long a runner that stops waits for attempts: longer than one takes.
+#: The time for which a runner that stops waits for attempts: longer than one takes.
 GRACE_S = 20.0
 #: The pause before something is stored again that Postgres did not take.
 AGAIN_S = 1.0

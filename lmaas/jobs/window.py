@@ -31,7 +31,7 @@ class Window:
     per_s: float = 0.0
     #: Until then, the pool need not be looked at unless it has lines.
     idle_until: float = 0.0
-    #: Whether lines were put back since lines last began without that.
+    #: True if lines were put back since lines last began without that.
     _is_closed: bool = False
     _observed_at: float | None = None
     _cold_since: float | None = None

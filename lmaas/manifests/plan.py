@@ -14,7 +14,7 @@ from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
 from lmaas.manifests.tenants import AdapterManifest, TenantManifest
 
-#: What the API shows of a base model or a tenant.
+#: A base model or a tenant as the API shows it.
 Shown = dict[str, Any]
 
 

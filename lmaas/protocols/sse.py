@@ -61,9 +61,9 @@ class Rewriter:
         self._rest = b""
         self._unread = b""
         self._usage: dict[str, Any] | None = None
-        #: Whether the usage of the whole request has come. Without it `[DONE]` is no success, because a dying engine sends that too.
+        #: True if the usage of the whole request has arrived. Without it `[DONE]` is not a success, because a dying engine sends that too.
         self.complete = False
-        #: Whether `[DONE]` has come.
+        #: True if `[DONE]` has arrived.
         self.done = False
         #: The JSON of the engine's error event, if one has come.
         self.error: bytes | None = None

@@ -28,7 +28,7 @@ from lmaas.store.tables import background_responses as rows
 from lmaas.store.tables import response_events, responses
 from lmaas.store.usage import UsageEvent, insert_events
 
-#: How long the events are kept after the end of a response.
+#: The time for which the events are kept after the end of a response.
 LOG_KEPT_FOR = timedelta(minutes=10)
 #: The bytes that the unfinished responses of one tenant may take.
 MAX_OPEN_BYTES = 256 * 1024 * 1024
@@ -141,7 +141,7 @@ class Run:
     next_event: int
     failures: int
     losses: int
-    #: Whether its deadline has passed, so that it is not to run any more.
+    #: True if its deadline has passed, so that it is not to run any more.
     is_overdue: bool
 
 

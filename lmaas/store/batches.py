@@ -20,7 +20,7 @@ from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import batch_pools, batches, tenants
 from lmaas.types import BatchLimits
 
-#: How long a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
+#: The time for which a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
 KEPT = timedelta(days=90)
 #: Batches that one statement deletes. They have no lines.
 ROWS_AT_ONCE = 500

@@ -22,7 +22,7 @@ from lmaas.store.tables import webhook_deliveries as rows
 from lmaas.store.tables import webhooks
 from lmaas.store.webhooks import fail_waiting
 
-#: How long a delivery that has ended can be seen and sent again, and how many of one webhook.
+#: The time for which a delivery that has ended can be seen and sent again, and the most of them for one webhook.
 KEPT = timedelta(days=7)
 MAX_ENDED = 1_000
 #: Deliveries that one statement deletes.

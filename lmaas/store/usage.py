@@ -42,7 +42,7 @@ class UsageEvent:
     run_ms: int
     replica_id: str | None
     created_at: datetime
-    #: What the tenant is charged, in picodollars (10⁻¹² $).
+    #: The tenant's charge, in picodollars (10⁻¹² $).
     charge_picousd: int = 0
     work: WorkClass = WorkClass.INTERACTIVE
 

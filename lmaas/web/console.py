@@ -21,7 +21,7 @@ CHUNK_BYTES = 64 * 1024
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )
-#: What this server adds itself.
+#: Headers that this server adds itself.
 _OWN = frozenset({"date", "server", "x-request-id", "openai-processing-ms"})
 
 

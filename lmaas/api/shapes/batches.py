@@ -7,7 +7,7 @@ from msgspec import Meta
 from lmaas.api.shapes.common import MAX_PAGE, Paging, Query, Shape
 from lmaas.api.shapes.responses import Metadata
 
-#: How long result files may be kept, in seconds.
+#: The bounds of the time for which result files are kept, in seconds.
 MIN_KEPT_S, MAX_KEPT_S = 3_600, 2_592_000
 MAX_ID = 200
 

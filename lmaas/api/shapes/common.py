@@ -45,7 +45,7 @@ class Page(Shape, Generic[Item], tag_field="object", tag="list", frozen=True, kw
     has_more: bool
 
 
-#: What ends a pattern: in Python, `$` alone also matches before a line's end.
+#: The end of a pattern: in Python, `$` alone also matches before a line's end.
 END = "$(?!\\n)"
 
 

@@ -8,7 +8,7 @@ MIB, GIB = 1024**2, 1024**3
 #: With less free space than this, servers fail to write; with less than the second, they soon may.
 FULL_BYTES, LOW_BYTES = 64 * MIB, 5 * GIB
 FEW_INODES = 1000
-#: What an engine of the default model takes in memory besides its KV cache, and what is needed for the other processes.
+#: The memory that an engine of the default model takes besides its KV cache, and the memory that the other processes need.
 ENGINE_BYTES, PROCESSES_BYTES = 1536 * MIB, 512 * MIB
 FEWEST_FILES = 1024
 #: The difference between two clocks that is normal, and the one from which times in reports and limits are wrong.

@@ -41,7 +41,7 @@ class MessageStream(Answer):
         #: The kind of the open block, if one is open, and the number of blocks before it.
         self._open: str | None = None
         self._blocks = 0
-        #: What has arrived for the open block and is not written yet.
+        #: Pieces that have arrived for the open block and are not written yet.
         self._pieces: list[str] = []
         #: Text that waits: white space before a block that may turn out to be no text, or text that came within a tool call.
         self._held: list[str] = []

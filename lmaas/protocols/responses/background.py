@@ -11,7 +11,7 @@ from lmaas.protocols.responses.request import BackgroundRun, ResponsesRequest
 from lmaas.protocols.responses.stream import event
 from lmaas.states import BackgroundStatus
 
-#: What the object of a queued response has. No text of a client precedes it.
+#: Fields of the object of a queued response. No text of a client precedes them.
 _QUEUED = b'"status":"queued","completed_at":null,"error":null,'
 
 

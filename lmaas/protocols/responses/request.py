@@ -77,7 +77,7 @@ class ResponsesRequest(TextRequest):
     conversation_id: str | None
     store: bool
     wants_logprobs: bool
-    #: Whether old items may be left out of a prompt that is too long.
+    #: True if old items may be left out of a prompt that is too long.
     truncates: bool
     #: The engine's names of the custom tools.
     custom: frozenset[str]

@@ -82,7 +82,7 @@ class Writer:
         self._turns, self._closing = asyncio.Semaphore(AT_ONCE), asyncio.Event()
         #: Responses that wait for room, in the order in which they ended.
         self._without_room: deque[tuple[str, Turn]] = deque()
-        #: What waits for the next transaction.
+        #: The parts that wait for the next transaction.
         self._parts: dict[_Part, None] = {}
 
     async def store(self, tenant_id: str, turn: Turn) -> None:
