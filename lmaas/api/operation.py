@@ -45,7 +45,7 @@ class Operation:
     With `reads_body` the handler reads the body itself, as a form's always does. `media` is the type of the answer; with another than JSON
     the handler returns a response, and `answer` describes what is in it, if it is JSON too.
     A report with `csv` is also served as CSV, if it is asked for.
-    `also` describes further statuses of success. `events` describes the server-sent events that it may answer with instead.
+    `also` describes further statuses of success. `events` describes the server-sent events that it may send instead.
     """
 
     id: str

@@ -62,7 +62,7 @@ class Conversation:
         return {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}} | given
 
     def keep(self, text: str, answer: str) -> None:
-        """Keep a message and its answer, or what came of it, for the next request. A message without any answer is left out."""
+        """Keep a message and its answer, or its outcome, for the next request. A message without any answer is left out."""
         if answer:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 

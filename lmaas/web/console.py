@@ -17,7 +17,7 @@ CONNECT_S = 3.0
 #: Time for which the console may be silent. Its live parts send something more often.
 SILENT_S = 300.0
 CHUNK_BYTES = 64 * 1024
-#: Headers about one connection, and not about the request or the response (RFC 9110). `expect` was answered by this server.
+#: Headers about one connection, and not about the request or the response (RFC 9110). This server has handled `expect`.
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )

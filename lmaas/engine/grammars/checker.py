@@ -120,7 +120,7 @@ class Checker:
                 check.client.sendall(encode(verdict))
 
     def _reply(self, client: socket.socket, parent: int) -> None:
-        """Read the question in the child process, answer it within the limits, send the answer, and exit."""
+        """Read the question in the child process, compute the answer within the limits, send it, and exit."""
         try:
             die_with_parent(parent)
             self._listener.close()

@@ -1,4 +1,4 @@
-"""Decides how to treat a zygote that does not answer: wait for it, start without it, or replace it. Pure functions of its observed state.
+"""Decides how to treat a zygote that does not respond: wait for it, start without it, or replace it. Pure functions of its observed state.
 
 A *plain* start imports vLLM three times, one after the other: in the server, in the engine core and in the worker. A zygote imports it
 once. A zygote that makes progress, however slowly, is therefore ready sooner than a plain start that begins now and takes half of the

@@ -95,7 +95,7 @@ def test_networks(name: str) -> None:
     for port in service.get("ports", ()):
         # Prometheus requires no password, so publishing the service does not publish Prometheus.
         assert port.startswith(f"${{{'BIND' if name == 'proxy' else 'MONITORING'}_ADDRESS:-127.0.0.1}}:${{")
-    # `init` fetches models, and the console asks an OIDC provider.
+    # `init` fetches models, and the console calls an OIDC provider.
     if name not in PUBLISHED | {"init", "init-gpu", "console"}:
         assert list(service["networks"]) == ["backend"]
     assert COMPOSE["networks"]["backend"] == {"internal": True}

@@ -30,7 +30,7 @@ async def test_what_happens_during_a_write_is_written_by_the_next(monkeypatch: p
     monkeypatch.setattr(timesheet, "WRITE_EVERY_S", 0.001)
     monkeypatch.setattr(timesheet, "record_engine_time", write)
     monkeypatch.setattr(timesheet, "engine_price", price)
-    sheet = timesheet.TimeSheet(None, "rep_1", MODEL, clock)  # type: ignore[arg-type]  # no database is asked
+    sheet = timesheet.TimeSheet(None, "rep_1", MODEL, clock)  # type: ignore[arg-type]  # no database is used
     async with sheet.kept():
         writing = asyncio.create_task(sheet.write_forever())
         await until(lambda: clock.passed_ms > 5000, every_s=0.01)

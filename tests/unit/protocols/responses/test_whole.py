@@ -94,7 +94,7 @@ def test_log_probabilities() -> None:
 @pytest.mark.parametrize("engine", [b"", b"{", b"[]", b'{"choices":[]}', b'{"choices":[{"index":0}]}', body({"content": 5})])
 def test_bytes_that_are_no_answer(engine: bytes) -> None:
     answer = WholeResponse(inference())
-    with pytest.raises(ValueError):  # noqa: PT011 (any, as the contract says)
+    with pytest.raises(ValueError):  # noqa: PT011 (any error, by the contract)
         answer.take(engine)
 
 
