@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why the answer ended: `stop`, `length` and so on."""
+    """The reason why the answer ended: `stop`, `length` and so on."""
 
     reason: str
 

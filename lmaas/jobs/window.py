@@ -14,7 +14,7 @@ NEWEST = 0.5
 
 
 class Room(NamedTuple):
-    """What the scheduler reports about a pool: replicas that take work, their slots, background slots that could be granted now, and
+    """The scheduler's report about a pool: replicas that take work, their slots, background slots that could be granted now, and
     background tickets that wait."""
 
     ready: int

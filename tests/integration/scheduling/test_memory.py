@@ -217,7 +217,7 @@ async def test_the_keys_of_another_layout_are_taken_over(pool: Pool, redis: Redi
 
 
 async def test_checkpoints_of_the_release_before_are_read(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
-    """That release has the same layout and another encoding, and both may run at once. Its gateway dies while the ticket runs."""
+    """The release before has the same layout and another encoding, and both may run at once. Its gateway dies while the ticket runs."""
     async with quick(scheduler, LEASE_MS=200):
         await pool.beat(slots=2)
         await pool.submit(ticket(1))
